@@ -1,0 +1,96 @@
+"""Figure 3: local flatness on spheres of growing radius, on the seen and on the unseen domains (QT-DoG, section 4.2).
+
+Each domain is held out in turn. F is the mean rise of the loss at distance gamma in a random direction (Eq. 5),
+measured around the checkpoint that training-domain validation selects. Below the published panels stand
+their filter-normalised twins, which large weights cannot flatter.
+"""
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.figure import Figure
+
+from flatlab import plots, tables
+from flatlab.methods import METHODS, replicates
+from flatlab.resources import published
+from flatlab.runs import RunStore
+from flatlab.settings import Setting
+from flatlab.specs import ProbeSpec, RunSpec
+
+ORDER = ("ERM", "SAM", "SWA", "SWAD", "QT-DoG")
+COLUMNS = ["panel", "normalisation", "method", "held_out", "seed", "radius"]
+COLUMNS += ["value", "stderr", "low", "high", "over", "published"]
+GROUP = ["panel", "normalisation", "method", "radius"]
+TITLES = {"train": "Average train flatness (seen domains)", "test": "Average test flatness (unseen domain)"}
+AXES = {"none": "Radius γ (L2 distance)", "filter": "Relative radius ρ (share of each filter's norm)"}
+
+
+def probes(setting: Setting) -> list[ProbeSpec]:
+    """Return the two measurements of each run: raw, and filter-normalised."""
+    radii = {"none": setting.radii, "filter": setting.filter_radii}
+    return [
+        ProbeSpec(radii=radii[kind], num_samples=setting.num_samples, images=setting.images, normalisation=kind)
+        for kind in ("none", "filter")
+    ]
+
+
+def plan(setting: Setting) -> tuple[list[RunSpec], list[tuple[RunSpec, ProbeSpec]]]:
+    """Return the runs and the measurements that the figure needs."""
+    runs = [spec for name in ORDER for spec in replicates(METHODS[name], setting)]
+    return runs, [(run, probe) for run in runs for probe in probes(setting)]
+
+
+def table(store: RunStore, setting: Setting) -> pd.DataFrame:
+    """Return the curves: of each run with intervals over directions, and of each method over seeds."""
+    wanted = [
+        (name, run, probe) for name in ORDER for run in replicates(METHODS[name], setting) for probe in probes(setting)
+    ]
+    each = tables.flatness(store, wanted)
+    whole = pd.concat([each, tables.over_seeds(each, GROUP)], ignore_index=True)
+    return _with_published(whole, setting)[COLUMNS]
+
+
+def findings(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return each method's difference to ERM at each radius, paired by held-out domain and seed."""
+    each = frame[(frame["over"] == "directions") & (frame["radius"] > 0)]
+    return tables.paired(each, "ERM", ["panel", "normalisation", "radius"])
+
+
+def summary(findings: pd.DataFrame) -> pd.DataFrame:
+    """Return the findings at the middle and the largest radius of each panel: enough to read on a screen."""
+    radii = findings.groupby("normalisation")["radius"].unique()
+    kept = {(kind, each[i]) for kind, each in radii.items() for i in (len(each) // 2, -1)}
+    shown = findings[[pair in kept for pair in zip(findings["normalisation"], findings["radius"], strict=True)]]
+    return shown[["normalisation", "panel", "radius", "method", "value", "low", "high", "verdict"]]
+
+
+FORMATS = dict.fromkeys(("value", "low", "high"), "+.4f")
+
+
+def _with_published(frame: pd.DataFrame, setting: Setting) -> pd.DataFrame:
+    """Fill `published` where the paper measured the same: PACS, ResNet-50, raw radii, averages over the domains."""
+    frame = frame.assign(published=float("nan"))
+    if (setting.dataset, setting.model) != ("PACS", "resnet50"):
+        return frame
+    curves = published()["figures"]["3"]
+    for panel in TITLES:
+        for method in ORDER:
+            for radius, value in zip(curves["radii"], curves[panel][method], strict=True):
+                same = (frame["panel"] == panel) & (frame["method"] == method) & (frame["radius"] == radius)
+                same &= (frame["normalisation"] == "none") & (frame["held_out"] == "all")
+                frame.loc[same, "published"] = value
+    return frame
+
+
+def draw(frame: pd.DataFrame, caption: str) -> Figure:
+    """Draw the published panels, and below them their filter-normalised twins."""
+    shown = frame[frame["over"] == "seeds"]
+    with plots.style():
+        figure, grid = plt.subplots(2, 2, figsize=(7.0, 5.4), layout="constrained")
+        for row, normalisation in zip(grid, AXES, strict=True):
+            for ax, panel in zip(row, TITLES, strict=True):
+                mine = shown[(shown["panel"] == panel) & (shown["normalisation"] == normalisation)]
+                plots.curves(ax, mine, x="radius", by="method", order=ORDER)
+                ax.set(title=TITLES[panel], xlabel=AXES[normalisation], ylabel="Flatness $F(w)$ (nats)")
+        plots.legend_above(figure, grid[0, 0])
+        figure.supxlabel(caption, fontsize=7, color="0.3")
+    return figure

@@ -1,0 +1,57 @@
+"""The doorway: every public name, grouped. `flatlab.NAME` is the same as `flatlab.api.NAME`."""
+
+from flatlab.errors import UserError
+from flatlab.landscape import Evaluation, Landscape
+from flatlab.measure import landscape as run_landscape
+from flatlab.measure import measure
+from flatlab.measure import network as run_network
+from flatlab.methods import METHODS, Method, compose, replicates, vary
+from flatlab.metrics.sphere import PairedDifference, SphereFlatness, paired_difference, sphere_flatness
+from flatlab.models import Network, build_network
+from flatlab.quant.attach import attach, bake
+from flatlab.quant.lsq import LSQ
+from flatlab.runs import Run, RunStore
+from flatlab.settings import PAPER, QUICK, SMOKE, Setting, setting
+from flatlab.specs import AverageSpec, Place, ProbeSpec, QuantSpec, RunSpec, StepSpec
+from flatlab.train.loop import train
+
+__all__ = [
+    # landscapes and their measures
+    "Landscape",
+    "Evaluation",
+    "sphere_flatness",
+    "SphereFlatness",
+    "paired_difference",
+    "PairedDifference",
+    # networks and quantizers
+    "Network",
+    "build_network",
+    "LSQ",
+    "attach",
+    "bake",
+    # methods, settings, specs
+    "METHODS",
+    "Method",
+    "compose",
+    "replicates",
+    "vary",
+    "SMOKE",
+    "QUICK",
+    "PAPER",
+    "Setting",
+    "setting",
+    "RunSpec",
+    "ProbeSpec",
+    "QuantSpec",
+    "StepSpec",
+    "AverageSpec",
+    "Place",
+    # training and measuring runs
+    "RunStore",
+    "Run",
+    "train",
+    "measure",
+    "run_network",
+    "run_landscape",
+    "UserError",
+]

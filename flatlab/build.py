@@ -1,0 +1,145 @@
+"""From a spec to things: its domains and splits, its network, its parameters by role, its device."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from flatlab.data import batches, sources
+from flatlab.data.domains import DomainSet, split
+from flatlab.errors import UserError, choose
+from flatlab.files import file_hash
+from flatlab.models import Network, build_network
+from flatlab.quant import attach
+from flatlab.specs import Place, RunSpec
+
+Rows = dict[str, npt.NDArray[np.int64]]
+Batches = list[tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Domains:
+    """The data of a run: who is seen, who is held out, and the split of each domain."""
+
+    data: DomainSet
+    target: str
+    inside: Rows  # 80 %: trained on (sources), reported on (target)
+    outside: Rows  # 20 %: validation
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The seen domains."""
+        return tuple(name for name in self.data.names if name != self.target)
+
+    def evaluation(self, part: str, names: tuple[str, ...], device: torch.device) -> dict[str, Batches]:
+        """Return fixed batches of the "in" or "out" split of some domains."""
+        rows = self.inside if part == "in" else self.outside
+        return {name: batches.evaluation_batches(self.data, name, rows[name], device=device) for name in names}
+
+
+def domains(spec: RunSpec, place: Place) -> Domains:
+    """Load (once in a process) and split the data of a run."""
+    data = _load(spec.dataset, place.data_dir, spec.image_size)
+    splits = {
+        name: split(len(data.domain(name).labels), index, trial_seed=spec.trial_seed, fraction=spec.holdout)
+        for index, name in enumerate(data.names)
+    }
+    return Domains(
+        data=data,
+        target=choose("held-out domain", spec.held_out, data.names),
+        inside={name: part.inside for name, part in splits.items()},
+        outside={name: part.outside for name, part in splits.items()},
+    )
+
+
+@lru_cache(maxsize=2)
+def _load(dataset: str, data_dir: str | None, image_size: int) -> DomainSet:
+    return sources.load(dataset, data_dir=Path(data_dir) if data_dir else None, image_size=image_size)
+
+
+def network(spec: RunSpec, data: DomainSet, place: Place) -> Network:
+    """Return the initialised full-precision network of a run, on the device."""
+    built = build_network(
+        spec.model,
+        num_classes=len(data.classes),
+        in_channels=data.domains[0].images.shape[1],
+        weights=_weights(spec, place),
+        seed=spec.seed,
+    )
+    return built.to(device(place))
+
+
+def _weights(spec: RunSpec, place: Place) -> str | Path:
+    if not spec.weights.startswith("sha256:"):
+        return spec.weights
+    if place.weights_file is None:
+        raise UserError(f"This run starts from a weights file ({spec.weights[:19]}...); name it with --weights FILE.")
+    if f"sha256:{file_hash(Path(place.weights_file))}" != spec.weights:
+        raise UserError(f"{place.weights_file} is not the weights file that this run names ({spec.weights[:19]}...).")
+    return Path(place.weights_file)
+
+
+def quantize(built: Network, spec: RunSpec) -> list[nn.Parameter]:
+    """Attach the spec's quantizer to a network; return its step sizes (none where it has no quantizer)."""
+    if spec.quantizer is None:
+        return []
+    q = spec.quantizer
+    attach.attach(built, bits=q.bits, granularity=q.granularity, grad_scale=q.grad_scale)
+    return list(attach.scales(built).values())
+
+
+def roles(built: Network) -> dict[str, dict[str, nn.Parameter]]:
+    """Sort the parameters by role: weights (of convolutions and the like), norms, scales (step sizes), head."""
+    step_sizes = {id(scale) for scale in attach.scales(built).values()}
+    sorted_: dict[str, dict[str, nn.Parameter]] = {"weights": {}, "norms": {}, "scales": {}, "head": {}}
+    for name, parameter in built.named_parameters():
+        if id(parameter) in step_sizes:
+            sorted_["scales"][name] = parameter
+        elif name.startswith("head."):
+            sorted_["head"][name] = parameter
+        else:
+            sorted_["weights" if parameter.ndim > 1 else "norms"][name] = parameter
+    return sorted_
+
+
+def load(built: Network, weights: Mapping[str, npt.NDArray[np.float32]]) -> None:
+    """Load a checkpoint's arrays into a network built from the same spec.
+
+    Args:
+        built: the network, its quantizer attached where the run has one.
+        weights: arrays by parameter name.
+
+    Raises:
+        UserError: where names or shapes do not fit.
+    """
+    tensors = {name: torch.from_numpy(array.copy()) for name, array in weights.items()}
+    try:
+        built.load_state_dict(tensors)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise UserError(f"The checkpoint is of another architecture than its spec says: {reason}") from None
+
+
+def device(place: Place) -> torch.device:
+    """Return the device: as named, or for "auto" the best of cuda, mps, cpu.
+
+    Args:
+        place: names it.
+
+    Raises:
+        UserError: where the name is none, or the device is absent.
+    """
+    if place.device == "auto":
+        best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        return torch.device(best)
+    try:
+        named = torch.device(place.device)
+        torch.empty(1, device=named)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise UserError(f"The device {place.device!r} is not to be had here; choose auto, cpu, cuda or mps.") from None
+    return named

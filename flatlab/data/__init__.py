@@ -1,0 +1,1 @@
+"""Domains: named sets of images, their splits, and the batches cut from them."""

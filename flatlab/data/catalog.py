@@ -1,0 +1,156 @@
+"""The data sets known by name: their domains, where they lie on disk, and which domain is held out.
+
+Torch-free: a held-out domain is checked before anything is loaded. Index order is DomainBed's, the sorted folder names.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from flatlab.errors import UserError, choose
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a data set before it is read.
+
+    Attributes:
+        folder: name of its folder on disk; empty for embedded data.
+        domains: name of each domain, in index order, and its number of images; None where published counts differ.
+        classes: the names of the classes, in label order, or only their number.
+    """
+
+    folder: str
+    domains: Mapping[str, int | None]
+    classes: tuple[str, ...] | int
+
+
+# Counts: PACS as on its project page, VLCS as listed in salesforce/ensemble-of-averages, OfficeHome and DomainNet
+# (duplicates removed) as their authors give them; each column sums to the total that DomainBed prints.
+CATALOG: dict[str, Facts] = {
+    "digits": Facts("", {"rot0": 450, "rot15": 449, "rot30": 449, "rot45": 449}, tuple("0123456789")),
+    "PACS": Facts(
+        "PACS",
+        {"art_painting": 2048, "cartoon": 2344, "photo": 1670, "sketch": 3929},
+        ("dog", "elephant", "giraffe", "guitar", "horse", "house", "person"),
+    ),
+    "VLCS": Facts(
+        "VLCS",
+        {"Caltech101": 1415, "LabelMe": 2656, "SUN09": 3282, "VOC2007": 3376},
+        ("bird", "car", "chair", "dog", "person"),
+    ),
+    "OfficeHome": Facts("office_home", {"Art": 2427, "Clipart": 4365, "Product": 4439, "Real World": 4357}, 65),
+    # SWAD (24,330 images) and DomainBed (24,788) build it from different annotation files: no count is the right one.
+    "TerraIncognita": Facts(
+        "terra_incognita",
+        {"location_100": None, "location_38": None, "location_43": None, "location_46": None},
+        ("bird", "bobcat", "cat", "coyote", "dog", "empty", "opossum", "rabbit", "raccoon", "squirrel"),
+    ),
+    "DomainNet": Facts(
+        "domain_net",
+        {
+            "clipart": 48129,
+            "infograph": 51605,
+            "painting": 72266,
+            "quickdraw": 172500,
+            "real": 172947,
+            "sketch": 69128,
+        },
+        345,
+    ),
+}
+
+
+def canonical(dataset: str) -> str:
+    """Return the data set's name as the catalog spells it; `folder:NAME` keeps its NAME."""
+    kind, _, name = dataset.partition(":")
+    if kind.strip().lower() == "folder" and name.strip():
+        return f"folder:{name.strip()}"
+    return choose("dataset", dataset, [*CATALOG, "folder:NAME"])
+
+
+def facts(dataset: str) -> Facts | None:
+    """Return what the catalog knows of a data set; None for `folder:NAME`."""
+    return CATALOG.get(canonical(dataset))
+
+
+def locate(dataset: str, data_dir: Path | None) -> Path:
+    """Return the folder that holds the domains of a data set.
+
+    Args:
+        dataset: a catalog name, or `folder:NAME`.
+        data_dir: for `folder:NAME` that folder itself; for a catalog name the folder or its parent.
+
+    Raises:
+        UserError: the data set is embedded, no `data_dir` was given, or the domains are not in it.
+    """
+    name, known = canonical(dataset), facts(dataset)
+    if known and not known.folder:
+        raise UserError(f"{name} is embedded in flatlab and has no folder; leave --data-dir out.")
+    expected = f"a folder with {', '.join(known.domains)}" if known else "a folder with one folder per domain"
+    if data_dir is None:
+        raise UserError(f"{name} is read from disk; pass --data-dir, {expected}.")
+    candidates = [data_dir, data_dir / known.folder] if known else [data_dir]
+    for root in candidates:
+        if root.is_dir() and all((root / domain).is_dir() for domain in (known.domains if known else ())):
+            return root
+    tried = " or ".join(map(str, candidates))
+    raise UserError(f"{name} is not in {tried}: expected {expected}. Pass its place as --data-dir.")
+
+
+def subfolders(folder: Path) -> list[Path]:
+    """Return the folders in a folder, sorted by name; hidden ones and archive leftovers are no data."""
+    found = (each for each in folder.iterdir() if each.is_dir() and not each.name.startswith((".", "__")))
+    return sorted(found, key=lambda each: each.name)
+
+
+def domain_names(dataset: str, data_dir: Path | None) -> tuple[str, ...]:
+    """Return the names of the domains in index order, read off the disk only for `folder:NAME`.
+
+    Raises:
+        UserError: the folder holds fewer than two domains.
+    """
+    known = facts(dataset)
+    if known:
+        return tuple(known.domains)
+    root = locate(dataset, data_dir)
+    names = tuple(each.name for each in subfolders(root) if subfolders(each))
+    if len(names) < 2:
+        raise UserError(
+            f"{canonical(dataset)}: leave-one-domain-out needs at least two domains, and {root} holds "
+            f"{f'only {names[0]}' if names else 'none'}; expected {root}/DOMAIN/CLASS/IMAGE."
+        )
+    return names
+
+
+def held_out(dataset: str, data_dir: Path | None, which: str) -> tuple[str, ...]:
+    """Return the domains that `which` asks to hold out, one after another.
+
+    Args:
+        dataset: a catalog name, or `folder:NAME`.
+        data_dir: where the data lie; needed only for `folder:NAME`.
+        which: a domain's name, its index ("2"), or "all". A name of digits goes before an index.
+
+    Raises:
+        UserError: there is no such domain.
+    """
+    names = domain_names(dataset, data_dir)
+    which = which.strip()
+    if which.lower() == "all":
+        return names
+    if which in names or not which.isdecimal():
+        return (choose("held-out domain", which, names),)
+    if int(which) >= len(names):
+        numbered = ", ".join(f"{index} {name}" for index, name in enumerate(names))
+        raise UserError(f"{canonical(dataset)} has no domain {which}; its domains are {numbered}.")
+    return (names[int(which)],)
+
+
+def sizes(dataset: str, data_dir: Path | None) -> dict[str, int]:
+    """Return the number of images of each domain: the catalog's, or counted on disk where it has none."""
+    known = facts(dataset)
+    if known and all(known.domains.values()):
+        return {name: count or 0 for name, count in known.domains.items()}
+    root = locate(dataset, data_dir)
+    names = domain_names(dataset, data_dir)
+    return {name: sum(1 for path in (root / name).glob("*/*") if path.is_file()) for name in names}

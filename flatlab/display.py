@@ -1,0 +1,119 @@
+"""What a person sees while work goes on, and after: bars with time left on a terminal, plain lines elsewhere."""
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pandas as pd
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from flatlab.jobs import Job
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+PLAIN_SECONDS = 5.0  # between two lines where there is no terminal
+
+
+class Board:
+    """Hears the workers' events and shows how far the jobs are, weighed by their cost."""
+
+    def __init__(self, jobs: Sequence[Job], progress: Progress | None) -> None:
+        self.cost = {job.name: job.passes for job in jobs}
+        self.share = dict.fromkeys(self.cost, 0.0)
+        self.progress = progress
+        self.bars: dict[str, TaskID] = {}
+        self.started = self.told = time.monotonic()
+        self.total = progress.add_task(f"{len(jobs)} jobs", total=1.0) if progress else None
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        """Take in an event."""
+        name = event["job"]
+        over = bool(event.get("finished") or event.get("error"))
+        self.share[name] = 1.0 if over else event.get("share", 0.0)
+        if self.progress and self.total is not None:
+            self._bar(name, event, over)
+            self.progress.update(self.total, completed=self.done(), description=self._count())
+        elif time.monotonic() - self.told > PLAIN_SECONDS:
+            self.told = time.monotonic()
+            left = (self.told - self.started) * (1 - self.done()) / max(self.done(), 1e-9)
+            err.print(f"{self.done():4.0%}  {_clock(left)} left  {name}{_numbers(event)}", soft_wrap=True)
+
+    def done(self) -> float:
+        """Return the share of the work that is done."""
+        whole = sum(self.cost.values()) or 1.0
+        return sum(self.cost[name] * self.share.get(name, 0.0) for name in self.cost) / whole
+
+    def _count(self) -> str:
+        return f"{sum(share == 1 for share in self.share.values())} of {len(self.cost)} jobs"
+
+    def _bar(self, name: str, event: dict[str, Any], over: bool) -> None:
+        assert self.progress
+        if over and name in self.bars:
+            self.progress.remove_task(self.bars.pop(name))
+        elif not over:
+            if name not in self.bars:
+                self.bars[name] = self.progress.add_task(name, total=1.0)
+            self.progress.update(self.bars[name], completed=self.share[name], description=name + _numbers(event))
+
+
+@contextmanager
+def board(jobs: Sequence[Job]) -> Iterator[Board]:
+    """Show the jobs' progress on standard error while the block runs."""
+    if not err.is_terminal:
+        yield Board(jobs, None)
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
+    with Progress(*columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=err) as progress:
+        yield Board(jobs, progress)
+
+
+def frame(table: pd.DataFrame, title: str, *, formats: dict[str, str] | None = None) -> None:
+    """Print a frame as a table."""
+    drawn = Table(title=title, title_justify="left", title_style="bold")
+    for column in table.columns:
+        numeric = pd.api.types.is_numeric_dtype(table[column])
+        drawn.add_column(str(column), justify="right" if numeric else "left", no_wrap=True)
+    for row in table.itertuples(index=False):
+        drawn.add_row(*(_cell(v, (formats or {}).get(str(c))) for c, v in zip(table.columns, row, strict=True)))
+    out.print(drawn)
+
+
+def plan(jobs: Sequence[Job], seconds_per_pass: float, source: str, *, workers: int) -> None:
+    """Print jobs, passes and estimated time before anything begins."""
+    rows = [
+        {"job": job.name, "image passes": f"{job.passes:,.0f}", "estimate": _clock(job.passes * seconds_per_pass)}
+        for job in jobs
+    ]
+    total = sum(job.passes for job in jobs)
+    longest = max((job.passes for job in jobs), default=0.0)
+    estimate = max(total / workers, longest) * seconds_per_pass
+    if rows:
+        frame(pd.DataFrame(rows), "What is missing")
+    out.print(
+        f"{len(jobs)} jobs, {total:,.0f} image passes, about {_clock(estimate)} with {workers} workers "
+        f"({seconds_per_pass * 1e6:,.0f} µs a pass: {source}).",
+        soft_wrap=True,
+    )
+
+
+def _cell(value: Any, form: str | None) -> str:
+    return format(value, form) if form and isinstance(value, float) else str(value)
+
+
+def _numbers(event: dict[str, Any]) -> str:
+    return "".join(f"  {name} {value:.3f}" for name, value in event.get("shown", {}).items())
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def is_interactive() -> bool:
+    """Return whether a person watches standard error."""
+    return sys.stderr.isatty()

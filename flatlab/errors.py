@@ -1,0 +1,32 @@
+"""One exception for mistakes that a user can mend: what was expected, what came, what to write instead."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend; the command line prints it as one sentence and exits with 2."""
+
+
+def choose(kind: str, name: str, known: Iterable[str]) -> str:
+    """Return the known name that `name` means, blind to case and to `-` against `_`.
+
+    Args:
+        kind: what is being named, for the message ("method", "held-out domain").
+        name: what the user wrote.
+        known: the names there are.
+
+    Raises:
+        UserError: lists the known names and suggests the nearest one.
+    """
+    names = list(known)
+    plain = {_plain(each): each for each in names}
+    if _plain(name) in plain:
+        return plain[_plain(name)]
+    near = difflib.get_close_matches(_plain(name), plain, n=1, cutoff=0.5)
+    hint = f" Did you mean {plain[near[0]]}?" if near else ""
+    raise UserError(f"Unknown {kind} {name!r}; known: {', '.join(names)}.{hint}")
+
+
+def _plain(name: str) -> str:
+    return name.strip().lower().replace("_", "-")

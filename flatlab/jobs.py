@@ -1,0 +1,137 @@
+"""What is missing for these runs and probes? Jobs: which work belongs together, what it needs, what it costs.
+
+Torch-free: a plan is made, printed and priced before anything heavy is loaded.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from flatlab.runs import Entry, RunStore
+from flatlab.specs import Place, ProbeSpec, RunSpec, Spec
+
+BACKWARD = 3  # a training image costs about three forward passes: forward, and backward by weights and by inputs
+REFERENCE = {  # seconds for one image forward on one core of the reference machine (EPYC, 2 cores), by model
+    "digits-cnn": 3e-5,
+    "mobilenet_v2": 1.2e-2,
+    "resnet18": 4e-2,
+    "resnet50": 9e-2,
+}
+
+
+class Job(Spec):
+    """Work that one process does in one go: a trajectory with its observers, or the probes of one run."""
+
+    name: str
+    runs: tuple[RunSpec, ...]
+    probes: tuple[ProbeSpec, ...] = ()  # empty: train the runs
+    forks: tuple[int, ...] = ()  # steps before which the trajectory's state is kept for others
+    needs: tuple[str, ...] = ()  # digests of runs that must be done
+    passes: float  # cost, in images forwarded
+
+    def entries(self, store: RunStore) -> list[Entry]:
+        """Return the directories that the job fills."""
+        runs = [store.run(spec) for spec in self.runs]
+        return [runs[0].probe(probe) for probe in self.probes] if self.probes else list(runs)
+
+    def done(self, store: RunStore) -> bool:
+        """Whether nothing is left to do."""
+        return all(entry.done for entry in self.entries(store))
+
+    def ready(self, store: RunStore) -> bool:
+        """Whether the runs that it needs are done."""
+        return all((store.root / digest / "done").exists() for digest in self.needs)
+
+
+class Plan(Spec):
+    """Jobs, the store that they fill, and the place where they run."""
+
+    store: str
+    place: Place
+    jobs: tuple[Job, ...]
+
+
+Wanted = Sequence[tuple[RunSpec, ProbeSpec]]
+Sizes = Mapping[str, int]  # images of each domain
+
+
+def missing(store: RunStore, runs: Sequence[RunSpec], probes: Wanted, *, sizes: Sizes) -> list[Job]:
+    """Return the jobs for what the store lacks: trajectories first, the longest first, then probes.
+
+    Args:
+        store: what is there already.
+        runs: wanted runs; those of one trajectory become one job.
+        probes: wanted measurements, each with its run.
+        sizes: images of each domain, for the costs.
+    """
+    wanted = {spec.digest: spec for spec in [*runs, *(run for run, _ in probes)]}
+    lacking = [spec for spec in wanted.values() if not store.run(spec).done]
+    training = _training(lacking, sizes)
+    trained = {spec.digest for spec in lacking}
+    return [*training, *_measuring(store, probes, trained, sizes)]
+
+
+def _training(lacking: Sequence[RunSpec], sizes: Sizes) -> list[Job]:
+    groups: dict[str, list[RunSpec]] = {}
+    for spec in lacking:
+        groups.setdefault(spec.trajectory.digest, []).append(spec)
+    leaders = {digest: sorted(group, key=lambda s: s.average.kind != "last") for digest, group in groups.items()}
+    forks: dict[str, set[int]] = {}
+    parents = {}
+    for digest, group in leaders.items():
+        parent = group[0].parent
+        if parent and parent.digest in leaders and group[0].switch is not None:
+            forks.setdefault(parent.digest, set()).add(group[0].switch)
+            parents[digest] = leaders[parent.digest][0].digest
+    jobs = [
+        Job(
+            name=f"train {'+'.join(spec.label for spec in group)} on {group[0].held_out}, seed {group[0].seed}",
+            runs=tuple(group),
+            forks=tuple(sorted(forks.get(digest, ()))),
+            needs=(parents[digest],) if digest in parents else (),
+            passes=training_passes(group[0], sizes, forked=digest in parents),
+        )
+        for digest, group in leaders.items()
+    ]
+    return sorted(jobs, key=lambda job: (bool(job.needs), -len(job.forks), -job.passes))
+
+
+def _measuring(store: RunStore, probes: Wanted, trained: set[str], sizes: Sizes) -> list[Job]:
+    asked: dict[str, list[tuple[RunSpec, ProbeSpec]]] = {}
+    for run, probe in probes:
+        if not store.run(run).probe(probe).done:
+            asked.setdefault(run.digest, []).append((run, probe))
+    return [
+        Job(
+            name=f"measure {pairs[0][0].label} on {pairs[0][0].held_out}, seed {pairs[0][0].seed}",
+            runs=(pairs[0][0],),
+            probes=tuple(dict.fromkeys(probe for _, probe in pairs)),
+            needs=(digest,) if digest in trained else (),
+            passes=sum(probe_passes(probe, sizes) for _, probe in pairs),
+        )
+        for digest, pairs in asked.items()
+    ]
+
+
+def training_passes(spec: RunSpec, sizes: Sizes, *, forked: bool) -> float:
+    """Return the images that a training forwards, its backward passes counted as `BACKWARD` says."""
+    steps = spec.steps + 1 - (spec.switch or 0 if forked else 0)
+    batch = spec.batch_size * (len(sizes) - 1)
+    looks = steps / spec.eval_every * spec.holdout * sum(sizes.values())
+    return float(steps * batch * BACKWARD * (2 if spec.step.kind == "sam" else 1) + looks)
+
+
+def probe_passes(probe: ProbeSpec, sizes: Sizes) -> float:
+    """Return the images that a measurement forwards."""
+    images = sum(min(size, probe.images or size) for size in sizes.values())
+    return float(images * probe.num_samples * sum(radius > 0 for radius in probe.radii))
+
+
+def seconds_per_pass(store: RunStore, model: str) -> tuple[float, str]:
+    """Return the seconds of one image forward and where the number is from: this store, or the reference machine."""
+    seconds = passes = 0.0
+    for run in store.runs():
+        if run.done and run.spec.model == model and "passes" in run.provenance:
+            passes += run.provenance["passes"]
+            seconds += sum(session["seconds"] for session in run.provenance["sessions"])
+    if passes:
+        return seconds / passes, "measured in this store"
+    return REFERENCE.get(model, 1e-2), "a reference machine's; yours may differ severalfold"

@@ -1,0 +1,294 @@
+"""A landscape: the mean loss of a model over fixed data, as a function of one flat vector of parameters.
+
+Two things make such a function lie. The first is the data: batches that weigh alike though they differ in size,
+or that change between two readings. The second is the model: dropout, or statistics taken over the batch. So data
+are read once and weighed by samples, and everything that would break this is looked for before the first number.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from flatlab.errors import UserError
+from flatlab.nests import Batch, Data, read, recut
+from flatlab.params import flatten, select, split_like
+from flatlab.probes import alike, probe_mean, probe_model, refuse_training, versions
+from flatlab.seeds import generator
+
+FloatArray = npt.NDArray[np.float64]
+
+_CLASSES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+class Move(Protocol):
+    """Stratum losses (S,) at point + radius * direction."""
+
+    def __call__(self, direction: Tensor, radius: float = 1.0) -> FloatArray: ...  # noqa: D102
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """What a landscape says at one point; strata weigh equally in ``loss`` (nats) and ``accuracy`` (share)."""
+
+    loss: float
+    accuracy: float | None
+    losses: FloatArray
+    """(S,) mean loss of each stratum."""
+    accuracies: FloatArray | None
+    """(S,), or None where the task is not one of classes."""
+
+
+class Landscape:
+    """The mean loss of ``model`` on ``data`` around the parameters that it has now.
+
+    The model is moved in place and put back bit by bit, also after an exception: no copy, no hook.
+
+    Args:
+        model: any module, in eval mode; it is called as ``model(inputs)``.
+        data: ``(inputs, targets)`` batches that can be read twice, any nests of tensors; or a mapping from the names
+            of strata (domains) to such batches, which then weigh equally whatever their sizes.
+        loss: ``loss(outputs, targets)``, the mean over the samples or a vector of per-sample losses.
+        params: shell patterns of the parameters that vary; all that require a gradient by default.
+        check: probe model, data and loss first, which costs two passes over the data.
+        batch_size: cut the data anew into batches of this size; the value does not depend on it.
+
+    Raises:
+        UserError: if one of the probes finds that the loss is not a function of the parameters alone.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Data | Mapping[str, Data],
+        loss: Callable[[Any, Any], Tensor],
+        *,
+        params: str | Iterable[str] | None = None,
+        check: bool = True,
+        batch_size: int | None = None,
+    ) -> None:
+        self.model, self._loss, self._check = model, loss, check
+        self._tensors: list[Tensor] = alike(select(model, params))
+        self._w0 = flatten(self._tensors)
+        sources = data if isinstance(data, Mapping) else {"all": data}
+        if not sources:
+            raise UserError("The data hold no stratum: hand in {name: batches} with at least one name.")
+        # A DataLoader draws from torch's global generator each time it is read: nobody else's draws should move.
+        with torch.random.fork_rng(devices=[]):
+            kept = [read(name, source, self._w0.device, check=check) for name, source in sources.items()]
+        self.strata = tuple(str(name) for name in sources)
+        self._batches = [recut(batches, batch_size) for batches in kept]
+        self.sizes = np.array([sum(batch.size for batch in batches) for batches in self._batches])
+        self._state = versions(model, self._tensors)
+        self._base: FloatArray | None = None
+        if check:
+            self._probe()
+
+    @property
+    def point(self) -> Tensor:
+        """A copy of the parameters (P,) that the landscape lies around."""
+        return self._w0.clone()
+
+    @property
+    def num_params(self) -> int:
+        """How many numbers a point has, P."""
+        return self._w0.numel()
+
+    @property
+    def num_samples(self) -> int:
+        """How many samples one pass over the data evaluates."""
+        return int(self.sizes.sum())
+
+    @property
+    def norm(self) -> float:
+        """The Euclidean length of the point."""
+        return float(torch.linalg.vector_norm(self._w0, dtype=_wide(self._w0)))
+
+    @property
+    def base_loss(self) -> FloatArray:
+        """Mean loss (S,) of each stratum at the point itself, computed once."""
+        if self._base is None:
+            self._base = self.evaluate().losses
+            self._base.flags.writeable = False
+        return self._base
+
+    def as_point(self, vector: Tensor) -> Tensor:
+        """Return a flat vector (P,) in the dtype and on the device of the point."""
+        if vector.shape != self._w0.shape:
+            raise UserError(
+                f"A point of this landscape has shape ({self.num_params},), but {tuple(vector.shape)} came:"
+                " hand in one flat vector."
+            )
+        return vector.to(self._w0)
+
+    def split(self, vector: Tensor) -> list[Tensor]:
+        """Return views of a flat vector (P,) with the shapes of the parameters."""
+        return split_like(vector, self._tensors)
+
+    def evaluate(self, vector: Tensor | None = None) -> Evaluation:
+        """Return loss and accuracy at a flat vector (P,), by default at the point itself."""
+        with self._visiting(vector), torch.inference_mode():
+            means = self._means(self._total_and_hits)
+        losses, accuracies = means[:, 0].copy(), means[:, 1].copy()
+        if np.isnan(accuracies).any():
+            return Evaluation(float(losses.mean()), None, losses, None)
+        return Evaluation(float(losses.mean()), float(accuracies.mean()), losses, accuracies)
+
+    @contextmanager
+    def moving(self) -> Iterator[Move]:
+        """Yield ``at(direction, radius=1.0)``: stratum losses (S,) at point + radius * direction, for many points.
+
+        A point costs one pass over the parameters to compute and one to copy. They are copied into the model's
+        own tensors, not replaced by views of one flat vector, since a ``channels_last`` network is up to 1.5 times
+        slower with row-major kernels.
+        """
+        flat = torch.empty_like(self._w0)
+        views = self.split(flat)
+
+        @torch.inference_mode()
+        def at(direction: Tensor, radius: float = 1.0) -> FloatArray:
+            torch.add(self._w0, direction, alpha=radius, out=flat)
+            torch._foreach_copy_(self._tensors, views)
+            return self._means(self._total)
+
+        with self._visiting():
+            yield at
+
+    def gradient(self, vector: Tensor | None = None) -> Tensor:
+        """Return the gradient (P,) of the loss at a flat vector, by default at the point itself."""
+
+        def derivative(loss: Tensor) -> Iterable[Tensor]:
+            return torch.autograd.grad(loss, self._tensors, materialize_grads=True)
+
+        with self._visiting(vector):
+            return self._accumulate(derivative)
+
+    def hvp(self, vector: Tensor) -> Tensor:
+        """Return the Hessian of the loss at the point times a vector (P,), by double backward."""
+        views = self.split(self.as_point(vector))
+
+        def derivative(loss: Tensor) -> Iterable[Tensor]:
+            grads = torch.autograd.grad(loss, self._tensors, create_graph=True, materialize_grads=True)
+            # A gradient that does not depend on any parameter has no graph; its share of the product is zero.
+            inner = [(g * v).sum() for g, v in zip(grads, views, strict=True) if g.requires_grad]
+            if not inner:
+                return map(torch.zeros_like, grads)
+            return torch.autograd.grad(torch.stack(inner).sum(), self._tensors, materialize_grads=True)
+
+        # The fused attention kernels have no second derivative.
+        with self._visiting(), sdpa_kernel(SDPBackend.MATH):
+            return self._accumulate(derivative)
+
+    @contextmanager
+    def _visiting(self, vector: Tensor | None = None) -> Iterator[None]:
+        self._refuse_changed()
+        try:
+            if vector is not None:
+                self._put(self.as_point(vector))
+            yield
+        finally:
+            self._put(self._w0)
+
+    def _put(self, vector: Tensor) -> None:
+        with torch.no_grad():
+            torch._foreach_copy_(self._tensors, self.split(vector))
+
+    def _means(self, total: Callable[[Any, Batch], Tensor]) -> FloatArray:
+        # One transfer for a whole point: nothing waits for the device between two batches.
+        sums = [torch.stack([total(self.model(b.inputs), b) for b in each]).sum(0) for each in self._batches]
+        table = torch.stack(sums).cpu().double().numpy()
+        means: FloatArray = table / self.sizes.reshape(-1, *[1] * (table.ndim - 1))
+        return means
+
+    def _total(self, outputs: Any, batch: Batch) -> Tensor:
+        """Return the sum of the losses over a batch, a float64 scalar."""
+        value = self._loss(outputs, batch.targets)
+        if isinstance(value, Tensor) and value.ndim == 0:
+            return value.to(_wide(value)) * batch.size
+        if isinstance(value, Tensor) and value.shape == (batch.size,):
+            return value.sum(dtype=_wide(value))
+        came = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        raise UserError(
+            f"The loss must be a tensor of shape () or, one loss per sample, ({batch.size},), but {came} came:"
+            " average it over its other dimensions."
+        )
+
+    def _total_and_hits(self, outputs: Any, batch: Batch) -> Tensor:
+        total = self._total(outputs, batch)
+        hits = outputs.argmax(1) == batch.targets if _names_classes(outputs, batch) else total.new_tensor(math.nan)
+        return torch.stack([total, hits.sum(dtype=total.dtype)])
+
+    def _accumulate(self, derivative: Callable[[Tensor], Iterable[Tensor]]) -> Tensor:
+        result = torch.zeros_like(self._w0)
+        with torch.enable_grad():
+            for batches, size in zip(self._batches, self.sizes.tolist(), strict=True):
+                for batch in batches:
+                    loss = self._total(self.model(batch.inputs), batch) / (size * len(self.strata))
+                    result += flatten(derivative(loss))
+        return result
+
+    def _refuse_changed(self) -> None:
+        """Refuse a model that is no longer where the landscape was built: its values would be a mixture."""
+        here = all(tensor.device == self._w0.device for tensor in self._tensors)
+        # Bits are compared, not numbers: NaN is NaN, and -0.0 is not 0.0.
+        if not (here and torch.equal(flatten(self._tensors).view(torch.uint8), self._w0.view(torch.uint8))):
+            raise UserError(
+                "The weights are not those that the landscape was built on (trained since, or moved by an open"
+                " `moving`): build a new Landscape."
+            )
+        if changed := self._changed():
+            raise UserError(f"{changed!r} has changed since the landscape was built: build a new Landscape.")
+        if self._check:
+            refuse_training(self.model)
+
+    def _changed(self) -> str | None:
+        differing = versions(self.model, self._tensors).items() ^ self._state.items()
+        return min((name for name, _ in differing), default=None)
+
+    def _probe(self) -> None:
+        refuse_training(self.model)
+        self._probe_writing()
+        # Not inference_mode: what a model caches in its first pass (rotary tables) must stay usable in training.
+        with torch.no_grad():
+            for batches in self._batches:
+                probe_model(self.model, max(batches, key=lambda batch: batch.size), self._total)
+        if changed := self._changed():
+            raise UserError(
+                f"A forward pass changes {changed!r} of the model, so that its loss depends on what was evaluated"
+                " before: freeze it."
+            )
+        if not np.isfinite(self.base_loss).all():
+            losses = dict(zip(self.strata, self.base_loss.tolist(), strict=True))
+            raise UserError(f"The loss at the point itself must be finite, but is {losses}: no flatness is defined.")
+        with torch.no_grad():
+            for batch in chain.from_iterable(self._batches):
+                probe_mean(self.model, batch, self._total)
+
+    def _probe_writing(self) -> None:
+        noise = torch.randn(self.num_params, generator=generator("landscape", "probe")).to(self._w0)
+        with self._visiting(noise):
+            if not torch.equal(flatten(self._tensors), noise):
+                raise UserError(
+                    "Two parameters share memory without being one parameter, so they cannot vary freely:"
+                    " tie them as one nn.Parameter."
+                )
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    """Return the dtype of sums: float64 where the device has it."""
+    return torch.float32 if tensor.device.type == "mps" else torch.float64
+
+
+def _names_classes(outputs: Any, batch: Batch) -> bool:
+    """Say whether outputs (n, C) score classes that targets (n,) name, so that there is an accuracy."""
+    scores = isinstance(outputs, Tensor) and outputs.is_floating_point() and outputs.ndim == 2
+    names = isinstance(batch.targets, Tensor) and batch.targets.dtype in _CLASSES
+    return scores and names and outputs.shape[1] > 1 and batch.targets.shape == (batch.size,)

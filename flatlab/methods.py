@@ -1,0 +1,109 @@
+"""The paper's names as compositions: a method is a few fields of a run, never a class."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from flatlab.errors import choose
+from flatlab.settings import Setting
+from flatlab.specs import AverageSpec, QuantSpec, RunSpec, StepSpec
+
+
+@dataclass(frozen=True)
+class Method:
+    """The parts of a method; each varies on its own."""
+
+    step: Literal["plain", "sam"] = "plain"
+    average: Literal["last", "swa", "swad", "sma"] = "last"
+    quantizer: Literal["none", "lsq"] = "none"
+    frozen: bool = False  # convolutions stop training at the switch
+    objective: Literal["erm"] = "erm"
+    note: str = ""
+
+
+METHODS = {
+    "ERM": Method(note="empirical risk minimisation: the plain baseline"),
+    "SAM": Method(step="sam", note="sharpness-aware minimisation, rho 0.05"),
+    "SWA": Method(average="swa", note="mean of late iterates"),
+    "SWAD": Method(average="swad", note="mean of the iterates inside the validation valley"),
+    "SMA": Method(average="sma", note="running mean from early on, selected by validation"),
+    "QT-DoG": Method(quantizer="lsq", note="ERM, then learned step size quantization: 7 bit, each channel"),
+    "freeze": Method(frozen=True, note="control: full precision, convolutions frozen at the switch"),
+    "release-parity": Method(
+        quantizer="lsq", frozen=True, note="control: what QT-DoG's released code trains, only norms and head"
+    ),
+}
+
+
+def method(name: str) -> tuple[str, Method]:
+    """Return a method's proper name and its composition.
+
+    Args:
+        name: a key of `METHODS`, blind to case.
+
+    Raises:
+        UserError: lists the methods and suggests the nearest.
+    """
+    proper = choose("method", name, METHODS)
+    return proper, METHODS[proper]
+
+
+KNOWN = {
+    "objective": ("erm",),
+    "step": ("plain", "sam"),
+    "average": ("last", "swa", "swad", "sma"),
+    "quantizer": ("none", "lsq"),
+}
+PARTS = tuple(KNOWN)
+
+
+def vary(parts: Method, changes: Mapping[str, str]) -> Method:
+    """Return a composition with some parts exchanged, each by a known name."""
+    return replace(parts, **{part: choose(part, name, KNOWN[part]) for part, name in changes.items()})  # type: ignore[arg-type]
+
+
+def compose(parts: Method, setting: Setting, *, held_out: str, seed: int, trial_seed: int) -> RunSpec:
+    """Return the run that a composition means in a setting."""
+    setting_fields = {"dataset", "image_size", "model", "weights", "freeze_batchnorm", "steps", "eval_every"}
+    switched = parts.quantizer != "none" or parts.frozen
+    quantizer = QuantSpec.make(bits=setting.bits, granularity=setting.granularity, scale_lr=setting.scale_lr)
+    return RunSpec.make(
+        **setting.model_dump(include={*setting_fields, "batch_size", "lr", "weight_decay"}),
+        held_out=held_out,
+        seed=seed,
+        trial_seed=trial_seed,
+        objective=parts.objective,
+        step=StepSpec(kind="sam", rho=setting.sam_rho) if parts.step == "sam" else StepSpec(),
+        average=_average(parts.average, setting),
+        quantizer=quantizer if parts.quantizer == "lsq" else None,
+        frozen=parts.frozen,
+        switch=setting.switch_step if switched else None,
+    )
+
+
+def _average(kind: Literal["last", "swa", "swad", "sma"], setting: Setting) -> AverageSpec:
+    match kind:
+        case "swa":
+            start, every, refresh = setting.swa_start, setting.swa_every, setting.refresh_batches
+            return AverageSpec(kind=kind, start=start, every=every, refresh_batches=refresh)
+        case "swad":
+            return AverageSpec(
+                kind=kind,
+                every=setting.swad_every,
+                ratio=setting.swad_ratio,
+                refresh_batches=setting.refresh_batches,
+                exact_repo=setting.swad_exact_repo,
+            )
+        case "sma":
+            return AverageSpec(kind=kind, start=setting.sma_start)
+        case _:
+            return AverageSpec()
+
+
+def replicates(parts: Method, setting: Setting) -> list[RunSpec]:
+    """Return a run for each held-out domain and seed; replicate i moves both the split's and the training's seed."""
+    return [
+        compose(parts, setting, held_out=target, seed=setting.seed + i, trial_seed=setting.trial_seed + i)
+        for target in setting.held_out
+        for i in range(setting.seeds)
+    ]

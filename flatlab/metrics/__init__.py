@@ -1,0 +1,1 @@
+"""Measures of a landscape: functions `f(landscape, ...) -> frozen result`."""

@@ -1,0 +1,130 @@
+"""What every sampled result shares: a value, its uncertainty, the raw draws, and what they cost."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+from scipy import stats
+
+from flatlab.errors import UserError
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+
+FloatArray = npt.NDArray[np.float64]
+Report = Callable[[int, int], None]
+"""Called as ``report(done, total)`` while a metric samples."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a number cost.
+
+    Attributes:
+        forward_passes: in passes over all the images of the landscape; a part of them counts as a part.
+        images: how many times one image went forward through the model.
+        hvps: Hessian-vector products over all the images.
+        seconds: wall-clock time on the machine that measured.
+    """
+
+    forward_passes: float = 0.0
+    images: int = 0
+    hvps: int = 0
+    seconds: float = 0.0
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(
+            self.forward_passes + other.forward_passes,
+            self.images + other.images,
+            self.hvps + other.hvps,
+            self.seconds + other.seconds,
+        )
+
+
+def t_interval(
+    value: FloatArray, stderr: FloatArray, *, count: int, level: float = 0.95
+) -> tuple[FloatArray, FloatArray]:
+    """Return Student's t interval around a mean of `count` independent draws, as arrays of the value's shape.
+
+    Raises:
+        UserError: if the level is not a probability strictly between 0 and 1.
+    """
+    if not 0.0 < level < 1.0:
+        raise UserError(f"The level of an interval must lie strictly between 0 and 1, but is {level}: write 0.95.")
+    half = float(stats.t.ppf((1.0 + level) / 2.0, count - 1)) * stderr
+    return np.asarray(value - half), np.asarray(value + half)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Sampled(ABC):
+    """A mean over independent draws, along an axis such as the radius.
+
+    Attributes:
+        samples: the raw numbers; axis 0 runs over the draws.
+        cost: what they cost together.
+    """
+
+    samples: FloatArray
+    cost: Cost
+
+    over: ClassVar[str] = "directions"
+    """What was drawn anew for each sample; an interval speaks of nothing else."""
+
+    @property
+    @abstractmethod
+    def draws(self) -> FloatArray:
+        """One number for each draw and place on the axis, shape (K, *value.shape)."""
+
+    @property
+    @abstractmethod
+    def axis(self) -> tuple[str, FloatArray]:
+        """Name and places of the axis that `value` runs along."""
+
+    @property
+    def value(self) -> FloatArray:
+        """The mean over the draws; not finite where a draw is not."""
+        return np.asarray(self.draws.mean(axis=0))
+
+    @property
+    def stderr(self) -> FloatArray:
+        """The standard error of `value`, from the spread of the draws."""
+        with np.errstate(invalid="ignore"):  # the spread of infinite losses is NaN, and is shown so
+            return np.asarray(self.draws.std(axis=0, ddof=1) / np.sqrt(len(self.draws)))
+
+    def interval(self, level: float = 0.95) -> tuple[FloatArray, FloatArray]:
+        """Return Student's t interval (low, high) over the draws."""
+        return t_interval(self.value, self.stderr, count=len(self.draws), level=level)
+
+    @property
+    def nonfinite_share(self) -> float:
+        """The share of raw numbers that are infinite or NaN; they are kept as they came."""
+        return float(np.mean(~np.isfinite(self.samples)))
+
+    @property
+    def converged(self) -> bool:
+        """Whether the accuracy that was asked for is reached; true where none is asked for."""
+        return True
+
+    def to_frame(self) -> "pd.DataFrame":
+        """Return a tidy table, one row for each place on the axis."""
+        import pandas as pd
+
+        name, places = self.axis
+        low, high = self.interval()
+        columns = {name: places, "value": self.value, "stderr": self.stderr, "low": low, "high": high}
+        return pd.DataFrame(columns).assign(over=self.over)
+
+    def plot(self, ax: "Axes | None" = None) -> "Axes":
+        """Draw the value as a line with its 95 % interval as a band."""
+        import matplotlib.pyplot as plt
+
+        axes = plt.subplots()[1] if ax is None else ax
+        name, places = self.axis
+        (line,) = axes.plot(places, self.value)
+        axes.fill_between(places, *self.interval(), color=line.get_color(), alpha=0.25, linewidth=0)
+        axes.set_xlabel(name)
+        return axes

@@ -1,0 +1,224 @@
+"""Networks by name: features that end in a flat vector, and a linear head; weights from files of many origins."""
+
+import itertools
+import pickle
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.error import URLError
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from flatlab.errors import UserError, choose
+from flatlab.seeds import derive
+
+WRAPPERS = re.compile(r"(?:module|algorithm|model)\.")  # DataParallel, AveragedModel, a trainer that holds a model
+# DomainBed holds each tensor twice: under `featurizer`, and in `network`, the Sequential of featurizer and classifier.
+DOMAINBED_FEATURES = re.compile(r"(?:featurizer|network\.0)\.(?:network\.)?")
+HEAD = re.compile(r"(?:head|fc|classifier|classifier\.1|network\.1)\.(?=(?:weight|bias)$)")
+COUNTER = "num_batches_tracked"  # BatchNorm's; older checkpoints lack it, and nothing here reads it
+
+
+class Network(nn.Module):
+    """A classifier in two parts: `features`, (N, C, H, W) to (N, width), and a linear `head` to the logits."""
+
+    def __init__(self, features: nn.Module, head: nn.Linear) -> None:
+        super().__init__()
+        self.features = features
+        self.head = head
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return the logits, shape (N, num_classes)."""
+        logits: Tensor = self.head(self.features(inputs))
+        return logits
+
+
+def build_network(
+    name: str, *, num_classes: int, in_channels: int = 3, weights: str | Path = "none", seed: int = 0
+) -> Network:
+    """Return a network in channels-last memory (its convolutions are 2.3 times as fast on a CPU).
+
+    Args:
+        name: one of `MODELS`.
+        num_classes: outputs of the head, which is drawn from `seed` alike for all `weights`.
+        in_channels: torchvision's networks take 3.
+        weights: "none", "imagenet" (torchvision downloads IMAGENET1K_V1, the paper's), or a file of weights.
+        seed: of the initialisation; the global generators are left alone.
+    """
+    name = choose("model", name, MODELS)
+    with torch.random.fork_rng(devices=[]):
+        # Not torch.manual_seed, which would reseed the accelerators' generators too.
+        torch.default_generator.manual_seed(derive("init", seed))
+        features, width = MODELS[name](in_channels)
+        network = Network(features, nn.Linear(width, num_classes))
+    if weights == "imagenet":
+        _load_features(network, _imagenet(name), name=name, source="torchvision's download")
+    elif weights != "none":
+        _load_features(network, read_foreign(Path(weights)), name=name, source=str(weights))
+    return network.to(memory_format=torch.channels_last)
+
+
+def set_training(network: nn.Module, *, freeze_batchnorm: bool) -> None:
+    """Set training mode; frozen BatchNorm keeps its running statistics and trains its affine part (SWAD)."""
+    network.train()
+    if freeze_batchnorm:
+        for layer in batchnorms(network):
+            layer.eval()
+
+
+@contextmanager
+def frozen_statistics(network: nn.Module) -> Iterator[None]:
+    """Let BatchNorm in training mode use the batch's statistics and leave its running ones as they are.
+
+    For the second pass of SAM, whose perturbed activations do not belong in the running statistics.
+    """
+    tracking = [(layer, layer.track_running_stats) for layer in batchnorms(network)]
+    try:
+        for layer, _ in tracking:
+            layer.track_running_stats = False
+        yield
+    finally:
+        for layer, tracked in tracking:
+            layer.track_running_stats = tracked
+
+
+def read_foreign(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a checkpoint: .safetensors, or a file of torch.save that needs no pickled code.
+
+    Raises:
+        UserError: no such file, no tensors in it, or a file that only unpickling could read.
+    """
+    if not path.is_file():
+        raise UserError(f'No file {path}; weights are "none", "imagenet", or the path of a .safetensors or .pth file')
+    try:
+        stored = safetensors.torch.load_file(path) if path.suffix == ".safetensors" else _load_torch(path)
+    except (safetensors.SafetensorError, RuntimeError, EOFError) as error:
+        reason, _, _ = str(error).partition("\n")
+        raise UserError(f"{path} cannot be read as a checkpoint: {reason}") from error
+    for key in ("state_dict", "model_dict", "model"):
+        if isinstance(stored, Mapping) and isinstance(stored.get(key), Mapping):
+            stored = stored[key]
+    tensors = {}
+    if isinstance(stored, Mapping):
+        tensors = {key: value for key, value in stored.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise UserError(f"{path} holds no tensors by name; expected a state_dict, alone or under 'model_dict'")
+    return tensors
+
+
+def translate_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename a foreign state_dict's tensors to ours, `features.*` and `head.*`.
+
+    Known are torchvision's names, DomainBed's and SWAD's, under any of the `WRAPPERS`, and our own. The result loads
+    strictly; BatchNorm's counters may be missing.
+    """
+    bare = {_unwrap(key): tensor for key, tensor in state.items()}
+    bare.pop("n_averaged", None)  # AveragedModel's counter
+    # Only plain torchvision names leave the features without a prefix. MobileNet calls a part of its own `features`,
+    # so the prefix alone cannot tell our names from torchvision's.
+    prefixed = any(key.startswith("head.") or DOMAINBED_FEATURES.match(key) for key in bare)
+    return {_rename(key, prefixed=prefixed): tensor for key, tensor in bare.items()}
+
+
+def _unwrap(key: str) -> str:
+    while found := WRAPPERS.match(key):
+        key = key[found.end() :]
+    return key
+
+
+def _rename(key: str, *, prefixed: bool) -> str:
+    if found := HEAD.match(key):
+        return "head." + key[found.end() :]
+    if found := DOMAINBED_FEATURES.match(key):
+        return "features." + key[found.end() :]
+    return key if prefixed else "features." + key
+
+
+def _load_torch(path: Path) -> object:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path} cannot be read without unpickling Python objects, which runs code, so flatlab refuses; "
+            f"if you trust the file, convert it once, with the key that its tensors lie under: "
+            f"torch.save(torch.load({path.name!r}, weights_only=False)['model_dict'], '{path.stem}-tensors.pth')"
+        ) from error
+
+
+def _imagenet(name: str) -> dict[str, Tensor]:
+    from torchvision.models import get_model_weights, list_models
+
+    if name not in list_models():
+        raise UserError(f'{name} has no ImageNet weights; write weights="none"')
+    try:
+        weights = get_model_weights(name)["IMAGENET1K_V1"]
+        state: dict[str, Tensor] = weights.get_state_dict(check_hash=True, weights_only=True)
+    except (URLError, TimeoutError) as error:
+        raise UserError(f"{name}'s weights cannot be downloaded ({error}); name a file of them instead") from error
+    return state
+
+
+def _load_features(network: Network, state: Mapping[str, Tensor], *, name: str, source: str) -> None:
+    given = {key: tensor for key, tensor in translate_keys(state).items() if not key.startswith("head.")}
+    expected = {key: tensor for key, tensor in network.state_dict().items() if not key.startswith("head.")}
+    misfits = sorted(key for key in given if key not in expected or given[key].shape != expected[key].shape)
+    if misfits:
+        raise UserError(
+            f"{source} holds {len(state)} tensors of which {len(misfits)} do not fit {name}: first mismatch "
+            f"{_mismatch(misfits[0], given, expected)}"
+        )
+    missing = [key for key in expected if key not in given and not key.endswith(COUNTER)]
+    if missing:
+        shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        raise UserError(f"{source} lacks {len(missing)} of the {len(expected)} tensors of {name}'s features: {shown}")
+    network.load_state_dict(given, strict=False)  # what is absent is the head, and counters; copying casts fp16 to fp32
+
+
+def _mismatch(key: str, given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
+    if key not in expected:
+        return f"{key}, a name that it does not have"
+    return f"{key}, shape {tuple(given[key].shape)} where {tuple(expected[key].shape)} is expected"
+
+
+def batchnorms(network: nn.Module) -> list[_BatchNorm]:
+    """Return the BatchNorm layers of a network."""
+    return [layer for layer in network.modules() if isinstance(layer, _BatchNorm)]
+
+
+def _digits_cnn(in_channels: int) -> tuple[nn.Module, int]:
+    widths = (in_channels, 16, 32, 64)
+    layers: list[nn.Module] = []
+    for depth, (wide, wider) in enumerate(itertools.pairwise(widths)):
+        if depth:
+            layers.append(nn.MaxPool2d(2))
+        layers += [nn.Conv2d(wide, wider, 3, padding=1, bias=False), nn.BatchNorm2d(wider), nn.ReLU()]
+    # Flattened, not averaged over space: position matters to digits, and held-out accuracy is 10 to 30 points higher.
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(4), nn.Flatten()), 16 * widths[-1]
+
+
+def _torchvision(name: str, last: str, width: int) -> Callable[[int], tuple[nn.Module, int]]:
+    """Return a builder of torchvision's network without its `last` part, which leaves the pooled flat vector."""
+
+    def build(in_channels: int) -> tuple[nn.Module, int]:
+        from torchvision import models  # takes seconds
+
+        if in_channels != 3:
+            raise UserError(f"{name} takes images of 3 channels, not {in_channels}")
+        features = models.get_model(name, weights=None)
+        setattr(features, last, nn.Identity())
+        return features, width
+
+    return build
+
+
+MODELS: dict[str, Callable[[int], tuple[nn.Module, int]]] = {
+    "digits-cnn": _digits_cnn,  # 33,658 parameters with ten classes; made for 1 x 16 x 16 images
+    "resnet18": _torchvision("resnet18", "fc", 512),
+    "resnet50": _torchvision("resnet50", "fc", 2048),
+    "mobilenet_v2": _torchvision("mobilenet_v2", "classifier", 1280),  # its dropout goes with the classifier
+}

@@ -1,0 +1,58 @@
+"""Which parameters of a model, and how they lie in one flat vector."""
+
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+
+from flatlab.errors import UserError
+
+
+def select(model: nn.Module, pattern: str | Iterable[str] | None = None) -> dict[str, nn.Parameter]:
+    """Return the parameters that require a gradient, in the order of the model, tied ones once.
+
+    Args:
+        model: any module.
+        pattern: shell patterns over parameter names, such as ``"layer4.*"``; a tied parameter answers to each of
+            its names. ``None`` takes all.
+
+    Raises:
+        UserError: if nothing requires a gradient, or a pattern matches nothing.
+    """
+    named = [(name, p) for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad]
+    if not named:
+        raise UserError(
+            f"{type(model).__name__} has no parameter that requires a gradient, but a landscape needs one:"
+            " call .requires_grad_(True) on what should vary."
+        )
+    patterns = ["*"] if pattern is None else [pattern] if isinstance(pattern, str) else list(pattern)
+    for each in patterns:
+        if not any(fnmatchcase(name, each) for name, _ in named):
+            raise UserError(f"No trainable parameter matches {each!r}; there are {_some(n for n, _ in named)}.")
+    chosen: dict[int, tuple[str, nn.Parameter]] = {}
+    for name, parameter in named:
+        if any(fnmatchcase(name, each) for each in patterns):
+            chosen.setdefault(id(parameter), (name, parameter))
+    if not chosen:
+        raise UserError("An empty list of patterns selects no parameter: name one, or hand in None for all.")
+    return dict(chosen.values())
+
+
+def flatten(tensors: Iterable[Tensor]) -> Tensor:
+    """Return a copy of the tensors as one vector (P,), each in its logical (row-major) order.
+
+    The order does not depend on strides, so that a ``channels_last`` model and its contiguous twin share one vector.
+    """
+    return torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
+
+
+def split_like(vector: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return views of a vector (P,) with the shapes of these tensors."""
+    pieces = torch.split_with_sizes(vector, [tensor.numel() for tensor in tensors])
+    return [piece.view(tensor.shape) for piece, tensor in zip(pieces, tensors, strict=True)]
+
+
+def _some(names: Iterable[str], most: int = 8) -> str:
+    listed = list(names)
+    return ", ".join(listed[:most]) + (f" and {len(listed) - most} more" if len(listed) > most else "")

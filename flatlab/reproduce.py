@@ -1,0 +1,169 @@
+"""Reproduce a figure or table: plan, do what is missing, tabulate, draw, and write down how it came about."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from flatlab import executors, files, jobs, machine, plots
+from flatlab.data import catalog
+from flatlab.errors import UserError, choose
+from flatlab.jobs import Job, Plan
+from flatlab.runs import Run, RunStore
+from flatlab.settings import Setting
+from flatlab.specs import Place
+
+Hear = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """What `reproduce` wrote, and what came out."""
+
+    written: list[Path]
+    findings: Any  # a frame, or None
+
+
+def analysis(name: str) -> ModuleType:
+    """Import the module of a figure or table from the repository's `analyses/`.
+
+    Args:
+        name: fig3 and the like.
+
+    Raises:
+        UserError: where `analyses/` is not to be found, or has no such module.
+    """
+    return import_module(f"analyses.{choose('figure or table', name, analyses())}")
+
+
+def analyses() -> list[str]:
+    """Return the names of all figures and tables.
+
+    Raises:
+        UserError: where `analyses/` is not to be found.
+    """
+    here = str(Path.cwd())
+    if find_spec("analyses") is None and (Path(here) / "analyses" / "fig3.py").exists():
+        sys.path.insert(0, here)
+    found = find_spec("analyses")
+    if found is None or not found.submodule_search_locations:
+        raise UserError(
+            "`reproduce` needs analyses/, which is in flatlab's repository and not in its wheel: "
+            "run it from a clone of the repository."
+        )
+    folders = [Path(folder) for folder in found.submodule_search_locations]
+    return sorted(path.stem for folder in folders for path in folder.glob("[a-z]*.py"))
+
+
+def missing(module: ModuleType, setting: Setting, store: RunStore, place: Place) -> list[Job]:
+    """Return the jobs that a figure or table still needs."""
+    runs, probes = module.plan(setting)
+    sizes = catalog.sizes(setting.dataset, Path(place.data_dir) if place.data_dir else None)
+    return jobs.missing(store, runs, probes, sizes=sizes)
+
+
+def carry_out(todo: list[Job], store: RunStore, place: Place, *, workers: int, hear: Hear) -> None:
+    """Do jobs in worker processes.
+
+    Args:
+        todo: the jobs.
+        store: receives runs and probes.
+        place: data, device, threads.
+        workers: processes.
+        hear: called with the workers' events.
+
+    Raises:
+        UserError: the first failure's sentence, and how many others failed.
+    """
+    if not todo:
+        return
+    store.root.mkdir(parents=True, exist_ok=True)
+    plan = Plan(store=str(store.root.resolve()), place=place, jobs=tuple(todo))
+    errors = executors.run_locally(plan, workers=workers, hear=hear)
+    if errors:
+        first = errors[0]
+        more = f" ({len(errors) - 1} more failed.)" if len(errors) > 1 else ""
+        raise UserError(f"{first['job']}: {first['error']}{more}") from _TraceError.of(first)
+
+
+class _TraceError(Exception):
+    """The traceback of a worker, shown by --debug."""
+
+    @classmethod
+    def of(cls, event: dict[str, Any]) -> "_TraceError | None":
+        return cls(f"\n{event['trace']}") if event.get("trace") else None
+
+
+def place_of(found: list[Run], asked: Place) -> tuple[Place, str]:
+    """Return where runs are measured, and their data set: the folder asked for, or that of their training.
+
+    Args:
+        found: runs.
+        asked: what the user named.
+
+    Raises:
+        UserError: where the runs are of several data sets.
+    """
+    datasets = sorted({run.spec.dataset for run in found})
+    if len(datasets) > 1:
+        raise UserError(f"These runs are of several data sets ({', '.join(datasets)}); measure those of one at a time.")
+    folder = asked.data_dir or found[0].provenance.get("data_dir")
+    return asked.replace(data_dir=folder), datasets[0]
+
+
+def write(module: ModuleType, setting: Setting, store: RunStore, *, out: Path, redo: str) -> Reproduction:
+    """Tabulate and draw a finished figure; write csv, pdf, png, and a json that says how it came about.
+
+    Args:
+        module: of the figure or table.
+        setting: as it was run.
+        store: holds the runs and probes.
+        out: folder of the pictures.
+        redo: the command line that does it again.
+    """
+    frame = module.table(store, setting)
+    findings = module.findings(frame)
+    out.mkdir(parents=True, exist_ok=True)
+    stem = out / module.__name__.rsplit(".", 1)[-1]
+    files.write_bytes(stem.with_suffix(".csv"), frame.to_csv(index=False).encode())
+    facts = _facts(module, setting, store)
+    pictures = plots.save(module.draw(frame, caption(setting)), stem)
+    record = {**facts, "redo": redo, "caption": caption(setting), "findings": findings.to_dict("records")}
+    files.write_json(stem.with_suffix(".json"), record)
+    return Reproduction([*pictures, stem.with_suffix(".csv"), stem.with_suffix(".json")], findings)
+
+
+def caption(setting: Setting) -> str:
+    """Say in a line which data, seeds and directions a picture shows."""
+    images = "all" if setting.images is None else f"{setting.images}"
+    return (
+        f"{setting.dataset} ({', '.join(setting.held_out)} held out in turn), {setting.model}, {setting.seeds} seeds, "
+        f"{setting.num_samples} directions,\n{images} images per domain (in split); mean over held-out domains, "
+        "band: 95 % interval over seeds."
+    )
+
+
+def _facts(module: ModuleType, setting: Setting, store: RunStore) -> dict[str, Any]:
+    runs, probes = module.plan(setting)
+    here = [store.run(spec) for spec in runs]
+    measured = [store.run(run).probe(probe) for run, probe in probes]
+    return {
+        "figure": (module.__doc__ or "").splitlines()[0],
+        "setting": setting.model_dump(mode="json"),
+        "runs": {run.spec.digest: run.spec.model_dump(mode="json") for run in here},
+        "probes": {probe.spec.digest: probe.spec.model_dump(mode="json") for probe in measured},
+        "data_fingerprint": sorted({run.provenance.get("data_fingerprint", "unknown") for run in here}),
+        "machine": machine.facts(),
+        "cost": {
+            "training_seconds": round(sum(_seconds(run.provenance) for run in here if "passes" in run.provenance), 1),
+            "measuring_seconds": round(sum(probe.provenance.get("seconds", 0) for probe in measured), 1),
+        },
+    }
+
+
+def _seconds(provenance: dict[str, Any]) -> float:
+    return float(sum(session["seconds"] for session in provenance.get("sessions", ())))

@@ -1,0 +1,40 @@
+"""Randomness by name: a name gives a seed, a seed gives a generator.
+
+A draw is addressed by what it is for ("batches", seed, domain, step), so that adding a metric or a domain moves
+nobody else's draws, and a resumed run needs no saved generator.
+"""
+
+import hashlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+def derive(*names: object) -> int:
+    """Return the seed in [0, 2**63) that belongs to these names."""
+    return int.from_bytes(hashlib.sha256(repr(names).encode()).digest()[:8], "big") >> 1
+
+
+def generator(*names: object, device: str = "cpu") -> "torch.Generator":
+    """Return a fresh generator seeded by these names."""
+    import torch
+
+    return torch.Generator(device=device).manual_seed(derive(*names))
+
+
+def base_seed(seed: "int | torch.Generator") -> int:
+    """Return `seed` itself, or one integer drawn from it where it is a generator."""
+    import torch
+
+    if isinstance(seed, torch.Generator):
+        return int(torch.randint(2**62, (), generator=seed, device=seed.device))
+    return int(seed)
+
+
+def seed_hash(*args: object) -> int:
+    """Return DomainBed's seed for these arguments: md5 of the printed tuple, modulo 2**31.
+
+    Source: facebookresearch/DomainBed, lib/misc.py; `seed_hash(0, 1)` hashes the string "(0, 1)".
+    """
+    return int(hashlib.md5(str(args).encode(), usedforsecurity=False).hexdigest(), 16) % 2**31

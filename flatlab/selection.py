@@ -1,0 +1,38 @@
+"""Which checkpoint counts: pure functions from the rows of a log to the chosen row.
+
+A row holds `step`, `validation` (mean accuracy over the source domains' held-back images, each domain weighing the
+same), `target` (accuracies on the held-out domain's two splits, "in" and "out") and more. Nothing here touches a model,
+so another rule needs no second training.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def training_domain(rows: Sequence[Row]) -> Row:
+    """Return the first row with the best source validation accuracy (DomainBed's IIDAccuracySelectionMethod)."""
+    return max(rows, key=lambda row: row["validation"])
+
+
+def oracle(rows: Sequence[Row]) -> Row:
+    """Return the first row with the best accuracy on the target's "out" split: looks at the target."""
+    return max(rows, key=lambda row: row["target"]["out"]["accuracy"])
+
+
+def last(rows: Sequence[Row]) -> Row:
+    """Return the last row."""
+    return rows[-1]
+
+
+RULES: dict[str, Callable[[Sequence[Row]], Row]] = {
+    "training-domain": training_domain,
+    "oracle": oracle,
+    "last": last,
+}
+
+
+def candidates(rows: Sequence[Row], switch: int | None) -> list[Row]:
+    """Return the rows from the switch on: before it a run is not yet what its name says."""
+    return [row for row in rows if row["step"] >= (switch or 0)]

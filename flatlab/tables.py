@@ -1,0 +1,151 @@
+"""From the store to tidy frames, and verbs on them: DataFrame in, DataFrame out, nothing remembered.
+
+One observation is one row. `over` names the source of an interval: "directions" (this checkpoint, these images) or
+"seeds" (the method). Torch-free.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy.special import stdtrit
+
+from flatlab import files, selection
+from flatlab.errors import UserError
+from flatlab.runs import Run, RunStore
+from flatlab.specs import ProbeSpec, RunSpec
+
+LEVEL = 0.95
+Labelled = tuple[str, RunSpec]
+
+
+def flatness(store: RunStore, wanted: Iterable[tuple[str, RunSpec, ProbeSpec]]) -> pd.DataFrame:
+    """Return one row per run, panel and radius: the rise of the loss in nats, averaged over directions.
+
+    The panel "train" is the mean over the seen domains, each weighing the same; "test" is the held-out domain.
+
+    Args:
+        store: holds the finished measurements.
+        wanted: method's name, run, probe.
+    """
+    return pd.DataFrame([row for label, run, probe in wanted for row in _rises(store.run(run), probe, label)])
+
+
+def _rises(run: Run, probe: ProbeSpec, label: str) -> Iterable[dict[str, Any]]:
+    measured = run.probe(probe)
+    if not measured.done:
+        raise UserError(f"Run {run.spec.digest} ({label}, {run.spec.held_out}) is not measured yet: {measured.path}.")
+    arrays, facts = files.load_arrays(measured.result)
+    target = [name == run.spec.held_out for name in facts["strata"]]
+    for panel, mine in {"train": ~np.array(target), "test": np.array(target)}.items():
+        draws = arrays["samples"][:, :, mine].mean(axis=2)  # (K, R)
+        for radius, column in zip(arrays["radii"], draws.T, strict=True):
+            yield {
+                "panel": panel,
+                "normalisation": probe.normalisation,
+                "method": label,
+                "held_out": run.spec.held_out,
+                "seed": run.spec.seed,
+                "radius": float(radius),
+                **estimate(column),
+                "over": "directions",
+            }
+
+
+def estimate(draws: Sequence[float] | np.ndarray[Any, Any], level: float = LEVEL) -> dict[str, float]:
+    """Return mean, standard error and Student's t interval of independent draws; one draw has no interval."""
+    values = np.asarray(draws, dtype=float)
+    with np.errstate(invalid="ignore"):  # a loss may be infinite: shown as such
+        mean = float(values.mean())
+        stderr = float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
+    half = stderr * float(stdtrit(max(1, len(values) - 1), (1 + level) / 2))
+    return {"value": mean, "stderr": stderr, "low": mean - half, "high": mean + half}
+
+
+def over_seeds(frame: pd.DataFrame, by: Sequence[str], *, value: str = "value") -> pd.DataFrame:
+    """Return mean and interval over seeds: held-out domains are fixed strata, averaged within each seed.
+
+    Args:
+        frame: rows with `held_out`, `seed` and `value`.
+        by: the columns that name a group.
+        value: the column to average.
+    """
+    per_seed = frame.groupby([*by, "seed"], sort=False, as_index=False)[value].mean()
+    groups = per_seed.groupby(list(by), sort=False)[value]
+    rows = [
+        {**dict(zip(by, keys, strict=True)), "held_out": "all", "seed": "all", **estimate(draws), "over": "seeds"}
+        for keys, draws in groups
+    ]
+    return pd.DataFrame(rows)
+
+
+def paired(frame: pd.DataFrame, baseline: str, by: Sequence[str]) -> pd.DataFrame:
+    """Return each method less the baseline, paired by held-out domain and seed, with intervals over seeds.
+
+    A column `verdict` says "lower", "higher" or "not distinguishable" as the interval lies.
+
+    Args:
+        frame: rows with `method`, `held_out`, `seed` and `value`.
+        baseline: the method that is subtracted.
+        by: the columns that name a group within a method (panel, radius).
+    """
+    keys = [*by, "held_out", "seed"]
+    base = frame[frame["method"] == baseline].set_index(keys)["value"].rename("base")
+    joined = frame[frame["method"] != baseline].join(base, on=keys)
+    joined["difference"] = joined["value"] - joined["base"]
+    table = over_seeds(joined, ["method", *by], value="difference")
+    table["verdict"] = np.select(
+        [table["high"] < 0, table["low"] > 0], ["lower", "higher"], default="not distinguishable"
+    )
+    return table.assign(baseline=baseline)
+
+
+def accuracies(store: RunStore, wanted: Iterable[Labelled]) -> pd.DataFrame:
+    """Return one row per run and selection rule: step, source validation and target accuracy, looks at the target."""
+    rows = []
+    for label, spec in wanted:
+        run = store.run(spec)
+        if not run.done:
+            raise UserError(f"Run {spec.digest} ({label}, {spec.held_out}, seed {spec.seed}) is not trained yet.")
+        log = selection.candidates(run.rows(), spec.switch)
+        for rule, choose in selection.RULES.items():
+            row = choose(log)
+            rows.append(
+                {
+                    "run": spec.digest,
+                    "method": label,
+                    "held_out": spec.held_out,
+                    "seed": spec.seed,
+                    "selection": rule,
+                    "step": row["step"],
+                    "validation": row["validation"],
+                    "target": row["target"]["in"]["accuracy"],
+                    "looks": len(log) if rule == "oracle" else 1,
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def overview(store: RunStore) -> pd.DataFrame:
+    """Return one row per run of a store: what it is, how far it is, and what it reached."""
+    columns = ["run", "dataset", "model", "composition", "held_out", "seed", "state", "probes", "validation", "target"]
+    rows = []
+    for run in store.runs():
+        log = selection.candidates(run.rows(), run.spec.switch)
+        best = selection.training_domain(log) if log else {}
+        rows.append(
+            {
+                "run": run.spec.digest,
+                "dataset": run.spec.dataset,
+                "model": run.spec.model,
+                "composition": run.spec.label,
+                "held_out": run.spec.held_out,
+                "seed": run.spec.seed,
+                "state": "done" if run.done else f"step {log[-1]['step']}" if log else "begun",
+                "probes": len([probe for probe in run.probes() if probe.done]),
+                "validation": best.get("validation", float("nan")),
+                "target": best["target"]["in"]["accuracy"] if best else float("nan"),
+            }
+        )
+    return pd.DataFrame(rows, columns=columns)

@@ -1,0 +1,1 @@
+"""Training: one visible loop, and the parts that are handed to it."""

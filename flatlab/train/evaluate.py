@@ -1,0 +1,63 @@
+"""Accuracy and loss by domain, each image weighing the same within its domain; and the row of a log."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flatlab.build import Batches, Domains
+from flatlab.selection import Row
+
+Score = dict[str, float]
+
+
+@torch.no_grad()
+def evaluate(network: nn.Module, domains: Mapping[str, Sequence[tuple[Tensor, Tensor]]]) -> dict[str, Score]:
+    """Return accuracy (share of 1), mean cross-entropy (nats) and n of each domain, in eval mode."""
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    scores = {name: _score(network, batches) for name, batches in domains.items()}
+    for module, training in modes:  # one by one: frozen BatchNorm stays in eval mode while the rest trains
+        module.training = training
+    return scores
+
+
+def _score(network: nn.Module, batches: Sequence[tuple[Tensor, Tensor]]) -> Score:
+    losses, hits = [], []
+    for inputs, targets in batches:
+        logits = network(inputs)
+        losses.append(F.cross_entropy(logits, targets, reduction="none").cpu().double())
+        hits.append((logits.argmax(dim=1) == targets).cpu())
+    hit = torch.cat(hits)
+    return {"accuracy": float(hit.double().mean()), "loss": float(torch.cat(losses).mean()), "n": len(hit)}
+
+
+def mean(scores: Mapping[str, Score], field: str) -> float:
+    """Return the mean over domains, each weighing the same."""
+    return sum(score[field] for score in scores.values()) / len(scores)
+
+
+class Judge:
+    """Evaluates networks on the splits that selection and report need, its batches made once."""
+
+    def __init__(self, domains: Domains, device: torch.device) -> None:
+        self.validation = domains.evaluation("out", domains.sources, device)
+        self.target: dict[str, Batches] = {
+            part: domains.evaluation(part, (domains.target,), device)[domains.target] for part in ("in", "out")
+        }
+
+    def sources(self, network: nn.Module) -> dict[str, Score]:
+        """Score a network on the source domains' held-back images."""
+        return evaluate(network, self.validation)
+
+    def row(self, network: nn.Module, step: int, sources: dict[str, Score] | None = None) -> Row:
+        """Return a log's row: source validation, and the target's two splits (which is a look at the target)."""
+        sources = sources or self.sources(network)
+        return {
+            "step": step,
+            "source": sources,
+            "target": evaluate(network, self.target),
+            "validation": mean(sources, "accuracy"),
+            "validation_loss": mean(sources, "loss"),
+        }

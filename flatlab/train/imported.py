@@ -1,0 +1,70 @@
+"""A run from a checkpoint that was trained elsewhere, so that people can measure what they already have."""
+
+from pathlib import Path
+
+import torch
+
+from flatlab import build, files, machine
+from flatlab.errors import UserError
+from flatlab.models import read_foreign, translate_keys
+from flatlab.runs import RunStore
+from flatlab.settings import Setting
+from flatlab.specs import Place, RunSpec
+from flatlab.train.evaluate import Judge
+from flatlab.train.trajectory import arrays
+
+
+def import_checkpoint(file: Path, setting: Setting, store: RunStore, place: Place) -> RunSpec:
+    """Take a foreign checkpoint into the store as a finished run; returns its spec, which names the file by its hash.
+
+    Args:
+        file: safetensors, or what `torch.load(weights_only=True)` reads; torchvision's, DomainBed's or SWAD's names.
+        setting: data set, held-out domain (one) and model.
+        store: receives the run.
+        place: data folder, device.
+
+    Raises:
+        UserError: where the file is of another architecture, or more than one domain is held out.
+    """
+    if len(setting.held_out) != 1:
+        raise UserError(f"Say which domain the checkpoint has not seen: --held-out {'|'.join(setting.domains)}.")
+    tensors = translate_keys(read_foreign(file))
+    spec = _spec(file, setting)
+    run = store.run(spec)
+    domains = build.domains(spec, place)
+    network = build.network(spec, domains.data, place)
+    _load(network, tensors, file, setting.model)
+    run.create()
+    row = Judge(domains, build.device(place)).row(network, 0)
+    run.write_log([{**row, "looks": 1}])
+    for name in ("selected", "last"):
+        files.save_arrays(run.checkpoint(name), arrays(network.state_dict()), {"step": 0})
+    run.note(**place.model_dump(), data_fingerprint=domains.data.fingerprint, machine=machine.facts(), file=file.name)
+    run.finish()
+    return spec
+
+
+def _spec(file: Path, setting: Setting) -> RunSpec:
+    return RunSpec(
+        dataset=setting.dataset,
+        held_out=setting.held_out[0],
+        image_size=setting.image_size,
+        model=setting.model,
+        freeze_batchnorm=setting.freeze_batchnorm,
+        trial_seed=setting.trial_seed,
+        steps=1,  # how it was trained is not known here; the source says so
+        eval_every=1,
+        lr=setting.lr,
+        source=f"sha256:{files.file_hash(file)}",
+    )
+
+
+def _load(network: torch.nn.Module, tensors: dict[str, torch.Tensor], file: Path, model: str) -> None:
+    expected = network.state_dict()
+    given = {name: value for name, value in tensors.items() if name in expected or not name.endswith("tracked")}
+    counters = {name: value for name, value in expected.items() if name.endswith("num_batches_tracked")}
+    try:
+        network.load_state_dict({**counters, **given})
+    except RuntimeError as error:
+        reason = str(error).splitlines()[1].strip()
+        raise UserError(f"{file.name} is not a checkpoint of {model} with {len(expected)} tensors: {reason}") from None

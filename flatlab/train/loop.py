@@ -1,0 +1,217 @@
+"""The loop: one trajectory, its observers, and a state on disk from which a killed process goes on.
+
+Updates 0..steps are made, and the network is evaluated after the update of step t where t is a multiple of
+`eval_every`, and at the end (khanrc/swad, trainer.py). Batches are functions of the step, so that a state holds no
+random generator. Runs that differ in their average alone share one call.
+"""
+
+import copy
+import math
+import time
+from collections.abc import Callable, Collection, Sequence
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+
+from flatlab import build, files, machine
+from flatlab.data.batches import TrainingStream
+from flatlab.errors import UserError
+from flatlab.models import Network, batchnorms, set_training
+from flatlab.runs import Run, RunStore
+from flatlab.selection import Row, candidates, training_domain
+from flatlab.specs import Place, RunSpec
+from flatlab.train.evaluate import Judge, Score, mean
+from flatlab.train.objectives import OBJECTIVES
+from flatlab.train.trajectory import Member, Trajectory, arrays
+
+Report = Callable[[int, int, dict[str, float]], None]  # steps made, steps in all, numbers to show
+SAVE_SECONDS = 30.0  # a state at least so often, besides one at each evaluation
+CHECK_STEPS = 25  # how often losses are read off an accelerator: reading waits for it
+
+
+def train(
+    specs: Sequence[RunSpec],
+    store: RunStore,
+    place: Place,
+    *,
+    forks: Collection[int] = (),
+    report: Report | None = None,
+) -> None:
+    """Train the runs that observe one trajectory, from where an earlier call was stopped.
+
+    Args:
+        specs: runs with equal `trajectory`.
+        store: receives the runs.
+        place: data folder, device, threads.
+        forks: steps before which the state is kept, for runs that switch there.
+        report: called after each step.
+    """
+    Training([store.run(spec) for spec in specs], store, place, forks=forks).run(report)
+
+
+class Training:
+    """One call of `train`: the trajectory, its data, and its files."""
+
+    def __init__(self, runs: Sequence[Run], store: RunStore, place: Place, *, forks: Collection[int]) -> None:
+        self.runs, self.forks = runs, set(forks)
+        self.spec = runs[0].spec.trajectory
+        self.domains = build.domains(self.spec, place)
+        for run in runs:
+            run.create()
+            run.check_data(self.domains.data.fingerprint)
+        place = place.replace(threads=runs[0].provenance.get("threads", place.threads))  # they order the sums
+        torch.set_num_threads(place.threads)
+        self.device = build.device(place)
+        self.judge = Judge(self.domains, self.device)
+        self.lineage = store.run(self.spec)  # keeps the forks for its children
+        self.trajectory = Trajectory(runs, self.domains, place)
+        self.shadow: Network | None = None  # holds averages while they are evaluated
+        self.losses: list[Tensor] = []  # since the last evaluation
+        self._begin(store, place)
+
+    def run(self, report: Report | None) -> None:
+        """Make the updates that are left, then hand over."""
+        spec, trajectory, network = self.spec, self.trajectory, self.trajectory.network
+        stream, objective, rule = self._stream(), OBJECTIVES[spec.objective], trajectory.step_rule()
+        set_training(network, freeze_batchnorm=spec.freeze_batchnorm)
+        for step in range(trajectory.next_step, spec.steps + 1):
+            if step == spec.switch:
+                trajectory.switch()
+                rule = trajectory.step_rule()
+            batch = stream.batch(step)
+            self.losses.append(rule.step(lambda batch=batch: _backward(objective(network, batch))))  # type: ignore[misc]
+            self._check_losses(step)
+            sources = cache(lambda: self.judge.sources(network))  # computed only if somebody asks at this step
+            trajectory.after(step, lambda sources=sources: mean(sources(), "loss"))  # type: ignore[misc]
+            if step % spec.eval_every == 0 or step == spec.steps:
+                self._evaluate(step, sources())
+            self._keep(step)
+            if report:
+                report(step + 1, spec.steps + 1, self._shown())
+        self._finish()
+
+    def _begin(self, store: RunStore, place: Place) -> None:
+        """Take up a saved state, or the parent's at the switch, or begin anew; write down which."""
+        parent = store.run(self.spec.parent) if self.spec.parent else None
+        fork = parent.state(f"fork-{self.spec.switch}") if parent else None
+        if self.runs[0].state("resume").exists():
+            self.trajectory.resume(self.runs[0].state("resume"))
+        elif parent and fork and fork.exists():
+            parent.check_data(self.domains.data.fingerprint)
+            self.trajectory.fork(fork)
+        self.started = self.saved = time.monotonic()
+        self.first = self.trajectory.next_step
+        facts = {**place.model_dump(), "device": str(self.device), "machine": machine.facts()}
+        for run in self.runs:
+            past = run.provenance.get("sessions", [])
+            run.note(**facts, data_fingerprint=self.domains.data.fingerprint, sessions=[*past, self._session()])
+
+    def _session(self) -> dict[str, float]:
+        seconds = round(time.monotonic() - self.started, 3)
+        return {"from_step": self.first, "to_step": self.trajectory.next_step, "seconds": seconds}
+
+    def _stream(self) -> TrainingStream:
+        rows = {name: self.domains.inside[name] for name in self.domains.sources}
+        size, seed = self.spec.batch_size, self.spec.seed
+        return TrainingStream(self.domains.data, rows, batch_size=size, seed=seed, device=self.device)
+
+    def _check_losses(self, step: int) -> None:
+        """Stop at a loss that is not finite, naming its step; the last good state and checkpoints stay."""
+        due = (step + 1) % CHECK_STEPS == 0 or step % self.spec.eval_every == 0 or step == self.spec.steps
+        if self.device.type != "cpu" and not due:
+            return
+        newest = self.losses[-CHECK_STEPS:] if due else self.losses[-1:]
+        bad = [i for i, value in enumerate(torch.stack(newest).tolist()) if not math.isfinite(value)]
+        if bad:
+            raise UserError(
+                f"The training loss of run {self.spec.digest} is not finite at step {step - len(newest) + 1 + bad[0]}; "
+                "lower --lr. The checkpoints before it are kept."
+            )
+
+    def _evaluate(self, step: int, sources: dict[str, Score]) -> None:
+        """Log the network and those observers that are evaluated as they go; keep the best."""
+        trajectory = self.trajectory
+        live = self.judge.row(trajectory.network, step, sources)
+        live["train_loss"] = float(torch.stack(self.losses).double().mean())
+        self.losses.clear()
+        trajectory.rows.append(live)
+        for member in trajectory.members:
+            if member.average.evaluated:
+                own = trajectory.observed and member.run.spec.average.kind != "last"
+                weights = member.average.result() if own else trajectory.network.state_dict()
+                row = self.judge.row(self._averaged(weights), step) if own else live
+                self._log(member, row, weights)
+
+    def _averaged(self, weights: dict[str, Tensor]) -> Network:
+        """Return a copy of the network that holds these weights."""
+        if self.shadow is None or len(self.shadow.state_dict()) != len(weights):  # step sizes come with the switch
+            self.shadow = copy.deepcopy(self.trajectory.network)
+        self.shadow.load_state_dict(weights)
+        return self.shadow
+
+    def _log(self, member: Member, row: Row, weights: dict[str, Tensor]) -> None:
+        """Add a row to a run's log, and keep its checkpoint where the selection now falls on it."""
+        member.rows.append({**row, "looks": len(member.rows) + 1})
+        eligible = candidates(member.rows, self.spec.switch)
+        if eligible and training_domain(eligible) is member.rows[-1]:
+            files.save_arrays(member.run.checkpoint("selected"), arrays(weights), {"step": row["step"]})
+
+    def _keep(self, step: int) -> None:
+        """Save a fork where one is asked for, and the state at evaluations and every half minute."""
+        if step + 1 in self.forks:
+            self.lineage.create()
+            self.lineage.note(data_fingerprint=self.domains.data.fingerprint)
+            self.trajectory.save(self.lineage.state(f"fork-{step + 1}"), members=[])
+        if step % self.spec.eval_every == 0 or time.monotonic() - self.saved > SAVE_SECONDS:
+            self._write_logs()
+            self.trajectory.save(self.runs[0].state("resume"), members=self.trajectory.members)
+            self.saved = time.monotonic()
+
+    def _write_logs(self) -> None:
+        for member in self.trajectory.members:
+            member.run.write_log(member.rows)
+            member.run.note(sessions=[*member.run.provenance["sessions"][:-1], self._session()])
+
+    def _shown(self) -> dict[str, float]:
+        shown = {"loss": float(self.losses[-1])} if self.losses and self.device.type == "cpu" else {}
+        if self.trajectory.rows:
+            newest = self.trajectory.rows[-1]
+            shown |= {"validation": newest["validation"], "target": newest["target"]["in"]["accuracy"]}
+        return shown
+
+    def _finish(self) -> None:
+        """Hand over: averages are refreshed and evaluated, checkpoints and logs written, runs marked as done."""
+        for member in self.trajectory.members:
+            weights = member.average.result()
+            if not member.average.evaluated:
+                network = self._averaged(weights)
+                if not self.spec.freeze_batchnorm:
+                    self._refresh(network, member.run.spec.average.refresh_batches)
+                weights = network.state_dict()
+                self._log(member, {**self.judge.row(network, self.spec.steps), **member.average.facts()}, weights)
+            files.save_arrays(member.run.checkpoint("last"), arrays(weights), {"step": self.spec.steps})
+        self._write_logs()
+        for run in self.runs:
+            run.finish()
+        self.runs[0].state("resume").unlink(missing_ok=True)
+
+    @torch.no_grad()
+    def _refresh(self, network: nn.Module, batches: int) -> None:
+        """Compute BatchNorm's running statistics for averaged weights, from unseen training batches (khanrc/swad)."""
+        layers = batchnorms(network)
+        momenta = [layer.momentum for layer in layers]
+        stream = self._stream()
+        network.train()
+        for layer in layers:
+            layer.reset_running_stats()
+            layer.momentum = None  # the cumulative mean over batches
+        for step in range(self.spec.steps + 1, self.spec.steps + 1 + batches if layers else 0):
+            network(stream.batch(step).inputs)
+        for layer, momentum in zip(layers, momenta, strict=True):
+            layer.momentum = momentum
+
+
+def _backward(loss: Tensor) -> Tensor:
+    loss.backward()  # type: ignore[no-untyped-call]
+    return loss.detach()

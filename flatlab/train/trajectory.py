@@ -1,0 +1,138 @@
+"""What a training holds while it runs: network, optimizer, observers; and how that is saved and taken up again."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flatlab import build, files
+from flatlab.quant.attach import clamp_scales
+from flatlab.runs import Run
+from flatlab.selection import Row
+from flatlab.specs import Place, RunSpec
+from flatlab.train import averages
+from flatlab.train.steps import SAM, Plain, Step
+
+SCALE_EPS = 1e-12  # Adam's eps for step sizes: their gradients are small, and the usual 1e-8 would show
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # Adam's
+
+
+@dataclass
+class Member:
+    """One run that observes the trajectory, and its log so far."""
+
+    run: Run
+    average: averages.Average
+    rows: list[Row] = field(default_factory=list)
+
+
+class Trajectory:
+    """Network, optimizer and observers: together, the state of a training."""
+
+    def __init__(self, runs: Sequence[Run], domains: build.Domains, place: Place) -> None:
+        self.spec: RunSpec = runs[0].spec.trajectory
+        self.network = build.network(self.spec, domains.data, place)
+        groups = [{"params": list(group.values()), "role": role} for role, group in self._roles().items() if group]
+        self.optimizer = torch.optim.Adam(groups, lr=self.spec.lr, weight_decay=self.spec.weight_decay, fused=True)
+        self.members = [Member(run, averages.build(run.spec.average, switch=self.spec.switch)) for run in runs]
+        self.rows: list[Row] = []  # of the network itself, whoever observes it
+        self.next_step = 0
+        self.switched = False
+
+    def _roles(self) -> dict[str, dict[str, nn.Parameter]]:
+        return build.roles(self.network)
+
+    def step_rule(self) -> Step:
+        """Return the spec's step rule; SAM moves all parameters but step sizes."""
+        if self.spec.step.kind == "plain":
+            return Plain(self.optimizer)
+        moved = [p for role, group in self._roles().items() if role != "scales" for p in group.values()]
+        return SAM(self.optimizer, self.network, moved, rho=self.spec.step.rho)
+
+    def switch(self) -> None:
+        """Set in quantization, freezing, or both.
+
+        The optimizer keeps the latent weights with their moments (they stay the same parameters) and receives the
+        step sizes as a group of their own. QT-DoG's released code does neither; `frozen` does as it does.
+        """
+        scales = build.quantize(self.network, self.spec)
+        if scales and self.spec.quantizer is not None:
+            group = {"params": scales, "role": "scales", "lr": self.spec.quantizer.scale_lr}
+            self.optimizer.add_param_group({**group, "eps": SCALE_EPS, "weight_decay": 0.0})
+        if self.spec.frozen:
+            for parameter in [*self._roles()["weights"].values(), *scales]:
+                parameter.requires_grad_(False)
+                parameter.grad = None  # Adam passes over what has no gradient
+        self.switched = True
+
+    def after(self, step: int, validate: Callable[[], float]) -> None:
+        """Keep step sizes positive, and show the weights to the observers, who begin at the switch."""
+        self.next_step = step + 1
+        if self.spec.quantizer is not None and self.switched:
+            clamp_scales(self.network)
+        if self.observed:
+            weights = self.network.state_dict()
+            for member in self.members:
+                member.average.update(weights, step, validate)
+
+    @property
+    def observed(self) -> bool:
+        """Whether the observers have begun: from the switch on, where there is one."""
+        return self.switched or self.spec.switch is None
+
+    def save(self, path: Path, *, members: Sequence[Member]) -> None:
+        """Write all that a later process needs to go on with the same bytes."""
+        tensors = {f"network/{name}": value for name, value in self.network.state_dict().items()}
+        for name, parameter in self.network.named_parameters():
+            moments = self.optimizer.state.get(parameter, {})
+            tensors |= {f"adam/{moment}/{name}": value for moment, value in moments.items()}
+        notes = {}
+        for member in members:
+            digest = member.run.spec.digest
+            observed, facts = member.average.save()
+            notes[digest] = {"average": facts, "rows": member.rows}
+            tensors |= {f"{digest}/{name}": value for name, value in observed.items()}
+        files.save_arrays(path, arrays(tensors), {"next_step": self.next_step, "rows": self.rows, "members": notes})
+
+    def resume(self, path: Path) -> None:
+        """Go on from a state of this very group of runs."""
+        saved, facts = self._restore(path)
+        for member in self.members:
+            digest = member.run.spec.digest
+            mine = {name.removeprefix(f"{digest}/"): a for name, a in saved.items() if name.startswith(f"{digest}/")}
+            member.rows = facts["members"][digest]["rows"]
+            member.average.load(({n: self._tensor(n, a) for n, a in mine.items()}, facts["members"][digest]["average"]))
+            if not mine:  # the last weights are the network's own
+                member.average.update(self.network.state_dict(), self.next_step - 1, lambda: float("nan"))
+
+    def fork(self, path: Path) -> None:
+        """Begin at a state of the parent, which this trajectory equals up to its switch."""
+        self._restore(path)
+        for member in self.members:
+            member.rows = list(self.rows) if member.average.evaluated else []
+
+    def _restore(self, path: Path) -> tuple[files.Arrays, dict[str, Any]]:
+        saved, facts = files.load_arrays(path)
+        if self.spec.switch is not None and facts["next_step"] > self.spec.switch:
+            self.switch()
+        build.load(self.network, {n.removeprefix("network/"): a for n, a in saved.items() if n.startswith("network/")})
+        for name, parameter in self.network.named_parameters():
+            found = {m: saved[f"adam/{m}/{name}"] for m in MOMENTS if f"adam/{m}/{name}" in saved}
+            if found:
+                self.optimizer.state[parameter] = {m: self._tensor(name, a) for m, a in found.items()}
+        self.next_step, self.rows = facts["next_step"], facts["rows"]
+        return saved, facts
+
+    def _tensor(self, name: str, array: Any) -> Tensor:
+        # In the memory format of the network's own tensor: another one may sum in another order.
+        own = self.network.state_dict()[name.rsplit("/", 1)[-1]]
+        loaded = torch.from_numpy(array.copy()).to(own.device)
+        return torch.empty_like(own).copy_(loaded) if loaded.shape == own.shape else loaded
+
+
+def arrays(tensors: dict[str, Tensor]) -> files.Arrays:
+    """Return tensors as arrays on the host."""
+    return {name: value.detach().cpu().numpy() for name, value in tensors.items()}

@@ -1,0 +1,265 @@
+"""Networks by name, their initialisation, BatchNorm's two ways of standing still, and weights of foreign origin."""
+
+import argparse
+import copy
+from pathlib import Path
+from urllib.error import URLError
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+from flatlab.errors import UserError
+from flatlab.models import (
+    MODELS,
+    build_network,
+    frozen_statistics,
+    read_foreign,
+    set_training,
+    translate_keys,
+)
+
+WEIGHTS = Path(__file__).parents[2] / "shared" / "data" / "weights" / "mobilenet_v2-imagenet-fp16.safetensors"
+WIDTHS = {"digits-cnn": 96, "resnet18": 512, "resnet50": 2048, "mobilenet_v2": 1280}
+needs_weights = pytest.mark.skipif(not WEIGHTS.exists(), reason=f"the ImageNet weights are not at {WEIGHTS}")
+
+
+def digits_network(**options):
+    return build_network("digits-cnn", num_classes=10, in_channels=1, **options)
+
+
+def images(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def snapshot(network):
+    return {key: tensor.clone() for key, tensor in network.state_dict().items()}
+
+
+# --- building ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_ends_in_flat_features_and_a_head(name):
+    network = build_network(name, num_classes=7).eval()
+    inputs = images(2, 3, 32, 32)
+    with torch.no_grad():
+        features = network.features(inputs)
+        assert features.shape == (2, WIDTHS[name])
+        assert network(inputs).shape == (2, 7)
+        assert torch.equal(network(inputs), network.head(features))
+    convolutions = [each for each in network.modules() if isinstance(each, nn.Conv2d)]
+    assert all(each.weight.is_contiguous(memory_format=torch.channels_last) for each in convolutions)
+    assert not [each for each in network.modules() if isinstance(each, nn.Dropout)]
+
+
+def test_digits_cnn_has_the_size_that_the_design_states():
+    assert sum(each.numel() for each in digits_network().parameters()) == 33_658
+
+
+def test_initialisation_is_reproducible_the_seed_bites_and_global_draws_are_untouched():
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    first = digits_network(seed=1)
+    assert torch.equal(torch.rand(3), expected)
+    assert same(first.state_dict(), digits_network(seed=1).state_dict())
+    other = digits_network(seed=2)
+    assert not torch.equal(first.features[0].weight, other.features[0].weight)
+    assert not torch.equal(first.head.weight, other.head.weight)
+
+
+def test_unknown_names_and_channels_are_refused():
+    with pytest.raises(UserError, match="Unknown model 'resnet51'.*Did you mean resnet50"):
+        build_network("resnet51", num_classes=2)
+    with pytest.raises(UserError, match="resnet18 takes images of 3 channels, not 1"):
+        build_network("resnet18", num_classes=2, in_channels=1)
+
+
+# --- BatchNorm ---------------------------------------------------------------------------------------------------
+
+
+def test_frozen_batchnorm_trains_its_affine_part_and_keeps_its_statistics():
+    network = digits_network()
+    set_training(network, freeze_batchnorm=True)
+    before = snapshot(network)
+    network(images(4, 1, 16, 16)).square().mean().backward()
+    torch.optim.SGD(network.parameters(), lr=0.1).step()
+    after = network.state_dict()
+    statistics = [key for key in before if "running" in key or "tracked" in key]
+    assert len(statistics) == 9
+    assert all(torch.equal(before[key], after[key]) for key in statistics)
+    assert all(not torch.equal(before[key], after[key]) for key in ("features.1.weight", "features.1.bias"))
+    assert network.training and network.features[0].training
+
+
+def test_batchnorm_that_is_not_frozen_trains():
+    network = digits_network().eval()
+    set_training(network, freeze_batchnorm=False)
+    before = snapshot(network)
+    network(images(4, 1, 16, 16))
+    assert not torch.equal(before["features.1.running_mean"], network.features[1].running_mean)
+
+
+def test_frozen_statistics_uses_the_batchs_and_keeps_the_running_ones():
+    network = digits_network().train()
+    inputs = images(4, 1, 16, 16)
+    expected = copy.deepcopy(network)(inputs)
+    before = snapshot(network)
+    with frozen_statistics(network):
+        found = network(inputs)
+    assert torch.equal(found, expected)
+    assert same(before, snapshot(network))
+    with pytest.raises(ZeroDivisionError), frozen_statistics(network):
+        raise ZeroDivisionError
+    network(inputs)
+    assert network.features[1].num_batches_tracked == 1
+
+
+def test_frozen_statistics_changes_nothing_in_evaluation_mode():
+    network = digits_network().eval()
+    inputs = images(4, 1, 16, 16)
+    with frozen_statistics(network):
+        found = network(inputs)
+    assert torch.equal(found, network(inputs))
+
+
+# --- foreign names -----------------------------------------------------------------------------------------------
+
+
+def renamed(network, features, head):
+    """Return the network's state as another code base would name it."""
+    state = {}
+    for key, tensor in network.state_dict().items():
+        part, _, rest = key.partition(".")
+        for prefix in {"features": features, "head": head}[part]:
+            state[prefix + rest] = tensor
+    return state
+
+
+NAMINGS = {
+    "ours": (["features."], ["head."]),
+    "torchvision resnet": ([""], ["fc."]),
+    "torchvision mobilenet": ([""], ["classifier.1."]),
+    "DomainBed": (["featurizer.network.", "network.0.network."], ["classifier.", "network.1."]),
+    "DomainBed, the network alone": (["network.0.network."], ["network.1."]),
+    "SWAD's average": (["module.featurizer.network."], ["module.classifier."]),
+    "a wrapped average": (["algorithm.module.network.0.network."], ["algorithm.module.network.1."]),
+}
+
+
+@pytest.mark.parametrize("counters", [True, False], ids=["counters", "no counters"])
+@pytest.mark.parametrize("naming", NAMINGS)
+@pytest.mark.parametrize("name", ["digits-cnn", "resnet18", "mobilenet_v2"])
+def test_foreign_names_become_ours(name, naming, counters):
+    network = build_network(name, num_classes=3)
+    state = renamed(network, *NAMINGS[naming])
+    if "average" in naming:
+        state["n_averaged"] = torch.tensor(7)
+    if not counters:
+        state = {key: tensor for key, tensor in state.items() if not key.endswith("num_batches_tracked")}
+    fresh = build_network(name, num_classes=3, seed=1)
+    fresh.load_state_dict(translate_keys(state), strict=True)
+    assert same(network.state_dict(), fresh.state_dict())
+
+
+# --- foreign files -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("nest", [None, "state_dict", "model_dict", "model"])
+@pytest.mark.parametrize("suffix", [".pth", ".pt", ".pkl"])
+def test_checkpoints_of_tensors_are_read(tmp_path, suffix, nest):
+    state = digits_network().state_dict()
+    stored = {nest: state, "args": {"lr": 5e-5}, "step": 3} if nest else state
+    torch.save(stored, tmp_path / f"model{suffix}")
+    assert same(read_foreign(tmp_path / f"model{suffix}"), dict(state))
+
+
+def test_pickled_objects_are_refused(tmp_path):
+    path = tmp_path / "model.pkl"
+    torch.save({"args": argparse.Namespace(lr=1), "model_dict": digits_network().state_dict()}, path)
+    with pytest.raises(UserError, match=r"runs code, so flatlab refuses; .* torch\.save\(torch\.load\('model\.pkl'"):
+        read_foreign(path)
+
+
+def test_files_that_are_no_checkpoints_are_refused(tmp_path):
+    with pytest.raises(UserError, match="No file .*nowhere.pth"):
+        read_foreign(tmp_path / "nowhere.pth")
+    torch.save({"step": 3}, tmp_path / "empty.pth")
+    with pytest.raises(UserError, match="holds no tensors by name"):
+        read_foreign(tmp_path / "empty.pth")
+    (tmp_path / "broken.safetensors").write_bytes(b"not a checkpoint")
+    with pytest.raises(UserError, match="cannot be read as a checkpoint"):
+        read_foreign(tmp_path / "broken.safetensors")
+
+
+def test_weights_replace_the_features_and_leave_the_head(tmp_path):
+    source = digits_network(seed=3)
+    path = tmp_path / "half.safetensors"
+    safetensors.torch.save_file({key: each.half().contiguous() for key, each in source.state_dict().items()}, path)
+    network, plain = digits_network(weights=path, seed=4), digits_network(seed=4)
+    assert torch.equal(network.features[8].weight, source.features[8].weight.half().float())
+    assert network.features[8].weight.dtype == torch.float32
+    assert network.features[8].weight.is_contiguous(memory_format=torch.channels_last)
+    assert same(network.head.state_dict(), plain.head.state_dict())
+
+
+def test_weights_that_lack_tensors_are_refused_by_name(tmp_path):
+    state = dict(digits_network().state_dict())
+    del state["features.5.running_var"]
+    torch.save(state, tmp_path / "part.pth")
+    with pytest.raises(
+        UserError, match=r"part\.pth lacks 1 of the 18 tensors of digits-cnn's features: features\.5\.running_var$"
+    ):
+        digits_network(weights=tmp_path / "part.pth")
+
+
+def test_weights_of_another_shape_are_refused(tmp_path):
+    torch.save(digits_network().state_dict(), tmp_path / "grey.pth")
+    sentence = (
+        r"grey\.pth holds 20 tensors of which 1 do not fit digits-cnn: first mismatch features\.0\.weight, "
+        r"shape \(16, 1, 3, 3\) where \(16, 3, 3, 3\) is expected"
+    )
+    with pytest.raises(UserError, match=sentence):
+        build_network("digits-cnn", num_classes=10, in_channels=3, weights=tmp_path / "grey.pth")
+
+
+@needs_weights
+def test_the_real_weights_load():
+    network = build_network("mobilenet_v2", num_classes=7, weights=WEIGHTS, seed=2)
+    stored = safetensors.torch.load_file(WEIGHTS)
+    assert torch.equal(network.features.features[0][0].weight, stored["features.0.0.weight"].float())
+    plain = build_network("mobilenet_v2", num_classes=7, seed=2)
+    assert same(network.head.state_dict(), plain.head.state_dict())
+    assert torch.isfinite(network.eval()(images(1, 3, 64, 64))).all()
+
+
+@needs_weights
+def test_the_real_weights_do_not_fit_another_architecture():
+    sentence = r"holds 314 tensors of which 312 do not fit resnet18: first mismatch features\.features\.0\.0\.weight"
+    with pytest.raises(UserError, match=sentence):
+        build_network("resnet18", num_classes=7, weights=WEIGHTS)
+
+
+def test_imagenet_weights_come_from_torchvision_or_are_refused_in_a_sentence(monkeypatch):
+    with pytest.raises(UserError, match="digits-cnn has no ImageNet weights"):
+        digits_network(weights="imagenet")
+
+    from torchvision.models import ResNet18_Weights
+
+    state = build_network("resnet18", num_classes=1000, seed=8).features.state_dict()
+    monkeypatch.setattr(ResNet18_Weights, "get_state_dict", lambda *_, **__: state | {"fc.bias": torch.zeros(1000)})
+    network = build_network("resnet18", num_classes=7, weights="imagenet")
+    assert same(network.features.state_dict(), state)
+
+    def offline(*_, **__):
+        raise URLError("no route to host")
+
+    monkeypatch.setattr(ResNet18_Weights, "get_state_dict", offline)
+    with pytest.raises(UserError, match="resnet18's weights cannot be downloaded .*no route to host"):
+        build_network("resnet18", num_classes=7, weights="imagenet")
