@@ -54,9 +54,7 @@ def reproduce(chosen: Choices, name: Annotated[str, typer.Argument(help="fig3, .
             json.dumps({"written": [str(path) for path in done.written], "findings": done.findings.to_dict("records")})
         )
         return
-    display.frame(
-        module.summary(done.findings), "Difference to ERM, paired by held-out domain and seed", formats=module.FORMATS
-    )
+    display.frame(module.summary(done.findings), module.SUMMARY)
     display.out.print(f"Written: {', '.join(str(path) for path in done.written)}", soft_wrap=True)
 
 

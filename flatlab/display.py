@@ -1,6 +1,5 @@
 """What a person sees while work goes on, and after: bars with time left on a terminal, plain lines elsewhere."""
 
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,8 +12,16 @@ from rich.table import Table
 
 from flatlab.jobs import Job
 
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+WIDE = 160  # columns where there is no terminal to ask
+
+
+def _console(*, stderr: bool) -> Console:
+    console = Console(stderr=stderr, highlight=False)
+    return console if console.is_terminal else Console(stderr=stderr, highlight=False, width=WIDE)
+
+
+out = _console(stderr=False)
+err = _console(stderr=True)
 PLAIN_SECONDS = 5.0  # between two lines where there is no terminal
 
 
@@ -76,7 +83,7 @@ def frame(table: pd.DataFrame, title: str, *, formats: dict[str, str] | None = N
     drawn = Table(title=title, title_justify="left", title_style="bold")
     for column in table.columns:
         numeric = pd.api.types.is_numeric_dtype(table[column])
-        drawn.add_column(str(column), justify="right" if numeric else "left", no_wrap=True)
+        drawn.add_column(str(column), justify="right" if numeric else "left")
     for row in table.itertuples(index=False):
         drawn.add_row(*(_cell(v, (formats or {}).get(str(c))) for c, v in zip(table.columns, row, strict=True)))
     out.print(drawn)
@@ -84,9 +91,17 @@ def frame(table: pd.DataFrame, title: str, *, formats: dict[str, str] | None = N
 
 def plan(jobs: Sequence[Job], seconds_per_pass: float, source: str, *, workers: int) -> None:
     """Print jobs, passes and estimated time before anything begins."""
+    kinds: dict[str, list[float]] = {}
+    for job in jobs:
+        kinds.setdefault(job.name.partition(" on ")[0], []).append(job.passes)
     rows = [
-        {"job": job.name, "image passes": f"{job.passes:,.0f}", "estimate": _clock(job.passes * seconds_per_pass)}
-        for job in jobs
+        {
+            "jobs": len(all_),
+            "what": kind,
+            "image passes": f"{sum(all_):,.0f}",
+            "core time": _clock(sum(all_) * seconds_per_pass),
+        }
+        for kind, all_ in kinds.items()
     ]
     total = sum(job.passes for job in jobs)
     longest = max((job.passes for job in jobs), default=0.0)
@@ -112,8 +127,3 @@ def _clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
-def is_interactive() -> bool:
-    """Return whether a person watches standard error."""
-    return sys.stderr.isatty()

@@ -82,9 +82,9 @@ QUICK = Setting(
     sma_start=10,
     refresh_batches=50,
     seeds=3,
-    radii=(0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0),
+    radii=(0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0),  # F reaches about 1 nat
     filter_radii=(0.0, 0.1, 0.2, 0.3, 0.4, 0.5),
-    num_samples=12,
+    num_samples=16,
     images=150,
 )
 
