@@ -1,15 +1,18 @@
 """The command line: each command parses, calls one function, and prints; torch is loaded by workers, not here."""
 
 import dataclasses
-import json
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from flatlab.options import DATA, RUNNING, TRAINING, Choices, takes
+from flatlab.mistakes import say, spoken
+from flatlab.options import Choices, strict_json, takes
+from flatlab.upkeep import data_app, runs_app
+from flatlab.words import DATA, RUNNING, TRAINING
 
 HELP = """How flat is this minimum, is that one flatter, and does it matter out of domain?
 
@@ -19,10 +22,9 @@ draws Figure 3 of QT-DoG (arXiv 2410.06020) with error bands. Every command can 
 app = typer.Typer(
     help=HELP, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown"
 )
-runs_app = typer.Typer(help="Look at the runs of a store, and keep it in order.", no_args_is_help=True)
-data_app = typer.Typer(help="Look at data sets.", no_args_is_help=True)
 app.add_typer(runs_app, name="runs")
 app.add_typer(data_app, name="data")
+ACCURACIES = {"validation": ".3f", "target": ".3f"}
 
 
 @app.callback(invoke_without_command=True)
@@ -34,7 +36,7 @@ def _version(*, version: Annotated[bool, typer.Option("--version", help="Print t
         raise typer.Exit
 
 
-@app.command()
+@app.command(epilog="Example: `flatlab reproduce fig3 --seeds 2 --dry-run`")
 @takes(*DATA, *TRAINING, *RUNNING, "out")
 def reproduce(chosen: Choices, name: Annotated[str, typer.Argument(help="fig3, ... (`flatlab list`).")]) -> None:
     """Redo a figure or table of the paper: train and measure what is missing, tabulate, draw."""
@@ -46,102 +48,97 @@ def reproduce(chosen: Choices, name: Annotated[str, typer.Argument(help="fig3, .
     if chosen.dry_run:
         _price(chosen, todo, setting.model)
         return
-    with display.board(todo) as hear:
-        reproduce.carry_out(todo, store, place, workers=chosen.processes(), hear=hear)
+    _carry_out(chosen, todo)
     done = reproduce.write(module, setting, store, out=chosen.out, redo=shlex.join(["flatlab", *sys.argv[1:]]))
     if chosen.json:
-        typer.echo(
-            json.dumps({"written": [str(path) for path in done.written], "findings": done.findings.to_dict("records")})
-        )
+        written = [str(path) for path in done.written]
+        typer.echo(strict_json({"written": written, "findings": done.findings.to_dict("records")}))
         return
     display.frame(module.summary(done.findings), module.SUMMARY)
-    display.out.print(f"Written: {', '.join(str(path) for path in done.written)}", soft_wrap=True)
+    _tell_written(done.written)
 
 
-@app.command()
-@takes(*DATA, "method", "objective", "step", "average", "quantizer", *TRAINING, *RUNNING, seeds=1)
+@app.command(
+    epilog="Examples: `flatlab train --method qt-dog --held-out rot45`, "
+    "`flatlab train --method sam --average swad --quantizer lsq --bits 4 --held-out 0`"
+)
+@takes(*DATA, "method", "objective", "step", "average", "quantizer", *TRAINING, *RUNNING, "tensorboard", seeds=1)
 def train(chosen: Choices) -> None:
     """Train a method, or any composition of parts, with each domain held out in turn or one of them."""
-    from flatlab import display, jobs, methods, reproduce, tables
+    from flatlab import jobs, methods, tables
     from flatlab.data import catalog
 
-    setting, store, place = chosen.setting(), chosen.runs(), chosen.place()
+    setting, store = chosen.setting(), chosen.runs()
     label, parts = methods.method(chosen.method)
-    changes = {part: getattr(chosen, part) for part in methods.PARTS if getattr(chosen, part) is not None}
-    wanted = methods.replicates(methods.vary(parts, changes), setting)
+    changes = {part: chosen.given[part] for part in methods.PARTS if chosen.given[part] is not None}
+    parts = methods.vary(parts, changes)
+    chosen.refuse_idle(quantized=parts.quantizer != "none", frozen=parts.frozen, average=parts.average)
+    wanted = methods.replicates(parts, setting)
     label += "".join(f", {part} {value}" for part, value in changes.items())
     todo = jobs.missing(store, wanted, [], sizes=catalog.sizes(setting.dataset, chosen.folder()))
     if chosen.dry_run:
         _price(chosen, todo, setting.model)
         return
-    with display.board(todo) as hear:
-        reproduce.carry_out(todo, store, place, workers=chosen.processes(), hear=hear)
+    if chosen.tensorboard:
+        from flatlab import tensorboard
+
+        tensorboard.needed()  # said before hours of training, not after
+    _carry_out(chosen, todo)
+    if chosen.tensorboard:
+        _tell_written([tensorboard.write(store.run(spec), chosen.tensorboard) for spec in wanted])
     table = tables.accuracies(store, [(label, spec) for spec in wanted])
-    _show(
-        chosen,
-        table,
-        "Accuracy on source validation and target, by selection rule",
-        {"validation": ".3f", "target": ".3f"},
-    )
+    chosen.answer(table, "Accuracy on source validation and target, by selection rule", ACCURACIES)
 
 
-@app.command()
-@takes("data_dir", *RUNNING, "out", "seed")
+@app.command(epilog="Example: `flatlab flatness 3f2a 77c1 --radii 0:3:0.5 --samples 50 --split target`")
+@takes("data_dir", *RUNNING, "out")
 def flatness(
     chosen: Choices,
     runs: Annotated[list[str], typer.Argument(help="Digests of runs, or their beginnings (`flatlab runs list`).")],
     radii: Annotated[
-        str, typer.Option(help="start:stop:step, the end included, or a comma-separated list.")
-    ] = "0:60:5",
-    samples: Annotated[int, typer.Option(help="Directions.")] = 100,
+        str | None,
+        typer.Option(
+            help="start:stop:step, the end included, or a comma-separated list "
+            "(the paper's 0:60:5, digits 0:6:1; relative ones 0:0.6:0.1, digits 0:0.5:0.1)."
+        ),
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Directions, the same for all runs.")] = 100,
     split: Annotated[str, typer.Option(help="source (the seen domains) or target (the unseen one).")] = "source",
     normalisation: Annotated[
-        str, typer.Option(help="none: L2 distance; filter: share of each filter's norm.")
+        str, typer.Option(help="none: radii are L2 distances; filter: shares of each filter's norm.")
     ] = "none",
-    space: Annotated[str, typer.Option(help="Of a quantized run: baked (plain weights), or latent.")] = "baked",
+    space: Annotated[
+        str, typer.Option(help="Of quantized runs: baked (the quantized weights, as plain ones), or latent.")
+    ] = "baked",
     checkpoint: Annotated[str, typer.Option(help="selected (by source validation) or last.")] = "selected",
-    params: Annotated[
-        str | None, typer.Option(help="Only parameters whose names match, such as 'features.0*'.")
-    ] = None,
-    images: Annotated[int | None, typer.Option(help="At most so many images of each domain.")] = None,
+    params: Annotated[str | None, typer.Option(help="Only parameters that match, as 'features.0*' (all).")] = None,
+    images: Annotated[int | None, typer.Option(help="At most so many images of each domain (all).")] = None,
+    direction_seed: Annotated[int, typer.Option(help="Of the directions.")] = 0,
 ) -> None:  # the options of a measurement are its own, hence so many
     """Measure how fast the loss rises around trained runs: F on spheres (QT-DoG Eq. 5), with intervals."""
-    from flatlab import display, jobs, reproduce
+    from flatlab import jobs, reproduce
     from flatlab.data import catalog
-    from flatlab.flatness import chart, probe_of
+    from flatlab.flatness import SHOWN, chart, finished, panel_of, probe_of
 
-    store = chosen.runs()
-    found = [store.find(digest) for digest in runs]
-    probe = probe_of(
-        radii,
-        num_samples=samples,
-        normalisation=normalisation,
-        space=space,
-        checkpoint=checkpoint,
-        params=params,
-        images=images,
-        seed=chosen.seed or 0,
-    )
+    store, panel = chosen.runs(), panel_of(split)
+    found = finished(store, runs)
     place, dataset = reproduce.place_of(found, chosen.place())
+    fields = {"space": space, "checkpoint": checkpoint, "params": params, "images": images, "seed": direction_seed}
+    probe = probe_of(radii, dataset, num_samples=samples, normalisation=normalisation, **fields)
     sizes = catalog.sizes(dataset, Path(place.data_dir) if place.data_dir else None)
     todo = jobs.missing(store, [], [(run.spec, probe) for run in found], sizes=sizes)
     if chosen.dry_run:
         _price(chosen, todo, found[0].spec.model)
         return
-    with display.board(todo) as hear:
-        reproduce.carry_out(todo, store, place, workers=chosen.processes(), hear=hear)
-    table, written = chart(store, found, probe, split=split, out=chosen.out)
-    _show(
-        chosen,
-        table,
-        "Flatness, with 95 % intervals over directions",
-        dict.fromkeys(("value", "stderr", "low", "high"), ".4g"),
-    )
-    display.err.print(f"Written: {', '.join(str(path) for path in written)}", soft_wrap=True)
+    _carry_out(chosen, todo, place)
+    table, written = chart(store, found, probe, panel=panel, out=chosen.out)
+    shown = table if chosen.json else table[list(SHOWN)]
+    chosen.answer(shown, f"Flatness on the {split} domains (nats), 95 % intervals over directions", SHOWN)
+    _tell_written(written)
 
 
-@app.command("import")
-@takes(*DATA, "model", "freeze_batchnorm", "trial_seed", "device", "store", "json", "debug")
+@app.command("import", epilog="Example: `flatlab import erm.pth --model resnet50 --dataset PACS --held-out sketch`")
+@takes(*DATA, "model", "trial_seed", "device", "store", "json", "debug")
 def import_(
     chosen: Choices, file: Annotated[Path, typer.Argument(help=".safetensors, or .pth without pickled code.")]
 ) -> None:
@@ -150,100 +147,11 @@ def import_(
     from flatlab.train.imported import import_checkpoint
 
     spec = import_checkpoint(file, chosen.setting(), chosen.runs(), chosen.place())
-    _show(
-        chosen,
-        tables.accuracies(chosen.runs(), [("imported", spec)]),
-        f"Run {spec.digest}",
-        {"validation": ".3f", "target": ".3f"},
-    )
+    table = tables.accuracies(chosen.runs(), [("imported", spec)])
+    chosen.answer(table[table["selection"] == "last"], f"Run {spec.digest}", ACCURACIES)
 
 
-@runs_app.command("list")
-@takes("store", "json", "debug")
-def list_runs(chosen: Choices) -> None:
-    """List the runs of a store."""
-    from flatlab import tables
-
-    _show(
-        chosen, tables.overview(chosen.runs()), f"Runs in {chosen.runs().root}", {"validation": ".3f", "target": ".3f"}
-    )
-
-
-@runs_app.command()
-@takes("store", "debug")
-def show(chosen: Choices, run: Annotated[str, typer.Argument(help="Digest or its beginning.")]) -> None:
-    """Print a run's spec, provenance and log as JSON."""
-    found = chosen.runs().find(run)
-    told = {"spec": found.spec.model_dump(mode="json"), "done": found.done, "provenance": found.provenance}
-    told["probes"] = {probe.path.name: probe.spec.model_dump(mode="json") for probe in found.probes()}
-    typer.echo(json.dumps({**told, "log": found.rows()}, indent=1))
-
-
-@runs_app.command()
-@takes("store", "debug")
-def verify(chosen: Choices) -> None:
-    """Compare every finished file with its recorded hash; exit with 1 where one is damaged or missing."""
-    from flatlab import display
-
-    store = chosen.runs()
-    faults = store.faults()
-    for fault in faults:
-        display.out.print(fault, soft_wrap=True)
-    display.out.print(f"{len(store.runs())} runs in {store.root}, {len(faults)} faults.")
-    if faults:
-        raise typer.Exit(1)
-
-
-@runs_app.command()
-@takes("store", "debug")
-def rm(chosen: Choices, runs: Annotated[list[str], typer.Argument(help="Digests or their beginnings.")]) -> None:
-    """Delete runs with their measurements."""
-    from flatlab import display
-
-    for run in [chosen.runs().find(digest) for digest in runs]:
-        chosen.runs().remove(run)
-        display.out.print(f"Removed {run.path}.")
-
-
-@runs_app.command()
-@takes("store", "debug")
-def merge(chosen: Choices, other: Annotated[Path, typer.Argument(help="Folder of the other store.")]) -> None:
-    """Copy the finished runs and measurements of another store into this one."""
-    from flatlab import display
-    from flatlab.runs import RunStore
-
-    counts = chosen.runs().merge(RunStore(other))
-    display.out.print(", ".join(f"{count} {what}" for what, count in counts.items()) + ".")
-
-
-@data_app.command("list")
-@takes("json", "debug")
-def list_data(chosen: Choices) -> None:
-    """List the data sets that are known by name."""
-    import pandas as pd
-
-    from flatlab.data.catalog import CATALOG
-
-    rows = [{"name": name, "domains": ", ".join(facts.domains)} for name, facts in CATALOG.items()]
-    _show(chosen, pd.DataFrame(rows), "Data sets; any other in the same layout: --dataset folder:PATH")
-
-
-@data_app.command()
-@takes("data_dir", "json", "debug")
-def check(chosen: Choices, dataset: Annotated[str, typer.Argument(help="PACS, ..., or folder:PATH.")]) -> None:
-    """Compare a data set on disk with what is known of it: domains, classes, counts."""
-    import pandas as pd
-
-    from flatlab.data import sources
-
-    named = Choices({**chosen.given, "dataset": dataset})
-    rows = sources.check(named.name(), named.folder())
-    _show(chosen, pd.DataFrame([{**row._asdict(), "ok": row.ok} for row in rows]), dataset)
-    if not all(row.ok for row in rows):
-        raise typer.Exit(1)
-
-
-@app.command()
+@app.command(epilog="Example: `flatlab methods --json`")
 @takes("json", "debug")
 def methods(chosen: Choices) -> None:
     """List the methods and what they are composed of."""
@@ -252,10 +160,10 @@ def methods(chosen: Choices) -> None:
     from flatlab.methods import METHODS
 
     rows = [{"method": name, **dataclasses.asdict(parts)} for name, parts in METHODS.items()]
-    _show(chosen, pd.DataFrame(rows), "Methods; any other composition: --objective --step --average --quantizer")
+    chosen.answer(pd.DataFrame(rows), "Methods; any other composition: --objective --step --average --quantizer")
 
 
-@app.command("list")
+@app.command("list", epilog="Example: `flatlab list --setting smoke`")
 @takes(*DATA, *TRAINING, "store", "device", "json", "debug")
 def list_(chosen: Choices) -> None:
     """List the figures and tables that can be reproduced, and what is missing to make them."""
@@ -269,40 +177,60 @@ def list_(chosen: Choices) -> None:
         module = reproduce.analysis(name)
         todo = reproduce.missing(module, setting, store, place)
         rows.append({"name": name, "shows": (module.__doc__ or "").splitlines()[0], "missing": f"{len(todo)} jobs"})
-    _show(chosen, pd.DataFrame(rows), f"Figures and tables, setting {setting.name}")
+    chosen.answer(pd.DataFrame(rows), f"Figures and tables, setting {setting.name}")
 
 
-@app.command()
-@takes("device", "debug")
+@app.command(epilog="Example: `flatlab doctor --device cuda`")
+@takes("device", "json", "debug")
 def doctor(chosen: Choices) -> None:
     """Say what this machine computes with, and what would make it faster."""
-    from flatlab import display
     from flatlab.doctor import diagnose
 
-    for line in diagnose(chosen.place()):
-        display.out.print(line, soft_wrap=True)
+    facts = diagnose(chosen.place())
+    chosen.answer_facts(facts, "\n".join(f"{name}: {value}" for name, value in facts.items()))
+
+
+def _carry_out(chosen: Choices, todo: Sequence[Any], place: Any = None) -> None:
+    from flatlab import display, reproduce
+
+    with display.board(todo) as hear:
+        processes = chosen.processes(len(todo))
+        reproduce.carry_out(list(todo), chosen.runs(), place or chosen.place(), workers=processes, hear=hear)
 
 
 def _price(chosen: Choices, todo: list[Any], model: str) -> None:
+    """Say jobs, passes and estimated time; nothing is begun."""
     from flatlab import display, jobs
 
     seconds, source = jobs.seconds_per_pass(chosen.runs(), model)
-    display.plan(todo, seconds, source, workers=chosen.processes())
+    workers = chosen.processes(len(todo))
+    if not chosen.json:
+        display.plan(todo, seconds, source, workers=workers)
+        return
+    rows = [{"name": job.name, "passes": job.passes, "core_seconds": job.passes * seconds} for job in todo]
+    typer.echo(strict_json({"jobs": rows, "seconds_per_pass": seconds, "source": source, "workers": workers}))
 
 
-def _show(chosen: Choices, table: Any, title: str, formats: dict[str, str] | None = None) -> None:
-    """Print a frame as a table, or as JSON where that was asked for."""
-    from flatlab import display
-
-    if chosen.json:
-        typer.echo(table.to_json(orient="records"))
-    else:
-        display.frame(table, title, formats=formats)
+def _tell_written(paths: Sequence[Path]) -> None:
+    say(f"Written: {', '.join(map(str, paths))}", mark="")
 
 
-def main() -> None:
-    """Run the command line."""
-    app()
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line, and end the process with its exit code.
+
+    Args:
+        arguments: instead of the process's own.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    sys.exit(_run(words))
+
+
+def _run(words: list[str]) -> int:
+    try:
+        with spoken(debug="--debug" in words, arguments=words):
+            return app(words, prog_name="flatlab", standalone_mode=False) or 0
+    except typer.Exit as end:
+        return end.exit_code
 
 
 if __name__ == "__main__":

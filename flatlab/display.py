@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pandas as pd
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -23,6 +24,7 @@ def _console(*, stderr: bool) -> Console:
 out = _console(stderr=False)
 err = _console(stderr=True)
 PLAIN_SECONDS = 5.0  # between two lines where there is no terminal
+FIRST_SHARE = 0.03  # of the work, before a time left is told: workers are still loading
 
 
 class Board:
@@ -46,13 +48,17 @@ class Board:
             self.progress.update(self.total, completed=self.done(), description=self._count())
         elif time.monotonic() - self.told > PLAIN_SECONDS:
             self.told = time.monotonic()
-            left = (self.told - self.started) * (1 - self.done()) / max(self.done(), 1e-9)
-            err.print(f"{self.done():4.0%}  {_clock(left)} left  {name}{_numbers(event)}", soft_wrap=True)
+            err.print(f"{self.done():4.0%}  {self._left()}  {name}{_numbers(event)}", soft_wrap=True)
 
     def done(self) -> float:
         """Return the share of the work that is done."""
         whole = sum(self.cost.values()) or 1.0
         return sum(self.cost[name] * self.share.get(name, 0.0) for name in self.cost) / whole
+
+    def _left(self) -> str:
+        if self.done() < FIRST_SHARE:
+            return "beginning"
+        return f"{_clock((time.monotonic() - self.started) * (1 - self.done()) / self.done())} left"
 
     def _count(self) -> str:
         return f"{sum(share == 1 for share in self.share.values())} of {len(self.cost)} jobs"
@@ -80,7 +86,7 @@ def board(jobs: Sequence[Job]) -> Iterator[Board]:
 
 def frame(table: pd.DataFrame, title: str, *, formats: dict[str, str] | None = None) -> None:
     """Print a frame as a table."""
-    drawn = Table(title=title, title_justify="left", title_style="bold")
+    drawn = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in table.columns:
         numeric = pd.api.types.is_numeric_dtype(table[column])
         drawn.add_column(str(column), justify="right" if numeric else "left")

@@ -8,6 +8,10 @@ class UserError(ValueError):
     """A mistake that the user can mend; the command line prints it as one sentence and exits with 2."""
 
 
+class WorkerError(Exception):
+    """The traceback of a worker's own fault, as the cause of the error that the command line tells."""
+
+
 def choose(kind: str, name: str, known: Iterable[str]) -> str:
     """Return the known name that `name` means, blind to case and to `-` against `_`.
 

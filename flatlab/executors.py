@@ -8,7 +8,8 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -46,21 +47,21 @@ def _workers(
     environment = {**ALLOCATOR, **os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
     command = [sys.executable, "-m", "flatlab.work", str(plan)]
     pipe = subprocess.PIPE
-    running = [
-        subprocess.Popen(
-            command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=environment, start_new_session=True
-        )
-        for _ in range(count)
-    ]
-    try:
-        for process in running:
-            threading.Thread(target=_listen, args=(process, heard), daemon=True).start()
-        yield running
-    finally:
-        for process in running:
-            if process.stdin:
-                process.stdin.close()  # the worker ends with it
-            process.wait()
+    start = partial(
+        subprocess.Popen, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=environment, start_new_session=True
+    )
+    with ExitStack() as stack:
+        running = [stack.enter_context(start(command)) for _ in range(count)]
+        listeners = [threading.Thread(target=_listen, args=(process, heard), daemon=True) for process in running]
+        try:
+            for listener in listeners:
+                listener.start()
+            yield running
+        finally:
+            for process, listener in zip(running, listeners, strict=True):
+                if process.stdin:
+                    process.stdin.close()  # the worker ends with it
+                listener.join()
 
 
 def _listen(process: "subprocess.Popen[str]", heard: "queue.Queue[Event]") -> None:
@@ -69,7 +70,8 @@ def _listen(process: "subprocess.Popen[str]", heard: "queue.Queue[Event]") -> No
     listener = threading.Thread(target=_collect, args=(process.stderr, last_words), daemon=True)
     listener.start()
     for line in process.stdout or ():
-        heard.put(json.loads(line))
+        if line.startswith("{") and line.endswith("}\n"):  # else it is a library's, or half of one cut off by a kill
+            heard.put(json.loads(line))
     code = process.wait()
     listener.join()
     heard.put({"ended": code, "trace": "".join(last_words)})

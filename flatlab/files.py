@@ -35,6 +35,24 @@ def write_json(path: Path, value: Any) -> None:
     write_bytes(path, (json.dumps(value, sort_keys=True, indent=1) + "\n").encode())
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Args:
+        path: the file.
+
+    Raises:
+        UserError: where the file holds none; names it.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is damaged: it holds no JSON object. `flatlab runs verify` says what else is.")
+    return value
+
+
 def file_hash(path: Path) -> str:
     """Return the SHA-256 of a file's bytes."""
     with open(path, "rb") as file:
@@ -43,7 +61,7 @@ def file_hash(path: Path) -> str:
 
 def save_arrays(path: Path, arrays: Mapping[str, np.ndarray[Any, Any]], meta: Any = None) -> None:
     """Write named arrays and a JSON value as safetensors, with a hash over both in the header."""
-    whole = {name: np.ascontiguousarray(array) for name, array in sorted(arrays.items())}
+    whole = {name: np.asarray(array, order="C") for name, array in sorted(arrays.items())}
     note = json.dumps(meta, sort_keys=True)
     header = {"flatlab": json.dumps({"sha256": _content_hash(whole, note), "meta": note})}
     write_bytes(path, save(whole, metadata=header))
@@ -69,8 +87,8 @@ def load_arrays(path: Path) -> tuple[Arrays, Any]:
         intact = False
     if not intact:
         raise UserError(
-            f"{path} is damaged: its content does not match its own hash. "
-            "Remove that run with `flatlab runs rm` and repeat the command."
+            f"{path} is damaged: its content does not match its own hash. Delete it, and the `done` of its run or "
+            "measurement where there is one, and repeat the command: what was in it is then made anew."
         )
     return arrays, json.loads(header["meta"])
 

@@ -1,5 +1,6 @@
 """`flatlab flatness`: from words to a probe, and from measured runs to a table and a picture."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,42 +11,80 @@ import pandas as pd
 from flatlab import files, plots, tables
 from flatlab.errors import UserError, choose
 from flatlab.runs import Run, RunStore
+from flatlab.settings import QUICK, for_data
 from flatlab.specs import ProbeSpec
 
 PANELS = {"source": "train", "target": "test"}
+WHICH = {panel: f"{split}" for split, panel in PANELS.items()}
+SHOWN = {"method": "", "held_out": "", "seed": "", "radius": ".4g", "value": ".4g", "low": ".4g", "high": ".4g"}
+SHOWN |= {"l2": ".4g", "share": ".3f", "rms": ".2e"}  # what a screen has room for
+MOST = 10_000  # radii: more are a slip of the keyboard
 
 
 def parse_radii(text: str) -> tuple[float, ...]:
-    """Read `start:stop:step`, the end included, or a comma-separated list.
+    """Read `start:stop:step`, the end included, or a comma-separated list; sorted, each once.
 
     Args:
         text: "0:60:5" or "0,0.5,1".
 
     Raises:
-        UserError: where it is neither.
+        UserError: where it is neither, or a radius is negative or not finite.
     """
+    radii = _numbers(text)
+    if not radii or not all(np.isfinite(radius) and radius >= 0 for radius in radii):
+        raise UserError(
+            f"--radii {text} does not do: write start:stop:step such as 0:60:5, or 0,0.5,1; "
+            "radii are finite and not negative."
+        )
+    return tuple(sorted(set(radii)))
+
+
+def _numbers(text: str) -> list[float]:
+    """Return the numbers, or none where the text is not understood."""
     try:
         if ":" not in text:
-            return tuple(float(part) for part in text.split(","))
+            return [float(part) for part in text.split(",")]
         start, stop, step = (float(part) for part in text.split(":"))
-        count = int(np.floor((stop - start) / step + 1e-9)) + 1
-        if count < 1:
-            raise ValueError
-        return tuple(float(np.round(start + i * step, 12)) for i in range(count))
-    except (ValueError, ZeroDivisionError):
-        raise UserError(f"--radii {text!r} does not do: write start:stop:step such as 0:60:5, or 0,0.5,1.") from None
+        count = int(np.floor((stop - start) / step + 1e-9)) + 1 if step > 0 else 0
+    except (ValueError, OverflowError):
+        return []
+    return [float(np.round(start + i * step, 12)) for i in range(min(count, MOST))]
 
 
-def probe_of(radii: str, **fields: Any) -> ProbeSpec:
-    """Return the probe that the command's words mean."""
+def finished(store: RunStore, digests: Sequence[str]) -> list[Run]:
+    """Return the runs that the digests name, each once.
+
+    Args:
+        store: holds them.
+        digests: or their beginnings.
+
+    Raises:
+        UserError: where there is no such run, or it is not finished.
+    """
+    found = {run.spec.digest: run for run in map(store.find, digests)}
+    for digest, run in found.items():
+        if not run.done:
+            raise UserError(f"Run {digest} is not finished; repeat the command that began it, then measure.")
+    return list(found.values())
+
+
+def panel_of(split: str) -> str:
+    """Return the panel that `--split` means."""
+    return PANELS[choose("split", split, PANELS)]
+
+
+def probe_of(radii: str | None, dataset: str, **fields: Any) -> ProbeSpec:
+    """Return the probe that the command's words mean; radii that are not given are those of the paper's figure."""
     fields["normalisation"] = choose("normalisation", fields["normalisation"], ("none", "filter"))
     fields["space"] = choose("space", fields["space"], ("baked", "latent"))
     fields["checkpoint"] = choose("checkpoint", fields["checkpoint"], ("selected", "last"))
-    return ProbeSpec.make(radii=parse_radii(radii), **fields)
+    usual = for_data(QUICK, dataset)
+    figure = usual.radii if fields["normalisation"] == "none" else usual.filter_radii
+    return ProbeSpec.make(radii=figure if radii is None else parse_radii(radii), **fields)
 
 
 def chart(
-    store: RunStore, found: list[Run], probe: ProbeSpec, *, split: str, out: Path
+    store: RunStore, found: list[Run], probe: ProbeSpec, *, panel: str, out: Path
 ) -> tuple[pd.DataFrame, list[Path]]:
     """Tabulate and draw measured runs; write `flatness.{csv,pdf,png}`.
 
@@ -53,17 +92,16 @@ def chart(
         store: holds the measurements.
         found: the runs.
         probe: as measured.
-        split: "source" or "target".
+        panel: "train" (the seen domains) or "test" (the unseen one).
         out: folder of the pictures.
     """
-    panel = PANELS[choose("split", split, PANELS)]
     wanted = [(f"{run.spec.label} {run.spec.digest[:6]}", run.spec, probe) for run in found]
     frame = tables.flatness(store, wanted)
     shown = frame[frame["panel"] == panel].drop(columns="panel")
     shown = shown.assign(**_lengths(found, probe, shown))
     out.mkdir(parents=True, exist_ok=True)
     files.write_bytes(out / "flatness.csv", shown.to_csv(index=False).encode())
-    return shown, [*plots.save(_draw(shown, probe, split), out / "flatness"), out / "flatness.csv"]
+    return shown, [*plots.save(_draw(shown, probe, panel), out / "flatness"), out / "flatness.csv"]
 
 
 def _lengths(found: list[Run], probe: ProbeSpec, shown: pd.DataFrame) -> dict[str, list[float]]:
@@ -80,13 +118,15 @@ def _lengths(found: list[Run], probe: ProbeSpec, shown: pd.DataFrame) -> dict[st
     return lengths
 
 
-def _draw(shown: pd.DataFrame, probe: ProbeSpec, split: str) -> Any:
+def _draw(shown: pd.DataFrame, probe: ProbeSpec, panel: str) -> Any:
     with plots.style():
         figure, ax = plt.subplots(figsize=(3.4, 2.8), layout="constrained")
         plots.curves(ax, shown, x="radius", by="method", order=list(dict.fromkeys(shown["method"])))
         distance = "Radius γ (L2 distance)" if probe.normalisation == "none" else "Relative radius ρ"
         ax.set(
-            xlabel=distance, ylabel="Flatness $F(w)$ (nats)", title=f"{split} domains, {probe.num_samples} directions"
+            xlabel=distance,
+            ylabel="Flatness $F(w)$ (nats)",
+            title=f"{WHICH[panel]} domains, {probe.num_samples} directions",
         )
         ax.legend()
     return figure

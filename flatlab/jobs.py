@@ -5,7 +5,8 @@ Torch-free: a plan is made, printed and priced before anything heavy is loaded.
 
 from collections.abc import Mapping, Sequence
 
-from flatlab.runs import Entry, RunStore
+from flatlab.entries import Entry
+from flatlab.runs import RunStore
 from flatlab.specs import Place, ProbeSpec, RunSpec, Spec
 
 BACKWARD = 3  # a training image costs about three forward passes: forward, and backward by weights and by inputs
@@ -32,13 +33,21 @@ class Job(Spec):
         runs = [store.run(spec) for spec in self.runs]
         return [runs[0].probe(probe) for probe in self.probes] if self.probes else list(runs)
 
+    def claims(self, store: RunStore) -> list[Entry]:
+        """Return the directories that the job writes to: forks go where the trajectory's own run is."""
+        entries = {entry.path: entry for entry in self.entries(store)}
+        if self.forks:
+            lineage = store.run(self.runs[0].trajectory)
+            entries.setdefault(lineage.path, lineage)
+        return list(entries.values())
+
     def done(self, store: RunStore) -> bool:
         """Whether nothing is left to do."""
         return all(entry.done for entry in self.entries(store))
 
     def ready(self, store: RunStore) -> bool:
         """Whether the runs that it needs are done."""
-        return all((store.root / digest / "done").exists() for digest in self.needs)
+        return all(map(store.finished, self.needs))
 
 
 class Plan(Spec):
@@ -73,12 +82,17 @@ def _training(lacking: Sequence[RunSpec], sizes: Sizes) -> list[Job]:
     groups: dict[str, list[RunSpec]] = {}
     for spec in lacking:
         groups.setdefault(spec.trajectory.digest, []).append(spec)
-    leaders = {digest: sorted(group, key=lambda s: s.average.kind != "last") for digest, group in groups.items()}
+    # The leader keeps the state: the same one however the runs were asked for, so that another command goes on from it.
+    order = {"last": 0, "sma": 1, "swa": 2, "swad": 3}
+    leaders = {
+        digest: sorted(group, key=lambda spec: (order[spec.average.kind], spec.digest))
+        for digest, group in groups.items()
+    }
     forks: dict[str, set[int]] = {}
     parents = {}
     for digest, group in leaders.items():
         parent = group[0].parent
-        if parent and parent.digest in leaders and group[0].switch is not None:
+        if parent and parent.digest in leaders and group[0].switch:  # a switch at step 0 shares nothing
             forks.setdefault(parent.digest, set()).add(group[0].switch)
             parents[digest] = leaders[parent.digest][0].digest
     jobs = [

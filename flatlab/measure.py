@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from flatlab import build, files, machine
 from flatlab.data.batches import evaluation_batches
+from flatlab.errors import UserError
 from flatlab.landscape import Landscape
 from flatlab.metrics.results import FloatArray
 from flatlab.metrics.sphere import SphereFlatness, sample_rays
@@ -30,19 +31,25 @@ def measure(run: Run, spec: ProbeSpec, place: Place, *, report: Report | None = 
         spec: what to measure.
         place: data folder, device, threads.
         report: called with the directions done and asked for, and numbers to show.
+
+    Raises:
+        UserError: where the run is not finished, its data differ, or a file is damaged.
     """
     probe = run.probe(spec)
-    probe.create()
+    if probe.done:
+        return
+    if not run.done:
+        raise UserError(f"Run {run.spec.digest} is not finished, or was removed: train it before it is measured.")
+    place = place.replace(threads=probe.provenance.get("threads", place.threads))  # they order the sums
     torch.set_num_threads(place.threads)
     around = landscape(run, spec, place)
-    started = time.monotonic()
-    starts = range(0, spec.num_samples, BLOCK)
-    samples = np.concatenate([_block(probe, around, start, report) for start in starts])
+    probe.create()
+    probe.note(machine=machine.facts(), **place.model_dump())
+    samples = np.concatenate([_block(probe, around, start, report) for start in range(0, spec.num_samples, BLOCK)])
     flatness = SphereFlatness.from_samples(
         around, spec.radii, samples, seed=spec.seed, normalisation=spec.normalisation
     )
     _write(probe, flatness)
-    probe.note(machine=machine.facts(), seconds=round(time.monotonic() - started, 3), **place.model_dump())
     probe.finish()
 
 
@@ -88,8 +95,10 @@ def _block(probe: Probe, around: Landscape, start: int, report: Report | None) -
     if not path.exists():
         rays = range(start, min(start + BLOCK, spec.num_samples))
         tell = partial(_tell, report, start, spec.num_samples) if report else None
+        started = time.monotonic()
         rises = sample_rays(around, spec.radii, rays, seed=spec.seed, normalisation=spec.normalisation, report=tell)
         files.save_arrays(path, {"samples": rises})
+        probe.note(seconds=round(probe.provenance.get("seconds", 0) + time.monotonic() - started, 3))
     arrays, _ = files.load_arrays(path)
     return arrays["samples"]
 

@@ -1,8 +1,12 @@
-"""The words of the command line: each option is written once here and means the same thing in every command."""
+"""What the user chose: the words of a command become a setting, a store and a place, each mistake one sentence."""
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import json
+import math
+import os
+import platform
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,83 +14,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flatlab.data import catalog
-from flatlab.errors import UserError
+from flatlab.errors import UserError, choose
+from flatlab.mistakes import spoken
+from flatlab.words import DEVICES, LIMITS, MODELS, WORDS
 
 if TYPE_CHECKING:  # imported where they are used: `--help` answers before numpy is there
+    import pandas as pd
+
     from flatlab.runs import RunStore
     from flatlab.settings import Setting
     from flatlab.specs import Place
 
-_DATA, _COMPOSITION, _SCHEDULE, _PLACE, _OUTPUT = "Data", "Composition", "Schedule and seeds", "Place", "Output"
-
-
-def _option(panel: str, help: str, *names: str, **more: Any) -> Any:
-    return typer.Option(*names, help=help, rich_help_panel=panel, show_default=False, **more)
-
-
-WORDS: dict[str, tuple[Any, Any, Any]] = {  # name -> type, default, option
-    "dataset": (
-        str,
-        "digits",
-        _option(_DATA, "digits (embedded, the default), PACS, ..., or folder:PATH with domain/class/image."),
-    ),
-    "data_dir": (Path, None, _option(_DATA, "The folder that holds the data set, for all but digits.")),
-    "held_out": (str, "all", _option(_DATA, "Domain held out: name, index, or all (the default), each in turn.")),
-    "image_size": (int, None, _option(_DATA, "Height and width of the images, in pixels.")),
-    "method": (str, "ERM", _option(_COMPOSITION, "erm, sam, swa, swad, sma, qt-dog, ... (`flatlab methods`).")),
-    "objective": (str, None, _option(_COMPOSITION, "erm: instead of the method's own.")),
-    "step": (str, None, _option(_COMPOSITION, "plain or sam: instead of the method's own.")),
-    "average": (str, None, _option(_COMPOSITION, "last, swa, swad or sma: instead of the method's own.")),
-    "quantizer": (str, None, _option(_COMPOSITION, "none or lsq: instead of the method's own.")),
-    "bits": (int, None, _option(_COMPOSITION, "Bits of a quantized weight, 2 to 16 (7).")),
-    "quantize_at": (
-        int,
-        None,
-        _option(_COMPOSITION, "Step at which quantization or freezing sets in (40 % of the steps)."),
-    ),
-    "exact_repo": (bool, False, _option(_COMPOSITION, "SWAD with the quirks of its released code.", "--exact-repo")),
-    "model": (str, None, _option(_COMPOSITION, "digits-cnn, resnet18, resnet50 or mobilenet_v2.")),
-    "weights": (str, None, _option(_COMPOSITION, "none, imagenet (torchvision downloads them), or a file.")),
-    "freeze_batchnorm": (
-        bool,
-        None,
-        _option(
-            _COMPOSITION,
-            "Keep BatchNorm's statistics (as the paper, with pretrained weights) or train them.",
-            "--freeze-batchnorm/--train-batchnorm",
-        ),
-    ),
-    "setting": (str, "quick", _option(_SCHEDULE, "smoke (seconds), quick (minutes, the default), or paper.")),
-    "steps": (int, None, _option(_SCHEDULE, "Updates of a training.")),
-    "eval_every": (int, None, _option(_SCHEDULE, "Steps between two evaluations.")),
-    "batch_size": (int, None, _option(_SCHEDULE, "Images of each source domain in a batch.")),
-    "lr": (float, None, _option(_SCHEDULE, "Learning rate of Adam.")),
-    "seed": (int, None, _option(_SCHEDULE, "First seed of initialisation and batches (0).")),
-    "trial_seed": (int, None, _option(_SCHEDULE, "First seed of the split (0).")),
-    "seeds": (int, None, _option(_SCHEDULE, "How many seeds; each moves both the split and the training.")),
-    "device": (str, "auto", _option(_PLACE, "auto (the default), cpu, cuda or mps.")),
-    "workers": (int, None, _option(_PLACE, "Processes that share the jobs (one per core, or one on an accelerator).")),
-    "store": (Path, None, _option(_PLACE, "Folder of the runs (./runs).", envvar="FLATLAB_STORE")),
-    "out": (Path, Path("figures"), _option(_OUTPUT, "Folder of the pictures (./figures).")),
-    "dry_run": (bool, False, _option(_OUTPUT, "Only say what would be done, and what it would cost.", "--dry-run")),
-    "json": (bool, False, _option(_OUTPUT, "Print the result as JSON.", "--json")),
-    "debug": (bool, False, _option(_OUTPUT, "Show the traceback of an error.", "--debug")),
-}
-RUNNING = ("device", "workers", "store", "dry_run", "json", "debug")
-DATA = ("dataset", "data_dir", "held_out", "image_size")
-TRAINING: tuple[str, ...] = ("exact_repo", "bits", "quantize_at", "model", "weights", "freeze_batchnorm")
-TRAINING += ("setting", "steps", "eval_every", "batch_size", "lr", "seed", "trial_seed", "seeds")
-SETTING_FIELDS: tuple[str, ...] = (
-    "image_size",
-    "model",
-    "freeze_batchnorm",
-    "bits",
-    "steps",
-    "eval_every",
-    "batch_size",
-    "lr",
-)
-SETTING_FIELDS += ("seed", "trial_seed", "seeds")
+SETTING_FIELDS: tuple[str, ...] = ("image_size", "model", "freeze_batchnorm", "bits", "steps", "eval_every")
+SETTING_FIELDS += ("batch_size", "lr", "seed", "trial_seed", "seeds")
+SHORT = 8  # digits of a digest on a screen
 
 
 @dataclass(frozen=True)
@@ -96,11 +37,10 @@ class Choices:
     given: dict[str, Any]
 
     def __getattr__(self, name: str) -> Any:
-        """Return the value of an option."""
-        try:
-            return self.given[name]
-        except KeyError:
-            raise AttributeError(name) from None
+        """Return the value of an option; None where the command does not have it."""
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return self.given.get(name)
 
     def runs(self) -> "RunStore":
         """Return the store."""
@@ -110,65 +50,169 @@ class Choices:
 
     def folder(self) -> Path | None:
         """Return the data folder: `--data-dir`, or PATH of `folder:PATH`."""
+        return self._own() if self.data_dir is None else self.data_dir
+
+    def _own(self) -> Path | None:
+        """Return PATH of `folder:PATH`; None for a data set known by name."""
         kind, _, path = str(self.dataset).partition(":")
-        return Path(path) if kind.lower() == "folder" and path and self.data_dir is None else self.data_dir
+        if kind.strip().lower() != "folder":
+            return None
+        if not path.strip():
+            raise UserError(
+                "A data set of your own goes by its folder: --dataset folder:PATH, PATH/DOMAIN/CLASS/IMAGE."
+            )
+        return Path(path.strip()).expanduser()
 
     def name(self) -> str:
         """Return the data set's name; a folder goes by its last part, since where it lies is no part of a run."""
-        kind, _, path = str(self.dataset).partition(":")
-        if kind.lower() == "folder":
-            return catalog.canonical(f"folder:{Path(path).resolve().name if path else ''}")
-        return catalog.canonical(self.dataset)
+        own = self._own()
+        if own is None:
+            return catalog.canonical(self.dataset or self._chosen().dataset)
+        folder = self.folder()
+        if folder is None or not folder.is_dir():
+            raise UserError(f"There is no folder {folder}; expected one with DOMAIN/CLASS/IMAGE.")
+        return catalog.canonical(f"folder:{own.resolve().name}")
+
+    def _chosen(self) -> "Setting":
+        from flatlab.settings import setting
+
+        return setting(self.given.get("setting", "quick"))
 
     def setting(self) -> "Setting":
         """Return the setting with everything that the user changed."""
-        from flatlab.settings import for_images, setting
+        from flatlab.settings import for_data, setting
 
-        chosen, dataset, folder = setting(self.given.get("setting", "quick")), self.name(), self.folder()
-        if dataset != "digits":
+        dataset, folder = self.name(), self.folder()
+        self._check_model(dataset)
+        known = catalog.facts(dataset)
+        if known is None or known.folder:
             catalog.locate(dataset, folder)
-            chosen = for_images(chosen, dataset)
-        weights = _weights(self.given["weights"]) if self.given.get("weights") else {}
+        weights = _weights(self.weights) if self.weights else None
         return setting(
-            chosen,
+            for_data(self._chosen(), dataset, model=self._model(), weights=weights),
             domains=catalog.domain_names(dataset, folder),
             held_out=catalog.held_out(dataset, folder, self.held_out),
-            switch=self.given.get("quantize_at"),
-            swad_exact_repo=self.given.get("exact_repo"),
-            **{**weights, **{f: self.given[f] for f in SETTING_FIELDS if self.given.get(f) is not None}},
+            switch=self.quantize_at,
+            swad_exact_repo=self.exact_repo,
+            **{**{f: self.given.get(f) for f in SETTING_FIELDS}, "model": self._model()},
         )
+
+    def _model(self) -> str | None:
+        return choose("model", self.model, MODELS) if self.model else None
+
+    def _check_model(self, dataset: str) -> None:
+        """Refuse what cannot be, before a worker starts."""
+        if dataset != "digits":
+            return
+        model = self._model()
+        if model and MODELS[model]:
+            raise UserError(
+                f"{model} takes images of {MODELS[model]} channels, and digits have 1; "
+                "take --model digits-cnn, or another --dataset."
+            )
+        if self.image_size not in (None, 16):
+            raise UserError(f"digits are 16 x 16 pixels; leave --image-size {self.image_size} out.")
+
+    def refuse_idle(self, *, quantized: bool, frozen: bool, average: str) -> None:
+        """Refuse options that would do nothing in the composition at hand: a typo would go unseen."""
+        if self.bits is not None and not quantized:
+            raise UserError(
+                f"--bits {self.bits} does nothing without a quantizer; add --quantizer lsq, or leave it out."
+            )
+        if self.quantize_at is not None and not (quantized or frozen):
+            raise UserError(
+                f"--quantize-at {self.quantize_at} does nothing without a quantizer; add --quantizer lsq, "
+                "or leave it out."
+            )
+        if self.exact_repo and average != "swad":
+            raise UserError("--exact-repo does nothing without SWAD; add --average swad, or leave it out.")
 
     def place(self) -> "Place":
         """Return the machine facts."""
         from flatlab.specs import Place
 
-        folder = self.folder() if "dataset" in self.given else self.given.get("data_dir")
-        weights = self.given.get("weights")
-        file = weights if weights not in (None, "none", "imagenet") else None
+        choose("device", self.device.partition(":")[0], DEVICES)
+        folder = self.folder()
+        file = self.weights if self.weights not in (None, "none", "imagenet") else None
         return Place(
             data_dir=str(folder.resolve()) if folder else None,
             weights_file=str(Path(file).resolve()) if file else None,
             device=self.device,
         )
 
-    def processes(self) -> int:
-        """Return how many workers share the jobs."""
-        if self.workers is not None and self.workers < 1:
-            raise UserError(f"--workers {self.workers} does not do: at least one process is needed.")
+    def processes(self, jobs: int) -> int:
+        """Return how many workers share so many jobs."""
         from flatlab.machine import cores
 
-        return int(self.workers or cores())
+        usual = 1 if _accelerated(self.device) else cores()
+        return max(1, min(jobs, self.workers or usual))
+
+    def answer(self, table: "pd.DataFrame", title: str, formats: dict[str, str] | None = None) -> None:
+        """Print a frame: as a table, or as JSON where that was asked for."""
+        from flatlab import display
+
+        if self.json:
+            typer.echo(table.to_json(orient="records", double_precision=15))
+            return
+        if "run" in table and display.out.is_terminal:  # as many digits as one types; a pipe gets them all
+            table = table.assign(run=table["run"].str[:SHORT])
+        display.frame(table, title, formats=formats)
+
+    def answer_facts(self, facts: Any, sentence: str) -> None:
+        """Print a sentence, or the facts behind it as JSON where that was asked for."""
+        typer.echo(strict_json(facts) if self.json else sentence)
 
 
-def _weights(weights: str) -> dict[str, Any]:
-    """Return the setting's fields for `--weights`: a file goes by its hash, and frozen statistics go with weights."""
+def strict_json(facts: Any, **style: Any) -> str:
+    """Return JSON that any reader takes: what is not finite is null there."""
+    return json.dumps(_finite(facts), allow_nan=False, **style)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _accelerated(device: str) -> bool:
+    """Return whether the work goes to an accelerator, without asking torch, which takes seconds to load."""
+    if device != "auto":
+        return not device.startswith("cpu")
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    nvidia = Path("/proc/driver/nvidia/version").exists() and not hidden
+    return nvidia or (sys.platform, platform.machine()) == ("darwin", "arm64")
+
+
+def _weights(weights: str) -> str:
+    """Return the setting's name for `--weights`: a file goes by its hash."""
     if weights in ("none", "imagenet"):
-        return {"weights": weights} | ({"freeze_batchnorm": True} if weights == "imagenet" else {})
+        return weights
     if not Path(weights).is_file():
         raise UserError(f"--weights {weights}: no such file; give none, imagenet, or a .safetensors or .pth file.")
     from flatlab.files import file_hash
 
-    return {"weights": f"sha256:{file_hash(Path(weights))}", "freeze_batchnorm": True}
+    return f"sha256:{file_hash(Path(weights))}"
+
+
+def check_numbers(given: dict[str, Any]) -> None:
+    """Refuse numbers out of their range, in the words that the user wrote.
+
+    Args:
+        given: values by the names of options.
+
+    Raises:
+        UserError: says what was expected.
+    """
+    for name, (least, most) in LIMITS.items():
+        value = given.get(name)
+        if value is not None and not least <= value <= (math.inf if most is None else most):
+            span = f"from {least} on" if most is None else f"from {least} to {most}"
+            raise UserError(f"--{name.replace('_', '-')} {value} does not do: give a whole number {span}.")
+    lr = given.get("lr")
+    if lr is not None and not (math.isfinite(lr) and lr > 0):
+        raise UserError(f"--lr {lr} does not do: give a number above 0, such as 0.001.")
 
 
 def takes(*words: str, **defaults: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -181,21 +225,14 @@ def takes(*words: str, **defaults: Any) -> Callable[[Callable[..., None]], Calla
 
     def wrap(command: Callable[..., None]) -> Callable[..., None]:
         def run(**given: Any) -> None:
-            own = {name: given.pop(name) for name in list(given) if name not in words}
-            with _spoken(debug=given["debug"]):
+            with spoken(debug=given["debug"]):
+                check_numbers(given)
+                own = {name: given.pop(name) for name in list(given) if name not in words}
                 command(Choices(given), **own)
 
         own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
-        shared = [
-            inspect.Parameter(
-                word,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=defaults.get(word, WORDS[word][1]),
-                annotation=Annotated[_optional(word, defaults), WORDS[word][2]],
-            )
-            for word in words
-        ]
-        parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own] + shared
+        parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
+        parameters += [_parameter(word, defaults.get(word, WORDS[word][1])) for word in words]
         run.__name__, run.__doc__ = command.__name__, command.__doc__
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in parameters}
@@ -204,28 +241,8 @@ def takes(*words: str, **defaults: Any) -> Callable[[Callable[..., None]], Calla
     return wrap
 
 
-@contextmanager
-def _spoken(*, debug: bool) -> Iterator[None]:
-    """Turn a mistake into one sentence and exit code 2, and an interrupt into a word on how to go on."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        from flatlab import display
-
-        display.err.print("Stopped. What is done is kept: the same command goes on from here.", style="yellow")
-        raise typer.Exit(130) from None
-    except (UserError, OSError) as error:
-        if debug:
-            raise
-        from rich.markup import escape
-
-        from flatlab import display
-
-        sentence = str(error) if isinstance(error, UserError) else f"{error.strerror or error}: {error.filename or ''}"
-        display.err.print(f"[red]error:[/] {escape(sentence)}", soft_wrap=True)
-        raise typer.Exit(2) from None
-
-
-def _optional(word: str, defaults: dict[str, Any]) -> Any:
-    kind, default, _ = WORDS[word]
-    return kind if defaults.get(word, default) is not None else kind | None
+def _parameter(word: str, default: Any) -> inspect.Parameter:
+    kind, _, option = WORDS[word]
+    wanted = kind if default is not None else kind | None
+    only = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(word, only, default=default, annotation=Annotated[wanted, option])

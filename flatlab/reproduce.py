@@ -11,7 +11,7 @@ from typing import Any
 
 from flatlab import executors, files, jobs, machine, plots
 from flatlab.data import catalog
-from flatlab.errors import UserError, choose
+from flatlab.errors import UserError, WorkerError, choose
 from flatlab.jobs import Job, Plan
 from flatlab.runs import Run, RunStore
 from flatlab.settings import Setting
@@ -77,7 +77,7 @@ def carry_out(todo: list[Job], store: RunStore, place: Place, *, workers: int, h
         hear: called with the workers' events.
 
     Raises:
-        UserError: the first failure's sentence, and how many others failed.
+        UserError: each sentence once, with the job that met it.
     """
     if not todo:
         return
@@ -85,17 +85,24 @@ def carry_out(todo: list[Job], store: RunStore, place: Place, *, workers: int, h
     plan = Plan(store=str(store.root.resolve()), place=place, jobs=tuple(todo))
     errors = executors.run_locally(plan, workers=workers, hear=hear)
     if errors:
-        first = errors[0]
-        more = f" ({len(errors) - 1} more failed.)" if len(errors) > 1 else ""
-        raise UserError(f"{first['job']}: {first['error']}{more}") from _TraceError.of(first)
+        raise UserError(_told(errors)) from _traces(errors)
 
 
-class _TraceError(Exception):
-    """The traceback of a worker, shown by --debug."""
+def _told(errors: list[dict[str, Any]]) -> str:
+    """Say what went wrong once: for each sentence the first job that met it, and how many others."""
+    jobs_by_sentence: dict[str, list[str]] = {}
+    for event in errors:
+        jobs_by_sentence.setdefault(event["error"], []).append(event["job"])
+    told = []
+    for sentence, names in jobs_by_sentence.items():
+        others = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+        told.append(f"{names[0]}{others}: {sentence}")
+    return "\n".join(told)
 
-    @classmethod
-    def of(cls, event: dict[str, Any]) -> "_TraceError | None":
-        return cls(f"\n{event['trace']}") if event.get("trace") else None
+
+def _traces(errors: list[dict[str, Any]]) -> WorkerError | None:
+    traces = [event["trace"] for event in errors if event.get("trace")]
+    return WorkerError("\n" + "\n".join(traces)) if traces else None
 
 
 def place_of(found: list[Run], asked: Place) -> tuple[Place, str]:

@@ -12,97 +12,20 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from flatlab import files
+from flatlab.entries import Entry, complaints
 from flatlab.errors import UserError
-from flatlab.specs import ProbeSpec, RunSpec, Spec
-
-_UNCOUNTED = ("state", "probes", "provenance.json", "done", ".lock")  # outside the compared bytes
-
-
-class Entry:
-    """A directory with a spec, files, and a `done` that is written last."""
-
-    def __init__(self, path: Path, spec: Spec) -> None:
-        self.path, self.spec = path, spec
-
-    @property
-    def done(self) -> bool:
-        """Whether the entry is finished."""
-        return (self.path / "done").exists()
-
-    def create(self) -> None:
-        """Make the directory and its spec.json, where they are absent."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        if not (self.path / "spec.json").exists():
-            files.write_bytes(self.path / "spec.json", self.spec.canonical().encode() + b"\n")
-
-    @contextmanager
-    def claim(self) -> Iterator[bool]:
-        """Try to lock the entry; yields whether it worked. The kernel releases the lock of a killed process."""
-        self.create()
-        lock = FileLock(self.path / ".lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            yield False
-            return
-        try:
-            for leftover in self.path.rglob(".*.tmp"):  # of a process killed inside a write
-                leftover.unlink(missing_ok=True)
-            yield True
-        finally:
-            lock.release()
-
-    def finish(self) -> None:
-        """Write `done` with the hash of every file that counts."""
-        files.write_json(
-            self.path / "done", {"files": {name: files.file_hash(self.path / name) for name in self.files()}}
-        )
-
-    def files(self) -> list[str]:
-        """Return the names of the files that count, sorted."""
-        return sorted(
-            str(path.relative_to(self.path))
-            for path in self.path.rglob("*")
-            if path.is_file()
-            and path.relative_to(self.path).parts[0] not in _UNCOUNTED
-            and not path.name.endswith(".tmp")
-        )
-
-    def faults(self) -> list[str]:
-        """Compare the files with the hashes in `done`; return a sentence for each fault."""
-        if not self.done:
-            return []
-        try:
-            expected: dict[str, str] = json.loads((self.path / "done").read_text())["files"]
-        except (ValueError, KeyError, TypeError):
-            return [f"{self.path / 'done'} is damaged."]
-        present = set(self.files())
-        faults = [f"{self.path / name} is missing." for name in sorted(set(expected) - present)]
-        for name in sorted(present & set(expected)):
-            if files.file_hash(self.path / name) != expected[name]:
-                faults.append(f"{self.path / name} is damaged: its hash is not the recorded one.")
-        return faults
-
-    @property
-    def provenance(self) -> dict[str, Any]:
-        """Machine facts and seconds; empty where nothing ran yet."""
-        path = self.path / "provenance.json"
-        return json.loads(path.read_text()) if path.exists() else {}
-
-    def note(self, **facts: Any) -> None:
-        """Add machine facts to provenance.json."""
-        files.write_json(self.path / "provenance.json", {**self.provenance, **facts})
+from flatlab.specs import ProbeSpec, RunSpec
 
 
 class Probe(Entry):
     """A measurement of a run."""
 
+    kind = ProbeSpec
     spec: ProbeSpec
 
     def block(self, index: int) -> Path:
@@ -118,6 +41,7 @@ class Probe(Entry):
 class Run(Entry):
     """A trained (or imported) network: its log, checkpoints and probes."""
 
+    kind = RunSpec
     spec: RunSpec
 
     def checkpoint(self, name: str) -> Path:
@@ -134,8 +58,16 @@ class Run(Entry):
         files.write_bytes(self.path / "log.jsonl", text.encode())
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return the log's rows."""
+        """Return the log's rows.
+
+        Raises:
+            UserError: where the run is finished, and the log is not the one that it finished with.
+        """
         path = self.path / "log.jsonl"
+        if self.done and not (path.exists() and files.file_hash(path) == self.hashes().get(path.name)):
+            raise UserError(
+                f"{path} is damaged: its hash is not the recorded one. Remove that run, or restore the file."
+            )
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def create(self) -> None:
@@ -150,8 +82,7 @@ class Run(Entry):
 
     def probes(self) -> list[Probe]:
         """Return the measurements that exist, finished or not."""
-        folders = sorted((self.path / "probes").glob("*/spec.json"))
-        return [Probe(path.parent, ProbeSpec.parse(path.read_text())) for path in folders]
+        return [Probe.read(path.parent) for path in sorted((self.path / "probes").glob("*/spec.json"))]
 
     def check_data(self, fingerprint: str) -> None:
         """Refuse data that differ from what the run was trained on.
@@ -180,14 +111,24 @@ class RunStore:
         """Return the run that a spec names, there or not."""
         return Run(self.root / spec.digest, spec)
 
+    def finished(self, digest: str) -> bool:
+        """Whether the run of that digest is finished."""
+        return (self.root / digest / "done").exists()
+
     def runs(self) -> list[Run]:
         """Return the runs that exist, finished or not."""
-        found = sorted(self.root.glob("*/spec.json"))
-        return [Run(path.parent, RunSpec.parse(path.read_text())) for path in found]
+        return [Run.read(folder) for folder in self._folders()]
+
+    def _folders(self, below: str = "[!.]*") -> list[Path]:  # hidden: a run that is being removed
+        return [path.parent for path in sorted(self.root.glob(f"{below}/spec.json"))]
 
     def faults(self) -> list[str]:
-        """Return a sentence for each file of a finished run or probe that is damaged or missing."""
-        return [fault for run in self.runs() for entry in (run, *run.probes()) for fault in entry.faults()]
+        """Return a sentence for each file of a run or probe that is damaged or missing."""
+        faults: list[str] = []
+        for kind, below in ((Run, "[!.]*"), (Probe, "[!.]*/probes/*")):
+            for folder in self._folders(below):
+                faults += complaints(partial(kind.read, folder)) or kind.read(folder).faults()
+        return faults
 
     def find(self, prefix: str) -> Run:
         """Return the one run whose digest begins so.
@@ -198,11 +139,11 @@ class RunStore:
         Raises:
             UserError: where none or several runs do.
         """
-        found = [run for run in self.runs() if run.path.name.startswith(prefix)]
+        found = [folder for folder in self._folders() if folder.name.startswith(prefix)]
         if len(found) != 1:
-            what = "No run" if not found else f"{len(found)} runs"
-            raise UserError(f"{what} in {self.root} begins with {prefix!r}; `flatlab runs list` shows them all.")
-        return found[0]
+            what = f"{len(found)} runs in {self.root} begin" if found else f"No run in {self.root} begins"
+            raise UserError(f"{what} with {prefix!r}; `flatlab runs list` shows them all.")
+        return Run.read(found[0])
 
     @contextmanager
     def claim(self, entries: Sequence[Entry]) -> Iterator[bool]:
@@ -219,11 +160,13 @@ class RunStore:
         Raises:
             UserError: where another process holds it.
         """
-        with run.claim() as free:
+        gone = self.root / f".removed-{run.path.name}"
+        shutil.rmtree(gone, ignore_errors=True)  # of a removal that was killed
+        with self.claim([run, *run.probes()]) as free:
             if not free:
                 raise UserError(f"Run {run.path.name} is being worked on by another process; stop that first.")
-            (run.path / "done").unlink(missing_ok=True)  # first: a half-deleted run must not look finished
-        shutil.rmtree(run.path)
+            run.path.rename(gone)  # at once: a half-deleted run must not look finished, nor get in a new one's way
+            shutil.rmtree(gone)
 
     def merge(self, other: "RunStore") -> dict[str, int]:
         """Copy the finished runs and probes of another store that are not finished here.
@@ -232,19 +175,22 @@ class RunStore:
             other: the store to read.
 
         Returns:
-            Counts: runs and probes copied, entries that were here already.
+            Counts: runs and probes copied, entries that were here already, and runs whose bytes differ here (they were
+            trained on another machine, say): their probes are left out, being of another network.
 
         Raises:
             UserError: where `other` holds no run, or a run there is damaged.
         """
-        counts = {"runs": 0, "probes": 0, "here already": 0}
+        counts = {"runs": 0, "probes": 0, "here already": 0, "differ here": 0}
         theirs = other.runs()
         if not theirs:
             raise UserError(f"{other.root} holds no run; a store is a folder such as ./runs.")
         for run in theirs:
             ours = self.run(run.spec)
             counts["runs" if _adopt(run, ours) else "here already"] += run.done
-            for probe in run.probes() if ours.done else []:
+            same = run.done and ours.done and run.hashes() == ours.hashes()
+            counts["differ here"] += run.done and not same
+            for probe in run.probes() if same else []:
                 counts["probes" if _adopt(probe, ours.probe(probe.spec)) else "here already"] += probe.done
         return counts
 

@@ -107,10 +107,28 @@ PAPER = Setting(
 SETTINGS = {setting.name: setting for setting in (SMOKE, QUICK, PAPER)}
 
 
-def for_images(chosen: Setting, dataset: str) -> Setting:
-    """Return a setting for photographs: the paper's network, learning rates and radii, the chosen one's schedule."""
-    network = ("image_size", "model", "weights", "freeze_batchnorm", "lr", "scale_lr", "radii", "filter_radii")
-    return chosen.replace(dataset=dataset, **{field: getattr(PAPER, field) for field in network})
+def for_data(chosen: Setting, dataset: str, *, model: str | None = None, weights: str | None = None) -> Setting:
+    """Return a setting for a data set: the network, learning rates and radii that suit it, the chosen one's schedule.
+
+    Photographs take the paper's, digits QUICK's. BatchNorm's statistics are frozen where the network starts from
+    weights: frozen random ones mean nothing. The paper's learning rate is for pretrained weights: from scratch the
+    setting's own is kept.
+
+    Args:
+        chosen: whose schedule is kept.
+        dataset: its name; all but digits are photographs.
+        model: where another than the suiting one is wanted.
+        weights: where others than the suiting ones are wanted.
+    """
+    suiting = QUICK if dataset == QUICK.dataset else PAPER
+    start = weights or ("none" if model == QUICK.model else suiting.weights)
+    changes: dict[str, Any] = {"dataset": dataset, "weights": start, "freeze_batchnorm": start != "none"}
+    if (chosen.dataset == QUICK.dataset) != (dataset == QUICK.dataset):
+        fields = ["image_size", "model", "radii", "filter_radii"]
+        if start != "none" or suiting is QUICK:
+            fields += ["lr", "scale_lr"]
+        changes |= {field: getattr(suiting, field) for field in fields}
+    return chosen.replace(**changes)
 
 
 def setting(chosen: str | Setting, **changes: Any) -> Setting:

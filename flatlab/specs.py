@@ -32,7 +32,7 @@ class Spec(BaseModel):
         try:
             return cls(**fields)
         except ValidationError as error:
-            raise UserError(_sentence(cls.__name__, error)) from None
+            raise UserError(_sentence(cls, error)) from None
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -47,7 +47,7 @@ class Spec(BaseModel):
         try:
             return cls.model_validate_json(text)
         except ValidationError as error:
-            raise UserError(_sentence(cls.__name__, error)) from None
+            raise UserError(_sentence(cls, error)) from None
 
     def canonical(self) -> str:
         """Return the JSON with sorted keys and no spaces: equal specs, equal text."""
@@ -63,15 +63,30 @@ class Spec(BaseModel):
         return self.make(**{**dict(self), **fields})
 
 
-def _sentence(kind: str, error: ValidationError) -> str:
+_BOUNDS = {  # pydantic's kinds of error -> what it should have said, with the bound's name
+    "greater_than": "more than {gt}",
+    "greater_than_equal": "at least {ge}",
+    "less_than": "less than {lt}",
+    "less_than_equal": "at most {le}",
+    "finite_number": "a finite number",
+    "literal_error": "{expected}",
+}
+
+
+def _sentence(kind: type[BaseModel], error: ValidationError) -> str:
     """Say the first mistake of a validation in one sentence."""
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
     what = first["msg"].removeprefix("Value error, ")
     if not where:
         return what
-    came = reprlib.repr(first["input"])
-    return f"{kind}: {where}={came} does not do: {what[0].lower()}{what[1:]}."
+    if first["type"] == "extra_forbidden":
+        return f"{kind.__name__} has no field {where!r}; it has {', '.join(kind.model_fields)}."
+    if first["type"] == "missing":
+        return f"{kind.__name__} needs the field {where!r}, and it is missing."
+    expected = _BOUNDS.get(first["type"], "").format(**first.get("ctx", {}))
+    tail = f"it must be {expected}" if expected else f"{what[0].lower()}{what[1:]}"
+    return f"{kind.__name__}: {where}={reprlib.repr(first['input'])} does not do: {tail}."
 
 
 class QuantSpec(Spec):

@@ -70,14 +70,38 @@ def over_seeds(frame: pd.DataFrame, by: Sequence[str], *, value: str = "value") 
         frame: rows with `held_out`, `seed` and `value`.
         by: the columns that name a group.
         value: the column to average.
+
+    Raises:
+        UserError: where a seed of a group lacks a domain, or has one twice.
     """
-    per_seed = frame.groupby([*by, "seed"], sort=False, as_index=False)[value].mean()
+    _check_crossed(frame, by)
+    cells = frame.groupby([*by, "seed"], sort=False)[value]
+    # A loss that is none is shown as such, where pandas' own mean would leave it out.
+    per_seed: pd.DataFrame = cells.agg(lambda values: values.mean(skipna=False)).reset_index()
     groups = per_seed.groupby(list(by), sort=False)[value]
     rows = [
-        {**dict(zip(by, keys, strict=True)), "held_out": "all", "seed": "all", **estimate(draws), "over": "seeds"}
+        {
+            **dict(zip(by, keys, strict=True)),
+            "held_out": "all",
+            "seed": "all",
+            **estimate(draws.to_numpy()),
+            "over": "seeds",
+        }
         for keys, draws in groups
     ]
     return pd.DataFrame(rows)
+
+
+def _check_crossed(frame: pd.DataFrame, by: Sequence[str]) -> None:
+    for keys, group in frame.groupby(list(by), sort=False):
+        cells = pd.MultiIndex.from_product([group["held_out"].unique(), group["seed"].unique()])
+        counts = group.groupby(["held_out", "seed"]).size().reindex(cells, fill_value=0)
+        for (target, seed), count in zip(cells, counts, strict=True):
+            if count != 1:
+                raise UserError(
+                    f"{', '.join(map(str, keys))}: {count} rows with {target} held out and seed {seed}; "
+                    "a mean over seeds needs one for each domain and seed."
+                )
 
 
 def paired(frame: pd.DataFrame, baseline: str, by: Sequence[str]) -> pd.DataFrame:
@@ -89,10 +113,20 @@ def paired(frame: pd.DataFrame, baseline: str, by: Sequence[str]) -> pd.DataFram
         frame: rows with `method`, `held_out`, `seed` and `value`.
         baseline: the method that is subtracted.
         by: the columns that name a group within a method (panel, radius).
+
+    Raises:
+        UserError: where a row has no partner in the baseline, or a seed of a group lacks a domain.
     """
     keys = [*by, "held_out", "seed"]
     base = frame[frame["method"] == baseline].set_index(keys)["value"].rename("base")
-    joined = frame[frame["method"] != baseline].join(base, on=keys)
+    others = frame[frame["method"] != baseline]
+    alone = others[~pd.MultiIndex.from_frame(others[keys]).isin(base.index)]
+    if len(alone):
+        row = alone.iloc[0]
+        raise UserError(
+            f"{row['method']} with {row['held_out']} held out and seed {row['seed']} has no partner of {baseline}."
+        )
+    joined = others.join(base, on=keys)
     joined["difference"] = joined["value"] - joined["base"]
     table = over_seeds(joined, ["method", *by], value="difference")
     table["verdict"] = np.select(

@@ -11,6 +11,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -32,49 +33,51 @@ def work(jobs: Sequence[Job], store: RunStore, place: Place, *, emit: Emit) -> N
         jobs: in the order in which they are tried.
         store: receives the runs and probes.
         place: data folder, device, threads.
-        emit: called with events, each with the job's name: progress ("made", "of"), "finished", or "error".
+        emit: called with events, each with the job's name: progress ("share", "shown"), "finished", or "error".
     """
-    pending, failed = list(jobs), set[str]()
+    pending = list(jobs)
     while pending:
-        busy = True
         for job in list(pending):
-            if failed & set(job.needs):
-                emit({"job": job.name, "error": "not tried: what it needs failed."})
-            elif not job.ready(store) or not _attempt(job, store, place, emit):
-                continue  # others hold it, or what it needs
-            elif not job.done(store):
-                failed.update(spec.digest for spec in job.runs)
-            pending.remove(job)
-            busy = False
-            break  # the first jobs first: what was waiting may be ready now
-        if busy:
+            if _settled(job, pending, store, place, emit):
+                pending.remove(job)
+                break  # the first jobs first: what was waiting may be ready now
+        else:
             time.sleep(IDLE_SECONDS)
+
+
+def _settled(job: Job, pending: Sequence[Job], store: RunStore, place: Place, emit: Emit) -> bool:
+    """Do a job, or give it up; False where others hold it, or what it needs is still to come."""
+    if job.ready(store):
+        return _attempt(job, store, place, emit)
+    coming = {spec.digest for other in pending if not other.probes for spec in other.runs}
+    if coming >= {digest for digest in job.needs if not store.finished(digest)}:
+        return False
+    emit({"job": job.name, "error": "not tried: what it needs failed, or was removed."})
+    return True
 
 
 def _attempt(job: Job, store: RunStore, place: Place, emit: Emit) -> bool:
     """Do a job if nobody holds it; returns whether that was so."""
-    if not job.done(store):
-        with store.claim(job.entries(store)) as free:
-            if not free:
-                return False
-            if not job.done(store) and (error := _told(lambda: _do(job, store, place, emit))):
-                emit({"job": job.name, **error})
-                return True
-    emit({"job": job.name, "finished": True})
+    try:
+        with ExitStack() as held:
+            if not job.done(store):
+                if not held.enter_context(store.claim(job.claims(store))):
+                    return False
+                _do(job, store, place, emit)
+        emit({"job": job.name, "finished": True})
+    except Exception as error:
+        emit({"job": job.name, **_told(error)})
     return True
 
 
-def _told(act: Callable[[], None]) -> Event | None:
-    """Act; return what went wrong as an event: a sentence, and a trace where it is our fault."""
-    try:
-        act()
-    except UserError as error:
+def _told(error: Exception) -> Event:
+    """Return what went wrong: a sentence, and a trace where it is our fault."""
+    if isinstance(error, UserError):
         return {"error": str(error)}
-    except OSError as error:
-        return {"error": f"{error.strerror}: {error.filename or 'in the store'}; what is finished is kept."}
-    except Exception as error:
-        return {"error": f"{type(error).__name__}: {error} (a bug in flatlab)", "trace": traceback.format_exc()}
-    return None
+    if isinstance(error, OSError):
+        return {"error": f"{error.strerror or error}: {error.filename or 'in the store'}; what is finished is kept."}
+    trace = "".join(traceback.format_exception(error))
+    return {"error": f"{type(error).__name__}: {error} (a bug in flatlab)", "trace": trace}
 
 
 def _do(job: Job, store: RunStore, place: Place, emit: Emit) -> None:
@@ -110,6 +113,7 @@ class _Reporter:
 def main() -> None:
     """Work through the plan named on the command line."""
     plan = Plan.parse(Path(sys.argv[1]).read_text())
+    sys.stdout = sys.stderr  # what a library prints must not come between the events
     threading.Thread(target=_end_with_parent, daemon=True).start()
     work(plan.jobs, RunStore(plan.store), plan.place, emit=_print)
 
@@ -121,8 +125,7 @@ def _end_with_parent() -> None:
 
 
 def _print(event: Event) -> None:
-    sys.stdout.write(json.dumps(event) + "\n")
-    sys.stdout.flush()
+    print(json.dumps(event), file=sys.__stdout__, flush=True)
 
 
 if __name__ == "__main__":

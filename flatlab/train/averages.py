@@ -2,9 +2,11 @@
 
 `update(weights, step, validate)` sees the network's weights after each step; `validate()` gives the mean validation
 loss of those weights over the source domains, and is computed only when asked. `result()` gives the weights handed
-over: the averaged ones, with the network's own buffers where those are not averaged.
+over, and changes nothing. Buffers are averaged like weights; where an average is not `evaluated` as it goes and
+BatchNorm's statistics are not frozen, the loop computes those anew.
 """
 
+import math
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -23,7 +25,6 @@ class Average(Protocol):
     """An observer of a trajectory."""
 
     evaluated: bool  # at each evaluation, and selected by validation; else only at the end
-    refresh: bool  # BatchNorm statistics must be computed for the result, since they are not averaged
 
     def update(self, weights: Weights, step: int, validate: Callable[[], float]) -> None:
         """See the weights after the update of `step`."""
@@ -62,7 +63,7 @@ class Mean:
 class Last:
     """No average: the trajectory's own weights."""
 
-    evaluated, refresh = True, False
+    evaluated = True
 
     def __init__(self) -> None:
         self.weights: Weights = {}
@@ -99,7 +100,6 @@ class Running:
         self.start = max(spec.start, switch)
         self.every = spec.every
         self.evaluated = spec.kind == "sma"
-        self.refresh = spec.kind == "swa"
         self.mean = Mean()
 
     def update(self, weights: Weights, step: int, validate: Callable[[], float]) -> None:
@@ -142,11 +142,11 @@ class SWAD:
     """Stochastic weight averaging, densely (Cha et al. 2021): the mean over the valley of the validation loss.
 
     The valley begins at the oldest of `converge` evaluations when it is the lowest of them; its rim is (1 + ratio)
-    times their mean; it ends when `tolerance` evaluations in a row lie above the rim. Each segment weighs the same.
-    Where no valley begins, the last segment is handed over (as khanrc/swad does).
+    times their mean; it ends before `tolerance` evaluations in a row that lie above the rim. Each segment weighs the
+    same. Where no valley begins, the last segment is handed over (as khanrc/swad does).
     """
 
-    evaluated, refresh = False, True
+    evaluated = False
 
     def __init__(self, spec: AverageSpec) -> None:
         self.spec = spec
@@ -159,30 +159,34 @@ class SWAD:
 
     def update(self, weights: Weights, step: int, validate: Callable[[], float]) -> None:
         """See the weights after the update of `step`."""
+        if self.valley["dead"]:
+            return
         self.segment.add(weights)
         self.first = step if self.first is None else self.first
-        if step % self.spec.every == 0 and not self.valley["dead"]:
-            self.recent.append(Segment(self.segment, self.index, self.first, step, validate()))
+        if step % self.spec.every == 0:
+            loss = validate()
+            loss = math.inf if math.isnan(loss) else loss  # so that it lies above every rim
+            self.recent.append(Segment(self.segment, self.index, self.first, step, loss))
             self.segment, self.first, self.index = Mean(), None, self.index + 1
             (self._begin if self.valley["start"] is None else self._advance)()
 
     def _begin(self) -> None:
         newest = list(self.recent)[-self.spec.converge :]
         losses = [segment.loss for segment in newest]
-        if len(newest) < self.spec.converge or losses[0] > min(losses):
+        if len(newest) < self.spec.converge or losses[0] > min(losses) or not math.isfinite(sum(losses)):
             return
         self.valley["start"] = newest[0].start
         self.valley["threshold"] = (1 + self.spec.ratio) * sum(losses) / len(losses)
         if self.spec.exact_repo:
             self._begin_as_released(newest)
-        else:
-            self._merge(newest)
+        else:  # what no window of `tolerance` evaluations will hold any more, and the oldest of the present one
+            self._merge(newest[: max(1, self.spec.converge - self.spec.tolerance + 1)])
 
     def _begin_as_released(self, newest: list[Segment]) -> None:
         # khanrc/swad: the first model enters with count 0, so that the first merge overwrites it; the fill-in
         # starts one segment late. Both are kept here on purpose.
         self.pool.tensors = dict(newest[0].mean.tensors)
-        self._record(newest[0])
+        self.valley |= {"merged": [newest[0].index], "end": newest[0].end}
         gap = self.spec.tolerance - self.spec.converge
         if gap < 0:
             self._merge(newest[1 : 1 - gap])
@@ -197,6 +201,7 @@ class SWAD:
             return
         if min(segment.loss for segment in window) > self.valley["threshold"]:
             self.valley["dead"] = True
+            self.recent.clear()
         else:
             self._merge(window[:1])
 
@@ -204,29 +209,41 @@ class SWAD:
         return list(self.recent)[-self.spec.tolerance :]
 
     def _merge(self, segments: list[Segment]) -> None:
-        for segment in segments:
-            fresh = segment.index > max(self.valley["merged"], default=-1) and segment.start >= self.valley["start"]
-            if fresh or self.spec.exact_repo:
-                self.pool.add(segment.mean.tensors)
-                self._record(segment)
+        for segment in self._fresh(segments):
+            merged = self.valley["merged"] if self.pool.count else []  # the first merge overwrites
+            self.pool.add(segment.mean.tensors)
+            self.valley |= {"merged": [*merged, segment.index], "end": segment.end}
 
-    def _record(self, segment: Segment) -> None:
-        self.valley["merged"].append(segment.index)
-        self.valley["end"] = segment.end
+    def _fresh(self, segments: list[Segment]) -> list[Segment]:
+        """Return those inside the valley that are not merged yet; the released code does not ask."""
+        if self.spec.exact_repo:
+            return segments
+        newest = max(self.valley["merged"], default=-1)
+        return [s for s in segments if s.index > newest and s.start >= self.valley["start"]]
+
+    def _rest(self) -> list[Segment]:
+        """Return what a living valley takes in at the end: up to the last evaluation that is not above the rim."""
+        if self.valley["start"] is None or self.valley["dead"]:
+            return []
+        window = self._window()[1 if self.spec.exact_repo else 0 :]
+        low = [i for i, segment in enumerate(window) if segment.loss <= self.valley["threshold"]]
+        return self._fresh(window[: low[-1] + 1]) if low else []
 
     def result(self) -> dict[str, Tensor]:
-        """Return the weights handed over; the rest of a living valley is merged first."""
+        """Return the weights handed over, as if training ended here."""
         if self.valley["start"] is None:
             return dict(self.recent[-1].mean.tensors if self.recent else self.segment.tensors)
-        if not self.valley["dead"]:
-            rest = self._window()[1 if self.spec.exact_repo else 0 :]
-            while rest and min(segment.loss for segment in rest) <= self.valley["threshold"]:
-                self._merge([rest.pop(0)])
-        return dict(self.pool.tensors)
+        whole = Mean({name: value.clone() for name, value in self.pool.tensors.items()}, self.pool.count)
+        for segment in self._rest():
+            whole.add(segment.mean.tensors)
+        return whole.tensors
 
     def facts(self) -> dict[str, Any]:
-        """Return what is worth a line in the log: the valley's start, end, threshold and segments."""
-        return {"valley": dict(self.valley)}
+        """Return what is worth a line in the log: the valley's start, end, threshold and segments, as of `result`."""
+        if not (rest := self._rest()):
+            return {"valley": dict(self.valley)}
+        merged = self.valley["merged"] if self.pool.count else []
+        return {"valley": {**self.valley, "merged": [*merged, *(s.index for s in rest)], "end": rest[-1].end}}
 
     def save(self) -> Saved:
         """Return the observer's state."""
@@ -243,6 +260,7 @@ class SWAD:
         means = {part: Mean(_below(part, tensors), count) for part, count in facts["counts"].items()}
         self.segment, self.pool = means["segment"], means["pool"]
         self.valley, self.index, self.first = facts["valley"], facts["index"], facts["first"]
+        self.recent.clear()
         self.recent.extend(Segment(means[f"recent{s['index']}"], **s) for s in facts["recent"])
 
 

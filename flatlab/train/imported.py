@@ -6,8 +6,8 @@ import torch
 
 from flatlab import build, files, machine
 from flatlab.errors import UserError
-from flatlab.models import read_foreign, translate_keys
-from flatlab.runs import RunStore
+from flatlab.models import Network, read_foreign, translate_keys
+from flatlab.runs import Run, RunStore
 from flatlab.settings import Setting
 from flatlab.specs import Place, RunSpec
 from flatlab.train.evaluate import Judge
@@ -24,24 +24,34 @@ def import_checkpoint(file: Path, setting: Setting, store: RunStore, place: Plac
         place: data folder, device.
 
     Raises:
-        UserError: where the file is of another architecture, or more than one domain is held out.
+        UserError: where the file is missing or of another architecture, or more than one domain is held out.
     """
+    if not file.is_file():
+        raise UserError(f"There is no file {file}; give the .safetensors or .pth file that is to be imported.")
     if len(setting.held_out) != 1:
         raise UserError(f"Say which domain the checkpoint has not seen: --held-out {'|'.join(setting.domains)}.")
-    tensors = translate_keys(read_foreign(file))
     spec = _spec(file, setting)
     run = store.run(spec)
+    if run.done:
+        return spec
     domains = build.domains(spec, place)
     network = build.network(spec, domains.data, place)
-    _load(network, tensors, file, setting.model)
-    run.create()
+    _load(network, translate_keys(read_foreign(file)), file, setting.model)
+    with run.claim() as free:
+        if not free:
+            raise UserError(f"Run {spec.digest} is being imported by another process; wait for that.")
+        _write(run, network, domains, place, file)
+    return spec
+
+
+def _write(run: Run, network: Network, domains: build.Domains, place: Place, file: Path) -> None:
+    """Write what a training would leave behind: a log of one row, checkpoints, provenance, `done`."""
     row = Judge(domains, build.device(place)).row(network, 0)
     run.write_log([{**row, "looks": 1}])
     for name in ("selected", "last"):
         files.save_arrays(run.checkpoint(name), arrays(network.state_dict()), {"step": 0})
     run.note(**place.model_dump(), data_fingerprint=domains.data.fingerprint, machine=machine.facts(), file=file.name)
     run.finish()
-    return spec
 
 
 def _spec(file: Path, setting: Setting) -> RunSpec:
@@ -50,7 +60,6 @@ def _spec(file: Path, setting: Setting) -> RunSpec:
         held_out=setting.held_out[0],
         image_size=setting.image_size,
         model=setting.model,
-        freeze_batchnorm=setting.freeze_batchnorm,
         trial_seed=setting.trial_seed,
         steps=1,  # how it was trained is not known here; the source says so
         eval_every=1,

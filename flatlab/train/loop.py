@@ -10,6 +10,8 @@ import math
 import time
 from collections.abc import Callable, Collection, Sequence
 from functools import cache
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +49,9 @@ def train(
         forks: steps before which the state is kept, for runs that switch there.
         report: called after each step.
     """
-    Training([store.run(spec) for spec in specs], store, place, forks=forks).run(report)
+    runs = [run for run in map(store.run, specs) if not run.done]
+    if runs:
+        Training(runs, store, place, forks=forks).run(report)
 
 
 class Training:
@@ -57,18 +61,17 @@ class Training:
         self.runs, self.forks = runs, set(forks)
         self.spec = runs[0].spec.trajectory
         self.domains = build.domains(self.spec, place)
-        for run in runs:
-            run.create()
+        self.lineage = store.run(self.spec)  # keeps the forks for its children
+        self.parent = store.run(self.spec.parent) if self.spec.parent else None
+        for run in (*runs, self.lineage):
             run.check_data(self.domains.data.fingerprint)
-        place = place.replace(threads=runs[0].provenance.get("threads", place.threads))  # they order the sums
+        place = place.replace(threads=self._threads() or place.threads)
         torch.set_num_threads(place.threads)
         self.device = build.device(place)
         self.judge = Judge(self.domains, self.device)
-        self.lineage = store.run(self.spec)  # keeps the forks for its children
         self.trajectory = Trajectory(runs, self.domains, place)
         self.shadow: Network | None = None  # holds averages while they are evaluated
-        self.losses: list[Tensor] = []  # since the last evaluation
-        self._begin(store, place)
+        self._begin(place)
 
     def run(self, report: Report | None) -> None:
         """Make the updates that are left, then hand over."""
@@ -80,7 +83,7 @@ class Training:
                 trajectory.switch()
                 rule = trajectory.step_rule()
             batch = stream.batch(step)
-            self.losses.append(rule.step(lambda batch=batch: _backward(objective(network, batch))))  # type: ignore[misc]
+            trajectory.losses.append(rule.step(lambda batch=batch: _backward(objective(network, batch))))  # type: ignore[misc]
             self._check_losses(step)
             sources = cache(lambda: self.judge.sources(network))  # computed only if somebody asks at this step
             trajectory.after(step, lambda sources=sources: mean(sources(), "loss"))  # type: ignore[misc]
@@ -91,25 +94,42 @@ class Training:
                 report(step + 1, spec.steps + 1, self._shown())
         self._finish()
 
-    def _begin(self, store: RunStore, place: Place) -> None:
+    def _threads(self) -> int | None:
+        """Return how many threads computed what is gone on from: they order the sums."""
+        first = self.parent if self.parent and self._fork().exists() else self.lineage
+        threads: int | None = (self.runs[0].provenance or first.provenance).get("threads")
+        return threads
+
+    def _fork(self) -> Path:
+        """Return the path of the parent's state at the switch."""
+        assert self.parent
+        return self.parent.state(f"fork-{self.spec.switch}")
+
+    def _begin(self, place: Place) -> None:
         """Take up a saved state, or the parent's at the switch, or begin anew; write down which."""
-        parent = store.run(self.spec.parent) if self.spec.parent else None
-        fork = parent.state(f"fork-{self.spec.switch}") if parent else None
-        if self.runs[0].state("resume").exists():
-            self.trajectory.resume(self.runs[0].state("resume"))
-        elif parent and fork and fork.exists():
-            parent.check_data(self.domains.data.fingerprint)
-            self.trajectory.fork(fork)
+        how = self._take_up()
         self.started = self.saved = time.monotonic()
-        self.first = self.trajectory.next_step
+        self.session = {"from_step": self.trajectory.next_step, "how": how}
         facts = {**place.model_dump(), "device": str(self.device), "machine": machine.facts()}
         for run in self.runs:
+            run.create()
             past = run.provenance.get("sessions", [])
             run.note(**facts, data_fingerprint=self.domains.data.fingerprint, sessions=[*past, self._session()])
 
-    def _session(self) -> dict[str, float]:
+    def _take_up(self) -> str:
+        """Bring the trajectory to where it goes on from; return where that was."""
+        state = self.runs[0].state("resume")
+        if state.exists() and self.trajectory.resume(state):
+            return "resumed"
+        if self.parent and self._fork().exists():
+            self.parent.check_data(self.domains.data.fingerprint)
+            self.trajectory.fork(self._fork())
+            return f"forked from {self.parent.spec.digest}"
+        return "begun anew: the saved state lacks one of the averages" if state.exists() else "begun"
+
+    def _session(self) -> dict[str, Any]:
         seconds = round(time.monotonic() - self.started, 3)
-        return {"from_step": self.first, "to_step": self.trajectory.next_step, "seconds": seconds}
+        return {**self.session, "to_step": self.trajectory.next_step, "seconds": seconds}
 
     def _stream(self) -> TrainingStream:
         rows = {name: self.domains.inside[name] for name in self.domains.sources}
@@ -121,20 +141,25 @@ class Training:
         due = (step + 1) % CHECK_STEPS == 0 or step % self.spec.eval_every == 0 or step == self.spec.steps
         if self.device.type != "cpu" and not due:
             return
-        newest = self.losses[-CHECK_STEPS:] if due else self.losses[-1:]
+        newest = self.trajectory.losses[-CHECK_STEPS if due else -1 :]
         bad = [i for i, value in enumerate(torch.stack(newest).tolist()) if not math.isfinite(value)]
         if bad:
-            raise UserError(
-                f"The training loss of run {self.spec.digest} is not finite at step {step - len(newest) + 1 + bad[0]}; "
-                "lower --lr. The checkpoints before it are kept."
-            )
+            raise self._diverged("training", step - len(newest) + 1 + bad[0])
+
+    def _diverged(self, which: str, step: int) -> UserError:
+        return UserError(
+            f"The {which} loss of run {self.runs[0].spec.digest} is not finite at step {step}; lower --lr. "
+            "The checkpoints before it are kept."
+        )
 
     def _evaluate(self, step: int, sources: dict[str, Score]) -> None:
         """Log the network and those observers that are evaluated as they go; keep the best."""
         trajectory = self.trajectory
         live = self.judge.row(trajectory.network, step, sources)
-        live["train_loss"] = float(torch.stack(self.losses).double().mean())
-        self.losses.clear()
+        if not math.isfinite(live["validation_loss"]):
+            raise self._diverged("validation", step)
+        live["train_loss"] = float(torch.stack(trajectory.losses).double().mean())
+        trajectory.losses.clear()
         trajectory.rows.append(live)
         for member in trajectory.members:
             if member.average.evaluated:
@@ -152,7 +177,7 @@ class Training:
 
     def _log(self, member: Member, row: Row, weights: dict[str, Tensor]) -> None:
         """Add a row to a run's log, and keep its checkpoint where the selection now falls on it."""
-        member.rows.append({**row, "looks": len(member.rows) + 1})
+        member.log(row)
         eligible = candidates(member.rows, self.spec.switch)
         if eligible and training_domain(eligible) is member.rows[-1]:
             files.save_arrays(member.run.checkpoint("selected"), arrays(weights), {"step": row["step"]})
@@ -161,7 +186,7 @@ class Training:
         """Save a fork where one is asked for, and the state at evaluations and every half minute."""
         if step + 1 in self.forks:
             self.lineage.create()
-            self.lineage.note(data_fingerprint=self.domains.data.fingerprint)
+            self.lineage.note(data_fingerprint=self.domains.data.fingerprint, threads=torch.get_num_threads())
             self.trajectory.save(self.lineage.state(f"fork-{step + 1}"), members=[])
         if step % self.spec.eval_every == 0 or time.monotonic() - self.saved > SAVE_SECONDS:
             self._write_logs()
@@ -174,7 +199,8 @@ class Training:
             member.run.note(sessions=[*member.run.provenance["sessions"][:-1], self._session()])
 
     def _shown(self) -> dict[str, float]:
-        shown = {"loss": float(self.losses[-1])} if self.losses and self.device.type == "cpu" else {}
+        losses = self.trajectory.losses
+        shown = {"loss": float(losses[-1])} if losses and self.device.type == "cpu" else {}
         if self.trajectory.rows:
             newest = self.trajectory.rows[-1]
             shown |= {"validation": newest["validation"], "target": newest["target"]["in"]["accuracy"]}
@@ -192,7 +218,7 @@ class Training:
                 self._log(member, {**self.judge.row(network, self.spec.steps), **member.average.facts()}, weights)
             files.save_arrays(member.run.checkpoint("last"), arrays(weights), {"step": self.spec.steps})
         self._write_logs()
-        for run in self.runs:
+        for run in reversed(self.runs):  # the first, which keeps the state, is the last to be done without it
             run.finish()
         self.runs[0].state("resume").unlink(missing_ok=True)
 

@@ -28,6 +28,10 @@ class Member:
     average: averages.Average
     rows: list[Row] = field(default_factory=list)
 
+    def log(self, row: Row) -> None:
+        """Add a row, with the number of looks at the target so far."""
+        self.rows.append({**row, "looks": len(self.rows) + 1})
+
 
 class Trajectory:
     """Network, optimizer and observers: together, the state of a training."""
@@ -39,6 +43,7 @@ class Trajectory:
         self.optimizer = torch.optim.Adam(groups, lr=self.spec.lr, weight_decay=self.spec.weight_decay, fused=True)
         self.members = [Member(run, averages.build(run.spec.average, switch=self.spec.switch)) for run in runs]
         self.rows: list[Row] = []  # of the network itself, whoever observes it
+        self.losses: list[Tensor] = []  # of each step since the last row
         self.next_step = 0
         self.switched = False
 
@@ -95,27 +100,33 @@ class Trajectory:
             observed, facts = member.average.save()
             notes[digest] = {"average": facts, "rows": member.rows}
             tensors |= {f"{digest}/{name}": value for name, value in observed.items()}
-        files.save_arrays(path, arrays(tensors), {"next_step": self.next_step, "rows": self.rows, "members": notes})
+        losses = torch.stack(self.losses).tolist() if self.losses else []
+        facts = {"next_step": self.next_step, "rows": self.rows, "losses": losses, "members": notes}
+        files.save_arrays(path, arrays(tensors), facts)
 
-    def resume(self, path: Path) -> None:
-        """Go on from a state of this very group of runs."""
-        saved, facts = self._restore(path)
+    def resume(self, path: Path) -> bool:
+        """Go on from a state, unless it lacks one of these runs: an average needs the early iterates."""
+        saved, facts = files.load_arrays(path)
+        if not {member.run.spec.digest for member in self.members} <= facts["members"].keys():
+            return False
+        self._restore(saved, facts)
         for member in self.members:
             digest = member.run.spec.digest
             mine = {name.removeprefix(f"{digest}/"): a for name, a in saved.items() if name.startswith(f"{digest}/")}
             member.rows = facts["members"][digest]["rows"]
             member.average.load(({n: self._tensor(n, a) for n, a in mine.items()}, facts["members"][digest]["average"]))
-            if not mine:  # the last weights are the network's own
+            if self.observed and not mine:  # the last weights are the network's own
                 member.average.update(self.network.state_dict(), self.next_step - 1, lambda: float("nan"))
+        return True
 
     def fork(self, path: Path) -> None:
         """Begin at a state of the parent, which this trajectory equals up to its switch."""
-        self._restore(path)
+        self._restore(*files.load_arrays(path))
         for member in self.members:
-            member.rows = list(self.rows) if member.average.evaluated else []
+            for row in self.rows if member.average.evaluated else []:
+                member.log(row)
 
-    def _restore(self, path: Path) -> tuple[files.Arrays, dict[str, Any]]:
-        saved, facts = files.load_arrays(path)
+    def _restore(self, saved: files.Arrays, facts: dict[str, Any]) -> None:
         if self.spec.switch is not None and facts["next_step"] > self.spec.switch:
             self.switch()
         build.load(self.network, {n.removeprefix("network/"): a for n, a in saved.items() if n.startswith("network/")})
@@ -124,7 +135,7 @@ class Trajectory:
             if found:
                 self.optimizer.state[parameter] = {m: self._tensor(name, a) for m, a in found.items()}
         self.next_step, self.rows = facts["next_step"], facts["rows"]
-        return saved, facts
+        self.losses = list(torch.tensor(facts["losses"], device=next(self.network.parameters()).device))
 
     def _tensor(self, name: str, array: Any) -> Tensor:
         # In the memory format of the network's own tensor: another one may sum in another order.

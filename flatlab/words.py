@@ -1,0 +1,115 @@
+"""The words of the command line: each option is written once, here, and means the same thing in every command."""
+
+from pathlib import Path
+from typing import Any
+
+import typer
+
+_DATA, _COMPOSITION, _SCHEDULE, _PLACE, _OUTPUT = "Data", "Composition", "Schedule and seeds", "Place", "Output"
+_PARTS = "; instead of the method's own."
+
+MODELS = {"digits-cnn": None, "resnet18": 3, "resnet50": 3, "mobilenet_v2": 3}  # -> channels; None: any number
+DEVICES = ("auto", "cpu", "cuda", "mps")
+
+LIMITS: dict[str, tuple[int, int | None]] = {  # the whole numbers, wherever they are asked for
+    "image_size": (1, None),
+    "bits": (2, 16),
+    "quantize_at": (0, None),
+    "steps": (1, None),
+    "eval_every": (1, None),
+    "batch_size": (1, None),
+    "seed": (0, None),
+    "trial_seed": (0, None),
+    "seeds": (1, None),
+    "workers": (1, None),
+    "samples": (2, None),  # one direction has no interval
+    "images": (1, None),
+    "direction_seed": (0, None),
+}
+
+
+def _option(panel: str, help: str, *names: str, default: bool = True, **more: Any) -> Any:
+    return typer.Option(*names, help=help, rich_help_panel=panel, show_default=default, **more)
+
+
+WORDS: dict[str, tuple[Any, Any, Any]] = {  # name -> type, default, option
+    "dataset": (
+        str,
+        None,
+        _option(
+            _DATA,
+            "digits (embedded: the default), PACS (that of --setting paper), VLCS, ... (`flatlab data list`), "
+            "or folder:PATH with domain/class/image.",
+        ),
+    ),
+    "data_dir": (Path, None, _option(_DATA, "The folder that holds the data set; not for digits and folder:PATH.")),
+    "held_out": (str, "all", _option(_DATA, "Domain held out: its name, its index, or all, each in turn.")),
+    "image_size": (int, None, _option(_DATA, "Height and width of the images, in pixels (digits 16, else 224).")),
+    "method": (str, "ERM", _option(_COMPOSITION, "erm, sam, swa, swad, sma, qt-dog, ... (`flatlab methods`).")),
+    "objective": (str, None, _option(_COMPOSITION, f"erm{_PARTS}")),
+    "step": (str, None, _option(_COMPOSITION, f"plain or sam{_PARTS}")),
+    "average": (str, None, _option(_COMPOSITION, f"last, swa, swad or sma{_PARTS}")),
+    "quantizer": (str, None, _option(_COMPOSITION, f"none or lsq{_PARTS}")),
+    "bits": (int, None, _option(_COMPOSITION, "Bits of a quantized weight, 2 to 16 (7).")),
+    "quantize_at": (
+        int,
+        None,
+        _option(_COMPOSITION, "Step at which quantization or freezing sets in (40 % of the steps)."),
+    ),
+    "exact_repo": (
+        bool,
+        False,
+        _option(_COMPOSITION, "SWAD with the quirks of its released code.", "--exact-repo", default=False),
+    ),
+    "model": (str, None, _option(_COMPOSITION, f"{', '.join(MODELS)} (digits: digits-cnn; photographs: resnet50).")),
+    "weights": (
+        str,
+        None,
+        _option(
+            _COMPOSITION,
+            "What training starts from: none, imagenet (torchvision downloads them), or a .safetensors or .pth file "
+            "(digits: none; photographs: imagenet). From none, photographs take the setting's own --lr.",
+        ),
+    ),
+    "freeze_batchnorm": (
+        bool,
+        None,
+        _option(
+            _COMPOSITION,
+            "Keep BatchNorm's statistics (as the paper; with weights) or update them (without).",
+            "--freeze-batchnorm/--train-batchnorm",
+        ),
+    ),
+    "setting": (str, "quick", _option(_SCHEDULE, "smoke (seconds), quick (minutes) or paper (its own, days).")),
+    "steps": (int, None, _option(_SCHEDULE, "Updates of a training (smoke 10, quick 300, paper 5000).")),
+    "eval_every": (int, None, _option(_SCHEDULE, "Steps between two evaluations (smoke 5, quick 30, paper 300).")),
+    "batch_size": (int, None, _option(_SCHEDULE, "Images of each source domain in a batch (32; smoke 8).")),
+    "lr": (
+        float,
+        None,
+        _option(_SCHEDULE, "Learning rate of Adam (smoke 0.003, quick 0.001; paper, and from weights, 5e-05)."),
+    ),
+    "seed": (int, None, _option(_SCHEDULE, "First seed of initialisation and batches (0).")),
+    "trial_seed": (int, None, _option(_SCHEDULE, "First seed of the split (0).")),
+    "seeds": (
+        int,
+        None,
+        _option(_SCHEDULE, "How many seeds; each moves both split and training (smoke 2, else 3; `train`: 1)."),
+    ),
+    "device": (str, "auto", _option(_PLACE, "auto (the best there is), cpu, cuda or mps.")),
+    "workers": (int, None, _option(_PLACE, "Processes that share the jobs (one per core; one on an accelerator).")),
+    "store": (Path, None, _option(_PLACE, "Folder of the runs (./runs).", envvar="FLATLAB_STORE")),
+    "out": (Path, Path("figures"), _option(_OUTPUT, "Folder of the pictures.")),
+    "tensorboard": (Path, None, _option(_OUTPUT, "Write the training's curves as TensorBoard events here (none).")),
+    "dry_run": (
+        bool,
+        False,
+        _option(_OUTPUT, "Only say what would be done, and what it would cost.", "--dry-run", default=False),
+    ),
+    "json": (bool, False, _option(_OUTPUT, "Print the result as JSON.", "--json", default=False)),
+    "debug": (bool, False, _option(_OUTPUT, "Show the traceback of an error.", "--debug", default=False)),
+}
+RUNNING = ("device", "workers", "store", "dry_run", "json", "debug")
+DATA = ("dataset", "data_dir", "held_out", "image_size")
+TRAINING: tuple[str, ...] = ("exact_repo", "bits", "quantize_at", "model", "weights", "freeze_batchnorm")
+TRAINING += ("setting", "steps", "eval_every", "batch_size", "lr", "seed", "trial_seed", "seeds")

@@ -1,0 +1,228 @@
+"""The commands as a user gives them: what they print, where, and what they leave on disk."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from commandline import PETS, TINY, Answer, call, only_run, pets
+
+from flatlab import cli, models, settings, words
+from flatlab.runs import RunStore
+
+COMMANDS = ["reproduce", "train", "flatness", "import", "methods", "list", "doctor"]
+COMMANDS += ["runs list", "runs show", "runs verify", "runs rm", "runs merge", "data list", "data check"]
+HEAVY = ("torch", "pandas", "matplotlib", "numpy")
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """A store with an ERM run and a run of a composition."""
+    root = tmp_path_factory.mktemp("cli") / "runs"
+    assert call("train", *TINY, "--store", root) == 0
+    composed = ("--method", "sam", "--average", "swad", "--quantizer", "lsq", "--bits", "4")
+    assert call("train", *TINY, *composed, "--store", root) == 0
+    return root
+
+
+@pytest.fixture
+def flatlab(capsys):
+    def ask(*given: object) -> Answer:
+        capsys.readouterr()
+        code = call(*given)
+        return Answer(code, *capsys.readouterr())
+
+    return ask
+
+
+def digests(store: Path) -> dict[str, str]:
+    return {run.spec.label: run.spec.digest for run in RunStore(store).runs()}
+
+
+def test_help_loads_nothing_heavy():
+    script = f"import sys; sys.argv = ['flatlab', '--help']\nfrom flatlab.cli import main\ntry: main()\nfinally: \
+print([name for name in {HEAVY} if name in sys.modules])"
+    told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert told.endswith("[]\n") and "Begin with flatlab reproduce fig3" in told
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_each_command_says_what_and_shows_an_example(flatlab, command):
+    answer = flatlab(*command.split(), "--help")
+    plain = re.sub(r"\s+", " ", answer.out)
+    assert answer.code == 0 and f"flatlab {command}" in plain.split("Example")[1], plain
+
+
+def test_the_bare_word_shows_the_help(flatlab):
+    for given in ([], ["runs"], ["data"]):
+        answer = flatlab(*given)
+        assert (answer.code, answer.err) == (0, "") and "Usage: flatlab" in answer.out
+
+
+def test_version(flatlab):
+    assert re.fullmatch(r"\d+\.\d+\.\d+\S*\n", flatlab("--version").out)
+
+
+def test_one_word_means_one_thing():
+    group = cli.typer.main.get_command(cli.app)
+    named = {name: command for name, command in group.commands.items() if name not in ("runs", "data")}
+    named |= {f"{each} {name}": c for each in ("runs", "data") for name, c in group.commands[each].commands.items()}
+    assert set(named) == set(COMMANDS)
+    shared = {}
+    for command in named.values():
+        for param in command.params:
+            if param.name in words.WORDS and param.opts[0].startswith("--"):
+                shared.setdefault(param.name, set()).add((param.help, tuple(param.opts)))
+    assert set(shared) == set(words.WORDS)  # each is used somewhere, and is the same wherever it is used
+    assert {name for name, meanings in shared.items() if len(meanings) > 1} == set()
+
+
+def test_defaults_that_the_help_names_are_the_true_ones():
+    told = {name: option.help for name, (_, _, option) in words.WORDS.items()}
+    for field in ("steps", "eval_every"):
+        values = [f"{name} {getattr(setting, field)}" for name, setting in settings.SETTINGS.items()]
+        assert ", ".join(values) in told[field]
+    smoke, quick, paper = settings.SETTINGS.values()
+    assert f"smoke {smoke.lr}, quick {quick.lr}; paper, and from weights, {paper.lr}" in told["lr"]
+    assert (quick.batch_size, paper.batch_size, smoke.batch_size, quick.bits) == (32, 32, 8, 7)
+    assert (smoke.seeds, quick.seeds, paper.seeds) == (2, 3, 3)
+    assert set(words.MODELS) == set(models.MODELS)
+    assert (quick.radii, quick.filter_radii) == ((0, 1, 2, 3, 4, 5, 6), (0, 0.1, 0.2, 0.3, 0.4, 0.5))
+
+
+def test_train_prints_a_table_and_json_alone_on_stdout(flatlab, store):
+    table = flatlab("train", *TINY, "--store", store)
+    assert table.code == 0 and "training-domain" in table.out
+    rows = json.loads(flatlab("train", *TINY, "--json", "--store", store).out)
+    assert [row["selection"] for row in rows] == ["training-domain", "oracle", "last"]
+    assert {row["held_out"] for row in rows} == {"rot0"}
+
+
+def test_a_composition_is_trained_as_asked(store):
+    (run,) = [run for run in RunStore(store).runs() if run.spec.label == "sam-lsq-swad"]
+    assert (run.spec.step.kind, run.spec.average.kind, run.spec.quantizer.bits) == ("sam", "swad", 4)
+
+
+def test_the_store_is_also_an_environment_variable(flatlab, store, monkeypatch):
+    monkeypatch.setenv("FLATLAB_STORE", str(store))
+    assert len(json.loads(flatlab("runs", "list", "--json").out)) == 2
+
+
+@pytest.mark.parametrize("held_out", ["rot45", "3"])
+def test_dry_run_begins_nothing(flatlab, tmp_path, held_out):
+    given = ("train", "--held-out", held_out, "--method", "qt-dog", "--dry-run", "--store", tmp_path / "new")
+    assert "1 jobs" in flatlab(*given).out
+    plan = json.loads(flatlab(*given, "--json").out)
+    assert [job["name"] for job in plan["jobs"]] == ["train lsq on rot45, seed 0"] and plan["workers"] == 1
+    assert not (tmp_path / "new").exists()
+
+
+def test_flatness_of_several_runs(flatlab, store, tmp_path):
+    runs = digests(store).values()
+    given = ("flatness", *runs, "--radii", "0:3:1", "--samples", 4, "--images", 20, "--store", store, "--out", tmp_path)
+    answer = flatlab(*given, "--split", "target", "--normalisation", "filter")
+    assert answer.code == 0 and "target domains" in answer.out and "flatness.csv" in answer.err
+    latent = flatlab(*given, "--space", "latent", "--params", "features.0*", "--json")
+    rows = pd.DataFrame(json.loads(latent.out))
+    assert rows.groupby("method")["radius"].apply(list).tolist() == [[0, 1, 2, 3]] * 2
+    assert (rows["l2"] == rows["radius"]).all() and (rows["low"] <= rows["value"]).all()
+    assert {path.suffix for path in tmp_path.glob("flatness.*")} == {".csv", ".pdf", ".png"}
+    assert pd.read_csv(tmp_path / "flatness.csv")["value"].tolist() == pytest.approx(rows["value"].tolist())
+
+
+def test_runs_are_listed_shown_verified_merged_and_removed(flatlab, store, tmp_path):
+    digest = digests(store)["erm"]
+    assert digest[:8] in flatlab("runs", "list", "--store", store).out
+    shown = json.loads(flatlab("runs", "show", digest[:6], "--store", store).out)
+    assert shown["spec"]["held_out"] == "rot0" and shown["log"][-1]["step"] == 10
+    assert flatlab("runs", "verify", "--store", store).out.endswith("0 faults.\n")
+    copy = tmp_path / "copy"
+    assert json.loads(flatlab("runs", "merge", store, "--store", copy, "--json").out)["runs"] == 2
+    assert "Removed" in flatlab("runs", "rm", digest, digest, "--store", copy).out
+    assert only_run(copy) == digests(store)["sam-lsq-swad"]
+
+
+def test_an_empty_store_is_said_to_be_empty(flatlab, tmp_path):
+    assert "No runs in" in flatlab("runs", "list", "--store", tmp_path / "none").out
+    assert flatlab("runs", "list", "--store", tmp_path / "none", "--json").out == "[]\n"
+
+
+def test_the_tables_of_what_is_known(flatlab, store):
+    assert "release-parity" in flatlab("methods").out
+    assert {row["name"] for row in json.loads(flatlab("data", "list", "--json").out)} >= {"digits", "PACS"}
+    assert "device: cpu" in flatlab("doctor", "--device", "cpu").out
+    (row,) = [r for r in json.loads(flatlab("list", *TINY, "--store", store, "--json").out) if r["name"] == "fig3"]
+    assert row["missing"].endswith(" jobs")
+
+
+def test_a_folder_of_ones_own(flatlab, tmp_path):
+    tree, store = pets(tmp_path / "pets"), tmp_path / "runs"
+    rows = json.loads(flatlab("data", "check", f"folder:{tree}", "--json").out)
+    assert [(row["domain"], row["classes"], row["images"]) for row in rows] == [
+        ("paint", 2, 20),
+        ("photo", 2, 20),
+        ("sketch", 2, 20),
+    ]
+    answer = flatlab("train", *PETS, "--dataset", f"folder:{tree}", "--store", store)
+    assert answer.code == 0, answer.err
+    spec = RunStore(store).runs()[0].spec
+    assert (spec.dataset, spec.weights, spec.freeze_batchnorm, spec.lr) == ("folder:pets", "none", False, 3e-3)
+    measure = ("flatness", spec.digest, "--radii", "0,1", "--samples", 2, "--store", store, "--out", tmp_path)
+    assert flatlab(*measure).code == 0  # the folder is remembered
+
+
+def test_what_suits_the_data():
+    quick, paper, suit = settings.QUICK, settings.PAPER, settings.for_data
+    assert suit(quick, "digits") == quick and suit(paper, "PACS") == paper
+    photos = suit(quick, "VLCS")
+    assert (photos.model, photos.weights, photos.freeze_batchnorm, photos.lr) == ("resnet50", "imagenet", True, 5e-5)
+    assert (photos.steps, photos.radii) == (quick.steps, paper.radii)
+    for scratch in (suit(quick, "VLCS", weights="none"), suit(quick, "VLCS", model="digits-cnn")):
+        assert (scratch.weights, scratch.freeze_batchnorm, scratch.lr) == ("none", False, quick.lr)
+    digits = suit(paper, "digits")
+    assert (digits.model, digits.freeze_batchnorm, digits.lr, digits.steps) == ("digits-cnn", False, quick.lr, 5000)
+
+
+def test_tensorboard_events(flatlab, store, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+    given = ("train", *TINY, "--store", store, "--tensorboard", tmp_path)
+    assert flatlab(*given).code == 0 and flatlab(*given).code == 0  # written anew, not doubled
+    (file,) = tmp_path.glob("erm-rot0-seed0-*/events.out.tfevents.*")
+    tags = {(value.tag, event.step) for event in EventFileLoader(str(file)).Load() for value in event.summary.value}
+    assert {("validation", 0), ("source/rot15/accuracy", 5), ("train_loss", 10)} <= tags
+
+
+def test_the_numbers_of_a_log_by_name():
+    from flatlab.tensorboard import scalars
+
+    row = {"step": 3, "validation": 0.5, "target": {"in": {"loss": 2, "n": 9}}, "note": None}
+    assert dict(scalars(row)) == {"validation": 0.5, "target/in/loss": 2.0, "target/in/n": 9.0}
+
+
+def test_interrupted_it_says_how_to_go_on_and_goes_on(tmp_path):
+    """Real workers: an interrupt reaches the command's whole process group."""
+    store = tmp_path / "runs"
+    command = [sys.executable, "-m", "flatlab", "train", *TINY, "--workers", "1", "--store", str(store)]
+    command += ["--steps", "200", "--eval-every", "10"]
+    quiet = {**os.environ, "PYTHONWARNINGS": "ignore"}
+    pipe = subprocess.PIPE
+    running = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True, env=quiet)
+    deadline = time.monotonic() + 60
+    while not list(store.glob("*/state/resume.safetensors")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(running.pid, signal.SIGINT)
+    out, err = running.communicate(timeout=60)
+    assert (running.returncode, out) == (130, ""), err
+    assert err.endswith("Stopped. What is done is kept: the same command goes on from here.\n")
+    again = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True, env=quiet)
+    assert json.loads(again.stdout)[-1]["step"] == 200
+    sessions = RunStore(store).runs()[0].provenance["sessions"]
+    assert sessions[-1]["from_step"] > 0

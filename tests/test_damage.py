@@ -1,0 +1,181 @@
+"""Damage is named and never used: files, checkpoints, logs, states, blocks, and `done` itself."""
+
+import errno
+import os
+import shutil
+from functools import partial
+
+import numpy as np
+import pytest
+from stores import GROUP, PLACE, PROBE, content, copied, flip, refuses, spec, trained
+
+from flatlab import files
+from flatlab.measure import measure
+from flatlab.runs import RunStore
+from flatlab.train.loop import train
+
+RUN, OTHER = GROUP[0], GROUP[3]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A store of two runs, one of them measured."""
+    store = trained(tmp_path_factory.mktemp("made"), RUN, OTHER)
+    measure(store.run(RUN), PROBE, PLACE)
+    return store
+
+
+@pytest.fixture
+def store(made, tmp_path):
+    return copied(made, tmp_path / "store")
+
+
+# --- files
+
+
+def test_arrays_come_back_as_they_were(tmp_path):
+    arrays = {"a": np.arange(6, dtype=np.float32).reshape(2, 3).T, "scalar": np.array(3.5), "none": np.zeros((0, 2))}
+    files.save_arrays(tmp_path / "x", arrays, {"loss": [0.1, float("inf")]})
+    back, meta = files.load_arrays(tmp_path / "x")
+    assert meta == {"loss": [0.1, float("inf")]}
+    for name, array in arrays.items():
+        assert back[name].dtype == array.dtype
+        assert back[name].shape == array.shape
+        np.testing.assert_array_equal(back[name], array)
+
+
+def test_every_flipped_bit_and_every_truncation_is_found(tmp_path):
+    path = tmp_path / "x.safetensors"
+    files.save_arrays(path, {"a": np.arange(3, dtype=np.float32), "b": np.array(1)}, {"step": 3})
+    whole = path.read_bytes()
+    for bit in range(8 * len(whole)):
+        flip(path, bit)
+        refuses(partial(files.load_arrays, path), path, "is damaged")
+        path.write_bytes(whole)
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        refuses(partial(files.load_arrays, path), path, "is damaged")
+    path.unlink()
+    refuses(partial(files.load_arrays, path), path, "is missing")
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "x"
+    files.write_bytes(path, b"old")
+    monkeypatch.setattr(os, "fsync", _full)
+    with pytest.raises(OSError, match="No space left"):
+        files.write_bytes(path, b"new")
+    assert [each.name for each in tmp_path.iterdir()] == ["x"]
+    assert path.read_bytes() == b"old"
+
+
+def _full(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+# --- damage
+
+DAMAGE = {
+    "checkpoint": "checkpoints/last.safetensors",
+    "selected": "checkpoints/selected.safetensors",
+    "log": "log.jsonl",
+    "spec": "spec.json",
+    "block": f"probes/{PROBE.digest}/block-0001.safetensors",
+    "result": f"probes/{PROBE.digest}/result.safetensors",
+    "probe's spec": f"probes/{PROBE.digest}/spec.json",
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE.values(), ids=DAMAGE)
+@pytest.mark.parametrize("how", ["header", "body", "truncated", "removed"])
+def test_damage_is_named(store, name, how):
+    path = store.run(RUN).path / name
+    assert store.faults() == []
+    match how:
+        case "header":
+            flip(path, 100)
+        case "body":
+            flip(path, 8 * path.stat().st_size - 20)
+        case "truncated":
+            path.write_bytes(path.read_bytes()[:-3])
+        case "removed" if path.name != "spec.json":
+            path.unlink()
+        case _:
+            return  # a folder without a spec is no entry
+    (fault,) = store.faults()
+    assert str(path) in fault
+    assert ("is missing" if how == "removed" else "is damaged") in fault
+    if path.suffix == ".safetensors":
+        refuses(partial(files.load_arrays, path), path)
+    elif path.name == "log.jsonl":
+        refuses(store.run(RUN).rows, path, "is damaged")
+    else:
+        refuses(lambda: [run.probes() for run in store.runs()], path, "is damaged")
+
+
+@pytest.mark.parametrize("garbage", [b"", b"{", b"\xff\xfe", b"[]", b"{}", b'{"files": 3}'])
+def test_a_damaged_done_is_named(store, garbage):
+    path = store.run(RUN).path / "done"
+    path.write_bytes(garbage)
+    (fault,) = store.faults()
+    assert str(path) in fault
+    assert len(store.runs()) == 2
+    refuses(store.run(RUN).rows, path, "is damaged")
+    refuses(partial(RunStore(store.root.parent / "empty").merge, store), path, "is damaged")
+
+
+def test_a_damaged_provenance_is_named(store):
+    path = store.run(RUN).path / "provenance.json"
+    path.write_bytes(b"{")
+    refuses(lambda: store.run(RUN).provenance, path, "is damaged")
+    assert str(path) in " ".join(store.faults())
+
+
+def test_a_run_with_a_damaged_checkpoint_is_neither_measured_nor_retrained(store):
+    run, probe = store.run(RUN), PROBE.replace(seed=1)
+    flip(run.checkpoint("selected"), 20_000)
+    before = run.checkpoint("selected").read_bytes()
+    refuses(lambda: measure(run, probe, PLACE), run.checkpoint("selected"), "is damaged", "Delete it")
+    train([RUN], store, PLACE)
+    assert run.checkpoint("selected").read_bytes() == before
+    assert not run.probe(probe).done
+
+
+def test_what_the_sentence_says_mends_it(made, store):
+    run = store.run(RUN)
+    flip(run.checkpoint("selected"), 20_000)
+    run.checkpoint("selected").unlink()
+    (run.path / "done").unlink()
+    train([RUN], store, PLACE)
+    assert content(run) == content(made.run(RUN))
+
+
+def test_a_damaged_block_is_not_used(made, store):
+    probe = store.run(RUN).probe(PROBE)
+    (probe.path / "done").unlink()
+    flip(probe.block(1), 5_000)
+    assert [str(probe.block(1)) in fault for fault in store.faults()] == [True]
+    refuses(lambda: measure(store.run(RUN), PROBE, PLACE), probe.block(1), "is damaged")
+    probe.block(1).unlink()
+    measure(store.run(RUN), PROBE, PLACE)
+    assert content(probe) == content(made.run(RUN).probe(PROBE))
+
+
+@pytest.mark.parametrize("name", ["resume", "fork-6"])
+def test_a_damaged_state_is_not_used(tmp_path, name):
+    child = spec("QT-DoG")
+    store = trained(tmp_path, child.parent, forks={6})
+    fork = store.run(child.parent).state("fork-6")
+    holder = store.run(child.parent if name == "fork-6" else child)
+    holder.create()
+    if name == "resume":
+        shutil.copy(fork, holder.state("resume"))
+    assert store.faults() == []
+    flip(holder.state(name), 200_000)
+    (fault,) = store.faults()
+    assert str(holder.state(name)) in fault
+    refuses(lambda: train([child], store, PLACE), holder.state(name), "is damaged", "Delete it")
+    assert not store.run(child).done
+    holder.state(name).unlink()
+    train([child], store, PLACE)
+    assert store.run(child).done

@@ -1,0 +1,101 @@
+"""Jobs: what is missing, which work belongs together, what it needs and costs."""
+
+import pytest
+from stores import ERM, GROUP, OTHER, PLACE, PROBE, PROBES, QT, RUNS, SIZES, spec
+
+from flatlab import jobs
+from flatlab.jobs import Plan
+from flatlab.runs import RunStore
+
+
+@pytest.fixture
+def store(tmp_path):
+    return RunStore(tmp_path / "store")
+
+
+def _todo(store):
+    return jobs.missing(store, RUNS, PROBES, sizes=SIZES)
+
+
+def test_missing_groups_by_trajectory(store):
+    trainings = {job.runs[0]: job for job in _todo(store) if not job.probes}
+    train, other, fork, freeze = (trainings.pop(run) for run in (ERM, OTHER, QT, spec("freeze")))
+    measures = [job for job in _todo(store) if job.probes]
+    assert not trainings
+    assert set(train.runs) == set(GROUP)
+    assert train.runs[0] == ERM  # the leader is the trajectory's own run
+    assert (train.forks, train.needs) == ((6,), ())
+    assert fork.needs == freeze.needs == (ERM.digest,)
+    assert (other.runs, other.forks, other.needs) == ((OTHER,), (), ())
+    assert [(job.runs, job.needs) for job in measures] == [((ERM,), (ERM.digest,)), ((QT,), (QT.digest,))]
+    assert [len(job.probes) for job in measures] == [2, 1]
+
+
+def test_the_longest_comes_first_and_what_others_need(store):
+    todo = _todo(store)
+    needed = [todo.index(job) for job in todo if job.forks]
+    assert needed == [0]
+    assert [bool(job.probes) for job in todo] == sorted(bool(job.probes) for job in todo)
+
+
+def test_the_leader_does_not_depend_on_the_order(store):
+    for asked in (RUNS, RUNS[::-1]):
+        groups = [job.runs for job in jobs.missing(store, asked, [], sizes=SIZES) if len(job.runs) > 1]
+        assert [[run.average.kind for run in group] for group in groups] == [["last", "sma", "swa", "swad"]]
+
+
+def test_nothing_is_missing_when_all_is_done(store):
+    assert jobs.missing(store, [], [], sizes=SIZES) == []
+    for job in _todo(store):
+        for entry in job.entries(store):
+            entry.create()
+            entry.finish()
+    assert _todo(store) == []
+
+
+def test_what_is_done_already_is_left_out_and_not_waited_for(store):
+    store.run(ERM).create()
+    store.run(ERM).finish()
+    todo = {job.runs: job for job in _todo(store)}
+    assert (tuple(GROUP[i] for i in (3, 1, 2)) in todo, (ERM,) in todo) == (True, True)
+    assert todo[(ERM,)].probes
+    assert todo[(ERM,)].needs == ()
+
+
+def test_probes_bring_their_runs(store):
+    train, probe = jobs.missing(store, [], [(ERM, PROBE)], sizes=SIZES)
+    assert train.runs == (ERM,)
+    assert probe.needs == (ERM.digest,)
+
+
+def test_a_child_without_its_parent_trains_alone(store):
+    (job,) = jobs.missing(store, [QT], [], sizes=SIZES)
+    assert (job.needs, job.forks) == ((), ())
+    assert jobs.missing(store, [ERM, QT.replace(switch=0)], [], sizes=SIZES)[1].needs == ()  # nothing to share
+
+
+def test_costs(store):
+    assert all(job.passes > 0 for job in _todo(store))
+    alone, forked = (jobs.training_passes(QT, SIZES, forked=forked) for forked in (False, True))
+    before = jobs.training_passes(ERM.replace(steps=QT.switch - 1), SIZES, forked=False)
+    assert forked + before == pytest.approx(alone)
+    (_, pair), (_, one), (_, two) = [
+        jobs.missing(store, [], [(ERM, probe) for probe in probes], sizes=SIZES)
+        for probes in ([PROBE, PROBE.replace(seed=1)], [PROBE], [PROBE.replace(seed=1)])
+    ]
+    assert pair.passes == one.passes + two.passes == 2 * 4 * 8 * 25
+
+
+def test_seconds_are_measured_where_something_ran(store):
+    assert jobs.seconds_per_pass(store, "digits-cnn") == (3e-5, "a reference machine's; yours may differ severalfold")
+    for seed in (0, 1):
+        run = store.run(spec(seed=seed))
+        run.create()
+        run.note(passes=100.0, sessions=[{"seconds": 1.0}, {"seconds": 2.0}])
+        run.finish()
+    assert jobs.seconds_per_pass(store, "digits-cnn") == (0.03, "measured in this store")
+
+
+def test_a_plan_is_read_back_as_it_was_written(store):
+    plan = Plan(store=str(store.root), place=PLACE, jobs=tuple(_todo(store)))
+    assert Plan.parse(plan.canonical()) == plan

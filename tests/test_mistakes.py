@@ -1,0 +1,300 @@
+"""Every mistake is one sentence on standard error that says what to write instead, and exit code 2."""
+
+import errno
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from commandline import PETS, TINY, call, only_run, pets
+
+from flatlab import build, files, reproduce
+from flatlab.errors import UserError
+from flatlab.runs import RunStore
+from flatlab.settings import SMOKE
+from flatlab.specs import ProbeSpec, RunSpec
+
+WHOLE = "does not do: give a whole number from"
+
+WORDS = {  # what the user writes -> what is said, before anything heavy is loaded
+    "trian": r"Unknown command 'trian'; known: reproduce, train, .*\. Did you mean train\?",
+    "runs lst": r"Unknown command 'lst'; known: list, show, verify, rm, merge\. Did you mean list\?",
+    "train --methd sam": r"Unknown option '--methd'; known: --dataset, .*\. Did you mean --method\?",
+    "train --method swdd": r"Unknown method 'swdd'; known: ERM, SAM, SWA, SWAD, .*\. Did you mean SWAD\?",
+    "train --step adam": r"Unknown step 'adam'; known: plain, sam\.",
+    "train --average ema": r"Unknown average 'ema'; known: last, swa, swad, sma\.",
+    "train --quantizer lqs": r"Unknown quantizer 'lqs'; known: none, lsq\. Did you mean lsq\?",
+    "train --objective coral": r"Unknown objective 'coral'; known: erm\.",
+    "train --model resnet": r"Unknown model 'resnet'; known: digits-cnn, .*\. Did you mean resnet",
+    "train --dataset PCAS": r"Unknown dataset 'PCAS'; known: digits, PACS, .*\. Did you mean PACS\?",
+    "train --setting huge": r"Unknown setting 'huge'; known: smoke, quick, paper\.",
+    "train --device gpu": r"Unknown device 'gpu'; known: auto, cpu, cuda, mps\.",
+    "reproduce fig33": r"Unknown figure or table 'fig33'; known: .*fig3.*\. Did you mean fig3\?",
+    "train --held-out rot20": r"Unknown held-out domain 'rot20'; known: rot0, rot15, rot30, rot45\.",
+    "train --held-out 4": r"digits has no domain 4; its domains are 0 rot0, 1 rot15, 2 rot30, 3 rot45\.",
+    "train --method qt-dog --bits 1": rf"--bits 1 {WHOLE} 2 to 16\.",
+    "train --method qt-dog --bits 17": rf"--bits 17 {WHOLE} 2 to 16\.",
+    "train --bits 4": r"--bits 4 does nothing without a quantizer; add --quantizer lsq, or leave it out\.",
+    "train --quantize-at 4": r"--quantize-at 4 does nothing without a quantizer; add --quantizer lsq",
+    "train --exact-repo": r"--exact-repo does nothing without SWAD; add --average swad, or leave it out\.",
+    "train --method qt-dog --quantize-at 301": (
+        r"The switch at step 301 lies beyond the end at 300; choose --quantize-at below --steps\."
+    ),
+    "train --steps 0": rf"--steps 0 {WHOLE} 1 on\.",
+    "train --steps ten": r"--steps ten does not do: a whole number is expected\.",
+    "train --steps=1.5": r"--steps 1\.5 does not do: a whole number is expected\.",
+    "train --steps": r"Option '--steps' requires an argument; `flatlab.* --help` shows what it takes\.",
+    "train --eval-every 0": rf"--eval-every 0 {WHOLE} 1 on\.",
+    "train --batch-size 0": rf"--batch-size 0 {WHOLE} 1 on\.",
+    "train --seed -1": rf"--seed -1 {WHOLE} 0 on\.",
+    "train --trial-seed -1": rf"--trial-seed -1 {WHOLE} 0 on\.",
+    "train --seeds 0": rf"--seeds 0 {WHOLE} 1 on\.",
+    "train --workers 0": rf"--workers 0 {WHOLE} 1 on\.",
+    "train --image-size 0": rf"--image-size 0 {WHOLE} 1 on\.",
+    "train --lr -1": r"--lr -1\.0 does not do: give a number above 0, such as 0\.001\.",
+    "train --lr nan": r"--lr nan does not do: give a number above 0",
+    "train --lr fast": r"--lr fast does not do: a number is expected\.",
+    "train --model resnet18": (
+        r"resnet18 takes images of 3 channels, and digits have 1; take --model digits-cnn, or another --dataset\."
+    ),
+    "train --image-size 32": r"digits are 16 x 16 pixels; leave --image-size 32 out\.",
+    "train --weights nix.pth": r"--weights nix\.pth: no such file; give none, imagenet, or a \.safetensors or ",
+    "train --setting paper": r"PACS is read from disk; pass --data-dir, a folder with art_painting, ",
+    "train --dataset PACS --data-dir nix": r"PACS is not in nix or nix/PACS: expected .*Pass its place as --data-dir\.",
+    "train --dataset folder:": r"A data set of your own goes by its folder: --dataset folder:PATH",
+    "train --dataset folder:nix": r"There is no folder nix; expected one with DOMAIN/CLASS/IMAGE\.",
+    "train once": r"unexpected extra argument.* \(once\); `flatlab train --help` shows what it takes\.",
+    "flatness": r"RUNS is missing: Digests of runs.*`flatlab flatness --help` shows an example\.",
+    "flatness beef --store nix": r"No run in nix begins with 'beef'; `flatlab runs list` shows them all\.",
+    "runs show beef --store nix": r"No run in nix begins with 'beef'",
+    "runs merge nix": r"nix holds no run; a store is a folder such as \./runs\.",
+    "data check PCAS": r"Unknown dataset 'PCAS'",
+}
+
+MEASURE = {  # of the finished run
+    "--radii x": r"--radii x does not do: write start:stop:step such as 0:60:5, or 0,0\.5,1; radii are finite",
+    "--radii 3:0:1": r"--radii 3:0:1 does not do",
+    "--radii 0:3:0": r"--radii 0:3:0 does not do",
+    "--radii 0,-1": r"--radii 0,-1 does not do: .* not negative\.",
+    "--radii nan": r"--radii nan does not do: .* finite",
+    "--samples 1": rf"--samples 1 {WHOLE} 2 on\.",
+    "--samples few": r"--samples few does not do: a whole number is expected\.",
+    "--images 0": rf"--images 0 {WHOLE} 1 on\.",
+    "--split both": r"Unknown split 'both'; known: source, target\.",
+    "--normalisation layer": r"Unknown normalisation 'layer'; known: none, filter\.",
+    "--space flat": r"Unknown space 'flat'; known: baked, latent\.",
+    "--checkpoint best": r"Unknown checkpoint 'best'; known: selected, last\.",
+    "--params nix* --images 8 --samples 2": r"No trainable parameter matches 'nix\*'; there are features\.0\.weight",
+}
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    return pets(tmp_path_factory.mktemp("data") / "pets")
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory, tree):
+    """A store with one run, of the pets."""
+    root = tmp_path_factory.mktemp("mistakes") / "runs"
+    assert call("train", *PETS, "--dataset", f"folder:{tree}", "--store", root) == 0
+    return root
+
+
+@pytest.fixture
+def mistake(capsys):
+    """Give a command; return its one sentence."""
+
+    def make(*given: object, code: int = 2) -> str:
+        capsys.readouterr()
+        assert call(*given) == code
+        told = capsys.readouterr()
+        assert told.out == "" and told.err.startswith("error: ") and told.err.count("\n") == 1, told
+        return told.err
+
+    return make
+
+
+@pytest.mark.parametrize("words", WORDS)
+def test_words_that_do_not_do(mistake, tmp_path, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    sentence = mistake(*words.split())
+    assert re.search(WORDS[words], sentence), sentence
+    assert not list(tmp_path.iterdir())  # nothing was begun
+
+
+@pytest.mark.parametrize("words", MEASURE)
+def test_measurements_that_do_not_do(mistake, store, tmp_path, words):
+    given = ("flatness", only_run(store), "--store", store, "--out", tmp_path)
+    sentence = mistake(*given, *words.split())
+    assert re.search(MEASURE[words], sentence), sentence
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the device")
+def test_a_device_that_is_absent(mistake, tmp_path):
+    sentence = mistake("train", *TINY, "--device", "cuda", "--store", tmp_path)
+    assert "The device 'cuda' is not to be had here; choose auto, cpu, cuda or mps." in sentence
+
+
+def test_a_loss_that_is_not_finite_names_the_step(mistake, tmp_path):
+    sentence = mistake("train", *TINY, "--lr", "1e30", "--store", tmp_path)
+    assert re.search(r"loss of run \w{16} is not finite at step \d+; lower --lr\.", sentence), sentence
+
+
+def test_a_corrupt_image_is_named(mistake, tmp_path):
+    tree = pets(tmp_path / "pets")
+    (tree / "photo" / "cat" / "3.jpg").write_bytes(b"no picture")
+    sentence = mistake("train", *PETS, "--dataset", f"folder:{tree}", "--store", tmp_path / "runs")
+    assert re.search(r"photo/cat/3\.jpg is empty or not an image; replace or remove it\.", sentence), sentence
+
+
+def test_a_class_missing_in_one_domain(mistake, tmp_path):
+    tree = pets(tmp_path / "pets", skip=("photo", "dog"))
+    sentence = mistake("train", *PETS, "--dataset", f"folder:{tree}", "--store", tmp_path / "runs")
+    assert "Class 'dog' has no images in domain 'photo' of folder:pets" in sentence
+
+
+def test_one_domain_only(mistake, tmp_path):
+    tree = pets(tmp_path / "pets", domains=("sketch",))
+    sentence = mistake("train", *PETS, "--dataset", f"folder:{tree}", "--store", tmp_path / "runs")
+    assert "leave-one-domain-out needs at least two domains" in sentence and "only sketch" in sentence
+
+
+def test_weights_that_are_no_checkpoint_or_another_network_s(mistake, tree, tmp_path):
+    given = ("train", *PETS, "--dataset", f"folder:{tree}", "--store", tmp_path / "runs", "--weights")
+    (tmp_path / "torn.safetensors").write_bytes(b"\x00" * 40)
+    assert "torn.safetensors cannot be read as a checkpoint" in mistake(*given, tmp_path / "torn.safetensors")
+    torch.save({"encoder.w": torch.ones(3)}, tmp_path / "alien.pth")
+    assert re.search(r"alien\.pth .*do not fit digits-cnn", mistake(*given, tmp_path / "alien.pth"))
+    assert "has no ImageNet weights" in mistake(*given, "imagenet")
+
+
+def test_data_that_differ_from_the_run_s(mistake, tmp_path):
+    tree, store = pets(tmp_path / "pets"), tmp_path / "runs"
+    assert call("train", *PETS, "--dataset", f"folder:{tree}", "--store", store) == 0
+    (tree / "paint" / "cat" / "0.png").write_bytes((tree / "paint" / "dog" / "0.png").read_bytes())
+    build._load.cache_clear()  # as in a new process
+    sentence = mistake("flatness", only_run(store), "--radii", "0,1", "--samples", 2, "--store", store)
+    assert re.search(r"The data of folder:pets differ from those that run \w{16} was trained on", sentence), sentence
+
+
+def test_data_that_have_gone(mistake, tmp_path):
+    tree, store = pets(tmp_path / "pets"), tmp_path / "runs"
+    assert call("train", *PETS, "--dataset", f"folder:{tree}", "--store", store) == 0
+    tree.rename(tmp_path / "moved")
+    sentence = mistake("flatness", only_run(store), "--store", store)
+    assert "Pass its place as --data-dir." in sentence
+    moved = ("--data-dir", tmp_path / "moved", "--radii", "0,1", "--samples", 2, "--out", tmp_path)
+    assert call("flatness", only_run(store), "--store", store, *moved) == 0
+
+
+def test_runs_of_several_data_sets_in_one_measurement(mistake, store, tmp_path):
+    both = tmp_path / "both"
+    assert call("train", *TINY, "--store", both) == 0
+    assert call("runs", "merge", store, "--store", both) == 0
+    sentence = mistake("flatness", *[run.spec.digest for run in RunStore(both).runs()], "--store", both)
+    assert "These runs are of several data sets (digits, folder:pets); measure those of one at a time." in sentence
+
+
+def test_a_run_that_is_not_finished(mistake, tmp_path):
+    assert call("train", *TINY, "--store", tmp_path) == 0
+    (RunStore(tmp_path).runs()[0].path / "done").unlink()
+    sentence = mistake("flatness", only_run(tmp_path), "--store", tmp_path)
+    assert "is not finished; repeat the command that began it, then measure." in sentence
+
+
+@pytest.mark.parametrize("harm", ["truncated", "flipped"])
+def test_a_damaged_checkpoint_is_named(mistake, tmp_path, capsys, harm):
+    assert call("train", *TINY, "--store", tmp_path) == 0
+    checkpoint = RunStore(tmp_path).runs()[0].checkpoint("selected")
+    content = bytearray(checkpoint.read_bytes())
+    content[-100] ^= 1
+    checkpoint.write_bytes(content[: -50 if harm == "truncated" else None])
+    measure = ("--radii", "0,1", "--samples", 2, "--out", tmp_path / "out")
+    sentence = mistake("flatness", only_run(tmp_path), "--store", tmp_path, *measure)
+    assert f"{checkpoint} is damaged" in sentence
+    assert call("runs", "verify", "--store", tmp_path) == 1
+    assert f"{checkpoint} is damaged" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+def test_a_disk_that_is_full_or_read_only(mistake, tmp_path, monkeypatch, number):
+    def refuse(descriptor):
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "fsync", refuse)
+        sentence = mistake("train", *TINY, "--store", tmp_path)
+    assert os.strerror(number) in sentence and "what is finished is kept" in sentence.lower(), sentence
+    assert call("train", *TINY, "--store", tmp_path) == 0  # with room again, it goes on
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder that nobody can write to")
+def test_folders_that_cannot_be_made(mistake, store):
+    assert re.search(r"/proc/x.*check the paths given", mistake("train", *TINY, "--store", "/proc/x"))
+    given = ("flatness", only_run(store), "--radii", "0,1", "--samples", 2, "--store", store, "--out", "/proc/x")
+    assert "/proc/x" in mistake(*given)
+
+
+def test_reproduce_where_the_analyses_are_not(mistake, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(reproduce, "find_spec", lambda name: None)
+    for given in (("reproduce", "fig3"), ("list",)):
+        assert "needs analyses/, which is in flatlab's repository and not in its wheel" in mistake(*given)
+
+
+def test_tensorboard_where_it_is_not_installed(mistake, tmp_path, monkeypatch):
+    from flatlab import tensorboard
+
+    monkeypatch.setattr(tensorboard, "find_spec", lambda name: None)
+    sentence = mistake("train", *TINY, "--tensorboard", tmp_path, "--store", tmp_path / "runs")
+    assert "pip install 'flatlab[tensorboard]'" in sentence and not (tmp_path / "runs").exists()
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    with pytest.raises(UserError, match="Unknown method"):
+        call("train", "--method", "nix", "--debug")
+    with pytest.raises(UserError, match="No run in"):
+        call("runs", "show", "beef", "--store", tmp_path, "--debug")
+
+
+def test_a_bug_is_told_as_such(mistake, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise KeyError("momentum")
+
+    monkeypatch.setattr(RunStore, "runs", fail)
+    sentence = mistake("runs", "list", "--store", tmp_path, code=1)
+    assert "KeyError: 'momentum': a bug in flatlab" in sentence and "--debug" in sentence
+    with pytest.raises(KeyError):
+        call("runs", "list", "--store", tmp_path, "--debug")
+
+
+def test_a_worker_s_bug_is_told_as_such(mistake, tmp_path, monkeypatch):
+    from flatlab.train import loop
+
+    def fail(*_, **__):
+        raise KeyError("momentum")
+
+    monkeypatch.setattr(loop, "train", fail)
+    sentence = mistake("train", *TINY, "--store", tmp_path, code=1)
+    assert "(a bug in flatlab)" in sentence and "--debug" in sentence
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: SMOKE.replace(bits=17), "Setting: bits=17 does not do: it must be at most 16."),
+        (lambda: SMOKE.replace(lr=0.0), "Setting: lr=0.0 does not do: it must be more than 0."),
+        (lambda: SMOKE.replace(stepps=3), "Setting has no field 'stepps'; it has name, dataset, "),
+        (
+            lambda: ProbeSpec.make(radii=(0.0,), space="flat"),
+            "space='flat' does not do: it must be 'baked' or 'latent'.",
+        ),
+        (lambda: RunSpec.make(dataset="digits"), "RunSpec needs the field 'held_out', and it is missing."),
+        (lambda: SMOKE.replace(steps="ten"), "Setting: steps='ten' does not do: "),
+    ],
+)
+def test_a_library_s_user_reads_sentences_too(make, sentence):
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        make()

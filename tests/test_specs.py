@@ -1,0 +1,190 @@
+"""Specs, settings and methods: what has a name, what is refused, and the paper's constants."""
+
+import json
+
+import pytest
+from pydantic import ValidationError
+
+from flatlab.errors import UserError
+from flatlab.methods import METHODS, Method, compose, method, replicates, vary
+from flatlab.settings import PAPER, QUICK, SETTINGS, SMOKE, setting
+from flatlab.specs import AverageSpec, Place, ProbeSpec, QuantSpec, RunSpec, StepSpec
+
+FIELDS = {"dataset": "digits", "held_out": "rot0", "image_size": 16, "model": "digits-cnn", "steps": 10}
+FIELDS |= {"eval_every": 5, "lr": 0.001}
+RUN = RunSpec(**FIELDS)
+PROBE = ProbeSpec(radii=(0.0, 1.0))
+
+
+# --- identity ----------------------------------------------------------------------------------------------------
+
+
+def test_digests_stay_what_they_were():
+    """A change here renames every run and probe in every store: it must be deliberate, and said in the CHANGELOG."""
+    whole = RUN.replace(step=StepSpec(kind="sam"), average=AverageSpec(kind="swad"), quantizer=QuantSpec(), switch=4)
+    assert [spec.digest for spec in (RUN, whole, PROBE)] == ["6a003832a8f22aed", "cf1927ac680fa784", "95d987214cbe6a1c"]
+
+
+def test_canonical_json_is_sorted_bare_and_complete():
+    text = RUN.canonical()
+    fields = json.loads(text)
+    assert text == json.dumps(fields, sort_keys=True, separators=(",", ":"))
+    assert fields.keys() == RunSpec.model_fields.keys()  # defaults are written out: they may change later
+    assert RunSpec(**dict(reversed(FIELDS.items()))).canonical() == text
+    assert RunSpec.parse(text) == RUN and RunSpec.parse(text).digest == RUN.digest
+    assert ProbeSpec.parse(PROBE.canonical()) == PROBE
+    assert ProbeSpec(radii=(0, 1)).digest == PROBE.digest  # numbers, not spellings
+
+
+def test_each_field_of_a_run_is_part_of_its_name():
+    other = {"dataset": "PACS", "held_out": "rot15", "image_size": 8, "model": "resnet18", "weights": "imagenet"}
+    other |= {"freeze_batchnorm": True, "step": StepSpec(rho=0.1), "average": AverageSpec(every=2), "steps": 11}
+    other |= {"eval_every": 2, "batch_size": 8, "lr": 0.1, "weight_decay": 0.1, "seed": 1, "trial_seed": 1}
+    other |= {"holdout": 0.3, "source": "sha256:0"}
+    names = {RUN.replace(**{field: value}).digest for field, value in other.items()}
+    names |= {RUN.replace(frozen=True, switch=4).digest, RUN.replace(quantizer=QuantSpec(), switch=4).digest}
+    assert len(names | {RUN.digest}) == len(other) + 3
+    assert set(RunSpec.model_fields) - set(other) == {"objective", "quantizer", "frozen", "switch"}
+
+
+def test_the_place_is_no_part_of_a_name():
+    assert not set(Place.model_fields) & (set(RunSpec.model_fields) | set(ProbeSpec.model_fields))
+
+
+def test_a_trajectory_is_all_but_the_average_and_a_parent_all_before_the_switch():
+    run = RUN.replace(quantizer=QuantSpec(), switch=4, average=AverageSpec(kind="sma"), step=StepSpec(kind="sam"))
+    assert run.trajectory == run.replace(average=AverageSpec())
+    assert run.trajectory.trajectory == run.trajectory and run.trajectory.digest != run.digest
+    assert run.parent == RUN.replace(step=StepSpec(kind="sam"))
+    assert RUN.parent is None and RUN.trajectory == RUN
+    parity = {"release-parity", "freeze", "QT-DoG"}
+    at = {"held_out": "rot0", "seed": 0, "trial_seed": 0}
+    assert {compose(METHODS[name], SMOKE, **at).parent for name in parity} == {compose(METHODS["ERM"], SMOKE, **at)}
+
+
+# --- strictness --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"bits": 7}, r"^RunSpec has no field 'bits'; it has dataset, held_out, .*, source\.$"),
+        ({"steps": "10"}, r"^RunSpec: steps='10' does not do: input should be a valid integer\.$"),
+        ({"steps": 10.0}, r"^RunSpec: steps=10\.0 does not do: input should be a valid integer\.$"),
+        ({"steps": 0}, r"^RunSpec: steps=0 does not do: it must be at least 1\.$"),
+        ({"lr": 0.0}, r"^RunSpec: lr=0\.0 does not do: it must be more than 0\.0\.$"),
+        ({"lr": float("nan")}, r"^RunSpec: lr=nan does not do: it must be a finite number\.$"),
+        ({"objective": "irm"}, r"^RunSpec: objective='irm' does not do: it must be 'erm'\.$"),
+        ({"switch": 4}, r"^A switch step goes with a quantizer or with freezing, and they with it\.$"),
+        ({"frozen": True}, r"^A switch step goes with a quantizer or with freezing, and they with it\.$"),
+        (
+            {"frozen": True, "switch": 11},
+            r"^The switch at step 11 lies beyond the end at 10; choose --quantize-at below --steps\.$",
+        ),
+    ],
+)
+def test_what_does_not_do_is_one_sentence(changes, sentence):
+    with pytest.raises(UserError, match=sentence):
+        RunSpec.make(**{**FIELDS, **changes})
+    with pytest.raises(UserError, match=sentence):
+        RUN.replace(**changes)
+
+
+@pytest.mark.parametrize(("bits", "bound"), [(1, "at least 2"), (17, "at most 16")])
+def test_bits_are_2_to_16(bits, bound):
+    with pytest.raises(UserError, match=rf"^QuantSpec: bits={bits} does not do: it must be {bound}\.$"):
+        QuantSpec.make(bits=bits)
+
+
+def test_a_missing_field_is_named():
+    with pytest.raises(UserError, match=r"^RunSpec needs the field 'lr', and it is missing\.$"):
+        RunSpec.make(**{name: value for name, value in FIELDS.items() if name != "lr"})
+
+
+def test_specs_are_frozen_and_compare_by_value():
+    with pytest.raises(ValidationError, match="frozen"):
+        RUN.steps = 3
+    assert {RUN, RunSpec(**FIELDS)} == {RUN}
+
+
+def test_a_stored_spec_is_read_strictly():
+    with pytest.raises(UserError, match="^RunSpec has no field 'optimizer'"):
+        RunSpec.parse(json.dumps({**json.loads(RUN.canonical()), "optimizer": "adam"}))
+    with pytest.raises(UserError, match="JSON"):
+        RunSpec.parse("{")
+
+
+# --- settings and methods ----------------------------------------------------------------------------------------
+
+
+def paper(name):
+    return compose(METHODS[name], PAPER, held_out="sketch", seed=0, trial_seed=2)
+
+
+def test_the_papers_constants():
+    """QT-DoG App. B, SWAD's config.yaml, EoA's SMA; SWA's start is flatlab's choice (methods.md 4.2)."""
+    erm = paper("ERM")
+    shown = {"lr": 5e-5, "steps": 5000, "batch_size": 32, "eval_every": 300, "weight_decay": 0.0, "holdout": 0.2}
+    shown |= {"image_size": 224, "model": "resnet50", "weights": "imagenet", "freeze_batchnorm": True, "switch": None}
+    assert erm.model_dump(include=set(shown)) == shown
+    assert (erm.step, erm.average, erm.quantizer, erm.frozen) == (StepSpec(), AverageSpec(), None, False)
+    assert (PAPER.seeds, PAPER.num_samples, PAPER.radii) == (3, 100, tuple(range(0, 61, 5)))
+    assert PAPER.domains == ("art_painting", "cartoon", "photo", "sketch")
+    lsq = {"kind": "lsq", "bits": 7, "granularity": "channel", "grad_scale": "shared", "scale_lr": 1e-5}
+    assert paper("QT-DoG") == erm.replace(quantizer=QuantSpec(**lsq), switch=2000)
+    assert paper("SAM") == erm.replace(step=StepSpec(kind="sam", rho=0.05))
+    swad = {"kind": "swad", "every": 100, "converge": 3, "tolerance": 6, "ratio": 0.3, "exact_repo": False}
+    assert paper("SWAD") == erm.replace(average=AverageSpec(**swad, refresh_batches=500))
+    assert paper("SMA") == erm.replace(average=AverageSpec(kind="sma", start=100))
+    assert paper("SWA") == erm.replace(average=AverageSpec(kind="swa", start=3000, every=100))
+    assert paper("freeze") == erm.replace(frozen=True, switch=2000)
+    assert paper("release-parity") == paper("QT-DoG").replace(frozen=True)
+
+
+def test_methods_are_compositions_of_independent_parts():
+    assert len({compose(parts, QUICK, held_out="rot0", seed=0, trial_seed=0) for parts in METHODS.values()}) == 8
+    both = compose(Method(step="sam", quantizer="lsq", average="swad"), PAPER, held_out="sketch", seed=0, trial_seed=2)
+    alone = paper("QT-DoG").replace(step=paper("SAM").step, average=paper("SWAD").average)
+    assert both == alone and both.label == "sam-lsq-swad"
+    labels = {name: paper(name).label for name in ("ERM", "SMA", "QT-DoG", "release-parity", "freeze")}
+    assert list(labels.values()) == ["erm", "sma", "lsq", "lsq-frozen", "frozen"]
+    assert paper("ERM").replace(source="sha256:0").label == "imported"
+
+
+def test_methods_go_by_their_names():
+    assert method("qt_dog") == ("QT-DoG", METHODS["QT-DoG"])
+    with pytest.raises(UserError, match=r"^Unknown method 'swat'; known: ERM, SAM, .*\. Did you mean SWA"):
+        method("swat")
+    assert vary(METHODS["SAM"], {"average": "SWAD"}).average == "swad"
+    with pytest.raises(UserError, match=r"^Unknown step 'sagn'; known: plain, sam\."):
+        vary(METHODS["ERM"], {"step": "sagn"})
+
+
+def test_replicates_move_both_seeds_for_each_target():
+    runs = replicates(METHODS["SAM"], QUICK.replace(seeds=2, seed=5, trial_seed=7, held_out=("rot0", "rot45")))
+    assert [(run.held_out, run.seed, run.trial_seed) for run in runs] == [
+        ("rot0", 5, 7),
+        ("rot0", 6, 8),
+        ("rot45", 5, 7),
+        ("rot45", 6, 8),
+    ]
+
+
+def test_settings_change_by_name_and_scale_with_their_steps():
+    assert setting("Quick", steps=1000, lr=None) == QUICK.replace(steps=1000)
+    assert (QUICK.replace(steps=1000).switch_step, QUICK.replace(steps=1000).swa_start) == (400, 600)
+    assert QUICK.replace(switch=7).switch_step == 7
+    with pytest.raises(UserError, match=r"^Unknown setting 'paepr'; known: .* Did you mean paper\?$"):
+        setting("paepr")
+    with pytest.raises(UserError, match=r"^Setting: bits=17 does not do"):
+        setting("smoke", bits=17)
+
+
+@pytest.mark.parametrize("chosen", SETTINGS.values(), ids=SETTINGS)
+def test_every_method_composes_in_every_setting(chosen):
+    for parts in METHODS.values():
+        for run in replicates(parts, chosen):
+            assert run.held_out in chosen.domains
+            assert parts.average == run.average.kind and parts.step == run.step.kind
+            assert (run.quantizer is None) == (parts.quantizer == "none") and run.frozen == parts.frozen
+            assert (run.switch == chosen.switch_step) if run.switch else not (run.frozen or run.quantizer)

@@ -1,0 +1,220 @@
+"""Step rules against closed forms and a re-implementation; evaluation and selection against counts by hand."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from flatlab import build, selection
+from flatlab.data.batches import Batch
+from flatlab.methods import Method, compose
+from flatlab.models import build_network, set_training
+from flatlab.runs import RunStore
+from flatlab.settings import SMOKE
+from flatlab.specs import Place
+from flatlab.train.evaluate import evaluate, mean
+from flatlab.train.objectives import erm
+from flatlab.train.steps import SAM, Plain
+from flatlab.train.trajectory import Trajectory
+
+
+def random(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def digits_network(dtype=torch.float32):
+    return build_network("digits-cnn", num_classes=10, in_channels=1).to(dtype).train()
+
+
+def images(dtype=torch.float32):
+    return random(12, 1, 16, 16, dtype=dtype), torch.arange(12) % 10
+
+
+def closure_of(network, seen=None):
+    inputs, targets = images(next(network.parameters()).dtype)
+
+    def closure():
+        if seen is not None:
+            seen.append({name: p.detach().clone() for name, p in network.named_parameters()})
+        loss = F.cross_entropy(network(inputs), targets)
+        loss.backward()
+        return loss.detach()
+
+    return closure
+
+
+def same_bits(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    return all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+# --- SAM ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rho", [0.05, 3.0])
+def test_sam_on_a_quadratic_is_the_closed_form(rho):
+    root = random(5, 5, dtype=torch.float64)
+    hessian = root @ root.T
+    model = nn.Module()
+    model.a, model.b = nn.Parameter(random(2, seed=1, dtype=torch.float64)), nn.Parameter(random(3, seed=2).double())
+    points = []
+
+    def closure():
+        w = torch.cat([model.a, model.b])
+        points.append(w.detach().clone())
+        loss = 0.5 * w @ hessian @ w
+        loss.backward()
+        return loss.detach()
+
+    rule = SAM(torch.optim.SGD(model.parameters(), lr=1.0), model, model.parameters(), rho=rho)
+    loss = rule.step(closure)
+    start, up = points
+    slope = hessian @ start
+    torch.testing.assert_close((up - start).norm(), torch.tensor(rho, dtype=torch.float64), rtol=1e-11, atol=0)
+    applied = start - torch.cat([model.a, model.b]).detach()
+    torch.testing.assert_close(applied, hessian @ (start + rho * slope / slope.norm()), rtol=1e-10, atol=1e-10)
+    assert loss == 0.5 * start @ hessian @ start  # the loss before the update, not that at the top
+
+
+def test_sam_without_a_radius_is_the_plain_step_to_the_bit():
+    plain, sharp = digits_network(), digits_network()
+    adam = [torch.optim.Adam(network.parameters(), lr=1e-2) for network in (plain, sharp)]
+    rules = Plain(adam[0]), SAM(adam[1], sharp, sharp.parameters(), rho=0.0)
+    for _ in range(3):
+        losses = [rule.step(closure_of(network)) for rule, network in zip(rules, (plain, sharp), strict=True)]
+        assert losses[0] == losses[1]
+    assert same_bits(plain.state_dict(), sharp.state_dict())
+    assert sharp.state_dict()["features.1.num_batches_tracked"] == 3
+
+
+def test_sam_leaves_weights_and_statistics_where_one_pass_would():
+    network = digits_network()
+    before = copy.deepcopy(network)
+    seen = []
+    rule = SAM(torch.optim.SGD(network.parameters(), lr=0.0), network, network.parameters(), rho=0.5)
+    rule.step(closure_of(network, seen))
+    assert not same_bits(seen[0], seen[1])
+    closure_of(before)()  # one forward pass at the weights themselves
+    assert same_bits(network.state_dict(), before.state_dict())
+    assert all(layer.track_running_stats for layer in network.modules() if isinstance(layer, nn.BatchNorm2d))
+
+
+def test_sam_is_the_published_rule():
+    """Foret et al. 2021, Algorithm 1, written anew as a function, on a conv+BN network under Adam."""
+    network = digits_network(torch.float64)
+    twin = copy.deepcopy(network)
+    rule = SAM(torch.optim.Adam(network.parameters(), lr=1e-2), network, network.parameters(), rho=0.7)
+    adam = torch.optim.Adam(twin.parameters(), lr=1e-2)
+    inputs, targets = images(torch.float64)
+
+    def gradient(point):
+        point = {name: value.clone().requires_grad_() for name, value in point.items()}
+        buffers = {name: b.clone() for name, b in twin.named_buffers()}
+        loss = F.cross_entropy(torch.func.functional_call(twin, {**point, **buffers}, inputs), targets)
+        return dict(zip(point, torch.autograd.grad(loss, list(point.values())), strict=True))
+
+    for _ in range(3):
+        rule.step(closure_of(network))
+        w = {name: p.detach().clone() for name, p in twin.named_parameters()}
+        first = gradient(w)
+        norm = sum((g**2).sum() for g in first.values()).sqrt()
+        for name, g in gradient({name: w[name] + 0.7 * first[name] / norm for name in w}).items():
+            twin.get_parameter(name).grad = g
+        adam.step()
+    for name, p in twin.named_parameters():
+        torch.testing.assert_close(network.get_parameter(name), p, rtol=1e-7, atol=1e-9)
+
+
+def test_sam_moves_latent_weights_and_not_step_sizes(tmp_path):
+    spec = compose(Method(step="sam", quantizer="lsq"), SMOKE, held_out="rot0", seed=0, trial_seed=0)
+    place = Place(device="cpu")
+    trajectory = Trajectory([RunStore(tmp_path).run(spec)], build.domains(spec, place), place)
+    trajectory.switch()
+    set_training(trajectory.network, freeze_batchnorm=False)
+    seen = []
+    trajectory.step_rule().step(closure_of(trajectory.network, seen))
+    scales = build.roles(trajectory.network)["scales"]
+    assert len(scales) == 3
+    assert all(torch.equal(seen[0][name], seen[1][name]) for name in scales)
+    moved = [(seen[1][name] - seen[0][name]).double() for name in seen[0] if name not in scales]
+    assert all(part.any() for part in moved)
+    assert torch.cat([part.flatten() for part in moved]).norm().item() == pytest.approx(spec.step.rho, rel=1e-4)
+    after = dict(trajectory.network.named_parameters())
+    assert not any(torch.equal(seen[0][name], after[name]) for name in scales)  # the step itself does move them
+
+
+# --- objectives, evaluation --------------------------------------------------------------------------------------
+
+
+def test_erm_is_the_mean_over_all_sources_images():
+    network = digits_network().eval()
+    inputs, targets = images()
+    by_hand = torch.stack([F.cross_entropy(network(inputs)[i], targets[i]) for i in range(12)]).mean()
+    torch.testing.assert_close(erm(network, Batch(inputs, targets, (4, 4, 4))), by_hand)
+
+
+class Lookup(nn.Module):
+    """Logits are the inputs; in training mode they would be others."""
+
+    def __init__(self):
+        super().__init__()
+        self.frozen, self.live = nn.BatchNorm1d(3).eval(), nn.Dropout(0.5)
+
+    def forward(self, inputs):
+        return self.live(inputs)
+
+
+def test_images_weigh_the_same_within_a_domain_and_domains_in_the_mean():
+    logits, targets = random(7, 3, seed=5), torch.tensor([0, 1, 2, 0, 1, 2, 0])
+    cut = [(x, y) for x, y in zip(logits.split([5, 2]), targets.split([5, 2]), strict=True)]
+    scores = evaluate(Lookup().train(), {"big": cut, "small": cut[1:]})
+    losses = F.cross_entropy(logits.double(), targets, reduction="none")
+    hits = logits.argmax(1) == targets
+    assert scores["big"] == {
+        "accuracy": pytest.approx(hits.double().mean().item()),
+        "loss": pytest.approx(losses.mean().item(), rel=1e-6),
+        "n": 7,
+    }
+    assert scores["small"]["loss"] == pytest.approx(losses[5:].mean().item(), rel=1e-6)
+    assert mean(scores, "loss") == (scores["big"]["loss"] + scores["small"]["loss"]) / 2
+
+
+def test_evaluating_leaves_each_modules_mode(untouched):
+    model = Lookup().train()
+    model.frozen.eval()
+    with untouched(model):
+        evaluate(model, {"one": [(random(4, 3), torch.zeros(4, dtype=torch.long))]})
+    assert model.live.training and not model.frozen.training
+
+
+# --- selection ---------------------------------------------------------------------------------------------------
+
+
+def row(step, validation, outside):
+    target = {"in": {"accuracy": 1 - outside}, "out": {"accuracy": outside}}
+    return {"step": step, "validation": validation, "target": target}
+
+
+ROWS = [row(0, 0.9, 0.1), row(5, 0.7, 0.6), row(10, 0.8, 0.7), row(15, 0.8, 0.7), row(20, 0.1, 0.2)]
+
+
+@pytest.mark.parametrize(
+    ("rule", "switch", "step"),
+    [
+        ("training-domain", None, 0),
+        ("training-domain", 10, 10),  # of equals the first
+        ("training-domain", 11, 15),
+        ("oracle", None, 10),
+        ("oracle", 15, 15),
+        ("last", None, 20),
+    ],
+)
+def test_selection(rule, switch, step):
+    assert selection.RULES[rule](selection.candidates(ROWS, switch))["step"] == step
+
+
+def test_a_row_at_the_switch_is_already_quantized():
+    assert [r["step"] for r in selection.candidates(ROWS, 10)] == [10, 15, 20]
+    assert selection.candidates(ROWS, 21) == []

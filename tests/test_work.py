@@ -1,0 +1,253 @@
+"""Workers: jobs are shared by any number of processes, and what goes wrong is said in a sentence."""
+
+import errno
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+from stores import ERM, OTHER, PLACE, PROBE, PROBES, QT, RUNS, SIZES, child, content, forkserver, trained
+
+from flatlab import executors, files, jobs, work
+from flatlab.data.batches import TrainingStream
+from flatlab.jobs import Plan
+from flatlab.measure import measure
+from flatlab.runs import RunStore
+
+
+@pytest.fixture(scope="module", autouse=True)
+def server():
+    forkserver()
+
+
+@pytest.fixture
+def store(tmp_path):
+    return RunStore(tmp_path / "store")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The store that one undisturbed worker makes."""
+    store = RunStore(tmp_path_factory.mktemp("whole"))
+    assert _errors(_work(store)) == {}
+    return store
+
+
+def _todo(store):
+    return jobs.missing(store, RUNS, PROBES, sizes=SIZES)
+
+
+def _work(store, todo=None):
+    events = []
+    work.work(_todo(store) if todo is None else todo, store, PLACE, emit=events.append)
+    return events
+
+
+def _errors(events):
+    return {event["job"]: event["error"] for event in events if "error" in event}
+
+
+def _contents(store):
+    return {entry.path.name: content(entry) for run in store.runs() for entry in (run, *run.probes())}
+
+
+# --- many workers
+
+
+def _worker(root, tally, barrier):
+    do = work._do
+
+    def counted(job, *rest):
+        with open(tally, "a") as file:
+            file.write(f"{job.name}\n")
+        do(job, *rest)
+
+    work._do = counted
+    store = RunStore(root)
+    barrier.wait()
+    assert _errors(_work(store)) == {}
+
+
+def test_two_workers_share_the_jobs(store, whole, tmp_path):
+    barrier = multiprocessing.get_context("forkserver").Barrier(2)
+    todo = _todo(store)
+    workers = [child(_worker, store.root, tmp_path / "tally", barrier) for _ in range(2)]
+    for worker in workers:
+        worker.join(60)
+        assert worker.exitcode == 0
+    assert sorted((tmp_path / "tally").read_text().splitlines()) == sorted(job.name for job in todo)
+    assert _contents(store) == _contents(whole)
+
+
+def _hold(root, held):
+    with RunStore(root).run(ERM).claim():
+        held.set()
+        signal.pause()
+
+
+def test_a_killed_worker_lets_go(store):
+    held = multiprocessing.get_context("forkserver").Event()
+    holder = child(_hold, store.root, held)
+    assert held.wait(30)
+    with store.claim([store.run(QT), store.run(ERM)]) as free:
+        assert not free
+    with store.run(QT).claim() as free:
+        assert free  # one that is held lets the others go
+    holder.kill()
+    holder.join(30)
+    with store.run(ERM).claim() as free:
+        assert free
+
+
+COMMAND = """
+import sys
+from flatlab.executors import run_locally
+from flatlab.jobs import Plan
+run_locally(Plan.parse(open(sys.argv[1]).read()), workers=1, hear=lambda event: print(event, flush=True))
+"""
+
+
+def test_workers_end_with_the_command_that_started_them(store, tmp_path):
+    endless = ERM.replace(steps=10**7, eval_every=10**7)
+    todo = jobs.missing(store, [endless], [], sizes=SIZES)
+    (tmp_path / "plan").write_text(Plan(store=str(store.root), place=PLACE, jobs=tuple(todo)).canonical())
+    command = [sys.executable, "-c", COMMAND, str(tmp_path / "plan")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline()  # the worker has begun
+        with store.run(endless).claim() as free:
+            assert not free
+        process.kill()
+    with FileLock(store.run(endless).path / ".lock").acquire(timeout=30):
+        assert not store.run(endless).done
+
+
+def test_local_workers(store, whole):
+    heard = []
+    plan = Plan(store=str(store.root), place=PLACE, jobs=tuple(_todo(store)))
+    assert executors.run_locally(plan, workers=2, hear=heard.append) == []
+    assert {event["job"] for event in heard if event.get("finished")} == {job.name for job in plan.jobs}
+    assert _contents(store) == _contents(whole)
+
+
+def test_a_worker_that_dies_is_told_and_its_noise_is_not_taken_for_events(store, tmp_path, monkeypatch):
+    script = tmp_path / "python"
+    script.write_text("#!/bin/sh\necho noise\necho 3\necho '{\"job\"'\necho last words >&2\nexit 3\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+    heard = []
+    plan = Plan(store=str(store.root), place=PLACE, jobs=())
+    errors = executors.run_locally(plan, workers=2, hear=heard.append)
+    assert [error["error"] for error in errors] == ["ended with status 3: last words"] * 2
+    assert heard == []
+
+
+# --- what goes wrong
+
+
+def _spoil(monkeypatch, at, which=0):
+    """Make the batch of a step not a number, for one seed."""
+    batch = TrainingStream.batch
+
+    def spoilt(stream, step):
+        made = batch(stream, step)
+        return made._replace(inputs=made.inputs * float("nan")) if (step, stream._seed) == (at, which) else made
+
+    monkeypatch.setattr(TrainingStream, "batch", spoilt)
+
+
+def test_a_loss_that_is_not_finite(store, whole, monkeypatch):
+    with monkeypatch.context() as patch:
+        _spoil(patch, at=6 + 1)
+        todo = _todo(store)
+        errors = _errors(_work(store, todo))
+    first = next(job for job in todo if job.runs[0] == ERM and not job.probes)
+    assert errors.pop(first.name) == (
+        f"The training loss of run {ERM.digest} is not finite at step 7; lower --lr. "
+        "The checkpoints before it are kept."
+    )
+    assert set(errors.values()) == {"not tried: what it needs failed, or was removed."}
+    assert set(errors) == {job.name for job in todo if job.runs[0] != OTHER} - {first.name}
+    assert store.run(OTHER).done
+    assert not any(store.run(run).done for run in RUNS if run != OTHER)
+    run = store.run(ERM)
+    assert files.load_arrays(run.state("resume"))[1]["next_step"] == 5
+    assert files.load_arrays(run.checkpoint("selected"))[1]["step"] in (0, 4)
+    assert store.faults() == []
+    assert _errors(_work(store)) == {}
+    assert _contents(store) == _contents(whole)
+
+
+def test_a_rate_far_too_high(store):
+    wild = ERM.replace(lr=1e30)
+    (error,) = _errors(_work(store, jobs.missing(store, [wild], [], sizes=SIZES))).values()
+    assert error == (
+        f"The validation loss of run {wild.digest} is not finite at step 0; lower --lr. "
+        "The checkpoints before it are kept."
+    )
+    assert not store.run(wild).state("resume").exists()
+
+
+def test_what_was_removed_is_not_waited_for(store):
+    measuring = [job for job in _todo(store) if job.probes]
+    assert set(_errors(_work(store, measuring)).values()) == {"not tried: what it needs failed, or was removed."}
+
+
+def test_a_run_removed_before_it_is_measured(tmp_path):
+    store = trained(tmp_path, ERM)
+    todo = jobs.missing(store, [], [(ERM, PROBE)], sizes=SIZES)
+    store.remove(store.run(ERM))
+    (error,) = _errors(_work(store, todo)).values()
+    assert error == f"Run {ERM.digest} is not finished, or was removed: train it before it is measured."
+    assert store.runs() == []
+    assert store.faults() == []
+
+
+def test_a_full_disk(store, whole, monkeypatch):
+    sync, calls = os.fsync, []
+
+    def full(number):
+        calls.append(number)
+        if len(calls) > 30:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        errors = _errors(_work(store))
+    assert "No space left on device: in the store; what is finished is kept." in errors.values()
+    assert not any("bug" in error for error in errors.values())
+    assert store.faults() == []
+    assert not list(store.root.rglob("*.tmp"))
+    assert _errors(_work(store)) == {}
+    assert _contents(store) == _contents(whole)
+
+
+def test_a_store_that_cannot_be_written(store, monkeypatch):
+    def refuse(path, *_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    errors = _errors(_work(store))
+    assert errors[_todo(store)[0].name].startswith(f"Read-only file system: {store.root}")
+    assert all(error.endswith(("what is finished is kept.", "was removed.")) for error in errors.values())
+
+
+def test_a_finished_measurement_needs_no_writing(whole, monkeypatch):
+    monkeypatch.setattr(files, "write_bytes", None)
+    measure(whole.run(ERM), PROBE, PLACE)
+    assert _work(whole) == []
+
+
+def test_a_bug_is_called_one_and_the_other_jobs_go_on(store, monkeypatch):
+    def broken(*_, **__):
+        raise ZeroDivisionError("oh")
+
+    monkeypatch.setattr("flatlab.measure.measure", broken)
+    events = _work(store)
+    assert set(_errors(events).values()) == {"ZeroDivisionError: oh (a bug in flatlab)"}
+    assert all("in broken" in event["trace"] for event in events if "error" in event)
+    assert all(store.run(run).done for run in RUNS)
