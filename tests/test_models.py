@@ -21,7 +21,7 @@ from flatlab.models import (
 )
 
 WEIGHTS = Path(__file__).parents[2] / "shared" / "data" / "weights" / "mobilenet_v2-imagenet-fp16.safetensors"
-WIDTHS = {"digits-cnn": 96, "resnet18": 512, "resnet50": 2048, "mobilenet_v2": 1280}
+WIDTHS = {"digits-cnn": 1024, "resnet18": 512, "resnet50": 2048, "mobilenet_v2": 1280}
 needs_weights = pytest.mark.skipif(not WEIGHTS.exists(), reason=f"the ImageNet weights are not at {WEIGHTS}")
 
 

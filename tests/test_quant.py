@@ -257,7 +257,7 @@ def test_attach_quantizes_every_convolution_and_nothing_else():
     assert names == ["features.0", "features.4", "features.8"]
     assert list(quantized_layers(network)) == list(scales(network)) == names
     assert not parametrize.is_parametrized(network.head)
-    assert [scale.shape for scale in scales(network).values()] == [(16, 1, 1, 1), (32, 1, 1, 1), (96, 1, 1, 1)]
+    assert [scale.shape for scale in scales(network).values()] == [(16, 1, 1, 1), (32, 1, 1, 1), (64, 1, 1, 1)]
 
 
 def test_nothing_to_quantize_is_refused():
