@@ -124,6 +124,14 @@ def test_a_damaged_done_is_named(store, garbage):
     refuses(partial(RunStore(store.root.parent / "empty").merge, store), path, "is damaged")
 
 
+def test_a_spec_of_another_run_is_named(store):
+    path = store.run(RUN).path / "spec.json"
+    (path.parent / "done").unlink()
+    path.write_text(RUN.replace(seed=1).canonical())
+    refuses(store.runs, path, "is damaged", "it is not the spec of")
+    assert any(str(path) in fault for fault in store.faults())
+
+
 def test_a_damaged_provenance_is_named(store):
     path = store.run(RUN).path / "provenance.json"
     path.write_bytes(b"{")

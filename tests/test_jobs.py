@@ -68,6 +68,13 @@ def test_probes_bring_their_runs(store):
     assert probe.needs == (ERM.digest,)
 
 
+def test_forks_are_written_under_a_claim(store):
+    train, fork = jobs.missing(store, [spec("SWA"), QT], [], sizes=SIZES)
+    assert (train.runs, train.forks, fork.needs) == ((spec("SWA"),), (6,), (spec("SWA").digest,))
+    assert [entry.spec for entry in train.claims(store)] == [spec("SWA"), ERM]
+    assert [entry.spec for entry in fork.claims(store)] == [QT]
+
+
 def test_a_child_without_its_parent_trains_alone(store):
     (job,) = jobs.missing(store, [QT], [], sizes=SIZES)
     assert (job.needs, job.forks) == ((), ())

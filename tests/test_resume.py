@@ -59,7 +59,17 @@ def test_a_forked_run_is_the_run_alone(tmp_path, wanted):
     forked = store.run(wanted)
     assert [session["from_step"] for session in forked.provenance["sessions"]] == [SWITCH]
     assert wanted.parent.digest in forked.provenance["sessions"][0]["how"]
+    assert [row["looks"] for row in forked.rows()] == list(range(1, len(forked.rows()) + 1))
     assert content(forked) == content(alone)
+
+
+def test_a_fork_is_kept_where_nobody_trains_the_parent_itself(together, tmp_path):
+    store = trained(tmp_path, GROUP[1], forks={SWITCH})
+    train([FORKED["QT-DoG"]], store, PLACE)
+    assert store.run(FORKED["QT-DoG"]).provenance["sessions"][0]["from_step"] == SWITCH
+    train([GROUP[0]], store, PLACE)
+    for run in GROUP[:2]:
+        assert content(store.run(run)) == content(together.run(run))
 
 
 def test_a_fresh_process_makes_the_same_bytes(together, tmp_path):

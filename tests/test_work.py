@@ -111,10 +111,27 @@ run_locally(Plan.parse(open(sys.argv[1]).read()), workers=1, hear=lambda event: 
 """
 
 
-def test_workers_end_with_the_command_that_started_them(store, tmp_path):
+def _endless(store, path):
+    """Write a plan that nobody sees the end of; return its run."""
     endless = ERM.replace(steps=10**7, eval_every=10**7)
     todo = jobs.missing(store, [endless], [], sizes=SIZES)
-    (tmp_path / "plan").write_text(Plan(store=str(store.root), place=PLACE, jobs=tuple(todo)).canonical())
+    path.write_text(Plan(store=str(store.root), place=PLACE, jobs=tuple(todo)).canonical())
+    return endless
+
+
+def test_a_worker_ends_when_its_input_is_closed(store, tmp_path):
+    _endless(store, tmp_path / "plan")
+    command = [sys.executable, "-m", "flatlab.work", str(tmp_path / "plan")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline()
+        process.stdin.close()
+        while process.stdout.readline():  # it is read to its end: no broken pipe ends the worker
+            pass
+        assert process.wait(30) == 1
+
+
+def test_workers_end_with_the_command_that_started_them(store, tmp_path):
+    endless = _endless(store, tmp_path / "plan")
     command = [sys.executable, "-c", COMMAND, str(tmp_path / "plan")]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         assert process.stdout.readline()  # the worker has begun
