@@ -97,6 +97,7 @@ def draw(frame: pd.DataFrame, caption: str) -> Figure:
                 mine = shown[(shown["panel"] == panel) & (shown["normalisation"] == normalisation)]
                 plots.curves(ax, mine, x="radius", by="method", order=ORDER)
                 ax.set(title=TITLES[panel], xlabel=AXES[normalisation], ylabel="Flatness $F(w)$ (nats)")
-        plots.legend_above(figure, grid[0, 0])
-        figure.supxlabel(caption, fontsize=7, color="0.3")
+        title, _, rest = caption.partition("\n")
+        plots.legend_above(figure, grid[0, 0], title)
+        figure.supxlabel(rest, fontsize=7, color="0.3")
     return figure

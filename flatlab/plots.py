@@ -59,10 +59,10 @@ def curves(ax: Axes, frame: pd.DataFrame, *, x: str, by: str, order: Sequence[st
         ax.fill_between(rows[x], rows["low"], rows["high"], color=line.get_color(), alpha=0.18, linewidth=0)
 
 
-def legend_above(figure: Figure, ax: Axes) -> None:
-    """Put one legend for all panels above them."""
+def legend_above(figure: Figure, ax: Axes, title: str) -> None:
+    """Put one legend for all panels above them, under a title."""
     handles, labels = ax.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels))
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), title=title, title_fontsize=9)
 
 
 def save(figure: Figure, stem: Path) -> list[Path]:

@@ -145,12 +145,13 @@ def write(module: ModuleType, setting: Setting, store: RunStore, *, out: Path, r
 
 
 def caption(setting: Setting) -> str:
-    """Say in a line which data, seeds and directions a picture shows."""
+    """Say in a title and a line below which data, seeds and directions a picture shows."""
     images = "all" if setting.images is None else f"{setting.images}"
+    seeds = "1 seed" if setting.seeds == 1 else f"{setting.seeds} seeds"
     return (
-        f"{setting.dataset} ({', '.join(setting.held_out)} held out in turn), {setting.model}, {setting.seeds} seeds, "
-        f"{setting.num_samples} directions,\n{images} images per domain (in split); mean over held-out domains, "
-        "band: 95 % interval over seeds."
+        f"Local flatness: {setting.dataset}, {setting.model}, {seeds}, {setting.num_samples} directions\n"
+        f"Held out in turn: {', '.join(setting.held_out)}; {images} images per domain (in split). "
+        "Mean over held-out domains; band: 95 % interval over seeds."
     )
 
 
