@@ -1,0 +1,93 @@
+"""Every figure and table through `reproduce`, at SMOKE; and what Figure 3's table says of hand-made measurements."""
+
+import importlib
+import json
+
+import commandline
+import pandas as pd
+import pytest
+
+from flatlab import reproduce
+from flatlab.resources import published
+from flatlab.settings import PAPER
+
+COLUMNS = ["panel", "normalisation", "method", "held_out", "seed", "radius", "value", "stderr", "low", "high", "over", "published"]
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """A store and the pictures of every analysis; the exit codes of making them."""
+    root = tmp_path_factory.mktemp("reproduce")
+    words = ("--setting", "smoke", "--store", root / "runs", "--out", root / "figures")
+    codes = {name: commandline.call("reproduce", name, *words) for name in reproduce.analyses()}
+    return root, words, codes
+
+
+def test_every_figure_and_table_is_made(smoke):
+    root, _, codes = smoke
+    assert codes and set(codes.values()) == {0}
+    for name in codes:
+        for suffix in ("pdf", "png", "csv", "json"):
+            assert (root / "figures" / f"{name}.{suffix}").stat().st_size > 500
+        assert (root / "figures" / f"{name}.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_every_analysis_keeps_the_contract():
+    for name in reproduce.analyses():
+        module = importlib.import_module(f"analyses.{name}")
+        assert module.__doc__.splitlines()[0].endswith(".")
+        assert all(hasattr(module, part) for part in ("plan", "table", "findings", "summary", "SUMMARY", "draw"))
+
+
+def test_a_second_call_makes_nothing_and_writes_the_same(smoke):
+    root, words, _ = smoke
+    before = {path: path.read_bytes() for path in (root / "figures").iterdir() if path.suffix != ".json"}
+    done = {path: path.stat().st_mtime_ns for path in (root / "runs").rglob("done")}
+    assert commandline.call("reproduce", "fig3", *words) == 0
+    assert {path: path.read_bytes() for path in before} == before
+    assert {path: path.stat().st_mtime_ns for path in (root / "runs").rglob("done")} == done
+
+
+def test_figure_3_is_tidy(smoke):
+    root, _, _ = smoke
+    frame = pd.read_csv(root / "figures" / "fig3.csv")
+    assert list(frame.columns) == COLUMNS
+    keys = ["panel", "normalisation", "method", "held_out", "seed", "radius"]
+    assert not frame.duplicated(keys).any()
+    each, whole = frame[frame.over == "directions"], frame[frame.over == "seeds"]
+    assert set(whole.held_out) == set(whole.seed) == {"all"}
+    assert len(each) == 5 * 4 * 2 * 2 * 2 * 3 and len(whole) == 5 * 2 * 2 * 3  # methods, targets, seeds, ...
+    assert (frame[frame.radius == 0][["value", "stderr"]] == 0).all(axis=None)
+    assert frame.published.isna().all()
+    assert ((frame.low <= frame.value) & (frame.value <= frame.high)).all()
+    one = each[(each.panel == "test") & (each.method == "SAM") & (each.normalisation == "none") & (each.radius == 2)]
+    means = one.groupby("seed").value.mean()
+    same = whole[(whole.panel == "test") & (whole.method == "SAM") & (whole.normalisation == "none")]
+    assert same[same.radius == 2].value.item() == pytest.approx(means.mean())
+
+
+def test_the_json_says_how_it_came_about(smoke):
+    root, _, _ = smoke
+    record = json.loads((root / "figures" / "fig3.json").read_text())
+    assert len(record["runs"]) == 40 and len(record["probes"]) == 2 and len(record["data_fingerprint"]) == 1
+    assert record["setting"]["name"] == "smoke" and "reproduce" in record["redo"]
+    assert "digits" in record["caption"] and "2 seeds" in record["caption"] and "3 directions" in record["caption"]
+    assert record["cost"]["training_seconds"] > 0 and record["machine"]["torch"]
+    assert {row["verdict"] for row in record["findings"]} <= {"lower", "higher", "not distinguishable"}
+
+
+def test_published_numbers_stand_beside_ours_where_the_setting_is_the_papers():
+    fig3 = importlib.import_module("analyses.fig3")
+    rows = [
+        {"panel": panel, "normalisation": kind, "method": "QT-DoG", "held_out": held_out, "radius": 40.0}
+        for panel in ("train", "test")
+        for kind in ("none", "filter")
+        for held_out in ("all", "sketch")
+    ]
+    filled = fig3._with_published(pd.DataFrame(rows), PAPER)
+    ours = filled[(filled.normalisation == "none") & (filled.held_out == "all")]
+    curves = published()["figures"]["3"]
+    at = curves["radii"].index(40)
+    assert ours.published.tolist() == [curves["train"]["QT-DoG"][at], curves["test"]["QT-DoG"][at]]
+    assert filled.published.notna().sum() == 2
+    assert fig3._with_published(pd.DataFrame(rows), PAPER.replace(model="resnet18")).published.isna().all()
