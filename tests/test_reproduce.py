@@ -11,7 +11,8 @@ from flatlab import reproduce
 from flatlab.resources import published
 from flatlab.settings import PAPER
 
-COLUMNS = ["panel", "normalisation", "method", "held_out", "seed", "radius", "value", "stderr", "low", "high", "over", "published"]
+COLUMNS = ["panel", "normalisation", "method", "held_out", "seed", "radius"]
+COLUMNS += ["value", "stderr", "low", "high", "over", "published"]
 
 
 @pytest.fixture(scope="module")
