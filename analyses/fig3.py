@@ -13,9 +13,10 @@ from flatlab import plots, tables
 from flatlab.methods import METHODS, replicates
 from flatlab.resources import published
 from flatlab.runs import RunStore
-from flatlab.settings import Setting
+from flatlab.settings import PAPER, Setting
 from flatlab.specs import ProbeSpec, RunSpec
 
+BASELINE = "ERM"
 ORDER = ("ERM", "SAM", "SWA", "SWAD", "QT-DoG")
 COLUMNS = ["panel", "normalisation", "method", "held_out", "seed", "radius"]
 COLUMNS += ["value", "stderr", "low", "high", "over", "published"]
@@ -23,6 +24,7 @@ GROUP = ["panel", "normalisation", "method", "radius"]
 TITLES = {"train": "Average train flatness (seen domains)", "test": "Average test flatness (unseen domain)"}
 SUMMARY = "Difference to ERM in nats, paired by held-out domain and seed, 95 % intervals over seeds; * excludes 0"
 TOLD = ["value", "low", "high"]
+OURS = ("seed", "trial_seed", "seeds", "num_samples", "images", "radii", "filter_radii")  # may differ from the paper's
 SYMBOLS = {"none": "γ", "filter": "ρ"}
 AXES = {"none": "Radius γ (L2 distance)", "filter": "Relative radius ρ (share of each filter's norm)"}
 
@@ -36,17 +38,20 @@ def probes(setting: Setting) -> list[ProbeSpec]:
     ]
 
 
+def labelled(setting: Setting) -> list[tuple[str, RunSpec]]:
+    """Return each run with its method's name."""
+    return [(name, spec) for name in ORDER for spec in replicates(METHODS[name], setting)]
+
+
 def plan(setting: Setting) -> tuple[list[RunSpec], list[tuple[RunSpec, ProbeSpec]]]:
     """Return the runs and the measurements that the figure needs."""
-    runs = [spec for name in ORDER for spec in replicates(METHODS[name], setting)]
+    runs = [spec for _, spec in labelled(setting)]
     return runs, [(run, probe) for run in runs for probe in probes(setting)]
 
 
 def table(store: RunStore, setting: Setting) -> pd.DataFrame:
     """Return the curves: of each run with intervals over directions, and of each method over seeds."""
-    wanted = [
-        (name, run, probe) for name in ORDER for run in replicates(METHODS[name], setting) for probe in probes(setting)
-    ]
+    wanted = [(name, run, probe) for name, run in labelled(setting) for probe in probes(setting)]
     each = tables.flatness(store, wanted)
     whole = pd.concat([each, tables.over_seeds(each, GROUP)], ignore_index=True)
     return _with_published(whole, setting)[COLUMNS]
@@ -55,7 +60,22 @@ def table(store: RunStore, setting: Setting) -> pd.DataFrame:
 def findings(frame: pd.DataFrame) -> pd.DataFrame:
     """Return each method's difference to ERM at each radius, paired by held-out domain and seed."""
     each = frame[(frame["over"] == "directions") & (frame["radius"] > 0)]
-    return tables.paired(each, "ERM", ["panel", "normalisation", "radius"])
+    return tables.paired(each, BASELINE, ["panel", "normalisation", "radius"])
+
+
+def remarks(frame: pd.DataFrame) -> list[str]:
+    """Say whether the order of the methods changes under filter normalisation, at the largest radii."""
+    whole = frame[frame["over"] == "seeds"]
+    far = whole[whole["radius"] == whole.groupby("normalisation")["radius"].transform("max")]
+    said = []
+    for panel in TITLES:
+        orders = [
+            " < ".join(far[(far["panel"] == panel) & (far["normalisation"] == kind)].sort_values("value")["method"])
+            for kind in AXES
+        ]
+        what = "stays the same" if orders[0] == orders[1] else f"becomes {orders[1]}"
+        said.append(f"{TITLES[panel]}: the order {orders[0]} {what} under filter normalisation, intervals aside.")
+    return said
 
 
 def summary(findings: pd.DataFrame) -> pd.DataFrame:
@@ -65,17 +85,16 @@ def summary(findings: pd.DataFrame) -> pd.DataFrame:
         where=[
             f"{SYMBOLS[n]}={r:g} {p}" for n, r, p in zip(far["normalisation"], far["radius"], far["panel"], strict=True)
         ],
-        cell=[
-            f"{v:+.3f} [{lo:+.3f}, {hi:+.3f}]{'*' * (lo * hi > 0)}" for v, lo, hi in far[TOLD].itertuples(index=False)
-        ],
+        cell=[tables.bracketed(v, lo, hi) for v, lo, hi in far[TOLD].itertuples(index=False)],
     )
     return cells.pivot_table(index="method", columns="where", values="cell", aggfunc="first", sort=False).reset_index()
 
 
 def _with_published(frame: pd.DataFrame, setting: Setting) -> pd.DataFrame:
-    """Fill `published` where the paper measured the same: PACS, ResNet-50, raw radii, averages over the domains."""
+    """Fill `published` where the paper did the same: its setting but for seeds and sampling, raw radii, all domains."""
     frame = frame.assign(published=float("nan"))
-    if (setting.dataset, setting.model) != ("PACS", "resnet50"):
+    ours = {field: getattr(PAPER, field) for field in OURS}
+    if setting.replace(**ours) != PAPER:
         return frame
     curves = published()["figures"]["3"]
     for panel in TITLES:

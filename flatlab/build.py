@@ -1,6 +1,7 @@
 """From a spec to things: its domains and splits, its network, its parameters by role, its device."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -123,6 +124,17 @@ def load(built: Network, weights: Mapping[str, npt.NDArray[np.float32]]) -> None
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         raise UserError(f"The checkpoint is of another architecture than its spec says: {reason}") from None
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Let torch compute with so many threads, and with as many as before afterwards: the process is the caller's."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def device(place: Place) -> torch.device:

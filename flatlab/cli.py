@@ -9,8 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
+from flatlab.jsontext import strict_json
 from flatlab.mistakes import say, spoken
-from flatlab.options import Choices, strict_json, takes
+from flatlab.options import Choices, takes
 from flatlab.upkeep import data_app, runs_app
 from flatlab.words import DATA, RUNNING, TRAINING
 
@@ -20,7 +21,12 @@ Begin with `flatlab reproduce fig3`: it trains five methods on embedded data, me
 draws Figure 3 of QT-DoG (arXiv 2410.06020) with error bands. Every command can be stopped and called again."""
 
 app = typer.Typer(
-    help=HELP, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown"
+    help=HELP,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
 )
 app.add_typer(runs_app, name="runs")
 app.add_typer(data_app, name="data")
@@ -55,6 +61,11 @@ def reproduce(chosen: Choices, name: Annotated[str, typer.Argument(help="fig3, .
         typer.echo(strict_json({"written": written, "findings": done.findings.to_dict("records")}))
         return
     display.frame(module.summary(done.findings), module.SUMMARY)
+    display.frame(
+        done.accuracies, "Accuracies by training-domain validation, means over targets and seeds", formats=ACCURACIES
+    )
+    for remark in done.remarks:
+        display.out.print(remark, soft_wrap=True)
     _tell_written(done.written)
 
 
@@ -137,7 +148,10 @@ def flatness(
     _tell_written(written)
 
 
-@app.command("import", epilog="Example: `flatlab import erm.pth --model resnet50 --dataset PACS --held-out sketch`")
+@app.command(
+    "import",
+    epilog="Example: `flatlab import erm.pth --model resnet50 --dataset PACS --data-dir data --held-out sketch`",
+)
 @takes(*DATA, "model", "trial_seed", "device", "store", "json", "debug")
 def import_(
     chosen: Choices, file: Annotated[Path, typer.Argument(help=".safetensors, or .pth without pickled code.")]

@@ -3,6 +3,7 @@
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 import tempfile
@@ -91,10 +92,15 @@ def _errors(
         if "ended" in event:
             alive -= 1
             if event["ended"]:
-                last_words = event["trace"].strip().rpartition("\n")[2]
-                yield {"job": "worker", "error": f"ended with status {event['ended']}: {last_words}", **event}
+                yield {"job": "worker", "error": _last_words(event), **event}
             continue
         hear(event)
         if "error" in event and event["job"] not in told:
             told.add(event["job"])
             yield event
+
+
+def _last_words(event: Event) -> str:
+    if event["ended"] == -signal.SIGKILL:
+        return "it was killed, perhaps for want of memory; take fewer --workers or a smaller --image-size, and go on."
+    return f"it ended with status {event['ended']}: {event['trace'].strip().rpartition(chr(10))[2]}"

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from flatlab.errors import UserError
+from flatlab.jsontext import strict_json
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 
@@ -32,7 +33,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON with sorted keys, whole or not at all."""
-    write_bytes(path, (json.dumps(value, sort_keys=True, indent=1) + "\n").encode())
+    write_bytes(path, (strict_json(value, indent=1) + "\n").encode())
 
 
 def read_json(path: Path) -> dict[str, Any]:

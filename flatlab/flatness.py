@@ -48,7 +48,9 @@ def _numbers(text: str) -> list[float]:
         count = int(np.floor((stop - start) / step + 1e-9)) + 1 if step > 0 else 0
     except (ValueError, OverflowError):
         return []
-    return [float(np.round(start + i * step, 12)) for i in range(min(count, MOST))]
+    if count > MOST:
+        raise UserError(f"--radii {text} names {count:,} radii; at most {MOST:,} are taken.")
+    return [float(np.round(start + i * step, 12)) for i in range(count)]
 
 
 def finished(store: RunStore, digests: Sequence[str]) -> list[Run]:

@@ -16,7 +16,7 @@ def facts() -> dict[str, str]:
         "flatlab": flatlab.__version__,
         "commit": commit(),
         "python": platform.python_version(),
-        "system": platform.platform(),
+        "system": platform.system(),
         "processor": platform.processor() or platform.machine(),
         **packages,
     }
@@ -31,7 +31,8 @@ def commit() -> str:
         told = subprocess.run(["git", "-C", str(tree), "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return told.stdout.strip()
+    changed = subprocess.run(["git", "-C", str(tree), "status", "--porcelain"], capture_output=True, text=True)
+    return told.stdout.strip() + ("+changes" if changed.stdout.strip() else "")
 
 
 def cores() -> int:

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from functools import partial
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 
 from flatlab import build, files, machine
@@ -41,7 +40,12 @@ def measure(run: Run, spec: ProbeSpec, place: Place, *, report: Report | None = 
     if not run.done:
         raise UserError(f"Run {run.spec.digest} is not finished, or was removed: train it before it is measured.")
     place = place.replace(threads=probe.provenance.get("threads", place.threads))  # they order the sums
-    torch.set_num_threads(place.threads)
+    with build.threads(place.threads):
+        _measure(run, probe, place, report)
+
+
+def _measure(run: Run, probe: Probe, place: Place, report: Report | None) -> None:
+    spec: ProbeSpec = probe.spec
     around = landscape(run, spec, place)
     probe.create()
     probe.note(machine=machine.facts(), **place.model_dump())

@@ -1,7 +1,6 @@
 """What the user chose: the words of a command become a setting, a store and a place, each mistake one sentence."""
 
 import inspect
-import json
 import math
 import os
 import platform
@@ -15,6 +14,7 @@ import typer
 
 from flatlab.data import catalog
 from flatlab.errors import UserError, choose
+from flatlab.jsontext import strict_json
 from flatlab.mistakes import spoken
 from flatlab.words import DEVICES, LIMITS, MODELS, WORDS
 
@@ -161,19 +161,6 @@ class Choices:
     def answer_facts(self, facts: Any, sentence: str) -> None:
         """Print a sentence, or the facts behind it as JSON where that was asked for."""
         typer.echo(strict_json(facts) if self.json else sentence)
-
-
-def strict_json(facts: Any, **style: Any) -> str:
-    """Return JSON that any reader takes: what is not finite is null there."""
-    return json.dumps(_finite(facts), allow_nan=False, **style)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _finite(each) for name, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _accelerated(device: str) -> bool:

@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 MARKERS = "oXsDPv^*<>"
+LINES = ("-", "--", ":", "-.")  # where the ten colours are used up
 STYLE: dict[Any, Any] = {
     "font.size": 8,
     "axes.titlesize": 8,
@@ -55,7 +56,8 @@ def curves(ax: Axes, frame: pd.DataFrame, *, x: str, by: str, order: Sequence[st
         rows = frame[frame[by] == name].sort_values(x)
         if rows.empty:
             continue
-        (line,) = ax.plot(rows[x], rows["value"], color=f"C{index}", marker=MARKERS[index], label=name)
+        look: dict[str, Any] = {"color": f"C{index % 10}", "marker": MARKERS[index % len(MARKERS)]}
+        (line,) = ax.plot(rows[x], rows["value"], **look, linestyle=LINES[index // 10 % len(LINES)], label=name)
         ax.fill_between(rows[x], rows["low"], rows["high"], color=line.get_color(), alpha=0.18, linewidth=0)
 
 

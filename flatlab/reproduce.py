@@ -9,7 +9,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from flatlab import executors, files, jobs, machine, plots
+import pandas as pd
+
+from flatlab import executors, files, jobs, machine, plots, tables
 from flatlab.data import catalog
 from flatlab.errors import UserError, WorkerError, choose
 from flatlab.jobs import Job, Plan
@@ -25,7 +27,9 @@ class Reproduction:
     """What `reproduce` wrote, and what came out."""
 
     written: list[Path]
-    findings: Any  # a frame, or None
+    findings: pd.DataFrame
+    accuracies: pd.DataFrame
+    remarks: list[str]
 
 
 def analysis(name: str) -> ModuleType:
@@ -139,9 +143,13 @@ def write(module: ModuleType, setting: Setting, store: RunStore, *, out: Path, r
     files.write_bytes(stem.with_suffix(".csv"), frame.to_csv(index=False).encode())
     facts = _facts(module, setting, store)
     pictures = plots.save(module.draw(frame, caption(setting)), stem)
-    record = {**facts, "redo": redo, "caption": caption(setting), "findings": findings.to_dict("records")}
+    accuracies = tables.reached(tables.accuracies(store, module.labelled(setting)), module.BASELINE)
+    remarks = module.remarks(frame)
+    record = {**facts, "redo": redo, "caption": caption(setting), "remarks": remarks}
+    record |= {"findings": findings.to_dict("records"), "accuracies": accuracies.to_dict("records")}
     files.write_json(stem.with_suffix(".json"), record)
-    return Reproduction([*pictures, stem.with_suffix(".csv"), stem.with_suffix(".json")], findings)
+    written = [*pictures, stem.with_suffix(".csv"), stem.with_suffix(".json")]
+    return Reproduction(written, findings, accuracies, remarks)
 
 
 def caption(setting: Setting) -> str:
@@ -165,7 +173,8 @@ def _facts(module: ModuleType, setting: Setting, store: RunStore) -> dict[str, A
         "runs": {run.spec.digest: run.spec.model_dump(mode="json") for run in here},
         "probes": {probe.spec.digest: probe.spec.model_dump(mode="json") for probe in measured},
         "data_fingerprint": sorted({run.provenance.get("data_fingerprint", "unknown") for run in here}),
-        "machine": machine.facts(),
+        "machine": machine.facts(),  # that drew; below, those that trained and measured
+        "machines": _distinct([entry.provenance.get("machine") for entry in (*here, *measured)]),
         "cost": {
             "training_seconds": round(sum(_seconds(run.provenance) for run in here if "passes" in run.provenance), 1),
             "measuring_seconds": round(sum(probe.provenance.get("seconds", 0) for probe in measured), 1),
@@ -175,3 +184,7 @@ def _facts(module: ModuleType, setting: Setting, store: RunStore) -> dict[str, A
 
 def _seconds(provenance: dict[str, Any]) -> float:
     return float(sum(session["seconds"] for session in provenance.get("sessions", ())))
+
+
+def _distinct(machines: list[dict[str, str] | None]) -> list[dict[str, str]]:
+    return [dict(pairs) for pairs in sorted({tuple(sorted(each.items())) for each in machines if each})]

@@ -19,6 +19,7 @@ from typing import Any
 from flatlab import files
 from flatlab.entries import Entry, complaints
 from flatlab.errors import UserError
+from flatlab.jsontext import strict_json
 from flatlab.specs import ProbeSpec, RunSpec
 
 
@@ -54,7 +55,7 @@ class Run(Entry):
 
     def write_log(self, rows: Sequence[dict[str, Any]]) -> None:
         """Write log.jsonl whole: it is always exactly as long as the state beside it."""
-        text = "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows)
+        text = "".join(strict_json(row) + "\n" for row in rows)
         files.write_bytes(self.path / "log.jsonl", text.encode())
 
     def rows(self) -> list[dict[str, Any]]:

@@ -107,6 +107,12 @@ PAPER = Setting(
 SETTINGS = {setting.name: setting for setting in (SMOKE, QUICK, PAPER)}
 
 
+BY_DATASET: dict[str, dict[str, Any]] = {  # where SWAD and QT-DoG depart from their own usual numbers
+    "VLCS": {"swad_every": 50, "swad_ratio": 0.2},
+    "DomainNet": {"steps": 15000, "eval_every": 1000, "switch": 8000, "swad_every": 500},
+}
+
+
 def for_data(chosen: Setting, dataset: str, *, model: str | None = None, weights: str | None = None) -> Setting:
     """Return a setting for a data set: the network, learning rates and radii that suit it, the chosen one's schedule.
 
@@ -128,6 +134,8 @@ def for_data(chosen: Setting, dataset: str, *, model: str | None = None, weights
         if start != "none" or suiting is QUICK:
             fields += ["lr", "scale_lr"]
         changes |= {field: getattr(suiting, field) for field in fields}
+    if chosen.name == PAPER.name:
+        changes |= BY_DATASET.get(dataset, {})
     return chosen.replace(**changes)
 
 

@@ -155,7 +155,7 @@ class RunSpec(Spec):
         if self.switch is not None and self.source is None and self.switch > self.steps:
             raise ValueError(
                 f"The switch at step {self.switch} lies beyond the end at {self.steps}; "
-                "choose --quantize-at below --steps."
+                "choose --quantize-at of at most --steps."
             )
         if self.average.kind in ("swa", "sma") and self.average.start > self.steps:
             raise ValueError(

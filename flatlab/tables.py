@@ -183,3 +183,26 @@ def overview(store: RunStore) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows, columns=columns)
+
+
+def bracketed(value: float, low: float, high: float) -> str:
+    """Return "value [low, high]", with a star where the interval excludes zero; one seed has no interval."""
+    if not np.isfinite([low, high]).all():
+        return f"{value:+.3f} (no interval)"
+    return f"{value:+.3f} [{low:+.3f}, {high:+.3f}]{'*' if low * high > 0 else ''}"
+
+
+def reached(accuracies: pd.DataFrame, baseline: str) -> pd.DataFrame:
+    """Return one row per method: mean accuracies over held-out domains and seeds, and the target's less a baseline's.
+
+    Args:
+        accuracies: as `accuracies` returns them; rows by training-domain validation count.
+        baseline: the method that is subtracted, paired by held-out domain and seed.
+    """
+    chosen = accuracies[accuracies["selection"] == "training-domain"].rename(columns={"target": "value"})
+    each = chosen.groupby("method", sort=False)[["validation", "value"]].mean().rename(columns={"value": "target"})
+    less = paired(chosen.assign(target="target"), baseline, ["target"]).set_index("method")
+    told = {
+        name: bracketed(*row) for name, row in zip(less.index, less[["value", "low", "high"]].to_numpy(), strict=True)
+    }
+    return each.assign(**{f"target less {baseline}": pd.Series(told)}).fillna("").reset_index()

@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from flatlab.options import Choices, strict_json, takes
+from flatlab.jsontext import strict_json
+from flatlab.options import Choices, takes
 
 runs_app = typer.Typer(help="Look at the runs of a store, and keep it in order.", no_args_is_help=True)
 data_app = typer.Typer(help="Look at data sets.", no_args_is_help=True)

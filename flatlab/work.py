@@ -76,6 +76,8 @@ def _told(error: Exception) -> Event:
         return {"error": str(error)}
     if isinstance(error, OSError):
         return {"error": f"{error.strerror or error}: {error.filename or 'in the store'}; what is finished is kept."}
+    if isinstance(error, MemoryError) or "allocate memory" in str(error) or "out of memory" in str(error):
+        return {"error": "out of memory; take a smaller --batch-size or --image-size, or fewer --workers."}
     trace = "".join(traceback.format_exception(error))
     return {"error": f"{type(error).__name__}: {error} (a bug in flatlab)", "trace": trace}
 

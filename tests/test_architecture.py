@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MAY_IMPORT = {
     # nothing inside, but for the one exception
     "errors": "",
+    "jsontext": "",
     "machine": "",
     "params": "errors",
     "plots": "",
@@ -31,13 +32,13 @@ MAY_IMPORT = {
     # what is asked for, without torch
     "settings": "specs errors",
     "methods": "settings specs errors",
-    "files": "errors",
+    "files": "errors jsontext",
     "entries": "specs files errors",
-    "runs": "entries specs files errors",
+    "runs": "entries specs files errors jsontext",
     "tables": "runs specs selection files errors",
     "jobs": "entries runs specs",
     "executors": "jobs",
-    "reproduce": "executors jobs runs settings specs plots files machine data.catalog errors",
+    "reproduce": "tables executors jobs runs settings specs plots files machine data.catalog errors",
     "flatness": "tables plots runs settings specs files errors",
     "tensorboard": "runs errors",
     "work": "jobs runs specs errors measure train",  # the last two inside functions: workers alone load torch

@@ -67,7 +67,8 @@ def test_last_is_the_network_itself():
         ("swa", 3, 3, None, [3, 6, 9]),
         ("swa", 10, 5, None, [10]),
         ("swa", 0, 4, 5, [5, 9]),  # the switch comes later than the start
-        ("sma", 2, 1, None, [2, 3, 4, 5, 6, 7, 8, 9, 10]),
+        ("sma", 5, 1, None, [3, 4, 5, 6, 7, 8, 9, 10]),  # EoA counts from 1, and keeps the iterate before its start
+        ("sma", 1, 1, None, list(range(11))),
         ("sma", 2, 1, 9, [9, 10]),
     ],
 )
@@ -79,7 +80,7 @@ def test_running_means(kind, start, every, switch, steps):
 
 
 def test_sma_before_its_start_is_the_last_iterate():
-    average = observe(averages.build(AverageSpec(kind="sma", start=5), switch=None), range(4))
+    average = observe(averages.build(AverageSpec(kind="sma", start=7), switch=None), range(4))
     assert torch.equal(average.result()["w"], weights(3)["w"])
     assert average.facts() == {"averaged": 0}
     assert_mean_of(observe(average, [5, 6]).result(), [5, 6], follows=6)

@@ -106,7 +106,11 @@ def test_averages_are_arithmetic_means_of_the_trajectory(parts, tmp_path):
     _, states = observe(specs["last"], store)
     train([specs["swa"], specs["sma"]], store, PLACE)
     first = 3 if parts == Method() else 4  # averages begin at the switch
-    steps = {"last": [10], "swa": list(range(first, 11, 2)), "sma": [7, 8, 9, 10]}
+    steps = {
+        "last": [10],
+        "swa": list(range(first, 11, 2)),
+        "sma": [5, 6, 7, 8, 9, 10],
+    }  # EoA counts from 1, and keeps one more
     for kind, spec in specs.items():
         found, _ = weights_of(store.run(spec), "last")
         assert found.keys() == states[-1].keys()

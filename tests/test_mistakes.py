@@ -39,7 +39,7 @@ WORDS = {  # what the user writes -> what is said, before anything heavy is load
     "train --quantize-at 4": r"--quantize-at 4 does nothing without a quantizer; add --quantizer lsq",
     "train --exact-repo": r"--exact-repo does nothing without SWAD; add --average swad, or leave it out\.",
     "train --method qt-dog --quantize-at 301": (
-        r"The switch at step 301 lies beyond the end at 300; choose --quantize-at below --steps\."
+        r"The switch at step 301 lies beyond the end at 300; choose --quantize-at of at most --steps\."
     ),
     "train --steps 0": rf"--steps 0 {WHOLE} 1 on\.",
     "train --steps ten": r"--steps ten does not do: a whole number is expected\.",

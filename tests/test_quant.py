@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 from flatlab.errors import UserError
 from flatlab.models import build_network
 from flatlab.quant.attach import attach, bake, clamp_scales, quantized_layers, scales
-from flatlab.quant.codebook import initial_scale, levels, round_ste
+from flatlab.quant.codebook import initial_scale, levels
 from flatlab.quant.lsq import LSQ
 
 
@@ -54,14 +54,6 @@ def test_initial_scale_is_the_formula(shape):
     whole = initial_scale(weight, 63, granularity="tensor")
     assert whole.shape == ()
     assert whole.item() == pytest.approx(2 * weight.abs().mean().item() / math.sqrt(63), rel=1e-14)
-
-
-def test_round_ste_rounds_with_the_identitys_gradient():
-    values = torch.tensor([-1.5, -0.2, 0.5, 2.7], requires_grad=True)
-    rounded = round_ste(values)
-    assert rounded.tolist() == [-2.0, 0.0, 0.0, 3.0]
-    (gradient,) = torch.autograd.grad(rounded.sum(), values)
-    assert gradient.tolist() == [1.0] * 4
 
 
 def test_a_channel_of_zeros_stays_zero_and_finite():

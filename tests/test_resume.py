@@ -217,13 +217,16 @@ def test_threads_are_recorded_and_used_again(tmp_path):
     store, run = RunStore(tmp_path / "store"), spec()
     store.run(run).create()
     store.run(run).note(threads=2)
-    train([run], store, PLACE)
-    assert store.run(run).provenance["threads"] == torch.get_num_threads() == 2
+    used, before = set(), torch.get_num_threads()
+    train([run], store, PLACE, report=lambda *_: used.add(torch.get_num_threads()))
+    assert used == {2} == {store.run(run).provenance["threads"]}
     probe = store.run(run).probe(PROBE)
     probe.create()
     probe.note(threads=2)
-    measure(store.run(run), PROBE, PLACE)
-    assert probe.provenance["threads"] == torch.get_num_threads() == 2
+    used.clear()
+    measure(store.run(run), PROBE, PLACE, report=lambda *_: used.add(torch.get_num_threads()))
+    assert used == {2} == {probe.provenance["threads"]}
+    assert torch.get_num_threads() == before  # the caller's process keeps its own
 
 
 def test_nothing_is_done_twice(tmp_path, monkeypatch):

@@ -79,7 +79,7 @@ def test_a_trajectory_is_all_but_the_average_and_a_parent_all_before_the_switch(
         ({"frozen": True}, r"^A switch step goes with a quantizer or with freezing, and they with it\.$"),
         (
             {"frozen": True, "switch": 11},
-            r"^The switch at step 11 lies beyond the end at 10; choose --quantize-at below --steps\.$",
+            r"^The switch at step 11 lies beyond the end at 10; choose --quantize-at of at most --steps\.$",
         ),
     ],
 )

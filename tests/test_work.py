@@ -158,7 +158,7 @@ def test_a_worker_that_dies_is_told_and_its_noise_is_not_taken_for_events(store,
     heard = []
     plan = Plan(store=str(store.root), place=PLACE, jobs=())
     errors = executors.run_locally(plan, workers=2, hear=heard.append)
-    assert [error["error"] for error in errors] == ["ended with status 3: last words"] * 2
+    assert [error["error"] for error in errors] == ["it ended with status 3: last words"] * 2
     assert heard == []
 
 

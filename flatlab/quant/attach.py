@@ -36,6 +36,7 @@ def attach(network: nn.Module, *, bits: int = 7, granularity: str = "channel", g
     }
     for name, quantizer in quantizers.items():
         parametrize.register_parametrization(layers[name], "weight", quantizer)
+        layers[name].train(layers[name].training)  # what was registered follows the layer's mode
     return list(layers)
 
 

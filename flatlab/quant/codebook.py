@@ -2,7 +2,6 @@
 
 import math
 
-import torch
 from torch import Tensor
 
 from flatlab.errors import UserError, choose
@@ -46,8 +45,3 @@ def straight_through(value: Tensor, tangent: Tensor) -> Tensor:
     The added difference is a zero, exactly, and made of plain operations: it can be differentiated twice.
     """
     return value.detach() + (tangent - tangent.detach())
-
-
-def round_ste(values: Tensor) -> Tensor:
-    """Return the values rounded half to even, with the gradients of the identity."""
-    return straight_through(torch.round(values), values)

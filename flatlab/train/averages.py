@@ -97,7 +97,9 @@ class Running:
     """
 
     def __init__(self, spec: AverageSpec, switch: int) -> None:
-        self.start = max(spec.start, switch)
+        # EoA's loop counts from 1, and lets the iterate before its start weigh one: two earlier than the number says.
+        first = spec.start if spec.kind == "swa" else max(0, spec.start - 2)
+        self.start = max(first, switch)
         self.every = spec.every
         self.evaluated = spec.kind == "sma"
         self.mean = Mean()

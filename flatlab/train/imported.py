@@ -1,6 +1,7 @@
 """A run from a checkpoint that was trained elsewhere, so that people can measure what they already have."""
 
 from pathlib import Path
+from textwrap import shorten
 
 import torch
 
@@ -69,11 +70,15 @@ def _spec(file: Path, setting: Setting) -> RunSpec:
 
 
 def _load(network: torch.nn.Module, tensors: dict[str, torch.Tensor], file: Path, model: str) -> None:
+    if any("parametrizations" in name or "quan_w_fn" in name for name in tensors):
+        raise UserError(
+            f"{file.name} holds a quantized network's latent weights and step sizes; bake() it, then import."
+        )
     expected = network.state_dict()
     given = {name: value for name, value in tensors.items() if name in expected or not name.endswith("tracked")}
     counters = {name: value for name, value in expected.items() if name.endswith("num_batches_tracked")}
     try:
         network.load_state_dict({**counters, **given})
     except RuntimeError as error:
-        reason = str(error).splitlines()[1].strip()
+        reason = shorten(str(error).splitlines()[1].strip(), 120)
         raise UserError(f"{file.name} is not a checkpoint of {model} with {len(expected)} tensors: {reason}") from None

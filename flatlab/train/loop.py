@@ -51,7 +51,9 @@ def train(
     """
     runs = [run for run in map(store.run, specs) if not run.done]
     if runs:
-        Training(runs, store, place, forks=forks).run(report)
+        training = Training(runs, store, place, forks=forks)
+        with build.threads(training.threads):
+            training.run(report)
 
 
 class Training:
@@ -66,7 +68,7 @@ class Training:
         for run in (*runs, self.lineage):
             run.check_data(self.domains.data.fingerprint)
         place = place.replace(threads=self._threads() or place.threads)
-        torch.set_num_threads(place.threads)
+        self.threads = place.threads
         self.device = build.device(place)
         self.judge = Judge(self.domains, self.device)
         self.trajectory = Trajectory(runs, self.domains, place)
@@ -158,7 +160,7 @@ class Training:
         live = self.judge.row(trajectory.network, step, sources)
         if not math.isfinite(live["validation_loss"]):
             raise self._diverged("validation", step)
-        live["train_loss"] = float(torch.stack(trajectory.losses).double().mean())
+        live["train_loss"] = float(torch.stack(trajectory.losses).cpu().double().mean())
         trajectory.losses.clear()
         trajectory.rows.append(live)
         for member in trajectory.members:
