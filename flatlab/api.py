@@ -6,7 +6,8 @@ from flatlab.measure import landscape as run_landscape
 from flatlab.measure import measure
 from flatlab.measure import network as run_network
 from flatlab.methods import METHODS, Method, compose, replicates, vary
-from flatlab.metrics.sphere import PairedDifference, SphereFlatness, paired_difference, sphere_flatness
+from flatlab.metrics.compare import PairedDifference, compare_flatness, paired_difference
+from flatlab.metrics.sphere import SphereFlatness, sphere_flatness
 from flatlab.models import Network, build_network
 from flatlab.quant.attach import attach, bake
 from flatlab.quant.lsq import LSQ
@@ -21,6 +22,7 @@ __all__ = [
     "Evaluation",
     "sphere_flatness",
     "SphereFlatness",
+    "compare_flatness",
     "paired_difference",
     "PairedDifference",
     # networks and quantizers

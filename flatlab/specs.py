@@ -201,6 +201,11 @@ class ProbeSpec(Spec):
     params: str | None = None  # a pattern of parameter names; None is all
     seed: int = Field(0, ge=0)
 
+    @property
+    def effort(self) -> str:
+        """How much was sampled, in words for a caption."""
+        return f"{self.num_samples} directions" if self.num_samples else f"relative error {self.rel_error:.0%}"
+
 
 class Place(Spec):
     """Machine facts: where the data lie and what computes. Recorded beside a run, never part of its name."""
