@@ -33,7 +33,7 @@ def test_on_a_slope_it_is_the_slope():
 
 
 def test_it_is_never_below_the_mean(untouched):
-    case = cases.make("")
+    case = cases.make("conv_bn")
     landscape = case.landscape()
     with untouched(case.model):
         worst = worst_rise(landscape, [0.3], restarts=2, steps=5)
