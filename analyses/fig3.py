@@ -24,18 +24,17 @@ GROUP = ["panel", "normalisation", "method", "radius"]
 TITLES = {"train": "Average train flatness (seen domains)", "test": "Average test flatness (unseen domain)"}
 SUMMARY = "Difference to ERM in nats, paired by held-out domain and seed, 95 % intervals over seeds; * excludes 0"
 TOLD = ["value", "low", "high"]
-OURS = ("seed", "trial_seed", "seeds", "num_samples", "images", "radii", "filter_radii")  # may differ from the paper's
+SAMPLING = ("num_samples", "rel_error", "block_size", "images")
+OURS = (*SAMPLING, "seed", "trial_seed", "seeds", "radii", "filter_radii")  # may differ from the paper's
 SYMBOLS = {"none": "γ", "filter": "ρ"}
 AXES = {"none": "Radius γ (L2 distance)", "filter": "Relative radius ρ (share of each filter's norm)"}
 
 
 def probes(setting: Setting) -> list[ProbeSpec]:
     """Return the two measurements of each run: raw, and filter-normalised."""
+    shared = {field: getattr(setting, field) for field in SAMPLING}
     radii = {"none": setting.radii, "filter": setting.filter_radii}
-    return [
-        ProbeSpec(radii=radii[kind], num_samples=setting.num_samples, images=setting.images, normalisation=kind)
-        for kind in ("none", "filter")
-    ]
+    return [ProbeSpec.make(radii=radii[kind], normalisation=kind, **shared) for kind in ("none", "filter")]
 
 
 def labelled(setting: Setting) -> list[tuple[str, RunSpec]]:

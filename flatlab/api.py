@@ -1,19 +1,24 @@
-"""The doorway: every public name, grouped. `flatlab.NAME` is the same as `flatlab.api.NAME`."""
+"""The doorway: every public name, grouped. `flatlab.NAME` is the same as `flatlab.api.NAME`.
+
+No public name is that of a module: `flatlab.train` is the package, `flatlab.train_runs` the function.
+"""
 
 from flatlab.errors import UserError
 from flatlab.landscape import Evaluation, Landscape
-from flatlab.measure import landscape as run_landscape
-from flatlab.measure import measure
-from flatlab.measure import network as run_network
+from flatlab.measure import landscape as landscape_of
+from flatlab.measure import measure as measure_run
+from flatlab.measure import network as network_of
 from flatlab.methods import METHODS, Method, compose, replicates, vary
-from flatlab.metrics.sphere import PairedDifference, SphereFlatness, paired_difference, sphere_flatness
+from flatlab.metrics.compare import PairedDifference, compare_flatness, paired_difference
+from flatlab.metrics.sphere import SphereFlatness, sphere_flatness
+from flatlab.metrics.worst import WorstRise, worst_rise
 from flatlab.models import Network, build_network
 from flatlab.quant.attach import attach, bake
 from flatlab.quant.lsq import LSQ
 from flatlab.runs import Run, RunStore
 from flatlab.settings import PAPER, QUICK, SMOKE, Setting, setting
 from flatlab.specs import AverageSpec, Place, ProbeSpec, QuantSpec, RunSpec, StepSpec
-from flatlab.train.loop import train
+from flatlab.train.loop import train as train_runs
 
 __all__ = [
     # landscapes and their measures
@@ -21,6 +26,9 @@ __all__ = [
     "Evaluation",
     "sphere_flatness",
     "SphereFlatness",
+    "compare_flatness",
+    "worst_rise",
+    "WorstRise",
     "paired_difference",
     "PairedDifference",
     # networks and quantizers
@@ -49,9 +57,9 @@ __all__ = [
     # training and measuring runs
     "RunStore",
     "Run",
-    "train",
-    "measure",
-    "run_network",
-    "run_landscape",
+    "train_runs",
+    "measure_run",
+    "network_of",
+    "landscape_of",
     "UserError",
 ]

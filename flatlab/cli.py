@@ -109,14 +109,18 @@ def flatness(
     radii: Annotated[
         str | None,
         typer.Option(
-            help="start:stop:step, the end included, or a comma-separated list "
+            help="start:stop:step, the end included, a comma-separated list, or auto (F from 0.01 to 2 nats); "
             "(the paper's 0:60:5, digits 0:6:1; relative ones 0:0.6:0.1, digits 0:0.5:0.1)."
         ),
     ] = None,
-    samples: Annotated[int, typer.Option(help="Directions, the same for all runs.")] = 100,
+    rel_error: Annotated[float, typer.Option(help="Standard error / |F| at which sampling stops.")] = 0.02,
+    abs_error: Annotated[float, typer.Option(help="Standard error in nats at which it stops anyhow.")] = 1e-4,
+    budget: Annotated[int | None, typer.Option(help="Images forwarded at most (100 passes a radius).")] = None,
+    block_size: Annotated[int | None, typer.Option(help="Images that a direction sees (a pilot finds out).")] = None,
+    samples: Annotated[int | None, typer.Option(help="So many directions on all images, as SWAD's script.")] = None,
     split: Annotated[str, typer.Option(help="source (the seen domains) or target (the unseen one).")] = "source",
     normalisation: Annotated[
-        str, typer.Option(help="none: radii are L2 distances; filter: shares of each filter's norm.")
+        str, typer.Option(help="none: radii are L2 distances; filter, layer, parameter: shares of the weights' norm.")
     ] = "none",
     space: Annotated[
         str, typer.Option(help="Of quantized runs: baked (the quantized weights, as plain ones), or latent.")
@@ -134,7 +138,14 @@ def flatness(
     store, panel = chosen.runs(), panel_of(split)
     found = finished(store, runs)
     place, dataset = reproduce.place_of(found, chosen.place())
-    fields = {"space": space, "checkpoint": checkpoint, "params": params, "images": images, "seed": direction_seed}
+    fields: dict[str, Any] = {"space": space, "checkpoint": checkpoint, "params": params, "images": images}
+    fields |= {
+        "seed": direction_seed,
+        "rel_error": rel_error,
+        "abs_error": abs_error,
+        "budget": budget,
+        "block_size": block_size,
+    }
     probe = probe_of(radii, dataset, num_samples=samples, normalisation=normalisation, **fields)
     sizes = catalog.sizes(dataset, Path(place.data_dir) if place.data_dir else None)
     todo = jobs.missing(store, [], [(run.spec, probe) for run in found], sizes=sizes)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -18,10 +18,11 @@ PANELS = {"source": "train", "target": "test"}
 WHICH = {panel: f"{split}" for split, panel in PANELS.items()}
 SHOWN = {"method": "", "held_out": "", "seed": "", "radius": ".4g", "value": ".4g", "low": ".4g", "high": ".4g"}
 SHOWN |= {"l2": ".4g", "share": ".3f", "rms": ".2e"}  # what a screen has room for
+NORMALISATIONS = ("none", "filter", "layer", "parameter")
 MOST = 10_000  # radii: more are a slip of the keyboard
 
 
-def parse_radii(text: str) -> tuple[float, ...]:
+def parse_radii(text: str) -> tuple[float, ...] | Literal["auto"]:
     """Read `start:stop:step`, the end included, or a comma-separated list; sorted, each once.
 
     Args:
@@ -30,10 +31,12 @@ def parse_radii(text: str) -> tuple[float, ...]:
     Raises:
         UserError: where it is neither, or a radius is negative or not finite.
     """
+    if text.strip().lower() == "auto":
+        return "auto"
     radii = _numbers(text)
     if not radii or not all(np.isfinite(radius) and radius >= 0 for radius in radii):
         raise UserError(
-            f"--radii {text} does not do: write start:stop:step such as 0:60:5, or 0,0.5,1; "
+            f"--radii {text} does not do: write start:stop:step such as 0:60:5, or 0,0.5,1, or auto; "
             "radii are finite and not negative."
         )
     return tuple(sorted(set(radii)))
@@ -77,7 +80,7 @@ def panel_of(split: str) -> str:
 
 def probe_of(radii: str | None, dataset: str, **fields: Any) -> ProbeSpec:
     """Return the probe that the command's words mean; radii that are not given are those of the paper's figure."""
-    fields["normalisation"] = choose("normalisation", fields["normalisation"], ("none", "filter"))
+    fields["normalisation"] = choose("normalisation", fields["normalisation"], NORMALISATIONS)
     fields["space"] = choose("space", fields["space"], ("baked", "latent"))
     fields["checkpoint"] = choose("checkpoint", fields["checkpoint"], ("selected", "last"))
     usual = for_data(QUICK, dataset)
@@ -110,8 +113,8 @@ def _lengths(found: list[Run], probe: ProbeSpec, shown: pd.DataFrame) -> dict[st
     """Return each radius as L2 distance, as a share of ||w||, and per parameter."""
     lengths: dict[str, list[float]] = {"l2": [], "share": [], "rms": []}
     for run in found:
-        _, facts = files.load_arrays(run.probe(probe).result)
-        for radius in probe.radii:
+        arrays, facts = files.load_arrays(run.probe(probe).result)
+        for radius in arrays["radii"]:
             distance = radius * facts["reach"]
             lengths["l2"].append(distance)
             lengths["share"].append(distance / facts["norm"])
@@ -128,7 +131,7 @@ def _draw(shown: pd.DataFrame, probe: ProbeSpec, panel: str) -> Any:
         ax.set(
             xlabel=distance,
             ylabel="Flatness $F(w)$ (nats)",
-            title=f"{WHICH[panel]} domains, {probe.num_samples} directions",
+            title=f"{WHICH[panel]} domains, {probe.effort}",
         )
         ax.legend()
     return figure

@@ -9,6 +9,9 @@ from flatlab.entries import Entry
 from flatlab.runs import RunStore
 from flatlab.specs import Place, ProbeSpec, RunSpec, Spec
 
+FORESEEN = 0.02  # passes over the images that one radius takes at a relative error of 1; the pilot knows better
+BUDGET = 100  # passes for each radius at most
+AUTO_RADII = 6
 BACKWARD = 3  # a training image costs about three forward passes: forward, and backward by weights and by inputs
 REFERENCE = {  # seconds for one image forward on one core of the reference machine (EPYC, 2 cores), by model
     "digits-cnn": 3e-5,
@@ -136,7 +139,9 @@ def training_passes(spec: RunSpec, sizes: Sizes, *, forked: bool) -> float:
 def probe_passes(probe: ProbeSpec, sizes: Sizes) -> float:
     """Return the images that a measurement forwards."""
     images = sum(min(size, probe.images or size) for size in sizes.values())
-    return float(images * probe.num_samples * sum(radius > 0 for radius in probe.radii))
+    count = AUTO_RADII if probe.radii == "auto" else sum(radius > 0 for radius in probe.radii)
+    passes = probe.num_samples or FORESEEN / max(probe.rel_error, 1e-3) ** 2
+    return float(min(images * passes, BUDGET * images) * count)
 
 
 def seconds_per_pass(store: RunStore, model: str) -> tuple[float, str]:

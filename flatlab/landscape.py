@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any, Protocol
 
@@ -18,21 +19,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from flatlab.blocks import Block, Gathered, partition
 from flatlab.errors import UserError
-from flatlab.nests import Batch, Data, read, recut
+from flatlab.losses import names_classes, total, wide
+from flatlab.nests import Batch, Data, part, read, recut, span
 from flatlab.params import flatten, select, split_like
 from flatlab.probes import alike, probe_mean, probe_model, refuse_training, versions
 from flatlab.seeds import generator
 
 FloatArray = npt.NDArray[np.float64]
 
-_CLASSES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-
 
 class Move(Protocol):
-    """Stratum losses (S,) at point + radius * direction."""
+    """Stratum losses (S,) at point + radius * direction, on all samples or on those of a block."""
 
-    def __call__(self, direction: Tensor, radius: float = 1.0) -> FloatArray: ...  # noqa: D102
+    def __call__(self, direction: Tensor, radius: float = 1.0, *, block: Gathered | None = None) -> FloatArray: ...  # noqa: D102
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +76,8 @@ class Landscape:
         check: bool = True,
         batch_size: int | None = None,
     ) -> None:
-        self.model, self._loss, self._check = model, loss, check
+        self.model, self._check = model, check
+        self._total = partial(total, loss)
         self._tensors: list[Tensor] = alike(select(model, params))
         self._w0 = flatten(self._tensors)
         sources = data if isinstance(data, Mapping) else {"all": data}
@@ -110,7 +112,7 @@ class Landscape:
     @property
     def norm(self) -> float:
         """The Euclidean length of the point."""
-        return float(torch.linalg.vector_norm(self._w0, dtype=_wide(self._w0)))
+        return float(torch.linalg.vector_norm(self._w0, dtype=wide(self._w0)))
 
     @property
     def base_loss(self) -> FloatArray:
@@ -154,13 +156,21 @@ class Landscape:
         views = self.split(flat)
 
         @torch.inference_mode()
-        def at(direction: Tensor, radius: float = 1.0) -> FloatArray:
+        def at(direction: Tensor, radius: float = 1.0, *, block: Gathered | None = None) -> FloatArray:
             torch.add(self._w0, direction, alpha=radius, out=flat)
             torch._foreach_copy_(self._tensors, views)
-            return self._means(self._total)
+            return self._means(self._total) if block is None else self._shares(*block)
 
         with self._visiting():
             yield at
+
+    def blocks(self, block_size: int, *, seed: int = 0) -> list[Block]:
+        """Return a partition of the samples into blocks of about `block_size`, each with its share of each stratum."""
+        return partition(self._batches, block_size, generator=generator("landscape", "blocks", block_size, seed))
+
+    def gather(self, block: Block) -> Gathered:
+        """Return a block's samples, to be evaluated at several points."""
+        return Gathered(block.gather(self._batches), block)
 
     def gradient(self, vector: Tensor | None = None) -> Tensor:
         """Return the gradient (P,) of the loss at a flat vector, by default at the point itself."""
@@ -208,22 +218,19 @@ class Landscape:
         means: FloatArray = table / self.sizes.reshape(-1, *[1] * (table.ndim - 1))
         return means
 
-    def _total(self, outputs: Any, batch: Batch) -> Tensor:
-        """Return the sum of the losses over a batch, a float64 scalar."""
-        value = self._loss(outputs, batch.targets)
-        if isinstance(value, Tensor) and value.ndim == 0:
-            return value.to(_wide(value)) * batch.size
-        if isinstance(value, Tensor) and value.shape == (batch.size,):
-            return value.sum(dtype=_wide(value))
-        came = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-        raise UserError(
-            f"The loss must be a tensor of shape () or, one loss per sample, ({batch.size},), but {came} came:"
-            " average it over its other dimensions."
-        )
+    def _shares(self, batch: Batch, block: Block) -> FloatArray:
+        """Return a block's shares (width,) of the stratum means: over a partition, their mean is the stratum mean."""
+        outputs = self.model(batch.inputs)
+        totals = [
+            self._total(part(outputs, p.start, p.stop), span(batch, p.start, p.stop)) * p.scale for p in block.parts
+        ]
+        shares = np.zeros(block.width)
+        np.add.at(shares, [p.row for p in block.parts], torch.stack(totals).cpu().double().numpy())
+        return shares
 
     def _total_and_hits(self, outputs: Any, batch: Batch) -> Tensor:
         total = self._total(outputs, batch)
-        hits = outputs.argmax(1) == batch.targets if _names_classes(outputs, batch) else total.new_tensor(math.nan)
+        hits = outputs.argmax(1) == batch.targets if names_classes(outputs, batch) else total.new_tensor(math.nan)
         return torch.stack([total, hits.sum(dtype=total.dtype)])
 
     def _accumulate(self, derivative: Callable[[Tensor], Iterable[Tensor]]) -> Tensor:
@@ -280,15 +287,3 @@ class Landscape:
                     "Two parameters share memory without being one parameter, so they cannot vary freely:"
                     " tie them as one nn.Parameter."
                 )
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    """Return the dtype of sums: float64 where the device has it."""
-    return torch.float32 if tensor.device.type == "mps" else torch.float64
-
-
-def _names_classes(outputs: Any, batch: Batch) -> bool:
-    """Say whether outputs (n, C) score classes that targets (n,) name, so that there is an accuracy."""
-    scores = isinstance(outputs, Tensor) and outputs.is_floating_point() and outputs.ndim == 2
-    names = isinstance(batch.targets, Tensor) and batch.targets.dtype in _CLASSES
-    return scores and names and outputs.shape[1] > 1 and batch.targets.shape == (batch.size,)

@@ -1,24 +1,27 @@
 """From a checkpoint to a measurement on disk: load, bake, lay a landscape around it, sample in resumable blocks."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from functools import partial
 
 import numpy as np
 import torch.nn.functional as F
+from filelock import FileLock, Timeout
 
 from flatlab import build, files, machine
 from flatlab.data.batches import evaluation_batches
 from flatlab.errors import UserError
 from flatlab.landscape import Landscape
 from flatlab.metrics.results import FloatArray
-from flatlab.metrics.sphere import SphereFlatness, sample_rays
+from flatlab.metrics.sampling import Sampler, Unit, Walk
+from flatlab.metrics.sphere import SphereFlatness, sample
 from flatlab.models import Network
 from flatlab.quant.attach import bake
 from flatlab.runs import Probe, Run
 from flatlab.specs import Place, ProbeSpec
 
-BLOCK = 10  # directions between two files
+IDLE_SECONDS = 0.05  # between two looks at units that others compute
 Report = Callable[[int, int, dict[str, float]], None]
 
 
@@ -49,9 +52,16 @@ def _measure(run: Run, probe: Probe, place: Place, report: Report | None) -> Non
     around = landscape(run, spec, place)
     probe.create()
     probe.note(machine=machine.facts(), **place.model_dump())
-    samples = np.concatenate([_block(probe, around, start, report) for start in range(0, spec.num_samples, BLOCK)])
-    flatness = SphereFlatness.from_samples(
-        around, spec.radii, samples, seed=spec.seed, normalisation=spec.normalisation
+    shelf = Shelf(probe)
+    sampler = Sampler([around], spec.seed, spec.normalisation, keep=shelf.units)
+    (flatness,) = sample(
+        sampler,
+        spec.radii if spec.radii == "auto" else np.array(spec.radii),
+        spec.num_samples,
+        (spec.rel_error, spec.abs_error),
+        spec.budget,
+        block_size=spec.block_size,
+        report=partial(_tell, report, sampler) if report else None,
     )
     _write(probe, flatness)
     probe.finish()
@@ -92,34 +102,60 @@ def network(run: Run, checkpoint: str, place: Place) -> Network:
     return built.eval()
 
 
-def _block(probe: Probe, around: Landscape, start: int, report: Report | None) -> FloatArray:
-    """Return the rises of one block of directions (k, R, S), from its file where it is there."""
-    path = probe.block(start // BLOCK)
-    spec: ProbeSpec = probe.spec
-    if not path.exists():
-        rays = range(start, min(start + BLOCK, spec.num_samples))
-        tell = partial(_tell, report, start, spec.num_samples) if report else None
-        started = time.monotonic()
-        rises = sample_rays(around, spec.radii, rays, seed=spec.seed, normalisation=spec.normalisation, report=tell)
-        files.save_arrays(path, {"samples": rises})
-        probe.note(seconds=round(probe.provenance.get("seconds", 0) + time.monotonic() - started, 3))
-    arrays, _ = files.load_arrays(path)
-    return arrays["samples"]
+class Shelf:
+    """Units of a measurement as files of its probe, which any number of processes fill together."""
+
+    def __init__(self, probe: Probe) -> None:
+        self.probe = probe
+
+    def units(self, units: Sequence[Unit]) -> Iterator[FloatArray]:
+        """Yield the units' arrays in their order; those that nobody else computes at this moment are computed here."""
+        for index, (name, _) in enumerate(units):
+            path = self.probe.unit(name)
+            while not path.exists():
+                free = (each for each in units[index:] if self._fill(*each))
+                if next(free, None) is None and not path.exists():
+                    time.sleep(IDLE_SECONDS)  # all that is missing is in other hands
+            yield files.load_arrays(path)[0]["unit"]
+
+    def _fill(self, name: str, compute: Callable[[], FloatArray]) -> bool:
+        """Compute and keep a unit if it is missing and nobody is at it; returns whether that was so."""
+        path = self.probe.unit(name)
+        if path.exists():
+            return False
+        try:
+            with FileLock(self.probe.path / f".{name}.lock", timeout=0):
+                if path.exists():
+                    return False
+                started = time.monotonic()
+                files.save_arrays(path, {"unit": compute()})
+        except Timeout:
+            return False
+        self.probe.note(seconds=round(self.probe.provenance.get("seconds", 0) + time.monotonic() - started, 3))
+        return True
 
 
-def _tell(report: Report, start: int, total: int, done: int, of: int) -> None:
-    del of
-    report(start + done, total, {})
+def _tell(report: Report, sampler: Sampler, walks: Sequence[Walk]) -> None:
+    """Report the share of the visits that are foreseen, and the relative error at the radius that is worst off."""
+    made = sum(walk.visits.shape[1] for walk in walks)
+    foreseen = sum(walk.visits.shape[1] if walk.stopped else max(walk.plan.visits, made + 1) for walk in walks)
+    errors = [
+        e.stderr / abs(e.value) for walk in walks if walk.visits.shape[1] > 1 and (e := sampler.estimate(walk)).value
+    ]
+    report(made, max(foreseen, made), {"relative error": max(errors, default=float("nan"))})
 
 
 def _write(probe: Probe, flatness: SphereFlatness) -> None:
     """Write the assembled measurement, readable without torch."""
-    arrays = {"samples": flatness.samples, "radii": flatness.radii, "base_loss": flatness.base_loss}
+    visits = {f"visits-{index:02d}": rises for index, rises in enumerate(flatness.visits)}
     facts = {
         "strata": list(flatness.strata),
+        "blocks": list(flatness.blocks),
+        "plans": [asdict(plan) for plan in flatness.plans],
+        "stopped": list(flatness.stopped),
         "num_params": flatness.num_params,
         "norm": flatness.norm,
         "reach": flatness.reach,
         "images": flatness.cost.images,
     }
-    files.save_arrays(probe.result, arrays, facts)
+    files.save_arrays(probe.result, {**visits, "radii": flatness.radii, "base_loss": flatness.base_loss}, facts)

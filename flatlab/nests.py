@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from itertools import zip_longest
-from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -68,9 +67,24 @@ def cut(batch: Batch, length: int) -> list[Batch]:
     pieces = []
     for start in range(0, batch.size, length):
         stop = min(start + length, batch.size)
-        part = _map_batch(itemgetter(slice(start, stop)), batch)
-        pieces.append(part._replace(size=stop - start))
+        pieces.append(span(batch, start, stop))
     return pieces
+
+
+def pick(batch: Batch, rows: Tensor) -> Batch:
+    """Return some samples of a batch, in the memory format that they lie in."""
+    return _map_batch(lambda leaf: leaf[rows.to(leaf.device)], batch)._replace(size=len(rows))
+
+
+def part(nest: Any, start: int, stop: int) -> Any:
+    """Return samples `start` to `stop` of a nest, as views."""
+    return tree_map(lambda leaf: leaf[start:stop] if isinstance(leaf, Tensor) else leaf, nest)
+
+
+def span(batch: Batch, start: int, stop: int) -> Batch:
+    """Return samples `start` to `stop` of a batch, as views."""
+    inputs, targets = part(batch[:2], start, stop)
+    return Batch(inputs, targets, stop - start)
 
 
 def concatenate(nests: list[Any]) -> Any:

@@ -157,7 +157,7 @@ def caption(setting: Setting) -> str:
     images = "all" if setting.images is None else f"{setting.images}"
     seeds = "1 seed" if setting.seeds == 1 else f"{setting.seeds} seeds"
     return (
-        f"Local flatness: {setting.dataset}, {setting.model}, {seeds}, {setting.num_samples} directions\n"
+        f"Local flatness: {setting.dataset}, {setting.model}, {seeds}, {setting.effort}\n"
         f"Held out in turn: {', '.join(setting.held_out)}; {images} images per domain (in split). "
         "Mean over held-out domains; band: 95 % interval over seeds."
     )

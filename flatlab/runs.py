@@ -29,9 +29,9 @@ class Probe(Entry):
     kind = ProbeSpec
     spec: ProbeSpec
 
-    def block(self, index: int) -> Path:
-        """Return the file of one block of directions."""
-        return self.path / f"block-{index:04d}.safetensors"
+    def unit(self, name: str) -> Path:
+        """Return the file of one unit of the measurement: a plan, or some visits."""
+        return self.path / f"unit-{name}.safetensors"
 
     @property
     def result(self) -> Path:

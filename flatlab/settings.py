@@ -40,8 +40,15 @@ class Setting(Spec):
     seeds: int = Field(3, ge=1)
     radii: tuple[float, ...]
     filter_radii: tuple[float, ...]
-    num_samples: int = Field(100, ge=2)
+    num_samples: int | None = Field(100, ge=2)  # directions, each on all images; None: as many as `rel_error` needs
+    rel_error: float = 0.02
+    block_size: int | None = None  # images that a direction sees, where no `num_samples` are asked for
     images: int | None = None  # of each domain, for measurements
+
+    @property
+    def effort(self) -> str:
+        """How much is sampled, in words for a caption."""
+        return f"{self.num_samples} directions" if self.num_samples else f"relative error {self.rel_error:.0%}"
 
     @property
     def switch_step(self) -> int:
@@ -84,8 +91,9 @@ QUICK = Setting(
     seeds=3,
     radii=(0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0),  # F reaches about 1 nat
     filter_radii=(0.0, 0.1, 0.2, 0.3, 0.4, 0.5),
-    num_samples=16,
-    images=150,
+    num_samples=None,
+    rel_error=0.05,
+    block_size=16,  # fixed, so that all methods share their rays and no timing decides a number
 )
 
 PAPER = Setting(

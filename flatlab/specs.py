@@ -190,12 +190,21 @@ class ProbeSpec(Spec):
     checkpoint: Literal["selected", "last"] = "selected"
     split: Literal["in", "out"] = "in"
     images: int | None = Field(None, ge=1)  # at most so many per domain; None is all
-    radii: tuple[float, ...]  # absolute L2, or the share of each filter's norm
-    num_samples: int = Field(100, ge=2)  # directions
-    normalisation: Literal["none", "filter"] = "none"
+    radii: tuple[float, ...] | Literal["auto"]  # absolute L2, or the share of each filter's norm
+    num_samples: int | None = Field(None, ge=2)  # directions on all images; None: as many as the accuracy needs
+    rel_error: float = Field(0.02, ge=0)  # standard error / |F|
+    abs_error: float = Field(1e-4, ge=0)  # nats
+    budget: int | None = Field(None, ge=1)  # images forwarded; None: 100 passes for each radius
+    block_size: int | None = Field(None, ge=1)  # images that a direction sees; None: what a pilot finds
+    normalisation: Literal["none", "filter", "layer", "parameter"] = "none"
     space: Literal["baked", "latent"] = "baked"
     params: str | None = None  # a pattern of parameter names; None is all
     seed: int = Field(0, ge=0)
+
+    @property
+    def effort(self) -> str:
+        """How much was sampled, in words for a caption."""
+        return f"{self.num_samples} directions" if self.num_samples else f"relative error {self.rel_error:.0%}"
 
 
 class Place(Spec):

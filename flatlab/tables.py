@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.special import stdtrit
 
 from flatlab import files, selection
 from flatlab.errors import UserError
+from flatlab.metrics import rounds
+from flatlab.metrics.results import Estimate, FloatArray, mean_of
 from flatlab.runs import Run, RunStore
 from flatlab.specs import ProbeSpec, RunSpec
 
@@ -39,8 +40,8 @@ def _rises(run: Run, probe: ProbeSpec, label: str) -> Iterable[dict[str, Any]]:
     arrays, facts = files.load_arrays(measured.result)
     target = [name == run.spec.held_out for name in facts["strata"]]
     for panel, mine in {"train": ~np.array(target), "test": np.array(target)}.items():
-        draws = arrays["samples"][:, :, mine].mean(axis=2)  # (K, R)
-        for radius, column in zip(arrays["radii"], draws.T, strict=True):
+        for index, (radius, blocks) in enumerate(zip(arrays["radii"], facts["blocks"], strict=True)):
+            rises = arrays[f"visits-{index:02d}"][:, mine].mean(axis=1)  # (J,)
             yield {
                 "panel": panel,
                 "normalisation": probe.normalisation,
@@ -48,19 +49,19 @@ def _rises(run: Run, probe: ProbeSpec, label: str) -> Iterable[dict[str, Any]]:
                 "held_out": run.spec.held_out,
                 "seed": run.spec.seed,
                 "radius": float(radius),
-                **estimate(column),
+                **_told(rounds.estimate(rises, blocks)),
                 "over": "directions",
             }
 
 
-def estimate(draws: Sequence[float] | np.ndarray[Any, Any], level: float = LEVEL) -> dict[str, float]:
-    """Return mean, standard error and Student's t interval of independent draws; one draw has no interval."""
-    values = np.asarray(draws, dtype=float)
-    with np.errstate(invalid="ignore"):  # a loss may be infinite: shown as such
-        mean = float(values.mean())
-        stderr = float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
-    half = stderr * float(stdtrit(max(1, len(values) - 1), (1 + level) / 2))
-    return {"value": mean, "stderr": stderr, "low": mean - half, "high": mean + half}
+def estimate(draws: FloatArray, level: float = LEVEL) -> dict[str, float]:
+    """Return mean, standard error and Student's t interval of independent draws (K,); one draw has no interval."""
+    return _told(mean_of(np.asarray(draws, dtype=float)), level)
+
+
+def _told(found: Estimate, level: float = LEVEL) -> dict[str, float]:
+    half = found.half_width(level)
+    return {"value": found.value, "stderr": found.stderr, "low": found.value - half, "high": found.value + half}
 
 
 def over_seeds(frame: pd.DataFrame, by: Sequence[str], *, value: str = "value") -> pd.DataFrame:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import numpy.typing as npt
-from scipy import stats
+from scipy.special import stdtrit
 
 from flatlab.errors import UserError
 
@@ -45,30 +45,43 @@ class Cost:
         )
 
 
-def t_interval(
-    value: FloatArray, stderr: FloatArray, *, count: int, level: float = 0.95
-) -> tuple[FloatArray, FloatArray]:
-    """Return Student's t interval around a mean of `count` independent draws, as arrays of the value's shape.
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over draws, its standard error, and the degrees of freedom behind that."""
 
-    Raises:
-        UserError: if the level is not a probability strictly between 0 and 1.
-    """
-    if not 0.0 < level < 1.0:
-        raise UserError(f"The level of an interval must lie strictly between 0 and 1, but is {level}: write 0.95.")
-    half = float(stats.t.ppf((1.0 + level) / 2.0, count - 1)) * stderr
-    return np.asarray(value - half), np.asarray(value + half)
+    value: float
+    stderr: float
+    freedom: int
+
+    def half_width(self, level: float = 0.95) -> float:
+        """Return half the length of Student's t interval.
+
+        Args:
+            level: a probability.
+
+        Raises:
+            UserError: if it does not lie strictly between 0 and 1.
+        """
+        if not 0.0 < level < 1.0:
+            raise UserError(f"The level of an interval must lie strictly between 0 and 1, but is {level}: write 0.95.")
+        return float(stdtrit(self.freedom, (1.0 + level) / 2.0)) * self.stderr
+
+
+def mean_of(draws: FloatArray) -> Estimate:
+    """Return the mean of independent draws (K,) with its standard error."""
+    with np.errstate(invalid="ignore"):  # the spread of infinite losses is NaN, and is shown so
+        stderr = float(draws.std(ddof=1) / np.sqrt(len(draws))) if len(draws) > 1 else float("nan")
+        return Estimate(float(draws.mean()), stderr, max(1, len(draws) - 1))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Sampled(ABC):
-    """A mean over independent draws, along an axis such as the radius.
+    """Means over draws, along an axis such as the radius.
 
     Attributes:
-        samples: the raw numbers; axis 0 runs over the draws.
         cost: what they cost together.
     """
 
-    samples: FloatArray
     cost: Cost
 
     over: ClassVar[str] = "directions"
@@ -76,8 +89,13 @@ class Sampled(ABC):
 
     @property
     @abstractmethod
-    def draws(self) -> FloatArray:
-        """One number for each draw and place on the axis, shape (K, *value.shape)."""
+    def estimates(self) -> list[Estimate]:
+        """The number at each place on the axis, with its uncertainty."""
+
+    @property
+    @abstractmethod
+    def raw(self) -> list[FloatArray]:
+        """The draws at each place on the axis, as they came."""
 
     @property
     @abstractmethod
@@ -86,23 +104,23 @@ class Sampled(ABC):
 
     @property
     def value(self) -> FloatArray:
-        """The mean over the draws; not finite where a draw is not."""
-        return np.asarray(self.draws.mean(axis=0))
+        """The means; not finite where a draw is not."""
+        return np.array([each.value for each in self.estimates])
 
     @property
     def stderr(self) -> FloatArray:
-        """The standard error of `value`, from the spread of the draws."""
-        with np.errstate(invalid="ignore"):  # the spread of infinite losses is NaN, and is shown so
-            return np.asarray(self.draws.std(axis=0, ddof=1) / np.sqrt(len(self.draws)))
+        """The standard errors of `value`."""
+        return np.array([each.stderr for each in self.estimates])
 
     def interval(self, level: float = 0.95) -> tuple[FloatArray, FloatArray]:
-        """Return Student's t interval (low, high) over the draws."""
-        return t_interval(self.value, self.stderr, count=len(self.draws), level=level)
+        """Return Student's t intervals (low, high) at this level."""
+        half = np.array([each.half_width(level) for each in self.estimates])
+        return self.value - half, self.value + half
 
     @property
     def nonfinite_share(self) -> float:
         """The share of raw numbers that are infinite or NaN; they are kept as they came."""
-        return float(np.mean(~np.isfinite(self.samples)))
+        return float(np.mean(np.concatenate([~np.isfinite(draws).ravel() for draws in self.raw])))
 
     @property
     def converged(self) -> bool:

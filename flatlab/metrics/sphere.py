@@ -3,22 +3,25 @@
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from flatlab.errors import UserError, choose
 from flatlab.landscape import Landscape
-from flatlab.metrics.results import Cost, FloatArray, Report, Sampled
-from flatlab.seeds import base_seed, generator
+from flatlab.metrics import pilot
+from flatlab.metrics.rays import Normalisation, check_normalisation, reach
+from flatlab.metrics.results import Cost, Estimate, FloatArray, Sampled
+from flatlab.metrics.rounds import estimate
+from flatlab.metrics.sampling import Goal, Plan, Report, Sampler, Walk
+from flatlab.seeds import base_seed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-Normalisation = Literal["none", "filter"]
+BUDGET = 100  # passes over the data for each radius, where none is given: what SWAD's script spends
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -26,19 +29,27 @@ class SphereFlatness(Sampled):
     """F_gamma(w) = E L(w + gamma u) - L(w) over unit vectors u, in nats (arXiv 2410.06020, Eq. 5).
 
     Attributes:
-        samples: (K, R, S) rise of the loss along ray k, at radius r, in stratum s.
-        radii: (R,) Euclidean distances; with ``normalisation="filter"`` relative radii rho.
-        strata: names (S,) of the strata; they weigh equally in ``value``.
+        radii: (R,) Euclidean distances; with another normalisation than "none" relative radii rho.
+        visits: for each radius, rises (J, S) of the strata's mean losses, one row for each visit of a direction to
+            a block of images; visit j saw block j mod B.
+        plans: for each radius, how it was sampled: block size, pairs, and the visits foreseen.
+        blocks: (R,) how many blocks B the images were cut into; 1 is the crossed design, each ray on all images.
+        stopped: for each radius "samples", "accuracy", "budget" or "interrupted".
+        strata: names (S,) of the strata; they weigh equally in `value`.
         base_loss: (S,) mean loss at w.
-        normalisation: ``"none"``: w + gamma u; ``"filter"``: w + rho z, z as long as w in each filter.
-        seed: names the rays; equal seeds walk equal rays.
+        normalisation: "none": w + gamma u; else w + rho z with z as long as w in each filter, layer or parameter.
+        seed: names the rays and the blocks; equal seeds walk equal rays.
         num_params: P, the dimension of the sphere's space.
         norm: Euclidean length of w.
-        reach: Euclidean distance at radius 1: one, or the length of the filters of w.
-        space: what was moved, ``"weights"`` or, of a quantized network, ``"baked"`` or ``"latent"``.
+        reach: Euclidean distance at radius 1: one, or the length of the weights that are scaled to.
+        space: what was moved, "weights" or, of a quantized network, "baked" or "latent".
     """
 
     radii: FloatArray
+    visits: tuple[FloatArray, ...]
+    plans: tuple[Plan, ...]
+    blocks: tuple[int, ...]
+    stopped: tuple[str, ...]
     strata: tuple[str, ...]
     base_loss: FloatArray
     normalisation: Normalisation
@@ -48,46 +59,10 @@ class SphereFlatness(Sampled):
     reach: float = 1.0
     space: str = "weights"
 
-    @classmethod
-    def from_samples(
-        cls,
-        landscape: Landscape,
-        radii: npt.ArrayLike,
-        samples: FloatArray,
-        *,
-        seed: int,
-        normalisation: Normalisation = "none",
-        seconds: float = 0.0,
-    ) -> "SphereFlatness":
-        """Assemble a result from the rises (K, R, S) of any blocks of rays, in their order from ray 0.
-
-        Raises:
-            UserError: if the shape is not (K, R, S) with at least two rays.
-        """
-        places, strata = _radii(radii), landscape.strata
-        if samples.ndim != 3 or samples.shape[1:] != (len(places), len(strata)) or len(samples) < 2:
-            raise UserError(
-                f"The samples must have shape (K >= 2, {len(places)}, {len(strata)}): rays, radii, strata;"
-                f" {samples.shape} came."
-            )
-        passes = 1 + len(samples) * np.count_nonzero(places)  # one at the point itself, none at radius 0
-        return cls(
-            samples=samples,
-            cost=Cost(float(passes), int(passes) * landscape.num_samples, 0, seconds),
-            radii=places,
-            strata=strata,
-            base_loss=landscape.base_loss,
-            normalisation=normalisation,
-            seed=seed,
-            num_params=landscape.num_params,
-            norm=landscape.norm,
-            reach=_reach(landscape, normalisation),
-        )
-
     @property
-    def draws(self) -> FloatArray:
-        """Rises (K, R), the mean over the strata."""
-        return np.asarray(self.samples.mean(axis=2))
+    def estimates(self) -> list[Estimate]:
+        """Mean rise at each radius, with its standard error over directions (and images, where these were sampled)."""
+        return [estimate(rises.mean(axis=1), b) for rises, b in zip(self.visits, self.blocks, strict=True)]
 
     @property
     def axis(self) -> tuple[str, FloatArray]:
@@ -95,14 +70,31 @@ class SphereFlatness(Sampled):
         return "radius", self.radii
 
     @property
-    def num_samples(self) -> int:
-        """How many rays were walked, K."""
-        return len(self.samples)
+    def raw(self) -> list[FloatArray]:
+        """The rises."""
+        return list(self.visits)
+
+    @property
+    def samples(self) -> FloatArray:
+        """Rises (K, R, S) of the crossed design: rays, radii, strata.
+
+        Raises:
+            UserError: where radii were sampled in blocks, each by its own plan: see `visits`.
+        """
+        if set(self.blocks) != {1} or len({len(rises) for rises in self.visits}) > 1:
+            raise UserError("Only the crossed design (num_samples=...) has an array of samples; see `visits`.")
+        stacked: FloatArray = np.stack(self.visits, axis=1)
+        return stacked
+
+    @property
+    def converged(self) -> bool:
+        """Whether each radius reached the accuracy, or the number of samples, that was asked for."""
+        return set(self.stopped) <= {"accuracy", "samples"}
 
     @property
     def relative_radii(self) -> FloatArray:
         """The Euclidean distances (R,) as shares of the length of w."""
-        return np.asarray(self.radii * (self.reach / self.norm))
+        return self.radii * (self.reach / self.norm)
 
     @property
     def rms(self) -> FloatArray:
@@ -112,6 +104,9 @@ class SphereFlatness(Sampled):
     def of(self, strata: str | Iterable[str]) -> "SphereFlatness":
         """Return the same measurement on some of the strata, such as the source domains.
 
+        Args:
+            strata: their names.
+
         Raises:
             UserError: if a name is unknown, or none is given.
         """
@@ -120,7 +115,8 @@ class SphereFlatness(Sampled):
         if not names:
             raise UserError(f"No stratum was named; there are {', '.join(self.strata)}.")
         rows = [self.strata.index(name) for name in names]
-        return replace(self, samples=self.samples[:, :, rows], base_loss=self.base_loss[rows], strata=names)
+        visits = tuple(rises[:, rows] for rises in self.visits)
+        return replace(self, visits=visits, base_loss=self.base_loss[rows], strata=names)
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Draw F over the radius, with its 95 % interval over directions as a band."""
@@ -130,158 +126,150 @@ class SphereFlatness(Sampled):
         return axes
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class PairedDifference(Sampled):
-    """F of one model less F of another, ray by ray: what the rays have in common drops out.
-
-    Attributes:
-        samples: (K, R) differences of the rises, in nats.
-        radii: (R,) as in the two measurements.
-    """
-
-    radii: FloatArray
-
-    @property
-    def draws(self) -> FloatArray:
-        """The differences themselves."""
-        return self.samples
-
-    @property
-    def axis(self) -> tuple[str, FloatArray]:
-        """The radii."""
-        return "radius", self.radii
-
-
 def sphere_flatness(
     landscape: Landscape,
-    radii: npt.ArrayLike,
+    radii: npt.ArrayLike | str,
     *,
-    num_samples: int = 100,
+    num_samples: int | None = None,
+    rel_error: float = 0.02,
+    abs_error: float = 1e-4,
+    budget: float | None = None,
     seed: int | torch.Generator = 0,
     normalisation: Normalisation = "none",
     report: Report | None = None,
 ) -> SphereFlatness:
     """Measure F_gamma(w), the mean rise of the loss on spheres around w (arXiv 2410.06020, Eq. 5).
 
-    The plain crossed design: each of `num_samples` rays meets every radius and all the data, so that a curve over
-    the radius is smooth and two models can be compared ray by ray. On a quadratic loss with Hessian H,
-    F = gamma^2 tr(H) / (2 P).
+    Ask for an accuracy, and a pilot chooses how: small blocks of images for each direction, in rounds over all images,
+    with or without antithetic pairs. Or ask for `num_samples`, and each of so many rays meets every radius and all the
+    images: the crossed design of SWAD's script. On a quadratic loss with Hessian H, F = gamma^2 tr(H) / (2 P).
 
     Args:
         landscape: the loss around w.
-        radii: (R,) distances gamma, or relative radii rho with ``normalisation="filter"``.
-        num_samples: K, how many rays; the interval speaks of them.
+        radii: (R,) distances gamma, relative radii rho with a normalisation, or "auto": six that span F = 0.01 to 2.
+        num_samples: K rays, each on all images, instead of an accuracy.
+        rel_error: standard error / |F| at which sampling stops.
+        abs_error: standard error in nats at which it stops anyhow.
+        budget: images forwarded at most; 100 passes for each radius by default.
         seed: names the rays; the same for all models that are to be compared.
-        normalisation: ``"filter"`` takes the scale of the weights out (Dinh et al. 2017; Li et al. 2018).
-        report: called as ``report(done, total)`` after each ray.
-
-    Raises:
-        UserError: if a radius is negative or not finite, or fewer than two rays are asked for.
+        normalisation: "filter", "layer" or "parameter" takes the scale of the weights out (Dinh et al. 2017).
+        report: called with the walks so far after each unit of visits.
     """
-    if num_samples < 2:
-        raise UserError(f"num_samples must be at least 2, since an interval needs a spread, but is {num_samples}.")
-    start, seed = time.perf_counter(), base_seed(seed)
-    samples = sample_rays(landscape, radii, range(num_samples), seed=seed, normalisation=normalisation, report=report)
-    seconds = time.perf_counter() - start
-    return SphereFlatness.from_samples(
-        landscape, radii, samples, seed=seed, normalisation=normalisation, seconds=seconds
-    )
+    sampler = Sampler([landscape], base_seed(seed), check_normalisation(normalisation, landscape))
+    return sample(sampler, radii, num_samples, (rel_error, abs_error), budget, report=report)[0]
 
 
-def sample_rays(
-    landscape: Landscape,
-    radii: npt.ArrayLike,
-    rays: Sequence[int],
+def sample(
+    sampler: Sampler,
+    radii: npt.ArrayLike | str,
+    num_samples: int | None,
+    errors: tuple[float, float],
+    budget: float | None,
     *,
-    seed: int,
-    normalisation: Normalisation = "none",
+    block_size: int | None = None,
     report: Report | None = None,
-) -> FloatArray:
-    """Return the rises of the loss (len(rays), R, S) along some of the rays.
+) -> list[SphereFlatness]:
+    """Measure a sampler's landscapes together; the arguments are those of `sphere_flatness`.
 
-    Ray k depends on the seed and k alone, so that blocks of rays may be measured in any order and place.
+    A given `block_size` is sampled in antithetic pairs, and no pilot is flown: a plan that rests on no timing is the
+    same on every machine.
     """
-    _known(normalisation, landscape)
-    places, base = _radii(radii), landscape.base_loss
-    rises = np.zeros((len(rays), len(places), len(landscape.strata)))
-    with landscape.moving() as at, np.errstate(invalid="ignore"):
-        for row, k in enumerate(rays):
-            direction = draw_ray(landscape, seed, k, normalisation=normalisation)
-            for column in np.flatnonzero(places):
-                rises[row, column] = at(direction, float(places[column])) - base
-            if report is not None:
-                report(row + 1, len(rays))
-    return rises
+    start = time.perf_counter()
+    places = radii_of(sampler, radii)
+    count = len(sampler.landscapes) * int((places > 0).sum())
+    goal = goal_of(sampler.landscapes[0], count, num_samples, errors, budget)
+    if block_size and num_samples is None:
+        plans = [Plan(float(radius), block_size, paired=True) for radius in places[places > 0]]
+    else:
+        plans = plans_of(sampler, places, goal)
+    walks = sampler.run(plans, goal, report=report)
+    seconds = time.perf_counter() - start
+    return [assemble(sampler, which, places, walks, seconds) for which in range(len(sampler.landscapes))]
 
 
-def draw_ray(landscape: Landscape, seed: int, k: int, *, normalisation: Normalisation = "none") -> Tensor:
-    """Return direction k (P,): of length 1, or with ``"filter"`` as long as w in each filter.
+def goal_of(
+    landscape: Landscape, count: int, num_samples: int | None, errors: tuple[float, float], budget: float | None
+) -> Goal:
+    """Return when to stop.
 
-    Drawn on the CPU in float32, whatever the model's device and dtype: all models of one architecture share rays.
-    """
-    normal = torch.randn(landscape.num_params, generator=generator("sphere", seed, k))
-    if normalisation == "filter":
-        return scale_filters(normal, landscape)
-    length = torch.linalg.vector_norm(normal, dtype=torch.float64)
-    return landscape.as_point(normal.div_(length))
-
-
-def scale_filters(vector: Tensor, landscape: Landscape) -> Tensor:
-    """Scale each filter of a direction (P,) to the length of the same filter of w (arXiv 1712.09913, section 4).
-
-    A filter is a slice along the first axis of a tensor of more than one axis; BatchNorm and biases are held still.
-    """
-    scaled = landscape.as_point(vector).clone()
-    for z, w in zip(landscape.split(scaled), landscape.split(landscape.point), strict=True):
-        if w.ndim < 2:
-            z.zero_()
-        else:
-            z.mul_(_lengths(w) / _lengths(z))
-    return scaled
-
-
-def paired_difference(a: SphereFlatness, b: SphereFlatness) -> PairedDifference:
-    """Return the difference a - b along the rays that both have walked.
+    Args:
+        landscape: one of those that are measured.
+        count: landscapes times radii.
+        num_samples: so many rays, each on all images; else
+        errors: rel_error and abs_error.
+        budget: images forwarded at most.
 
     Raises:
-        UserError: if the two were not measured along the same rays, at the same radii.
+        UserError: where a number does not do.
     """
-    for name in ("seed", "normalisation", "num_params", "num_samples", "radii"):
-        of_a, of_b = getattr(a, name), getattr(b, name)
-        if not np.array_equal(of_a, of_b):
-            raise UserError(
-                f"A paired difference needs the same rays, but {name} differs ({of_a} and {of_b}):"
-                f" measure both with one {name}."
-            )
-    return PairedDifference(samples=a.draws - b.draws, cost=a.cost + b.cost, radii=a.radii)
+    if num_samples is not None:
+        if num_samples < 2:
+            raise UserError(f"num_samples must be at least 2, since an interval needs a spread, but is {num_samples}.")
+        return Goal(visits=num_samples)
+    if not (min(errors) >= 0 and max(errors) > 0):
+        raise UserError(f"rel_error and abs_error must not be negative, nor both zero, but are {errors}.")
+    if budget is not None and not budget > 0:
+        raise UserError(f"The budget must be a positive number of images, but is {budget}.")
+    return Goal(*errors, BUDGET * landscape.num_samples * count if budget is None else budget)
 
 
-def _lengths(tensor: Tensor) -> Tensor:
-    """Return the length of each filter, in float64 and shaped to scale the tensor."""
-    axes = tuple(range(1, tensor.ndim))
-    lengths: Tensor = torch.linalg.vector_norm(tensor, dim=axes, keepdim=True, dtype=torch.float64)
-    return lengths
+def plans_of(sampler: Sampler, radii: FloatArray, goal: Goal) -> list[Plan]:
+    """Return how each radius above zero is sampled. A kept plan is not made again: it rests on timings."""
+    above = radii[radii > 0]
+    if goal.visits or not len(above):
+        return [Plan(float(radius), 0, visits=goal.visits or 0) for radius in above]
+
+    def make() -> FloatArray:
+        flown = pilot.fly(
+            sampler.landscapes, above, seed=sampler.seed, normalisation=sampler.normalisation, value=sampler.value
+        )
+        sampler.spent += flown.images
+        plans = pilot.plan(flown, above, goal, sampler.landscapes[0].num_samples)
+        return np.array([[plan.radius, plan.block_size, plan.paired, plan.visits] for plan in plans])
+
+    kept = next(iter(sampler.keep([("plan", make)])))
+    return [Plan(float(r), int(size), bool(paired), int(visits)) for r, size, paired, visits in kept]
 
 
-def _reach(landscape: Landscape, normalisation: Normalisation) -> float:
-    if normalisation == "none":
-        return 1.0
-    filters = [w for w in landscape.split(landscape.point) if w.ndim > 1]
-    return float(torch.stack([_lengths(w).square().sum() for w in filters]).sum().sqrt())
+def radii_of(sampler: Sampler, radii: npt.ArrayLike | str) -> FloatArray:
+    """Return the radii as an array; "auto" asks a small pilot where F is 0.01 and 2, and spans that.
 
+    Args:
+        sampler: of the measurement.
+        radii: numbers, or "auto".
 
-def _radii(radii: npt.ArrayLike) -> FloatArray:
+    Raises:
+        UserError: where a radius is negative or not finite, or the word is another.
+    """
+    if isinstance(radii, str):
+        if radii != "auto":
+            raise UserError(f'radii must be numbers or "auto", but are {radii!r}.')
+        return next(iter(sampler.keep([("radii", lambda: pilot.span(sampler))])))
     places = np.atleast_1d(np.asarray(radii, dtype=np.float64))
     if places.ndim != 1 or not places.size or not np.isfinite(places).all() or (places < 0).any():
-        raise UserError(f"The radii must be finite numbers of at least 0, one or more, but {radii!r} came.")
+        raise UserError(f"The radii must be finite numbers of at least 0, one or more, but {radii} came.")
     return places
 
 
-def _known(normalisation: str, landscape: Landscape) -> None:
-    if normalisation not in get_args(Normalisation):
-        known = ", ".join(get_args(Normalisation))
-        raise UserError(f"Unknown normalisation {normalisation!r}; known: {known}.")
-    if normalisation == "filter" and all(w.ndim < 2 for w in landscape.split(landscape.point)):
-        raise UserError(
-            'normalisation="filter" moves tensors of more than one axis, but the landscape has none: write "none".'
-        )
+def assemble(sampler: Sampler, which: int, radii: FloatArray, walks: Sequence[Walk], seconds: float) -> SphereFlatness:
+    """Return what one of the landscapes' walks say; radius 0 is 0 exactly, and was not sampled."""
+    landscape = sampler.landscapes[which]
+    by_radius = {walk.plan.radius: walk for walk in walks}
+    longest = max((walk.visits.shape[1] for walk in walks), default=2)
+    still = Walk(Plan(0.0, 0), 1, np.zeros((len(sampler.landscapes), longest, len(landscape.strata))), "samples")
+    each = [by_radius.get(float(radius), still) for radius in radii]
+    return SphereFlatness(
+        radii=radii,
+        visits=tuple(walk.visits[which] for walk in each),
+        plans=tuple(walk.plan for walk in each),
+        blocks=tuple(walk.blocks for walk in each),
+        stopped=tuple(walk.stopped for walk in each),
+        cost=Cost(sampler.spent / landscape.num_samples, int(sampler.spent), 0, seconds),
+        strata=landscape.strata,
+        base_loss=landscape.base_loss,
+        normalisation=sampler.normalisation,
+        seed=sampler.seed,
+        num_params=landscape.num_params,
+        norm=landscape.norm,
+        reach=reach(landscape, sampler.normalisation),
+    )

@@ -1,0 +1,79 @@
+"""Rays: random directions shared by all models of one architecture, raw or scaled to the weights."""
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from flatlab.errors import UserError, choose
+from flatlab.landscape import Landscape
+from flatlab.losses import wide
+from flatlab.seeds import generator
+
+Normalisation = Literal["none", "filter", "layer", "parameter"]
+
+
+def draw_ray(landscape: Landscape, seed: int, k: int, *, normalisation: Normalisation = "none") -> Tensor:
+    """Return direction k (P,): of length 1, or as long as w in each filter, layer or parameter.
+
+    Drawn on the CPU in float32, whatever the model's device and dtype: all models of one architecture share rays.
+    """
+    normal = torch.randn(landscape.num_params, generator=generator("sphere", seed, k))
+    if normalisation != "none":
+        return scale_to_weights(normal, landscape, normalisation)
+    length = torch.linalg.vector_norm(normal, dtype=torch.float64)
+    return landscape.as_point(normal.div_(length))
+
+
+def scale_to_weights(vector: Tensor, landscape: Landscape, normalisation: Normalisation = "filter") -> Tensor:
+    """Scale a direction (P,) to the weights (arXiv 1712.09913, section 4): by filter, by layer, or number by number.
+
+    A filter is a slice along the first axis of a tensor of more than one axis, a layer is such a tensor; BatchNorm
+    and biases are held still. "parameter" multiplies each entry by |w|, of whatever tensor (Kwon et al. 2021).
+    """
+    scaled = landscape.as_point(vector).clone()
+    for z, w in zip(landscape.split(scaled), landscape.split(landscape.point), strict=True):
+        if normalisation == "parameter":
+            z.mul_(w.abs())
+        elif w.ndim < 2:
+            z.zero_()
+        elif normalisation == "filter":
+            z.mul_(_lengths(w) / _lengths(z))
+        else:
+            z.mul_(w.norm() / z.norm())
+    return scaled
+
+
+def reach(landscape: Landscape, normalisation: Normalisation) -> float:
+    """Return the Euclidean length of a ray: 1, or that of the weights which it is scaled to (in the mean)."""
+    if normalisation == "none":
+        return 1.0
+    if normalisation == "parameter":
+        return landscape.norm
+    moved = [w for w in landscape.split(landscape.point) if w.ndim > 1]
+    return float(torch.stack([_lengths(w).square().sum() for w in moved]).sum().sqrt())
+
+
+def check_normalisation(normalisation: str, landscape: Landscape) -> Normalisation:
+    """Return a known normalisation that the landscape has tensors for.
+
+    Args:
+        normalisation: its name.
+        landscape: whose weights it scales to.
+
+    Raises:
+        UserError: where nothing would move.
+    """
+    known: tuple[Normalisation, ...] = get_args(Normalisation)
+    name = known[known.index(choose("normalisation", normalisation, known))]
+    if name in ("filter", "layer") and all(w.ndim < 2 for w in landscape.split(landscape.point)):
+        raise UserError(
+            f'normalisation="{name}" moves tensors of more than one axis, but the landscape has none: write "none".'
+        )
+    return name
+
+
+def _lengths(tensor: Tensor) -> Tensor:
+    """Return the length of each filter, in the widest floats the device has, shaped to scale the tensor."""
+    flat = torch.linalg.vector_norm(tensor.flatten(1), dim=1, dtype=wide(tensor))
+    return torch.reshape(flat, (-1, *[1] * (tensor.ndim - 1)))

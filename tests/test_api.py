@@ -1,0 +1,29 @@
+"""The doorway: every public name is there, lazily, and none hides behind a module of the same name."""
+
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+
+import flatlab
+from flatlab import api
+
+
+def test_every_public_name_is_reached_from_the_package():
+    assert len(set(api.__all__)) == len(api.__all__)
+    for name in api.__all__:
+        assert getattr(flatlab, name) is getattr(api, name)
+        assert find_spec(f"flatlab.{name}") is None, f"flatlab.{name} would be the module once that is imported"
+    assert set(dir(flatlab)) == {"__version__", *api.__all__}
+
+
+def test_a_name_that_is_none_lists_those_there_are():
+    with pytest.raises(AttributeError, match=r"flatlab has no 'flatnes'; public names: .*sphere_flatness"):
+        _ = flatlab.flatnes
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    line = "import sys, flatlab; print({'torch', 'numpy', 'pandas'} & set(sys.modules))"
+    told = subprocess.run([sys.executable, "-c", line], capture_output=True, text=True, check=True)
+    assert told.stdout.strip() == "set()"
