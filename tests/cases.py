@@ -1,14 +1,17 @@
 """Small models with data and a loss: one table, which each metric runs through, in one batch and in uneven ones."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flatlab import seeds
 from flatlab.landscape import Landscape
+from flatlab.metrics.rays import draw_ray
+from flatlab.metrics.sphere import sphere_flatness
 
 CUTS = {"one": [24], "uneven": [5, 1, 11, 7]}
 """Batch sizes; both cut the same 24 samples."""
@@ -126,3 +129,28 @@ class Quadratic(nn.Module):
     def landscape(self, **kwargs):
         data = [(torch.zeros(2, dtype=self.w.dtype), torch.zeros(2))]
         return Landscape(self.eval(), data, lambda outputs, targets: outputs, **kwargs)
+
+
+def at_a_minimum():
+    """A smooth network that fits its targets exactly: no slope, and a Hessian without negative eigenvalues."""
+    case = make("conv_bn").double()
+    case.model[2] = case.model[5] = nn.Tanh().eval()  # autograd does not see the curvature in the kinks of a ReLU
+    with torch.no_grad():
+        case.model[0].weight[2].zero_()
+        return replace(case, targets=case.model(case.inputs), loss=F.mse_loss)
+
+
+def walked(landscape, radii, rays, *, seed=0, normalisation="none"):
+    """Rises (K, R, S) of the crossed design, one evaluation after the other: shares no code with the sampler."""
+    drawn = [draw_ray(landscape, seed, k, normalisation=normalisation) for k in rays]
+    here = landscape.evaluate().losses
+    ends = [[landscape.evaluate(landscape.point + r * ray).losses - here for r in radii] for ray in drawn]
+    return np.array(ends)
+
+
+def stratified(num_samples=6, seed=0):
+    """Flatness of a network on three strata of unequal sizes."""
+    case = make("mlp")
+    batches = case.batches([3, 9, 12])
+    landscape = Landscape(case.model, {"a": batches[:1], "b": batches[1:2], "c": batches[2:]}, case.loss)
+    return sphere_flatness(landscape, [0.5, 1.0], num_samples=num_samples, seed=seed)
