@@ -92,7 +92,7 @@ def _boxes(sizes: npt.NDArray[np.int64], uniforms: npt.NDArray[np.float64]) -> n
     low, high = map(math.log, RATIO)
     ratio = np.exp(low + (high - low) * uniforms[:, TRIES : 2 * TRIES])
     box_widths, box_heights = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
-    fits = (0 < box_widths) & (box_widths <= widths) & (0 < box_heights) & (box_heights <= heights)
+    fits = (box_widths > 0) & (box_widths <= widths) & (box_heights > 0) & (box_heights <= heights)
     first = np.argmax(fits, axis=1, keepdims=True)
     height, width = (np.take_along_axis(each, first, axis=1) for each in (box_heights, box_widths))
     top = np.floor(uniforms[:, -2:-1] * (heights - height + 1))
