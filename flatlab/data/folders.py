@@ -131,7 +131,7 @@ def check(dataset: str, data_dir: Path | None) -> list[Row]:
         from flatlab.data import digits  # embedded, and made with torch
 
         counts = known.domains if known else {}
-        return [Row(d.name, len(d.labels.unique()), len(d), counts[d.name]) for d in digits.load().domains]
+        return [Row(d.name, len(set(d.labels.tolist())), len(d), counts[d.name]) for d in digits.load().domains]
     root = catalog.place(name, data_dir)
     if not any((root / each).is_dir() for each in (known.domains if known else ("",))):
         root = catalog.locate(name, data_dir)  # refuses: nothing of it is there
