@@ -109,6 +109,16 @@ def test_bf16_is_in_the_training_pass_alone(tmp_path, place):
     assert {parameter.dtype for parameter in network.parameters()} == {torch.float32}
 
 
+def test_measurements_are_the_same_whether_batches_are_kept_or_made_each_time(tmp_path, place, monkeypatch):
+    probe, results = ProbeSpec(radii=(0.0, 0.5), num_samples=2), []
+    for bytes_kept in (2**28, 0):
+        monkeypatch.setattr("flatlab.data.batches.KEPT", bytes_kept)
+        run = trained(tmp_path / str(bytes_kept), spec_of(), place)
+        measure(run, probe, place)
+        results.append(run.probe(probe).hashes())
+    assert results[0] == results[1]
+
+
 # --- memory ------------------------------------------------------------------------------------------------------
 
 

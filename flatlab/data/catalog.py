@@ -90,7 +90,8 @@ def locate(dataset: str, data_dir: Path | None) -> Path:
         return root
     name = canonical(dataset)
     tried = " or ".join(map(str, _candidates(dataset, data_dir)))
-    hint = f" `flatlab data check {name}` says what is missing." if root.is_dir() and known else ""
+    some = known and any((root / domain).is_dir() for domain in known.domains)
+    hint = f" `flatlab data check {name}` says what is missing." if some else ""
     raise UserError(f"{name} is not in {tried}: expected {expected}. Pass its place as --data-dir.{hint}")
 
 
