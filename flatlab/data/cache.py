@@ -174,7 +174,7 @@ def _write_index(path: Path, facts: dict[str, Any]) -> None:
 
 
 def _open(found: Listing, image_size: int, folder: Path) -> Entry:
-    """Read an entry's index, and hash what it lists: about a second for PACS at 224 pixels."""
+    """Read an entry's index, and hash what it lists: 5 s for PACS at 224 pixels on two busy cores, 0.6 s at 64."""
     try:
         index = json.loads((folder / "index.json").read_bytes())
         facts = json.loads(index["facts"])
