@@ -1,6 +1,6 @@
 """From a spec to things: its domains and splits, its network, its parameters by role, its device."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,7 +20,7 @@ from flatlab.quant import attach
 from flatlab.specs import Place, RunSpec
 
 Rows = dict[str, npt.NDArray[np.int64]]
-Batches = list[tuple[Tensor, Tensor]]
+Batches = Sequence[tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Domains:
 
 def domains(spec: RunSpec, place: Place) -> Domains:
     """Load (once in a process) and split the data of a run."""
-    data = _load(spec.dataset, place.data_dir, spec.image_size)
+    data = _load(spec.dataset, place.data_dir, spec.image_size, place.cache)
     splits = {
         name: split(len(data.domain(name).labels), index, trial_seed=spec.trial_seed, fraction=spec.holdout)
         for index, name in enumerate(data.names)
@@ -59,8 +59,9 @@ def domains(spec: RunSpec, place: Place) -> Domains:
 
 
 @lru_cache(maxsize=2)
-def _load(dataset: str, data_dir: str | None, image_size: int) -> DomainSet:
-    return sources.load(dataset, data_dir=Path(data_dir) if data_dir else None, image_size=image_size)
+def _load(dataset: str, data_dir: str | None, image_size: int, cache: str | None) -> DomainSet:
+    folder, kept = (Path(each) if each else None for each in (data_dir, cache))
+    return sources.load(dataset, data_dir=folder, image_size=image_size, cache=kept)
 
 
 def network(spec: RunSpec, data: DomainSet, place: Place) -> Network:

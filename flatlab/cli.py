@@ -213,9 +213,24 @@ def doctor(chosen: Choices) -> None:
 def _carry_out(chosen: Choices, todo: Sequence[Any], place: Any = None) -> None:
     from flatlab import display, reproduce
 
+    place = place or chosen.place()
+    _decode({(spec.dataset, spec.image_size) for job in todo for spec in job.runs}, place)
     with display.board(todo) as hear:
         processes = chosen.processes(len(todo))
-        reproduce.carry_out(list(todo), chosen.runs(), place or chosen.place(), workers=processes, hear=hear)
+        reproduce.carry_out(list(todo), chosen.runs(), place, workers=processes, hear=hear)
+
+
+def _decode(wanted: set[tuple[str, int]], place: Any) -> None:
+    """Bring images into the cache where they are not, before workers start: here it is one bar, and one mistake."""
+    from flatlab import display
+    from flatlab.data import cache, catalog
+
+    folder, kept = (Path(each) if each else None for each in (place.data_dir, place.cache))
+    for dataset, size in sorted(wanted):
+        facts = catalog.facts(dataset)
+        if facts is None or facts.folder:
+            with display.counter(f"{dataset}: decoding images, once") as report:
+                cache.prepare(dataset, data_dir=folder, image_size=size, cache=kept, report=report)
 
 
 def _price(chosen: Choices, todo: list[Any], model: str) -> None:

@@ -1,14 +1,22 @@
 """What a person sees while work goes on, and after: bars with time left on a terminal, plain lines elsewhere."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import pandas as pd
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from flatlab.jobs import Job
@@ -39,7 +47,10 @@ class Board:
         self.total = progress.add_task(f"{len(jobs)} jobs", total=1.0) if progress else None
 
     def __call__(self, event: dict[str, Any]) -> None:
-        """Take in an event."""
+        """Take in an event, or a line that a worker has to say."""
+        if "note" in event:
+            err.print(event["note"], soft_wrap=True, markup=False)
+            return
         name = event["job"]
         over = bool(event.get("finished") or event.get("error"))
         self.share[name] = 1.0 if over else event.get("share", 0.0)
@@ -82,6 +93,24 @@ def board(jobs: Sequence[Job]) -> Iterator[Board]:
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
     with Progress(*columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=err) as progress:
         yield Board(jobs, progress)
+
+
+@contextmanager
+def counter(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Show how many of so many things are done, from the first report on: a bar, or a line each few seconds."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=err, disable=not err.is_terminal) as progress:
+        task = progress.add_task(what, total=None, visible=False)
+        told = time.monotonic()
+
+        def report(done: int, of: int) -> None:
+            nonlocal told
+            progress.update(task, completed=done, total=of, visible=True)
+            if progress.disable and time.monotonic() - told > PLAIN_SECONDS:
+                told = time.monotonic()
+                err.print(f"{what}: {done:,} of {of:,}", soft_wrap=True)
+
+        yield report
 
 
 def frame(table: pd.DataFrame, title: str, *, formats: dict[str, str] | None = None) -> None:

@@ -64,11 +64,11 @@ def vary(parts: Method, changes: Mapping[str, str]) -> Method:
 
 def compose(parts: Method, setting: Setting, *, held_out: str, seed: int, trial_seed: int) -> RunSpec:
     """Return the run that a composition means in a setting."""
-    setting_fields = {"dataset", "image_size", "model", "weights", "freeze_batchnorm", "steps", "eval_every"}
+    setting_fields = {"dataset", "image_size", "model", "weights", "freeze_batchnorm", "augment", "precision"}
     switched = parts.quantizer != "none" or parts.frozen
     quantizer = QuantSpec.make(bits=setting.bits, granularity=setting.granularity, scale_lr=setting.scale_lr)
     return RunSpec.make(
-        **setting.model_dump(include={*setting_fields, "batch_size", "lr", "weight_decay"}),
+        **setting.model_dump(include={*setting_fields, "steps", "eval_every", "batch_size", "lr", "weight_decay"}),
         held_out=held_out,
         seed=seed,
         trial_seed=trial_seed,

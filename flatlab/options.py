@@ -16,7 +16,7 @@ from flatlab.data import catalog
 from flatlab.errors import UserError, choose
 from flatlab.jsontext import strict_json
 from flatlab.mistakes import spoken
-from flatlab.words import DEVICES, LIMITS, MODELS, WORDS
+from flatlab.words import DEVICES, LIMITS, MODELS, PRECISIONS, WORDS
 
 if TYPE_CHECKING:  # imported where they are used: `--help` answers before numpy is there
     import pandas as pd
@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # imported where they are used: `--help` answers before numpy
     from flatlab.specs import Place
 
 SETTING_FIELDS: tuple[str, ...] = ("image_size", "model", "freeze_batchnorm", "bits", "steps", "eval_every")
-SETTING_FIELDS += ("batch_size", "lr", "seed", "trial_seed", "seeds")
+SETTING_FIELDS += ("batch_size", "lr", "precision", "seed", "trial_seed", "seeds")
 SHORT = 8  # digits of a digest on a screen
 
 
@@ -84,6 +84,7 @@ class Choices:
 
         dataset, folder = self.name(), self.folder()
         self._check_model(dataset)
+        precision = choose("precision", self.precision, PRECISIONS) if self.precision else None
         known = catalog.facts(dataset)
         if known is None or known.folder:
             catalog.locate(dataset, folder)
@@ -94,7 +95,7 @@ class Choices:
             held_out=catalog.held_out(dataset, folder, self.held_out),
             switch=self.quantize_at,
             swad_exact_repo=self.exact_repo,
-            **{**{f: self.given.get(f) for f in SETTING_FIELDS}, "model": self._model()},
+            **{**{f: self.given.get(f) for f in SETTING_FIELDS}, "model": self._model(), "precision": precision},
         )
 
     def _model(self) -> str | None:
@@ -137,6 +138,7 @@ class Choices:
         return Place(
             data_dir=str(folder.resolve()) if folder else None,
             weights_file=str(Path(file).resolve()) if file else None,
+            cache=str(self.cache.resolve()) if self.cache else None,
             device=self.device,
         )
 

@@ -19,6 +19,8 @@ class Setting(Spec):
     model: str = "digits-cnn"
     weights: str = "none"
     freeze_batchnorm: bool = False
+    augment: str = "none"
+    precision: str = "fp32"
     steps: int = Field(ge=1)
     eval_every: int = Field(ge=1)
     batch_size: int = Field(32, ge=1)
@@ -105,6 +107,7 @@ PAPER = Setting(
     model="resnet50",
     weights="imagenet",
     freeze_batchnorm=True,
+    augment="domainbed",
     steps=5000,
     eval_every=300,
     lr=5e-5,
@@ -138,7 +141,7 @@ def for_data(chosen: Setting, dataset: str, *, model: str | None = None, weights
     start = weights or ("none" if model == QUICK.model else suiting.weights)
     changes: dict[str, Any] = {"dataset": dataset, "weights": start, "freeze_batchnorm": start != "none"}
     if (chosen.dataset == QUICK.dataset) != (dataset == QUICK.dataset):
-        fields = ["image_size", "model", "radii", "filter_radii"]
+        fields = ["image_size", "model", "augment", "radii", "filter_radii"]
         if start != "none" or suiting is QUICK:
             fields += ["lr", "scale_lr"]
         changes |= {field: getattr(suiting, field) for field in fields}

@@ -132,6 +132,7 @@ class RunSpec(Spec):
     model: str
     weights: str = "none"  # "none", "imagenet" or "sha256:..." of a file
     freeze_batchnorm: bool = False
+    augment: Literal["none", "domainbed"] = "none"  # DomainBed's crops, flips and colours, for training images
     objective: Literal["erm"] = "erm"
     step: StepSpec = StepSpec()
     average: AverageSpec = AverageSpec()
@@ -143,6 +144,7 @@ class RunSpec(Spec):
     batch_size: int = Field(32, ge=1)  # images per source domain
     lr: float = Field(gt=0)
     weight_decay: float = Field(0.0, ge=0)
+    precision: Literal["fp32", "bf16"] = "fp32"  # of the training's forward passes; all else is fp32
     seed: int = Field(0, ge=0)  # initialisation and batches
     trial_seed: int = Field(0, ge=0)  # split
     holdout: float = Field(0.2, gt=0, lt=1)
@@ -212,5 +214,6 @@ class Place(Spec):
 
     data_dir: str | None = None
     weights_file: str | None = None
+    cache: str | None = None  # of decoded images; None: the platform's
     device: str = "auto"
     threads: int = Field(1, ge=1)

@@ -90,10 +90,10 @@ def check(chosen: Choices, dataset: Annotated[str, typer.Argument(help="PACS, ..
     """Compare a data set on disk with what is known of it: domains, classes, counts; exit with 1 where they differ."""
     import pandas as pd
 
-    from flatlab.data import sources
+    from flatlab.data import folders
 
     named = Choices({**chosen.given, "dataset": dataset})
-    rows = sources.check(named.name(), named.folder())
+    rows = folders.check(named.name(), named.folder())
     chosen.answer(pd.DataFrame([{**row._asdict(), "ok": row.ok} for row in rows]), dataset)
     if not all(row.ok for row in rows):
         raise typer.Exit(1)

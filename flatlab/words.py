@@ -9,6 +9,7 @@ _DATA, _COMPOSITION, _SCHEDULE, _PLACE, _OUTPUT = "Data", "Composition", "Schedu
 _PARTS = "; instead of the method's own."
 
 MODELS = {"digits-cnn": None, "resnet18": 3, "resnet50": 3, "mobilenet_v2": 3}  # -> channels; None: any number
+PRECISIONS = ("fp32", "bf16")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
 LIMITS: dict[str, tuple[int, int | None]] = {  # the whole numbers, wherever they are asked for
@@ -89,6 +90,11 @@ WORDS: dict[str, tuple[Any, Any, Any]] = {  # name -> type, default, option
         None,
         _option(_SCHEDULE, "Learning rate of Adam (smoke 0.003, quick 0.001; paper, and from weights, 5e-05)."),
     ),
+    "precision": (
+        str,
+        None,
+        _option(_SCHEDULE, "fp32, or bf16 for the forward passes of training (fp32); measurements are fp32."),
+    ),
     "seed": (int, None, _option(_SCHEDULE, "First seed of initialisation and batches (0).")),
     "trial_seed": (int, None, _option(_SCHEDULE, "First seed of the split (0).")),
     "seeds": (
@@ -98,6 +104,11 @@ WORDS: dict[str, tuple[Any, Any, Any]] = {  # name -> type, default, option
     ),
     "device": (str, "auto", _option(_PLACE, "auto (the best there is), cpu, cuda or mps.")),
     "workers": (int, None, _option(_PLACE, "Processes that share the jobs (one per core; one on an accelerator).")),
+    "cache": (
+        Path,
+        None,
+        _option(_PLACE, "Folder of decoded images (flatlab's, where the platform caches).", envvar="FLATLAB_CACHE"),
+    ),
     "store": (Path, None, _option(_PLACE, "Folder of the runs (./runs).", envvar="FLATLAB_STORE")),
     "out": (Path, Path("figures"), _option(_OUTPUT, "Folder of the pictures.")),
     "tensorboard": (Path, None, _option(_OUTPUT, "Write the training's curves as TensorBoard events here (none).")),
@@ -109,7 +120,8 @@ WORDS: dict[str, tuple[Any, Any, Any]] = {  # name -> type, default, option
     "json": (bool, False, _option(_OUTPUT, "Print the result as JSON.", "--json", default=False)),
     "debug": (bool, False, _option(_OUTPUT, "Show the traceback of an error.", "--debug", default=False)),
 }
-RUNNING = ("device", "workers", "store", "dry_run", "json", "debug")
+RUNNING = ("device", "workers", "cache", "store", "dry_run", "json", "debug")
 DATA = ("dataset", "data_dir", "held_out", "image_size")
 TRAINING: tuple[str, ...] = ("exact_repo", "bits", "quantize_at", "model", "weights", "freeze_batchnorm")
-TRAINING += ("setting", "steps", "eval_every", "batch_size", "lr", "seed", "trial_seed", "seeds")
+TRAINING += ("setting", "steps", "eval_every", "batch_size", "lr", "precision", "seed", "trial_seed")
+TRAINING += ("seeds",)

@@ -5,6 +5,7 @@ not outlive the command that started it, even where that was killed.
 """
 
 import json
+import logging
 import os
 import sys
 import threading
@@ -116,8 +117,16 @@ def main() -> None:
     """Work through the plan named on the command line."""
     plan = Plan.parse(Path(sys.argv[1]).read_text())
     sys.stdout = sys.stderr  # what a library prints must not come between the events
+    logging.getLogger("flatlab").addHandler(_Notes())
     threading.Thread(target=_end_with_parent, daemon=True).start()
     work(plan.jobs, RunStore(plan.store), plan.place, emit=_print)
+
+
+class _Notes(logging.Handler):
+    """Passes flatlab's warnings on as events."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        _print({"job": "worker", "note": record.getMessage()})
 
 
 def _end_with_parent() -> None:

@@ -1,5 +1,7 @@
 """What each test may rely on: no figure left open, one thread, and a watch over models."""
 
+import os
+
 import matplotlib
 
 matplotlib.use("Agg")
@@ -10,6 +12,12 @@ from contextlib import contextmanager
 import matplotlib.pyplot as plt
 import pytest
 import torch
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory):
+    """Decoded images go to a folder of the tests, not to the user's; children inherit it."""
+    os.environ["FLATLAB_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(autouse=True)

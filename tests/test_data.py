@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from flatlab.data import catalog, digits, sources
+from flatlab.data import catalog, digits, folders, sources
 from flatlab.data.batches import TrainingStream, evaluation_batches
 from flatlab.data.domains import Domain, DomainSet, split
 from flatlab.errors import UserError
@@ -382,38 +382,53 @@ def test_wrong_classes_of_a_known_data_set_are_named(tmp_path: Path) -> None:
 def test_sizes_that_do_not_suit_are_refused(tree: Path) -> None:
     with pytest.raises(UserError, match="An image size is a number of pixels from 1 on, not 0"):
         load(tree, size=0)
-    with pytest.raises(
-        UserError, match=r"5 images, which at 30000 x 30000 pixels take 12.6 GiB .* --image-size 23930 or smaller"
-    ):
-        load(tree, size=30000)
 
 
 def test_check_counts_without_decoding(tree: Path) -> None:
     (tree / "photo" / "dog" / "bad.jpg").write_bytes(b"")
-    rows = sources.check("folder:animals", tree)
-    assert rows == [("photo", 2, 4, None), ("sketch", 2, 2, None)]
+    rows = folders.check("folder:animals", tree)
+    assert rows == [("photo", 2, 4, None, ""), ("sketch", 2, 2, None, "")]
     assert all(row.ok for row in rows)
 
 
 def test_check_of_the_digits() -> None:
-    rows = sources.check("digits", None)
+    rows = folders.check("digits", None)
     assert [row.images for row in rows] == [450, 449, 449, 449]
     assert all(row.ok and row.classes == 10 for row in rows)
 
 
 @needs_pacs
 def test_check_of_pacs() -> None:
-    rows = sources.check("PACS", PACS.parent)
+    rows = folders.check("PACS", PACS.parent)
     assert [(row.domain, row.images) for row in rows] == list(catalog.CATALOG["PACS"].domains.items())
     assert all(row.ok and row.classes == 7 for row in rows)
 
 
-def test_check_tells_a_wrong_count(tmp_path: Path) -> None:
-    for domain in catalog.CATALOG["PACS"].domains:
-        picture(tmp_path / "PACS" / domain / "dog" / "1.png")
-    rows = sources.check("PACS", tmp_path)
-    assert rows[0] == ("art_painting", 1, 1, 2048)
-    assert not any(row.ok for row in rows)
+def test_check_tells_what_is_off(tmp_path: Path) -> None:
+    classes = catalog.CATALOG["PACS"].classes
+    assert not isinstance(classes, int)
+    for domain in ("art_painting", "photo", "sketch", "sketches"):
+        for each in classes:
+            picture(tmp_path / "PACS" / domain / each / "1.png")
+    (tmp_path / "PACS" / "photo" / "dog" / "1.png").unlink()
+    (tmp_path / "PACS" / "photo" / "zebra").mkdir()
+    assert folders.check("PACS", tmp_path) == [
+        ("art_painting", 7, 7, 2048, "2,041 images fewer than 2,048"),
+        ("cartoon", 0, 0, 2344, "there is no such folder"),
+        ("photo", 6, 6, 1670, "no images of dog; unknown classes zebra; 1,664 images fewer than 1,670"),
+        ("sketch", 7, 7, 3929, "3,922 images fewer than 3,929"),
+        ("sketches", 0, 0, 0, "no domain of this data set"),
+    ]
+    assert not any(row.ok for row in folders.check("PACS", tmp_path))
+    with pytest.raises(UserError, match=r"PACS is not in .*: expected a folder with .* `flatlab data check PACS` says"):
+        sources.load("PACS", data_dir=tmp_path)
+    with pytest.raises(UserError, match="VLCS is not in"):
+        folders.check("VLCS", tmp_path)
+
+
+def test_check_of_a_folder_compares_its_domains(tree: Path) -> None:
+    (tree / "sketch" / "dog" / "palette.gif").unlink()
+    assert folders.check("folder:animals", tree)[1].off == "no images of dog"
 
 
 # --- batches ---------------------------------------------------------------------------------------------------------

@@ -22,7 +22,8 @@ PROBE = ProbeSpec(radii=(0.0, 1.0))
 def test_digests_stay_what_they_were():
     """A change here renames every run and probe in every store: it must be deliberate, and said in the CHANGELOG."""
     whole = RUN.replace(step=StepSpec(kind="sam"), average=AverageSpec(kind="swad"), quantizer=QuantSpec(), switch=4)
-    assert [spec.digest for spec in (RUN, whole, PROBE)] == ["6a003832a8f22aed", "cf1927ac680fa784", "6c43c1ac4a4deb8b"]
+    # Renewed for `augment` and `precision` of runs, and for the engine's fields of probes.
+    assert [spec.digest for spec in (RUN, whole, PROBE)] == ["aa8d77973a95ef76", "4d877838786a9d05", "6c43c1ac4a4deb8b"]
 
 
 def test_canonical_json_is_sorted_bare_and_complete():
@@ -40,7 +41,7 @@ def test_each_field_of_a_run_is_part_of_its_name():
     other = {"dataset": "PACS", "held_out": "rot15", "image_size": 8, "model": "resnet18", "weights": "imagenet"}
     other |= {"freeze_batchnorm": True, "step": StepSpec(rho=0.1), "average": AverageSpec(every=2), "steps": 11}
     other |= {"eval_every": 2, "batch_size": 8, "lr": 0.1, "weight_decay": 0.1, "seed": 1, "trial_seed": 1}
-    other |= {"holdout": 0.3, "source": "sha256:0"}
+    other |= {"augment": "domainbed", "precision": "bf16", "holdout": 0.3, "source": "sha256:0"}
     names = {RUN.replace(**{field: value}).digest for field, value in other.items()}
     names |= {RUN.replace(frozen=True, switch=4).digest, RUN.replace(quantizer=QuantSpec(), switch=4).digest}
     assert len(names | {RUN.digest}) == len(other) + 3
@@ -126,6 +127,7 @@ def test_the_papers_constants():
     erm = paper("ERM")
     shown = {"lr": 5e-5, "steps": 5000, "batch_size": 32, "eval_every": 300, "weight_decay": 0.0, "holdout": 0.2}
     shown |= {"image_size": 224, "model": "resnet50", "weights": "imagenet", "freeze_batchnorm": True, "switch": None}
+    shown |= {"augment": "domainbed", "precision": "fp32"}
     assert erm.model_dump(include=set(shown)) == shown
     assert (erm.step, erm.average, erm.quantizer, erm.frozen) == (StepSpec(), AverageSpec(), None, False)
     assert (PAPER.seeds, PAPER.num_samples, PAPER.radii) == (3, 100, tuple(range(0, 61, 5)))

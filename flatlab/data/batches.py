@@ -1,14 +1,20 @@
 """Batches on the device: an endless stream to train on, and fixed ones to evaluate on."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from flatlab.data import augment
 from flatlab.data.domains import DomainSet
+from flatlab.data.pictures import Decoded, Originals, Ragged
 from flatlab.errors import UserError
 from flatlab.seeds import generator
+
+KEPT = 2**28  # bytes of float32 inputs that are made once; of more, the bytes are kept, and the rest made each time
 
 
 class Batch(NamedTuple):
@@ -20,16 +26,27 @@ class Batch(NamedTuple):
         sizes: number of samples of each domain; they sum to B.
     """
 
-    inputs: torch.Tensor
-    targets: torch.Tensor
+    inputs: Tensor
+    targets: Tensor
     sizes: tuple[int, ...]
+
+
+class _Source(NamedTuple):
+    """One source domain: the rows to draw from, and what they are rows of, on the device."""
+
+    name: str
+    rows: Tensor
+    images: Tensor | Decoded
+    originals: Originals
+    labels: Tensor
 
 
 class TrainingStream:
     """Batches drawn with replacement, from an infinite stream of its own for each source domain (as DomainBed).
 
     Stateless: a batch is a pure function of (seed, domain, step), the same on every device, so that a resumed run
-    needs no saved state and a new domain moves no other's draws. Images stay bytes until they are gathered.
+    needs no saved state and a new domain moves no other's draws. Images stay bytes until they are gathered. Files that
+    are decoded each time are decoded one step ahead, while the step before is trained.
 
     Args:
         data: the data set.
@@ -37,9 +54,10 @@ class TrainingStream:
         batch_size: samples of each domain in a batch.
         seed: of the stream.
         device: where images are kept and batches are made.
+        augmented: whether DomainBed's training transform is applied to the originals; else the squares are taken.
 
     Raises:
-        UserError: there is nothing to draw from.
+        UserError: there is nothing to draw from, or there are no colours to change.
     """
 
     def __init__(
@@ -50,28 +68,80 @@ class TrainingStream:
         batch_size: int,
         seed: int,
         device: torch.device,
+        augmented: bool = False,
     ) -> None:
         if not rows or not all(map(len, rows.values())):
             raise UserError("A training stream needs at least one source domain, and a row in each.")
-        self._normalise = data.normalise
-        self._batch_size = batch_size
-        self._seed = seed
-        self._sources = []
-        for name in sorted(rows, key=data.index):
-            domain = data.domain(name)
-            on_device = domain.images.to(device), domain.labels.to(device)
-            self._sources.append((domain.name, torch.tensor(rows[name]), *on_device))
+        if augmented and data.domains[0].images.shape[1] != 3:
+            raise UserError(f"DomainBed's augmentation changes colours, and {data.name} has none; train without.")
+        self._normalise, self._size = data.normalise, data.domains[0].images.shape[-1]
+        self._batch_size, self._seed, self._augmented = batch_size, seed, augmented
+        self._sources = [_source(data, name, rows[name], device, augmented) for name in sorted(rows, key=data.index)]
+        self._slow = any(isinstance(source.images, Decoded) for source in self._sources)
+        self._ahead: tuple[int, Future[list[list[Tensor]]]] | None = None
+        self._thread = ThreadPoolExecutor(1)
 
     def batch(self, step: int) -> Batch:
         """Return the batch of a step, counted from 0."""
-        images, targets = [], []
-        for name, rows, all_images, all_labels in self._sources:
-            draws = generator("batches", self._seed, name, step)
-            picks = rows[torch.randint(len(rows), (self._batch_size,), generator=draws)].to(all_labels.device)
-            images.append(all_images[picks])
-            targets.append(all_labels[picks])
-        sizes = (self._batch_size,) * len(images)
-        return Batch(self._normalise(torch.cat(images)), torch.cat(targets), sizes)
+        drawn = [picks.to(source.labels.device) for source, picks in self._picks(step)]
+        targets = torch.cat([source.labels[picks] for source, picks in zip(self._sources, drawn, strict=True)])
+        pictures = self._pictures(step)
+        if self._augmented:
+            draws = [self._draws(source.name, step, each) for source, each in zip(self._sources, pictures, strict=True)]
+            images = augment.augment([each for part in pictures for each in part], augment.join(draws), self._size)
+        else:
+            images = torch.cat([part[0] for part in pictures])
+        return Batch(self._normalise(images), targets, (self._batch_size,) * len(self._sources))
+
+    def _picks(self, step: int) -> Iterator[tuple[_Source, Tensor]]:
+        """Yield each source with the row numbers that are drawn from it."""
+        for source in self._sources:
+            draws = generator("batches", self._seed, source.name, step)
+            yield source, source.rows[torch.randint(len(source.rows), (self._batch_size,), generator=draws)]
+
+    def _draws(self, name: str, step: int, pictures: Sequence[Tensor]) -> augment.Draws:
+        sizes = np.array([each.shape[-2:] for each in pictures], dtype=np.int64)
+        return augment.draw(sizes, generator("augment", self._seed, name, step))
+
+    def _pictures(self, step: int) -> list[list[Tensor]]:
+        """Return each source's share: its originals, or one tensor of squares."""
+        if not self._slow:
+            return self._gather(step)
+        ready = self._ahead[1].result() if self._ahead and self._ahead[0] == step else self._gather(step)
+        self._ahead = step + 1, self._thread.submit(self._gather, step + 1)
+        return ready
+
+    def _gather(self, step: int) -> list[list[Tensor]]:
+        if self._augmented:
+            return [source.originals.pick(picks) for source, picks in self._picks(step)]
+        return [[source.images[picks.to(source.labels.device)]] for source, picks in self._picks(step)]
+
+
+def _source(data: DomainSet, name: str, rows: np.ndarray, device: torch.device, augmented: bool) -> _Source:
+    """Return a domain's share of a stream; only what is drawn from goes to the device."""
+    domain = data.domain(name)
+    images, originals = domain.images, domain.originals
+    if originals is None:
+        originals = Ragged.of(images) if isinstance(images, Tensor) else images
+    if augmented:
+        originals = originals.to(device)
+    else:
+        images = images.to(device)
+    return _Source(domain.name, torch.tensor(rows), images, originals, domain.labels.to(device))
+
+
+class _MadeAnew(Sequence[tuple[Tensor, Tensor]]):
+    """Evaluation batches of which the bytes are kept, on the device; or the files' names, where those are too many."""
+
+    def __init__(self, data: DomainSet, chunks: Sequence[tuple[Tensor | Decoded, Tensor, Tensor]]) -> None:
+        self.data, self.chunks = data, chunks
+
+    def __len__(self) -> int:
+        return len(self.chunks)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        images, rows, targets = self.chunks[index]
+        return self.data.normalise(images if isinstance(images, Tensor) else images[rows]), targets
 
 
 def evaluation_batches(
@@ -82,10 +152,8 @@ def evaluation_batches(
     device: torch.device,
     batch_size: int = 512,
     limit: int | None = None,
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Return rows of one domain as (inputs, targets) on the device, in their order, made once for many evaluations.
-
-    They are float32: 2.2 GiB for 4,000 images of 224 x 224 pixels.
+) -> Sequence[tuple[Tensor, Tensor]]:
+    """Return rows of one domain as (inputs, targets) on the device, in their order, for many evaluations.
 
     Args:
         data: the data set.
@@ -95,10 +163,11 @@ def evaluation_batches(
         batch_size: samples in a batch; the last one may be smaller.
         limit: take only the first so many rows, a fair sample where the rows come shuffled by `domains.split`.
     """
-    domain = data.domain(name)
-    chunks = torch.split(torch.tensor(rows[:limit]), batch_size)
-    return [
-        (data.normalise(domain.images[chunk].to(device)), domain.labels[chunk].to(device))
-        for chunk in chunks
-        if len(chunk)
-    ]
+    domain, wanted = data.domain(name), torch.tensor(rows[:limit])
+    images, chunks = domain.images, []
+    for chunk in torch.split(wanted, batch_size) if len(wanted) else ():
+        own = domain.images[chunk].to(device) if isinstance(images, Tensor) else images.to(device)
+        chunks.append((own, chunk, domain.labels[chunk].to(device)))
+    batches = _MadeAnew(data, chunks)
+    made_once = 4 * len(wanted) * int(np.prod(images.shape[1:])) <= KEPT
+    return list(batches) if made_once else batches

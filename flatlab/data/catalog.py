@@ -84,18 +84,41 @@ def locate(dataset: str, data_dir: Path | None) -> Path:
     Raises:
         UserError: the data set is embedded, no `data_dir` was given, or the domains are not in it.
     """
+    root, expected = place(dataset, data_dir), _expected(dataset)
+    known = facts(dataset)
+    if root.is_dir() and all((root / domain).is_dir() for domain in (known.domains if known else ())):
+        return root
+    name = canonical(dataset)
+    tried = " or ".join(map(str, _candidates(dataset, data_dir)))
+    some = known and any((root / domain).is_dir() for domain in known.domains)
+    hint = f" `flatlab data check {name}` says what is missing." if some else ""
+    raise UserError(f"{name} is not in {tried}: expected {expected}. Pass its place as --data-dir.{hint}")
+
+
+def _expected(dataset: str) -> str:
+    known = facts(dataset)
+    return f"a folder with {', '.join(known.domains)}" if known else "a folder with one folder per domain"
+
+
+def _candidates(dataset: str, data_dir: Path | None) -> list[Path]:
     name, known = canonical(dataset), facts(dataset)
     if known and not known.folder:
         raise UserError(f"{name} is embedded in flatlab and has no folder; leave --data-dir out.")
-    expected = f"a folder with {', '.join(known.domains)}" if known else "a folder with one folder per domain"
     if data_dir is None:
-        raise UserError(f"{name} is read from disk; pass --data-dir, {expected}.")
-    candidates = [data_dir, data_dir / known.folder] if known else [data_dir]
-    for root in candidates:
-        if root.is_dir() and all((root / domain).is_dir() for domain in (known.domains if known else ())):
-            return root
-    tried = " or ".join(map(str, candidates))
-    raise UserError(f"{name} is not in {tried}: expected {expected}. Pass its place as --data-dir.")
+        raise UserError(f"{name} is read from disk; pass --data-dir, {_expected(dataset)}.")
+    return [data_dir, data_dir / known.folder] if known else [data_dir]
+
+
+def place(dataset: str, data_dir: Path | None) -> Path:
+    """Return the folder that has most of a data set's domains, which need not be all: `locate` asks for that.
+
+    Args:
+        dataset: a catalog name, or `folder:NAME`.
+        data_dir: as `locate` takes it.
+    """
+    known = facts(dataset)
+    names = known.domains if known else ()
+    return max(_candidates(dataset, data_dir), key=lambda root: sum((root / name).is_dir() for name in names))
 
 
 def subfolders(folder: Path) -> list[Path]:

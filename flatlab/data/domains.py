@@ -1,4 +1,4 @@
-"""Images in named domains, held in memory as bytes, and DomainBed's fixed split of each domain."""
+"""Images in named domains, as bytes, and DomainBed's fixed split of each domain."""
 
 import hashlib
 from dataclasses import dataclass
@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from flatlab.data.pictures import Decoded, Originals
 from flatlab.errors import UserError, choose
 from flatlab.seeds import seed_hash
 
@@ -18,13 +19,15 @@ class Domain:
 
     Attributes:
         name: of the domain.
-        images: (N, C, H, W) uint8.
+        images: (N, C, H, W) uint8; indexed by rows they are a tensor, also where they are decoded only then.
         labels: (N,) int64, indices into the data set's classes.
+        originals: the images in their own aspect ratios, which crops for training are cut from; None: `images`.
     """
 
     name: str
-    images: torch.Tensor
+    images: torch.Tensor | Decoded
     labels: torch.Tensor
+    originals: Originals | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -40,6 +43,7 @@ class DomainSet:
         classes: the classes' names, in label order.
         mean: of each channel, for images scaled to [0, 1].
         std: of each channel, on the same scale.
+        stamp: the fingerprint, where it is known from the files that the images were decoded from.
     """
 
     name: str
@@ -47,6 +51,7 @@ class DomainSet:
     classes: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    stamp: str | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -63,10 +68,16 @@ class DomainSet:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over names, classes, image bytes and labels: two equal ones are the same data."""
+        """SHA-256 over names, classes, image bytes and labels: two equal ones are the same data.
+
+        Images from files go by the files' bytes, which are the same whatever decodes them, and to whatever size.
+        """
+        if self.stamp:
+            return self.stamp
         digest = hashlib.sha256(repr((self.name, self.classes)).encode())
         for domain in self.domains:
             digest.update(repr((domain.name, tuple(domain.images.shape))).encode())
+            assert isinstance(domain.images, torch.Tensor)
             for tensor in (domain.images, domain.labels):
                 digest.update(tensor.cpu().contiguous().numpy().data)
         return digest.hexdigest()

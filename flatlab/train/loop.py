@@ -23,8 +23,9 @@ from flatlab.models import Network, batchnorms, set_training
 from flatlab.runs import Run, RunStore
 from flatlab.selection import Row, candidates, training_domain
 from flatlab.specs import Place, RunSpec
-from flatlab.train.evaluate import Judge, Score, mean
+from flatlab.train.evaluate import Judge, Score, mean, out_of_memory
 from flatlab.train.objectives import OBJECTIVES
+from flatlab.train.steps import Step
 from flatlab.train.trajectory import Member, Trajectory, arrays
 
 Report = Callable[[int, int, dict[str, float]], None]  # steps made, steps in all, numbers to show
@@ -85,7 +86,7 @@ class Training:
                 trajectory.switch()
                 rule = trajectory.step_rule()
             batch = stream.batch(step)
-            trajectory.losses.append(rule.step(lambda batch=batch: _backward(objective(network, batch))))  # type: ignore[misc]
+            trajectory.losses.append(self._update(rule, lambda batch=batch: objective(network, batch)))  # type: ignore[misc]
             self._check_losses(step)
             sources = cache(lambda: self.judge.sources(network))  # computed only if somebody asks at this step
             trajectory.after(step, lambda sources=sources: mean(sources(), "loss"))  # type: ignore[misc]
@@ -95,6 +96,24 @@ class Training:
             if report:
                 report(step + 1, spec.steps + 1, self._shown())
         self._finish()
+
+    def _update(self, rule: Step, loss: Callable[[], Tensor]) -> Tensor:
+        """Make one update in the spec's precision; a batch that does not fit into memory is never made smaller."""
+
+        def closure() -> Tensor:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.spec.precision == "bf16"):
+                value = loss()
+            return _backward(value)
+
+        try:
+            return rule.step(closure)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            raise UserError(
+                f"Out of memory in training with {self.spec.batch_size} images of each source domain on "
+                f"{self.device}; take a smaller --batch-size (another run: it is part of its name) or --image-size."
+            ) from error
 
     def _threads(self) -> int | None:
         """Return how many threads computed what is gone on from: they order the sums."""
@@ -136,7 +155,9 @@ class Training:
     def _stream(self) -> TrainingStream:
         rows = {name: self.domains.inside[name] for name in self.domains.sources}
         size, seed = self.spec.batch_size, self.spec.seed
-        return TrainingStream(self.domains.data, rows, batch_size=size, seed=seed, device=self.device)
+        augmented = self.spec.augment == "domainbed"
+        data = self.domains.data
+        return TrainingStream(data, rows, batch_size=size, seed=seed, device=self.device, augmented=augmented)
 
     def _check_losses(self, step: int) -> None:
         """Stop at a loss that is not finite, naming its step; the last good state and checkpoints stay."""

@@ -13,7 +13,7 @@ Objective = Callable[[Network, Batch], Tensor]
 
 def erm(network: Network, batch: Batch) -> Tensor:
     """Return the mean cross-entropy over the batch: all source domains' images, concatenated."""
-    return F.cross_entropy(network(batch.inputs), batch.targets)
+    return F.cross_entropy(network(batch.inputs).float(), batch.targets)  # of bf16 logits too
 
 
 OBJECTIVES: dict[str, Objective] = {"erm": erm}

@@ -1,0 +1,167 @@
+"""DomainBed's folders root/domain/class/image: what lies there, and what is off. No torch, and no image is opened."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from flatlab.data import catalog
+from flatlab.errors import UserError
+
+Tree = dict[str, dict[str, list[Path]]]  # domain -> class -> image files, each level in sorted order
+
+SUFFIXES = frozenset([".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm"])
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The image files of a data set whose every domain has images of every class.
+
+    Attributes:
+        name: of the data set.
+        classes: the classes' names, in label order.
+        tree: the files.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    tree: Tree
+
+    def paths(self, domain: str) -> list[Path]:
+        """Return a domain's files, class by class, as ImageFolder sorts them."""
+        return [path for each in self.classes for path in self.tree[domain][each]]
+
+    def labels(self, domain: str) -> npt.NDArray[np.int64]:
+        """Return the label of each of a domain's files."""
+        return np.repeat(np.arange(len(self.classes)), [len(self.tree[domain][each]) for each in self.classes])
+
+    @property
+    def count(self) -> int:
+        """The number of files."""
+        return sum(map(_count, self.tree.values()))
+
+
+def listing(dataset: str, data_dir: Path | None) -> Listing:
+    """Return the files of a data set.
+
+    Args:
+        dataset: a catalog name, or `folder:NAME`.
+        data_dir: where the folders lie; see `catalog.locate`.
+
+    Raises:
+        UserError: the folder is not there, or a class is missing or unknown.
+    """
+    name = catalog.canonical(dataset)
+    root, names = catalog.locate(name, data_dir), catalog.domain_names(name, data_dir)
+    tree = _tree(root, names)
+    return Listing(name, _classes(name, tree), tree)
+
+
+def _tree(root: Path, names: tuple[str, ...]) -> Tree:
+    return {name: {each.name: _images(each) for each in catalog.subfolders(root / name)} for name in names}
+
+
+def _images(folder: Path) -> list[Path]:
+    """Return a folder's image files by name, as ImageFolder sorts them; macOS hides `._photo.jpg` among them."""
+    files = (each for each in folder.iterdir() if each.suffix.lower() in SUFFIXES and each.name[0] != ".")
+    return sorted(files, key=lambda each: each.name)
+
+
+def _count(files: Mapping[str, list[Path]]) -> int:
+    return sum(map(len, files.values()))
+
+
+def _classes(dataset: str, tree: Tree) -> tuple[str, ...]:
+    """Return the class names in label order, once every domain has images of every class."""
+    classes = tuple(sorted(set().union(*tree.values())))
+    known = catalog.facts(dataset)
+    if known and known.classes not in {classes, len(classes)}:
+        expected = known.classes if isinstance(known.classes, int) else ", ".join(known.classes)
+        raise UserError(
+            f"{dataset} has the wrong classes: expected {expected}; found {len(classes)}: {', '.join(classes)}."
+        )
+    for domain, files in tree.items():
+        for each in classes:
+            if not files.get(each):
+                raise UserError(
+                    f"Class {each!r} has no images in domain {domain!r} of {dataset}; every domain needs at least "
+                    f"one image of each class: add one, or remove the class from all domains."
+                )
+    return classes
+
+
+# --- the check ---
+
+
+class Row(NamedTuple):
+    """What `check` found of one domain.
+
+    Attributes:
+        domain: its name.
+        classes: number of classes that have images.
+        images: number of images found.
+        expected: number of images that the catalog gives; None where it gives none.
+        off: what is not as it should be, in words; empty where nothing is.
+    """
+
+    domain: str
+    classes: int
+    images: int
+    expected: int | None
+    off: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is off."""
+        return not self.off
+
+
+def check(dataset: str, data_dir: Path | None) -> list[Row]:
+    """Return each domain's counts beside the catalog's, and what is off; an absent domain has no images.
+
+    Args:
+        dataset: a catalog name, or `folder:NAME`.
+        data_dir: where the folders lie; see `catalog.locate`.
+    """
+    name, known = catalog.canonical(dataset), catalog.facts(dataset)
+    if name == "digits":
+        from flatlab.data import digits  # embedded, and made with torch
+
+        counts = known.domains if known else {}
+        return [Row(d.name, len(set(d.labels.tolist())), len(d), counts[d.name]) for d in digits.load().domains]
+    root = catalog.place(name, data_dir)
+    if not any((root / each).is_dir() for each in (known.domains if known else ("",))):
+        root = catalog.locate(name, data_dir)  # refuses: nothing of it is there
+    names = tuple(known.domains) if known else catalog.domain_names(name, data_dir)
+    tree = _tree(root, tuple(each for each in names if (root / each).is_dir()))
+    expected = _expected_classes(known, tree)
+    rows = [_row(each, tree.get(each), expected, known.domains[each] if known else None) for each in names]
+    strangers = [each.name for each in catalog.subfolders(root) if known and each.name not in names]
+    return rows + [Row(each, 0, 0, 0, "no domain of this data set") for each in strangers]
+
+
+def _expected_classes(known: catalog.Facts | None, tree: Tree) -> tuple[str, ...]:
+    """Return the classes that each domain should have: the catalog's, or all that any domain has."""
+    if known and not isinstance(known.classes, int):
+        return known.classes
+    return tuple(sorted({each for files in tree.values() for each, images in files.items() if images}))
+
+
+def _row(domain: str, files: Mapping[str, list[Path]] | None, classes: tuple[str, ...], count: int | None) -> Row:
+    if files is None:
+        return Row(domain, 0, 0, count, "there is no such folder")
+    found = {each for each, images in files.items() if images}
+    off = "; ".join(_faults(found, set(files), set(classes), _count(files), count))
+    return Row(domain, len(found), _count(files), count, off)
+
+
+def _faults(found: set[str], folders: set[str], classes: set[str], images: int, expected: int | None) -> Iterator[str]:
+    if missing := sorted(classes - found):
+        yield f"no images of {', '.join(missing)}"
+    if unknown := sorted(folders - classes):
+        yield f"unknown classes {', '.join(unknown)}"
+    if expected is not None and images != expected:
+        yield f"{abs(images - expected):,} images {'more' if images > expected else 'fewer'} than {expected:,}"
