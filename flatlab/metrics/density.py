@@ -1,4 +1,7 @@
-"""The density of a curvature's eigenvalues, by stochastic Lanczos quadrature (Ubaru et al. 2017; Ghorbani et al. 2019)."""
+"""The density of a curvature's eigenvalues, by stochastic Lanczos quadrature.
+
+Sources: Ubaru, Chen and Saad 2017; Ghorbani, Krishnan and Xiao 2019.
+"""
 
 import time
 from collections.abc import Callable

@@ -61,7 +61,7 @@ class Krylov:
     @property
     def broken(self) -> bool:
         """Whether the basis spans an invariant subspace: what is left over is rounding, and no direction."""
-        scale = np.abs(self.ritz()[0]).max(initial=0.0)
+        scale = np.abs(self.projection).sum(axis=1).max()  # bounds |T| from above, without its eigenvalues
         return self.exhausted or not self.beta > resolution(self.operator) * scale
 
     def extend(self) -> None:

@@ -5,6 +5,8 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,19 +47,25 @@ class Choice:
 @contextmanager
 def dual_numbers(tensors: Mapping[str, Tensor], tangents: Sequence[Tensor]) -> Iterator[dict[str, Tensor]]:
     """Yield the tensors as dual numbers with these tangents."""
-    with warnings.catch_warnings():
-        # torch compiles its own decompositions with torch.jit.script the first time, and warns itself of that.
-        warnings.filterwarnings("ignore", message=".*torch.jit", category=Warning)
-        level = forward_ad.dual_level()
-        level.__enter__()
-        duals = {
-            name: forward_ad.make_dual(tensor, tangent.to(memory_format=torch.preserve_format))
+    _load()
+    with forward_ad.dual_level():
+        yield {
+            name: forward_ad.make_dual(tensor, tangent)  # type: ignore[no-untyped-call]
             for (name, tensor), tangent in zip(tensors.items(), tangents, strict=True)
         }
-    try:
-        yield duals
-    finally:
-        level.__exit__(None, None, None)
+
+
+def tangent_of(dual: Tensor) -> Tensor | None:
+    """Return the tangent of a dual number, or None where it is zero."""
+    return forward_ad.unpack_dual(dual).tangent  # type: ignore[no-any-return, no-untyped-call]
+
+
+@cache
+def _load() -> None:
+    """Make a first dual number: torch then compiles decompositions with torch.jit.script, and warns itself of that."""
+    with warnings.catch_warnings(), forward_ad.dual_level():
+        warnings.simplefilter("ignore")
+        forward_ad.make_dual(torch.zeros(()), torch.zeros(()))  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True)
@@ -134,3 +142,34 @@ def _reason(tried: Sequence[Trial], method: str, single: bool) -> str:
         return "one batch: its graph is kept between the products"
     seconds = [f"{trial.name} {1e3 * (trial.build + trial.each):.3g} ms" for trial in tried]
     return f"measured on one batch: {', '.join(seconds)}"
+
+
+def pullback(values: Sequence[Tensor], tensors: Sequence[Tensor]) -> Apply:
+    """Return views -> the derivative of <values, views> by the tensors, from a graph that is kept."""
+    alive = [i for i, value in enumerate(values) if value.requires_grad]
+    _refuse_dead_ends([values[i].grad_fn for i in alive])
+
+    def apply(views: Sequence[Tensor]) -> Sequence[Tensor]:
+        if not alive:  # nothing depends on the tensors: a loss without curvature
+            return [torch.zeros_like(tensor) for tensor in tensors]
+        ends, weights = [values[i] for i in alive], [views[i] for i in alive]
+        return torch.autograd.grad(ends, tensors, weights, retain_graph=True, materialize_grads=True)
+
+    return apply
+
+
+def _refuse_dead_ends(nodes: Sequence[Any]) -> None:
+    """Raise where a path ends in a function that is marked as differentiable once.
+
+    torch means to raise there itself, but only if it walks that path; asked for the derivative by the parameters it
+    prunes it, and the curvature behind is silently zero.
+    """
+    waiting, seen = list(nodes), set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        if node.name() == "torch::autograd::Error":
+            raise RuntimeError("a function in it is marked with @once_differentiable")
+        seen.add(node)
+        waiting += [following for following, _ in node.next_functions]

@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flatlab.errors import UserError, choose
 from flatlab.landscape import Landscape, Term
-from flatlab.metrics.modes import Apply, Choice, dual_numbers, measure
+from flatlab.metrics.modes import Apply, Choice, dual_numbers, measure, pullback, tangent_of
 from flatlab.params import flatten
 from flatlab.seeds import generator
 
@@ -114,8 +113,8 @@ class Curvature(ABC):
 
         return LinearOperator(
             self.shape,
-            matvec=lambda v: product(v.ravel()),  # type: ignore[union-attr]
-            rmatvec=lambda v: product(v.ravel()),  # type: ignore[union-attr]
+            matvec=lambda v: product(v.ravel()),
+            rmatvec=lambda v: product(v.ravel()),
             matmat=product,
             rmatmat=product,
             dtype=dtype,
@@ -176,14 +175,14 @@ class Hessian(Curvature):
         tensors = list(self._copies.values())
         loss = total(self._outputs(inputs, self._copies)) / count
         grads = torch.autograd.grad(loss, tensors, create_graph=True, materialize_grads=True)
-        return _pullback(grads, tensors)
+        return pullback(grads, tensors)
 
     def _forward(self, term: Term, views: Sequence[Tensor]) -> Sequence[Tensor]:
         inputs, total, count = term
         with dual_numbers(self._copies, views) as duals:
             loss = total(self._outputs(inputs, duals)) / count
             grads = torch.autograd.grad(loss, list(duals.values()), materialize_grads=True)
-            tangents = [forward_ad.unpack_dual(grad).tangent for grad in grads]
+            tangents = [tangent_of(grad) for grad in grads]
         return [torch.zeros_like(v) if t is None else t for t, v in zip(tangents, views, strict=True)]
 
 
@@ -201,7 +200,7 @@ class _OuterProduct(Curvature):
         middle = self._middle(outputs.detach(), total, count)
         # The derivative of J'u by u, applied to v, is J v: two backward passes make a forward one.
         u = torch.zeros_like(outputs, requires_grad=True)
-        pushed = _pullback(torch.autograd.grad(outputs, tensors, u, create_graph=True, materialize_grads=True), [u])
+        pushed = pullback(torch.autograd.grad(outputs, tensors, u, create_graph=True, materialize_grads=True), [u])
 
         def apply(views: Sequence[Tensor]) -> Sequence[Tensor]:
             back = middle(pushed(views)[0])
@@ -212,7 +211,8 @@ class _OuterProduct(Curvature):
     def _forward(self, term: Term, views: Sequence[Tensor]) -> Sequence[Tensor]:
         inputs, total, count = term
         with dual_numbers(self._copies, views) as duals:
-            outputs, tangent = forward_ad.unpack_dual(self._tensor(self._outputs(inputs, duals)))
+            outputs = self._tensor(self._outputs(inputs, duals))
+            tangent = tangent_of(outputs)
         if tangent is None:
             return [torch.zeros_like(v) for v in views]
         back = self._middle(outputs.detach(), total, count)(tangent.detach())
@@ -235,7 +235,7 @@ class GGN(_OuterProduct):
     def _middle(self, outputs: Tensor, total: Callable[[Any], Tensor], count: float) -> Callable[[Tensor], Tensor]:
         z = outputs.requires_grad_()
         slope = torch.autograd.grad(total(z) / count, [z], create_graph=True, materialize_grads=True)
-        pull = _pullback(slope, [z])
+        pull = pullback(slope, [z])
         return lambda u: pull([u])[0]
 
 
@@ -271,16 +271,3 @@ class Fisher(_OuterProduct):
             )
         shares = outputs.softmax(1)
         return lambda u: shares * (u - (shares * u).sum(1, keepdim=True)) / count
-
-
-def _pullback(values: Sequence[Tensor], tensors: Sequence[Tensor]) -> Apply:
-    """Return views -> the derivative of <values, views> by the tensors, from a graph that is kept."""
-    alive = [i for i, value in enumerate(values) if value.requires_grad]
-
-    def apply(views: Sequence[Tensor]) -> Sequence[Tensor]:
-        if not alive:  # nothing depends on the tensors: a loss without curvature
-            return [torch.zeros_like(tensor) for tensor in tensors]
-        ends, weights = [values[i] for i in alive], [views[i] for i in alive]
-        return torch.autograd.grad(ends, tensors, weights, retain_graph=True, materialize_grads=True)
-
-    return apply

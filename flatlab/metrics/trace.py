@@ -134,7 +134,9 @@ def hessian_trace(
     basis, exact = _deflate(operator, deflate, budget, name)
     probes, stopped = np.zeros((0, 2)), "exact"
     if len(basis) < operator.shape[0]:
-        probes, stopped = _sample(operator, basis, float(exact[0]), (rel_error, budget - operator.products + before), name)
+        probes, stopped = _sample(
+            operator, basis, float(exact[0]), (rel_error, budget - operator.products + before), name
+        )
     return Trace(
         exact=exact,
         probes=probes,
