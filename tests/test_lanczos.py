@@ -103,7 +103,7 @@ def test_a_budget_ends_the_search_and_is_told():
     spectrum = hessian_spectrum(quadratic(SPECTRA["uniform"]), k=5, budget=8)
     assert (spectrum.cost.hvps, spectrum.converged) == (8, False)
     frame = spectrum.to_frame()
-    assert list(frame.columns) == ["index", "value", "residual", "error", "converged"]
+    assert list(frame.columns) == ["index", "value", "residual", "converged"]
     low, high = spectrum.interval()
     assert np.all(low < high)
     spectrum.plot(), plt.gcf().canvas.draw()
@@ -149,13 +149,13 @@ def test_the_mean_over_all_signs_is_the_exact_trace(monkeypatch):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", cases.MODELS)
 def test_moments_of_networks_agree_with_dense_autograd(name, layout):
-    density = spectral_density(landscape_of(double(name), layout), num_vectors=12, steps=8)
+    density = spectral_density(landscape_of(double(name), layout), num_vectors=8, steps=6)
     values = torch.linalg.eigvalsh(dense(name, layout)).numpy()
     for power in (1, 2):
         moment = density.moment(power)
-        assert abs(moment.value - (values**power).mean()) < 4.5 * moment.stderr  # t with 11 degrees: 0.1 %
+        assert abs(moment.value - (values**power).mean()) < 5.4 * moment.stderr  # t with 7 degrees: 0.1 %
     negative = density.negative_weight
-    assert abs(negative.value - np.maximum(-values, 0).sum() / np.abs(values).sum()) < 4.5 * negative.stderr + 0.03
+    assert abs(negative.value - np.maximum(-values, 0).sum() / np.abs(values).sum()) < 5.4 * negative.stderr + 0.03
 
 
 def test_the_density_integrates_to_one_and_lies_where_the_eigenvalues_do():
@@ -177,9 +177,10 @@ def test_the_density_integrates_to_one_and_lies_where_the_eigenvalues_do():
 
 def test_plain_lanczos_gives_the_same_moments_but_ghosts_of_outliers():
     values = np.r_[100.0, np.linspace(0.0, 1.0, 99)]
-    whole, plain = (spectral_density(quadratic(values), steps=60, reorthogonalise=each) for each in (True, False))
+    operator = Hessian(quadratic(values))
+    whole, plain = (spectral_density(operator, steps=40, num_vectors=2, reorthogonalise=each) for each in (True, False))
     assert plain.moment(2).value == pytest.approx(whole.moment(2).value, rel=1e-9)
-    assert [(nodes > 50).sum() for nodes in whole.nodes] == [1] * 5
+    assert [(nodes > 50).sum() for nodes in whole.nodes] == [1] * 2
     assert max((nodes > 50).sum() for nodes in plain.nodes) > 1
 
 

@@ -1,0 +1,19 @@
+"""Curvature of the digits CNN, side by side in one run: products, top-10 eigenvalues, trace.
+
+    python benchmarks/curvature.py [--samples 256] [--seeds 3]
+
+Counts of products do not depend on the machine; seconds do, so read their ratios.
+"""
+
+import argparse
+import statistics
+import time
+import warnings
+
+import numpy as np
+import scipy.sparse.linalg
+import torch
+import torch.nn.functional as F
+
+import flatlab
+from flatlab.data.digits import load_digits_domains  # noqa: F401
