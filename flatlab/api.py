@@ -10,7 +10,11 @@ from flatlab.measure import measure as measure_run
 from flatlab.measure import network as network_of
 from flatlab.methods import METHODS, Method, compose, replicates, vary
 from flatlab.metrics.compare import PairedDifference, compare_flatness, paired_difference
+from flatlab.metrics.density import SpectralDensity, spectral_density
+from flatlab.metrics.lanczos import Spectrum, hessian_spectrum
+from flatlab.metrics.operators import GGN, Fisher, Hessian
 from flatlab.metrics.sphere import SphereFlatness, sphere_flatness
+from flatlab.metrics.trace import Trace, hessian_trace
 from flatlab.metrics.worst import WorstRise, worst_rise
 from flatlab.models import Network, build_network
 from flatlab.quant.attach import attach, bake
@@ -31,6 +35,16 @@ __all__ = [
     "WorstRise",
     "paired_difference",
     "PairedDifference",
+    # curvature
+    "Hessian",
+    "GGN",
+    "Fisher",
+    "hessian_spectrum",
+    "Spectrum",
+    "spectral_density",
+    "SpectralDensity",
+    "hessian_trace",
+    "Trace",
     # networks and quantizers
     "Network",
     "build_network",

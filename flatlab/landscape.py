@@ -28,6 +28,8 @@ from flatlab.probes import alike, probe_mean, probe_model, refuse_training, vers
 from flatlab.seeds import generator
 
 FloatArray = npt.NDArray[np.float64]
+Term = tuple[Any, Callable[[Any], Tensor], float]
+"""Inputs of a batch; from its outputs to the sum of its losses; what that sum is divided by in the loss."""
 
 
 class Move(Protocol):
@@ -80,7 +82,8 @@ class Landscape:
     ) -> None:
         self.model, self._check = model, check
         self._total = partial(total, loss)
-        self._tensors: list[Tensor] = alike(select(model, params))
+        self.named = select(model, params)
+        self._tensors: list[Tensor] = alike(self.named)
         self._w0 = flatten(self._tensors)
         sources = data if isinstance(data, Mapping) else {"all": data}
         if not sources:
@@ -210,6 +213,11 @@ class Landscape:
         with self._visiting(), sdpa_kernel(SDPBackend.MATH):
             return self._accumulate(derivative)
 
+    def terms(self) -> list[Term]:
+        """Return the batches: the loss is the sum of ``total(outputs) / count`` over them."""
+        self._refuse_changed()
+        return list(self._terms())
+
     @contextmanager
     def _visiting(self, vector: Tensor | None = None) -> Iterator[None]:
         self._refuse_changed()
@@ -243,11 +251,13 @@ class Landscape:
     def _accumulate(self, derivative: Callable[[Tensor], Iterable[Tensor]]) -> Tensor:
         result = torch.zeros_like(self._w0)
         with torch.enable_grad():
-            for batches, size in zip(self._batches, self.sizes.tolist(), strict=True):
-                for batch in batches:
-                    loss = self._total(self.model(batch.inputs), batch) / (size * len(self.strata))
-                    result += flatten(derivative(loss))
+            for inputs, total, count in self._terms():
+                result += flatten(derivative(total(self.model(inputs)) / count))
         return result
+
+    def _terms(self) -> Iterator[Term]:
+        for batches, size in zip(self._batches, self.sizes.tolist(), strict=True):
+            yield from ((b.inputs, partial(self._total, batch=b), size * len(self.strata)) for b in batches)
 
     def _refuse_changed(self) -> None:
         """Refuse a model that is no longer where the landscape was built: its values would be a mixture."""

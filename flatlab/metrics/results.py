@@ -1,6 +1,7 @@
 """What every sampled result shares: a value, its uncertainty, the raw draws, and what they cost."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 FloatArray = npt.NDArray[np.float64]
+Report = Callable[[int, int], None]
+"""Called as ``report(done, total)`` while a metric samples."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,270 @@
+"""Eigenpairs and the density of eigenvalues against given spectra, dense autograd and other libraries."""
+
+import itertools
+import warnings
+
+import cases
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import scipy.sparse.linalg
+import torch
+from spectra import LAYOUTS, dense, double, landscape_of, normal, quadratic, softmax_regression
+
+from flatlab.errors import UserError
+from flatlab.metrics import density as density_module
+from flatlab.metrics import krylov as krylov_module
+from flatlab.metrics.density import spectral_density
+from flatlab.metrics.krylov import Krylov
+from flatlab.metrics.lanczos import EXTRA, hessian_spectrum
+from flatlab.metrics.operators import GGN, Hessian
+
+SPECTRA = {
+    "uniform": np.linspace(-1.0, 5.0, 60),
+    "clustered": np.r_[10.0, 10.001, 9.999, np.linspace(-3.0, 1.0, 80)],
+    "multiple": np.r_[5.0, 5.0, 5.0, 1.0, 1.0, np.zeros(30)],
+    "outliers": np.r_[np.geomspace(1e-3, 100.0, 150), -np.geomspace(1e-3, 3.0, 50)],
+    "one": np.ones(20),
+    "none": np.zeros(10),
+}
+
+
+def wanted(values, k, which):
+    values = np.sort(values)
+    return {
+        "LA": values[::-1][:k],
+        "SA": values[:k],
+        "BE": np.r_[values[: k // 2], values[len(values) - k + k // 2 :]],
+    }[which]
+
+
+@pytest.mark.parametrize("which", ["LA", "SA", "BE"])
+@pytest.mark.parametrize("name", SPECTRA)
+def test_given_eigenvalues_are_found(name, which):
+    spectrum = hessian_spectrum(quadratic(SPECTRA[name]), k=5, which=which, tol=1e-3, budget=500)
+    expected, scale = wanted(SPECTRA[name], 5, which), np.abs(SPECTRA[name]).max()
+    assert spectrum.converged
+    # Clustered ones are told apart no better than tol; the bound holds for some eigenvalue each.
+    assert np.all(np.abs(spectrum.eigenvalues - expected) <= 1e-3 * np.abs(expected) + 1e-9 * scale)
+    nearest = np.abs(SPECTRA[name] - spectrum.eigenvalues[:, None]).min(axis=1)
+    assert np.all(nearest <= spectrum.residuals + 1e-9 * scale)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", cases.MODELS)
+def test_eigenpairs_of_networks_agree_with_dense_autograd(name, layout, untouched):
+    case = double(name)
+    with untouched(case.model):
+        spectrum = hessian_spectrum(landscape_of(case, layout), k=6, vectors=True)
+    matrix = dense(name, layout)
+    expected = torch.linalg.eigvalsh(matrix).numpy()[::-1][:6]
+    assert spectrum.eigenvalues == pytest.approx(expected, rel=1e-3)
+    vectors, values = spectrum.eigenvectors, torch.from_numpy(spectrum.eigenvalues)
+    residuals = torch.linalg.vector_norm(matrix @ vectors - vectors * values, dim=0).numpy()
+    assert spectrum.residuals == pytest.approx(residuals, abs=1e-9)
+    torch.testing.assert_close(vectors.T @ vectors, torch.eye(6, dtype=torch.float64), atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["mlp", "conv_bn"])
+def test_float32_is_good_to_what_it_says(name):
+    spectrum = hessian_spectrum(cases.make(name).landscape([20, 4]), k=6, tol=1e-4)
+    assert spectrum.converged
+    assert spectrum.eigenvalues == pytest.approx(torch.linalg.eigvalsh(dense(name, "one")).numpy()[::-1][:6], rel=2e-4)
+
+
+def test_softmax_regression_has_the_eigenvalues_of_its_closed_form():
+    landscape, matrix = softmax_regression()
+    expected = torch.linalg.eigvalsh(matrix).numpy()
+    for make in (Hessian, GGN):
+        assert hessian_spectrum(make(landscape), k=12).eigenvalues == pytest.approx(expected[::-1], abs=1e-10)
+
+
+def test_the_basis_is_bounded_and_orthonormal_through_restarts():
+    operator = Hessian(quadratic(SPECTRA["uniform"]))
+    spectrum = hessian_spectrum(operator, k=3, tol=1e-8, vectors=True)
+    assert spectrum.cost.hvps == operator.products > 3 + EXTRA  # it had to restart
+    assert spectrum.converged
+    krylov = Krylov(operator, normal("start", shape=(60,)), 17)
+    while not krylov.full:
+        krylov.extend()
+    values, coefficients = krylov.ritz()
+    krylov.restart(coefficients[:, -6:], values[-6:])
+    for _ in range(4):
+        krylov.extend()
+    assert krylov.basis.shape == (17, 60)
+    torch.testing.assert_close(
+        krylov.vectors @ krylov.vectors.T, torch.eye(10, dtype=torch.float64), atol=1e-13, rtol=0
+    )
+    projected = krylov.vectors @ (operator @ krylov.vectors.T)
+    assert krylov.projection[:10, :10] == pytest.approx(projected.numpy(), abs=1e-12)
+
+
+def test_a_budget_ends_the_search_and_is_told():
+    spectrum = hessian_spectrum(quadratic(SPECTRA["uniform"]), k=5, budget=8)
+    assert (spectrum.cost.hvps, spectrum.converged) == (8, False)
+    frame = spectrum.to_frame()
+    assert list(frame.columns) == ["index", "value", "residual", "converged"]
+    low, high = spectrum.interval()
+    assert np.all(low < high)
+    spectrum.plot(), plt.gcf().canvas.draw()
+
+
+def test_the_seed_names_the_start():
+    landscape = double("mlp").landscape()
+    first, second, other = (hessian_spectrum(landscape, k=2, seed=seed) for seed in (0, 0, 1))
+    assert np.array_equal(first.eigenvalues, second.eigenvalues)
+    assert not np.array_equal(first.eigenvalues, other.eigenvalues)
+    assert first.eigenvectors is None
+
+
+# ---------------------------------------------------------------------------------------------------------- density
+
+
+@pytest.mark.parametrize("orthogonal", [True, False])
+def test_the_quadrature_is_exact_for_polynomials_below_twice_the_steps(orthogonal):
+    values = np.linspace(-1.0, 2.0, 12)
+    operator, steps = Hessian(quadratic(values)), 4
+    density = spectral_density(operator, num_vectors=3, steps=steps, seed=5, reorthogonalise=orthogonal)
+    for index, (nodes, weights) in enumerate(zip(density.nodes, density.weights, strict=True)):
+        start = krylov_module.draw(operator, "signs", "density", 5, index)
+        power = start / start.norm()
+        moments = [(power @ start / start.norm()).item()]
+        for _ in range(2 * steps):
+            power = operator @ power
+            moments.append((power @ start / start.norm()).item())
+        found = [(weights * nodes**p).sum() for p in range(2 * steps + 1)]
+        assert found[:-1] == pytest.approx(moments[:-1], rel=1e-9)
+        assert found[-1] != pytest.approx(moments[-1], rel=1e-6)
+
+
+def test_the_mean_over_all_signs_is_the_exact_trace(monkeypatch):
+    operator = Hessian(quadratic([3.0, 1.0, 0.5, -2.0]))
+    signs = [torch.tensor(s, dtype=torch.float64) for s in itertools.product([-1.0, 1.0], repeat=4)]
+    monkeypatch.setattr(density_module, "draw", lambda operator, kind, *names: signs[names[-1]])
+    density = spectral_density(operator, num_vectors=16, steps=3)
+    assert density.moment(1).value == pytest.approx(2.5 / 4, rel=1e-12)
+    assert density.moment(2).value == pytest.approx(14.25 / 4, rel=1e-12)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", cases.MODELS)
+def test_moments_of_networks_agree_with_dense_autograd(name, layout):
+    density = spectral_density(landscape_of(double(name), layout), num_vectors=8, steps=6)
+    values = torch.linalg.eigvalsh(dense(name, layout)).numpy()
+    for power in (1, 2):
+        moment = density.moment(power)
+        assert abs(moment.value - (values**power).mean()) < 5.4 * moment.stderr  # t with 7 degrees: 0.1 %
+    negative = density.negative_weight
+    assert abs(negative.value - np.maximum(-values, 0).sum() / np.abs(values).sum()) < 5.4 * negative.stderr + 0.03
+
+
+def test_the_density_integrates_to_one_and_lies_where_the_eigenvalues_do():
+    values = np.r_[np.full(30, -1.0), np.full(60, 0.5), np.full(10, 4.0)]
+    density = spectral_density(quadratic(values), num_vectors=40, steps=10)
+    assert {len(nodes) for nodes in density.nodes} == {3}  # it stops where the basis breaks down: no ghosts
+    grid = density.grid(4000)
+    assert np.trapezoid(density.density(grid), grid) == pytest.approx(1.0, abs=2e-4)
+    low, high = density.band(grid)
+    assert np.all(low <= density.density(grid)) and np.all(density.density(grid) <= high)
+    for place, share in ((-1.0, 0.3), (0.5, 0.6), (4.0, 0.1)):
+        mass = density.mean(lambda nodes, place=place: (np.abs(nodes - place) < 0.1).astype(float))
+        assert abs(mass.value - share) < 3.5 * mass.stderr
+    assert abs(density.negative_share.value - 0.3) < 3.5 * density.negative_share.stderr
+    assert abs(density.negative_weight.value - 0.3) < 3.5 * density.negative_weight.stderr  # 30 of 30 + 30 + 40
+    assert len(density.to_frame()) == 120
+    density.plot(), plt.gcf().canvas.draw()
+
+
+def test_plain_lanczos_gives_the_same_moments_but_ghosts_of_outliers():
+    values = np.r_[100.0, np.linspace(0.0, 1.0, 99)]
+    operator = Hessian(quadratic(values))
+    whole, plain = (spectral_density(operator, steps=40, num_vectors=2, reorthogonalise=each) for each in (True, False))
+    assert plain.moment(2).value == pytest.approx(whole.moment(2).value, rel=1e-9)
+    assert [(nodes > 50).sum() for nodes in whole.nodes] == [1] * 2
+    assert max((nodes > 50).sum() for nodes in plain.nodes) > 1
+
+
+# ------------------------------------------------------------------------------------------ bad input, bugs, libraries
+
+
+def test_bad_input_is_refused():
+    landscape = double("mlp").landscape()
+    for k in (0, 54):
+        with pytest.raises(UserError, match=f"k must lie between 1 and the 53 parameters, but is {k}"):
+            hessian_spectrum(landscape, k=k)
+    with pytest.raises(UserError, match="Unknown end of the spectrum 'LM'; known: LA, SA, BE"):
+        hessian_spectrum(landscape, which="LM")
+    for wrong in ({"num_vectors": 0}, {"steps": 0}):
+        with pytest.raises(UserError, match="num_vectors and steps must be at least 1"):
+            spectral_density(landscape, **wrong)
+    single = spectral_density(landscape, num_vectors=1, steps=3)
+    with pytest.raises(UserError, match="A band needs num_vectors of at least 2"):
+        single.band(single.grid())
+    with pytest.raises(UserError, match="width sigma of the kernel must be positive, but is -1"):
+        single.density([0.0], -1.0)
+
+
+def loose(monkeypatch):  # Lanczos without orthogonalisation
+    def once(self, vector):
+        last = self.vectors[-2:]
+        part = last @ vector
+        vector.addmv_(last.T, part, alpha=-1.0)
+        return np.r_[np.zeros(self.size - len(part)), part.numpy()]
+
+    monkeypatch.setattr(Krylov, "_orthogonalise", once)
+
+
+def halved(monkeypatch):
+    true = Krylov.restart
+    monkeypatch.setattr(Krylov, "restart", lambda self, c, v: true(self, c, v / 2))
+
+
+def swapped(monkeypatch):
+    true = Hessian.__matmul__
+    monkeypatch.setattr(Hessian, "__matmul__", lambda self, v: -true(self, v))
+
+
+@pytest.mark.parametrize("bug", [loose, halved, swapped])
+def test_planted_bugs_in_the_eigensolver_are_caught(bug, monkeypatch):
+    bug(monkeypatch)
+    with pytest.raises(AssertionError):
+        test_given_eigenvalues_are_found("outliers", "SA")
+
+
+def test_unused_weights_would_be_caught(monkeypatch):
+    true = np.linalg.eigh
+
+    def uniform(matrix):
+        values, vectors = true(matrix)
+        return values, np.full_like(vectors, len(values) ** -0.5)
+
+    monkeypatch.setattr(np.linalg, "eigh", uniform)
+    with pytest.raises(AssertionError):
+        test_the_quadrature_is_exact_for_polynomials_below_twice_the_steps(True)
+
+
+def test_scipy_needs_no_fewer_products():
+    for name in ("conv_bn", "vit"):
+        landscape = double(name).landscape()
+        ours, theirs = hessian_spectrum(landscape, k=10, tol=1e-2), Hessian(landscape)
+        start = normal("arpack", shape=(landscape.num_params,)).numpy()
+        found = scipy.sparse.linalg.eigsh(theirs.to_scipy(), k=10, which="LA", tol=1e-2, v0=start)[0]
+        assert ours.eigenvalues == pytest.approx(found[::-1], rel=1e-2)
+        assert ours.cost.hvps <= 1.1 * theirs.products
+
+
+@pytest.mark.oracle
+def test_pyhessian_finds_the_same_eigenvalues():
+    case = cases.make("conv_bn").double()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import pyhessian
+
+        oracle = pyhessian.hessian(case.model, case.loss, data=(case.inputs, case.targets), cuda=False)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # it draws from the global generator
+            # float32 vectors where the model is float64 are the caller's: it takes the parameters' own dtype
+            values, _ = oracle.eigenvalues(maxIter=2000, tol=1e-9, top_n=2)
+    case.model.zero_grad()
+    found = hessian_spectrum(case.landscape([5, 1, 11, 7]), k=2, tol=1e-6).eigenvalues
+    assert found == pytest.approx(np.array(values), rel=1e-4)

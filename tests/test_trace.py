@@ -1,0 +1,206 @@
+"""The trace against closed forms, dense autograd and another library; its interval against what it claims."""
+
+import itertools
+import warnings
+
+import cases
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+from spectra import LAYOUTS, dense, double, landscape_of, quadratic, rotated, softmax_regression
+
+from flatlab import seeds
+from flatlab.errors import UserError
+from flatlab.metrics import krylov as krylov_module
+from flatlab.metrics import trace as trace_module
+from flatlab.metrics.lanczos import hessian_spectrum
+from flatlab.metrics.operators import GGN, Hessian
+from flatlab.metrics.trace import hessian_trace
+
+OUTLIERS = np.r_[20.0, 15.0, 10.0, 8.0, np.geomspace(1.0, 1e-3, 80), np.full(16, -0.1)]
+
+
+class Dense:
+    """An operator that is a matrix: 400 repetitions cost a second."""
+
+    def __init__(self, eigenvalues, *names):
+        self.matrix = rotated(eigenvalues, *names)
+        self.shape, self.dtype, self.device, self.products = tuple(self.matrix.shape), torch.float64, "cpu", 0
+
+    def __matmul__(self, vectors):
+        self.products += 1 if vectors.ndim == 1 else vectors.shape[1]
+        return self.matrix @ vectors
+
+
+@pytest.fixture
+def by_matrix(monkeypatch):
+    monkeypatch.setattr(trace_module, "Curvature", (Dense, trace_module.Curvature))
+    return Dense(OUTLIERS)
+
+
+def coverage(operator, repeats=400, **kwargs):
+    """How often 95 % intervals of trace, square and effective rank hold the truth."""
+    truth = np.array([OUTLIERS.sum(), (OUTLIERS**2).sum(), OUTLIERS.sum() ** 2 / (OUTLIERS**2).sum()])
+    hits = np.zeros(3)
+    for seed in range(repeats):
+        found = hessian_trace(operator, seed=seed, **kwargs)
+        each = [*found.estimates, found.effective_rank]
+        hits += [abs(e.value - t) <= e.half_width(0.95) for e, t in zip(each, truth, strict=True)]
+    return hits / repeats
+
+
+@pytest.mark.parametrize("kwargs", [{"deflate": 6, "rel_error": 0.02}, {"deflate": 0, "rel_error": 0.2}, {}])
+def test_the_interval_covers_as_often_as_it_says(kwargs, by_matrix):
+    # Sampling stops when it looks accurate, which makes intervals a little too short: 93 % at least, 3.5 sigma given.
+    spread = 3.5 * np.sqrt(0.95 * 0.05 / 400)
+    shares = coverage(by_matrix, **kwargs)
+    assert 0.93 - spread <= shares[0] <= 0.97 + spread
+    assert shares[1:].min() > 0.85  # of the square: one draw in few probes is skewed
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", cases.MODELS)
+def test_traces_of_networks_agree_with_dense_autograd(name, layout, untouched):
+    case, matrix = double(name), dense(name, layout)
+    with untouched(case.model):
+        found = hessian_trace(landscape_of(case, layout), budget=80)
+    for estimate, truth in zip(found.estimates, (matrix.trace(), matrix.square().sum()), strict=True):
+        assert abs(estimate.value - truth.item()) < 4.5 * estimate.stderr  # t with 15 degrees and more: 0.05 %
+    assert found.cost.hvps <= 80
+
+
+def test_the_mean_over_all_signs_is_the_exact_trace(monkeypatch):
+    signs = [torch.tensor(s, dtype=torch.float64) for s in itertools.product([-1.0, 1.0], repeat=4)]
+    monkeypatch.setattr(trace_module, "draw", lambda operator, kind, *names: signs[names[-1]])
+    found = hessian_trace(quadratic([3.0, 1.0, 0.5, -2.0]), deflate=0, budget=16, rel_error=0.0)
+    assert found.value == pytest.approx([2.5, 14.25], rel=1e-12)
+    assert (len(found.probes), found.captured, found.stopped, found.converged) == (16, 0.0, "budget", False)
+
+
+def test_a_basis_of_the_whole_space_is_exact():
+    values = np.array([4.0, 2.0, 1.0, -1.0])
+    found = hessian_trace(quadratic(values), deflate=4)
+    assert found.value == pytest.approx([6.0, 22.0], rel=1e-12)
+    assert (found.stopped, found.cost.hvps, found.stderr.tolist()) == ("exact", 4, [0.0, 0.0])
+    assert (found.effective_rank.value, found.captured) == (pytest.approx(36 / 22), pytest.approx(1.0))
+
+
+@pytest.mark.parametrize("make", [Hessian, GGN])
+def test_a_basis_of_the_range_leaves_nothing_to_probe(make):
+    landscape, matrix = softmax_regression()  # adding one vector to all classes changes nothing: rank 8 of 12
+    found = hessian_trace(make(landscape), deflate=12)
+    assert found.basis == 9
+    assert found.value == pytest.approx([matrix.trace().item(), matrix.square().sum().item()], rel=1e-12)
+    assert np.all(found.stderr < 1e-12)
+
+
+def test_what_the_basis_holds_of_the_square_is_exact():
+    # With every sign vector of the space as a probe, the rest is exact too, so that the sum must be.
+    operator = Hessian(quadratic([5.0, 3.0, 1.0, 0.5, -1.0, -2.0]))
+    for deflate in (3, hessian_spectrum(operator, k=2, tol=0.5, budget=3, vectors=True)):
+        basis, exact = trace_module._deflate(operator, deflate, 100, 0)
+        products = operator @ basis.T
+        assert exact == pytest.approx([(basis.T * products).sum().item(), products.square().sum().item()], rel=1e-9)
+
+
+def test_deflation_saves_products_on_a_spectrum_with_outliers(by_matrix):
+    costs = {d: np.mean([hessian_trace(by_matrix, seed=s, deflate=d, budget=3000).cost.hvps for s in range(10)])
+             for d in (None, 0)}  # fmt: skip
+    assert 3 * costs[None] < costs[0]
+
+
+def test_a_spectrum_lends_its_vectors():
+    operator = Hessian(quadratic(OUTLIERS))
+    spectrum = hessian_spectrum(operator, k=4, vectors=True)
+    before = operator.products
+    found = hessian_trace(operator, deflate=spectrum)
+    assert found.cost.hvps == operator.products - before == len(found.probes)
+    assert found.basis == 4
+    assert found.captured == pytest.approx(53.0 / found.trace.value, rel=1e-3)
+    assert abs(found.trace.value - OUTLIERS.sum()) < 4 * found.trace.stderr
+
+
+def test_accuracy_is_looked_at_after_doubling_counts_only():
+    operator = Hessian(quadratic(OUTLIERS))
+    for seed, rel_error in itertools.product(range(3), (0.1, 0.2)):
+        found = hessian_trace(operator, seed=seed, deflate=0, rel_error=rel_error)
+        assert len(found.probes) in {16, 32, 64, 128, 256}
+        assert found.trace.stderr <= rel_error * abs(found.trace.value)
+        half = found.probes[: len(found.probes) // 2, 0]
+        if len(half) >= 16:  # it would have stopped there
+            assert half.std(ddof=1) / np.sqrt(len(half)) > rel_error * abs(half.mean())
+
+
+def test_probes_do_not_depend_on_the_basis_and_the_seed_bites():
+    operator = Hessian(quadratic(OUTLIERS))
+    names = []
+    true = krylov_module.draw
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trace_module, "draw", lambda *args: names.append(args[1:]) or true(*args))
+        first = hessian_trace(operator, deflate=2, budget=18, seed=3)
+    assert len({seeds.derive(*name[1:]) for name in names}) == len(names) == 17
+    assert np.array_equal(first.probes, hessian_trace(operator, deflate=2, budget=18, seed=3).probes)
+    assert not np.array_equal(first.probes, hessian_trace(operator, deflate=2, budget=18, seed=4).probes)
+    plain = hessian_trace(operator, deflate=0, budget=16, seed=3)
+    assert np.corrcoef(plain.probes[:, 0], first.probes[:, 0])[0, 1] > 0.1  # the same draws, seen outside the basis
+
+
+def test_a_result_can_be_tabulated_and_drawn():
+    found = hessian_trace(double("mlp").landscape())
+    frame = found.to_frame()
+    assert list(frame.columns) == ["power", "value", "stderr", "low", "high", "over"]
+    assert frame["over"].unique().tolist() == ["probes"]
+    found.plot(), plt.gcf().canvas.draw()
+
+
+def test_bad_input_is_refused():
+    landscape = double("mlp").landscape()
+    with pytest.raises(UserError, match="rel_error must not be negative, but is -1"):
+        hessian_trace(landscape, rel_error=-1.0)
+    with pytest.raises(UserError, match="budget must be at least 2 products, since an interval needs a spread"):
+        hessian_trace(landscape, budget=1)
+    with pytest.raises(UserError, match="deflate must lie between 0 and 8, two less than the budget, but is 9"):
+        hessian_trace(landscape, budget=10, deflate=9)
+    with pytest.raises(UserError, match="The spectrum to deflate holds no vectors"):
+        hessian_trace(landscape, deflate=hessian_spectrum(landscape, k=1))
+    with pytest.raises(UserError, match="is of 53 parameters, but the operator of 69"):
+        hessian_trace(double("tied").landscape(), deflate=hessian_spectrum(landscape, k=1, vectors=True))
+
+
+def halved(monkeypatch):
+    true = trace_module._deflate
+    monkeypatch.setattr(trace_module, "_deflate", lambda *args: (true(*args)[0], true(*args)[1] / 2))
+
+
+def outside(monkeypatch):  # probes that are not taken out of the basis count outliers twice
+    true = trace_module._probe
+    monkeypatch.setattr(trace_module, "_probe", lambda operator, basis, *rest: true(operator, basis[:0], *rest))
+
+
+def lucky(monkeypatch):  # a look after each few probes
+    monkeypatch.setattr(trace_module, "FIRST", 2)
+
+
+@pytest.mark.parametrize("bug", [halved, outside, lucky])
+def test_planted_bugs_are_caught(bug, monkeypatch, by_matrix):
+    bug(monkeypatch)
+    with pytest.raises(AssertionError):
+        test_the_interval_covers_as_often_as_it_says({"deflate": 0 if bug is lucky else 6, "rel_error": 0.2}, by_matrix)
+
+
+@pytest.mark.oracle
+def test_pyhessian_finds_the_same_trace():
+    case = cases.make("mlp").double()
+    landscape = case.landscape([5, 1, 11, 7])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import pyhessian
+
+        oracle = pyhessian.hessian(case.model, case.loss, data=(case.inputs, case.targets), cuda=False)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # it draws from the global generator
+            probes = np.array(oracle.trace(maxIter=300, tol=-np.inf))  # tol=0 stops as soon as a mean is negative
+    case.model.zero_grad()
+    ours = hessian_trace(landscape).trace
+    assert abs(ours.value - probes.mean()) < 3.5 * np.hypot(ours.stderr, probes.std(ddof=1) / np.sqrt(300))
