@@ -4,7 +4,7 @@ No public name is that of a module: `flatlab.train` is the package, `flatlab.tra
 """
 
 from flatlab.errors import UserError
-from flatlab.landscape import Evaluation, Landscape
+from flatlab.landscape import Landscape
 from flatlab.measure import landscape as landscape_of
 from flatlab.measure import measure as measure_run
 from flatlab.measure import network as network_of
@@ -17,6 +17,7 @@ from flatlab.metrics.sphere import SphereFlatness, sphere_flatness
 from flatlab.metrics.trace import Trace, hessian_trace
 from flatlab.metrics.worst import WorstRise, worst_rise
 from flatlab.models import Network, build_network
+from flatlab.points import Evaluation
 from flatlab.quant.attach import attach, bake
 from flatlab.quant.lsq import LSQ
 from flatlab.runs import Run, RunStore

@@ -8,10 +8,9 @@ are read once and weighed by samples, and everything that would break this is lo
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,32 +23,13 @@ from flatlab.errors import UserError
 from flatlab.losses import names_classes, total, wide
 from flatlab.nests import Batch, Data, part, read, recut, same, span
 from flatlab.params import flatten, select, split_like
-from flatlab.probes import alike, probe_mean, probe_model, refuse_training, versions
+from flatlab.points import Evaluation, Move
+from flatlab.probes import alike, probe_mean, probe_model, refuse_parametrized, refuse_training, versions
 from flatlab.seeds import generator
 
 FloatArray = npt.NDArray[np.float64]
 Term = tuple[Any, Callable[[Any], Tensor], float]
 """Inputs of a batch; from its outputs to the sum of its losses; what that sum is divided by in the loss."""
-
-
-class Move(Protocol):
-    """Stratum losses (..., S) at point + radius * direction, for one radius or several: all samples, or a block's."""
-
-    def __call__(  # noqa: D102
-        self, direction: Tensor, radius: npt.ArrayLike = 1.0, *, block: Gathered | None = None
-    ) -> FloatArray: ...
-
-
-@dataclass(frozen=True, eq=False)
-class Evaluation:
-    """What a landscape says at one point; strata weigh equally in ``loss`` (nats) and ``accuracy`` (share)."""
-
-    loss: float
-    accuracy: float | None
-    losses: FloatArray
-    """(S,) mean loss of each stratum."""
-    accuracies: FloatArray | None
-    """(S,), or None where the task is not one of classes."""
 
 
 class Landscape:
@@ -83,6 +63,7 @@ class Landscape:
         self.model, self._check = model, check
         self._total = partial(total, loss)
         self.named = select(model, params)
+        refuse_parametrized(self.named)
         self._tensors: list[Tensor] = alike(self.named)
         self._w0 = flatten(self._tensors)
         sources = data if isinstance(data, Mapping) else {"all": data}

@@ -26,6 +26,17 @@ def alike(named: Mapping[str, nn.Parameter]) -> list[Tensor]:
     return list(named.values())
 
 
+def refuse_parametrized(moved: Mapping[str, nn.Parameter]) -> None:
+    """Refuse to move what belongs to a parametrization itself, such as a step size: a tiny step there is a huge one."""
+    for name in moved:
+        layer, _, rest = name.partition(".parametrizations.")
+        if rest and not rest.endswith(".original"):
+            raise UserError(
+                f"{name!r} belongs to the parametrization of {layer!r}, and moving it means something else than moving "
+                "weights: bake(model) first, or hold it still with requires_grad_(False)."
+            )
+
+
 def refuse_training(model: nn.Module) -> None:
     """Refuse a model of which any part is in training mode: dropout is on, BatchNorm looks at the batch."""
     for name, module in model.named_modules():

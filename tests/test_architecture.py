@@ -51,8 +51,9 @@ MAY_IMPORT = {
     "blocks": "nests errors",
     "losses": "nests errors",
     "probes": "nests errors",
-    "landscape": "blocks losses nests params probes seeds errors",
-    "metrics": "blocks losses landscape params seeds errors",
+    "points": "blocks",
+    "landscape": "blocks losses nests params probes seeds errors points",
+    "metrics": "blocks losses landscape params seeds errors points",
     # from specs to things, to runs, to measurements: `train` and `measure` meet on disk
     "build": "specs data models quant files errors",
     "train": "build runs data models quant.attach selection settings specs files machine errors",

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from flatlab import params, seeds
 from flatlab.errors import UserError
 from flatlab.landscape import Landscape
+from flatlab.quant.attach import attach, bake, scales
 
 EVERY = [(name, cut) for name in cases.MODELS for cut in cases.CUTS]
 
@@ -393,3 +394,16 @@ def test_a_model_that_was_changed_since_is_refused():
         case.model[0].weight.mul_(2.0)
     with pytest.raises(UserError, match="trained since"):
         landscape.gradient()
+
+
+def test_step_sizes_are_not_moved_as_if_they_were_weights():
+    case = cases.make("conv_bn")
+    attach(case.model, bits=4)
+    case.model.eval()
+    with pytest.raises(UserError, match=r"belongs to the parametrization of .*: bake\(model\) first"):
+        case.landscape()
+    for scale in scales(case.model).values():
+        scale.requires_grad_(False)
+    latent = case.landscape()
+    bake(case.model)
+    assert case.landscape().num_params == latent.num_params

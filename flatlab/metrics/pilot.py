@@ -10,11 +10,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from flatlab.blocks import Block, Gathered
-from flatlab.landscape import Landscape, Move
+from flatlab.landscape import Landscape
 from flatlab.metrics.rays import Normalisation, draw_ray, reach
 from flatlab.metrics.results import FloatArray
 from flatlab.metrics.rounds import Components, components
 from flatlab.metrics.sampling import SAFETY, Goal, Plan, Sampler
+from flatlab.points import Move
 
 GROUPS, DIRECTIONS, IMAGES = 16, 4, 16  # 64 independent directions, each on a block of 16 images
 FEWEST = 4 * IMAGES  # images of a landscape below which a pilot costs more than it saves: each ray meets them all

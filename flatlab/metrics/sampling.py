@@ -12,10 +12,11 @@ from functools import partial
 import numpy as np
 
 from flatlab.blocks import Block
-from flatlab.landscape import Landscape, Move
+from flatlab.landscape import Landscape
 from flatlab.metrics.rays import Normalisation, draw_ray
 from flatlab.metrics.results import Estimate, FloatArray
 from flatlab.metrics.rounds import estimate
+from flatlab.points import Move
 from flatlab.seeds import derive
 
 UNIT, LARGEST = 8, 32  # visits of a unit, the grain of resuming and sharing; as many as blocks in between
