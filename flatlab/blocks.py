@@ -16,6 +16,7 @@ from flatlab.errors import UserError
 from flatlab.nests import Batch, concatenate, pick
 
 Indices = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float64]
 
 
 class Part(NamedTuple):
@@ -48,6 +49,13 @@ class Block:
             singles += [Part(i, i, i + 1, scale) for i in range(part.start, part.stop)]
         return replace(self, parts=tuple(singles), width=self.size)
 
+    def shares(self, totals: FloatArray) -> FloatArray:
+        """Return shares (K, width) from totals (K, parts): over a partition, their mean is the stratum mean."""
+        shares = np.zeros((len(totals), self.width))
+        for column, part in enumerate(self.parts):
+            shares[:, part.row] += totals[:, column] * part.scale
+        return shares
+
     def gather(self, batches: Sequence[Sequence[Batch]]) -> Batch:
         """Return the samples as one batch, stratum after stratum.
 
@@ -79,26 +87,27 @@ def partition(batches: Sequence[Sequence[Batch]], block_size: int, *, generator:
 
     Args:
         batches: of each stratum.
-        block_size: samples of a block; the blocks are as equal as can be.
+        block_size: samples of a block; their sizes, and their shares of each stratum, differ by one at most.
         generator: of the shuffle.
     """
     sizes = [sum(batch.size for batch in stratum) for stratum in batches]
     count = max(1, round(sum(sizes) / block_size))
-    shares = [_deal(size, count, generator) for size in sizes]
     homes = [_homes(stratum) for stratum in batches]
-    return [_block([share[b] for share in shares], homes, sizes, count) for b in range(count)]
-
-
-def _deal(size: int, count: int, generator: torch.Generator) -> list[Indices]:
-    """Deal the shuffled samples of a stratum to the blocks; leftovers go to blocks drawn at random."""
-    order = torch.randperm(size, generator=generator).numpy()
-    seats = torch.randperm(count, generator=generator).tolist()
-    return [np.sort(order[seat::count]) for seat in seats]
+    orders = [torch.randperm(size, generator=generator).numpy() for size in sizes]
+    dealt = np.cumsum([0, *sizes])
+    # Each stratum is dealt on from where the last one ended, so that no block is empty; who gets one more is drawn.
+    return [
+        _block(
+            [np.sort(o[(seat - d) % count :: count]) for o, d in zip(orders, dealt, strict=False)], homes, sizes, count
+        )
+        for seat in torch.randperm(count, generator=generator).tolist()
+    ]
 
 
 def _homes(stratum: Sequence[Batch]) -> Indices:
     """Return (batch, row) of each sample of a stratum."""
-    return np.array([(index, row) for index, batch in enumerate(stratum) for row in range(batch.size)])
+    sizes = [batch.size for batch in stratum]
+    return np.stack([np.repeat(np.arange(len(sizes)), sizes), np.concatenate([np.arange(size) for size in sizes])], 1)
 
 
 def _block(shares: Sequence[Indices], homes: Sequence[Indices], sizes: Sequence[int], count: int) -> Block:

@@ -128,13 +128,8 @@ def flatness(
     found = finished(store, runs)
     place, dataset = reproduce.place_of(found, chosen.place())
     fields: dict[str, Any] = {"space": space, "checkpoint": checkpoint, "params": params, "images": images}
-    fields |= {
-        "seed": direction_seed,
-        "rel_error": rel_error,
-        "abs_error": abs_error,
-        "budget": budget,
-        "block_size": block_size,
-    }
+    fields |= {"rel_error": rel_error, "abs_error": abs_error, "budget": budget, "block_size": block_size}
+    fields["seed"] = direction_seed
     probe = probe_of(radii, dataset, num_samples=samples, normalisation=normalisation, **fields)
     sizes = catalog.sizes(dataset, Path(place.data_dir) if place.data_dir else None)
     todo = jobs.missing(store, [], [(run.spec, probe) for run in found], sizes=sizes)

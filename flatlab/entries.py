@@ -88,7 +88,7 @@ class Entry:
             for path in self.path.rglob("*")
             if path.is_file()
             and path.relative_to(self.path).parts[0] not in _UNCOUNTED
-            and not path.name.endswith(".tmp")
+            and path.suffix not in (".tmp", ".lock")
         )
 
     def faults(self) -> list[str]:

@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from flatlab.blocks import Block, Gathered, partition
 from flatlab.errors import UserError
 from flatlab.losses import names_classes, total, wide
-from flatlab.nests import Batch, Data, part, read, recut, span
+from flatlab.nests import Batch, Data, part, read, recut, same, span
 from flatlab.params import flatten, select, split_like
 from flatlab.probes import alike, probe_mean, probe_model, refuse_training, versions
 from flatlab.seeds import generator
@@ -31,9 +31,11 @@ FloatArray = npt.NDArray[np.float64]
 
 
 class Move(Protocol):
-    """Stratum losses (S,) at point + radius * direction, on all samples or on those of a block."""
+    """Stratum losses (..., S) at point + radius * direction, for one radius or several: all samples, or a block's."""
 
-    def __call__(self, direction: Tensor, radius: float = 1.0, *, block: Gathered | None = None) -> FloatArray: ...  # noqa: D102
+    def __call__(  # noqa: D102
+        self, direction: Tensor, radius: npt.ArrayLike = 1.0, *, block: Gathered | None = None
+    ) -> FloatArray: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,7 +140,8 @@ class Landscape:
     def evaluate(self, vector: Tensor | None = None) -> Evaluation:
         """Return loss and accuracy at a flat vector (P,), by default at the point itself."""
         with self._visiting(vector), torch.inference_mode():
-            means = self._means(self._total_and_hits)
+            sums = self._sums(self._total_and_hits).cpu().double().numpy()
+        means = sums / self.sizes[:, None]
         losses, accuracies = means[:, 0].copy(), means[:, 1].copy()
         if np.isnan(accuracies).any():
             return Evaluation(float(losses.mean()), None, losses, None)
@@ -150,16 +153,21 @@ class Landscape:
 
         A point costs one pass over the parameters to compute and one to copy. They are copied into the model's
         own tensors, not replaced by views of one flat vector, since a ``channels_last`` network is up to 1.5 times
-        slower with row-major kernels.
+        slower with row-major kernels. Several radii at once (..., S) wait for the device once.
         """
         flat = torch.empty_like(self._w0)
         views = self.split(flat)
 
         @torch.inference_mode()
-        def at(direction: Tensor, radius: float = 1.0, *, block: Gathered | None = None) -> FloatArray:
-            torch.add(self._w0, direction, alpha=radius, out=flat)
-            torch._foreach_copy_(self._tensors, views)
-            return self._means(self._total) if block is None else self._shares(*block)
+        def at(direction: Tensor, radius: npt.ArrayLike = 1.0, *, block: Gathered | None = None) -> FloatArray:
+            sums = []
+            for each in np.ravel(radius).tolist():
+                torch.add(self._w0, direction, alpha=each, out=flat)
+                torch._foreach_copy_(self._tensors, views)
+                sums.append(self._sums(self._total) if block is None else self._totals(*block))
+            table = torch.stack(sums).cpu().double().numpy()
+            means = table / self.sizes if block is None else block.block.shares(table)
+            return means.reshape(*np.shape(radius), -1)
 
         with self._visiting():
             yield at
@@ -171,6 +179,11 @@ class Landscape:
     def gather(self, block: Block) -> Gathered:
         """Return a block's samples, to be evaluated at several points."""
         return Gathered(block.gather(self._batches), block)
+
+    def shares_data(self, other: "Landscape") -> bool:
+        """Say whether another landscape lies over the same samples, however they are cut into batches."""
+        pairs = zip(self._batches, other._batches, strict=False)
+        return self.strata == other.strata and all(same(ours, theirs) for ours, theirs in pairs)
 
     def gradient(self, vector: Tensor | None = None) -> Tensor:
         """Return the gradient (P,) of the loss at a flat vector, by default at the point itself."""
@@ -211,22 +224,16 @@ class Landscape:
         with torch.no_grad():
             torch._foreach_copy_(self._tensors, self.split(vector))
 
-    def _means(self, total: Callable[[Any, Batch], Tensor]) -> FloatArray:
-        # One transfer for a whole point: nothing waits for the device between two batches.
+    def _sums(self, total: Callable[[Any, Batch], Tensor]) -> Tensor:
+        # They stay on the device: nothing waits for it between two batches.
         sums = [torch.stack([total(self.model(b.inputs), b) for b in each]).sum(0) for each in self._batches]
-        table = torch.stack(sums).cpu().double().numpy()
-        means: FloatArray = table / self.sizes.reshape(-1, *[1] * (table.ndim - 1))
-        return means
+        return torch.stack(sums)
 
-    def _shares(self, batch: Batch, block: Block) -> FloatArray:
-        """Return a block's shares (width,) of the stratum means: over a partition, their mean is the stratum mean."""
+    def _totals(self, batch: Batch, block: Block) -> Tensor:
+        """Return the total loss of each part of a block."""
         outputs = self.model(batch.inputs)
-        totals = [
-            self._total(part(outputs, p.start, p.stop), span(batch, p.start, p.stop)) * p.scale for p in block.parts
-        ]
-        shares = np.zeros(block.width)
-        np.add.at(shares, [p.row for p in block.parts], torch.stack(totals).cpu().double().numpy())
-        return shares
+        spans = [(p.start, p.stop) for p in block.parts]
+        return torch.stack([self._total(part(outputs, *each), span(batch, *each)) for each in spans])
 
     def _total_and_hits(self, outputs: Any, batch: Batch) -> Tensor:
         total = self._total(outputs, batch)

@@ -59,6 +59,8 @@ def measure(run: Run, spec: ProbeSpec, place: Place, *, report: Report | None = 
         block_size=spec.block_size,
         report=partial(_tell, report, sampler) if report else None,
     )
+    if "interrupted" in flatness.stopped:
+        raise KeyboardInterrupt  # its units are kept: the next call goes on from them
     _write(probe, flatness)
     probe.finish()
 
@@ -134,7 +136,9 @@ class Shelf:
 def _tell(report: Report, sampler: Sampler, walks: Sequence[Walk]) -> None:
     """Report the share of the visits that are foreseen, and the relative error at the radius that is worst off."""
     made = sum(walk.visits.shape[1] for walk in walks)
-    foreseen = sum(walk.visits.shape[1] if walk.stopped else max(walk.plan.visits, made + 1) for walk in walks)
+    foreseen = sum(
+        seen if walk.stopped else max(walk.plan.visits, seen + 1) for walk in walks for seen in walk.visits.shape[1:2]
+    )
     errors = [
         e.stderr / abs(e.value) for walk in walks if walk.visits.shape[1] > 1 and (e := sampler.estimate(walk)).value
     ]

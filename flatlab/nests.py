@@ -105,6 +105,16 @@ def near(first: Any, second: Any, tolerance: float = 0.0) -> bool:
     return all(_near(a, b, tolerance) for a, b in pairs)
 
 
+def same(first: list[Batch], second: list[Batch]) -> bool:
+    """Say whether two lists of batches hold the same samples, however they are cut."""
+    if sum(batch.size for batch in first) != sum(batch.size for batch in second):
+        return False
+    if [batch.size for batch in first] != [batch.size for batch in second]:
+        longest = max(batch.size for batch in first)
+        first, second = recut(first, longest), recut(second, longest)
+    return all(near(a[:2], b[:2]) for a, b in zip(first, second, strict=True))
+
+
 def _near(a: Tensor, b: Tensor, tolerance: float) -> bool:
     if torch.equal(a, b):
         return True

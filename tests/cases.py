@@ -1,14 +1,19 @@
 """Small models with data and a loss: one table, which each metric runs through, in one batch and in uneven ones."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flatlab import seeds
 from flatlab.landscape import Landscape
+from flatlab.metrics import sphere
+from flatlab.metrics.rays import draw_ray
+from flatlab.metrics.sampling import Sampler
+from flatlab.metrics.sphere import sphere_flatness
 
 CUTS = {"one": [24], "uneven": [5, 1, 11, 7]}
 """Batch sizes; both cut the same 24 samples."""
@@ -126,3 +131,53 @@ class Quadratic(nn.Module):
     def landscape(self, **kwargs):
         data = [(torch.zeros(2, dtype=self.w.dtype), torch.zeros(2))]
         return Landscape(self.eval(), data, lambda outputs, targets: outputs, **kwargs)
+
+
+def at_a_minimum():
+    """A smooth network that fits its targets exactly: no slope, and a Hessian without negative eigenvalues."""
+    case = make("conv_bn").double()
+    case.model[2] = case.model[5] = nn.Tanh().eval()  # autograd does not see the curvature in the kinks of a ReLU
+    with torch.no_grad():
+        case.model[0].weight[2].zero_()
+        return replace(case, targets=case.model(case.inputs), loss=F.mse_loss)
+
+
+def walked(landscape, radii, rays, *, seed=0, normalisation="none"):
+    """Rises (K, R, S) of the crossed design, one evaluation after the other: shares no code with the sampler."""
+    drawn = [draw_ray(landscape, seed, k, normalisation=normalisation) for k in rays]
+    here = landscape.evaluate().losses
+    ends = [[landscape.evaluate(landscape.point + r * ray).losses - here for r in radii] for ray in drawn]
+    return np.array(ends)
+
+
+def stratified(num_samples=6, seed=0):
+    """Flatness of a network on three strata of unequal sizes."""
+    case = make("mlp")
+    batches = case.batches([3, 9, 12])
+    landscape = Landscape(case.model, {"a": batches[:1], "b": batches[1:2], "c": batches[2:]}, case.loss)
+    return sphere_flatness(landscape, [0.5, 1.0], num_samples=num_samples, seed=seed)
+
+
+def softmax(samples=96, *, model=None, cut=(40, 1, 55)):
+    """Softmax regression (or a network) on three classes of noisy images."""
+    rng = seeds.generator("softmax")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = model or nn.Linear(6, 3)
+    model = model.double().eval()
+    inputs = torch.randn(samples, 6, generator=rng, dtype=torch.float64)
+    targets = torch.randint(0, 3, (samples,), generator=rng)
+    return Landscape(model, list(zip(inputs.split(cut), targets.split(cut), strict=True)), F.cross_entropy)
+
+
+def network():
+    """A small network on the same images."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        return softmax(model=nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)))
+
+
+def in_blocks(landscape, radii, block_size, *, errors=(0.02, 1e-4), budget=None, seed=0):
+    """Flatness by antithetic pairs on blocks of this size, without a pilot."""
+    sampler = Sampler([landscape], seed, "none")
+    return sphere.sample(sampler, radii, None, errors, budget, block_size=block_size)[0]

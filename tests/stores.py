@@ -12,7 +12,7 @@ import pytest
 from flatlab import build
 from flatlab.errors import UserError
 from flatlab.methods import METHODS, compose, vary
-from flatlab.metrics import sphere
+from flatlab.metrics import sampling
 from flatlab.runs import RunStore
 from flatlab.settings import SMOKE
 from flatlab.specs import Place, ProbeSpec
@@ -22,7 +22,7 @@ from flatlab.train.trajectory import Trajectory
 PLACE = Place(device="cpu")
 LAST, SWITCH = 13, 6  # neither is an evaluation's step
 TINY = SMOKE.replace(steps=LAST, eval_every=4, switch=SWITCH, swad_every=2, sma_start=3, swa_every=2)
-PROBE = ProbeSpec(radii=(0.0, 1.0), num_samples=25, images=8)  # three blocks, the last one short
+PROBE = ProbeSpec(radii=(0.0, 1.0), num_samples=25, images=8)  # four units, the last one short
 SIZES = {"rot0": 450, "rot15": 449, "rot30": 449, "rot45": 449}
 
 
@@ -96,7 +96,12 @@ def forkserver():
     os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
 
 
-POINTS = {"step": (Trajectory, "after"), "ray": (sphere, "draw_ray"), "sync": (os, "fsync"), "rename": (os, "replace")}
+POINTS = {
+    "step": (Trajectory, "after"),
+    "ray": (sampling, "draw_ray"),
+    "sync": (os, "fsync"),
+    "rename": (os, "replace"),
+}
 
 
 def watch(tally: Path, point: str | None = None, last: int | None = None):

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from stores import GROUP, PLACE, PROBE, content, copied, flip, refuses, spec, trained
 
-from flatlab import files
+from flatlab import files, seeds
 from flatlab.measure import measure
 from flatlab.runs import RunStore
 from flatlab.train.loop import train
 
 RUN, OTHER = GROUP[0], GROUP[3]
+UNIT = f"unit-0-{seeds.derive(1.0):016x}_8-16.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +81,7 @@ DAMAGE = {
     "selected": "checkpoints/selected.safetensors",
     "log": "log.jsonl",
     "spec": "spec.json",
-    "block": f"probes/{PROBE.digest}/block-0001.safetensors",
+    "unit": f"probes/{PROBE.digest}/{UNIT}",
     "result": f"probes/{PROBE.digest}/result.safetensors",
     "probe's spec": f"probes/{PROBE.digest}/spec.json",
 }
@@ -158,13 +159,14 @@ def test_what_the_sentence_says_mends_it(made, store):
     assert content(run) == content(made.run(RUN))
 
 
-def test_a_damaged_block_is_not_used(made, store):
+def test_a_damaged_unit_is_not_used(made, store):
     probe = store.run(RUN).probe(PROBE)
     (probe.path / "done").unlink()
-    flip(probe.block(1), 5_000)
-    assert [str(probe.block(1)) in fault for fault in store.faults()] == [True]
-    refuses(lambda: measure(store.run(RUN), PROBE, PLACE), probe.block(1), "is damaged")
-    probe.block(1).unlink()
+    unit = probe.path / UNIT
+    flip(unit, 8 * unit.stat().st_size - 20)
+    assert [str(unit) in fault for fault in store.faults()] == [True]
+    refuses(lambda: measure(store.run(RUN), PROBE, PLACE), unit, "is damaged")
+    unit.unlink()
     measure(store.run(RUN), PROBE, PLACE)
     assert content(probe) == content(made.run(RUN).probe(PROBE))
 

@@ -73,7 +73,7 @@ WORDS = {  # what the user writes -> what is said, before anything heavy is load
 }
 
 MEASURE = {  # of the finished run
-    "--radii x": r"--radii x does not do: write start:stop:step such as 0:60:5, or 0,0\.5,1; radii are finite",
+    "--radii x": r"--radii x does not do: write start:stop:step such as 0:60:5, or 0,0\.5,1, or auto; radii are finite",
     "--radii 3:0:1": r"--radii 3:0:1 does not do",
     "--radii 0:3:0": r"--radii 0:3:0 does not do",
     "--radii 0,-1": r"--radii 0,-1 does not do: .* not negative\.",
@@ -82,7 +82,7 @@ MEASURE = {  # of the finished run
     "--samples few": r"--samples few does not do: a whole number is expected\.",
     "--images 0": rf"--images 0 {WHOLE} 1 on\.",
     "--split both": r"Unknown split 'both'; known: source, target\.",
-    "--normalisation layer": r"Unknown normalisation 'layer'; known: none, filter\.",
+    "--normalisation row": r"Unknown normalisation 'row'; known: none, filter, layer, parameter\.",
     "--space flat": r"Unknown space 'flat'; known: baked, latent\.",
     "--checkpoint best": r"Unknown checkpoint 'best'; known: selected, last\.",
     "--params nix* --images 8 --samples 2": r"No trainable parameter matches 'nix\*'; there are features\.0\.weight",

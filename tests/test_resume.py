@@ -13,7 +13,8 @@ from stores import GROUP, LAST, PLACE, PROBE, SIZES, SWITCH, content, forkserver
 
 from flatlab import files, jobs
 from flatlab.errors import UserError
-from flatlab.measure import BLOCK, measure
+from flatlab.measure import measure
+from flatlab.metrics.sampling import UNIT
 from flatlab.runs import Run, RunStore
 from flatlab.train import loop
 from flatlab.train.loop import train
@@ -97,8 +98,8 @@ def _next_step(run):
     return files.load_arrays(state)[1]["next_step"] if state.exists() else 0
 
 
-def _blocks(probe):
-    return min(PROBE.num_samples, BLOCK * len(list(probe.path.glob("block-*"))))
+def _visits(probe):
+    return min(PROBE.num_samples, UNIT * len(list(probe.path.glob("unit-*"))))
 
 
 def _size(tally):
@@ -145,7 +146,7 @@ def test_training_killed_anywhere_goes_on_from_its_last_state(tmp_path, specs, e
         assert content(store.run(run)) == content(whole.run(run))
 
 
-def test_a_measurement_killed_anywhere_goes_on_from_its_last_block(tmp_path):
+def test_a_measurement_killed_anywhere_goes_on_from_its_last_unit(tmp_path):
     run = spec()
     tally, whole, store = tmp_path / "tally", trained(tmp_path / "whole", run), RunStore(tmp_path / "killed")
     store.merge(whole)
@@ -153,10 +154,10 @@ def test_a_measurement_killed_anywhere_goes_on_from_its_last_block(tmp_path):
     probe = store.run(run).probe(PROBE)
     deaths = _deaths(1, ray=range(2, 11), sync=range(1, 6), rename=range(1, 6))
     *lost, made = _suffer(
-        partial(run_child, _measure, store.root, [run], tally), tally, partial(_blocks, probe), deaths
+        partial(run_child, _measure, store.root, [run], tally), tally, partial(_visits, probe), deaths
     )
     assert len(lost) > 4
-    assert 0 <= min(lost) < max(lost) <= BLOCK
+    assert 0 <= min(lost) < max(lost) <= UNIT
     assert made == PROBE.num_samples
     assert content(probe) == content(whole.run(run).probe(PROBE))
 

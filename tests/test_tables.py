@@ -121,7 +121,9 @@ def measured(store, spec, samples):
     run.finish()
     probe = run.probe(PROBE)
     probe.create()
-    files.save_arrays(probe.result, {"samples": samples, "radii": np.array(PROBE.radii)}, {"strata": DOMAINS})
+    visits = {f"visits-{index:02d}": samples[:, index] for index in range(len(PROBE.radii))}
+    facts = {"strata": DOMAINS, "blocks": [1] * len(PROBE.radii)}
+    files.save_arrays(probe.result, {**visits, "radii": np.array(PROBE.radii)}, facts)
     probe.finish()
 
 

@@ -95,13 +95,18 @@ def compare_flatness(
     The arguments are those of `sphere_flatness`.
 
     Raises:
-        UserError: where the two have not the same parameters, or not the same number of samples.
+        UserError: where the two have not the same parameters, or not the same data.
     """
     shapes = [[tensor.shape for tensor in each.split(each.point)] for each in (a, b)]
-    if shapes[0] != shapes[1] or a.sizes.tolist() != b.sizes.tolist():
+    if shapes[0] != shapes[1]:
         raise UserError(
-            f"A comparison needs one architecture and the same data, but {a.num_params} and {b.num_params} parameters, "
-            f"{a.num_samples} and {b.num_samples} samples came."
+            "A comparison needs models of one architecture, but their parameters have other shapes"
+            f" ({a.num_params:,} and {b.num_params:,} numbers)."
+        )
+    if not a.shares_data(b):
+        raise UserError(
+            "A comparison needs the same data in the same order, but the two landscapes lie over different samples"
+            f" ({a.num_samples:,} and {b.num_samples:,}): hand in the same batches."
         )
     sampler = Sampler([a, b], base_seed(seed), check_normalisation(normalisation, a), value=_difference)
     return paired_difference(*sample(sampler, radii, num_samples, (rel_error, abs_error), budget, report=report))
@@ -113,7 +118,7 @@ def paired_difference(a: SphereFlatness, b: SphereFlatness) -> PairedDifference:
     Raises:
         UserError: if the two were not measured along the same rays, at the same radii, on the same blocks.
     """
-    for name in ("seed", "normalisation", "num_params", "radii", "blocks"):
+    for name in ("seed", "normalisation", "num_params", "radii", "blocks", "paired"):
         of_a, of_b = getattr(a, name), getattr(b, name)
         if not np.array_equal(of_a, of_b):
             raise UserError(

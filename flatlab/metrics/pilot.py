@@ -17,7 +17,10 @@ from flatlab.metrics.rounds import Components, components
 from flatlab.metrics.sampling import SAFETY, Goal, Plan, Sampler
 
 GROUPS, DIRECTIONS, IMAGES = 16, 4, 16  # 64 independent directions, each on a block of 16 images
+FEWEST = 4 * IMAGES  # images of a landscape below which a pilot costs more than it saves: each ray meets them all
 SIZES = (16, 32, 64, 128, 256)  # of blocks that are tried; below 16 the cost of setting a point shows
+MOST = 1e7  # visits that can be foreseen
+TIMED = 2  # times each size is clocked
 Value = Callable[[FloatArray], FloatArray]
 
 
@@ -30,7 +33,6 @@ class Pilot:
     mean: FloatArray  # (R,) rises
     seconds: dict[int, float]  # of evaluating a block, by its size
     drawing: float  # seconds of a ray
-    images: int  # forwarded
 
 
 def fly(
@@ -45,10 +47,9 @@ def fly(
         normalisation: of the rays.
         value: from rises (L, ...) of the landscapes to those of the number that is sought.
     """
-    blocks = landscapes[0].blocks(IMAGES, seed=seed)[:GROUPS]
     tables, drawing = [], 0.0
     for landscape in landscapes:
-        table, each = _table(landscape, blocks, radii, seed, normalisation)
+        table, each = _table(landscape, radii, seed, normalisation)
         tables.append(table)
         drawing += each
     signed = value(np.stack(tables))  # (2, R, G, D, n)
@@ -60,30 +61,41 @@ def fly(
         mean=np.max([np.abs(table.mean(axis=(0, 2, 3, 4))) for table in tables], axis=0),
         seconds=seconds,
         drawing=drawing,
-        images=sum(table.size for table in tables) + len(tables) * sum(2 * size for size in seconds),
     )
 
 
+def price(landscapes: Sequence[Landscape], radii: int, *, seed: int) -> int:
+    """Return the images that a pilot forwards."""
+    blocks, directions = _groups(landscapes[0], seed)
+    rises = sum(block.size for block in blocks) * (1 + 2 * radii * directions)
+    return len(landscapes) * (rises + TIMED * sum(_sizes(landscapes[0])))
+
+
+def _groups(landscape: Landscape, seed: int) -> tuple[list[Block], int]:
+    """Return blocks, and how many directions each of them sees: 64 in all at least."""
+    blocks = landscape.blocks(IMAGES, seed=seed)[:GROUPS]
+    return blocks, -(-GROUPS * DIRECTIONS // len(blocks))
+
+
 def _table(
-    landscape: Landscape, blocks: Sequence[Block], radii: FloatArray, seed: int, normalisation: Normalisation
+    landscape: Landscape, radii: FloatArray, seed: int, normalisation: Normalisation
 ) -> tuple[FloatArray, float]:
     """Return the rises (2, R, G, D, n) of single images for both signs, and the seconds of drawing a ray."""
+    blocks, directions = _groups(landscape, seed)
     images = min(block.size for block in blocks)
-    table = np.zeros((2, len(radii), len(blocks), DIRECTIONS, images))
-    drawing = 0.0
+    table = np.zeros((2, len(radii), len(blocks), directions, images))
+    ends, drawing = np.stack([radii, -radii]), 0.0
     with landscape.moving() as at, np.errstate(invalid="ignore"):
+        still = landscape.point
         for g, block in enumerate(blocks):
             each = landscape.gather(block.by_sample())
-            for d in range(DIRECTIONS):
+            base = at(still, 0.0, block=each)
+            for d in range(directions):
                 start = time.perf_counter()
-                ray = draw_ray(landscape, seed, -1 - g * DIRECTIONS - d, normalisation=normalisation)
+                ray = draw_ray(landscape, seed, -1 - g * directions - d, normalisation=normalisation)
                 drawing += time.perf_counter() - start
-                base = at(ray, 0.0, block=each)
-                for r, radius in enumerate(radii):
-                    for sign in (0, 1):
-                        rises = at(ray, (1 - 2 * sign) * float(radius), block=each) - base
-                        table[sign, r, g, d] = rises[:images]
-    return table, drawing / (len(blocks) * DIRECTIONS)
+                table[:, :, g, d] = (at(ray, ends, block=each) - base)[..., :images]
+    return table, drawing / (len(blocks) * directions)
 
 
 def _sizes(landscape: Landscape) -> list[int]:
@@ -95,7 +107,7 @@ def _time(landscape: Landscape, size: int, seed: int) -> float:
     """Return the seconds of one evaluation of a block, the better of two."""
     gathered = landscape.gather(landscape.blocks(size, seed=seed)[0])
     with landscape.moving() as at:
-        return min(_clocked(at, gathered, landscape) for _ in range(2))
+        return min(_clocked(at, gathered, landscape) for _ in range(TIMED))
 
 
 def _clocked(at: Move, gathered: Gathered, landscape: Landscape) -> float:
@@ -117,39 +129,48 @@ def _best(pilot: Pilot, index: int, radius: float, goal: Goal, samples: int) -> 
         for size, seconds in pilot.seconds.items():
             price = pilot.drawing / len(pilot.mean) + seconds * (2 if paired else 1)
             visits = SAFETY * found.of_visit(size) / tolerance**2
-            visits = min(visits, 1e9) if np.isfinite(visits) else 1e9
-            options.append((visits * price, Plan(radius, 0 if size >= samples else size, paired, int(visits))))
+            visits = min(visits, MOST) if np.isfinite(visits) else MOST
+            foreseen = int(visits) if visits < MOST else 0  # not finite, or out of reach: what is seen decides
+            options.append((visits * price, Plan(radius, 0 if size >= samples else size, paired, foreseen)))
     return min(options, key=lambda option: option[0])[1]
 
 
 LOW, HIGH, PLACES = 0.01, 2.0, 6  # nats that automatic radii span, and how many there are
+RAYS, STEPS = 8, 12  # pairs of rays that find them, each on a block, and steps of a bisection
 
 
 def span(sampler: Sampler) -> FloatArray:
     """Return radii between those where the loss rises by 0.01 and by 2 nats, evenly spaced in their logarithm.
 
-    Found by bisection on eight rays of a block each; where the loss never rises so far, where it stops being finite.
+    Found by bisection on eight pairs of rays; where the loss never rises so far, where it stops being finite.
     """
-    landscape, rays = sampler.landscapes[0], 8
-    blocks = landscape.blocks(2 * IMAGES, seed=sampler.seed)
-    gathered = [landscape.gather(blocks[k % len(blocks)]) for k in range(rays)]
-    drawn = [draw_ray(landscape, sampler.seed, -1 - k, normalisation=sampler.normalisation) for k in range(rays)]
+    landscape = sampler.landscapes[0]
+    gathered = [landscape.gather(block) for block in _spanned(sampler)]
+    drawn = [draw_ray(landscape, sampler.seed, -1 - k, normalisation=sampler.normalisation) for k in range(RAYS)]
     with landscape.moving() as at, np.errstate(invalid="ignore"):
         bases = [at(ray, 0.0, block=each).mean() for ray, each in zip(drawn, gathered, strict=True)]
 
         def rise(radius: float) -> float:
-            ends = [at(ray, radius, block=each).mean() for ray, each in zip(drawn, gathered, strict=True)]
-            sampler.spent += sum(each.batch.size for each in gathered)
+            ends = [at(ray, [radius, -radius], block=each).mean() for ray, each in zip(drawn, gathered, strict=True)]
             return float(np.mean(ends) - np.mean(bases))
 
         unit = landscape.norm / reach(landscape, sampler.normalisation)
-        ends = [_bisect(rise, target, unit) for target in (LOW, HIGH)]
-    return np.asarray(np.geomspace(ends[0], ends[1], PLACES))
+        return np.asarray(np.geomspace(_bisect(rise, LOW, unit), _bisect(rise, HIGH, unit), PLACES))
+
+
+def span_price(sampler: Sampler) -> int:
+    """Return the images that finding the radii forwards."""
+    return sum(block.size for block in _spanned(sampler)) * (1 + 2 * 2 * STEPS)
+
+
+def _spanned(sampler: Sampler) -> list[Block]:
+    blocks = sampler.landscapes[0].blocks(2 * IMAGES, seed=sampler.seed)
+    return [blocks[k % len(blocks)] for k in range(RAYS)]
 
 
 def _bisect(rise: Callable[[float], float], target: float, unit: float) -> float:
     low, high = -10.0, 6.0  # powers of 2 of the weights' norm
-    for _ in range(12):
+    for _ in range(STEPS):
         middle = (low + high) / 2
         low, high = (middle, high) if rise(unit * 2**middle) < target else (low, middle)
     return float(unit * 2**low)

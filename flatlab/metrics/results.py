@@ -1,7 +1,6 @@
 """What every sampled result shares: a value, its uncertainty, the raw draws, and what they cost."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -16,8 +15,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 FloatArray = npt.NDArray[np.float64]
-Report = Callable[[int, int], None]
-"""Called as ``report(done, total)`` while a metric samples."""
 
 
 @dataclass(frozen=True)
@@ -68,10 +65,11 @@ class Estimate:
 
 
 def mean_of(draws: FloatArray) -> Estimate:
-    """Return the mean of independent draws (K,) with its standard error."""
+    """Return the mean of independent draws (K,) with its standard error; NaN where there are too few."""
+    count = len(draws)
     with np.errstate(invalid="ignore"):  # the spread of infinite losses is NaN, and is shown so
-        stderr = float(draws.std(ddof=1) / np.sqrt(len(draws))) if len(draws) > 1 else float("nan")
-        return Estimate(float(draws.mean()), stderr, max(1, len(draws) - 1))
+        stderr = float(draws.std(ddof=1) / np.sqrt(count)) if count > 1 else float("nan")
+        return Estimate(float(draws.mean()) if count else float("nan"), stderr, max(1, count - 1))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -120,7 +118,8 @@ class Sampled(ABC):
     @property
     def nonfinite_share(self) -> float:
         """The share of raw numbers that are infinite or NaN; they are kept as they came."""
-        return float(np.mean(np.concatenate([~np.isfinite(draws).ravel() for draws in self.raw])))
+        broken = np.concatenate([~np.isfinite(draws).ravel() for draws in self.raw])
+        return float(broken.mean()) if len(broken) else 0.0
 
     @property
     def converged(self) -> bool:

@@ -6,7 +6,7 @@ complete rounds each image is used equally often, so that V_B cancels; the sprea
 spread of all visits, is then what the interval must know.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -22,23 +22,19 @@ def estimate(visits: FloatArray, blocks: int) -> Estimate:
     another. Before that the visits are a sample of images too, and their whole spread enters the standard error; so it
     does in the first round, where no block is seen twice, and is then too large rather than too small.
     """
-    count = len(visits)
-    full, rest = divmod(count, blocks)
-    repeated = blocks if full > 1 else rest if full == 1 else 0
-    if full == 0 or repeated < min(FEW, blocks):
-        return _unrepeated(visits, blocks)
-    members = [visits[b::blocks] for b in range(blocks)]
-    value = float(np.mean([member.mean() for member in members]))
-    freedom = count - blocks
-    with np.errstate(invalid="ignore"):
-        spread = sum(float(member.var() * len(member)) for member in members) / freedom
-    return Estimate(value, float(np.sqrt(spread * sum(1 / len(m) for m in members)) / blocks), freedom)
-
-
-def _unrepeated(visits: FloatArray, blocks: int) -> Estimate:
-    first = mean_of(visits[:blocks])
-    members = [visits[b::blocks].mean() for b in range(min(blocks, len(visits)))]
-    return Estimate(float(np.mean(members)), first.stderr, first.freedom)
+    if blocks == 1:
+        return mean_of(visits)
+    index = np.arange(len(visits)) % blocks
+    seen = np.bincount(index)  # visits to each block, none of which is empty
+    repeated = int((seen > 1).sum())
+    with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is shown so
+        means = np.bincount(index, visits) / seen
+        value = float(means.mean()) if len(visits) else float("nan")
+        if len(seen) < blocks or repeated < min(FEW, blocks):
+            return replace(mean_of(visits[:blocks]), value=value)
+        freedom = len(visits) - blocks
+        spread = float(np.square(visits - means[index]).sum()) / freedom
+    return Estimate(value, float(np.sqrt(spread * (1 / seen).sum())) / blocks, freedom)
 
 
 @dataclass(frozen=True)
@@ -59,6 +55,8 @@ def components(table: FloatArray) -> Components:
 
     Two-way analysis of variance within each block, pooled; negative components are zero.
     """
+    if not np.isfinite(table).all():
+        return Components(np.nan, np.nan, np.nan)
     groups, directions, images = table.shape
     by_direction = table.mean(axis=2, keepdims=True)
     by_image = table.mean(axis=1, keepdims=True)

@@ -16,8 +16,10 @@ from flatlab.landscape import Landscape, Move
 from flatlab.metrics.rays import Normalisation, draw_ray
 from flatlab.metrics.results import Estimate, FloatArray
 from flatlab.metrics.rounds import estimate
+from flatlab.seeds import derive
 
-UNIT = 8  # visits of a unit, at least: the grain of resuming and sharing
+UNIT, LARGEST = 8, 32  # visits of a unit, the grain of resuming and sharing; as many as blocks in between
+FIRST = 32  # visits before the first look, at least: fewer say too little of their own spread
 SAFETY = 1.1  # more visits than a variance estimate asks for, so that most measurements need one look less
 
 
@@ -63,11 +65,36 @@ class Walk:
     plan: Plan
     blocks: int
     visits: FloatArray  # (L, J, S): landscapes, visits, strata
-    stopped: str = ""  # "accuracy", "samples", "budget" or "interrupted"
+    stopped: str = ""  # "accuracy", "samples", "budget", "nonfinite" or "interrupted"
 
 
 Report = Callable[[list[Walk]], None]
 """Called with what each radius has seen, after each unit of visits."""
+
+
+@dataclass
+class Group:
+    """Radii that are still sampled by one plan: they share rays and blocks."""
+
+    active: list[Walk]
+    done: int = 0  # visits
+    look: int = 0  # visits at which it pauses next
+    spent: float = 0.0  # images
+
+    @property
+    def plans(self) -> list[Plan]:
+        """Of the active radii."""
+        return [walk.plan for walk in self.active]
+
+    @property
+    def blocks(self) -> int:
+        """How many there are."""
+        return self.active[0].blocks
+
+    @property
+    def foreseen(self) -> int:
+        """The visits after which the first of the radii should be accurate; no accuracy is judged before."""
+        return min(plan.visits for plan in self.plans)
 
 
 @dataclass
@@ -87,95 +114,95 @@ class Sampler:
     normalisation: Normalisation
     value: Callable[[FloatArray], FloatArray] = lambda rises: rises[0]
     keep: Keep = forget
-    spent: float = 0.0  # images forwarded
-    _partitions: dict[int, list[Block]] = field(default_factory=dict)
+    spent: float = 0.0  # images forwarded, as one process alone would: a budget ends alike however work is shared
+    _partitions: dict[tuple[int, int], list[Block]] = field(default_factory=dict)
     _bases: dict[tuple[int, int, int], FloatArray] = field(default_factory=dict)
+    _rested: dict[int, int] = field(default_factory=dict)  # visits at rest that are paid, by block size
 
-    def run(self, plans: Sequence[Plan], goal: Goal, *, report: "Report | None" = None) -> list[Walk]:
+    def run(self, plans: Sequence[Plan], goal: Goal, *, report: Report | None = None) -> list[Walk]:
         """Sample each radius by its plan until the goal is reached; radii of one plan share their rays."""
         shape = (len(self.landscapes), 0, len(self.landscapes[0].strata))
-        walks = [Walk(plan, self.blocks(plan.block_size), np.zeros(shape)) for plan in plans]
-        groups: dict[tuple[int, bool], list[Walk]] = {}
+        walks = [Walk(plan, len(self._sizes(plan.block_size)), np.zeros(shape)) for plan in plans]
+        kinds: dict[tuple[int, bool], list[Walk]] = {}
         for walk in walks:
-            groups.setdefault((walk.plan.block_size, walk.plan.paired), []).append(walk)
+            kinds.setdefault((walk.plan.block_size, walk.plan.paired), []).append(walk)
+        groups = [Group(list(each)) for each in kinds.values()]
         try:
-            for group in groups.values():
-                self._sample(group, goal, lambda: report(walks) if report else None)
+            # In turns, the one that has cost least first: all radii have an interval soon, and a fair share.
+            while running := [group for group in groups if group.active]:
+                share = (goal.budget - self.spent) / len(running)
+                self._turn(min(running, key=lambda g: g.spent), share, goal, lambda: report(walks) if report else None)
         except KeyboardInterrupt:
             for walk in walks:
                 walk.stopped = walk.stopped or "interrupted"
         return walks
 
-    def blocks(self, block_size: int) -> int:
-        """Return how many blocks a block size makes."""
-        return len(self._partition(block_size)) if block_size else 1
-
     def estimate(self, walk: Walk) -> Estimate:
         """Return the number that is sought at a radius, with its standard error."""
         return estimate(self.value(walk.visits.mean(axis=2)), walk.blocks)
-
-    def _sample(self, group: list[Walk], goal: Goal, tell: Callable[[], None]) -> None:
-        blocks, active, done = group[0].blocks, list(group), 0
-        unit = blocks * max(1, UNIT // blocks)
-        look = goal.visits or self._first_look(group, unit)
-        while active:
-            stop = min(look, done + self._affordable(active, goal))
-            self._extend(active, range(done, stop), unit, tell)
-            if stop < look:
-                return self._stop(active, "budget")
-            if goal.visits:
-                return self._stop(active, "samples")
-            done = stop
-            for walk in active:
-                walk.stopped = "accuracy" if self._reached(walk, goal) else ""
-            active = [walk for walk in active if not walk.stopped]
-            look = self._next_look(active, goal, done, unit)
-
-    def _first_look(self, group: list[Walk], unit: int) -> int:
-        foreseen = min(walk.plan.visits for walk in group)
-        rounds = max(2, -(-foreseen // group[0].blocks))  # two rounds, so that each block is seen twice
-        return max(rounds * group[0].blocks, 32 if group[0].blocks < 32 else 0, unit)
-
-    def _next_look(self, active: list[Walk], goal: Goal, done: int, unit: int) -> int:
-        """Look again where the present variance says that the goal lies, after at most twice as many visits."""
-        if not active:
-            return done
-        excess = [self.estimate(walk).stderr / goal.tolerance(self.scale(walk)) for walk in active]
-        least = min((SAFETY * done * each**2 for each in excess if np.isfinite(each)), default=2.0 * done)
-        return min(2 * done, -(-max(int(least), done + unit) // unit) * unit)
 
     def scale(self, walk: Walk) -> float:
         """Return the largest of the landscapes' values, which a relative error refers to."""
         return max(abs(estimate(rises, walk.blocks).value) for rises in walk.visits.mean(axis=2))
 
-    def _reached(self, walk: Walk, goal: Goal) -> bool:
-        return bool(self.estimate(walk).stderr <= goal.tolerance(self.scale(walk)))
+    def _turn(self, group: Group, budget: float, goal: Goal, tell: Callable[[], None]) -> None:
+        """Go on to the next look, or as far as the budget reaches."""
+        group.look = self._next_look(group, goal)
+        prices = np.cumsum(self._prices(group, range(group.done, group.look)))
+        stop = group.done + int(np.searchsorted(prices, budget, side="right"))
+        self._extend(group, range(group.done, stop), tell)
+        for walk in group.active:
+            walk.stopped = self._verdict(walk, group, goal)
+        group.active = [walk for walk in group.active if not walk.stopped]
 
-    def _affordable(self, active: list[Walk], goal: Goal) -> int:
-        price = self._price(active)
-        left = (goal.budget - self.spent) / price
-        return 10**9 if np.isinf(left) else max(0, int(left))
+    def _verdict(self, walk: Walk, group: Group, goal: Goal) -> str:
+        """Say why a radius stops here, if it does."""
+        if goal.visits and group.done == goal.visits:
+            return "samples"
+        found = self.estimate(walk)
+        if group.done and not goal.visits and not np.isfinite(found.value):
+            return "nonfinite"  # no further visit would change that
+        judged = group.done == group.look >= group.foreseen
+        if judged and found.stderr <= goal.tolerance(self.scale(walk)):
+            return "accuracy"
+        return "" if group.done == group.look else "budget"
 
-    def _price(self, active: list[Walk]) -> float:
-        """Return the images that one visit of these radii forwards."""
-        plan = active[0].plan
-        images = plan.block_size or self.landscapes[0].num_samples
-        return len(self.landscapes) * images * len(active) * (2 if plan.paired else 1)
+    def _next_look(self, group: Group, goal: Goal) -> int:
+        """Look after two rounds, then at twice as many visits or where the present variance says the goal lies."""
+        if goal.visits:
+            return goal.visits
+        unit = group.blocks * max(1, UNIT // group.blocks)
+        foreseen = -(-group.foreseen // unit) * unit
+        if not group.done:
+            return max(2 * group.blocks, -(-FIRST // unit) * unit)
+        if group.done < foreseen:
+            return min(2 * group.done, foreseen)
+        excess = [self.estimate(walk).stderr / goal.tolerance(self.scale(walk)) for walk in group.active]
+        least = min((SAFETY * group.done * each**2 for each in excess if np.isfinite(each)), default=np.inf)
+        nearest = -(-int(min(least, 2 * group.done)) // unit) * unit
+        return min(max(nearest, group.done + unit), 2 * group.done)
 
-    def _stop(self, active: list[Walk], why: str) -> None:
-        for walk in active:
-            walk.stopped = why
+    def _prices(self, group: Group, visits: range) -> FloatArray:
+        """Return the images that each visit forwards, with those at rest where the block is met first."""
+        size, ends = group.plans[0].block_size, len(group.active) * (2 if group.plans[0].paired else 1)
+        numbers = np.arange(visits.start, visits.stop)
+        first = (numbers >= self._rested.get(size, 0)) & (numbers < group.blocks)
+        images = self._sizes(size)[numbers % group.blocks]
+        return np.asarray(len(self.landscapes) * images * (ends + first), dtype=float)
 
-    def _extend(self, active: list[Walk], visits: range, unit: int, tell: Callable[[], None]) -> None:
+    def _extend(self, group: Group, visits: range, tell: Callable[[], None]) -> None:
         """Make visits to the active radii, in units, and add them to what these have seen."""
-        plans = [walk.plan for walk in active]
-        kind = f"{plans[0].block_size}{'p' if plans[0].paired else ''}-{'-'.join(f'{plan.radius:g}' for plan in plans)}"
-        parts = [range(start, min(start + unit, visits.stop)) for start in range(visits.start, visits.stop, unit)]
+        plans, length = group.plans, min(max(group.blocks, UNIT), LARGEST)
+        radii = derive(*[plan.radius for plan in plans])
+        kind = f"{plans[0].block_size}{'p' if plans[0].paired else ''}-{radii:016x}"
+        parts = [range(start, min(start + length, visits.stop)) for start in range(visits.start, visits.stop, length)]
         units = [(f"{kind}_{part.start}-{part.stop}", partial(self.walk, plans, part)) for part in parts]
-        for rises in self.keep(units):
-            for index, walk in enumerate(active):
+        for part, rises in zip(parts, self.keep(units), strict=True):
+            price = float(self._prices(group, part).sum())
+            for index, walk in enumerate(group.active):
                 walk.visits = np.concatenate([walk.visits, rises[:, :, index]], axis=1)
-            self.spent += rises.shape[1] * self._price(active)
+            self.spent, group.spent, group.done = self.spent + price, group.spent + price, part.stop
+            self._rested[plans[0].block_size] = max(self._rested.get(plans[0].block_size, 0), part.stop)
             tell()
 
     def walk(self, plans: Sequence[Plan], visits: range) -> FloatArray:
@@ -183,31 +210,35 @@ class Sampler:
         rises = np.zeros((len(self.landscapes), len(visits), len(plans), len(self.landscapes[0].strata)))
         with _moving(self.landscapes) as movers, np.errstate(invalid="ignore"):
             for row, visit in enumerate(visits):
-                for column, (landscape, at) in enumerate(zip(self.landscapes, movers, strict=True)):
-                    rises[column, row] = self._visit(landscape, at, plans, visit)
+                for which, at in enumerate(movers):
+                    rises[which, row] = self._visit(which, at, plans, visit)
         return rises
 
-    def _visit(self, landscape: Landscape, at: Move, plans: Sequence[Plan], visit: int) -> FloatArray:
+    def _visit(self, which: int, at: Move, plans: Sequence[Plan], visit: int) -> FloatArray:
+        landscape, size = self.landscapes[which], plans[0].block_size
         ray = draw_ray(landscape, self.seed, visit, normalisation=self.normalisation)
         signs = (1.0, -1.0) if plans[0].paired else (1.0,)
-        if not plans[0].block_size:
-            block, base = None, landscape.base_loss
-        else:
-            partition = self._partition(plans[0].block_size)
-            index = visit % len(partition)
-            block = landscape.gather(partition[index])
-            key = (id(landscape), plans[0].block_size, index)
-            if key not in self._bases:
-                self._bases[key] = at(ray, 0.0, block=block)
-                self.spent += block.batch.size
-            base = self._bases[key]
-        ends = [[at(ray, sign * plan.radius, block=block) for sign in signs] for plan in plans]
-        return np.asarray(np.mean(ends, axis=1) - base)
+        radii = np.array([[sign * plan.radius for sign in signs] for plan in plans])
+        if not size:
+            return np.asarray(at(ray, radii).mean(axis=1) - landscape.base_loss)
+        partition = self._partition(which, size)
+        index = visit % len(partition)
+        block = landscape.gather(partition[index])
+        if (which, size, index) not in self._bases:
+            self._bases[which, size, index] = at(ray, 0.0, block=block)
+        return np.asarray(at(ray, radii, block=block).mean(axis=1) - self._bases[which, size, index])
 
-    def _partition(self, block_size: int) -> list[Block]:
-        if block_size not in self._partitions:
-            self._partitions[block_size] = self.landscapes[0].blocks(block_size, seed=self.seed)
-        return self._partitions[block_size]
+    def _sizes(self, block_size: int) -> FloatArray:
+        """Return the images of each block."""
+        if not block_size:
+            return np.array([self.landscapes[0].num_samples], dtype=float)
+        return np.array([block.size for block in self._partition(0, block_size)], dtype=float)
+
+    def _partition(self, which: int, block_size: int) -> list[Block]:
+        """Return a landscape's blocks; those of another hold the same images, however its batches are cut."""
+        if (which, block_size) not in self._partitions:
+            self._partitions[which, block_size] = self.landscapes[which].blocks(block_size, seed=self.seed)
+        return self._partitions[which, block_size]
 
 
 @contextmanager

@@ -34,7 +34,8 @@ class SphereFlatness(Sampled):
             a block of images; visit j saw block j mod B.
         plans: for each radius, how it was sampled: block size, pairs, and the visits foreseen.
         blocks: (R,) how many blocks B the images were cut into; 1 is the crossed design, each ray on all images.
-        stopped: for each radius "samples", "accuracy", "budget" or "interrupted".
+        stopped: for each radius "samples", "accuracy", "budget", "nonfinite" (a rise is infinite or NaN, and so is
+            F) or "interrupted".
         strata: names (S,) of the strata; they weigh equally in `value`.
         base_loss: (S,) mean loss at w.
         normalisation: "none": w + gamma u; else w + rho z with z as long as w in each filter, layer or parameter.
@@ -85,6 +86,11 @@ class SphereFlatness(Sampled):
             raise UserError("Only the crossed design (num_samples=...) has an array of samples; see `visits`.")
         stacked: FloatArray = np.stack(self.visits, axis=1)
         return stacked
+
+    @property
+    def paired(self) -> tuple[bool, ...]:
+        """For each radius whether each ray was walked with its antithesis."""
+        return tuple(plan.paired for plan in self.plans)
 
     @property
     def converged(self) -> bool:
@@ -179,7 +185,8 @@ def sample(
     count = len(sampler.landscapes) * int((places > 0).sum())
     goal = goal_of(sampler.landscapes[0], count, num_samples, errors, budget)
     if block_size and num_samples is None:
-        plans = [Plan(float(radius), block_size, paired=True) for radius in places[places > 0]]
+        size = block_size if block_size < sampler.landscapes[0].num_samples else 0
+        plans = [Plan(float(radius), size, paired=True) for radius in places[places > 0]]
     else:
         plans = plans_of(sampler, places, goal)
     walks = sampler.run(plans, goal, report=report)
@@ -214,17 +221,31 @@ def goal_of(
 
 
 def plans_of(sampler: Sampler, radii: FloatArray, goal: Goal) -> list[Plan]:
-    """Return how each radius above zero is sampled. A kept plan is not made again: it rests on timings."""
-    above = radii[radii > 0]
-    if goal.visits or not len(above):
+    """Return how each radius above zero is sampled. A kept plan is not made again: it rests on timings.
+
+    Args:
+        sampler: of the measurement.
+        radii: all of them.
+        goal: when sampling stops.
+
+    Raises:
+        UserError: where the budget does not reach beyond the pilot.
+    """
+    above, samples = radii[radii > 0], sampler.landscapes[0].num_samples
+    if goal.visits or not len(above) or samples < pilot.FEWEST:
         return [Plan(float(radius), 0, visits=goal.visits or 0) for radius in above]
+    sampler.spent += pilot.price(sampler.landscapes, len(above), seed=sampler.seed)
+    if goal.budget <= sampler.spent:
+        raise UserError(
+            f"A pilot at {len(above)} radii forwards {sampler.spent:,.0f} images, more than the budget of"
+            f" {goal.budget:,.0f}: give a larger one, or num_samples, which needs no pilot."
+        )
 
     def make() -> FloatArray:
         flown = pilot.fly(
             sampler.landscapes, above, seed=sampler.seed, normalisation=sampler.normalisation, value=sampler.value
         )
-        sampler.spent += flown.images
-        plans = pilot.plan(flown, above, goal, sampler.landscapes[0].num_samples)
+        plans = pilot.plan(flown, above, goal, samples)
         return np.array([[plan.radius, plan.block_size, plan.paired, plan.visits] for plan in plans])
 
     kept = next(iter(sampler.keep([("plan", make)])))
@@ -244,6 +265,7 @@ def radii_of(sampler: Sampler, radii: npt.ArrayLike | str) -> FloatArray:
     if isinstance(radii, str):
         if radii != "auto":
             raise UserError(f'radii must be numbers or "auto", but are {radii!r}.')
+        sampler.spent += pilot.span_price(sampler)
         return next(iter(sampler.keep([("radii", lambda: pilot.span(sampler))])))
     places = np.atleast_1d(np.asarray(radii, dtype=np.float64))
     if places.ndim != 1 or not places.size or not np.isfinite(places).all() or (places < 0).any():
@@ -252,8 +274,8 @@ def radii_of(sampler: Sampler, radii: npt.ArrayLike | str) -> FloatArray:
 
 
 def assemble(sampler: Sampler, which: int, radii: FloatArray, walks: Sequence[Walk], seconds: float) -> SphereFlatness:
-    """Return what one of the landscapes' walks say; radius 0 is 0 exactly, and was not sampled."""
-    landscape = sampler.landscapes[which]
+    """Return what one of the landscapes' walks say, and its share of the cost; radius 0 is 0, and was not sampled."""
+    landscape, spent = sampler.landscapes[which], sampler.spent / len(sampler.landscapes)
     by_radius = {walk.plan.radius: walk for walk in walks}
     longest = max((walk.visits.shape[1] for walk in walks), default=2)
     still = Walk(Plan(0.0, 0), 1, np.zeros((len(sampler.landscapes), longest, len(landscape.strata))), "samples")
@@ -264,7 +286,7 @@ def assemble(sampler: Sampler, which: int, radii: FloatArray, walks: Sequence[Wa
         plans=tuple(walk.plan for walk in each),
         blocks=tuple(walk.blocks for walk in each),
         stopped=tuple(walk.stopped for walk in each),
-        cost=Cost(sampler.spent / landscape.num_samples, int(sampler.spent), 0, seconds),
+        cost=Cost(spent / landscape.num_samples, int(spent), 0, seconds / len(sampler.landscapes)),
         strata=landscape.strata,
         base_loss=landscape.base_loss,
         normalisation=sampler.normalisation,
