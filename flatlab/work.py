@@ -28,7 +28,7 @@ EVENT_SECONDS = 0.2  # between two progress events of one job
 
 
 def work(jobs: Sequence[Job], store: RunStore, place: Place, *, emit: Emit) -> None:
-    """Do all jobs that nobody else does, each as soon as what it needs is done.
+    """Do all jobs that nobody else does, each as soon as what it needs is done; then help others to measure.
 
     Args:
         jobs: in the order in which they are tried.
@@ -38,18 +38,21 @@ def work(jobs: Sequence[Job], store: RunStore, place: Place, *, emit: Emit) -> N
     """
     pending = list(jobs)
     while pending:
-        for job in list(pending):
-            if _settled(job, pending, store, place, emit):
-                pending.remove(job)
-                break  # the first jobs first: what was waiting may be ready now
+        # The first jobs first: what was waiting may be ready now. Who finds none free joins a measurement.
+        tries = ((job, join) for join in (False, True) for job in pending)
+        settled = next((job for job, join in tries if _settled(job, pending, store, place, emit, join=join)), None)
+        if settled:
+            pending.remove(settled)
         else:
             time.sleep(IDLE_SECONDS)
 
 
-def _settled(job: Job, pending: Sequence[Job], store: RunStore, place: Place, emit: Emit) -> bool:
+def _settled(
+    job: Job, pending: Sequence[Job], store: RunStore, place: Place, emit: Emit, *, join: bool = False
+) -> bool:
     """Do a job, or give it up; False where others hold it, or what it needs is still to come."""
     if job.ready(store):
-        return _attempt(job, store, place, emit)
+        return _attempt(job, store, place, emit, join=join)
     coming = {spec.digest for other in pending if not other.probes for spec in other.runs}
     if coming >= {digest for digest in job.needs if not store.finished(digest)}:
         return False
@@ -57,12 +60,12 @@ def _settled(job: Job, pending: Sequence[Job], store: RunStore, place: Place, em
     return True
 
 
-def _attempt(job: Job, store: RunStore, place: Place, emit: Emit) -> bool:
-    """Do a job if nobody holds it; returns whether that was so."""
+def _attempt(job: Job, store: RunStore, place: Place, emit: Emit, *, join: bool = False) -> bool:
+    """Do a job if nobody holds it, or join who holds a measurement, whose units are locked one by one."""
     try:
         with ExitStack() as held:
             if not job.done(store):
-                if not held.enter_context(store.claim(job.claims(store))):
+                if not held.enter_context(store.claim(job.claims(store))) and not (join and job.probes):
                     return False
                 _do(job, store, place, emit)
         emit({"job": job.name, "finished": True})

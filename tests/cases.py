@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from flatlab import seeds
 from flatlab.landscape import Landscape
+from flatlab.metrics import sphere
 from flatlab.metrics.rays import draw_ray
+from flatlab.metrics.sampling import Sampler
 from flatlab.metrics.sphere import sphere_flatness
 
 CUTS = {"one": [24], "uneven": [5, 1, 11, 7]}
@@ -154,3 +156,28 @@ def stratified(num_samples=6, seed=0):
     batches = case.batches([3, 9, 12])
     landscape = Landscape(case.model, {"a": batches[:1], "b": batches[1:2], "c": batches[2:]}, case.loss)
     return sphere_flatness(landscape, [0.5, 1.0], num_samples=num_samples, seed=seed)
+
+
+def softmax(samples=96, *, model=None, cut=(40, 1, 55)):
+    """Softmax regression (or a network) on three classes of noisy images."""
+    rng = seeds.generator("softmax")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = model or nn.Linear(6, 3)
+    model = model.double().eval()
+    inputs = torch.randn(samples, 6, generator=rng, dtype=torch.float64)
+    targets = torch.randint(0, 3, (samples,), generator=rng)
+    return Landscape(model, list(zip(inputs.split(cut), targets.split(cut), strict=True)), F.cross_entropy)
+
+
+def network():
+    """A small network on the same images."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        return softmax(model=nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)))
+
+
+def in_blocks(landscape, radii, block_size, *, errors=(0.02, 1e-4), budget=None, seed=0):
+    """Flatness by antithetic pairs on blocks of this size, without a pilot."""
+    sampler = Sampler([landscape], seed, "none")
+    return sphere.sample(sampler, radii, None, errors, budget, block_size=block_size)[0]
