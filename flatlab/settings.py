@@ -94,7 +94,7 @@ QUICK = Setting(
     radii=(0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0),  # F reaches about 1 nat
     filter_radii=(0.0, 0.1, 0.2, 0.3, 0.4, 0.5),
     num_samples=None,
-    rel_error=0.05,
+    rel_error=0.1,  # of one checkpoint: the spread over seeds is larger
     block_size=16,  # fixed, so that all methods share their rays and no timing decides a number
 )
 
