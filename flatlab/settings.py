@@ -50,7 +50,7 @@ class Setting(Spec):
     @property
     def effort(self) -> str:
         """How much is sampled, in words for a caption."""
-        return f"{self.num_samples} directions" if self.num_samples else f"relative error {self.rel_error:.0%}"
+        return f"{self.num_samples} directions" if self.num_samples else f"directions for {self.rel_error:.0%} error"
 
     @property
     def switch_step(self) -> int:

@@ -206,7 +206,7 @@ class ProbeSpec(Spec):
     @property
     def effort(self) -> str:
         """How much was sampled, in words for a caption."""
-        return f"{self.num_samples} directions" if self.num_samples else f"relative error {self.rel_error:.0%}"
+        return f"{self.num_samples} directions" if self.num_samples else f"directions for {self.rel_error:.0%} error"
 
 
 class Place(Spec):
