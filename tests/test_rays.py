@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flatlab import seeds
-from flatlab.metrics.rays import draw_ray, scale_to_weights
+from flatlab.metrics.rays import draw_ray, reach, scale_to_weights
 from flatlab.metrics.sphere import sphere_flatness
 
 
@@ -91,3 +91,51 @@ def test_the_filter_twin_rises_by_the_weighted_block_traces():
     assert start == landscape.num_params
     assert abs(flatness.value[0] - expected) < 3.5 * flatness.stderr[0]
     assert flatness.stderr[0] < 0.1 * expected
+
+
+def rescaled(scale):
+    """Two ReLU layers, the first times c and the second by it: the same function."""
+    rng = seeds.generator("rescaled")
+    model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.ReLU(), torch.nn.Linear(5, 3)).double().eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=rng, dtype=torch.float64))
+        model[0].weight.mul_(scale), model[0].bias.mul_(scale), model[2].weight.div_(scale)
+    inputs = torch.randn(40, 6, generator=rng, dtype=torch.float64)
+    return cases.Case(model, inputs, torch.randint(0, 3, (40,), generator=rng)).landscape([40])
+
+
+def test_each_normalisation_is_blind_to_what_it_says():
+    values = {}
+    for scale in (1.0, 8.0):
+        for kind in ("none", "filter", "layer", "parameter"):
+            values[scale, kind] = sphere_flatness(rescaled(scale), [0.4], num_samples=4, normalisation=kind).value
+    assert values[1.0, "parameter"] == pytest.approx(values[8.0, "parameter"], rel=1e-9)
+    # Without biases to move, whole tensors and filters that are scaled take their rays along.
+    for kind in ("filter", "layer"):
+        assert values[1.0, kind] == pytest.approx(values[8.0, kind], rel=1e-9)
+    assert values[1.0, "none"] != pytest.approx(values[8.0, "none"], rel=0.05)
+
+
+def test_rays_are_as_long_as_what_they_are_scaled_to():
+    case = cases.make("conv_bn")
+    landscape = case.landscape()
+    for z, w in zip(
+        landscape.split(draw_ray(landscape, 0, 0, normalisation="layer")), case.model.parameters(), strict=True
+    ):
+        assert z.norm().item() == pytest.approx(w.norm().item() if w.ndim > 1 else 0.0, rel=1e-5)
+    lengths = [draw_ray(landscape, 0, k, normalisation="parameter").norm().item() ** 2 for k in range(400)]
+    assert np.mean(lengths) ** 0.5 == pytest.approx(reach(landscape, "parameter"), rel=0.05)
+    for kind in ("filter", "layer"):
+        assert draw_ray(landscape, 0, 0, normalisation=kind).norm().item() == pytest.approx(
+            reach(landscape, kind), rel=1e-5
+        )
+
+
+def test_a_pattern_restricts_what_moves():
+    case = cases.make("mlp")
+    landscape, moved = case.landscape(params="2.*"), []
+    case.model.register_forward_pre_hook(lambda *_: moved.append(case.model[0].weight.detach().clone()))
+    flatness = sphere_flatness(landscape, [2.0], num_samples=3)
+    assert flatness.num_params == 18 and flatness.value[0] != 0.0
+    assert all(torch.equal(each, case.model[0].weight) for each in moved)

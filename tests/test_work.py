@@ -16,7 +16,6 @@ from flatlab import executors, files, jobs, work
 from flatlab.data.batches import TrainingStream
 from flatlab.jobs import Plan
 from flatlab.measure import measure
-from flatlab.metrics import sampling
 from flatlab.runs import RunStore
 
 
@@ -271,52 +270,3 @@ def test_a_bug_is_called_one_and_the_other_jobs_go_on(store, monkeypatch):
     assert set(_errors(events).values()) == {"ZeroDivisionError: oh (a bug in flatlab)"}
     assert all("in broken" in event["trace"] for event in events if "error" in event)
     assert all(store.run(run).done for run in RUNS)
-
-
-# --- several workers on one measurement
-
-
-LONG = PROBE.replace(num_samples=None, block_size=4, rel_error=0.0, abs_error=1e-9, budget=20_000, images=24)
-
-
-def _units(probe):
-    return sorted(path.name for path in probe.path.glob("unit-*"))
-
-
-def _fills(root, tally, barrier):
-    walk = sampling.Sampler.walk
-
-    def counted(sampler, plans, visits):
-        with open(tally, "a") as file:
-            file.write(f"{os.getpid()} {visits.start}\n")
-        return walk(sampler, plans, visits)
-
-    sampling.Sampler.walk = counted
-    barrier.wait()
-    store = RunStore(root)
-    assert _errors(_work(store, jobs.missing(store, [], [(ERM, LONG)], sizes=SIZES))) == {}
-
-
-def test_idle_workers_join_a_measurement_and_no_unit_is_made_twice(tmp_path):
-    alone, shared = trained(tmp_path / "alone", ERM), RunStore(tmp_path / "shared")
-    shared.merge(alone)
-    measure(alone.run(ERM), LONG, PLACE)
-    barrier = multiprocessing.get_context("forkserver").Barrier(2)
-    workers = [child(_fills, shared.root, tmp_path / "tally", barrier) for _ in range(2)]
-    for worker in workers:
-        worker.join(60)
-        assert worker.exitcode == 0
-    made = [line.split() for line in (tmp_path / "tally").read_text().splitlines()]
-    probes = [store.run(ERM).probe(LONG) for store in (alone, shared)]
-    assert _units(probes[0]) == _units(probes[1]) and len(made) == len(_units(probes[0])) > 8
-    assert len({unit for _, unit in made}) == len(made)
-    assert len({process for process, _ in made}) == 2
-    assert content(probes[0]) == content(probes[1])
-
-
-def test_a_measurement_that_fails_for_who_joined_is_given_up(tmp_path, monkeypatch):
-    store = trained(tmp_path, ERM)
-    monkeypatch.setattr("flatlab.measure.measure", lambda *_, **__: 1 / 0)
-    with store.run(ERM).probe(LONG).claim():
-        (error,) = _errors(_work(store, jobs.missing(store, [], [(ERM, LONG)], sizes=SIZES))).values()
-    assert error == "ZeroDivisionError: division by zero (a bug in flatlab)"

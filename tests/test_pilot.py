@@ -1,0 +1,142 @@
+"""The pilot finds the variance components, and the plan that follows is the one that they call for."""
+
+import cases
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from flatlab import seeds
+from flatlab.landscape import Landscape
+from flatlab.metrics import pilot
+from flatlab.metrics.pilot import Pilot
+from flatlab.metrics.rounds import Components
+from flatlab.metrics.sampling import Goal, Sampler
+from flatlab.metrics.sphere import sphere_flatness
+
+SIZE, DIMENSION = 512, 40
+
+
+class Images(nn.Module):
+    """Image x rises by a_x |w|^2 / 2 + b_x.w: curvatures and slopes of its own, on a sphere in closed form."""
+
+    def __init__(self, curvatures, slopes):
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(DIMENSION, dtype=torch.float64))
+        self.register_buffer("curvatures", curvatures)
+        self.register_buffer("slopes", slopes)
+
+    def forward(self, index):
+        return 0.5 * self.curvatures[index] * (self.w @ self.w) + self.slopes[index] @ self.w
+
+
+def images(slope=1.0, common=0.0):
+    rng = seeds.generator("pilot")
+    curvatures = 1.0 + torch.rand(SIZE, generator=rng, dtype=torch.float64)
+    slopes = slope * torch.randn(SIZE, DIMENSION, generator=rng, dtype=torch.float64)
+    slopes = slopes - slopes.mean(0)
+    slopes[:, 0] += common
+    index = torch.arange(SIZE)
+    model = Images(curvatures, slopes).eval()
+    return model, Landscape(model, [(index, torch.zeros(SIZE))], lambda outputs, targets: outputs)
+
+
+def fly(landscape, radii, seed=0):
+    return pilot.fly([landscape], np.array(radii), seed=seed, normalisation="none", value=lambda rises: rises[0])
+
+
+def test_components_are_those_of_quadratic_images():
+    model, landscape = images(slope=1.0, common=2.0)
+    found = [fly(landscape, [0.5, 2.0], seed) for seed in range(12)]
+    curvature, slopes = model.curvatures.numpy(), model.slopes.numpy()
+    for index, gamma in enumerate((0.5, 2.0)):
+        # On a sphere E (b.u)^2 = |b|^2 / d: the mean slope is shared by all images, the rest is interaction.
+        shared = gamma**2 * np.square(slopes.mean(0)).sum() / DIMENSION
+        rest = gamma**2 * np.square(slopes - slopes.mean(0)).sum() / (SIZE - 1) / DIMENSION
+        main = (0.5 * gamma**2) ** 2 * curvature.var(ddof=1)
+        each = np.array([(p.single[index].directions, p.single[index].images, p.single[index].rest) for p in found])
+        spread = each.std(axis=0, ddof=1) / np.sqrt(len(found))
+        assert np.all(np.abs(each.mean(axis=0) - [shared, main, rest]) < 4 * spread), gamma
+        assert each[:, 2].mean() == pytest.approx(rest, rel=0.1)
+        paired = np.array([(p.paired[index].directions, p.paired[index].images, p.paired[index].rest) for p in found])
+        assert paired[:, [0, 2]] == pytest.approx(0.0, abs=1e-12)  # no slope is left
+        assert paired[:, 1].mean() == pytest.approx(main, rel=0.15)
+        assert found[0].mean[index] == pytest.approx(0.5 * gamma**2 * 1.5, rel=0.2)
+
+
+def test_its_draws_are_not_those_of_the_measurement(monkeypatch):
+    _, landscape = images()
+    drawn = []
+    draw = pilot.draw_ray
+    monkeypatch.setattr(pilot, "draw_ray", lambda ls, seed, k, **given: drawn.append(k) or draw(ls, seed, k, **given))
+    fly(landscape, [1.0])
+    assert len(drawn) == len(set(drawn)) == 64 and max(drawn) < 0
+
+
+@pytest.mark.parametrize("samples", [64, 80, 200, 1000])
+def test_there_are_64_directions_at_least_and_the_price_is_known(samples):
+    x = torch.zeros(samples, 3)
+    model = nn.Linear(3, 1).eval()
+    landscape = Landscape(model, [(x, x[:, :1])], lambda o, t: ((o - t) ** 2)[:, 0])
+    seen = []
+    model.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
+    flown = fly(landscape, [1.0, 2.0])
+    assert sum(seen) == pytest.approx(pilot.price([landscape], 2, seed=0), rel=0.01)  # sizes are nominal in clocking
+    assert len(seen) >= 64 * 4 and set(flown.seconds) == set(pilot._sizes(landscape))
+
+
+# --- plans, of made-up pilots
+
+SECONDS = {16: 2.0, 32: 3.0, 64: 5.0, 128: 9.0, 256: 17.0}  # one for a visit, one for each 16 images
+NONE = Components(0.0, 0.0, 0.0)
+
+
+def planned(single, paired, *, seconds=None, drawing=0.0, goal=None, samples=10_000):
+    flown = Pilot([single], [paired], np.array([1.0]), seconds or SECONDS, drawing)
+    (plan,) = pilot.plan(flown, np.array([1.0]), goal or Goal(0.1, 0.0), samples)
+    return plan
+
+
+def test_pairs_are_chosen_where_the_slope_dominates():
+    assert planned(Components(5.0, 0.0, 100.0), Components(0.1, 0.0, 2.0)).paired
+    assert not planned(Components(1.0, 0.0, 10.0), Components(0.9, 0.0, 9.0)).paired
+
+
+def test_blocks_grow_with_the_interaction():
+    sizes = [planned(Components(1.0, 0.0, rest), Components(1.0, 0.0, rest)).block_size for rest in (1, 100, 10_000)]
+    # The work (V_A + V_E / n) (1 + n / 16) is least at n = 4 sqrt(V_E / V_A).
+    assert sizes == [16, 32, 256]
+
+
+def test_dear_rays_make_larger_blocks():
+    both = [Components(1.0, 0.0, 30.0)] * 2
+    assert planned(*both).block_size < planned(*both, drawing=40.0).block_size
+
+
+def test_visits_follow_from_the_variance():
+    plan = planned(Components(1.0, 0.0, 16.0), Components(1.0, 0.0, 16.0), seconds={16: 1.0})
+    assert plan.visits == pytest.approx(1.1 * 2.0 / 0.1**2, abs=1)
+    assert planned(NONE, NONE).visits == 0
+    assert planned(NONE, NONE, seconds={64: 1.0}, samples=64).block_size == 0  # a block of all is the crossed design
+
+
+def test_what_is_not_finite_foresees_nothing():
+    broken = Components(np.nan, np.nan, np.nan)
+    assert planned(broken, broken).visits == 0
+
+
+# --- automatic radii
+
+
+def test_automatic_radii_span_a_rise_of_a_hundredth_to_two():
+    case = cases.make("conv_bn")
+    with torch.no_grad():
+        targets = case.model(case.inputs).argmax(1)  # what the network says already: near a minimum
+    landscape = Landscape(case.model, [(case.inputs, targets)], nn.functional.cross_entropy)
+    for normalisation in ("none", "filter", "layer", "parameter"):
+        sampler = Sampler([landscape], 0, normalisation)
+        radii = pilot.span(sampler)
+        assert len(radii) == pilot.PLACES and np.all(np.diff(np.log(radii)) > 0)
+        assert np.ptp(np.diff(np.log(radii))) < 1e-9
+        first, last = sphere_flatness(landscape, radii[[0, -1]], num_samples=400, normalisation=normalisation).value
+        assert 0.005 < first < 0.02 and 1.0 < last < 4.0, normalisation
