@@ -158,9 +158,7 @@ def test_bad_input_is_refused():
     landscape = double("mlp").landscape()
     with pytest.raises(UserError, match="rel_error must not be negative, but is -1"):
         hessian_trace(landscape, rel_error=-1.0)
-    with pytest.raises(
-        UserError, match="budget must be at least 2 products, since an interval needs a spread"
-    ):
+    with pytest.raises(UserError, match="budget must be at least 2 products, since an interval needs a spread"):
         hessian_trace(landscape, budget=1)
     with pytest.raises(UserError, match="deflate must lie between 0 and 8, two less than the budget, but is 9"):
         hessian_trace(landscape, budget=10, deflate=9)
