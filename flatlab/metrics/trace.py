@@ -24,7 +24,7 @@ from flatlab.seeds import base_seed
 
 DEFLATE = 20  # products for the basis: as many vectors (P,) are held
 BUDGET = 500  # products in all, where none is given: Hutchinson's probes for 2 % on a spectrum with outliers, twice
-FIRST = 16  # probes before the first look: a spread of fewer is too often too small by luck
+PILOT = 32  # probes whose spread says how many are needed, and which the interval rests on
 BLOCK = 4  # probes that share the graph of a batch; as many products are held
 
 
@@ -76,15 +76,12 @@ class Trace(Sampled):
             return Estimate(float("nan"), float("nan"), 1)
         value = first**2 / second
         slope = np.array([2 * first / second, -value / second])
-        return Estimate(value, mean_of(self.probes @ slope).stderr if len(self.probes) else 0.0, self.square.freedom)
+        return Estimate(value, _stein(self.probes @ slope).stderr, self.square.freedom)
 
     @property
     def estimates(self) -> list[Estimate]:
         """Trace and trace of the square."""
-        if not len(self.probes):
-            return [Estimate(float(value), 0.0, 1) for value in self.exact]
-        rests = [mean_of(self.probes[:, power]) for power in range(2)]
-        return [Estimate(float(e + r.value), r.stderr, r.freedom) for e, r in zip(self.exact, rests, strict=True)]
+        return [_stein(self.probes[:, power], float(self.exact[power])) for power in range(2)]
 
     @property
     def raw(self) -> list[FloatArray]:
@@ -112,8 +109,10 @@ def hessian_trace(
 ) -> Trace:
     """Estimate the trace of the Hessian of the mean loss, and of its square, until the trace is accurate enough.
 
-    Accuracy is looked at after 16, 32, 64, ... probes only: the more often one looks, the more often luck looks like
-    accuracy.
+    Nothing stops when it looks accurate, since luck looks like accuracy. The spread of 32 pilot probes says once how
+    many probes are needed, and the interval rests on that spread and its 31 degrees of freedom, whatever the others
+    say: then its level is exact for normal draws (Stein 1945). Where outliers are left, draws are skewed: of 95 %
+    intervals 94 % held the truth by default in 400 repetitions on a spectrum with four outliers, 91 % undeflated.
 
     Args:
         landscape: whose Hessian; or an operator.
@@ -194,15 +193,22 @@ def _sample(
 ) -> tuple[FloatArray, str]:
     """Return probes (n, 2) of what is outside the basis, and why they ended: by accuracy, or with the budget."""
     rel_error, affordable = limits
-    probes, look = np.zeros((0, 2)), FIRST
-    while True:
-        probes = np.concatenate([probes, _probe(operator, basis, range(len(probes), min(look, affordable)), seed)])
-        rest = mean_of(probes[:, 0])
-        if len(probes) == look and rest.stderr <= rel_error * abs(exact + rest.value):
-            return probes, "accuracy"
-        if len(probes) == affordable:
-            return probes, "budget"
-        look *= 2
+    pilot = _probe(operator, basis, range(min(PILOT, affordable)), seed)
+    estimate = _stein(pilot[:, 0], exact)
+    tolerance = rel_error * abs(estimate.value)
+    need = len(pilot) * (estimate.stderr / tolerance) ** 2 if tolerance > 0 else np.inf * estimate.stderr
+    count = max(len(pilot), min(affordable, int(np.ceil(np.nan_to_num(need, posinf=affordable)))))
+    probes = np.concatenate([pilot, _probe(operator, basis, range(len(pilot), count), seed)])
+    return probes, "accuracy" if need <= count else "budget"
+
+
+def _stein(draws: FloatArray, exact: float = 0.0) -> Estimate:
+    """Return the mean of all draws (n,), with the spread of the pilot's alone, which chose n."""
+    if not len(draws):
+        return Estimate(exact, 0.0, 1)
+    pilot = mean_of(draws[:PILOT])
+    shrink = np.sqrt(min(PILOT, len(draws)) / len(draws))
+    return Estimate(exact + float(draws.mean()), pilot.stderr * shrink, pilot.freedom)
 
 
 def _probe(operator: Curvature, basis: Tensor, indices: range, seed: int) -> FloatArray:
