@@ -11,10 +11,11 @@ from matplotlib.figure import Figure
 
 from flatlab import plots, tables
 from flatlab.methods import METHODS, replicates
+from flatlab.probespecs import ProbeSpec
 from flatlab.resources import published
 from flatlab.runs import RunStore
 from flatlab.settings import PAPER, Setting
-from flatlab.specs import ProbeSpec, RunSpec
+from flatlab.specs import RunSpec
 
 BASELINE = "ERM"
 ORDER = ("ERM", "SAM", "SWA", "SWAD", "QT-DoG")
@@ -87,6 +88,16 @@ def summary(findings: pd.DataFrame) -> pd.DataFrame:
         cell=[tables.bracketed(v, lo, hi) for v, lo, hi in far[TOLD].itertuples(index=False)],
     )
     return cells.pivot_table(index="method", columns="where", values="cell", aggfunc="first", sort=False).reset_index()
+
+
+def caption(setting: Setting) -> str:
+    """Say in a title and a line below which data, seeds and directions the picture shows."""
+    images = "all" if setting.images is None else f"{setting.images}"
+    return (
+        f"Local flatness: {setting.words}, {setting.effort}\n"
+        f"Held out in turn: {', '.join(setting.held_out)}; {images} images per domain (in split). "
+        "Mean over held-out domains; band: 95 % interval over seeds."
+    )
 
 
 def _with_published(frame: pd.DataFrame, setting: Setting) -> pd.DataFrame:

@@ -3,11 +3,11 @@
 No public name is that of a module: `flatlab.train` is the package, `flatlab.train_runs` the function.
 """
 
+from flatlab.checkpoints import landscape as landscape_of
+from flatlab.checkpoints import network as network_of
 from flatlab.errors import UserError
 from flatlab.landscape import Landscape
-from flatlab.measure import landscape as landscape_of
 from flatlab.measure import measure as measure_run
-from flatlab.measure import network as network_of
 from flatlab.methods import METHODS, Method, compose, replicates, vary
 from flatlab.metrics.compare import PairedDifference, compare_flatness, paired_difference
 from flatlab.metrics.density import SpectralDensity, spectral_density
@@ -18,11 +18,12 @@ from flatlab.metrics.trace import Trace, hessian_trace
 from flatlab.metrics.worst import WorstRise, worst_rise
 from flatlab.models import Network, build_network
 from flatlab.points import Evaluation
+from flatlab.probespecs import ProbeSpec
 from flatlab.quant.attach import attach, bake
 from flatlab.quant.lsq import LSQ
 from flatlab.runs import Run, RunStore
 from flatlab.settings import PAPER, QUICK, SMOKE, Setting, setting
-from flatlab.specs import AverageSpec, Place, ProbeSpec, QuantSpec, RunSpec, StepSpec
+from flatlab.specs import AverageSpec, Place, QuantSpec, RunSpec, StepSpec
 from flatlab.train.loop import train as train_runs
 
 __all__ = [

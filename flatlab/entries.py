@@ -21,7 +21,7 @@ _UNCOUNTED = ("state", "probes", "provenance.json", "done", ".lock")  # outside 
 class Entry:
     """A directory with a spec, files, and a `done` that is written last."""
 
-    kind: type[Spec]
+    parse: Callable[[str], Spec]  # its spec, from JSON
 
     def __init__(self, path: Path, spec: Spec) -> None:
         self.path, self.spec = path, spec
@@ -38,7 +38,7 @@ class Entry:
         """
         path = folder / "spec.json"
         try:
-            spec = cls.kind.parse(path.read_text())
+            spec = cls.parse(path.read_text())
         except ValueError as error:
             raise UserError(f"{path} is damaged: {error} Delete its folder, and repeat the command.") from None
         if spec.digest != folder.name:

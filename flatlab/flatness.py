@@ -10,9 +10,9 @@ import pandas as pd
 
 from flatlab import files, plots, tables
 from flatlab.errors import UserError, choose
+from flatlab.probespecs import ProbeSpec
 from flatlab.runs import Run, RunStore
 from flatlab.settings import QUICK, for_data
-from flatlab.specs import ProbeSpec
 
 PANELS = {"source": "train", "target": "test"}
 WHICH = {panel: f"{split}" for split, panel in PANELS.items()}

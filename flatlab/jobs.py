@@ -3,15 +3,13 @@
 Torch-free: a plan is made, printed and priced before anything heavy is loaded.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from flatlab.entries import Entry
+from flatlab.probespecs import AnyProbe, Probing, Sizes
 from flatlab.runs import RunStore
-from flatlab.specs import Place, ProbeSpec, RunSpec, Spec
+from flatlab.specs import Place, RunSpec, Spec
 
-FORESEEN = 0.02  # passes over the images that one radius takes at a relative error of 1; the pilot knows better
-BUDGET = 100  # passes for each radius at most
-AUTO_RADII = 6
 BACKWARD = 3  # a training image costs about three forward passes: forward, and backward by weights and by inputs
 REFERENCE = {  # seconds for one image forward on one core of the reference machine (EPYC, 2 cores), by model
     "digits-cnn": 3e-5,
@@ -26,7 +24,7 @@ class Job(Spec):
 
     name: str
     runs: tuple[RunSpec, ...]
-    probes: tuple[ProbeSpec, ...] = ()  # empty: train the runs
+    probes: tuple[AnyProbe, ...] = ()  # empty: train the runs
     forks: tuple[int, ...] = ()  # steps before which the trajectory's state is kept for others
     needs: tuple[str, ...] = ()  # digests of runs that must be done
     passes: float  # cost, in images forwarded
@@ -61,8 +59,7 @@ class Plan(Spec):
     jobs: tuple[Job, ...]
 
 
-Wanted = Sequence[tuple[RunSpec, ProbeSpec]]
-Sizes = Mapping[str, int]  # images of each domain
+Wanted = Sequence[tuple[RunSpec, Probing]]
 
 
 def missing(store: RunStore, runs: Sequence[RunSpec], probes: Wanted, *, sizes: Sizes) -> list[Job]:
@@ -112,7 +109,7 @@ def _training(lacking: Sequence[RunSpec], sizes: Sizes) -> list[Job]:
 
 
 def _measuring(store: RunStore, probes: Wanted, trained: set[str], sizes: Sizes) -> list[Job]:
-    asked: dict[str, list[tuple[RunSpec, ProbeSpec]]] = {}
+    asked: dict[str, list[tuple[RunSpec, Probing]]] = {}
     for run, probe in probes:
         if not store.run(run).probe(probe).done:
             asked.setdefault(run.digest, []).append((run, probe))
@@ -122,7 +119,7 @@ def _measuring(store: RunStore, probes: Wanted, trained: set[str], sizes: Sizes)
             runs=(pairs[0][0],),
             probes=tuple(dict.fromkeys(probe for _, probe in pairs)),
             needs=(digest,) if digest in trained else (),
-            passes=sum(probe_passes(probe, sizes) for _, probe in pairs),
+            passes=sum(probe.passes(sizes) for _, probe in pairs),
         )
         for digest, pairs in asked.items()
     ]
@@ -134,14 +131,6 @@ def training_passes(spec: RunSpec, sizes: Sizes, *, forked: bool) -> float:
     batch = spec.batch_size * (len(sizes) - 1)
     looks = steps / spec.eval_every * spec.holdout * sum(sizes.values())
     return float(steps * batch * BACKWARD * (2 if spec.step.kind == "sam" else 1) + looks)
-
-
-def probe_passes(probe: ProbeSpec, sizes: Sizes) -> float:
-    """Return the images that a measurement forwards."""
-    images = sum(min(size, probe.images or size) for size in sizes.values())
-    count = AUTO_RADII if probe.radii == "auto" else sum(radius > 0 for radius in probe.radii)
-    passes = probe.num_samples or FORESEEN / max(probe.rel_error, 1e-3) ** 2
-    return float(min(images * passes, BUDGET * images) * count)
 
 
 def seconds_per_pass(store: RunStore, model: str) -> tuple[float, str]:

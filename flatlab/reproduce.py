@@ -142,25 +142,14 @@ def write(module: ModuleType, setting: Setting, store: RunStore, *, out: Path, r
     stem = out / module.__name__.rsplit(".", 1)[-1]
     files.write_bytes(stem.with_suffix(".csv"), frame.to_csv(index=False).encode())
     facts = _facts(module, setting, store)
-    pictures = plots.save(module.draw(frame, caption(setting)), stem)
+    pictures = plots.save(module.draw(frame, module.caption(setting)), stem)
     accuracies = tables.reached(tables.accuracies(store, module.labelled(setting)), module.BASELINE)
     remarks = module.remarks(frame)
-    record = {**facts, "redo": redo, "caption": caption(setting), "remarks": remarks}
+    record = {**facts, "redo": redo, "caption": module.caption(setting), "remarks": remarks}
     record |= {"findings": findings.to_dict("records"), "accuracies": accuracies.to_dict("records")}
     files.write_json(stem.with_suffix(".json"), record)
     written = [*pictures, stem.with_suffix(".csv"), stem.with_suffix(".json")]
     return Reproduction(written, findings, accuracies, remarks)
-
-
-def caption(setting: Setting) -> str:
-    """Say in a title and a line below which data, seeds and directions a picture shows."""
-    images = "all" if setting.images is None else f"{setting.images}"
-    seeds = "1 seed" if setting.seeds == 1 else f"{setting.seeds} seeds"
-    return (
-        f"Local flatness: {setting.dataset}, {setting.model}, {seeds}, {setting.effort}\n"
-        f"Held out in turn: {', '.join(setting.held_out)}; {images} images per domain (in split). "
-        "Mean over held-out domains; band: 95 % interval over seeds."
-    )
 
 
 def _facts(module: ModuleType, setting: Setting, store: RunStore) -> dict[str, Any]:

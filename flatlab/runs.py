@@ -20,14 +20,15 @@ from flatlab import files
 from flatlab.entries import Entry, complaints
 from flatlab.errors import UserError
 from flatlab.jsontext import strict_json
-from flatlab.specs import ProbeSpec, RunSpec
+from flatlab.probespecs import Probing, parse_probe
+from flatlab.specs import RunSpec
 
 
 class Probe(Entry):
     """A measurement of a run."""
 
-    kind = ProbeSpec
-    spec: ProbeSpec
+    parse = staticmethod(parse_probe)
+    spec: Any  # a `Probing`; of which kind, its metric says
 
     def unit(self, name: str) -> Path:
         """Return the file of one unit of the measurement: a plan, or some visits."""
@@ -42,7 +43,7 @@ class Probe(Entry):
 class Run(Entry):
     """A trained (or imported) network: its log, checkpoints and probes."""
 
-    kind = RunSpec
+    parse = staticmethod(RunSpec.parse)
     spec: RunSpec
 
     def checkpoint(self, name: str) -> Path:
@@ -77,7 +78,7 @@ class Run(Entry):
         for folder in ("checkpoints", "state", "probes"):
             (self.path / folder).mkdir(exist_ok=True)
 
-    def probe(self, spec: ProbeSpec) -> Probe:
+    def probe(self, spec: Probing) -> Probe:
         """Return the measurement of this run that a probe spec names."""
         return Probe(self.path / "probes" / spec.digest, spec)
 

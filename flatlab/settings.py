@@ -53,6 +53,11 @@ class Setting(Spec):
         return f"{self.num_samples} directions" if self.num_samples else f"directions for {self.rel_error:.0%} error"
 
     @property
+    def words(self) -> str:
+        """Which data, network and seeds, in words for a title."""
+        return f"{self.dataset}, {self.model}, {'1 seed' if self.seeds == 1 else f'{self.seeds} seeds'}"
+
+    @property
     def switch_step(self) -> int:
         """The step at which quantization or freezing sets in."""
         return round(0.4 * self.steps) if self.switch is None else self.switch

@@ -1,4 +1,4 @@
-"""What is asked for: a run, a probe of it, and the place where the work is done.
+"""What is asked for: a run, and the place where the work is done (probespecs.py: what is measured of it).
 
 A spec is frozen, strict and complete: its canonical JSON names everything that decides the numbers, and the digest
 of that JSON is the name of the run. Machine facts (folders, device, threads) live in `Place` and never in a digest.
@@ -183,30 +183,6 @@ class RunSpec(Spec):
         if self.switch is None:
             return None
         return self.replace(quantizer=None, frozen=False, switch=None, average=AverageSpec())
-
-
-class ProbeSpec(Spec):
-    """One measurement of a run's checkpoint: flatness on spheres (QT-DoG Eq. 5)."""
-
-    metric: Literal["sphere"] = "sphere"
-    checkpoint: Literal["selected", "last"] = "selected"
-    split: Literal["in", "out"] = "in"
-    images: int | None = Field(None, ge=1)  # at most so many per domain; None is all
-    radii: tuple[float, ...] | Literal["auto"]  # absolute L2, or the share of each filter's norm
-    num_samples: int | None = Field(None, ge=2)  # directions on all images; None: as many as the accuracy needs
-    rel_error: float = Field(0.02, ge=0)  # standard error / |F|
-    abs_error: float = Field(1e-4, ge=0)  # nats
-    budget: int | None = Field(None, ge=1)  # images forwarded; None: 100 passes for each radius
-    block_size: int | None = Field(None, ge=1)  # images that a direction sees; None: what a pilot finds
-    normalisation: Literal["none", "filter", "layer", "parameter"] = "none"
-    space: Literal["baked", "latent"] = "baked"
-    params: str | None = None  # a pattern of parameter names; None is all
-    seed: int = Field(0, ge=0)
-
-    @property
-    def effort(self) -> str:
-        """How much was sampled, in words for a caption."""
-        return f"{self.num_samples} directions" if self.num_samples else f"directions for {self.rel_error:.0%} error"
 
 
 class Place(Spec):

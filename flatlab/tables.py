@@ -14,8 +14,9 @@ from flatlab import files, selection
 from flatlab.errors import UserError
 from flatlab.metrics import rounds
 from flatlab.metrics.results import Estimate, FloatArray, mean_of
+from flatlab.probespecs import ProbeSpec
 from flatlab.runs import Run, RunStore
-from flatlab.specs import ProbeSpec, RunSpec
+from flatlab.specs import RunSpec
 
 LEVEL = 0.95
 Labelled = tuple[str, RunSpec]

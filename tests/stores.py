@@ -13,9 +13,10 @@ from flatlab import build
 from flatlab.errors import UserError
 from flatlab.methods import METHODS, compose, vary
 from flatlab.metrics import sampling
+from flatlab.probespecs import ProbeSpec
 from flatlab.runs import RunStore
 from flatlab.settings import SMOKE
-from flatlab.specs import Place, ProbeSpec
+from flatlab.specs import Place
 from flatlab.train.loop import train
 from flatlab.train.trajectory import Trajectory
 

@@ -30,16 +30,17 @@ MAY_IMPORT = {
     "selection": "",
     "specs": "errors",
     # what is asked for, without torch
+    "probespecs": "specs errors",
     "settings": "specs errors",
     "methods": "settings specs errors",
     "files": "errors jsontext",
     "entries": "specs files errors",
-    "runs": "entries specs files errors jsontext",
-    "tables": "runs specs selection files metrics.rounds metrics.results errors",
-    "jobs": "entries runs specs",
+    "runs": "entries probespecs specs files errors jsontext",
+    "tables": "runs probespecs specs selection files metrics.rounds metrics.results errors",
+    "jobs": "entries runs probespecs specs",
     "executors": "jobs",
     "reproduce": "tables executors jobs runs settings specs plots files machine data.catalog errors",
-    "flatness": "tables plots runs settings specs files errors",
+    "flatness": "tables plots runs settings probespecs specs files errors",
     "tensorboard": "runs errors",
     "work": "jobs runs specs errors measure train",  # the last two inside functions: workers alone load torch
     # things that take arguments, not specs
@@ -57,12 +58,27 @@ MAY_IMPORT = {
     # from specs to things, to runs, to measurements: `train` and `measure` meet on disk
     "build": "specs data models quant files errors",
     "train": "build runs data models quant.attach selection settings specs files machine errors",
-    "measure": "build runs data landscape metrics models quant.attach specs files machine errors",
+    "checkpoints": "build runs data landscape models quant.attach probespecs specs files",
+    "shelf": "runs files metrics.results metrics.sampling",
+    "measures": "checkpoints shelf runs metrics probespecs specs files errors",
+    "measure": "build runs probespecs specs machine errors",  # and, by name, the module of a metric in measures/
     # the paper
-    "analyses": "specs settings methods tables plots runs resources",
+    "analyses": "probespecs specs settings methods tables plots runs resources",
 }
 OPEN = ("api", "cli", "upkeep", "options", "words", "mistakes", "display", "doctor", "__main__", "__init__")
-TORCH_FREE = ["specs", "settings", "methods", "runs", "jobs", "tables", "plots", "reproduce", "options", "cli"]
+TORCH_FREE = [
+    "specs",
+    "probespecs",
+    "settings",
+    "methods",
+    "runs",
+    "jobs",
+    "tables",
+    "plots",
+    "reproduce",
+    "options",
+    "cli",
+]
 
 
 def files_of(*folders):

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from flatlab import build, files, measure
+from flatlab import build, checkpoints, files
 from flatlab.data.batches import TrainingStream
 from flatlab.methods import METHODS, Method, compose
 from flatlab.quant.attach import bake, quantized_layers
@@ -69,7 +69,7 @@ def test_every_method_trains_and_its_checkpoint_is_what_its_log_says(name, tmp_p
     for checkpoint in ("selected", "last"):
         _, step = weights_of(run, checkpoint)
         (logged,) = [row for row in rows if row["step"] == step]
-        loaded = measure.network(run, checkpoint, PLACE)
+        loaded = checkpoints.network(run, checkpoint, PLACE)
         again = judge.row(loaded, step)
         assert again == {key: logged[key] for key in again}
         assert set(logged["source"]) == {"rot0", "rot15", "rot30"} and set(logged["target"]) == {"in", "out"}
@@ -128,7 +128,7 @@ def test_an_average_of_quantized_iterates_lies_on_the_grid_of_the_averaged_step_
     train([spec], RunStore(tmp_path), PLACE)
     run = RunStore(tmp_path).run(spec)
     stored, _ = weights_of(run)
-    network = measure.network(run, "selected", PLACE)
+    network = checkpoints.network(run, "selected", PLACE)
     names = list(quantized_layers(network))
     bake(network)
     for name in names:
@@ -147,7 +147,7 @@ def test_refreshed_statistics_are_the_mean_over_unseen_batches(average, tmp_path
     domains = build.domains(spec, PLACE)
     rows = {name: domains.inside[name] for name in domains.sources}
     stream = TrainingStream(domains.data, rows, batch_size=8, seed=spec.seed, device=torch.device("cpu"))
-    conv = measure.network(run, "selected", PLACE).features[0]
+    conv = checkpoints.network(run, "selected", PLACE).features[0]
     maps = [conv(stream.batch(step).inputs).transpose(0, 1).flatten(1) for step in (11, 12)]
     mean = torch.stack([each.mean(1) for each in maps]).mean(0)
     variance = torch.stack([each.var(1) for each in maps]).mean(0)
@@ -268,7 +268,7 @@ def test_the_loss_that_an_average_is_shown_is_the_mean_over_source_domains(tmp_p
     member.average.update = lambda weights, step, validate: (seen.append(validate()), update(weights, step, validate))
     training.run(None)
     judge = judge_of(spec)
-    network = measure.network(training.runs[0], "last", PLACE)
+    network = checkpoints.network(training.runs[0], "last", PLACE)
     by_hand = []
     for batches in judge.validation.values():
         losses = [F.cross_entropy(network(x), y, reduction="sum").item() for x, y in batches]

@@ -11,9 +11,10 @@ from commandline import PETS, TINY, call, only_run, pets
 
 from flatlab import build, files, reproduce
 from flatlab.errors import UserError
+from flatlab.probespecs import ProbeSpec
 from flatlab.runs import RunStore
 from flatlab.settings import SMOKE
-from flatlab.specs import ProbeSpec, RunSpec
+from flatlab.specs import RunSpec
 
 WHOLE = "does not do: give a whole number from"
 

@@ -12,9 +12,10 @@ from flatlab import build, files
 from flatlab.errors import UserError
 from flatlab.measure import measure
 from flatlab.methods import METHODS, compose
+from flatlab.probespecs import ProbeSpec
 from flatlab.runs import RunStore
 from flatlab.settings import PAPER, SMOKE, for_data, setting
-from flatlab.specs import Place, ProbeSpec
+from flatlab.specs import Place
 from flatlab.train import evaluate
 from flatlab.train.loop import Training, train
 

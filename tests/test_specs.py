@@ -7,8 +7,9 @@ from pydantic import ValidationError
 
 from flatlab.errors import UserError
 from flatlab.methods import METHODS, Method, compose, method, replicates, vary
+from flatlab.probespecs import ProbeSpec
 from flatlab.settings import PAPER, QUICK, SETTINGS, SMOKE, setting
-from flatlab.specs import AverageSpec, Place, ProbeSpec, QuantSpec, RunSpec, StepSpec
+from flatlab.specs import AverageSpec, Place, QuantSpec, RunSpec, StepSpec
 
 FIELDS = {"dataset": "digits", "held_out": "rot0", "image_size": 16, "model": "digits-cnn", "steps": 10}
 FIELDS |= {"eval_every": 5, "lr": 0.001}

@@ -9,8 +9,9 @@ from scipy import stats
 
 from flatlab import files, tables
 from flatlab.errors import UserError
+from flatlab.probespecs import ProbeSpec
 from flatlab.runs import RunStore
-from flatlab.specs import ProbeSpec, QuantSpec, RunSpec
+from flatlab.specs import QuantSpec, RunSpec
 
 RUN = RunSpec(dataset="digits", held_out="rot15", image_size=16, model="digits-cnn", steps=10, eval_every=5, lr=0.1)
 PROBE = ProbeSpec(radii=(0.0, 1.0, 2.0), num_samples=4)

@@ -1,0 +1,47 @@
+"""From a run's checkpoint to a network, and to a landscape around it."""
+
+import torch.nn.functional as F
+
+from flatlab import build, files
+from flatlab.data.batches import evaluation_batches
+from flatlab.landscape import Landscape
+from flatlab.models import Network
+from flatlab.probespecs import Probing
+from flatlab.quant.attach import bake
+from flatlab.runs import Run
+from flatlab.specs import Place
+
+
+def landscape(run: Run, spec: Probing, place: Place) -> Landscape:
+    """Return the loss of a run's checkpoint on each domain, as a function of its weights.
+
+    Strata are the domains. A quantized network is baked, so that all methods move in one space; or, for
+    `space="latent"`, quantized anew at each point, its step sizes held still.
+    """
+    domains = build.domains(run.spec, place)
+    run.check_data(domains.data.fingerprint)
+    rows = domains.inside if spec.split == "in" else domains.outside
+    device = build.device(place)
+    batches = {
+        name: evaluation_batches(domains.data, name, rows[name], device=device, limit=spec.images)
+        for name in domains.data.names
+    }
+    loaded = network(run, spec.checkpoint, place)
+    if spec.space == "baked":
+        bake(loaded)
+        return Landscape(loaded, batches, F.cross_entropy, params=spec.params)
+    scales = build.roles(loaded)["scales"].values()
+    for scale in scales:
+        scale.requires_grad_(False)
+    return Landscape(loaded, batches, F.cross_entropy, params=spec.params)
+
+
+def network(run: Run, checkpoint: str, place: Place) -> Network:
+    """Return a run's network at a checkpoint, in eval mode, its quantizer attached where it has one."""
+    domains = build.domains(run.spec, place)
+    start = run.spec.replace(weights="none")  # the checkpoint holds all weights
+    built = build.network(start, domains.data, place)
+    build.quantize(built, run.spec)
+    arrays, _ = files.load_arrays(run.checkpoint(checkpoint))
+    build.load(built, arrays)
+    return built.eval()

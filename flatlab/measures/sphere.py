@@ -1,0 +1,65 @@
+"""Flatness on spheres: sample in resumable units, and write the visits down."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
+
+import numpy as np
+
+from flatlab import files
+from flatlab.checkpoints import landscape
+from flatlab.metrics.sampling import Sampler, Walk
+from flatlab.metrics.sphere import SphereFlatness, sample
+from flatlab.probespecs import ProbeSpec
+from flatlab.runs import Probe, Run
+from flatlab.shelf import Shelf
+from flatlab.specs import Place
+
+Report = Callable[[int, int, dict[str, float]], None]
+
+
+def fill(probe: Probe, run: Run, place: Place, report: Report | None) -> None:
+    """Measure what the probe asks for, from where an earlier call was stopped."""
+    spec: ProbeSpec = probe.spec
+    around = landscape(run, spec, place)
+    sampler = Sampler([around], spec.seed, spec.normalisation, keep=Shelf(probe).units)
+    (flatness,) = sample(
+        sampler,
+        spec.radii if spec.radii == "auto" else np.array(spec.radii),
+        spec.num_samples,
+        (spec.rel_error, spec.abs_error),
+        spec.budget,
+        block_size=spec.block_size,
+        report=partial(_tell, report, sampler) if report else None,
+    )
+    if "interrupted" in flatness.stopped:
+        raise KeyboardInterrupt  # its units are kept: the next call goes on from them
+    _write(probe, flatness)
+
+
+def _tell(report: Report, sampler: Sampler, walks: Sequence[Walk]) -> None:
+    """Report the share of the visits that are foreseen, and the relative error at the radius that is worst off."""
+    made = sum(walk.visits.shape[1] for walk in walks)
+    foreseen = sum(
+        seen if walk.stopped else max(walk.plan.visits, seen + 1) for walk in walks for seen in walk.visits.shape[1:2]
+    )
+    errors = [
+        e.stderr / abs(e.value) for walk in walks if walk.visits.shape[1] > 1 and (e := sampler.estimate(walk)).value
+    ]
+    report(made, max(foreseen, made), {"relative error": max(errors, default=float("nan"))})
+
+
+def _write(probe: Probe, flatness: SphereFlatness) -> None:
+    """Write the assembled measurement, readable without torch."""
+    visits = {f"visits-{index:02d}": rises for index, rises in enumerate(flatness.visits)}
+    facts = {
+        "strata": list(flatness.strata),
+        "blocks": list(flatness.blocks),
+        "plans": [asdict(plan) for plan in flatness.plans],
+        "stopped": list(flatness.stopped),
+        "num_params": flatness.num_params,
+        "norm": flatness.norm,
+        "reach": flatness.reach,
+        "images": flatness.cost.images,
+    }
+    files.save_arrays(probe.result, {**visits, "radii": flatness.radii, "base_loss": flatness.base_loss}, facts)

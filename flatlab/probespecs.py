@@ -1,0 +1,97 @@
+"""What is measured of a run's checkpoint: one frozen spec for each kind of measurement, told apart by `metric`.
+
+The module of the same name in `flatlab/measures/` does it.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, SerializeAsAny
+
+from flatlab.errors import UserError, choose
+from flatlab.specs import Spec
+
+FORESEEN = 0.02  # passes over the images that one radius takes at a relative error of 1; the pilot knows better
+BUDGET = 100  # passes for each radius at most
+AUTO_RADII = 6
+Sizes = Mapping[str, int]  # images of each domain
+
+
+class Probing(Spec):
+    """What every measurement says of itself: which checkpoint, on which images."""
+
+    metric: str
+    checkpoint: Literal["selected", "last"] = "selected"
+    split: Literal["in", "out"] = "in"
+    images: int | None = Field(None, ge=1)  # at most so many per domain; None is all
+    space: Literal["baked", "latent"] = "baked"
+    params: str | None = None  # a pattern of parameter names; None is all
+    seed: int = Field(0, ge=0)
+
+    def count(self, sizes: Sizes) -> int:
+        """Return how many images are looked at."""
+        return sum(min(size, self.images or size) for size in sizes.values())
+
+    def passes(self, sizes: Sizes) -> float:
+        """Return the images that the measurement forwards, for plans and bars; one look at each, where nobody knows.
+
+        Args:
+            sizes: images of each domain.
+        """
+        return float(self.count(sizes))
+
+
+class ProbeSpec(Probing):
+    """Flatness on spheres (QT-DoG Eq. 5)."""
+
+    metric: Literal["sphere"] = "sphere"
+    radii: tuple[float, ...] | Literal["auto"]  # absolute L2, or the share of each filter's norm
+    num_samples: int | None = Field(None, ge=2)  # directions on all images; None: as many as the accuracy needs
+    rel_error: float = Field(0.02, ge=0)  # standard error / |F|
+    abs_error: float = Field(1e-4, ge=0)  # nats
+    budget: int | None = Field(None, ge=1)  # images forwarded; None: 100 passes for each radius
+    block_size: int | None = Field(None, ge=1)  # images that a direction sees; None: what a pilot finds
+    normalisation: Literal["none", "filter", "layer", "parameter"] = "none"
+
+    @property
+    def effort(self) -> str:
+        """How much was sampled, in words for a caption."""
+        return f"{self.num_samples} directions" if self.num_samples else f"directions for {self.rel_error:.0%} error"
+
+    def passes(self, sizes: Sizes) -> float:
+        """Return the images that are forwarded: for an accuracy a rule of thumb, since no pilot has flown.
+
+        Args:
+            sizes: images of each domain.
+        """
+        images = self.count(sizes)
+        count = AUTO_RADII if self.radii == "auto" else sum(radius > 0 for radius in self.radii)
+        passes = self.num_samples or FORESEEN / max(self.rel_error, 1e-3) ** 2
+        return float(min(images * passes, BUDGET * images) * count)
+
+
+KINDS: dict[str, type[Probing]] = {"sphere": ProbeSpec}
+
+
+def parse_probe(text: str) -> Probing:
+    """Read the spec of a measurement of any kind from its JSON.
+
+    Args:
+        text: JSON as `canonical` writes it.
+
+    Raises:
+        UserError: where the metric is unknown, or a field does not do.
+    """
+    metric = json.loads(text).get("metric")
+    if not isinstance(metric, str):
+        raise UserError("A measurement's spec names its metric.")
+    return KINDS[choose("metric", metric, KINDS)].parse(text)
+
+
+def _of_its_kind(value: Any) -> Any:
+    return parse_probe(json.dumps(value)) if isinstance(value, dict) else value
+
+
+AnyProbe = Annotated[SerializeAsAny[Probing], BeforeValidator(_of_its_kind)]
+"""A measurement of any kind, as a field of another spec."""
