@@ -11,9 +11,19 @@ from flatlab.measure import measure as measure_run
 from flatlab.methods import METHODS, Method, compose, replicates, vary
 from flatlab.metrics.compare import PairedDifference, compare_flatness, paired_difference
 from flatlab.metrics.density import SpectralDensity, spectral_density
+from flatlab.metrics.directions import (
+    Directions,
+    eigen_directions,
+    given_directions,
+    plane_through,
+    random_directions,
+    trajectory_directions,
+)
+from flatlab.metrics.grids import Profile, Surface
 from flatlab.metrics.lanczos import Spectrum, hessian_spectrum
 from flatlab.metrics.operators import GGN, Fisher, Hessian
 from flatlab.metrics.sphere import SphereFlatness, sphere_flatness
+from flatlab.metrics.surfaces import line, plane
 from flatlab.metrics.trace import Trace, hessian_trace
 from flatlab.metrics.worst import WorstRise, worst_rise
 from flatlab.models import Network, build_network
@@ -47,6 +57,17 @@ __all__ = [
     "SpectralDensity",
     "hessian_trace",
     "Trace",
+    # lines and planes
+    "line",
+    "Profile",
+    "plane",
+    "Surface",
+    "Directions",
+    "random_directions",
+    "eigen_directions",
+    "given_directions",
+    "plane_through",
+    "trajectory_directions",
     # networks and quantizers
     "Network",
     "build_network",

@@ -6,7 +6,7 @@ are read once and weighed by samples, and everything that would break this is lo
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain
@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flatlab.blocks import Block, Gathered, partition
 from flatlab.errors import UserError
-from flatlab.losses import names_classes, total, wide
+from flatlab.losses import Metric, names_classes, total, totals, wide
 from flatlab.nests import Batch, Data, part, read, recut, same
 from flatlab.params import flatten, select, split_like
 from flatlab.points import Evaluation, Move
@@ -60,7 +60,7 @@ class Landscape:
         check: bool = True,
         batch_size: int | None = None,
     ) -> None:
-        self.model, self._check = model, check
+        self.model, self.loss, self._check = model, loss, check
         self._total = partial(total, loss)
         self.named = select(model, params)
         refuse_parametrized(self.named)
@@ -131,15 +131,25 @@ class Landscape:
             return Evaluation(float(losses.mean()), None, losses, None)
         return Evaluation(float(losses.mean()), float(accuracies.mean()), losses, accuracies)
 
+    def around(self, model: nn.Module) -> "Landscape":
+        """Return the landscape of the same data and loss around another model, of the same choice of parameters."""
+        data = {name: [batch[:2] for batch in each] for name, each in zip(self.strata, self._batches, strict=True)}
+        return Landscape(model, data, self.loss, params=list(self.named), check=self._check)
+
     @contextmanager
-    def moving(self) -> Iterator[Move]:
+    def moving(
+        self, metrics: Sequence[Metric] | None = None, *, settle: Callable[[], object] = lambda: None
+    ) -> Iterator[Move]:
         """Yield ``at(direction, radius=1.0)``: stratum losses (S,) at point + radius * direction, for many points.
 
         A point costs one pass over the parameters to compute and one to copy. They are copied into the model's
         own tensors, not replaced by views of one flat vector, since a ``channels_last`` network is up to 1.5 times
-        slower with row-major kernels. Several radii at once (..., S) wait for the device once.
+        slower with row-major kernels. Several radii at once (..., S) wait for the device once. With `metrics`,
+        functions of the loss's form, their means (..., S, M) come instead. `settle` is called at each point.
         """
         flat = torch.empty_like(self._w0)
+        measured = self._total if metrics is None else partial(totals, metrics)
+        sizes = self.sizes if metrics is None else self.sizes[:, None]
         views = self.split(flat)
 
         @torch.inference_mode()
@@ -148,10 +158,11 @@ class Landscape:
             for each in np.ravel(radius).tolist():
                 torch.add(self._w0, direction, alpha=each, out=flat)
                 torch._foreach_copy_(self._tensors, views)
-                sums.append(self._sums(self._total) if block is None else self._totals(*block))
+                settle()
+                sums.append(self._sums(measured) if block is None else self._totals(*block))
             table = torch.stack(sums).cpu().double().numpy()
-            means = table / self.sizes if block is None else block.block.shares(table)
-            return means.reshape(*np.shape(radius), -1)
+            means = table / sizes if block is None else block.block.shares(table)
+            return means.reshape(*np.shape(radius), *means.shape[1:])
 
         with self._visiting():
             yield at
