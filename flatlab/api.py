@@ -10,6 +10,7 @@ from flatlab.landscape import Landscape
 from flatlab.measure import measure as measure_run
 from flatlab.methods import METHODS, Method, compose, replicates, vary
 from flatlab.metrics.compare import PairedDifference, compare_flatness, paired_difference
+from flatlab.metrics.connectivity import Connection, connect
 from flatlab.metrics.density import SpectralDensity, spectral_density
 from flatlab.metrics.directions import (
     Directions,
@@ -25,6 +26,7 @@ from flatlab.metrics.operators import GGN, Fisher, Hessian
 from flatlab.metrics.sphere import SphereFlatness, sphere_flatness
 from flatlab.metrics.surfaces import line, plane
 from flatlab.metrics.trace import Trace, hessian_trace
+from flatlab.metrics.triangle import Triangle, triangle
 from flatlab.metrics.worst import WorstRise, worst_rise
 from flatlab.models import Network, build_network
 from flatlab.points import Evaluation
@@ -68,6 +70,11 @@ __all__ = [
     "given_directions",
     "plane_through",
     "trajectory_directions",
+    "connect",
+    "Connection",
+    # audits
+    "triangle",
+    "Triangle",
     # networks and quantizers
     "Network",
     "build_network",
