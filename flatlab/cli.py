@@ -151,9 +151,7 @@ def flatness(
     table, written = chart(store, found, probe, panel=panel, out=chosen.out)
     shown = table if chosen.json else table[list(SHOWN)]
     chosen.answer(shown, f"Flatness on the {split} domains (nats), 95 % intervals over directions", SHOWN)
-    for sentence in said(found, probe, panel=panel):
-        say(sentence, mark="")
-    _tell_written(written)
+    _tell_written(written, said(found, probe, panel=panel))
 
 
 @app.command(
@@ -265,7 +263,9 @@ def _foresee(chosen: Choices, todo: Sequence[Any], place: Any) -> None:
     chosen.answer(plans, f"What the pilots plan; seconds are {source}", {"core_seconds": ".1f"})
 
 
-def _tell_written(paths: Sequence[Path]) -> None:
+def _tell_written(paths: Sequence[Path], sentences: Sequence[str] = ()) -> None:
+    for sentence in sentences:
+        say(sentence, mark="")
     say(f"Written: {', '.join(map(str, paths))}", mark="")
 
 
