@@ -9,6 +9,7 @@ from flatlab.errors import UserError
 from flatlab.landscape import Landscape
 from flatlab.measure import measure as measure_run
 from flatlab.methods import METHODS, Method, compose, replicates, vary
+from flatlab.metrics.audit import ScaleAudit, scale_audit
 from flatlab.metrics.compare import PairedDifference, compare_flatness, paired_difference
 from flatlab.metrics.connectivity import Connection, connect
 from flatlab.metrics.density import SpectralDensity, spectral_density
@@ -73,6 +74,8 @@ __all__ = [
     "connect",
     "Connection",
     # audits
+    "scale_audit",
+    "ScaleAudit",
     "triangle",
     "Triangle",
     # networks and quantizers

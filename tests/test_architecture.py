@@ -55,7 +55,7 @@ MAY_IMPORT = {
     "probes": "nests errors",
     "points": "blocks",
     "landscape": "blocks losses nests params probes seeds errors points",
-    "metrics": "blocks losses landscape params seeds errors points surfaceplots",  # the last inside plot() alone
+    "metrics": "blocks losses landscape nests params seeds errors points surfaceplots",  # the last inside plot() alone
     # from specs to things, to runs, to measurements: `train` and `measure` meet on disk
     "build": "specs data models quant files errors",
     "train": "build runs data models quant.attach selection settings specs files machine errors",

@@ -142,8 +142,7 @@ def connect(
     chosen = np.isin(np.arange(len(stratum)), _half(stratum, name))
     with np.errstate(invalid="ignore"):  # what is not finite is shown so
         excess = table - (1 - places[:, None]) * table[0] - places[:, None] * table[-1]
-    seen = _by_stratum(excess[:, chosen], stratum[chosen]).mean(axis=1)
-    position = 1 + int(np.argmax(np.nan_to_num(seen[1:-1], nan=np.inf)))
+    position = _highest(excess[:, chosen], stratum[chosen])
     kept, home = excess[position, ~chosen], stratum[~chosen]
     return Connection(
         places=places,
@@ -212,6 +211,12 @@ def _half(stratum: npt.NDArray[np.int64], seed: int) -> npt.NDArray[np.int64]:
         mine = rng.permutation(np.flatnonzero(stratum == s))
         halves.append(mine[: len(mine) // 2])
     return np.concatenate(halves)
+
+
+def _highest(excess: FloatArray, stratum: npt.NDArray[np.int64]) -> int:
+    """Return the place between the ends where the mean over strata is largest, or no number."""
+    means = _by_stratum(excess, stratum).mean(axis=1)
+    return 1 + int(np.argmax(np.nan_to_num(means[1:-1], nan=np.inf)))
 
 
 def _bootstrap(excess: FloatArray, stratum: npt.NDArray[np.int64], seed: int) -> FloatArray:
