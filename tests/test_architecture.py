@@ -56,6 +56,8 @@ MAY_IMPORT = {
     "points": "blocks",
     "landscape": "blocks losses nests params probes seeds errors points",
     "metrics": "blocks losses landscape nests params seeds errors points surfaceplots",  # the last inside plot() alone
+    "golden": "landscape seeds",
+    "selftest": "golden metrics",
     # from specs to things, to runs, to measurements: `train` and `measure` meet on disk
     "build": "specs data models quant files errors",
     "train": "build runs data models quant.attach selection settings specs files machine errors",

@@ -123,8 +123,7 @@ def connect(
         second: that of the other, of the same architecture over the same data.
         grid: places along the line, the ends included.
         recompute: batches, as of training, from which BatchNorm's running statistics are computed anew at each place
-            (Izmailov et al. 2018): batches weigh by their size. Else they are interpolated like the weights, so that
-            both ends are the checkpoints themselves.
+            (Izmailov et al. 2018). Else they are interpolated like the weights: both ends are the checkpoints.
         seed: of the halves and the bootstrap.
         report: called with the places done and foreseen.
 
