@@ -6,7 +6,7 @@ are read once and weighed by samples, and everything that would break this is lo
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain
@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from flatlab.blocks import Block, Gathered, partition
 from flatlab.errors import UserError
 from flatlab.losses import Metric, names_classes, total, totals, wide
+from flatlab.memory import Halving
 from flatlab.nests import Batch, Data, part, read, recut, same
 from flatlab.params import flatten, select, split_like
 from flatlab.points import Evaluation, Move
@@ -61,6 +62,7 @@ class Landscape:
         batch_size: int | None = None,
     ) -> None:
         self.model, self.loss, self._check = model, loss, check
+        self._forward = Halving(model)
         self._total = partial(total, loss)
         self.named = select(model, params)
         refuse_parametrized(self.named)
@@ -137,9 +139,7 @@ class Landscape:
         return Landscape(model, data, self.loss, params=list(self.named), check=self._check)
 
     @contextmanager
-    def moving(
-        self, metrics: Sequence[Metric] | None = None, *, settle: Callable[[], object] = lambda: None
-    ) -> Iterator[Move]:
+    def moving(self, *metrics: Metric, settle: Callable[[], object] = lambda: None) -> Iterator[Move]:
         """Yield ``at(direction, radius=1.0)``: stratum losses (S,) at point + radius * direction, for many points.
 
         A point costs one pass over the parameters to compute and one to copy. They are copied into the model's
@@ -148,8 +148,8 @@ class Landscape:
         functions of the loss's form, their means (..., S, M) come instead. `settle` is called at each point.
         """
         flat = torch.empty_like(self._w0)
-        measured = self._total if metrics is None else partial(totals, metrics)
-        sizes = self.sizes if metrics is None else self.sizes[:, None]
+        measured = partial(totals, metrics) if metrics else self._total
+        sizes = self.sizes[:, None] if metrics else self.sizes
         views = self.split(flat)
 
         @torch.inference_mode()
@@ -228,12 +228,12 @@ class Landscape:
 
     def _sums(self, total: Callable[[Any, Batch], Tensor]) -> Tensor:
         # They stay on the device: nothing waits for it between two batches.
-        sums = [torch.stack([total(self.model(b.inputs), b) for b in each]).sum(0) for each in self._batches]
+        sums = [torch.stack([total(self._forward(b.inputs), b) for b in each]).sum(0) for each in self._batches]
         return torch.stack(sums)
 
     def _totals(self, batch: Batch, block: Block, targets: list[Batch]) -> Tensor:
         """Return the total loss of each part of a block."""
-        outputs = self.model(batch.inputs)
+        outputs = self._forward(batch.inputs)
         pairs = zip(block.parts, targets, strict=True)
         return torch.stack([self._total(part(outputs, p.start, p.stop), each) for p, each in pairs])
 
@@ -277,7 +277,7 @@ class Landscape:
         # Not inference_mode: what a model caches in its first pass (rotary tables) must stay usable in training.
         with torch.no_grad():
             for batches in self._batches:
-                probe_model(self.model, max(batches, key=lambda batch: batch.size), self._total)
+                probe_model(self._forward, max(batches, key=lambda batch: batch.size), self._total)
         if changed := self._changed():
             raise UserError(
                 f"A forward pass changes {changed!r} of the model, so that its loss depends on what was evaluated"
@@ -288,7 +288,7 @@ class Landscape:
             raise UserError(f"The loss at the point itself must be finite, but is {losses}: no flatness is defined.")
         with torch.no_grad():
             for batch in chain.from_iterable(self._batches):
-                probe_mean(self.model, batch, self._total)
+                probe_mean(self._forward, batch, self._total)
 
     def _probe_writing(self) -> None:
         noise = torch.randn(self.num_params, generator=generator("landscape", "probe")).to(self._w0)

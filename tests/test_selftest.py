@@ -74,7 +74,9 @@ def test_unweighted_batches_are_caught(monkeypatch, which):
     else:
         monkeypatch.setattr(Landscape, "_terms", terms)
         failed = failures(selftest._values, selftest._spectra)
-        assert {"cpu: softmax, gradient", "cpu: softmax, Hessian operator", "cpu: softmax, top eigenvalues"} <= set(failed)
+        assert {"cpu: softmax, gradient", "cpu: softmax, Hessian operator", "cpu: softmax, top eigenvalues"} <= set(
+            failed
+        )
         assert {"cpu: linear-Gaussian, trace (Hutchinson)", "cpu: softmax, density, moment 1"} <= set(failed)
 
 

@@ -224,7 +224,7 @@ class _Walker:
     def tile(self, places: FloatArray) -> FloatArray:
         """Evaluate a tile: no place is reached from another, and none allocates."""
         step = torch.empty_like(self.vectors[0])
-        with self.landscape.moving(list(self.metrics.values())) as at, torch.no_grad():
+        with self.landscape.moving(*self.metrics.values()) as at, torch.no_grad():
             return np.stack([at(displacement(self.vectors, each, out=step)) for each in places.tolist()])
 
     def cost(self, start: float) -> Cost:
