@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flatlab.blocks import Block, Gathered, partition
+from flatlab.derivatives import OnceDifferentiableError, pullback, refuse_rounding
 from flatlab.errors import UserError
 from flatlab.losses import names_classes, total, wide
 from flatlab.nests import Batch, Data, part, read, recut, same, span
@@ -179,20 +180,25 @@ class Landscape:
             return self._accumulate(derivative)
 
     def hvp(self, vector: Tensor) -> Tensor:
-        """Return the Hessian of the loss at the point times a vector (P,), by double backward."""
+        """Return the Hessian of the loss at the point times a vector (P,), by double backward.
+
+        Raises:
+            UserError: where the model cannot be differentiated twice, or rounds its weights.
+        """
         views = self.split(self.as_point(vector))
+
+        refuse_rounding(self.model, self._tensors)
 
         def derivative(loss: Tensor) -> Iterable[Tensor]:
             grads = torch.autograd.grad(loss, self._tensors, create_graph=True, materialize_grads=True)
-            # A gradient that does not depend on any parameter has no graph; its share of the product is zero.
-            inner = [(g * v).sum() for g, v in zip(grads, views, strict=True) if g.requires_grad]
-            if not inner:
-                return map(torch.zeros_like, grads)
-            return torch.autograd.grad(torch.stack(inner).sum(), self._tensors, materialize_grads=True)
+            return pullback(grads, self._tensors)(views)
 
         # The fused attention kernels have no second derivative.
         with self._visiting(), sdpa_kernel(SDPBackend.MATH):
-            return self._accumulate(derivative)
+            try:
+                return self._accumulate(derivative)
+            except OnceDifferentiableError as error:
+                raise UserError(f"The model cannot be differentiated twice, so it has no Hessian: {error}") from error
 
     def terms(self) -> list[Term]:
         """Return the batches: the loss is the sum of ``total(outputs) / count`` over them."""

@@ -53,8 +53,9 @@ MAY_IMPORT = {
     "losses": "nests errors",
     "probes": "nests errors",
     "points": "blocks",
-    "landscape": "blocks losses nests params probes seeds errors points",
-    "metrics": "blocks losses landscape params seeds errors points",
+    "derivatives": "errors",
+    "landscape": "blocks derivatives losses nests params probes seeds errors points",
+    "metrics": "blocks derivatives losses nests landscape params seeds errors points",
     # from specs to things, to runs, to measurements: `train` and `measure` meet on disk
     "build": "specs data models quant files errors",
     "train": "build runs data models quant.attach selection settings specs files machine errors",
