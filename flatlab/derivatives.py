@@ -1,10 +1,12 @@
 """Second derivatives that mean something: refused where autograd's would silently be another function's."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.parametrize import ParametrizationList
 
 from flatlab.errors import UserError
@@ -36,6 +38,20 @@ def pullback(values: Sequence[Tensor], tensors: Sequence[Tensor]) -> Apply:
         return torch.autograd.grad(ends, tensors, weights, retain_graph=True, materialize_grads=True)
 
     return apply
+
+
+@contextmanager
+def second_order() -> Iterator[None]:
+    """Differentiate twice: by the attention kernels that can be, and with one sentence where something cannot.
+
+    Raises:
+        UserError: where a path has no second derivative.
+    """
+    try:
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
+            yield
+    except OnceDifferentiableError as error:
+        raise UserError(f"The model cannot be differentiated twice, so it has no Hessian: {error}") from error
 
 
 def nodes_behind(ends: Sequence[Any]) -> set[Any]:

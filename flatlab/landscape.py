@@ -8,6 +8,7 @@ are read once and weighed by samples, and everything that would break this is lo
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -16,10 +17,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flatlab.blocks import Block, Gathered, partition
-from flatlab.derivatives import OnceDifferentiableError, pullback, refuse_rounding
+from flatlab.derivatives import pullback, refuse_rounding, second_order
 from flatlab.errors import UserError
 from flatlab.losses import names_classes, total, wide
 from flatlab.nests import Batch, Data, part, read, recut, same
@@ -167,6 +167,14 @@ class Landscape:
         cut = [Batch(None, part(batch.targets, p.start, p.stop), p.stop - p.start) for p in block.parts]
         return Gathered(batch, block, cut)
 
+    def on(self, block: Block) -> "Landscape":
+        """Return the landscape over a block's samples alone, around the same point."""
+        other, kept = copy(self), block.by_stratum(self._batches)
+        other._batches, other._base = list(kept.values()), None
+        other.strata = tuple(self.strata[row] for row in kept)
+        other.sizes = np.array([sum(batch.size for batch in batches) for batches in other._batches])
+        return other
+
     def shares_data(self, other: "Landscape") -> bool:
         """Say whether another landscape lies over the same samples, however they are cut into batches."""
         pairs = zip(self._batches, other._batches, strict=False)
@@ -195,12 +203,8 @@ class Landscape:
             grads = torch.autograd.grad(loss, self._tensors, create_graph=True, materialize_grads=True)
             return pullback(grads, self._tensors)(views)
 
-        # The fused attention kernels have no second derivative.
-        with self._visiting(), sdpa_kernel(SDPBackend.MATH):
-            try:
-                return self._accumulate(derivative)
-            except OnceDifferentiableError as error:
-                raise UserError(f"The model cannot be differentiated twice, so it has no Hessian: {error}") from error
+        with self._visiting(), second_order():
+            return self._accumulate(derivative)
 
     def terms(self) -> list[Term]:
         """Return the batches: the loss is the sum of ``total(outputs) / count`` over them."""

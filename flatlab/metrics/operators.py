@@ -14,9 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from flatlab.derivatives import Apply, pullback, refuse_rounding
+from flatlab.derivatives import Apply, pullback, refuse_rounding, second_order
 from flatlab.errors import UserError, choose
 from flatlab.landscape import Landscape, Term
 from flatlab.metrics.folding import Folds, find_folds
@@ -145,8 +144,7 @@ class Curvature(ABC):
 
     @contextmanager
     def _differentiating(self) -> Iterator[None]:
-        # The fused attention kernels have no second derivative.
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), self._folds.applied():
+        with second_order(), self._folds.applied():
             yield
 
     def _find_folds(self) -> Folds:
