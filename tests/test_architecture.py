@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "jobs": "entries runs probespecs specs",
     "executors": "jobs",
     "reproduce": "tables executors jobs runs settings specs plots files machine data.catalog errors",
-    "flatness": "tables plots runs settings probespecs specs files errors",
+    "flatness": "tables plots runs settings probespecs files metrics.sentences metrics.results metrics.rounds errors",
     "tensorboard": "runs errors",
     "work": "jobs runs specs errors measure train",  # the last two inside functions: workers alone load torch
     # things that take arguments, not specs
