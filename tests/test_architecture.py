@@ -36,11 +36,13 @@ MAY_IMPORT = {
     "files": "errors jsontext",
     "entries": "specs files errors",
     "runs": "entries probespecs specs files errors jsontext",
+    "metrics.blur": "",
     "tables": "runs probespecs specs selection files metrics.rounds metrics.results errors",
     "jobs": "entries runs probespecs specs",
     "executors": "jobs",
     "reproduce": "tables executors jobs runs settings specs plots files machine data.catalog errors",
     "flatness": "tables plots runs settings probespecs files metrics.sentences metrics.results metrics.rounds errors",
+    "spectra": "plots runs probespecs specs files metrics.blur metrics.results errors",
     "tensorboard": "runs errors",
     "work": "jobs runs specs errors measure train",  # the last two inside functions: workers alone load torch
     # things that take arguments, not specs
@@ -59,12 +61,12 @@ MAY_IMPORT = {
     # from specs to things, to runs, to measurements: `train` and `measure` meet on disk
     "build": "specs data models quant files errors",
     "train": "build runs data models quant.attach selection settings specs files machine errors",
-    "checkpoints": "build runs data landscape models quant.attach probespecs specs files",
+    "checkpoints": "build runs data landscape models nests quant.attach probespecs specs files",
     "shelf": "runs files metrics.results metrics.sampling",
-    "measures": "checkpoints shelf runs metrics probespecs specs files errors",
+    "measures": "checkpoints shelf runs landscape metrics params quant.attach seeds probespecs specs files errors",
     "measure": "build runs probespecs specs machine errors",  # and, by name, the module of a metric in measures/
     # the paper
-    "analyses": "probespecs specs settings methods tables plots runs resources",
+    "analyses": "probespecs specs settings methods tables spectra plots runs resources",
 }
 OPEN = ("api", "cli", "upkeep", "options", "words", "mistakes", "display", "doctor", "__main__", "__init__")
 TORCH_FREE = [

@@ -54,6 +54,7 @@ class Curvature(ABC):
         refuse_rounding(landscape.model, landscape.named.values())
         self.shape = (landscape.num_params, landscape.num_params)
         self.products = 0
+        self.watch: Callable[[int], None] | None = None  # called with `products` after each block of them
         chosen = {id(p) for p in landscape.named.values()}
         # What does not vary is detached: the derivatives of a head alone keep no graph of the features.
         self._fixed = {n: p.detach() for n, p in landscape.model.named_parameters() if id(p) not in chosen}
@@ -106,6 +107,8 @@ class Curvature(ABC):
                 for row, total in zip(rows, result, strict=True):
                     total += flatten(apply(self.landscape.split(row)))
         self.products += len(rows)
+        if self.watch:
+            self.watch(self.products)
         if not torch.isfinite(result).all():
             raise UserError(
                 f"A product of the {self.name} with a vector is not finite: the loss or its derivatives overflow at"
