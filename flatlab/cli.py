@@ -52,7 +52,7 @@ def reproduce(chosen: Choices, name: Annotated[str, typer.Argument(help="fig3, .
     module = reproduce.analysis(name)
     todo = reproduce.missing(module, setting, store, place)
     if chosen.dry_run:
-        _price(chosen, todo, setting.model)
+        _price(chosen, todo, setting)
         return
     _carry_out(chosen, todo)
     done = reproduce.write(module, setting, store, out=chosen.out, redo=shlex.join(["flatlab", *sys.argv[1:]]))
@@ -88,7 +88,7 @@ def train(chosen: Choices) -> None:
     label += "".join(f", {part} {value}" for part, value in changes.items())
     todo = jobs.missing(store, wanted, [], sizes=catalog.sizes(setting.dataset, chosen.folder()))
     if chosen.dry_run:
-        _price(chosen, todo, setting.model)
+        _price(chosen, todo, setting)
         return
     if chosen.tensorboard:
         from flatlab import tensorboard
@@ -145,7 +145,7 @@ def flatness(
     sizes = catalog.sizes(dataset, Path(place.data_dir) if place.data_dir else None)
     todo = jobs.missing(store, [], [(run.spec, probe) for run in found], sizes=sizes)
     if chosen.dry_run:
-        _foresee(chosen, todo, place) if samples is block_size is None else _price(chosen, todo, found[0].spec.model)
+        _foresee(chosen, todo, place) if samples is block_size is None else _price(chosen, todo, found[0].spec)
         return
     _carry_out(chosen, todo, place)
     table, written = chart(store, found, probe, panel=panel, out=chosen.out)
@@ -233,11 +233,11 @@ def _decode(wanted: set[tuple[str, int]], place: Any) -> None:
                 cache.prepare(dataset, data_dir=folder, image_size=size, cache=kept, report=report)
 
 
-def _price(chosen: Choices, todo: list[Any], model: str) -> None:
+def _price(chosen: Choices, todo: list[Any], spec: Any) -> None:
     """Say jobs, passes and estimated time; nothing is begun."""
     from flatlab import display, jobs
 
-    seconds, source = jobs.seconds_per_pass(chosen.runs(), model)
+    seconds, source = jobs.seconds_per_pass(chosen.runs(), spec.model, spec.image_size)
     workers = chosen.processes(len(todo))
     if not chosen.json:
         display.plan(todo, seconds, source, workers=workers)
@@ -256,7 +256,8 @@ def _foresee(chosen: Choices, todo: Sequence[Any], place: Any) -> None:
     store = chosen.runs()
     wanted = [(store.run(job.runs[0]), probe) for job in todo for probe in job.probes]
     rows = [row for run, probe in wanted for row in foresee(run.probe(probe), run, place)]
-    seconds, source = jobs.seconds_per_pass(store, wanted[0][0].spec.model) if wanted else (0.0, "")
+    first = wanted[0][0].spec if wanted else None
+    seconds, source = jobs.seconds_per_pass(store, first.model, first.image_size) if first else (0.0, "")
     plans = pd.DataFrame(rows)
     if rows:
         plans["core_seconds"] = plans["images"] * seconds

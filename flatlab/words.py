@@ -117,7 +117,7 @@ WORDS: dict[str, tuple[Any, Any, Any]] = {  # name -> type, default, option
     "out": (
         Path,
         Path("figures"),
-        _option(_OUTPUT, "Folder of the pictures; other data than digits have one of their own in it."),
+        _option(_OUTPUT, "Folder of the pictures; data other than digits have their own in it."),
     ),
     "tensorboard": (Path, None, _option(_OUTPUT, "Write the training's curves as TensorBoard events here (none).")),
     "dry_run": (
