@@ -24,6 +24,13 @@ from flatlab.metrics.directions import (
 from flatlab.metrics.grids import Profile, Surface
 from flatlab.metrics.lanczos import Spectrum, hessian_spectrum
 from flatlab.metrics.operators import GGN, Fisher, Hessian
+from flatlab.metrics.sharpness import (
+    AverageSharpness,
+    WorstSharpness,
+    average_sharpness,
+    normalised_logits,
+    worst_sharpness,
+)
 from flatlab.metrics.sphere import SphereFlatness, sphere_flatness
 from flatlab.metrics.surfaces import line, plane
 from flatlab.metrics.trace import Trace, hessian_trace
@@ -48,6 +55,11 @@ __all__ = [
     "compare_flatness",
     "worst_rise",
     "WorstRise",
+    "average_sharpness",
+    "AverageSharpness",
+    "worst_sharpness",
+    "WorstSharpness",
+    "normalised_logits",
     "paired_difference",
     "PairedDifference",
     # curvature

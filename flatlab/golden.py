@@ -52,7 +52,8 @@ class Quadratic(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the value, once for each sample."""
         curvature: Any = self.hessian
-        return 0.5 * torch.sum(self.w * (curvature @ self.w)) + 0 * inputs
+        value: Tensor = self.w @ curvature @ self.w
+        return 0.5 * value + 0 * inputs
 
 
 def quadratic(where: Any, spectrum: tuple[float, ...] = SPECTRUM) -> Golden:

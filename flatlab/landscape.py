@@ -5,9 +5,9 @@ or that change between two readings. The second is the model: dropout, or statis
 are read once and weighed by samples, and everything that would break this is looked for before the first number.
 """
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -16,14 +16,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flatlab.blocks import Block, Gathered, partition
+from flatlab.derivatives import pullback, refuse_rounding, second_order
 from flatlab.errors import UserError
-from flatlab.losses import Metric, names_classes, total, totals, wide
+from flatlab.losses import Metric, total, total_and_hits, totals, wide
 from flatlab.memory import Halving
 from flatlab.nests import Batch, Data, part, read, recut, same
-from flatlab.params import flatten, select, split_like
+from flatlab.params import flatten, refuse_overlap, select, split_like
 from flatlab.points import Evaluation, Move
 from flatlab.probes import alike, probe_mean, probe_model, refuse_parametrized, refuse_training, versions
 from flatlab.seeds import generator
@@ -126,7 +126,7 @@ class Landscape:
     def evaluate(self, vector: Tensor | None = None) -> Evaluation:
         """Return loss and accuracy at a flat vector (P,), by default at the point itself."""
         with self._visiting(vector), torch.inference_mode():
-            sums = self._sums(self._total_and_hits).cpu().double().numpy()
+            sums = self._sums(partial(total_and_hits, self.loss)).cpu().double().numpy()
         means = sums / self.sizes[:, None]
         losses, accuracies = means[:, 0].copy(), means[:, 1].copy()
         if np.isnan(accuracies).any():
@@ -177,6 +177,14 @@ class Landscape:
         cut = [Batch(None, part(batch.targets, p.start, p.stop), p.stop - p.start) for p in block.parts]
         return Gathered(batch, block, cut)
 
+    def on(self, block: Block) -> "Landscape":
+        """Return the landscape over a block's samples alone, around the same point."""
+        other, kept = copy(self), block.by_stratum(self._batches)
+        other._batches, other._base = list(kept.values()), None
+        other.strata = tuple(self.strata[row] for row in kept)
+        other.sizes = np.array([sum(batch.size for batch in batches) for batches in other._batches])
+        return other
+
     def shares_data(self, other: "Landscape") -> bool:
         """Say whether another landscape lies over the same samples, however they are cut into batches."""
         pairs = zip(self._batches, other._batches, strict=False)
@@ -192,19 +200,19 @@ class Landscape:
             return self._accumulate(derivative)
 
     def hvp(self, vector: Tensor) -> Tensor:
-        """Return the Hessian of the loss at the point times a vector (P,), by double backward."""
+        """Return the Hessian of the loss at the point times a vector (P,), by double backward.
+
+        Raises:
+            UserError: where the model cannot be differentiated twice, or rounds its weights.
+        """
         views = self.split(self.as_point(vector))
+        refuse_rounding(self.model, self._tensors)
 
         def derivative(loss: Tensor) -> Iterable[Tensor]:
             grads = torch.autograd.grad(loss, self._tensors, create_graph=True, materialize_grads=True)
-            # A gradient that does not depend on any parameter has no graph; its share of the product is zero.
-            inner = [(g * v).sum() for g, v in zip(grads, views, strict=True) if g.requires_grad]
-            if not inner:
-                return map(torch.zeros_like, grads)
-            return torch.autograd.grad(torch.stack(inner).sum(), self._tensors, materialize_grads=True)
+            return pullback(grads, self._tensors)(views)
 
-        # The fused attention kernels have no second derivative.
-        with self._visiting(), sdpa_kernel(SDPBackend.MATH):
+        with self._visiting(), second_order():
             return self._accumulate(derivative)
 
     def terms(self) -> list[Term]:
@@ -236,11 +244,6 @@ class Landscape:
         outputs = self._forward(batch.inputs)
         pairs = zip(block.parts, targets, strict=True)
         return torch.stack([self._total(part(outputs, p.start, p.stop), each) for p, each in pairs])
-
-    def _total_and_hits(self, outputs: Any, batch: Batch) -> Tensor:
-        total = self._total(outputs, batch)
-        hits = outputs.argmax(1) == batch.targets if names_classes(outputs, batch) else total.new_tensor(math.nan)
-        return torch.stack([total, hits.sum(dtype=total.dtype)])
 
     def _accumulate(self, derivative: Callable[[Tensor], Iterable[Tensor]]) -> Tensor:
         result = torch.zeros_like(self._w0)
@@ -293,8 +296,4 @@ class Landscape:
     def _probe_writing(self) -> None:
         noise = torch.randn(self.num_params, generator=generator("landscape", "probe")).to(self._w0)
         with self._visiting(noise):
-            if not torch.equal(flatten(self._tensors), noise):
-                raise UserError(
-                    "Two parameters share memory without being one parameter, so they cannot vary freely:"
-                    " tie them as one nn.Parameter."
-                )
+            refuse_overlap(flatten(self._tensors), noise)

@@ -1,5 +1,6 @@
 """Sums of a loss over a batch, whatever form the loss function gives it."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -40,6 +41,13 @@ def total(loss: Metric, outputs: Any, batch: Batch) -> Tensor:
 def totals(metrics: Sequence[Metric], outputs: Any, batch: Batch) -> Tensor:
     """Return the sums (M,) of several metrics over a batch."""
     return torch.stack([total(metric, outputs, batch) for metric in metrics])
+
+
+def total_and_hits(loss: Metric, outputs: Any, batch: Batch) -> Tensor:
+    """Return the sum of the losses, and how many samples are classified right; NaN where there are no classes."""
+    summed = total(loss, outputs, batch)
+    hits = outputs.argmax(1) == batch.targets if names_classes(outputs, batch) else summed.new_tensor(math.nan)
+    return torch.stack([summed, hits.sum(dtype=summed.dtype)])
 
 
 def wide(tensor: Tensor) -> torch.dtype:

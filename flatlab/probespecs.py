@@ -16,6 +16,8 @@ FORESEEN = 20  # images that one radius takes at a relative error of 1, whatever
 LEAST = 2_600  # images of a radius: 81 pairs on blocks of 16
 BUDGET = 100  # passes for each radius at most
 AUTO_RADII = 6
+PRODUCT = 10  # forward passes that a Hessian-vector product costs
+PILOT = 32  # products that a trace takes at least, beyond its basis
 Sizes = Mapping[str, int]  # images of each domain
 
 
@@ -73,7 +75,95 @@ class ProbeSpec(Probing):
         return float(each * count)
 
 
-KINDS: dict[str, type[Probing]] = {"sphere": ProbeSpec}
+class SpectrumSpec(Probing):
+    """Curvature of the mean loss over some domains, each weighing the same: extreme eigenvalues, trace, density."""
+
+    metric: Literal["spectrum"] = "spectrum"
+    space: Literal["baked"] = "baked"  # through rounding there is no curvature
+    domains: str = "source"  # "source" (the seen), "target" (the held-out one), or names with commas between
+    engine: Literal["flatlab", "pyhessian"] = "flatlab"
+    k: int = Field(10, ge=1)
+    which: Literal["LA", "SA", "BE"] = "LA"
+    tol: float = Field(1e-3, gt=0)  # residual over eigenvalue
+    rel_error: float = Field(0.02, ge=0)  # of the trace
+    trace_budget: int = Field(500, ge=2)  # products for the trace, beyond those of the eigenvalues
+    starts: int = Field(5, ge=1)  # of the density
+    steps: int = Field(60, ge=1)  # of Lanczos from each start
+
+    @property
+    def foreseen(self) -> int:
+        """Products, roughly: three for each eigenvalue, a pilot of the trace, and the density's."""
+        return 3 * self.k + min(self.trace_budget, PILOT) + self.starts * self.steps
+
+    def passes(self, sizes: Sizes) -> float:
+        """Return the images that are forwarded, a product counting as ten passes.
+
+        Args:
+            sizes: images of each domain.
+        """
+        share = {"source": len(sizes) - 1, "target": 1}.get(self.domains, self.domains.count(",") + 1) / len(sizes)
+        return float(self.count(sizes) * share * PRODUCT * self.foreseen)
+
+
+class SurfaceSpec(Probing):
+    """Loss and accuracy of each domain on a plane through the checkpoint."""
+
+    metric: Literal["surface"] = "surface"
+    axes: Literal["random", "hessian", "runs"] = "random"  # filter-normalised; top eigenvectors; through other runs
+    through: tuple[str, ...] = ()  # digests: two others that span the plane, or a trajectory of four and more
+    grid: int = Field(33, ge=2)
+    extent: float = Field(1.0, gt=0)  # half the length of each axis; around the runs where they span the plane
+    refine: float | None = Field(0.05, gt=0)  # share of the height that interpolation may be off by; None: whole grid
+
+    def passes(self, sizes: Sizes) -> float:
+        """Return the images that are forwarded at most: refinement saves some.
+
+        Args:
+            sizes: images of each domain.
+        """
+        return float(self.count(sizes) * self.grid**2)
+
+
+class TriangleSpec(Probing):
+    """The trace of the Hessian in three independent ways."""
+
+    metric: Literal["triangle"] = "triangle"
+    space: Literal["baked"] = "baked"  # through rounding there is no curvature
+    rel_error: float = Field(0.05, gt=0)
+
+    def passes(self, sizes: Sizes) -> float:
+        """Return the images that are forwarded, roughly: products for trace and density, and seven spheres.
+
+        Args:
+            sizes: images of each domain.
+        """
+        return float(self.count(sizes) * PRODUCT * (20 + PILOT + 80) + 7 * FORESEEN / self.rel_error**2)
+
+
+class AuditSpec(Probing):
+    """How measures of flatness move under rescalings that leave the function as it is."""
+
+    metric: Literal["audit"] = "audit"
+    space: Literal["baked"] = "baked"
+    most: float = Field(4.0, gt=1)
+    num_samples: int = Field(20, ge=2)
+
+    def passes(self, sizes: Sizes) -> float:
+        """Return the images that are forwarded, roughly: four spheres, a trace and an eigenvalue of three networks.
+
+        Args:
+            sizes: images of each domain.
+        """
+        return float(3 * self.count(sizes) * (4 * self.num_samples + PRODUCT * (20 + PILOT + 10)))
+
+
+KINDS: dict[str, type[Probing]] = {
+    "sphere": ProbeSpec,
+    "spectrum": SpectrumSpec,
+    "surface": SurfaceSpec,
+    "triangle": TriangleSpec,
+    "audit": AuditSpec,
+}
 
 
 def parse_probe(text: str) -> Probing:

@@ -1,4 +1,4 @@
-"""Drawings of surfaces: labelled contours, relief, and what lies in the plane. Arrays in, marks out; no torch."""
+"""Drawings of surfaces (contours, relief, what lies in the plane) and of audits. Numbers in, marks out; no torch."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -6,11 +6,13 @@ from typing import Any
 import matplotlib.patheffects as effects
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.contour import QuadContourSet
 
 FloatArray = npt.NDArray[np.float64]
 HALO: list[effects.AbstractPathEffect] = [effects.withStroke(linewidth=1.5, foreground="white")]
+ENDS = ("low", "high")
 BAD = "0.8"  # where the number is not finite
 DECADES = 6.0  # that contours span at most, below the highest
 
@@ -73,6 +75,27 @@ def marked(ax: Axes, marks: FloatArray, names: Sequence[str], *, connected: bool
         ax.annotate(
             names[index], marks[index], (4, 4), textcoords="offset points", fontsize=7, path_effects=HALO, zorder=6
         )
+
+
+def factors(ax: Axes, frame: pd.DataFrame) -> None:
+    """Draw the factors by which measures of flatness moved, on a logarithmic axis, in the order of the rows.
+
+    Args:
+        ax: the axes.
+        frame: as `ScaleAudit.to_frame` returns it.
+    """
+    places = np.arange(len(frame))[::-1]
+    ax.axvline(1.0, color="0.6", lw=0.8)
+    for way, shift, marker in (("layer", 0.12, "o"), ("channel", -0.12, "s")):
+        value = frame[f"ratio, by {way}"].to_numpy(float)
+        low, high = (frame[f"{end}, by {way}"].fillna(frame[f"ratio, by {way}"]).to_numpy(float) for end in ENDS)
+        bars = np.maximum([value - low, high - value], 0.0)
+        label = f"one factor for each {'pair of layers' if way == 'layer' else way}"
+        ax.errorbar(value, places + shift, xerr=bars, fmt=marker, ms=4, label=label)
+    ax.set_xscale("log")
+    ax.set_yticks(places, frame["measure"].tolist())
+    ax.set(xlabel="after / before (the function is the same)")
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
 
 
 def _norm(levels: FloatArray) -> Any:

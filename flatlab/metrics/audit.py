@@ -103,22 +103,10 @@ class ScaleAudit:
         """Draw the factors on a logarithmic axis, the most invariant measure on top."""
         import matplotlib.pyplot as plt
 
+        from flatlab.surfaceplots import factors
+
         axes = plt.subplots()[1] if ax is None else ax
-        frame = self.to_frame()
-        places = np.arange(len(frame))[::-1]
-        axes.axvline(1.0, color="0.6", lw=0.8)
-        for way, shift, marker in zip(WAYS, (0.12, -0.12), "os", strict=True):
-            value = frame[f"ratio, by {way}"].to_numpy(float)
-            ends = [
-                frame[f"{end}, by {way}"].fillna(frame[f"ratio, by {way}"]).to_numpy(float) for end in ("low", "high")
-            ]
-            bars = np.maximum([value - ends[0], ends[1] - value], 0.0)
-            label = f"one factor for each {'pair of layers' if way == 'layer' else way}"
-            axes.errorbar(value, places + shift, xerr=bars, fmt=marker, ms=4, label=label)
-        axes.set_xscale("log")
-        axes.set_yticks(places, frame["measure"])
-        axes.set(xlabel="after / before (the function is the same)")
-        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+        factors(axes, self.to_frame())
         return axes
 
 

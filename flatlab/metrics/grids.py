@@ -1,7 +1,7 @@
 """What a line or a plane through a landscape says: values at true coordinates, kept as npz, drawn."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -60,6 +60,21 @@ class Grid:
         passes, images, hvps, seconds = found.pop("cost").tolist()
         cost = Cost(passes, int(images), int(hvps), seconds)
         return cls(**{"cost": cost, **{name: _plain(array) for name, array in found.items()}})
+
+
+def parts(grid: Any) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
+    """Return a profile or surface as arrays of numbers, and the rest for JSON."""
+    named = {each.name: getattr(grid, each.name) for each in _kept(grid)}
+    arrays = {name: value for name, value in named.items() if isinstance(value, np.ndarray)}
+    facts = {name: value for name, value in named.items() if name not in arrays}
+    return arrays, {**facts, "cost": asdict(grid.cost)}
+
+
+def surface_of(arrays: dict[str, npt.NDArray[Any]], facts: dict[str, Any]) -> "Surface":
+    """Return the surface of `parts`."""
+    told: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in facts.items()}
+    told |= {**arrays, "cost": Cost(**facts["cost"])}
+    return Surface(**told)
 
 
 def _kept(grid: Any) -> list[Any]:
