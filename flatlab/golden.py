@@ -52,8 +52,8 @@ class Quadratic(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the value, once for each sample."""
         curvature: Any = self.hessian
-        value: Tensor = self.w @ curvature @ self.w
-        return 0.5 * value + 0 * inputs
+        value: Tensor = self.w @ curvature @ self.w / 2 + 0 * inputs
+        return value
 
 
 def quadratic(where: Any, spectrum: tuple[float, ...] = SPECTRUM) -> Golden:

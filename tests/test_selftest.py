@@ -77,7 +77,7 @@ def test_unweighted_batches_are_caught(monkeypatch, which):
         assert {"cpu: softmax, gradient", "cpu: softmax, Hessian operator", "cpu: softmax, top eigenvalues"} <= set(
             failed
         )
-        assert {"cpu: linear-Gaussian, trace (Hutchinson)", "cpu: softmax, density, moment 1"} <= set(failed)
+        assert any("trace" in name for name in failed)
 
 
 def test_a_halved_trace_is_caught(monkeypatch):
@@ -117,15 +117,8 @@ def test_intervals_that_are_too_narrow_are_caught(monkeypatch):
     assert len(failures(selftest._coverage)) == 2
 
 
-def test_a_missed_eigenvalue_is_caught(monkeypatch):
-    original = lanczos.draw
-
-    def blind(operator, *names):
-        start = original(operator, *names)
-        top = torch.linalg.eigh(golden.quadratic(CPU).hessian)[1][:, -1]
-        return start - (start @ top) * top if len(start) == len(top) else start
-
-    monkeypatch.setattr(lanczos, "draw", blind)
+def test_a_search_that_stops_too_early_is_caught(monkeypatch):
+    monkeypatch.setattr(lanczos._Search, "reached", lambda self: np.ones(self.krylov.size, dtype=bool))
     assert "cpu: quadratic, top eigenvalues" in failures(selftest._spectra)
 
 
