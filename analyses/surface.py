@@ -7,6 +7,7 @@ contour levels. A quantized network is baked. Surfaces are averaged over held-ou
 
 import matplotlib.pyplot as plt
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -20,6 +21,7 @@ from flatlab.specs import RunSpec
 
 __all__ = ["BASELINE", "labelled"]
 COLUMNS = ["panel", "number", "method", "held_out", "seed", "x", "y", "value", "stderr", "low", "high", "over"]
+Values = npt.NDArray[np.float64]
 GROUP = ["panel", "number", "method"]
 TITLES = surroundings.PANELS
 LOSS, RISE = "loss", "mean rise"
@@ -47,17 +49,19 @@ def plan(setting: Setting) -> tuple[list[RunSpec], list[tuple[RunSpec, SurfaceSp
 
 def table(store: RunStore, setting: Setting) -> pd.DataFrame:
     """Return the mean rise over the plane of each run, and each method's mean surface over seeds and targets."""
-    rows, sums = [], {}
+    rows: list[dict[str, object]] = []
+    sums: dict[tuple[str, str], Values] = {}
+    counts: dict[tuple[str, str], int] = {}
     for name, spec in labelled(setting):
         found = surroundings.surface(store, store.run(spec), probe(setting))
         for panel in TITLES:
             values = surroundings.of_panel(found, panel, spec.held_out)
             middle = len(found.x) // 2
             rows.append(_row(name, panel, spec, float((values - values[middle, middle]).mean())))
-            total, count = sums.get((name, panel), (0.0, 0))
-            sums[name, panel] = (total + values, count + 1)
+            sums[name, panel] = sums.get((name, panel), np.zeros(values.shape)) + values
+            counts[name, panel] = counts.get((name, panel), 0) + 1
     each = pd.DataFrame(rows)
-    surfaces = pd.concat([_surface(*key, found.x, found.y, total / n) for key, (total, n) in sums.items()])
+    surfaces = pd.concat([_surface(*key, (found.x, found.y), total / counts[key]) for key, total in sums.items()])
     whole = pd.concat([each, tables.over_seeds(each, GROUP), surfaces], ignore_index=True)
     return whole.reindex(columns=COLUMNS)
 
@@ -68,11 +72,9 @@ def _row(method: str, panel: str, spec: RunSpec, value: float) -> dict[str, obje
     return {**row, "value": value, "over": "places"}
 
 
-def _surface(
-    method: str, panel: str, x: "np.ndarray[tuple[int], np.dtype[np.float64]]", y: object, values: object
-) -> pd.DataFrame:
-    index = pd.MultiIndex.from_product([x, y], names=["x", "y"])
-    frame = pd.DataFrame({"value": np.ravel(values)}, index=index).reset_index()
+def _surface(method: str, panel: str, places: tuple[Values, Values], values: Values) -> pd.DataFrame:
+    index = pd.MultiIndex.from_product(places, names=["x", "y"])
+    frame = pd.DataFrame({"value": values.ravel()}, index=index).reset_index()
     return frame.assign(panel=panel, number=LOSS, method=method, held_out="all", seed="all", over="seeds")
 
 

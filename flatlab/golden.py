@@ -38,7 +38,8 @@ class Golden:
     @property
     def eigenvalues(self) -> Tensor:
         """Ascending."""
-        return torch.linalg.eigvalsh(self.hessian)
+        values: Tensor = torch.linalg.eigvalsh(self.hessian)
+        return values
 
 
 class Quadratic(nn.Module):
