@@ -137,7 +137,7 @@ class TriangleSpec(Probing):
         Args:
             sizes: images of each domain.
         """
-        return float(self.count(sizes) * PRODUCT * (20 + PILOT + 80) + 7 * FORESEEN / self.rel_error**2)
+        return float(self.count(sizes) * PRODUCT * (20 + PILOT + 96) + 7 * FORESEEN / self.rel_error**2)
 
 
 class AuditSpec(Probing):

@@ -16,6 +16,7 @@ from flatlab.probespecs import Probing, SurfaceSpec
 from flatlab.runs import Run, RunStore
 
 CORNERS = {"run": "", "way": "", "trace": ".4g", "low": ".4g", "high": ".4g"}
+WAYS = ("sphere", "trace", "density")
 PANELS = {"source": "seen domains", "target": "unseen domain"}
 
 
@@ -104,7 +105,8 @@ def triangles(
         figure, grid = plt.subplots(1, len(found), figsize=(3.4 * len(found), 2.8), squeeze=False, layout="constrained")
         for ax, run in zip(grid[0], found, strict=True):
             arrays, facts = _result(run, probe)
-            for name, (value, stderr, freedom) in facts["corners"].items():
+            for name in WAYS:
+                value, stderr, freedom = facts["corners"][name]
                 half = Estimate(value, stderr, freedom).half_width()
                 rows.append({"run": _name(run), "way": name, "trace": value, "low": value - half, "high": value + half})
             told.append(f"{_name(run)}: {facts['verdict']}")
@@ -126,6 +128,8 @@ def _triangle(ax: Any, arrays: files.Arrays, facts: dict[str, Any]) -> None:
     if facts["quadratic_radius"]:
         ax.axvline(facts["quadratic_radius"], color="0.5", ls=":", lw=1)
     ax.set_xscale("log")
+    if (arrays["low"] > 0).all() and min(value for value, *_ in facts["corners"].values()) > 0:
+        ax.set_yscale("log")
     ax.set(xlabel="radius γ (L2); dotted: quadratic so far", ylabel="trace (nats)")
     ax.legend()
 

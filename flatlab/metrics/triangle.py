@@ -119,7 +119,7 @@ def triangle(
     *,
     radii: npt.ArrayLike | None = None,
     rel_error: float = 0.05,
-    density: tuple[int, int] = (8, 10),
+    density: tuple[int, int] = (32, 3),
     seed: int | torch.Generator = 0,
     keep: Keep = forget,
 ) -> Triangle:
