@@ -3,7 +3,7 @@
 Torch-free: a plan is made, printed and priced before anything heavy is loaded.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from flatlab.entries import Entry
 from flatlab.probespecs import AnyProbe, Probing, Sizes
@@ -20,7 +20,7 @@ REFERENCE = {  # seconds for one image forward on one core of the reference mach
 
 
 class Job(Spec):
-    """Work that one process does in one go: a trajectory with its observers, or the probes of one run."""
+    """Work that one process does in one go: a trajectory with its observers, an ensemble, or the probes of one run."""
 
     name: str
     runs: tuple[RunSpec, ...]
@@ -71,11 +71,29 @@ def missing(store: RunStore, runs: Sequence[RunSpec], probes: Wanted, *, sizes: 
         probes: wanted measurements, each with its run.
         sizes: images of each domain, for the costs.
     """
-    wanted = {spec.digest: spec for spec in [*runs, *(run for run, _ in probes)]}
-    lacking = [spec for spec in wanted.values() if not store.run(spec).done]
-    training = _training(lacking, sizes)
-    trained = {spec.digest for spec in lacking}
-    return [*training, *_measuring(store, probes, trained, sizes)]
+    lacking = _lacking(store, [*runs, *(run for run, _ in probes)])
+    training = _training([spec for spec in lacking.values() if not spec.members], sizes)
+    joining = _joining([spec for spec in lacking.values() if spec.members], lacking, sizes)
+    return [*training, *joining, *_measuring(store, probes, set(lacking), sizes)]
+
+
+def _lacking(store: RunStore, wanted: Sequence[RunSpec]) -> dict[str, RunSpec]:
+    """Return the runs that are not finished, by digest, an ensemble's members with it."""
+    lacking = {spec.digest: spec for spec in wanted if not store.run(spec).done}
+    members = [member for spec in lacking.values() for member in spec.members]
+    return {**lacking, **_lacking(store, members)} if members else lacking
+
+
+def _joining(ensembles: Sequence[RunSpec], lacking: Mapping[str, RunSpec], sizes: Sizes) -> list[Job]:
+    return [
+        Job(
+            name=f"join {spec.label} on {spec.held_out}, seed {spec.seed}, {spec.combine}",
+            runs=(spec,),
+            needs=tuple(member.digest for member in spec.members if member.digest in lacking),
+            passes=float(len(spec.members) * sum(sizes.values())),
+        )
+        for spec in ensembles
+    ]
 
 
 def _training(lacking: Sequence[RunSpec], sizes: Sizes) -> list[Job]:

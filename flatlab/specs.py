@@ -7,9 +7,17 @@ of that JSON is the name of the run. Machine facts (folders, device, threads) li
 import hashlib
 import json
 import reprlib
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from flatlab.errors import UserError
 
@@ -18,6 +26,13 @@ class Spec(BaseModel):
     """A frozen record that refuses unknown fields and loose types, with one sentence per mistake."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+    YOUNG: ClassVar[tuple[str, ...]] = ()  # fields that came later: left out at their defaults, so that runs keep names
+
+    @model_serializer(mode="wrap")
+    def _keep_old_names(self, written: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        usual = type(self).model_fields
+        idle = {name for name in self.YOUNG if getattr(self, name) == usual[name].default}
+        return {name: value for name, value in written(self).items() if name not in idle}
 
     @classmethod
     def make(cls, **fields: Any) -> Self:
@@ -123,9 +138,17 @@ class AverageSpec(Spec):
     exact_repo: bool = False  # bug-compatible with khanrc/swad instead of the paper's plain rule
 
 
+class MixSpec(Spec):
+    """MixStyle (Zhou et al. 2021): feature statistics mixed between the images of a batch, in training alone."""
+
+    p: float = Field(0.5, ge=0, le=1)  # probability that a stage of a step is mixed
+    alpha: float = Field(0.1, gt=0)  # an image's own share is drawn from Beta(alpha, alpha)
+
+
 class RunSpec(Spec):
     """One trained network: data, composition, schedule and seeds. The paper's name for it is only a label."""
 
+    YOUNG: ClassVar[tuple[str, ...]] = ("coral_weight", "mixing", "members", "combine")
     dataset: str
     held_out: str
     image_size: int = Field(ge=1)
@@ -133,7 +156,9 @@ class RunSpec(Spec):
     weights: str = "none"  # "none", "imagenet" or "sha256:..." of a file
     freeze_batchnorm: bool = False
     augment: Literal["none", "domainbed"] = "none"  # DomainBed's crops, flips and colours, for training images
-    objective: Literal["erm"] = "erm"
+    objective: Literal["erm", "coral"] = "erm"
+    coral_weight: float = Field(1.0, ge=0)  # of CORAL's penalty beside the cross-entropy
+    mixing: MixSpec | None = None
     step: StepSpec = StepSpec()
     average: AverageSpec = AverageSpec()
     quantizer: QuantSpec | None = None
@@ -149,6 +174,8 @@ class RunSpec(Spec):
     trial_seed: int = Field(0, ge=0)  # split
     holdout: float = Field(0.2, gt=0, lt=1)
     source: str | None = None  # "sha256:..." of an imported checkpoint, which was not trained here
+    members: tuple["RunSpec", ...] = ()  # of an ensemble, which is not trained: the rest is as its first member has it
+    combine: Literal["logits", "probabilities"] = "logits"  # what an ensemble averages (QT-DoG Eq. 6: logits)
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -165,12 +192,24 @@ class RunSpec(Spec):
             )
         return self
 
+    @model_validator(mode="after")
+    def _members_agree(self) -> Self:
+        facts = {(m.dataset, m.held_out, m.image_size) for m in self.members}
+        if facts and facts != {(self.dataset, self.held_out, self.image_size)}:
+            raise ValueError(
+                "The members of an ensemble have one data set, held-out domain and image size, and the ensemble has "
+                f"the same; here they are {sorted(facts | {(self.dataset, self.held_out, self.image_size)})}."
+            )
+        return self
+
     @property
     def label(self) -> str:
-        """The composition in a word or two, such as "sam-swad"; the objective where nothing else is unusual."""
-        parts = [self.step.kind, self.quantizer.kind if self.quantizer else "", "frozen" if self.frozen else ""]
-        unusual = [part for part in [*parts, self.average.kind] if part not in ("", "plain", "last")]
-        return "imported" if self.source else "-".join(unusual) or self.objective
+        """The composition in a word or two, such as "sam-swad"; "erm" where nothing is unusual."""
+        parts = [self.objective, "mixstyle" if self.mixing else "", self.step.kind]
+        parts += [self.quantizer.kind if self.quantizer else "", "frozen" if self.frozen else "", self.average.kind]
+        unusual = [part for part in parts if part not in ("", "erm", "plain", "last")]
+        label = "imported" if self.source else "-".join(unusual) or "erm"
+        return f"{len(self.members)} x {label}" if self.members else label
 
     @property
     def trajectory(self) -> "RunSpec":
@@ -180,7 +219,7 @@ class RunSpec(Spec):
     @property
     def parent(self) -> "RunSpec | None":
         """The trajectory that this one equals up to its switch."""
-        if self.switch is None:
+        if self.switch is None or self.members:
             return None
         return self.replace(quantizer=None, frozen=False, switch=None, average=AverageSpec())
 

@@ -57,7 +57,7 @@ MAY_IMPORT = {
     "metrics": "blocks losses landscape params seeds errors points",
     # from specs to things, to runs, to measurements: `train` and `measure` meet on disk
     "build": "specs data models quant files errors",
-    "train": "build runs data models quant.attach selection settings specs files machine errors",
+    "train": "build runs data models quant.attach seeds selection settings specs files machine errors",
     "checkpoints": "build runs data landscape models quant.attach probespecs specs files",
     "shelf": "runs files metrics.results metrics.sampling",
     "measures": "checkpoints shelf runs metrics probespecs specs files errors",

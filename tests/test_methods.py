@@ -17,13 +17,16 @@ from flatlab.train.loop import Training, train
 
 PLACE = Place(device="cpu")
 QT_DOG = METHODS["QT-DoG"]
-COMPOSITIONS = METHODS | {
+COMPOSITIONS = {name: parts for name, parts in METHODS.items() if not parts.members} | {
     "SAM+SWAD": Method(step="sam", average="swad"),
     "LSQ+SWA": Method(quantizer="lsq", average="swa"),
     "LSQ+SWAD": Method(quantizer="lsq", average="swad"),
     "SAM+LSQ+SMA": Method(step="sam", quantizer="lsq", average="sma"),
     "release-parity+SAM+SWA": Method(step="sam", quantizer="lsq", frozen=True, average="swa"),
     "freeze+SMA": Method(frozen=True, average="sma"),
+    "CORAL+MixStyle+SAM+LSQ+SWAD": Method(
+        objective="coral", mixing="mixstyle", step="sam", quantizer="lsq", average="swad"
+    ),
 }
 SETTING = SMOKE.replace(scale_lr=1e-4)  # the switch falls on step 4 of 0..10, evaluations on 0, 5, 10
 
