@@ -13,7 +13,7 @@ from flatlab.jsontext import strict_json
 from flatlab.mistakes import say, spoken
 from flatlab.options import Choices, takes
 from flatlab.upkeep import data_app, runs_app
-from flatlab.words import DATA, RUNNING, TRAINING
+from flatlab.words import DATA, PARTS, RUNNING, TRAINING
 
 HELP = """How flat is this minimum, is that one flatter, and does it matter out of domain?
 
@@ -43,13 +43,14 @@ def _version(*, version: Annotated[bool, typer.Option("--version", help="Print t
 
 
 @app.command(epilog="Example: `flatlab reproduce fig3 --seeds 2 --dry-run`")
-@takes(*DATA, *TRAINING, *RUNNING, "out")
+@takes(*DATA, *TRAINING, "controls", *RUNNING, "out")
 def reproduce(chosen: Choices, name: Annotated[str, typer.Argument(help="fig3, ... (`flatlab list`).")]) -> None:
     """Redo a figure or table of the paper: train and measure what is missing, tabulate, draw."""
     from flatlab import display, reproduce
 
     setting, store, place = chosen.setting(), chosen.runs(), chosen.place()
     module = reproduce.analysis(name)
+    chosen.refuse_controls(name, has_some=hasattr(module, "CONTROLS"))
     todo = reproduce.missing(module, setting, store, place)
     if chosen.dry_run:
         _price(chosen, todo, setting)
@@ -73,7 +74,7 @@ def reproduce(chosen: Choices, name: Annotated[str, typer.Argument(help="fig3, .
     epilog="Examples: `flatlab train --method qt-dog --held-out rot45`, "
     "`flatlab train --method sam --average swad --quantizer lsq --bits 4 --held-out 0`"
 )
-@takes(*DATA, "method", "objective", "step", "average", "quantizer", *TRAINING, *RUNNING, "tensorboard", seeds=1)
+@takes(*DATA, "method", *PARTS, *TRAINING, *RUNNING, "tensorboard", seeds=1)
 def train(chosen: Choices) -> None:
     """Train a method, or any composition of parts, with each domain held out in turn or one of them."""
     from flatlab import jobs, methods, tables
@@ -81,10 +82,9 @@ def train(chosen: Choices) -> None:
 
     setting, store = chosen.setting(), chosen.runs()
     label, parts = methods.method(chosen.method)
-    changes = {part: chosen.given[part] for part in methods.PARTS if chosen.given[part] is not None}
+    changes = {part: chosen.given[part] for part in PARTS if chosen.given[part] is not None}
     parts = methods.vary(parts, changes)
-    quantized = parts.quantizer != "none" or parts.noise != "none"
-    chosen.refuse_idle(quantized=quantized, switched=parts.switched, average=parts.average)
+    chosen.refuse_idle(parts)
     wanted = methods.replicates(parts, setting)
     label += "".join(f", {part} {value}" for part, value in changes.items())
     todo = jobs.missing(store, wanted, [], sizes=catalog.sizes(setting.dataset, chosen.folder()))
@@ -155,6 +155,27 @@ def flatness(
     _tell_written(written, said(found, probe, panel=panel))
 
 
+@app.command(epilog="Example: `flatlab stability 3f2a 77c1 --since 120`")
+@takes("store", "out", "json", "debug")
+def stability(
+    chosen: Choices,
+    runs: Annotated[list[str], typer.Argument(help="Digests of runs, or their beginnings (`flatlab runs list`).")],
+    since: Annotated[
+        int | None, typer.Option(help="The first step that counts (the latest switch of the runs).")
+    ] = None,
+) -> None:
+    """Say how steady runs' out-of-domain accuracy is, whether validation follows it, and what selecting costs."""
+    from flatlab.flatness import finished
+    from flatlab.stability import SHOWN, chart, switch_of
+
+    store = chosen.runs()
+    found = finished(store, runs)
+    first = switch_of([run.spec for run in found]) if since is None else since
+    table, written = chart(store, found, since=first, out=chosen.out)
+    chosen.answer(table, f"Stability of the out-of-domain accuracy from step {first} on (shares of 1)", SHOWN)
+    _tell_written(written)
+
+
 @app.command(
     "import",
     epilog="Example: `flatlab import erm.pth --model resnet50 --dataset PACS --data-dir data --held-out sketch`",
@@ -181,7 +202,9 @@ def methods(chosen: Choices) -> None:
     from flatlab.methods import METHODS
 
     rows = [{"method": name, **dataclasses.asdict(parts)} for name, parts in METHODS.items()]
-    chosen.answer(pd.DataFrame(rows), "Methods; any other composition: --objective --step --average --quantizer")
+    chosen.answer(
+        pd.DataFrame(rows), "Methods; any other composition: --objective --mixing --step --average --quantizer"
+    )
 
 
 @app.command("list", epilog="Example: `flatlab list --setting smoke`")

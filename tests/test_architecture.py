@@ -43,6 +43,7 @@ MAY_IMPORT = {
     "executors": "jobs",
     "reproduce": "tables executors jobs runs settings specs plots files machine data.catalog errors",
     "flatness": "tables plots runs settings probespecs files metrics.sentences metrics.results metrics.rounds errors",
+    "stability": "tables plots selection runs specs files errors",
     "tensorboard": "runs errors",
     "work": "jobs runs specs errors measure train",  # the last two inside functions: workers alone load torch
     # things that take arguments, not specs
@@ -66,7 +67,7 @@ MAY_IMPORT = {
     "measures": "checkpoints shelf runs metrics probespecs specs files errors",
     "measure": "build runs probespecs specs machine errors",  # and, by name, the module of a metric in measures/
     # the paper
-    "analyses": "probespecs specs settings methods tables plots runs resources",
+    "analyses": "probespecs specs settings methods tables stability plots runs resources",
 }
 OPEN = ("api", "cli", "upkeep", "options", "words", "mistakes", "display", "doctor", "__main__", "__init__")
 TORCH_FREE = [
