@@ -182,7 +182,7 @@ def stability(
     first = switch_of([run.spec for run in found]) if since is None else since
     table, written = chart(store, found, since=first, out=chosen.out)
     chosen.answer(table, f"Stability of the out-of-domain accuracy from step {first} on (shares of 1)", SHOWN)
-    tell_written(written)
+    errands.tell_written(written)
 
 
 @app.command(
