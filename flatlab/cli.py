@@ -148,9 +148,7 @@ def flatness(
     sizes = catalog.sizes(dataset, Path(place.data_dir) if place.data_dir else None)
     todo = jobs.missing(store, [], [(run.spec, probe) for run in found], sizes=sizes)
     if chosen.dry_run:
-        errands.foresee(chosen, todo, place) if samples is block_size is None else errands.price(
-            chosen, todo, found[0].spec
-        )
+        errands.foresee(chosen, todo, place) if probe.piloted else errands.price(chosen, todo, found[0].spec)
         return
     errands.carry_out(chosen, todo, place)
     table, written = chart(store, found, probe, panel=panel, out=chosen.out)

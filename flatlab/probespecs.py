@@ -58,6 +58,11 @@ class ProbeSpec(Probing):
     normalisation: Literal["none", "filter", "layer", "parameter"] = "none"
 
     @property
+    def piloted(self) -> bool:
+        """Whether a pilot finds out how to sample."""
+        return self.num_samples is None and self.block_size is None
+
+    @property
     def effort(self) -> str:
         """How much was sampled, in words for a caption."""
         return f"{self.num_samples} directions" if self.num_samples else f"directions for {self.rel_error:.0%} error"
