@@ -15,10 +15,17 @@ from flatlab.metrics.compare import PairedDifference, compare_flatness, paired_d
 from flatlab.metrics.density import SpectralDensity, spectral_density
 from flatlab.metrics.lanczos import Spectrum, hessian_spectrum
 from flatlab.metrics.operators import GGN, Fisher, Hessian
+from flatlab.metrics.sharpness import (
+    AverageSharpness,
+    WorstSharpness,
+    average_sharpness,
+    normalised_logits,
+    worst_sharpness,
+)
 from flatlab.metrics.sphere import SphereFlatness, sphere_flatness
 from flatlab.metrics.trace import Trace, hessian_trace
 from flatlab.metrics.worst import WorstRise, worst_rise
-from flatlab.models import Network, build_network
+from flatlab.models import Ensemble, Network, build_network
 from flatlab.points import Evaluation
 from flatlab.probespecs import ProbeSpec
 from flatlab.quant.attach import attach, attach_activations, bake
@@ -29,7 +36,9 @@ from flatlab.quant.obc import obc
 from flatlab.quantspecs import INQSpec, NoiseSpec, OBCSpec, QuantSpec, RTNSpec
 from flatlab.runs import Run, RunStore
 from flatlab.settings import PAPER, QUICK, SMOKE, Setting, setting
-from flatlab.specs import AverageSpec, Place, RunSpec, StepSpec
+from flatlab.specs import AverageSpec, MixSpec, Place, RunSpec, StepSpec
+from flatlab.stability import Stability
+from flatlab.stability import stability as accuracy_stability
 from flatlab.train.loop import train as train_runs
 
 __all__ = [
@@ -41,6 +50,11 @@ __all__ = [
     "compare_flatness",
     "worst_rise",
     "WorstRise",
+    "average_sharpness",
+    "AverageSharpness",
+    "worst_sharpness",
+    "WorstSharpness",
+    "normalised_logits",
     "paired_difference",
     "PairedDifference",
     # curvature
@@ -53,8 +67,12 @@ __all__ = [
     "SpectralDensity",
     "hessian_trace",
     "Trace",
+    # out of domain
+    "accuracy_stability",
+    "Stability",
     # networks and quantizers
     "Network",
+    "Ensemble",
     "build_network",
     "LSQ",
     "INQ",
@@ -86,6 +104,7 @@ __all__ = [
     "NoiseSpec",
     "StepSpec",
     "AverageSpec",
+    "MixSpec",
     "Place",
     # training and measuring runs
     "RunStore",

@@ -61,10 +61,12 @@ def export(run: Run, path: Path, place: Place, *, checkpoint: str = "selected") 
         checkpoint: "selected" or "last".
 
     Raises:
-        UserError: where the run is not finished or not quantized, or the checkpoint is not wholly on its grid.
+        UserError: where the run is not finished, not quantized or an ensemble, or the checkpoint is not wholly on its grid.
     """
     if not run.done:
         raise UserError(f"Run {run.spec.digest} is not finished: train it before it is exported.")
+    if run.spec.members:
+        raise UserError(f"Run {run.spec.digest} is an ensemble; export its members, each on its own.")
     if run.spec.quantizer is None:
         raise UserError(f"Run {run.spec.digest} ({run.spec.label}) is not quantized; export one that is, such as lsq.")
     network = network_of(run, checkpoint, place).cpu()

@@ -105,6 +105,11 @@ def test_what_cannot_be_exported_is_a_sentence(store, tmp_path):
     file = tmp_path / "file.safetensors"
     refuses(lambda: export(store.run(spec()), file, PLACE), "is not quantized; export one that is")
     refuses(lambda: export(store.run(quantized(bits=3)), file, PLACE), "is not finished")
+    both = quantized().replace(members=(quantized(), quantized(bits=8)))
+    run = store.run(both)
+    run.create()
+    run.finish()
+    refuses(lambda: export(run, file, PLACE), "is an ensemble; export its members")
     refuses(lambda: load_exported(tmp_path / "none.safetensors"), "is missing")
     files.save_arrays(file, {"a": np.zeros(3)}, {"step": 1})
     refuses(lambda: load_exported(file), "is no export of a quantized network")
