@@ -61,7 +61,7 @@ def export(run: Run, path: Path, place: Place, *, checkpoint: str = "selected") 
         checkpoint: "selected" or "last".
 
     Raises:
-        UserError: where the run is not finished, not quantized or an ensemble, or the checkpoint is not wholly on its grid.
+        UserError: where the run is not finished, not quantized or an ensemble, or not wholly on its grid.
     """
     if not run.done:
         raise UserError(f"Run {run.spec.digest} is not finished: train it before it is exported.")
