@@ -66,6 +66,7 @@ MAY_IMPORT = {
     "build": "specs quantspecs data models quant files errors",
     "train": "build memory runs data models quant selection settings specs quantspecs files machine seeds errors",
     "checkpoints": "build runs data landscape models nests quant.attach probespecs specs files",
+    "export": "build checkpoints models quant runs specs quantspecs files errors",
     "shelf": "runs files metrics.results metrics.sampling",
     "measures": "checkpoints shelf runs landscape metrics params quant.attach seeds probespecs specs files errors",
     "measure": "build runs probespecs specs machine errors",  # and, by name, the module of a metric in measures/
