@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flatlab import errands
+from flatlab import errands, surveys
 from flatlab.errors import choose
 from flatlab.hessian import hessian
 from flatlab.jsontext import strict_json
@@ -161,6 +161,11 @@ def flatness(
 app.command(epilog="Example: `flatlab hessian 3f2a --split source --split target -k 5 --images 200`")(
     takes("data_dir", *RUNNING, "out")(hessian)
 )
+app.command(epilog="Example: `flatlab landscape 3f2a --grid 25 --images 200`")(
+    takes("data_dir", *RUNNING, "out")(surveys.landscape)
+)
+app.command(epilog="Example: `flatlab audit 3f2a --images 200`")(takes("data_dir", *RUNNING, "out")(surveys.audit))
+app.command(epilog="Example: `flatlab selftest`")(takes("json", "debug")(surveys.selftest))
 
 
 @app.command(epilog="Example: `flatlab stability 3f2a 77c1 --since 120`")

@@ -110,7 +110,65 @@ class SpectrumSpec(Probing):
         return float(self.count(sizes) * share * PRODUCT * self.foreseen)
 
 
-KINDS: dict[str, type[Probing]] = {"sphere": ProbeSpec, "spectrum": SpectrumSpec}
+class SurfaceSpec(Probing):
+    """Loss and accuracy of each domain on a plane through the checkpoint."""
+
+    metric: Literal["surface"] = "surface"
+    axes: Literal["random", "hessian", "runs"] = "random"  # filter-normalised; top eigenvectors; through other runs
+    through: tuple[str, ...] = ()  # digests: two others that span the plane, or a trajectory of four and more
+    grid: int = Field(33, ge=2)
+    extent: float = Field(1.0, gt=0)  # half the length of each axis; around the runs where they span the plane
+    refine: float | None = Field(0.05, gt=0)  # share of the height that interpolation may be off by; None: whole grid
+
+    def passes(self, sizes: Sizes) -> float:
+        """Return the images that are forwarded at most: refinement saves some.
+
+        Args:
+            sizes: images of each domain.
+        """
+        return float(self.count(sizes) * self.grid**2)
+
+
+class TriangleSpec(Probing):
+    """The trace of the Hessian in three independent ways."""
+
+    metric: Literal["triangle"] = "triangle"
+    space: Literal["baked"] = "baked"  # through rounding there is no curvature
+    rel_error: float = Field(0.05, gt=0)
+
+    def passes(self, sizes: Sizes) -> float:
+        """Return the images that are forwarded, roughly: products for trace and density, and seven spheres.
+
+        Args:
+            sizes: images of each domain.
+        """
+        return float(self.count(sizes) * PRODUCT * (20 + PILOT + 80) + 7 * FORESEEN / self.rel_error**2)
+
+
+class AuditSpec(Probing):
+    """How measures of flatness move under rescalings that leave the function as it is."""
+
+    metric: Literal["audit"] = "audit"
+    space: Literal["baked"] = "baked"
+    most: float = Field(4.0, gt=1)
+    num_samples: int = Field(20, ge=2)
+
+    def passes(self, sizes: Sizes) -> float:
+        """Return the images that are forwarded, roughly: four spheres, a trace and an eigenvalue of three networks.
+
+        Args:
+            sizes: images of each domain.
+        """
+        return float(3 * self.count(sizes) * (4 * self.num_samples + PRODUCT * (20 + PILOT + 10)))
+
+
+KINDS: dict[str, type[Probing]] = {
+    "sphere": ProbeSpec,
+    "spectrum": SpectrumSpec,
+    "surface": SurfaceSpec,
+    "triangle": TriangleSpec,
+    "audit": AuditSpec,
+}
 
 
 def parse_probe(text: str) -> Probing:
