@@ -61,9 +61,7 @@ def reproduce(chosen: Choices, name: Annotated[str, typer.Argument(help="fig3, .
         typer.echo(strict_json({"written": written, "findings": done.findings.to_dict("records")}))
         return
     display.frame(module.summary(done.findings), module.SUMMARY)
-    display.frame(
-        done.accuracies, "Accuracies by training-domain validation, means over targets and seeds", formats=ACCURACIES
-    )
+    display.frame(done.accuracies, reproduce.ACCURACIES, formats=ACCURACIES)
     for remark in done.remarks:
         display.out.print(remark, soft_wrap=True)
     _tell_written(done.written)

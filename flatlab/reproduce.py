@@ -20,6 +20,7 @@ from flatlab.settings import Setting
 from flatlab.specs import Place
 
 Hear = Callable[[dict[str, Any]], None]
+ACCURACIES = "Accuracies by training-domain validation, means over targets and seeds"
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ def place_of(found: list[Run], asked: Place) -> tuple[Place, str]:
 
 
 def write(module: ModuleType, setting: Setting, store: RunStore, *, out: Path, redo: str) -> Reproduction:
-    """Tabulate and draw a finished figure; write csv, pdf, png, and a json that says how it came about.
+    """Tabulate and draw a finished figure; write csv, pdf, png, a page to read, and a json that says how it came about.
 
     Args:
         module: of the figure or table.
@@ -143,13 +144,31 @@ def write(module: ModuleType, setting: Setting, store: RunStore, *, out: Path, r
     files.write_bytes(stem.with_suffix(".csv"), frame.to_csv(index=False).encode())
     facts = _facts(module, setting, store)
     pictures = plots.save(module.draw(frame, module.caption(setting)), stem)
-    accuracies = tables.reached(tables.accuracies(store, module.labelled(setting)), module.BASELINE)
+    accuracies = _accuracies(module, setting, store, frame)
     remarks = module.remarks(frame)
+    page = _page(module, setting, (module.summary(findings), accuracies), [*remarks, f"Again: `{redo}`"])
+    files.write_bytes(stem.with_suffix(".md"), page.encode())
     record = {**facts, "redo": redo, "caption": module.caption(setting), "remarks": remarks}
     record |= {"findings": findings.to_dict("records"), "accuracies": accuracies.to_dict("records")}
     files.write_json(stem.with_suffix(".json"), record)
-    written = [*pictures, stem.with_suffix(".csv"), stem.with_suffix(".json")]
+    written = [*pictures, *(stem.with_suffix(suffix) for suffix in (".csv", ".json", ".md"))]
     return Reproduction(written, findings, accuracies, remarks)
+
+
+def _accuracies(module: ModuleType, setting: Setting, store: RunStore, frame: pd.DataFrame) -> pd.DataFrame:
+    """Return the accuracies of the methods; a table of the paper lays them out itself."""
+    if hasattr(module, "sheet"):
+        return pd.DataFrame(module.sheet(frame))
+    return tables.reached(tables.accuracies(store, module.labelled(setting)), module.BASELINE)
+
+
+def _page(module: ModuleType, setting: Setting, shown: tuple[pd.DataFrame, pd.DataFrame], told: list[str]) -> str:
+    """Return what came out as markdown, to be read without a program."""
+    title, _, rest = module.caption(setting).partition("\n")
+    summary, accuracies = (tables.markdown(each) for each in shown)
+    parts = [f"# {title}", (module.__doc__ or "").splitlines()[0], rest, f"## {module.SUMMARY}", summary]
+    parts += [f"## {ACCURACIES}", accuracies, *told]
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _facts(module: ModuleType, setting: Setting, store: RunStore) -> dict[str, Any]:

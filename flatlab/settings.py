@@ -46,6 +46,12 @@ class Setting(Spec):
     rel_error: float = 0.02
     block_size: int | None = None  # images that a direction sees, where no `num_samples` are asked for
     images: int | None = None  # of each domain, for measurements
+    others: tuple["Setting", ...] = ()  # the same for further data sets
+
+    @property
+    def each(self) -> tuple["Setting", ...]:
+        """This setting and those of further data sets, each by itself."""
+        return (self.replace(others=()), *self.others)
 
     @property
     def effort(self) -> str:
@@ -55,7 +61,8 @@ class Setting(Spec):
     @property
     def words(self) -> str:
         """Which data, network and seeds, in words for a title."""
-        return f"{self.dataset}, {self.model}, {'1 seed' if self.seeds == 1 else f'{self.seeds} seeds'}"
+        data = ", ".join(f"{one.dataset}, {one.model}" for one in self.each)
+        return f"{data}, {'1 seed' if self.seeds == 1 else f'{self.seeds} seeds'}"
 
     @property
     def switch_step(self) -> int:
