@@ -11,7 +11,7 @@ TABLE = PaperTable(
     number="10",
     lines=(
         Line("ERM", "ERM", printed={"bits": 32}),
-        *(Line(f"{b} bit", "QT-DoG", lambda setting, b=b: {"bits": b}, printed={"bits": b}) for b in BITS),
+        *(Line(f"{bits} bit", "QT-DoG", {"bits": bits}, {"bits": bits}) for bits in BITS),
     ),
     columns={"PACS": {"out": "PACS_out"}},
 )

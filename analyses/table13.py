@@ -7,8 +7,8 @@ TABLE = PaperTable(
     number="13",
     lines=(
         Line("no quantization", "ERM", printed={"scale": "No quantization"}),
-        Line("layer", "QT-DoG", lambda setting: {"granularity": "tensor"}, printed={"scale": "Layerwise"}),
-        Line("channel", "QT-DoG", lambda setting: {"granularity": "channel"}, printed={"scale": "Channelwise"}),
+        Line("layer", "QT-DoG", {"granularity": "tensor"}, {"scale": "Layerwise"}),
+        Line("channel", "QT-DoG", {"granularity": "channel"}, {"scale": "Channelwise"}),
     ),
     columns={"PACS": {"out": "PACS_out"}},
 )

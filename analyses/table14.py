@@ -1,36 +1,24 @@
 """Table 14: quantization from an early or a late step on, at 7 bits (QT-DoG, Table 14).
 
-The paper's steps 1,000 to 4,000 of 5,000 are shares of the schedule here: 20, 40, 60 and 80 %.
+The paper's steps 1,000 to 4,000 of 5,000 are shares of the schedule here.
 """
-
-from collections.abc import Mapping
 
 from flatlab import papertable
 from flatlab.papertable import Line, PaperTable
-from flatlab.settings import PAPER, Setting
+from flatlab.settings import PAPER
 
 STEPS = (1000, 2000, 3000, 4000)  # the paper's
 
 
-def share(step: int, setting: Setting) -> Mapping[str, int]:
-    """Return the switch at the share of the schedule that a step is of the paper's."""
-    return {"switch": round(step / PAPER.steps * setting.steps)}
+def line(step: int) -> Line:
+    """Return the line of a switch at a step of the paper's schedule."""
+    share = step / PAPER.steps
+    return Line(f"from {share:.0%}", "QT-DoG", {"switch": None, "switch_share": share}, {"step": step})
 
 
 TABLE = PaperTable(
     number="14",
-    lines=(
-        Line("no quantization", "ERM", printed={"step": None}),
-        *(
-            Line(
-                f"from {100 * step // PAPER.steps} %",
-                "QT-DoG",
-                lambda setting, step=step: share(step, setting),
-                printed={"step": step},
-            )
-            for step in STEPS
-        ),
-    ),
+    lines=(Line("no quantization", "ERM", printed={"step": None}), *map(line, STEPS)),
     columns={"PACS": {"out": "PACS_out"}},
 )
 

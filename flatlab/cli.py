@@ -43,7 +43,7 @@ def _version(*, version: Annotated[bool, typer.Option("--version", help="Print t
 
 
 @app.command(epilog="Example: `flatlab reproduce fig3 --seeds 2 --dry-run`")
-@takes(*DATA, *TRAINING, *RUNNING, "out")
+@takes(*DATA, "datasets", *TRAINING, *RUNNING, "out")
 def reproduce(chosen: Choices, name: Annotated[str, typer.Argument(help="fig3, ... (`flatlab list`).")]) -> None:
     """Redo a figure or table of the paper: train and measure what is missing, tabulate, draw."""
     from flatlab import display, reproduce

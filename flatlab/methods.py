@@ -64,7 +64,16 @@ def vary(parts: Method, changes: Mapping[str, str]) -> Method:
 
 def compose(parts: Method, setting: Setting, *, held_out: str, seed: int, trial_seed: int) -> RunSpec:
     """Return the run that a composition means in a setting."""
-    setting_fields = {"dataset", "image_size", "model", "weights", "freeze_batchnorm", "augment", "precision"}
+    setting_fields = {
+        "dataset",
+        "image_size",
+        "model",
+        "weights",
+        "freeze_batchnorm",
+        "augment",
+        "precision",
+        "test_share",
+    }
     switched = parts.quantizer != "none" or parts.frozen
     quantizer = QuantSpec.make(bits=setting.bits, granularity=setting.granularity, scale_lr=setting.scale_lr)
     return RunSpec.make(

@@ -13,7 +13,7 @@ from scipy import stats
 
 from flatlab import tables
 
-PANELS = {"in": "in domain", "out": "out of domain"}
+PANELS = {"in": "in domain", "test": "in-domain test", "out": "out of domain"}
 BY = ["dataset", "panel"]
 
 

@@ -5,7 +5,7 @@ percent, at the checkpoint that training-domain validation selects; intervals ar
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from flatlab.settings import PAPER, Setting, for_data
 from flatlab.specs import RunSpec
 
 SUMMARY = "Difference to the first line in points, paired by held-out domain and seed, 95 % intervals; * excludes 0"
-READ = {"in": "validation", "out": "target"}  # panel -> what of a log's row
+READ = {"in": "validation", "test": "test", "out": "target"}  # panel -> what of a log's row
 COLUMNS = [*orders.BY, "method", "held_out", "seed", "value", "stderr", "low", "high", "over"]
 COLUMNS += ["published", "published_stderr", "published_on", "comparable"]
 PROTOCOL = ("model", "weights", "freeze_batchnorm", "image_size", "augment", "steps", "eval_every", "batch_size", "lr")
@@ -42,18 +42,18 @@ class Line:
     Attributes:
         label: the line's name in our table.
         method: a key of `METHODS`.
-        changes: the fields of the setting that the line changes, as a function of the setting.
+        changes: fields of the setting, as this line has them.
         printed: what tells the paper's line from its others, such as {"bits": 8}.
     """
 
     label: str
     method: str
-    changes: Callable[[Setting], Mapping[str, Any]] = lambda setting: {}
+    changes: Mapping[str, Any] = field(default_factory=dict)
     printed: Mapping[str, Any] = field(default_factory=dict)
 
     def runs(self, setting: Setting) -> list[RunSpec]:
         """Return the line's runs: one for each held-out domain and seed."""
-        return replicates(METHODS[self.method], setting.replace(**self.changes(setting)))
+        return replicates(METHODS[self.method], setting.replace(**self.changes))
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,9 @@ class PaperTable:
         same = {one.dataset: is_papers(one) for one in setting.each}
         told = [
             self.printed(method, dataset, panel, held_out) if over == "seeds" else Printed()
-            for dataset, panel, method, held_out, over in frame[[*orders.BY, "method", "held_out", "over"]].itertuples(index=False)
+            for dataset, panel, method, held_out, over in frame[[*orders.BY, "method", "held_out", "over"]].itertuples(
+                index=False
+            )
         ]
         beside = pd.DataFrame(told, columns=["published", "published_stderr", "published_on"], index=frame.index)
         comparable = (beside["published_on"] == frame["dataset"]) & frame["dataset"].map(same)
@@ -134,28 +136,27 @@ class PaperTable:
 
     def summary(self, findings: pd.DataFrame) -> pd.DataFrame:
         """Return each line's difference to the baseline, a column for each panel, and the paper's beside it."""
-        mine = findings[findings["baseline"] == self.baseline]
         rows: dict[str, dict[str, str]] = {}
-        for row in mine.itertuples():
-            where = f"{row.dataset}, {orders.PANELS[row.panel]}"
-            cells = rows.setdefault(row.method, {})
-            cells[where] = tables.bracketed(row.value, row.low, row.high, digits=2)
-            cells[f"published ({row.published_on})"] = "" if np.isnan(row.published) else f"{row.published:+.1f}"
-            cells["order agrees"] = row.agrees
-        return pd.DataFrame([{"method": method, **cells} for method, cells in rows.items()])
+        for row in findings[findings["baseline"] == self.baseline].to_dict("records"):
+            cells = rows.setdefault(row["method"], {})
+            told = tables.bracketed(row["value"], row["low"], row["high"], digits=2)
+            cells[f"{row['dataset']}, {orders.PANELS[row['panel']]}"] = told
+            if row["agrees"]:
+                cells[f"published ({row['published_on']}, {row['panel']})"] = f"{row['published']:+.1f}"
+                cells[f"order agrees ({row['dataset']}, {row['panel']})"] = row["agrees"]
+        return _laid_out(rows)
 
     def sheet(self, frame: pd.DataFrame) -> pd.DataFrame:
         """Return the table as the paper prints one: mean and standard error over seeds, the published ones beside."""
-        shown = frame[frame["over"] == "seeds"]
+        shown = frame[(frame["over"] == "seeds") & ((frame["held_out"] == "all") | (frame["panel"] == "out"))]
         rows: dict[str, dict[str, str]] = {label: {} for label in self.order}
-        for row in shown.itertuples():
-            where = f"{row.dataset} {row.panel}, {'mean' if row.held_out == 'all' else row.held_out}"
-            rows[row.method][where] = plus_minus(row.value, row.stderr)
-            if not np.isnan(row.published):
-                rows[row.method][f"published ({row.published_on} {row.panel})"] = plus_minus(
-                    row.published, row.published_stderr
-                )
-        return pd.DataFrame([{"method": label, **cells} for label, cells in rows.items()]).fillna("")
+        for row in shown.to_dict("records"):
+            where = f"{row['panel']}, {'mean' if row['held_out'] == 'all' else row['held_out']}"
+            rows[row["method"]][f"{row['dataset']} {where}"] = plus_minus(row["value"], row["stderr"])
+            if not np.isnan(row["published"]):
+                beside = plus_minus(row["published"], row["published_stderr"])
+                rows[row["method"]][f"published ({row['published_on']} {where})"] = beside
+        return _laid_out(rows)
 
     def remarks(self, frame: pd.DataFrame) -> list[str]:
         """Say whether the order of the lines is the paper's, and what is odd about the printed numbers."""
@@ -205,6 +206,11 @@ def accuracies(store: RunStore, wanted: list[tuple[str, RunSpec]], panels: list[
     )
 
 
+def _laid_out(rows: Mapping[str, Mapping[str, str]]) -> pd.DataFrame:
+    """Return a row for each method, with empty cells where there is nothing to tell."""
+    return pd.DataFrame([{"method": method, **cells} for method, cells in rows.items()]).fillna("")
+
+
 def _over_seeds(each: pd.DataFrame) -> Iterator[pd.DataFrame]:
     """Return mean and interval over seeds of each line: the mean over held-out domains, and each of them."""
     yield tables.over_seeds(each, [*orders.BY, "method"])
@@ -218,8 +224,10 @@ def is_papers(setting: Setting) -> bool:
     return all(getattr(setting, name) == getattr(theirs, name) for name in PROTOCOL)
 
 
-def _titles(frame: pd.DataFrame) -> pd.Series:
-    return frame["dataset"] + ", " + frame["panel"].map(orders.PANELS)
+def _titles(frame: pd.DataFrame) -> list[str]:
+    return [
+        f"{dataset}, {orders.PANELS[panel]}" for dataset, panel in zip(*(frame[by] for by in orders.BY), strict=True)
+    ]
 
 
 def plus_minus(value: float, stderr: float) -> str:

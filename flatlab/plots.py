@@ -74,8 +74,9 @@ def save(figure: Figure, stem: Path) -> list[Path]:
     """Write `<stem>.pdf` and `<stem>.png`; the PDF carries no date, so that equal figures are equal files."""
     stem.parent.mkdir(parents=True, exist_ok=True)
     paths = [stem.with_suffix(suffix) for suffix in (".pdf", ".png")]
-    for path in paths:
-        figure.savefig(path, metadata={"CreationDate": None} if path.suffix == ".pdf" else None)
+    with style():  # resolution and fonts are chosen on writing
+        for path in paths:
+            figure.savefig(path, metadata={"CreationDate": None} if path.suffix == ".pdf" else None)
     plt.close(figure)
     return paths
 
@@ -106,10 +107,22 @@ def forest(
             less.axvline(0, color="0.3", linewidth=0.8)
         for ax, name in zip(grid[-1], axes, strict=True):
             ax.set_xlabel(name)
-        title, _, rest = caption.partition("\n")
-        legend_above(figure, grid[0, 0], title)
-        figure.supxlabel("\n".join(textwrap.wrap(rest, 78)), fontsize=5.5, color="0.3")
+        captioned(figure, grid[0, 0], caption)
     return figure
+
+
+def captioned(figure: Figure, ax: Axes, caption: str) -> None:
+    """Put title and legend above all panels, and the small print below, wrapped to the width of the figure.
+
+    Args:
+        figure: the figure.
+        ax: whose legend is shown.
+        caption: title, line feed, small print.
+    """
+    title, _, rest = caption.partition("\n")
+    legend_above(figure, ax, title)
+    characters = round(figure.get_figwidth() * 22)  # at 5.5 points
+    figure.supxlabel("\n".join(textwrap.wrap(rest, characters)), fontsize=5.5, color="0.3")
 
 
 def dots(ax: Axes, frame: pd.DataFrame, order: Sequence[str]) -> None:
@@ -120,7 +133,7 @@ def dots(ax: Axes, frame: pd.DataFrame, order: Sequence[str]) -> None:
         frame: rows with `method`, `value`, `low`, `high`, `published`, `comparable`.
         order: the methods, from top to bottom.
     """
-    rows = frame.set_index("method").reindex(order)
+    rows = frame.set_index("method").reindex(list(order))
     heights = np.arange(len(order))
     ax.hlines(heights, rows["low"], rows["high"], color="C0", linewidth=1.2)
     ax.plot(rows["value"], heights, "o", color="C0", label="ours, 95 % over seeds")

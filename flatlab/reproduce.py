@@ -65,10 +65,24 @@ def analyses() -> list[str]:
 
 
 def missing(module: ModuleType, setting: Setting, store: RunStore, place: Place) -> list[Job]:
-    """Return the jobs that a figure or table still needs."""
+    """Return the jobs that a figure or table still needs.
+
+    Raises:
+        UserError: where several data sets are asked of one that shows a single one.
+    """
     runs, probes = module.plan(setting)
-    sizes = catalog.sizes(setting.dataset, Path(place.data_dir) if place.data_dir else None)
-    return jobs.missing(store, runs, probes, sizes=sizes)
+    if setting.others and len({run.dataset for run in runs}) == 1:
+        raise UserError(f"{_name(module)} shows one data set; give --dataset instead of --datasets.")
+    todo = []
+    for one in setting.each:
+        sizes = catalog.sizes(one.dataset, Path(place.data_dir) if place.data_dir else None)
+        mine = [run for run in runs if run.dataset == one.dataset]
+        todo += jobs.missing(store, mine, [pair for pair in probes if pair[0].dataset == one.dataset], sizes=sizes)
+    return todo
+
+
+def _name(module: ModuleType) -> str:
+    return module.__name__.rsplit(".", 1)[-1]
 
 
 def carry_out(todo: list[Job], store: RunStore, place: Place, *, workers: int, hear: Hear) -> None:
@@ -140,7 +154,7 @@ def write(module: ModuleType, setting: Setting, store: RunStore, *, out: Path, r
     frame = module.table(store, setting)
     findings = module.findings(frame)
     out.mkdir(parents=True, exist_ok=True)
-    stem = out / module.__name__.rsplit(".", 1)[-1]
+    stem = out / _name(module)
     files.write_bytes(stem.with_suffix(".csv"), frame.to_csv(index=False).encode())
     facts = _facts(module, setting, store)
     pictures = plots.save(module.draw(frame, module.caption(setting)), stem)

@@ -21,6 +21,7 @@ class Setting(Spec):
     freeze_batchnorm: bool = False
     augment: str = "none"
     precision: str = "fp32"
+    test_share: float = 0.0  # of each domain, for an in-domain test
     steps: int = Field(ge=1)
     eval_every: int = Field(ge=1)
     batch_size: int = Field(32, ge=1)
@@ -29,7 +30,8 @@ class Setting(Spec):
     bits: int = Field(7, ge=2, le=16)
     granularity: str = "channel"
     scale_lr: float = 1e-5
-    switch: int | None = None  # None: 40 % of the steps (QT-DoG App. B: 2,000 of 5,000)
+    switch: int | None = None  # None: that share of the steps (QT-DoG App. B: 2,000 of 5,000)
+    switch_share: float = 0.4
     sam_rho: float = 0.05  # Foret et al.; SWAD's baselines
     swa_every: int = Field(100, ge=1)
     swad_every: int = Field(100, ge=1)
@@ -67,7 +69,7 @@ class Setting(Spec):
     @property
     def switch_step(self) -> int:
         """The step at which quantization or freezing sets in."""
-        return round(0.4 * self.steps) if self.switch is None else self.switch
+        return round(self.switch_share * self.steps) if self.switch is None else self.switch
 
     @property
     def swa_start(self) -> int:

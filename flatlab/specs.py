@@ -7,9 +7,17 @@ of that JSON is the name of the run. Machine facts (folders, device, threads) li
 import hashlib
 import json
 import reprlib
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from flatlab.errors import UserError
 
@@ -18,6 +26,15 @@ class Spec(BaseModel):
     """A frozen record that refuses unknown fields and loose types, with one sentence per mistake."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+    # Fields younger than the first stores. At its default, which must stay what was done before the field came, such a
+    # field is left out of the JSON: runs made before keep their names.
+    YOUNG: ClassVar[tuple[str, ...]] = ()
+
+    @model_serializer(mode="wrap")
+    def _keep_old_names(self, written: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        usual = type(self).model_fields
+        idle = {name for name in self.YOUNG if getattr(self, name) == usual[name].default}
+        return {name: value for name, value in written(self).items() if name not in idle}
 
     @classmethod
     def make(cls, **fields: Any) -> Self:
@@ -126,6 +143,7 @@ class AverageSpec(Spec):
 class RunSpec(Spec):
     """One trained network: data, composition, schedule and seeds. The paper's name for it is only a label."""
 
+    YOUNG: ClassVar[tuple[str, ...]] = ("test_share",)
     dataset: str
     held_out: str
     image_size: int = Field(ge=1)
@@ -148,6 +166,7 @@ class RunSpec(Spec):
     seed: int = Field(0, ge=0)  # initialisation and batches
     trial_seed: int = Field(0, ge=0)  # split
     holdout: float = Field(0.2, gt=0, lt=1)
+    test_share: float = Field(0.0, ge=0, lt=1)  # of each domain, for an in-domain test: neither trained nor selected on
     source: str | None = None  # "sha256:..." of an imported checkpoint, which was not trained here
 
     @model_validator(mode="after")

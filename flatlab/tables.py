@@ -157,10 +157,17 @@ def accuracies(store: RunStore, wanted: Iterable[Labelled]) -> pd.DataFrame:
                     "step": row["step"],
                     "validation": row["validation"],
                     "target": row["target"]["in"]["accuracy"],
+                    **_tested(row),
                     "looks": len(log) if rule == "oracle" else 1,
                 }
             )
     return pd.DataFrame(rows)
+
+
+def _tested(row: selection.Row) -> dict[str, float]:
+    """Return the mean accuracy on the source domains' test images, where a run keeps such."""
+    scores = [score["accuracy"] for score in row.get("test", {}).values()]
+    return {"test": float(np.mean(scores))} if scores else {}
 
 
 def overview(store: RunStore) -> pd.DataFrame:

@@ -43,6 +43,7 @@ WORDS: dict[str, tuple[Any, Any, Any]] = {  # name -> type, default, option
             "or folder:PATH with domain/class/image.",
         ),
     ),
+    "datasets": (str, None, _option(_DATA, "Of a table: several data sets, as PACS,VLCS; --data-dir holds them all.")),
     "data_dir": (Path, None, _option(_DATA, "The folder that holds the data set; not for digits and folder:PATH.")),
     "held_out": (str, "all", _option(_DATA, "Domain held out: its name, its index, or all, each in turn.")),
     "image_size": (int, None, _option(_DATA, "Height and width of the images, in pixels (digits 16, else 224).")),

@@ -40,6 +40,8 @@ MAY_IMPORT = {
     "jobs": "entries runs probespecs specs",
     "executors": "jobs",
     "reproduce": "tables executors jobs runs settings specs plots files machine data.catalog errors",
+    "orders": "tables",
+    "papertable": "orders tables plots runs methods settings specs resources",
     "flatness": "tables plots runs settings probespecs specs files errors",
     "tensorboard": "runs errors",
     "work": "jobs runs specs errors measure train",  # the last two inside functions: workers alone load torch
@@ -63,7 +65,7 @@ MAY_IMPORT = {
     "measures": "checkpoints shelf runs metrics probespecs specs files errors",
     "measure": "build runs probespecs specs machine errors",  # and, by name, the module of a metric in measures/
     # the paper
-    "analyses": "probespecs specs settings methods tables plots runs resources",
+    "analyses": "papertable orders probespecs specs settings methods tables plots runs resources",
 }
 OPEN = ("api", "cli", "upkeep", "options", "words", "mistakes", "display", "doctor", "__main__", "__init__")
 TORCH_FREE = [
@@ -75,6 +77,8 @@ TORCH_FREE = [
     "jobs",
     "tables",
     "plots",
+    "orders",
+    "papertable",
     "reproduce",
     "options",
     "cli",
