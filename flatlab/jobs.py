@@ -82,9 +82,7 @@ def missing(store: RunStore, runs: Sequence[RunSpec], probes: Wanted, *, sizes: 
 def _told_apart(jobs: Sequence[Job]) -> list[Job]:
     """Add the run's digest to names that several jobs have: runs that differ in their bits, say."""
     counts = Counter(job.name for job in jobs)
-    return [
-        job.replace(name=f"{job.name} ({job.runs[0].digest[:6]})") if counts[job.name] > 1 else job for job in jobs
-    ]
+    return [job.replace(name=f"{job.name} ({job.runs[0].digest[:6]})") if counts[job.name] > 1 else job for job in jobs]
 
 
 def _training(lacking: Sequence[RunSpec], sizes: Sizes) -> list[Job]:
