@@ -80,6 +80,7 @@ class Gathered(NamedTuple):
 
     batch: Batch
     block: Block
+    targets: list[Batch]  # of each part, cut once: a loss knows no inputs
 
 
 def partition(batches: Sequence[Sequence[Batch]], block_size: int, *, generator: torch.Generator) -> list[Block]:

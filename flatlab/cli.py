@@ -52,7 +52,7 @@ def reproduce(chosen: Choices, name: Annotated[str, typer.Argument(help="fig3, .
     module = reproduce.analysis(name)
     todo = reproduce.missing(module, setting, store, place)
     if chosen.dry_run:
-        _price(chosen, todo, setting.model)
+        _price(chosen, todo, setting)
         return
     _carry_out(chosen, todo)
     done = reproduce.write(module, setting, store, out=chosen.out, redo=shlex.join(["flatlab", *sys.argv[1:]]))
@@ -86,7 +86,7 @@ def train(chosen: Choices) -> None:
     label += "".join(f", {part} {value}" for part, value in changes.items())
     todo = jobs.missing(store, wanted, [], sizes=catalog.sizes(setting.dataset, chosen.folder()))
     if chosen.dry_run:
-        _price(chosen, todo, setting.model)
+        _price(chosen, todo, setting)
         return
     if chosen.tensorboard:
         from flatlab import tensorboard
@@ -131,25 +131,25 @@ def flatness(
     """Measure how fast the loss rises around trained runs: F on spheres (QT-DoG Eq. 5), with intervals."""
     from flatlab import jobs, reproduce
     from flatlab.data import catalog
-    from flatlab.flatness import SHOWN, chart, finished, panel_of, probe_of
+    from flatlab.flatness import SHOWN, chart, finished, panel_of, probe_of, said
 
     store, panel = chosen.runs(), panel_of(split)
     found = finished(store, runs)
     place, dataset = reproduce.place_of(found, chosen.place())
     fields: dict[str, Any] = {"space": space, "checkpoint": checkpoint, "params": params, "images": images}
     fields |= {"rel_error": rel_error, "abs_error": abs_error, "budget": budget, "block_size": block_size}
-    fields["seed"] = direction_seed
-    probe = probe_of(radii, dataset, num_samples=samples, normalisation=normalisation, **fields)
+    fields |= {"seed": direction_seed, "num_samples": samples, "normalisation": normalisation}
+    probe = probe_of(radii, dataset, **fields)
     sizes = catalog.sizes(dataset, Path(place.data_dir) if place.data_dir else None)
     todo = jobs.missing(store, [], [(run.spec, probe) for run in found], sizes=sizes)
     if chosen.dry_run:
-        _price(chosen, todo, found[0].spec.model)
+        _foresee(chosen, todo, place) if samples is block_size is None else _price(chosen, todo, found[0].spec)
         return
     _carry_out(chosen, todo, place)
     table, written = chart(store, found, probe, panel=panel, out=chosen.out)
     shown = table if chosen.json else table[list(SHOWN)]
     chosen.answer(shown, f"Flatness on the {split} domains (nats), 95 % intervals over directions", SHOWN)
-    _tell_written(written)
+    _tell_written(written, said(found, probe, panel=panel))
 
 
 @app.command(
@@ -231,11 +231,11 @@ def _decode(wanted: set[tuple[str, int]], place: Any) -> None:
                 cache.prepare(dataset, data_dir=folder, image_size=size, cache=kept, report=report)
 
 
-def _price(chosen: Choices, todo: list[Any], model: str) -> None:
+def _price(chosen: Choices, todo: list[Any], spec: Any) -> None:
     """Say jobs, passes and estimated time; nothing is begun."""
     from flatlab import display, jobs
 
-    seconds, source = jobs.seconds_per_pass(chosen.runs(), model)
+    seconds, source = jobs.seconds_per_pass(chosen.runs(), spec.model, spec.image_size)
     workers = chosen.processes(len(todo))
     if not chosen.json:
         display.plan(todo, seconds, source, workers=workers)
@@ -244,7 +244,27 @@ def _price(chosen: Choices, todo: list[Any], model: str) -> None:
     typer.echo(strict_json({"jobs": rows, "seconds_per_pass": seconds, "source": source, "workers": workers}))
 
 
-def _tell_written(paths: Sequence[Path]) -> None:
+def _foresee(chosen: Choices, todo: Sequence[Any], place: Any) -> None:
+    """Fly the pilots of measurements, and say what they plan; the plans are kept, and the measurements keep to them."""
+    import pandas as pd
+
+    from flatlab import jobs
+    from flatlab.measures.sphere import foresee
+
+    store = chosen.runs()
+    wanted = [(store.run(job.runs[0]), probe) for job in todo for probe in job.probes]
+    rows = [row for run, probe in wanted for row in foresee(run.probe(probe), run, place)]
+    first = wanted[0][0].spec if wanted else None
+    seconds, source = jobs.seconds_per_pass(store, first.model, first.image_size) if first else (0.0, "")
+    plans = pd.DataFrame(rows)
+    if rows:
+        plans["core_seconds"] = plans["images"] * seconds
+    chosen.answer(plans, f"What the pilots plan; seconds are {source}", {"core_seconds": ".1f"})
+
+
+def _tell_written(paths: Sequence[Path], sentences: Sequence[str] = ()) -> None:
+    for sentence in sentences:
+        say(sentence, mark="")
     say(f"Written: {', '.join(map(str, paths))}", mark="")
 
 

@@ -12,7 +12,7 @@ from flatlab.runs import RunStore
 from flatlab.specs import Place, RunSpec, Spec
 
 BACKWARD = 3  # a training image costs about three forward passes: forward, and backward by weights and by inputs
-REFERENCE = {  # seconds for one image forward on one core of the reference machine (EPYC, 2 cores), by model
+REFERENCE = {  # seconds for an image of 224 pixels (digits: 16) on one core of the reference machine, by model
     "digits-cnn": 3e-5,
     "mobilenet_v2": 1.2e-2,
     "resnet18": 4e-2,
@@ -140,13 +140,14 @@ def training_passes(spec: RunSpec, sizes: Sizes, *, forked: bool) -> float:
     return float(steps * batch * BACKWARD * (2 if spec.step.kind == "sam" else 1) + looks)
 
 
-def seconds_per_pass(store: RunStore, model: str) -> tuple[float, str]:
+def seconds_per_pass(store: RunStore, model: str, image_size: int) -> tuple[float, str]:
     """Return the seconds of one image forward and where the number is from: this store, or the reference machine."""
     seconds = passes = 0.0
     for run in store.runs():
-        if run.done and run.spec.model == model and "passes" in run.provenance:
+        if run.done and (run.spec.model, run.spec.image_size) == (model, image_size) and "passes" in run.provenance:
             passes += run.provenance["passes"]
             seconds += sum(session["seconds"] for session in run.provenance["sessions"])
     if passes:
         return seconds / passes, "measured in this store"
-    return REFERENCE.get(model, 1e-2), "a reference machine's; yours may differ severalfold"
+    share = (image_size / 224) ** 2 if image_size != 16 else 1.0
+    return REFERENCE.get(model, 1e-2) * share, "a reference machine's; yours may differ severalfold"

@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from flatlab.blocks import Block, Gathered, partition
 from flatlab.errors import UserError
 from flatlab.losses import names_classes, total, wide
-from flatlab.nests import Batch, Data, part, read, recut, same, span
+from flatlab.nests import Batch, Data, part, read, recut, same
 from flatlab.params import flatten, select, split_like
 from flatlab.points import Evaluation, Move
 from flatlab.probes import alike, probe_mean, probe_model, refuse_parametrized, refuse_training, versions
@@ -162,7 +162,9 @@ class Landscape:
 
     def gather(self, block: Block) -> Gathered:
         """Return a block's samples, to be evaluated at several points."""
-        return Gathered(block.gather(self._batches), block)
+        batch = block.gather(self._batches)
+        cut = [Batch(None, part(batch.targets, p.start, p.stop), p.stop - p.start) for p in block.parts]
+        return Gathered(batch, block, cut)
 
     def shares_data(self, other: "Landscape") -> bool:
         """Say whether another landscape lies over the same samples, however they are cut into batches."""
@@ -218,11 +220,11 @@ class Landscape:
         sums = [torch.stack([total(self.model(b.inputs), b) for b in each]).sum(0) for each in self._batches]
         return torch.stack(sums)
 
-    def _totals(self, batch: Batch, block: Block) -> Tensor:
+    def _totals(self, batch: Batch, block: Block, targets: list[Batch]) -> Tensor:
         """Return the total loss of each part of a block."""
         outputs = self.model(batch.inputs)
-        spans = [(p.start, p.stop) for p in block.parts]
-        return torch.stack([self._total(part(outputs, *each), span(batch, *each)) for each in spans])
+        pairs = zip(block.parts, targets, strict=True)
+        return torch.stack([self._total(part(outputs, p.start, p.stop), each) for p, each in pairs])
 
     def _total_and_hits(self, outputs: Any, batch: Batch) -> Tensor:
         total = self._total(outputs, batch)

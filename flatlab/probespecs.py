@@ -12,7 +12,8 @@ from pydantic import BeforeValidator, Field, SerializeAsAny
 from flatlab.errors import UserError, choose
 from flatlab.specs import Spec
 
-FORESEEN = 0.02  # passes over the images that one radius takes at a relative error of 1; the pilot knows better
+FORESEEN = 20  # images that one radius takes at a relative error of 1, whatever their number; the pilot knows better
+LEAST = 2_600  # images of a radius: 81 pairs on blocks of 16
 BUDGET = 100  # passes for each radius at most
 AUTO_RADII = 6
 Sizes = Mapping[str, int]  # images of each domain
@@ -67,8 +68,9 @@ class ProbeSpec(Probing):
         """
         images = self.count(sizes)
         count = AUTO_RADII if self.radii == "auto" else sum(radius > 0 for radius in self.radii)
-        passes = self.num_samples or FORESEEN / max(self.rel_error, 1e-3) ** 2
-        return float(min(images * passes, BUDGET * images) * count)
+        foreseen = max(LEAST, FORESEEN / max(self.rel_error, 1e-3) ** 2)
+        each = images * self.num_samples if self.num_samples else min(foreseen, BUDGET * images)
+        return float(each * count)
 
 
 KINDS: dict[str, type[Probing]] = {"sphere": ProbeSpec}

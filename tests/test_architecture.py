@@ -42,7 +42,7 @@ MAY_IMPORT = {
     "reproduce": "tables executors jobs runs settings specs plots files machine data.catalog errors",
     "orders": "tables",
     "papertable": "orders tables plots runs methods settings specs resources",
-    "flatness": "tables plots runs settings probespecs specs files errors",
+    "flatness": "tables plots runs settings probespecs files metrics.sentences metrics.results metrics.rounds errors",
     "tensorboard": "runs errors",
     "work": "jobs runs specs errors measure train",  # the last two inside functions: workers alone load torch
     # things that take arguments, not specs

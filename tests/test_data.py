@@ -107,6 +107,7 @@ def test_unknown_data_set_is_refused_with_the_known_ones(unknown: str) -> None:
         ("sketch", ("sketch",)),
         ("Art-Painting", ("art_painting",)),
         ("2", ("photo",)),
+        ("sketch, 1,sketch", ("sketch", "cartoon")),
         ("all", ("art_painting", "cartoon", "photo", "sketch")),
     ],
 )

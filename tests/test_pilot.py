@@ -116,8 +116,15 @@ def test_dear_rays_make_larger_blocks():
 def test_visits_follow_from_the_variance():
     plan = planned(Components(1.0, 0.0, 16.0), Components(1.0, 0.0, 16.0), seconds={16: 1.0})
     assert plan.visits == pytest.approx(1.1 * 2.0 / 0.1**2, abs=1)
-    assert planned(NONE, NONE).visits == 0
+    assert planned(NONE, NONE).visits == 81  # fewer say too little of their own spread
     assert planned(NONE, NONE, seconds={64: 1.0}, samples=64).block_size == 0  # a block of all is the crossed design
+
+
+def test_sampling_may_stop_short_of_a_round_where_images_count_as_sampled():
+    found = [Components(1.0, 2.0, 14.0)] * 2
+    many = planned(*found, seconds={16: 1.0}, samples=16_000)
+    assert many.visits == pytest.approx(1.1 * 2.0 / 0.1**2, abs=1)  # (1 + 2/16 + 14/16), and not a round of 1,000
+    assert planned(*found, seconds={16: 1.0}, samples=3_200).visits == 280  # a round of 200, and 80 to know the spread
 
 
 def test_what_is_not_finite_foresees_nothing():

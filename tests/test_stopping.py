@@ -5,7 +5,7 @@ import pytest
 from cases import in_blocks, softmax
 
 from flatlab.errors import UserError
-from flatlab.metrics import sphere
+from flatlab.metrics import planning
 from flatlab.metrics.sampling import Goal, Plan, Sampler
 from flatlab.metrics.sphere import sphere_flatness
 
@@ -37,22 +37,24 @@ def test_it_stops_at_the_larger_of_two_errors():
     (walk,), _ = synthetic(Goal(0.0, 0.1))
     assert walk.stopped == "accuracy" and 95 < walk.visits.shape[1] < 200
     (walk,), _ = synthetic(Goal(0.01, 0.2))
-    assert walk.stopped == "accuracy" and walk.visits.shape[1] in (36, 48)  # never fewer than 32, nor than two rounds
+    assert walk.stopped == "accuracy" and walk.visits.shape[1] == 96  # a round of 12, and 80 at least
     (walk,), _ = synthetic(Goal(0.01, 0.9), size=2)
-    assert walk.visits.shape[1] == 96 and walk.blocks == 48
+    assert walk.visits.shape[1] == 48 + 80 and walk.blocks == 48
+    (walk,), _ = synthetic(Goal(0.01, 0.9), size=1)
+    assert walk.visits.shape[1] == 88 and walk.blocks == 96  # short of a round, in units of 8
 
 
-def test_looks_come_at_two_rounds_and_at_most_double():
+def test_looks_come_when_the_spread_is_known_and_at_most_double():
     counts = []
     synthetic(Goal(0.02, 0.0), report=lambda walks: counts.append(walks[0].visits.shape[1]))
     looks = []
     judge = Sampler._verdict
     try:
         Sampler._verdict = lambda self, walk, group, goal: looks.append(group.done) or judge(self, walk, group, goal)
-        (walk,), _ = synthetic(Goal(0.02, 0.0), visits=50)
+        (walk,), _ = synthetic(Goal(0.02, 0.0), visits=150)
     finally:
         Sampler._verdict = judge
-    assert looks[:2] == [36, 60]  # two rounds and 32 visits at least; then what was foreseen
+    assert looks[:2] == [96, 156]  # 80 visits and a round at least; then what was foreseen, in whole rounds
     assert all(a < b <= 2 * a for a, b in zip(looks, looks[1:], strict=False)) and looks[-1] == walk.visits.shape[1]
     assert counts[0] == 12 and counts == sorted(counts)
 
@@ -68,7 +70,7 @@ def test_a_budget_is_kept_shared_and_said():
     found = in_blocks(softmax(), [1.0, 2.0], 8, budget=1000)
     assert found.stopped == ("budget", "budget") and not found.converged and found.cost.images <= 1000
     assert np.isfinite(found.interval()).all()
-    assert sphere.goal_of(softmax(), 2, None, (0.1, 0.1), None).budget == 100 * 96 * 2
+    assert planning.goal_of(softmax(), 2, None, (0.1, 0.1), None).budget == 100 * 96 * 2
 
 
 @pytest.mark.parametrize(("budget", "visits"), [(5, 0), (30, 1), (50, 2)])

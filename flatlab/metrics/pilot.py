@@ -14,13 +14,12 @@ from flatlab.landscape import Landscape
 from flatlab.metrics.rays import Normalisation, draw_ray, reach
 from flatlab.metrics.results import FloatArray
 from flatlab.metrics.rounds import Components, components
-from flatlab.metrics.sampling import SAFETY, Goal, Plan, Sampler
+from flatlab.metrics.sampling import MOST, SAFETY, Goal, Plan, Sampler, settled
 from flatlab.points import Move
 
 GROUPS, DIRECTIONS, IMAGES = 16, 4, 16  # 64 independent directions, each on a block of 16 images
 FEWEST = 4 * IMAGES  # images of a landscape below which a pilot costs more than it saves: each ray meets them all
 SIZES = (16, 32, 64, 128, 256)  # of blocks that are tried; below 16 the cost of setting a point shows
-MOST = 1e7  # visits that can be foreseen
 TIMED = 2  # times each size is clocked
 Value = Callable[[FloatArray], FloatArray]
 
@@ -129,11 +128,19 @@ def _best(pilot: Pilot, index: int, radius: float, goal: Goal, samples: int) -> 
     for paired, found in ((False, pilot.single[index]), (True, pilot.paired[index])):
         for size, seconds in pilot.seconds.items():
             price = pilot.drawing / len(pilot.mean) + seconds * (2 if paired else 1)
-            visits = SAFETY * found.of_visit(size) / tolerance**2
-            visits = min(visits, MOST) if np.isfinite(visits) else MOST
-            foreseen = int(visits) if visits < MOST else 0  # not finite, or out of reach: what is seen decides
+            visits = foresee(found, size, max(1, round(samples / size)), tolerance)
+            foreseen = visits if visits < MOST else 0  # not finite, or out of reach: what is seen decides
             options.append((visits * price, Plan(radius, 0 if size >= samples else size, paired, foreseen)))
     return min(options, key=lambda option: option[0])[1]
+
+
+def foresee(found: Components, size: int, blocks: int, tolerance: float) -> int:
+    """Return the visits that bring the standard error to the tolerance: short of a round, where that does."""
+    long = found.of_visit(size)
+    short, long = (SAFETY * variance / tolerance**2 for variance in (long + found.images / size, long))
+    if short < blocks:
+        return settled(int(short), blocks)
+    return settled(max(int(long), blocks), blocks) if long < MOST else MOST
 
 
 LOW, HIGH, PLACES = 0.01, 2.0, 6  # nats that automatic radii span, and how many there are

@@ -19,8 +19,9 @@ from flatlab.metrics.rounds import estimate
 from flatlab.points import Move
 from flatlab.seeds import derive
 
+MOST = 10**7  # visits that can be foreseen
 UNIT, LARGEST = 8, 32  # visits of a unit, the grain of resuming and sharing; as many as blocks in between
-FIRST = 32  # visits before the first look, at least: fewer say too little of their own spread
+FREEDOM = 80  # of the spread at the first look: with 16, skewed visits stopped too early (coverage 0.92; 48: 0.935)
 SAFETY = 1.1  # more visits than a variance estimate asks for, so that most measurements need one look less
 
 
@@ -46,6 +47,14 @@ class Goal:
     def tolerance(self, scale: float) -> float:
         """Return the standard error that is asked for at a value of this size."""
         return max(self.relative * abs(scale), self.absolute)
+
+
+def settled(visits: int, blocks: int) -> int:
+    """Return so many visits, or as many more as it takes to know their spread.
+
+    Short of a round that is the spread of all visits, in which images count as sampled; after it that within blocks.
+    """
+    return max(visits, FREEDOM + 1) if max(visits, FREEDOM + 1) < blocks else max(visits, blocks + FREEDOM)
 
 
 Unit = tuple[str, Callable[[], FloatArray]]
@@ -169,19 +178,17 @@ class Sampler:
         return "" if group.done == group.look else "budget"
 
     def _next_look(self, group: Group, goal: Goal) -> int:
-        """Look after two rounds, then at twice as many visits or where the present variance says the goal lies."""
+        """Look where the spread is known, then at twice the visits, or where the variance says the goal lies."""
         if goal.visits:
             return goal.visits
-        unit = group.blocks * max(1, UNIT // group.blocks)
-        foreseen = -(-group.foreseen // unit) * unit
-        if not group.done:
-            return max(2 * group.blocks, -(-FIRST // unit) * unit)
-        if group.done < foreseen:
-            return min(2 * group.done, foreseen)
-        excess = [self.estimate(walk).stderr / goal.tolerance(self.scale(walk)) for walk in group.active]
-        least = min((SAFETY * group.done * each**2 for each in excess if np.isfinite(each)), default=np.inf)
-        nearest = -(-int(min(least, 2 * group.done)) // unit) * unit
-        return min(max(nearest, group.done + unit), 2 * group.done)
+        visits = group.foreseen
+        if group.done >= visits:
+            excess = [self.estimate(walk).stderr / goal.tolerance(self.scale(walk)) for walk in group.active]
+            least = min((SAFETY * group.done * each**2 for each in excess if np.isfinite(each)), default=np.inf)
+            visits = max(int(min(least, MOST)), group.done + 1)
+        visits = settled(min(visits, 2 * group.done), group.blocks)
+        unit = group.blocks * max(1, UNIT // group.blocks) if group.blocks <= LARGEST else UNIT
+        return -(-visits // unit) * unit
 
     def _prices(self, group: Group, visits: range) -> FloatArray:
         """Return the images that each visit forwards, with those at rest where the block is met first."""
