@@ -81,7 +81,8 @@ def train(chosen: Choices) -> None:
     label, parts = methods.method(chosen.method)
     changes = {part: chosen.given[part] for part in methods.PARTS if chosen.given[part] is not None}
     parts = methods.vary(parts, changes)
-    chosen.refuse_idle(quantized=parts.quantizer != "none", frozen=parts.frozen, average=parts.average)
+    quantized = parts.quantizer != "none" or parts.noise != "none"
+    chosen.refuse_idle(quantized=quantized, switched=parts.switched, average=parts.average)
     wanted = methods.replicates(parts, setting)
     label += "".join(f", {part} {value}" for part, value in changes.items())
     todo = jobs.missing(store, wanted, [], sizes=catalog.sizes(setting.dataset, chosen.folder()))

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from flatlab.entries import Entry
 from flatlab.probespecs import AnyProbe, Probing, Sizes
+from flatlab.quantspecs import OBCSpec
 from flatlab.runs import RunStore
 from flatlab.specs import Place, RunSpec, Spec
 
@@ -64,7 +65,7 @@ Wanted = Sequence[tuple[RunSpec, Probing]]
 
 
 def missing(store: RunStore, runs: Sequence[RunSpec], probes: Wanted, *, sizes: Sizes) -> list[Job]:
-    """Return the jobs for what the store lacks: trajectories first, the longest first, then probes.
+    """Return the jobs for what the store lacks: trajectories first, the longest first, then derived runs, then probes.
 
     Args:
         store: what is there already.
@@ -73,10 +74,14 @@ def missing(store: RunStore, runs: Sequence[RunSpec], probes: Wanted, *, sizes: 
         sizes: images of each domain, for the costs.
     """
     wanted = {spec.digest: spec for spec in [*runs, *(run for run, _ in probes)]}
+    for spec in list(wanted.values()):
+        if spec.derived and spec.parent and not spec.source and not store.run(spec).done:
+            wanted.setdefault(spec.parent.digest, spec.parent)
     lacking = [spec for spec in wanted.values() if not store.run(spec).done]
-    training = _training(lacking, sizes)
     trained = {spec.digest for spec in lacking}
-    return _told_apart([*training, *_measuring(store, probes, trained, sizes)])
+    training = _training([spec for spec in lacking if not spec.derived], sizes)
+    deriving = [_deriving(spec, trained, sizes) for spec in lacking if spec.derived]
+    return _told_apart([*training, *deriving, *_measuring(store, probes, trained, sizes)])
 
 
 def _told_apart(jobs: Sequence[Job]) -> list[Job]:
@@ -113,6 +118,18 @@ def _training(lacking: Sequence[RunSpec], sizes: Sizes) -> list[Job]:
         for digest, group in leaders.items()
     ]
     return sorted(jobs, key=lambda job: (bool(job.needs), -len(job.forks), -job.passes))
+
+
+def _deriving(spec: RunSpec, trained: set[str], sizes: Sizes) -> Job:
+    """Return the job that makes a derived run: its images are forwarded once for calibration, others for the log."""
+    assert spec.parent
+    images = spec.quantizer.images if isinstance(spec.quantizer, OBCSpec) else 0
+    return Job(
+        name=f"make {spec.label} on {spec.held_out}, seed {spec.seed}",
+        runs=(spec,),
+        needs=(spec.parent.digest,) if spec.parent.digest in trained else (),
+        passes=images + spec.holdout * sum(sizes.values()),
+    )
 
 
 def _measuring(store: RunStore, probes: Wanted, trained: set[str], sizes: Sizes) -> list[Job]:

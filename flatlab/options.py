@@ -123,15 +123,15 @@ class Choices:
         if self.image_size not in (None, 16):
             raise UserError(f"digits are 16 x 16 pixels; leave --image-size {self.image_size} out.")
 
-    def refuse_idle(self, *, quantized: bool, frozen: bool, average: str) -> None:
+    def refuse_idle(self, *, quantized: bool, switched: bool, average: str) -> None:
         """Refuse options that would do nothing in the composition at hand: a typo would go unseen."""
         if self.bits is not None and not quantized:
             raise UserError(
                 f"--bits {self.bits} does nothing without a quantizer; add --quantizer lsq, or leave it out."
             )
-        if self.quantize_at is not None and not (quantized or frozen):
+        if self.quantize_at is not None and not switched:
             raise UserError(
-                f"--quantize-at {self.quantize_at} does nothing without a quantizer; add --quantizer lsq, "
+                f"--quantize-at {self.quantize_at} does nothing without a quantizer that trains; add --quantizer lsq, "
                 "or leave it out."
             )
         if self.exact_repo and average != "swad":

@@ -55,7 +55,7 @@ WORDS: dict[str, tuple[Any, Any, Any]] = {  # name -> type, default, option
     "objective": (str, None, _option(_COMPOSITION, f"erm{_PARTS}")),
     "step": (str, None, _option(_COMPOSITION, f"plain or sam{_PARTS}")),
     "average": (str, None, _option(_COMPOSITION, f"last, swa, swad or sma{_PARTS}")),
-    "quantizer": (str, None, _option(_COMPOSITION, f"none or lsq{_PARTS}")),
+    "quantizer": (str, None, _option(_COMPOSITION, f"none, lsq, inq, obc or rtn{_PARTS}")),
     "bits": (int, None, _option(_COMPOSITION, "Bits of a quantized weight, 2 to 16 (7).")),
     "quantize_at": (
         int,

@@ -28,18 +28,21 @@ MAY_IMPORT = {
     "resources": "",
     "seeds": "",
     "selection": "",
-    "specs": "errors",
+    "record": "errors",
     # what is asked for, without torch
+    "quantspecs": "record",
+    "specs": "record quantspecs errors",
     "probespecs": "specs errors",
     "settings": "specs errors",
-    "methods": "settings specs errors",
+    "methods": "settings specs quantspecs errors",
     "files": "errors jsontext",
     "entries": "specs files errors",
     "runs": "entries probespecs specs files errors jsontext",
     "tables": "runs probespecs specs selection files metrics.rounds metrics.results errors",
-    "jobs": "entries runs probespecs specs",
+    "jobs": "entries runs probespecs specs quantspecs",
     "executors": "jobs",
     "reproduce": "tables executors jobs runs settings specs plots files machine data.catalog errors",
+    "stability": "selection",
     "orders": "tables",
     "papertable": "orders tables plots runs methods settings specs resources",
     "flatness": "tables plots runs settings probespecs files metrics.sentences metrics.results metrics.rounds errors",
@@ -58,14 +61,14 @@ MAY_IMPORT = {
     "landscape": "blocks losses nests params probes seeds errors points",
     "metrics": "blocks losses landscape params seeds errors points",
     # from specs to things, to runs, to measurements: `train` and `measure` meet on disk
-    "build": "specs data models quant files errors",
-    "train": "build runs data models quant.attach selection settings specs files machine errors",
+    "build": "specs quantspecs data models quant files errors",
+    "train": "build runs data models quant selection settings specs quantspecs files machine seeds errors",
     "checkpoints": "build runs data landscape models quant.attach probespecs specs files",
     "shelf": "runs files metrics.results metrics.sampling",
     "measures": "checkpoints shelf runs metrics probespecs specs files errors",
     "measure": "build runs probespecs specs machine errors",  # and, by name, the module of a metric in measures/
     # the paper
-    "analyses": "papertable orders probespecs specs settings methods tables plots runs resources",
+    "analyses": "papertable orders stability probespecs specs settings methods tables plots runs resources",
 }
 OPEN = ("api", "cli", "upkeep", "options", "words", "mistakes", "display", "doctor", "__main__", "__init__")
 TORCH_FREE = [
