@@ -15,7 +15,7 @@ from flatlab.data import batches, sources
 from flatlab.data.domains import DomainSet, split
 from flatlab.errors import UserError, choose
 from flatlab.files import file_hash
-from flatlab.models import Network, build_network
+from flatlab.models import Ensemble, Network, build_network
 from flatlab.quant import attach
 from flatlab.quant.fixed import Fixed
 from flatlab.quant.inq import INQ
@@ -87,6 +87,15 @@ def network(spec: RunSpec, data: DomainSet, place: Place) -> Network:
     return built.to(device(place))
 
 
+def finished(spec: RunSpec, data: DomainSet, place: Place) -> Network | Ensemble:
+    """Return the network that a run ends with, to load a checkpoint into: quantizer attached, an ensemble's members."""
+    if spec.members:
+        return Ensemble([finished(member, data, place) for member in spec.members], combine=spec.combine)
+    built = network(spec.replace(weights="none"), data, place)  # the checkpoint holds all weights
+    quantize(built, spec)
+    return built
+
+
 def _weights(spec: RunSpec, place: Place) -> str | Path:
     if not spec.weights.startswith("sha256:"):
         return spec.weights
@@ -117,7 +126,7 @@ def quantize(built: Network, spec: RunSpec) -> list[nn.Parameter]:
     return list(attach.scales(built).values())
 
 
-def roles(built: Network) -> dict[str, dict[str, nn.Parameter]]:
+def roles(built: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
     """Sort the parameters by role: weights (of convolutions and the like), norms, scales (step sizes), head."""
     step_sizes = {id(scale) for scale in attach.scales(built).values()}
     sorted_: dict[str, dict[str, nn.Parameter]] = {"weights": {}, "norms": {}, "scales": {}, "head": {}}
@@ -131,7 +140,7 @@ def roles(built: Network) -> dict[str, dict[str, nn.Parameter]]:
     return sorted_
 
 
-def load(built: Network, weights: Mapping[str, npt.NDArray[np.float32]]) -> None:
+def load(built: nn.Module, weights: Mapping[str, npt.NDArray[np.float32]]) -> None:
     """Load a checkpoint's arrays into a network built from the same spec.
 
     Args:

@@ -13,7 +13,7 @@ from flatlab.jsontext import strict_json
 from flatlab.mistakes import say, spoken
 from flatlab.options import Choices, takes
 from flatlab.upkeep import data_app, runs_app
-from flatlab.words import DATA, RUNNING, TRAINING
+from flatlab.words import DATA, PARTS, RUNNING, TRAINING
 
 HELP = """How flat is this minimum, is that one flatter, and does it matter out of domain?
 
@@ -71,7 +71,7 @@ def reproduce(chosen: Choices, name: Annotated[str, typer.Argument(help="fig3, .
     epilog="Examples: `flatlab train --method qt-dog --held-out rot45`, "
     "`flatlab train --method sam --average swad --quantizer lsq --bits 4 --held-out 0`"
 )
-@takes(*DATA, "method", "objective", "step", "average", "quantizer", *TRAINING, *RUNNING, "tensorboard", seeds=1)
+@takes(*DATA, "method", *PARTS, *TRAINING, *RUNNING, "tensorboard", seeds=1)
 def train(chosen: Choices) -> None:
     """Train a method, or any composition of parts, with each domain held out in turn or one of them."""
     from flatlab import jobs, methods, tables
@@ -79,10 +79,9 @@ def train(chosen: Choices) -> None:
 
     setting, store = chosen.setting(), chosen.runs()
     label, parts = methods.method(chosen.method)
-    changes = {part: chosen.given[part] for part in methods.PARTS if chosen.given[part] is not None}
+    changes = {part: chosen.given[part] for part in PARTS if chosen.given[part] is not None}
     parts = methods.vary(parts, changes)
-    quantized = parts.quantizer != "none" or parts.noise != "none"
-    chosen.refuse_idle(quantized=quantized, switched=parts.switched, average=parts.average)
+    chosen.refuse_idle(parts)
     wanted = methods.replicates(parts, setting)
     label += "".join(f", {part} {value}" for part, value in changes.items())
     todo = jobs.missing(store, wanted, [], sizes=catalog.sizes(setting.dataset, chosen.folder()))
@@ -179,7 +178,9 @@ def methods(chosen: Choices) -> None:
     from flatlab.methods import METHODS
 
     rows = [{"method": name, **dataclasses.asdict(parts)} for name, parts in METHODS.items()]
-    chosen.answer(pd.DataFrame(rows), "Methods; any other composition: --objective --step --average --quantizer")
+    chosen.answer(
+        pd.DataFrame(rows), "Methods; any other composition: --objective --mixing --step --average --quantizer"
+    )
 
 
 @app.command("list", epilog="Example: `flatlab list --setting smoke`")

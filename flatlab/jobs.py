@@ -4,7 +4,7 @@ Torch-free: a plan is made, printed and priced before anything heavy is loaded.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from flatlab.entries import Entry
 from flatlab.probespecs import AnyProbe, Probing, Sizes
@@ -22,7 +22,7 @@ REFERENCE = {  # seconds for an image of 224 pixels (digits: 16) on one core of 
 
 
 class Job(Spec):
-    """Work that one process does in one go: a trajectory with its observers, or the probes of one run."""
+    """Work that one process does in one go: a trajectory with its observers, an ensemble, or the probes of one run."""
 
     name: str
     runs: tuple[RunSpec, ...]
@@ -73,15 +73,30 @@ def missing(store: RunStore, runs: Sequence[RunSpec], probes: Wanted, *, sizes: 
         probes: wanted measurements, each with its run.
         sizes: images of each domain, for the costs.
     """
-    wanted = {spec.digest: spec for spec in [*runs, *(run for run, _ in probes)]}
-    for spec in list(wanted.values()):
-        if spec.derived and spec.parent and not spec.source and not store.run(spec).done:
-            wanted.setdefault(spec.parent.digest, spec.parent)
-    lacking = [spec for spec in wanted.values() if not store.run(spec).done]
-    trained = {spec.digest for spec in lacking}
-    training = _training([spec for spec in lacking if not spec.derived], sizes)
-    deriving = [_deriving(spec, trained, sizes) for spec in lacking if spec.derived]
-    return _told_apart([*training, *deriving, *_measuring(store, probes, trained, sizes)])
+    lacking = _lacking(store, [*runs, *(run for run, _ in probes)])
+    training = _training([spec for spec in lacking.values() if not (spec.members or spec.derived)], sizes)
+    deriving = [_deriving(spec, set(lacking), sizes) for spec in lacking.values() if spec.derived and not spec.members]
+    joining = _joining([spec for spec in lacking.values() if spec.members], lacking, sizes)
+    return _told_apart([*training, *deriving, *joining, *_measuring(store, probes, set(lacking), sizes)])
+
+
+def _lacking(store: RunStore, wanted: Sequence[RunSpec]) -> dict[str, RunSpec]:
+    """Return the runs that are not finished, by digest, and with them those that they are made from."""
+    lacking = {spec.digest: spec for spec in wanted if not store.run(spec).done}
+    origins = [origin for spec in lacking.values() for origin in spec.origins]
+    return {**lacking, **_lacking(store, origins)} if origins else lacking
+
+
+def _joining(ensembles: Sequence[RunSpec], lacking: Mapping[str, RunSpec], sizes: Sizes) -> list[Job]:
+    return [
+        Job(
+            name=f"join {spec.label} on {spec.held_out}, seed {spec.seed}, {spec.combine}",
+            runs=(spec,),
+            needs=tuple(member.digest for member in spec.members if member.digest in lacking),
+            passes=float(len(spec.members) * sum(sizes.values())),
+        )
+        for spec in ensembles
+    ]
 
 
 def _told_apart(jobs: Sequence[Job]) -> list[Job]:

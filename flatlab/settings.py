@@ -42,6 +42,7 @@ class Setting(Spec):
     seed: int = Field(0, ge=0)
     trial_seed: int = Field(0, ge=0)
     seeds: int = Field(3, ge=1)
+    members: int | None = Field(None, ge=1)  # of an ensemble; None: as many as the method has
     radii: tuple[float, ...]
     filter_radii: tuple[float, ...]
     num_samples: int | None = Field(100, ge=2)  # directions, each on all images; None: as many as `rel_error` needs
@@ -93,6 +94,7 @@ SMOKE = Setting(
     sma_start=2,
     refresh_batches=2,
     seeds=2,
+    members=2,
     radii=(0.0, 1.0, 2.0),
     filter_radii=(0.0, 0.2, 0.4),
     num_samples=3,
@@ -110,6 +112,7 @@ QUICK = Setting(
     sma_start=10,
     refresh_batches=50,
     seeds=3,
+    members=5,  # of each ensemble alike, so that none wins by numbers
     radii=(0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0),  # F reaches about 1 nat
     filter_radii=(0.0, 0.1, 0.2, 0.3, 0.4, 0.5),
     num_samples=None,

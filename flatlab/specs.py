@@ -14,6 +14,7 @@ from flatlab.record import Spec
 __all__ = [
     "AverageSpec",
     "INQSpec",
+    "MixSpec",
     "NoiseSpec",
     "OBCSpec",
     "Place",
@@ -49,13 +50,20 @@ class AverageSpec(Spec):
     exact_repo: bool = False  # bug-compatible with khanrc/swad instead of the paper's plain rule
 
 
+class MixSpec(Spec):
+    """MixStyle (Zhou et al. 2021): feature statistics mixed between the images of a batch, in training alone."""
+
+    p: float = Field(0.5, ge=0, le=1)  # probability that a stage of a step is mixed
+    alpha: float = Field(0.1, gt=0)  # an image's own share is drawn from Beta(alpha, alpha)
+
+
 class RunSpec(Spec):
     """One trained network: data, composition, schedule and seeds. The paper's name for it is only a label.
 
     A quantizer that does not train (rtn, obc) makes a derived run: of the same run without it, once that is done.
     """
 
-    later = ("noise", "test_share")
+    later = ("noise", "test_share", "coral_weight", "mixing", "members", "combine")
 
     dataset: str
     held_out: str
@@ -64,7 +72,9 @@ class RunSpec(Spec):
     weights: str = "none"  # "none", "imagenet" or "sha256:..." of a file
     freeze_batchnorm: bool = False
     augment: Literal["none", "domainbed"] = "none"  # DomainBed's crops, flips and colours, for training images
-    objective: Literal["erm"] = "erm"
+    objective: Literal["erm", "coral"] = "erm"
+    coral_weight: float = Field(1.0, ge=0)  # of CORAL's penalty beside the cross-entropy
+    mixing: MixSpec | None = None
     step: StepSpec = StepSpec()
     average: AverageSpec = AverageSpec()
     quantizer: AnyQuantizer | None = None
@@ -82,6 +92,8 @@ class RunSpec(Spec):
     holdout: float = Field(0.2, gt=0, lt=1)
     test_share: float = Field(0.0, ge=0, lt=1)  # of each domain, for an in-domain test: neither trained nor selected on
     source: str | None = None  # "sha256:..." of an imported checkpoint, which was not trained here
+    members: tuple["RunSpec", ...] = ()  # of an ensemble, which is not trained: the rest is as its first member has it
+    combine: Literal["logits", "probabilities"] = "logits"  # what an ensemble averages (QT-DoG Eq. 6: logits)
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -102,13 +114,25 @@ class RunSpec(Spec):
             )
         return self
 
+    @model_validator(mode="after")
+    def _members_agree(self) -> Self:
+        facts = {(m.dataset, m.held_out, m.image_size) for m in self.members}
+        if facts and facts != {(self.dataset, self.held_out, self.image_size)}:
+            raise ValueError(
+                "The members of an ensemble have one data set, held-out domain and image size, and the ensemble has "
+                f"the same; here they are {sorted(facts | {(self.dataset, self.held_out, self.image_size)})}."
+            )
+        return self
+
     @property
     def label(self) -> str:
-        """The composition in a word or two, such as "sam-swad"; the objective where nothing else is unusual."""
-        parts = [self.step.kind, self.quantizer.kind if self.quantizer else "", "frozen" if self.frozen else ""]
-        parts.append("noise" if self.noise else "")
-        unusual = [part for part in [*parts, self.average.kind] if part not in ("", "plain", "last")]
-        return "imported" if self.source else "-".join(unusual) or self.objective
+        """The composition in a word or two, such as "sam-swad"; "erm" where nothing is unusual."""
+        parts = [self.objective, "mixstyle" if self.mixing else "", self.step.kind]
+        parts += [self.quantizer.kind if self.quantizer else "", "frozen" if self.frozen else ""]
+        parts += ["noise" if self.noise else "", self.average.kind]
+        unusual = [part for part in parts if part not in ("", "erm", "plain", "last")]
+        label = "imported" if self.source else "-".join(unusual) or "erm"
+        return f"{len(self.members)} x {label}" if self.members else label
 
     @property
     def trajectory(self) -> "RunSpec":
@@ -118,7 +142,13 @@ class RunSpec(Spec):
     @property
     def derived(self) -> bool:
         """Whether the run is made from its finished parent, without training."""
-        return isinstance(self.quantizer, RTNSpec | OBCSpec)
+        return isinstance(self.quantizer, RTNSpec | OBCSpec) and not self.members
+
+    @property
+    def origins(self) -> tuple["RunSpec", ...]:
+        """The runs that have to be finished before this one is made: an ensemble's members, a derived run's parent."""
+        made = self.derived and self.parent and not self.source
+        return (self.parent,) if made and self.parent else self.members
 
     @property
     def settled(self) -> int | None:
@@ -132,7 +162,7 @@ class RunSpec(Spec):
         """The run that a derived one is made from; else the trajectory that this one equals up to its switch."""
         if self.derived:
             return self.replace(quantizer=None)
-        if self.switch is None:
+        if self.switch is None or self.members:
             return None
         return self.replace(quantizer=None, noise=None, frozen=False, switch=None, average=AverageSpec())
 

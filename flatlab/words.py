@@ -52,10 +52,12 @@ WORDS: dict[str, tuple[Any, Any, Any]] = {  # name -> type, default, option
     ),
     "image_size": (int, None, _option(_DATA, "Height and width of the images, in pixels (digits 16, else 224).")),
     "method": (str, "ERM", _option(_COMPOSITION, "erm, sam, swa, swad, sma, qt-dog, ... (`flatlab methods`).")),
-    "objective": (str, None, _option(_COMPOSITION, f"erm{_PARTS}")),
+    "objective": (str, None, _option(_COMPOSITION, f"erm or coral{_PARTS}")),
+    "mixing": (str, None, _option(_COMPOSITION, f"none or mixstyle{_PARTS}")),
     "step": (str, None, _option(_COMPOSITION, f"plain or sam{_PARTS}")),
     "average": (str, None, _option(_COMPOSITION, f"last, swa, swad or sma{_PARTS}")),
     "quantizer": (str, None, _option(_COMPOSITION, f"none, lsq, inq, obc or rtn{_PARTS}")),
+    "combine": (str, None, _option(_COMPOSITION, "What an ensemble averages: logits or probabilities (logits).")),
     "bits": (int, None, _option(_COMPOSITION, "Bits of a quantized weight, 2 to 16 (7).")),
     "quantize_at": (
         int,
@@ -130,6 +132,7 @@ WORDS: dict[str, tuple[Any, Any, Any]] = {  # name -> type, default, option
     "debug": (bool, False, _option(_OUTPUT, "Show the traceback of an error.", "--debug", default=False)),
 }
 RUNNING = ("device", "workers", "cache", "store", "dry_run", "json", "debug")
+PARTS = ("objective", "mixing", "step", "average", "quantizer", "combine")  # of a method
 DATA = ("dataset", "data_dir", "held_out", "image_size")
 TRAINING: tuple[str, ...] = ("exact_repo", "bits", "quantize_at", "model", "weights", "freeze_batchnorm")
 TRAINING += ("setting", "steps", "eval_every", "batch_size", "lr", "precision", "seed", "trial_seed")

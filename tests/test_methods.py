@@ -17,7 +17,7 @@ from flatlab.train.loop import Training, train
 
 PLACE = Place(device="cpu")
 QT_DOG = METHODS["QT-DoG"]
-COMPOSITIONS = METHODS | {
+COMPOSITIONS = {name: parts for name, parts in METHODS.items() if not parts.members} | {
     "SAM+SWAD": Method(step="sam", average="swad"),
     "LSQ+SWA": Method(quantizer="lsq", average="swa"),
     "LSQ+SWAD": Method(quantizer="lsq", average="swad"),
@@ -27,6 +27,9 @@ COMPOSITIONS = METHODS | {
     "INQ+SMA": Method(quantizer="inq", average="sma"),
     "SWAD+OBC": Method(quantizer="obc", average="swad"),
     "SAM+noise": Method(step="sam", noise="fresh"),
+    "CORAL+MixStyle+SAM+LSQ+SWAD": Method(
+        objective="coral", mixing="mixstyle", step="sam", quantizer="lsq", average="swad"
+    ),
 }
 SETTING = SMOKE.replace(scale_lr=1e-4)  # the switch falls on step 4 of 0..10, evaluations on 0, 5, 10
 

@@ -26,7 +26,7 @@ WORDS = {  # what the user writes -> what is said, before anything heavy is load
     "train --step adam": r"Unknown step 'adam'; known: plain, sam\.",
     "train --average ema": r"Unknown average 'ema'; known: last, swa, swad, sma\.",
     "train --quantizer lqs": r"Unknown quantizer 'lqs'; known: none, lsq\. Did you mean lsq\?",
-    "train --objective coral": r"Unknown objective 'coral'; known: erm\.",
+    "train --objective irm": r"Unknown objective 'irm'; known: erm, coral\.",
     "train --model resnet": r"Unknown model 'resnet'; known: digits-cnn, .*\. Did you mean resnet",
     "train --dataset PCAS": r"Unknown dataset 'PCAS'; known: digits, PACS, .*\. Did you mean PACS\?",
     "train --setting huge": r"Unknown setting 'huge'; known: smoke, quick, paper\.",

@@ -10,7 +10,7 @@ from flatlab.methods import METHODS, Method, compose, method, replicates, vary
 from flatlab.probespecs import ProbeSpec
 from flatlab.quantspecs import INQSpec, NoiseSpec, OBCSpec, QuantSpec, RTNSpec
 from flatlab.settings import PAPER, QUICK, SETTINGS, SMOKE, setting
-from flatlab.specs import AverageSpec, Place, RunSpec, StepSpec
+from flatlab.specs import AverageSpec, MixSpec, Place, RunSpec, StepSpec
 
 FIELDS = {"dataset": "digits", "held_out": "rot0", "image_size": 16, "model": "digits-cnn", "steps": 10}
 FIELDS |= {"eval_every": 5, "lr": 0.001}
@@ -38,6 +38,9 @@ def test_canonical_json_is_sorted_bare_and_complete():
     assert json.loads(noisy.canonical())["noise"]["bits"] == 7 and RunSpec.parse(noisy.canonical()) == noisy
     logged = RUN.replace(quantizer=QuantSpec(log_scale=True), switch=4)
     assert json.loads(logged.canonical())["quantizer"]["log_scale"] and RunSpec.parse(logged.canonical()) == logged
+    late = RUN.replace(mixing=MixSpec(), members=(RUN, RUN.replace(seed=1, objective="coral", coral_weight=0.5)))
+    assert RunSpec.parse(late.canonical()) == late and "coral_weight" not in json.loads(late.canonical())
+    assert json.loads(late.canonical())["members"][1]["coral_weight"] == 0.5
     assert RunSpec(**dict(reversed(FIELDS.items()))).canonical() == text
     assert RunSpec.parse(text) == RUN and RunSpec.parse(text).digest == RUN.digest
     assert ProbeSpec.parse(PROBE.canonical()) == PROBE
@@ -49,6 +52,8 @@ def test_each_field_of_a_run_is_part_of_its_name():
     other |= {"freeze_batchnorm": True, "step": StepSpec(rho=0.1), "average": AverageSpec(every=2), "steps": 11}
     other |= {"eval_every": 2, "batch_size": 8, "lr": 0.1, "weight_decay": 0.1, "seed": 1, "trial_seed": 1}
     other |= {"augment": "domainbed", "precision": "bf16", "holdout": 0.3, "test_share": 0.2, "source": "sha256:0"}
+    other |= {"objective": "coral", "coral_weight": 0.5, "mixing": MixSpec(), "members": (RUN,)}
+    other |= {"combine": "probabilities"}
     names = {RUN.replace(**{field: value}).digest for field, value in other.items()}
     names |= {RUN.replace(frozen=True, switch=4).digest, RUN.replace(quantizer=QuantSpec(), switch=4).digest}
     kinds = (INQSpec(every=2), RTNSpec(), OBCSpec(), OBCSpec(images=9))
@@ -57,7 +62,7 @@ def test_each_field_of_a_run_is_part_of_its_name():
     changed = {"signed": False, "log_scale": True, "activations": "signed", "scale_lr": 0.0, "bits": 3}
     names |= {RUN.replace(quantizer=QuantSpec(**{f: v}), switch=4).digest for f, v in changed.items()}
     assert len(names | {RUN.digest}) == len(other) + 3 + len(kinds) + 2 + len(changed)
-    assert set(RunSpec.model_fields) - set(other) == {"objective", "quantizer", "frozen", "switch", "noise"}
+    assert set(RunSpec.model_fields) - set(other) == {"quantizer", "frozen", "switch", "noise"}
 
 
 def test_a_later_field_is_left_out_at_its_default_and_read_back_as_such():
@@ -88,15 +93,19 @@ def test_a_trajectory_is_all_but_the_average_and_a_parent_all_before_the_switch(
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"bits": 7}, r"^RunSpec has no field 'bits'; it has dataset, held_out, .*, source\.$"),
+        ({"bits": 7}, r"^RunSpec has no field 'bits'; it has dataset, held_out, .*, combine\.$"),
         ({"steps": "10"}, r"^RunSpec: steps='10' does not do: input should be a valid integer\.$"),
         ({"steps": 10.0}, r"^RunSpec: steps=10\.0 does not do: input should be a valid integer\.$"),
         ({"steps": 0}, r"^RunSpec: steps=0 does not do: it must be at least 1\.$"),
         ({"lr": 0.0}, r"^RunSpec: lr=0\.0 does not do: it must be more than 0\.0\.$"),
         ({"lr": float("nan")}, r"^RunSpec: lr=nan does not do: it must be a finite number\.$"),
-        ({"objective": "irm"}, r"^RunSpec: objective='irm' does not do: it must be 'erm'\.$"),
         ({"switch": 4}, r"^A switch step goes with a quantizer, noise or freezing in training, and they with it\.$"),
         ({"frozen": True}, r"^A switch step goes with a quantizer, noise or freezing in training, and they with it\.$"),
+        ({"objective": "irm"}, r"^RunSpec: objective='irm' does not do: it must be 'erm' or 'coral'\.$"),
+        (
+            {"members": (RUN.replace(held_out="rot15"),)},
+            r"^The members of an ensemble have one data set, held-out domain and image size, and .*rot0.*rot15",
+        ),
         (
             {"frozen": True, "switch": 11},
             r"^The switch at step 11 lies beyond the end at 10; choose --quantize-at of at most --steps\.$",
@@ -212,6 +221,8 @@ def test_methods_are_compositions_of_independent_parts():
     assert both == alone and both.label == "sam-lsq-swad"
     labels = {name: paper(name).label for name in ("ERM", "SMA", "QT-DoG", "release-parity", "freeze")}
     assert list(labels.values()) == ["erm", "sma", "lsq", "lsq-frozen", "frozen"]
+    labels = [paper(name).label for name in ("CORAL", "CORAL+QT-DoG", "MixStyle+QT-DoG", "ERM-ensemble", "EoA", "EoQ")]
+    assert labels == ["coral", "coral-lsq", "mixstyle-lsq", "6 x erm", "6 x sma", "5 x lsq"]
     assert paper("ERM").replace(source="sha256:0").label == "imported"
 
 
@@ -232,6 +243,17 @@ def test_replicates_move_both_seeds_for_each_target():
         ("rot45", 5, 7),
         ("rot45", 6, 8),
     ]
+
+
+def test_an_ensemble_has_members_of_consecutive_seeds_and_there_is_one_for_each_target():
+    assert [method(name)[1].members for name in ("erm-ensemble", "eoa", "eoq")] == [6, 6, 5]  # the paper's Table 1
+    chosen = QUICK.replace(seeds=3, seed=4, trial_seed=2, held_out=("rot0", "rot45"))
+    runs = replicates(METHODS["EoQ"], chosen)
+    assert [run.held_out for run in runs] == ["rot0", "rot45"]
+    alone = replicates(METHODS["QT-DoG"], chosen.replace(seeds=5))
+    assert [member for run in runs for member in run.members] == alone
+    assert (runs[0].seed, runs[0].trial_seed, runs[0].combine, runs[0].parent) == (4, 2, "logits", None)
+    assert vary(METHODS["EoQ"], {"combine": "probabilities"}).combine == "probabilities"
 
 
 def test_settings_change_by_name_and_scale_with_their_steps():

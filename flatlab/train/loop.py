@@ -26,7 +26,7 @@ from flatlab.selection import Row, candidates, training_domain
 from flatlab.specs import Place, RunSpec
 from flatlab.train.derived import derive
 from flatlab.train.evaluate import Judge, Score, mean, out_of_memory
-from flatlab.train.objectives import OBJECTIVES
+from flatlab.train.objectives import objective_of
 from flatlab.train.steps import Step
 from flatlab.train.trajectory import Member, Trajectory, arrays
 
@@ -84,7 +84,7 @@ class Training:
     def run(self, report: Report | None) -> None:
         """Make the updates that are left, then hand over."""
         spec, trajectory, network = self.spec, self.trajectory, self.trajectory.network
-        stream, objective, rule = self._stream(), OBJECTIVES[spec.objective], trajectory.step_rule()
+        stream, objective, rule = self._stream(), objective_of(spec), trajectory.step_rule()
         set_training(network, freeze_batchnorm=spec.freeze_batchnorm)
         for step in range(trajectory.next_step, spec.steps + 1):
             if step == spec.switch:
@@ -93,7 +93,7 @@ class Training:
             for act in trajectory.on_step:
                 act(step)
             batch = stream.batch(step)
-            trajectory.losses.append(self._update(rule, lambda batch=batch: objective(network, batch)))  # type: ignore[misc]
+            trajectory.losses.append(self._update(rule, lambda batch=batch, step=step: objective(network, batch, step)))  # type: ignore[misc]
             self._check_losses(step)
             sources = cache(lambda: self.judge.sources(network))  # computed only if somebody asks at this step
             trajectory.after(step, lambda sources=sources: mean(sources(), "loss"))  # type: ignore[misc]
