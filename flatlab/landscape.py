@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from flatlab.blocks import Block, Gathered, partition
 from flatlab.errors import UserError
 from flatlab.losses import names_classes, total, wide
+from flatlab.memory import Halving
 from flatlab.nests import Batch, Data, part, read, recut, same
 from flatlab.params import flatten, select, split_like
 from flatlab.points import Evaluation, Move
@@ -61,6 +62,7 @@ class Landscape:
         batch_size: int | None = None,
     ) -> None:
         self.model, self._check = model, check
+        self._forward = Halving(model)
         self._total = partial(total, loss)
         self.named = select(model, params)
         refuse_parametrized(self.named)
@@ -217,12 +219,12 @@ class Landscape:
 
     def _sums(self, total: Callable[[Any, Batch], Tensor]) -> Tensor:
         # They stay on the device: nothing waits for it between two batches.
-        sums = [torch.stack([total(self.model(b.inputs), b) for b in each]).sum(0) for each in self._batches]
+        sums = [torch.stack([total(self._forward(b.inputs), b) for b in each]).sum(0) for each in self._batches]
         return torch.stack(sums)
 
     def _totals(self, batch: Batch, block: Block, targets: list[Batch]) -> Tensor:
         """Return the total loss of each part of a block."""
-        outputs = self.model(batch.inputs)
+        outputs = self._forward(batch.inputs)
         pairs = zip(block.parts, targets, strict=True)
         return torch.stack([self._total(part(outputs, p.start, p.stop), each) for p, each in pairs])
 
@@ -266,7 +268,7 @@ class Landscape:
         # Not inference_mode: what a model caches in its first pass (rotary tables) must stay usable in training.
         with torch.no_grad():
             for batches in self._batches:
-                probe_model(self.model, max(batches, key=lambda batch: batch.size), self._total)
+                probe_model(self._forward, max(batches, key=lambda batch: batch.size), self._total)
         if changed := self._changed():
             raise UserError(
                 f"A forward pass changes {changed!r} of the model, so that its loss depends on what was evaluated"
@@ -277,7 +279,7 @@ class Landscape:
             raise UserError(f"The loss at the point itself must be finite, but is {losses}: no flatness is defined.")
         with torch.no_grad():
             for batch in chain.from_iterable(self._batches):
-                probe_mean(self.model, batch, self._total)
+                probe_mean(self._forward, batch, self._total)
 
     def _probe_writing(self) -> None:
         noise = torch.randn(self.num_params, generator=generator("landscape", "probe")).to(self._w0)

@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from flatlab import build, files, machine
 from flatlab.data.batches import TrainingStream
 from flatlab.errors import UserError
+from flatlab.memory import out_of_memory
 from flatlab.models import Network, batchnorms, set_training
 from flatlab.runs import Run, RunStore
 from flatlab.selection import Row, candidates, training_domain
 from flatlab.specs import Place, RunSpec
 from flatlab.train.derived import derive
-from flatlab.train.evaluate import Judge, Score, mean, out_of_memory
+from flatlab.train.evaluate import Judge, Score, mean
 from flatlab.train.objectives import objective_of
 from flatlab.train.steps import Step
 from flatlab.train.trajectory import Member, Trajectory, arrays
