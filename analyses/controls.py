@@ -18,23 +18,28 @@ from flatlab.specs import RunSpec
 
 BASELINE = "ERM"
 QUANTIZED = "QT-DoG"
-ORDER = ("ERM", "QT-DoG", "release-parity", "freeze")
+ORDER = ("ERM", "QT-DoG", "release-parity", "freeze", "noise", "noise-kept", "RTN")
 CONTRASTS = {  # question -> of which two methods the difference answers it
     "Quantization-aware training": ("QT-DoG", "ERM"),
     "Freezing alone": ("freeze", "ERM"),
     "What the released code trains": ("release-parity", "ERM"),
     "Quantization, where convolutions are frozen anyway": ("release-parity", "freeze"),
     "Training the quantized weights": ("QT-DoG", "release-parity"),
+    "Noise of equal norm in each gradient": ("noise", "ERM"),
+    "Noise that is kept, of equal norm in all": ("noise-kept", "ERM"),
+    "Quantization rather than noise": ("QT-DoG", "noise"),
+    "Quantization without training": ("RTN", "ERM"),
+    "Training with quantization rather than rounding after": ("QT-DoG", "RTN"),
 }
 MEASURES = {
-    "in": "Accuracy in domain (points)",
-    "out": "Accuracy out of domain (points)",
-    "std": "Unrest after the switch: std (points)",
-    "change": "Unrest: mean step (points)",
-    "seen, none": "Rise at largest γ, seen (nats)",
-    "unseen, none": "Rise at largest γ, unseen (nats)",
-    "seen, filter": "Rise at largest ρ, seen (nats)",
-    "unseen, filter": "Rise at largest ρ, unseen (nats)",
+    "in": "Accuracy in domain (%)",
+    "out": "Accuracy out of domain (%)",
+    "spread": "Unrest: std (%)",
+    "change": "Unrest: mean change (%)",
+    "seen, none": "F at largest γ, seen (nats)",
+    "unseen, none": "F at largest γ, unseen (nats)",
+    "seen, filter": "F at largest ρ, seen (nats)",
+    "unseen, filter": "F at largest ρ, unseen (nats)",
 }
 SEEN = {"train": "seen", "test": "unseen"}
 KEYS = ["measure", "method", "held_out", "seed"]
@@ -62,12 +67,9 @@ def table(store: RunStore, setting: Setting) -> pd.DataFrame:
 
 
 def _unrest(store: RunStore, runs: list[tuple[str, RunSpec]], since: int) -> pd.DataFrame:
-    rows = [
-        {"measure": name, "method": method, "held_out": run.held_out, "seed": run.seed, "value": 100 * value}
-        for method, run in runs
-        for name, value in stability.unrest(store.run(run).rows(), since).items()
-    ]
-    return pd.DataFrame(rows)
+    along = stability.curves(store, [(method, run) for method, run in runs if not run.derived])  # others have no log
+    found = stability.numbers(along, since).melt(["method", "held_out", "seed"], ["spread", "change"], "measure")
+    return found.assign(value=100 * found["value"])
 
 
 def _flatness(store: RunStore, runs: list[tuple[str, RunSpec]], setting: Setting) -> pd.DataFrame:
@@ -129,7 +131,7 @@ def caption(setting: Setting) -> str:
     return (
         f"Controls, less {BASELINE}: {setting.words}\n"
         f"Held out in turn: {', '.join(setting.held_out)}; paired by held-out domain and seed, 95 % intervals over "
-        f"seeds. Unrest: of the accuracy out of domain from step {setting.switch_step} on. Rise of the loss at "
+        f"seeds. Unrest: of the accuracy out of domain from step {setting.switch_step} on. F: rise of the loss at "
         f"γ = {setting.radii[-1]:g} and ρ = {setting.filter_radii[-1]:g}, {setting.effort}."
     )
 
@@ -145,6 +147,6 @@ def draw(frame: pd.DataFrame, caption: str) -> Figure:
         for ax, (measure, name) in zip(grid.flat, MEASURES.items(), strict=True):
             plots.dots(ax, less[less["measure"] == measure], ORDER[1:])
             ax.axvline(0, color="0.3", linewidth=0.8)
-            ax.set_title(name, fontsize=6.5)
+            ax.set_title(name, fontsize=7)
         plots.captioned(figure, grid[0, 0], caption)
     return figure

@@ -16,14 +16,16 @@ from flatlab.metrics.operators import GGN, Fisher, Hessian
 from flatlab.metrics.sphere import SphereFlatness, sphere_flatness
 from flatlab.metrics.trace import Trace, hessian_trace
 from flatlab.metrics.worst import WorstRise, worst_rise
-from flatlab.models import Network, build_network
+from flatlab.models import Ensemble, Network, build_network
 from flatlab.points import Evaluation
 from flatlab.probespecs import ProbeSpec
 from flatlab.quant.attach import attach, bake
 from flatlab.quant.lsq import LSQ
 from flatlab.runs import Run, RunStore
 from flatlab.settings import PAPER, QUICK, SMOKE, Setting, setting
-from flatlab.specs import AverageSpec, Place, QuantSpec, RunSpec, StepSpec
+from flatlab.specs import AverageSpec, MixSpec, Place, QuantSpec, RunSpec, StepSpec
+from flatlab.stability import Stability
+from flatlab.stability import stability as accuracy_stability
 from flatlab.train.loop import train as train_runs
 
 __all__ = [
@@ -47,8 +49,12 @@ __all__ = [
     "SpectralDensity",
     "hessian_trace",
     "Trace",
+    # out of domain
+    "accuracy_stability",
+    "Stability",
     # networks and quantizers
     "Network",
+    "Ensemble",
     "build_network",
     "LSQ",
     "attach",
@@ -69,6 +75,7 @@ __all__ = [
     "QuantSpec",
     "StepSpec",
     "AverageSpec",
+    "MixSpec",
     "Place",
     # training and measuring runs
     "RunStore",

@@ -43,13 +43,14 @@ def _version(*, version: Annotated[bool, typer.Option("--version", help="Print t
 
 
 @app.command(epilog="Example: `flatlab reproduce fig3 --seeds 2 --dry-run`")
-@takes(*DATA, "datasets", *TRAINING, *RUNNING, "out")
+@takes(*DATA, "datasets", *TRAINING, "controls", *RUNNING, "out")
 def reproduce(chosen: Choices, name: Annotated[str, typer.Argument(help="fig3, ... (`flatlab list`).")]) -> None:
     """Redo a figure or table of the paper: train and measure what is missing, tabulate, draw."""
     from flatlab import display, reproduce
 
     setting, store, place = chosen.setting(), chosen.runs(), chosen.place()
     module = reproduce.analysis(name)
+    chosen.refuse_controls(name, has_some=hasattr(module, "CONTROLS"))
     todo = reproduce.missing(module, setting, store, place)
     if chosen.dry_run:
         _price(chosen, todo, setting)
@@ -150,6 +151,27 @@ def flatness(
     shown = table if chosen.json else table[list(SHOWN)]
     chosen.answer(shown, f"Flatness on the {split} domains (nats), 95 % intervals over directions", SHOWN)
     _tell_written(written, said(found, probe, panel=panel))
+
+
+@app.command(epilog="Example: `flatlab stability 3f2a 77c1 --since 120`")
+@takes("store", "out", "json", "debug")
+def stability(
+    chosen: Choices,
+    runs: Annotated[list[str], typer.Argument(help="Digests of runs, or their beginnings (`flatlab runs list`).")],
+    since: Annotated[
+        int | None, typer.Option(help="The first step that counts (the latest switch of the runs).")
+    ] = None,
+) -> None:
+    """Say how steady runs' out-of-domain accuracy is, whether validation follows it, and what selecting costs."""
+    from flatlab.flatness import finished
+    from flatlab.stability import SHOWN, chart, switch_of
+
+    store = chosen.runs()
+    found = finished(store, runs)
+    first = switch_of([run.spec for run in found]) if since is None else since
+    table, written = chart(store, found, since=first, out=chosen.out)
+    chosen.answer(table, f"Stability of the out-of-domain accuracy from step {first} on (shares of 1)", SHOWN)
+    _tell_written(written)
 
 
 @app.command(

@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # imported where they are used: `--help` answers before numpy
     from flatlab.specs import Place
 
 SETTING_FIELDS: tuple[str, ...] = ("image_size", "model", "freeze_batchnorm", "bits", "steps", "eval_every")
-SETTING_FIELDS += ("batch_size", "lr", "precision", "seed", "trial_seed", "seeds")
+SETTING_FIELDS += ("batch_size", "lr", "precision", "seed", "trial_seed", "seeds", "controls")
 SHORT = 8  # digits of a digest on a screen
 
 
@@ -140,6 +140,11 @@ class Choices:
             raise UserError("--exact-repo does nothing without SWAD; add --average swad, or leave it out.")
         if self.combine and not parts.members:
             raise UserError("--combine does nothing without an ensemble; take --method eoq, or leave it out.")
+
+    def refuse_controls(self, name: str, *, has_some: bool) -> None:
+        """Refuse `--controls` where a figure or table has none."""
+        if self.controls and not has_some:
+            raise UserError(f"--controls does nothing for {name}; leave it out (fig4 has some).")
 
     def place(self) -> "Place":
         """Return the machine facts."""

@@ -120,7 +120,7 @@ def captioned(figure: Figure, ax: Axes, caption: str) -> None:
         caption: title, line feed, small print.
     """
     title, _, rest = caption.partition("\n")
-    legend_above(figure, ax, title)
+    legend_above(figure, ax, "\n".join(textwrap.wrap(title, round(figure.get_figwidth() * 13))))  # at 9 points
     characters = round(figure.get_figwidth() * 22)  # at 5.5 points
     figure.supxlabel("\n".join(textwrap.wrap(rest, characters)), fontsize=5.5, color="0.3")
 

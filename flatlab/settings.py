@@ -49,6 +49,7 @@ class Setting(Spec):
     rel_error: float = 0.02
     block_size: int | None = None  # images that a direction sees, where no `num_samples` are asked for
     images: int | None = None  # of each domain, for measurements
+    controls: bool = False  # beside what the paper shows: runs that part quantizing from freezing
     others: tuple["Setting", ...] = ()  # the same for further data sets
 
     @property

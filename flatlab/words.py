@@ -26,6 +26,7 @@ LIMITS: dict[str, tuple[int, int | None]] = {  # the whole numbers, wherever the
     "samples": (2, None),  # one direction has no interval
     "images": (1, None),
     "direction_seed": (0, None),
+    "since": (0, None),
 }
 
 
@@ -108,6 +109,11 @@ WORDS: dict[str, tuple[Any, Any, Any]] = {  # name -> type, default, option
         int,
         None,
         _option(_SCHEDULE, "How many seeds; each moves both split and training (smoke 2, else 3; `train`: 1)."),
+    ),
+    "controls": (
+        bool,
+        False,
+        _option(_COMPOSITION, "Add runs that part quantizing from freezing (fig4).", "--controls", default=False),
     ),
     "device": (str, "auto", _option(_PLACE, "auto (the best there is), cpu, cuda or mps.")),
     "workers": (int, None, _option(_PLACE, "Processes that share the jobs (one per core; one on an accelerator).")),

@@ -42,10 +42,10 @@ MAY_IMPORT = {
     "jobs": "entries runs probespecs specs quantspecs",
     "executors": "jobs",
     "reproduce": "tables executors jobs runs settings specs plots files machine data.catalog errors",
-    "stability": "selection",
     "orders": "tables",
     "papertable": "orders tables plots runs methods settings specs resources",
     "flatness": "tables plots runs settings probespecs files metrics.sentences metrics.results metrics.rounds errors",
+    "stability": "tables plots selection runs specs files errors",
     "tensorboard": "runs errors",
     "work": "jobs runs specs errors measure train",  # the last two inside functions: workers alone load torch
     # things that take arguments, not specs
