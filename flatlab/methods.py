@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from flatlab.errors import choose
 from flatlab.quantspecs import AnyQuantizer, INQSpec, NoiseSpec, OBCSpec, QuantSpec, RTNSpec
@@ -127,8 +127,12 @@ def _quantizer(kind: str, setting: Setting) -> AnyQuantizer | None:
 
 
 def _noise(kind: str, setting: Setting) -> NoiseSpec | None:
-    grid = {"bits": setting.bits, "granularity": setting.granularity}
-    return None if kind == "none" else NoiseSpec.make(**grid, persistent=kind == "kept")
+    if kind == "none":
+        return None
+    size: dict[str, Any] = {"bits": setting.bits, "granularity": setting.granularity}
+    if setting.noise_lr is not None:
+        size = {"amplitude": setting.noise_lr * setting.lr}
+    return NoiseSpec.make(**size, persistent=kind == "kept")
 
 
 def _average(kind: Literal["last", "swa", "swad", "sma"], setting: Setting) -> AverageSpec:

@@ -32,6 +32,7 @@ class Setting(Spec):
     scale_lr: float = 1e-5
     switch: int | None = None  # None: that share of the steps (QT-DoG App. B: 2,000 of 5,000)
     switch_share: float = 0.4
+    noise_lr: float | None = Field(None, gt=0)  # half-width of weight noise in learning rates; None: a quantizer's norm
     sam_rho: float = 0.05  # Foret et al.; SWAD's baselines
     swa_every: int = Field(100, ge=1)
     swad_every: int = Field(100, ge=1)
