@@ -102,7 +102,12 @@ def summary(findings: pd.DataFrame) -> pd.DataFrame:
 
 def remarks(frame: pd.DataFrame) -> list[str]:
     """Say of each measure whether quantization-aware training moves it, and which control does the same."""
-    verdicts = findings(frame).set_index(["measure", "method", "baseline"])["verdict"]
+    return words(findings(frame))
+
+
+def words(findings: pd.DataFrame) -> list[str]:
+    """Return a sentence for each measure, from the verdicts."""
+    verdicts = findings.set_index(["measure", "method", "baseline"])["verdict"]
     said = []
     for measure, name in MEASURES.items():
         whole = verdicts[measure, QUANTIZED, BASELINE]

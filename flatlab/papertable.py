@@ -163,8 +163,11 @@ class PaperTable:
         found = self.findings(frame)
         panels = found[orders.BY].drop_duplicates().itertuples(index=False)
         told = [orders.sentence(frame, found, *panel) for panel in panels]
-        odd = [each for each in published()["anomalies"] if self.number in _tables_named(each)]
-        return [sentence for sentence in told if sentence] + [f"As printed: {each}." for each in odd]
+        return [sentence for sentence in told if sentence] + self.notes()
+
+    def notes(self) -> list[str]:
+        """Return the known misprints and contradictions of the printed table."""
+        return [f"As printed: {each}." for each in published()["anomalies"] if self.number in _tables_named(each)]
 
     def caption(self, setting: Setting) -> str:
         """Say in a title and a line below which data and seeds the picture shows."""
