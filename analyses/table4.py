@@ -11,7 +11,7 @@ TABLE = PaperTable(
     number="4",
     lines=(
         Line("no quantization", "ERM", printed={"algorithm": "No quant"}),
-        Line("nearest", "RTN"),
+        Line("round to nearest", "RTN"),
         Line("OBC", "OBC", printed={"algorithm": "OBC"}),
         Line("INQ", "INQ", printed={"algorithm": "INQ"}),
         Line("LSQ", "QT-DoG", printed={"algorithm": "LSQ"}),

@@ -175,7 +175,7 @@ class PaperTable:
         return (
             f"Table {self.number}: {setting.words}\n"
             f"Held out in turn: {held_out}. Checkpoint by training-domain validation; "
-            "mean over held-out domains; bars: 95 % intervals over seeds."
+            f"mean over held-out domains; bars: 95 % intervals over seeds. Right: less {self.baseline}, paired."
         )
 
     def draw(self, frame: pd.DataFrame, caption: str) -> Figure:
@@ -187,7 +187,7 @@ class PaperTable:
             whole.assign(row=_titles(whole)),
             less.assign(row=_titles(less)),
             order=self.order,
-            axes=("Accuracy (%)", f"Less {self.baseline} (points)"),
+            axes=("Accuracy (%)", "Difference (points)"),
             caption=caption,
         )
 
