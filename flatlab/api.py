@@ -13,6 +13,13 @@ from flatlab.metrics.compare import PairedDifference, compare_flatness, paired_d
 from flatlab.metrics.density import SpectralDensity, spectral_density
 from flatlab.metrics.lanczos import Spectrum, hessian_spectrum
 from flatlab.metrics.operators import GGN, Fisher, Hessian
+from flatlab.metrics.sharpness import (
+    AverageSharpness,
+    WorstSharpness,
+    average_sharpness,
+    normalised_logits,
+    worst_sharpness,
+)
 from flatlab.metrics.sphere import SphereFlatness, sphere_flatness
 from flatlab.metrics.trace import Trace, hessian_trace
 from flatlab.metrics.worst import WorstRise, worst_rise
@@ -37,6 +44,11 @@ __all__ = [
     "compare_flatness",
     "worst_rise",
     "WorstRise",
+    "average_sharpness",
+    "AverageSharpness",
+    "worst_sharpness",
+    "WorstSharpness",
+    "normalised_logits",
     "paired_difference",
     "PairedDifference",
     # curvature

@@ -74,35 +74,22 @@ def missing(store: RunStore, runs: Sequence[RunSpec], probes: Wanted, *, sizes: 
         sizes: images of each domain, for the costs.
     """
     lacking = _lacking(store, [*runs, *(run for run, _ in probes)])
-    training = _training([spec for spec in lacking.values() if not (spec.members or spec.derived)], sizes)
-    deriving = [_deriving(spec, set(lacking), sizes) for spec in lacking.values() if spec.derived and not spec.members]
-    joining = _joining([spec for spec in lacking.values() if spec.members], lacking, sizes)
-    return _told_apart([*training, *deriving, *joining, *_measuring(store, probes, set(lacking), sizes)])
-
-
-def _lacking(store: RunStore, wanted: Sequence[RunSpec]) -> dict[str, RunSpec]:
-    """Return the runs that are not finished, by digest, and with them those that they are made from."""
-    lacking = {spec.digest: spec for spec in wanted if not store.run(spec).done}
-    origins = [origin for spec in lacking.values() for origin in spec.origins]
-    return {**lacking, **_lacking(store, origins)} if origins else lacking
-
-
-def _joining(ensembles: Sequence[RunSpec], lacking: Mapping[str, RunSpec], sizes: Sizes) -> list[Job]:
-    return [
-        Job(
-            name=f"join {spec.label} on {spec.held_out}, seed {spec.seed}, {spec.combine}",
-            runs=(spec,),
-            needs=tuple(member.digest for member in spec.members if member.digest in lacking),
-            passes=float(len(spec.members) * sum(sizes.values())),
-        )
-        for spec in ensembles
-    ]
+    training = _training([spec for spec in lacking.values() if not spec.made_from], sizes)
+    making = [_making(spec, lacking, sizes) for spec in lacking.values() if spec.made_from]
+    return _told_apart([*training, *making, *_measuring(store, probes, set(lacking), sizes)])
 
 
 def _told_apart(jobs: Sequence[Job]) -> list[Job]:
     """Add the run's digest to names that several jobs have: runs that differ in their bits, say."""
     counts = Counter(job.name for job in jobs)
     return [job.replace(name=f"{job.name} ({job.runs[0].digest[:6]})") if counts[job.name] > 1 else job for job in jobs]
+
+
+def _lacking(store: RunStore, wanted: Sequence[RunSpec]) -> dict[str, RunSpec]:
+    """Return the runs that are not finished, by digest, and what they are made from."""
+    lacking = {spec.digest: spec for spec in wanted if not store.run(spec).done}
+    deeper = [each for spec in lacking.values() for each in spec.made_from]
+    return {**lacking, **_lacking(store, deeper)} if deeper else lacking
 
 
 def _training(lacking: Sequence[RunSpec], sizes: Sizes) -> list[Job]:
@@ -135,15 +122,15 @@ def _training(lacking: Sequence[RunSpec], sizes: Sizes) -> list[Job]:
     return sorted(jobs, key=lambda job: (bool(job.needs), -len(job.forks), -job.passes))
 
 
-def _deriving(spec: RunSpec, trained: set[str], sizes: Sizes) -> Job:
-    """Return the job that makes a derived run: its images are forwarded once for calibration, others for the log."""
-    assert spec.parent
-    images = spec.quantizer.images if isinstance(spec.quantizer, OBCSpec) else 0
+def _making(spec: RunSpec, lacking: Mapping[str, RunSpec], sizes: Sizes) -> Job:
+    """Return the job that makes a run from finished ones: images are forwarded to calibrate, and for the log."""
+    images = spec.quantizer.images if isinstance(spec.quantizer, OBCSpec) and not spec.members else 0
+    averaged = f", {spec.combine}" if spec.members else ""
     return Job(
-        name=f"make {spec.label} on {spec.held_out}, seed {spec.seed}",
+        name=f"make {spec.label} on {spec.held_out}, seed {spec.seed}{averaged}",
         runs=(spec,),
-        needs=(spec.parent.digest,) if spec.parent.digest in trained else (),
-        passes=images + spec.holdout * sum(sizes.values()),
+        needs=tuple(each.digest for each in spec.made_from if each.digest in lacking),
+        passes=images + max(1, len(spec.members)) * spec.holdout * sum(sizes.values()),
     )
 
 

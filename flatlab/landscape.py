@@ -8,6 +8,7 @@ are read once and weighed by samples, and everything that would break this is lo
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -16,9 +17,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flatlab.blocks import Block, Gathered, partition
+from flatlab.derivatives import pullback, refuse_rounding, second_order
 from flatlab.errors import UserError
 from flatlab.losses import names_classes, total, wide
 from flatlab.memory import Halving
@@ -168,6 +169,14 @@ class Landscape:
         cut = [Batch(None, part(batch.targets, p.start, p.stop), p.stop - p.start) for p in block.parts]
         return Gathered(batch, block, cut)
 
+    def on(self, block: Block) -> "Landscape":
+        """Return the landscape over a block's samples alone, around the same point."""
+        other, kept = copy(self), block.by_stratum(self._batches)
+        other._batches, other._base = list(kept.values()), None
+        other.strata = tuple(self.strata[row] for row in kept)
+        other.sizes = np.array([sum(batch.size for batch in batches) for batches in other._batches])
+        return other
+
     def shares_data(self, other: "Landscape") -> bool:
         """Say whether another landscape lies over the same samples, however they are cut into batches."""
         pairs = zip(self._batches, other._batches, strict=False)
@@ -183,19 +192,20 @@ class Landscape:
             return self._accumulate(derivative)
 
     def hvp(self, vector: Tensor) -> Tensor:
-        """Return the Hessian of the loss at the point times a vector (P,), by double backward."""
+        """Return the Hessian of the loss at the point times a vector (P,), by double backward.
+
+        Raises:
+            UserError: where the model cannot be differentiated twice, or rounds its weights.
+        """
         views = self.split(self.as_point(vector))
+
+        refuse_rounding(self.model, self._tensors)
 
         def derivative(loss: Tensor) -> Iterable[Tensor]:
             grads = torch.autograd.grad(loss, self._tensors, create_graph=True, materialize_grads=True)
-            # A gradient that does not depend on any parameter has no graph; its share of the product is zero.
-            inner = [(g * v).sum() for g, v in zip(grads, views, strict=True) if g.requires_grad]
-            if not inner:
-                return map(torch.zeros_like, grads)
-            return torch.autograd.grad(torch.stack(inner).sum(), self._tensors, materialize_grads=True)
+            return pullback(grads, self._tensors)(views)
 
-        # The fused attention kernels have no second derivative.
-        with self._visiting(), sdpa_kernel(SDPBackend.MATH):
+        with self._visiting(), second_order():
             return self._accumulate(derivative)
 
     def terms(self) -> list[Term]:

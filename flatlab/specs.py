@@ -97,7 +97,7 @@ class RunSpec(Spec):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        trained = self.quantizer is not None and not self.derived
+        trained = self.quantizer is not None and not isinstance(self.quantizer, RTNSpec | OBCSpec)
         if (self.switch is None) == (trained or self.frozen or self.noise is not None):
             raise ValueError("A switch step goes with a quantizer, noise or freezing in training, and they with it.")
         if self.noise is not None and trained:
@@ -145,10 +145,11 @@ class RunSpec(Spec):
         return isinstance(self.quantizer, RTNSpec | OBCSpec) and not self.members
 
     @property
-    def origins(self) -> tuple["RunSpec", ...]:
-        """The runs that have to be finished before this one is made: an ensemble's members, a derived run's parent."""
-        made = self.derived and self.parent and not self.source
-        return (self.parent,) if made and self.parent else self.members
+    def made_from(self) -> tuple["RunSpec", ...]:
+        """The finished runs that this one is made from: an ensemble's members, a derived one's parent; or none."""
+        if self.derived and self.parent and not self.source:
+            return (self.parent,)
+        return self.members
 
     @property
     def settled(self) -> int | None:

@@ -38,6 +38,7 @@ MAY_IMPORT = {
     "files": "errors jsontext",
     "entries": "specs files errors",
     "runs": "entries probespecs specs files errors jsontext",
+    "metrics.blur": "",
     "tables": "runs probespecs specs selection files metrics.rounds metrics.results errors",
     "jobs": "entries runs probespecs specs quantspecs",
     "executors": "jobs",
@@ -46,6 +47,7 @@ MAY_IMPORT = {
     "papertable": "orders tables plots runs methods settings specs resources",
     "flatness": "tables plots runs settings probespecs files metrics.sentences metrics.results metrics.rounds errors",
     "stability": "tables plots selection runs specs files errors",
+    "spectra": "plots runs probespecs specs files metrics.blur metrics.results errors",
     "tensorboard": "runs errors",
     "work": "jobs runs specs errors measure train",  # the last two inside functions: workers alone load torch
     # things that take arguments, not specs
@@ -59,19 +61,21 @@ MAY_IMPORT = {
     "losses": "nests errors",
     "probes": "nests errors",
     "points": "blocks",
-    "landscape": "blocks losses memory nests params probes seeds errors points",
-    "metrics": "blocks losses landscape params seeds errors points",
+    "derivatives": "errors",
+    "landscape": "blocks derivatives losses memory nests params probes seeds errors points",
+    "metrics": "blocks derivatives losses nests landscape params seeds errors points",
     # from specs to things, to runs, to measurements: `train` and `measure` meet on disk
     "build": "specs quantspecs data models quant files errors",
     "train": "build memory runs data models quant selection settings specs quantspecs files machine seeds errors",
-    "checkpoints": "build runs data landscape models quant.attach probespecs specs files",
+    "checkpoints": "build runs data landscape models nests quant.attach probespecs specs files",
     "shelf": "runs files metrics.results metrics.sampling",
-    "measures": "checkpoints shelf runs metrics probespecs specs files errors",
+    "measures": "checkpoints shelf runs landscape metrics params quant.attach seeds probespecs specs files errors",
     "measure": "build runs probespecs specs machine errors",  # and, by name, the module of a metric in measures/
     # the paper
-    "analyses": "papertable orders stability probespecs specs settings methods tables plots runs resources",
+    "analyses": "papertable orders probespecs specs settings methods tables stability spectra plots runs resources",
 }
-OPEN = ("api", "cli", "upkeep", "options", "words", "mistakes", "display", "doctor", "__main__", "__init__")
+OPEN = ("api", "cli", "upkeep", "options", "words", "mistakes", "display", "doctor", "errands", "hessian")
+OPEN += ("__main__", "__init__")
 TORCH_FREE = [
     "specs",
     "probespecs",
@@ -148,7 +152,7 @@ def test_each_row_is_of_a_room_that_there_is():
 def test_nothing_inside_imports_the_doorways():
     importers = {name for name, found in OURS.items() if found & {"flatlab.api", "flatlab.cli"}}
     assert importers <= {"flatlab.__main__"}
-    words = {f"flatlab.{each}" for each in ("upkeep", "options", "words", "mistakes", "display", "doctor")}
+    words = {f"flatlab.{each}" for each in OPEN if each not in ("api", "cli", "__main__", "__init__")}
     assert {name for name, found in OURS.items() if found & words} <= words | {"flatlab.cli"}
 
 
@@ -159,7 +163,7 @@ def test_there_are_no_cycles():
 
 def test_analyses_and_tables_do_not_name_torch():
     torch_free = [name for name in IMPORTS if name.startswith("analyses")]
-    torch_free += [f"flatlab.{name}" for name in [*TORCH_FREE, "flatness", "executors", "words", "mistakes"]]
+    torch_free += [f"flatlab.{name}" for name in [*TORCH_FREE, "flatness", "executors", "spectra", "words", "mistakes"]]
     assert not {name for name in torch_free if any(re.match(r"torch\b|torchvision\b", i) for i in IMPORTS[name])}
 
 

@@ -99,9 +99,9 @@ def test_a_trajectory_is_all_but_the_average_and_a_parent_all_before_the_switch(
         ({"steps": 0}, r"^RunSpec: steps=0 does not do: it must be at least 1\.$"),
         ({"lr": 0.0}, r"^RunSpec: lr=0\.0 does not do: it must be more than 0\.0\.$"),
         ({"lr": float("nan")}, r"^RunSpec: lr=nan does not do: it must be a finite number\.$"),
+        ({"objective": "irm"}, r"^RunSpec: objective='irm' does not do: it must be 'erm' or 'coral'\.$"),
         ({"switch": 4}, r"^A switch step goes with a quantizer, noise or freezing in training, and they with it\.$"),
         ({"frozen": True}, r"^A switch step goes with a quantizer, noise or freezing in training, and they with it\.$"),
-        ({"objective": "irm"}, r"^RunSpec: objective='irm' does not do: it must be 'erm' or 'coral'\.$"),
         (
             {"members": (RUN.replace(held_out="rot15"),)},
             r"^The members of an ensemble have one data set, held-out domain and image size, and .*rot0.*rot15",
