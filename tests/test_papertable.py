@@ -6,7 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 from commandline import call
+from matplotlib.collections import PathCollection
 from scipy import stats
+from stores import spec, trained
 
 from analyses import controls, fig1, fig5, table1, table7, table9, table10, table12, table14, table15
 from flatlab import jobs, orders, papertable, tables
@@ -33,13 +35,13 @@ NOISE = np.random.default_rng(0)
 def written(root, setting=SETTING, shift=SHIFT):
     """Return a store of finished runs whose accuracies out of domain differ by `shift`, and hardly by chance."""
     store = RunStore(root)
-    for label, spec in TABLE.labelled(setting):
-        run = store.run(spec)
+    for label, wanted in TABLE.labelled(setting):
+        run = store.run(wanted)
         if run.done:
             continue
-        accuracy = 0.5 + shift[label] + 0.01 * spec.seed + 0.001 * NOISE.normal()
+        accuracy = 0.5 + shift[label] + 0.01 * wanted.seed + 0.001 * NOISE.normal()
         row = {
-            "step": spec.steps,
+            "step": wanted.steps,
             "validation": 0.9,
             "target": {"in": {"accuracy": accuracy}, "out": {"accuracy": 0.4}},
         }
@@ -294,3 +296,37 @@ def test_a_derived_run_has_no_unrest(tmp_path):
         controls.summary(found).set_index("question").loc["Quantization without training: RTN less ERM"].eq("").sum()
         == 2
     )
+
+
+# --- the in-domain test of Table 12 ------------------------------------------------------------------------------
+
+
+def test_the_test_images_are_scored_beside_validation_and_shown(tmp_path):
+    tested = spec(test_share=0.2)
+    store = trained(tmp_path, tested)
+    rows = store.run(tested).rows()
+    assert {name: score["n"] for name, score in rows[-1]["test"].items()} == {"rot0": 90, "rot15": 90, "rot30": 90}
+    assert {score["n"] for score in rows[-1]["source"].values()} == {89, 90}  # validation is as large as before
+    chosen = tables.accuracies(store, [("ERM", tested)]).set_index("selection")
+    mean = np.mean([score["accuracy"] for score in rows[-1]["test"].values()])
+    assert chosen.loc["last", "test"] == pytest.approx(mean)
+    (value,) = papertable.accuracies(store, [("ERM", tested)], ["test"])["value"]
+    assert value == pytest.approx(100 * chosen.loc["training-domain", "test"])
+
+
+def test_figure_1_scales_areas_by_memory():
+    labels = [line.label for line in table1.TABLE.lines]
+    rows = pd.DataFrame({"method": labels, "value": range(len(labels)), "memory": range(1, len(labels) + 1)})
+    whole = rows.assign(dataset="digits", panel="out", held_out="all", over="seeds", low=0.0, high=1.0)
+    above, below = fig1.draw(whole, "title\nsmall print").axes
+    ours, theirs = (
+        {
+            round(float(size) / fig1.AREA, 3)
+            for dots in ax.collections
+            if isinstance(dots, PathCollection)
+            for size in dots.get_sizes()
+        }
+        for ax in (above, below)
+    )
+    assert {*range(1, 11)} <= ours
+    assert {0.22, 1.1, 6.0, 1.0} <= theirs  # QT-DoG, EoQ, EoA, ERM
