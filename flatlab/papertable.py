@@ -166,8 +166,12 @@ class PaperTable:
         return [sentence for sentence in told if sentence] + self.notes()
 
     def notes(self) -> list[str]:
-        """Return the known misprints and contradictions of the printed table."""
-        return [f"As printed: {each}." for each in published()["anomalies"] if self.number in _tables_named(each)]
+        """Return the printed lines that are not made here, and the known misprints and contradictions of the table."""
+        odd = [f"As printed: {each}." for each in published()["anomalies"] if self.number in _tables_named(each)]
+        ours = [line.printed.items() for line in self.lines if line.printed]
+        rows = [row for row in self.facts["rows"] if not any(mine <= row.items() for mine in ours)]
+        names = ", ".join(str(next(iter(row.values()))) for row in rows)
+        return [f"Printed, and not made here: {names}.", *odd] if names else odd
 
     def caption(self, setting: Setting) -> str:
         """Say in a title and a line below which data and seeds the picture shows."""

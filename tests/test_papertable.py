@@ -139,6 +139,7 @@ def test_a_line_with_fewer_seeds_is_compared_over_those_that_both_have(frame):
 
 def test_misprints_are_told_of_the_table_that_has_them():
     assert any("Fishr" in note for note in table1.TABLE.notes()) and not table10.TABLE.notes()
+    assert table7.TABLE.notes()[0] == "Printed, and not made here: DiWA."
     assert any("Tables 8 and 9" in note for note in table9.TABLE.notes())
 
 
