@@ -125,9 +125,11 @@ def words(findings: pd.DataFrame) -> list[str]:
             said.append(
                 f"{name}: {QUANTIZED} is {whole}, and no control here is: an effect of quantization is possible."
             )
+    told = findings["verdict"].ne("not distinguishable").sum()
+    chance = (1 - tables.LEVEL) * len(findings)
     return [
         *said,
-        "Intervals are not corrected for their number; that nothing shows does not mean that nothing is there.",
+        f"{told} of {len(findings)} intervals exclude zero; {chance:.0f} would by chance, were nothing there.",
     ]
 
 
