@@ -46,7 +46,7 @@ def _version(*, version: Annotated[bool, typer.Option("--version", help="Print t
 
 
 @app.command(epilog="Example: `flatlab reproduce fig3 --seeds 2 --dry-run`")
-@takes(*DATA, *TRAINING, "controls", *RUNNING, "out")
+@takes(*DATA, "datasets", *TRAINING, "controls", *RUNNING, "out")
 def reproduce(chosen: Choices, name: Annotated[str, typer.Argument(help="fig3, ... (`flatlab list`).")]) -> None:
     """Redo a figure or table of the paper: train and measure what is missing, tabulate, draw."""
     from flatlab import display, reproduce
@@ -65,9 +65,7 @@ def reproduce(chosen: Choices, name: Annotated[str, typer.Argument(help="fig3, .
         typer.echo(strict_json({"written": written, "findings": done.findings.to_dict("records")}))
         return
     display.frame(module.summary(done.findings), module.SUMMARY)
-    display.frame(
-        done.accuracies, "Accuracies by training-domain validation, means over targets and seeds", formats=ACCURACIES
-    )
+    display.frame(done.accuracies, reproduce.ACCURACIES, formats=ACCURACIES)
     for remark in done.remarks:
         display.out.print(remark, soft_wrap=True)
     errands.tell_written(done.written)

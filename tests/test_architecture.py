@@ -45,6 +45,8 @@ MAY_IMPORT = {
     "executors": "jobs",
     "reproduce": "tables executors jobs runs settings specs plots files machine data.catalog errors",
     "surroundings": "surfaceplots plots runs probespecs metrics.grids metrics.results files errors",
+    "orders": "tables",
+    "papertable": "orders tables plots runs methods settings specs resources",
     "flatness": "tables plots runs settings probespecs files metrics.sentences metrics.results metrics.rounds errors",
     "stability": "tables plots selection runs specs files errors",
     "spectra": "plots runs probespecs specs files metrics.blur metrics.results errors",
@@ -76,7 +78,8 @@ MAY_IMPORT = {
     "measures": "checkpoints shelf runs landscape metrics params quant.attach seeds probespecs specs files errors",
     "measure": "build runs probespecs specs machine errors",  # and, by name, the module of a metric in measures/
     # the paper
-    "analyses": "surroundings surfaceplots probespecs specs settings methods tables stability spectra plots runs resources",
+    "analyses": "papertable orders surroundings surfaceplots probespecs specs settings methods tables stability spectra "
+    "plots runs resources",
 }
 OPEN = ("api", "cli", "upkeep", "options", "words", "mistakes", "display", "doctor", "errands", "hessian")
 OPEN += ("surveys", "__main__", "__init__")
@@ -89,6 +92,8 @@ TORCH_FREE = [
     "jobs",
     "tables",
     "plots",
+    "orders",
+    "papertable",
     "reproduce",
     "options",
     "cli",
