@@ -61,7 +61,7 @@ MAY_IMPORT = {
     "train": "build runs data models quant.attach seeds selection settings specs files machine errors",
     "checkpoints": "build runs data landscape models quant.attach probespecs specs files",
     "shelf": "runs files metrics.results metrics.sampling",
-    "measures": "checkpoints shelf runs metrics probespecs specs files errors",
+    "measures": "build checkpoints shelf runs data landscape metrics models probespecs quant.attach seeds specs files errors",
     "measure": "build runs probespecs specs machine errors",  # and, by name, the module of a metric in measures/
     # the paper
     "analyses": "probespecs specs settings methods tables stability plots runs resources",
