@@ -42,6 +42,7 @@ MAY_IMPORT = {
     "reproduce": "tables executors jobs runs settings specs plots files machine data.catalog errors",
     "flatness": "tables plots runs settings probespecs specs files errors",
     "stability": "tables plots selection runs specs files errors",
+    "saliency": "tables plots methods metrics.results probespecs runs settings specs files errors",
     "tensorboard": "runs errors",
     "work": "jobs runs specs errors measure train",  # the last two inside functions: workers alone load torch
     # things that take arguments, not specs
@@ -64,7 +65,7 @@ MAY_IMPORT = {
     "measures": "build checkpoints shelf runs data landscape metrics models probespecs quant.attach seeds specs files errors",
     "measure": "build runs probespecs specs machine errors",  # and, by name, the module of a metric in measures/
     # the paper
-    "analyses": "probespecs specs settings methods tables stability plots runs resources",
+    "analyses": "probespecs specs settings methods tables stability saliency plots runs resources",
 }
 OPEN = ("api", "cli", "upkeep", "options", "words", "mistakes", "display", "doctor", "__main__", "__init__")
 TORCH_FREE = [
