@@ -42,7 +42,7 @@ MAY_IMPORT = {
     "reproduce": "tables executors jobs runs settings specs plots files machine data.catalog errors",
     "flatness": "tables plots runs settings probespecs specs files errors",
     "stability": "tables plots selection runs specs files errors",
-    "saliency": "tables plots methods metrics.results probespecs runs settings specs files errors",
+    "saliency": "tables plots methods metrics.maps metrics.results probespecs runs settings specs files errors",
     "tensorboard": "runs errors",
     "work": "jobs runs specs errors measure train",  # the last two inside functions: workers alone load torch
     # things that take arguments, not specs
@@ -56,7 +56,7 @@ MAY_IMPORT = {
     "probes": "nests errors",
     "points": "blocks",
     "landscape": "blocks losses nests params probes seeds errors points",
-    "metrics": "blocks losses landscape params seeds errors points",
+    "metrics": "blocks losses landscape params probes seeds errors points",
     # from specs to things, to runs, to measurements: `train` and `measure` meet on disk
     "build": "specs data models quant files errors",
     "train": "build runs data models quant.attach seeds selection settings specs files machine errors",

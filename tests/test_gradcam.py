@@ -9,7 +9,8 @@ from stores import refuses
 from torch import nn
 
 from flatlab import seeds
-from flatlab.metrics.gradcam import ClassMaps, ablation, agreement, energy, explained_layer, gradcam
+from flatlab.metrics.gradcam import ClassMaps, ablation, explained_layer, gradcam
+from flatlab.metrics.maps import agreement, energy
 from flatlab.models import build_network
 from flatlab.quant.attach import attach, bake
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from flatlab.errors import UserError
 from flatlab.landscape import Landscape
+from flatlab.metrics.maps import agreement, ratio
 from flatlab.metrics.results import FloatArray
 from flatlab.probes import refuse_training
 
@@ -42,7 +43,7 @@ class ClassMaps:
     def scaled(self) -> FloatArray:
         """Return the maps, each divided by its own largest value, as papers show them; zero maps stay zero."""
         peaks = self.maps.max(axis=(1, 2), keepdims=True)
-        return _ratio(self.maps, peaks, 0.0)
+        return ratio(self.maps, peaks, 0.0)
 
 
 def gradcam(
@@ -233,33 +234,3 @@ def ablation(
             probabilities = model(torch.where(kept, inputs, fill)).double().softmax(1)
             curve.append(probabilities[rows, classes].cpu().numpy())
     return np.stack(deleted, axis=1), np.stack(inserted, axis=1)
-
-
-def energy(maps: FloatArray, masks: FloatArray) -> FloatArray:
-    """Return the share of each map that lies inside a mask (N,); NaN for a map of zeros.
-
-    Args:
-        maps: (N, H, W), not negative.
-        masks: (N, H, W), 0 or 1.
-    """
-    return _ratio((maps * masks).sum(axis=(1, 2)), maps.sum(axis=(1, 2)), np.nan)
-
-
-def agreement(maps: FloatArray, others: FloatArray) -> FloatArray:
-    """Return Pearson's correlation of each map with its partner (N,); NaN where one of them is flat.
-
-    Args:
-        maps: (N, H, W).
-        others: (N, H, W) of the same images.
-    """
-    a, b = (
-        each.reshape(len(each), -1) - each.reshape(len(each), -1).mean(axis=1, keepdims=True) for each in (maps, others)
-    )
-    lengths = np.sqrt((a**2).sum(axis=1) * (b**2).sum(axis=1))
-    return _ratio((a * b).sum(axis=1), lengths, np.nan)
-
-
-def _ratio(above: FloatArray, below: FloatArray, otherwise: float) -> FloatArray:
-    """Return a quotient, and a value of its own where the denominator is zero."""
-    found: FloatArray = np.divide(above, below, out=np.full_like(above, otherwise), where=below > 0)
-    return found
