@@ -162,12 +162,38 @@ class AuditSpec(Probing):
         return float(3 * self.count(sizes) * (4 * self.num_samples + PRODUCT * (20 + PILOT + 10)))
 
 
+class CamSpec(Probing):
+    """GradCAM of images of the held-out domain, each explained for its true class, and the numbers beside the maps."""
+
+    metric: Literal["gradcam"] = "gradcam"
+    images: int | None = Field(24, ge=1)  # of the held-out domain alone
+    layer: str | None = None  # a module's name; None finds it
+    grid: tuple[int, int] | None = None  # of tokens, where it cannot be inferred
+    num_shares: int = Field(10, ge=1)  # steps of the deletion and insertion curves
+    radii: tuple[float, ...] = ()  # absolute L2, at which the maps are drawn again
+    num_samples: int = Field(5, ge=1)  # directions
+
+    def count(self, sizes: Sizes) -> int:
+        """Return how many images are looked at: those of one domain."""
+        return min(max(sizes.values()), self.images or max(sizes.values()))
+
+    def passes(self, sizes: Sizes) -> float:
+        """Return the images that are forwarded; a map costs a forward and a backward pass.
+
+        Args:
+            sizes: images of each domain.
+        """
+        maps = 1 + len(self.radii) * self.num_samples
+        return float(self.count(sizes) * (3 * maps + 2 * (self.num_shares + 1)))
+
+
 KINDS: dict[str, type[Probing]] = {
     "sphere": ProbeSpec,
     "spectrum": SpectrumSpec,
     "surface": SurfaceSpec,
     "triangle": TriangleSpec,
     "audit": AuditSpec,
+    "gradcam": CamSpec,
 }
 
 

@@ -50,6 +50,7 @@ MAY_IMPORT = {
     "flatness": "tables plots runs settings probespecs files metrics.sentences metrics.results metrics.rounds errors",
     "stability": "tables plots selection runs specs files errors",
     "spectra": "plots runs probespecs specs files metrics.blur metrics.results errors",
+    "saliency": "tables plots methods metrics.maps metrics.results probespecs runs settings specs files errors",
     "tensorboard": "runs errors",
     "work": "jobs runs specs errors measure train",  # the last two inside functions: workers alone load torch
     # things that take arguments, not specs
@@ -65,7 +66,7 @@ MAY_IMPORT = {
     "points": "blocks",
     "derivatives": "errors",
     "landscape": "blocks derivatives losses memory nests params probes seeds errors points",
-    "metrics": "blocks derivatives losses nests landscape params seeds errors points "
+    "metrics": "blocks derivatives losses nests landscape params probes seeds errors points "
     "surfaceplots",  # the last inside plot() alone
     "golden": "landscape seeds",
     "selftest": "golden metrics",
@@ -75,11 +76,12 @@ MAY_IMPORT = {
     "checkpoints": "build runs data landscape models nests quant.attach probespecs specs files",
     "export": "build checkpoints models quant runs specs quantspecs files errors",
     "shelf": "runs files metrics.results metrics.sampling",
-    "measures": "checkpoints shelf runs landscape metrics params quant.attach seeds probespecs specs files errors",
+    "measures": "build checkpoints shelf runs data landscape metrics models params quant.attach seeds probespecs specs "
+    "files errors",
     "measure": "build runs probespecs specs machine errors",  # and, by name, the module of a metric in measures/
     # the paper
-    "analyses": "papertable orders surroundings surfaceplots probespecs specs settings methods tables stability spectra "
-    "plots runs resources",
+    "analyses": "papertable orders surroundings surfaceplots saliency stability spectra probespecs specs settings "
+    "methods tables plots runs resources",
 }
 OPEN = ("api", "cli", "upkeep", "options", "words", "mistakes", "display", "doctor", "errands", "hessian")
 OPEN += ("surveys", "__main__", "__init__")
