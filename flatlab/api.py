@@ -12,13 +12,16 @@ from flatlab.methods import METHODS, Method, compose, replicates, vary
 from flatlab.metrics.compare import PairedDifference, compare_flatness, paired_difference
 from flatlab.metrics.density import SpectralDensity, spectral_density
 from flatlab.metrics.lanczos import Spectrum, hessian_spectrum
+from flatlab.metrics.noise import QuantizationNoise, quantization_noise
 from flatlab.metrics.operators import GGN, Fisher, Hessian
 from flatlab.metrics.sphere import SphereFlatness, sphere_flatness
+from flatlab.metrics.symmetry import Symmetry
 from flatlab.metrics.trace import Trace, hessian_trace
+from flatlab.metrics.typical import TypicalRise, typical_rise
 from flatlab.metrics.worst import WorstRise, worst_rise
 from flatlab.models import Network, build_network
 from flatlab.points import Evaluation
-from flatlab.probespecs import ProbeSpec
+from flatlab.probespecs import NoiseSpec, ProbeSpec, RadiusSpec
 from flatlab.quant.attach import attach, bake
 from flatlab.quant.lsq import LSQ
 from flatlab.runs import Run, RunStore
@@ -47,6 +50,12 @@ __all__ = [
     "SpectralDensity",
     "hessian_trace",
     "Trace",
+    # quantization noise
+    "quantization_noise",
+    "QuantizationNoise",
+    "Symmetry",
+    "typical_rise",
+    "TypicalRise",
     # networks and quantizers
     "Network",
     "build_network",
@@ -66,6 +75,8 @@ __all__ = [
     "setting",
     "RunSpec",
     "ProbeSpec",
+    "NoiseSpec",
+    "RadiusSpec",
     "QuantSpec",
     "StepSpec",
     "AverageSpec",

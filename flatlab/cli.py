@@ -131,27 +131,41 @@ def flatness(
     direction_seed: Annotated[int, typer.Option(help="Of the directions.")] = 0,
 ) -> None:  # the options of a measurement are its own, hence so many
     """Measure how fast the loss rises around trained runs: F on spheres (QT-DoG Eq. 5), with intervals."""
-    from flatlab import jobs, reproduce
-    from flatlab.data import catalog
     from flatlab.flatness import SHOWN, chart, finished, panel_of, probe_of
 
-    store, panel = chosen.runs(), panel_of(split)
-    found = finished(store, runs)
-    place, dataset = reproduce.place_of(found, chosen.place())
+    panel, found = panel_of(split), finished(chosen.runs(), runs)
     fields: dict[str, Any] = {"space": space, "checkpoint": checkpoint, "params": params, "images": images}
     fields |= {"rel_error": rel_error, "abs_error": abs_error, "budget": budget, "block_size": block_size}
     fields["seed"] = direction_seed
-    probe = probe_of(radii, dataset, num_samples=samples, normalisation=normalisation, **fields)
-    sizes = catalog.sizes(dataset, Path(place.data_dir) if place.data_dir else None)
-    todo = jobs.missing(store, [], [(run.spec, probe) for run in found], sizes=sizes)
-    if chosen.dry_run:
-        _price(chosen, todo, found[0].spec.model)
+    probe = probe_of(radii, found[0].spec.dataset, num_samples=samples, normalisation=normalisation, **fields)
+    if not _measured(chosen, found, probe):
         return
-    _carry_out(chosen, todo, place)
-    table, written = chart(store, found, probe, panel=panel, out=chosen.out)
+    table, written = chart(chosen.runs(), found, probe, panel=panel, out=chosen.out)
     shown = table if chosen.json else table[list(SHOWN)]
     chosen.answer(shown, f"Flatness on the {split} domains (nats), 95 % intervals over directions", SHOWN)
     _tell_written(written)
+
+
+@app.command(epilog="Examples: `flatlab noise 3f2a`, `flatlab noise 3f2a 77c1 --radius --samples 50`")
+@takes("data_dir", *RUNNING, "out")
+def noise(
+    chosen: Choices,
+    runs: Annotated[list[str], typer.Argument(help="Digests of runs, or their beginnings (`flatlab runs list`).")],
+    radius: Annotated[bool, typer.Option("--radius", help="What 8 to 2 bits do to the loss, of any run.")] = False,
+    layers: Annotated[str | None, typer.Option(help="Only layers that match, as 'features.0*' (some, or all).")] = None,
+    checkpoint: Annotated[str, typer.Option(help="selected (by source validation) or last.")] = "selected",
+    samples: Annotated[int | None, typer.Option(help="Random directions a bit width (100), with --radius.")] = None,
+    images: Annotated[int | None, typer.Option(help="At most so many of each domain (all), with --radius.")] = None,
+) -> None:
+    """Is quantization noise uniform and symmetric (QT-DoG Figs. 2, 8), is it a typical direction (--radius)?"""
+    from flatlab import flatness, noise, rounding
+
+    room, found = rounding if radius else noise, flatness.finished(chosen.runs(), runs)
+    probe = room.probe_of(found, layers=layers, checkpoint=checkpoint, samples=samples, images=images)
+    if _measured(chosen, found, probe):
+        table, written = room.chart(chosen.runs(), found, probe, layers=layers, out=chosen.out)
+        chosen.answer(table if chosen.json else table[list(room.SHOWN)], room.TITLE, room.SHOWN)
+        _tell_written(written)
 
 
 @app.command(
@@ -208,6 +222,20 @@ def doctor(chosen: Choices) -> None:
 
     facts = diagnose(chosen.place())
     chosen.answer_facts(facts, "\n".join(f"{name}: {value}" for name, value in facts.items()))
+
+
+def _measured(chosen: Choices, found: Sequence[Any], probe: Any) -> bool:
+    from flatlab import jobs, reproduce
+    from flatlab.data import catalog
+
+    place, dataset = reproduce.place_of(list(found), chosen.place())
+    sizes = catalog.sizes(dataset, Path(place.data_dir) if place.data_dir else None)
+    todo = jobs.missing(chosen.runs(), [], [(run.spec, probe) for run in found], sizes=sizes)
+    if chosen.dry_run:
+        _price(chosen, todo, found[0].spec.model)
+    else:
+        _carry_out(chosen, todo, place)
+    return not chosen.dry_run
 
 
 def _carry_out(chosen: Choices, todo: Sequence[Any], place: Any = None) -> None:

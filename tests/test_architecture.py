@@ -41,6 +41,9 @@ MAY_IMPORT = {
     "executors": "jobs",
     "reproduce": "tables executors jobs runs settings specs plots files machine data.catalog errors",
     "flatness": "tables plots runs settings probespecs specs files errors",
+    "noisefigure": "noise tables methods settings probespecs runs specs resources seeds",
+    "noise": "tables plots runs probespecs specs files metrics.results errors",
+    "rounding": "tables plots runs probespecs specs files metrics.results errors",
     "tensorboard": "runs errors",
     "work": "jobs runs specs errors measure train",  # the last two inside functions: workers alone load torch
     # things that take arguments, not specs
@@ -59,11 +62,12 @@ MAY_IMPORT = {
     "build": "specs data models quant files errors",
     "train": "build runs data models quant.attach selection settings specs files machine errors",
     "checkpoints": "build runs data landscape models quant.attach probespecs specs files",
+    "latent": "checkpoints models quant runs specs errors",
     "shelf": "runs files metrics.results metrics.sampling",
-    "measures": "checkpoints shelf runs metrics probespecs specs files errors",
+    "measures": "checkpoints latent shelf landscape params runs metrics probespecs specs files errors",
     "measure": "build runs probespecs specs machine errors",  # and, by name, the module of a metric in measures/
     # the paper
-    "analyses": "probespecs specs settings methods tables plots runs resources",
+    "analyses": "noisefigure rounding probespecs specs settings methods tables plots runs resources",
 }
 OPEN = ("api", "cli", "upkeep", "options", "words", "mistakes", "display", "doctor", "__main__", "__init__")
 TORCH_FREE = [
@@ -151,7 +155,10 @@ def test_there_are_no_cycles():
 
 def test_analyses_and_tables_do_not_name_torch():
     torch_free = [name for name in IMPORTS if name.startswith("analyses")]
-    torch_free += [f"flatlab.{name}" for name in [*TORCH_FREE, "flatness", "executors", "words", "mistakes"]]
+    torch_free += [
+        f"flatlab.{name}"
+        for name in [*TORCH_FREE, "flatness", "noise", "noisefigure", "rounding", "executors", "words", "mistakes"]
+    ]
     assert not {name for name in torch_free if any(re.match(r"torch\b|torchvision\b", i) for i in IMPORTS[name])}
 
 

@@ -13,25 +13,33 @@ from flatlab.seeds import generator
 Normalisation = Literal["none", "filter", "layer", "parameter"]
 
 
-def draw_ray(landscape: Landscape, seed: int, k: int, *, normalisation: Normalisation = "none") -> Tensor:
-    """Return direction k (P,): of length 1, or as long as w in each filter, layer or parameter.
+def draw_ray(
+    landscape: Landscape, seed: int, k: int, *, normalisation: Normalisation = "none", like: Tensor | None = None
+) -> Tensor:
+    """Return direction k (P,): of length 1, or as long as w (or a vector `like`) in each filter, layer or parameter.
 
     Drawn on the CPU in float32, whatever the model's device and dtype: all models of one architecture share rays.
+    With "none", a ray is as long as `like` on the whole, where that is given.
     """
     normal = torch.randn(landscape.num_params, generator=generator("sphere", seed, k))
     if normalisation != "none":
-        return scale_to_weights(normal, landscape, normalisation)
-    return landscape.as_point(normal.div_(_length(normal)))
+        return scale_to_weights(normal, landscape, normalisation, like)
+    ray = landscape.as_point(normal.div_(_length(normal)))
+    return ray if like is None else ray * float(_length(like))
 
 
-def scale_to_weights(vector: Tensor, landscape: Landscape, normalisation: Normalisation = "filter") -> Tensor:
+def scale_to_weights(
+    vector: Tensor, landscape: Landscape, normalisation: Normalisation = "filter", like: Tensor | None = None
+) -> Tensor:
     """Scale a direction (P,) to the weights (arXiv 1712.09913, section 4): by filter, by layer, or number by number.
 
     A filter is a slice along the first axis of a tensor of more than one axis, a layer is such a tensor; BatchNorm
     and biases are held still. "parameter" multiplies each entry by |w|, of whatever tensor (Kwon et al. 2021).
+    A vector `like` (P,) stands in for the weights, such as a perturbation whose random twins are sought.
     """
     scaled = landscape.as_point(vector).clone()
-    for z, w in zip(landscape.split(scaled), landscape.split(landscape.point), strict=True):
+    lengths = landscape.point if like is None else like
+    for z, w in zip(landscape.split(scaled), landscape.split(lengths), strict=True):
         if normalisation == "parameter":
             z.mul_(w.abs())
         elif w.ndim < 2:
