@@ -22,6 +22,7 @@ BASELINE = "ERM"
 ORDER = ("ERM", "QT-DoG")
 IMAGES, DIRECTIONS = 64, 48  # of each domain; beside each perturbation: a typical spread is known to 10 %
 LAYER_BITS = (4,)
+MOST = 5  # layers that are told one by one
 SUMMARY = "Rises (nats), seen domains, means over held-out domains and seeds; z: standard deviations above random "
 SUMMARY += "directions, 95 % intervals over seeds; * excludes 0"
 PANELS = {"train": "seen domains", "test": "unseen domain"}
@@ -87,6 +88,7 @@ def remarks(frame: pd.DataFrame) -> list[str]:
         verdicts = rows.groupby("verdict", sort=False)["perturbation"].agg(", ".join)
         told = "; ".join(f"{verdict} at {bits}" for verdict, bits in verdicts.items())
         said.append(f"{method!s}, {rounding.LOOKS[str(null)]}: the noise is {told} (bits; trained: its own quantizer).")
+    said += _layer_by_layer(found)
     each = frame[(frame["over"] == "directions") & (frame["quantity"] == "rise") & (frame["null"] == "channel")]
     each = each[(each["part"] == "all") & (each["perturbation"] != "trained")]
     less = tables.paired(each, BASELINE, ["panel", "perturbation"])
@@ -99,13 +101,28 @@ def remarks(frame: pd.DataFrame) -> list[str]:
     return said
 
 
+def _layer_by_layer(found: pd.DataFrame) -> list[str]:
+    """Say how far the loss rises where one layer alone is rounded, for those where it rises most."""
+    said = []
+    alone = found[(found["part"] != "all") & (found["panel"] == "train") & (found["null"] == "channel")]
+    for (method, bits), rows in alone.groupby(["method", "perturbation"], sort=False):
+        cells = rows.pivot(index=["part", "gamma"], columns="quantity", values="value").reset_index()
+        most = cells.sort_values("rise", ascending=False).head(MOST).to_dict("records")
+        told = [
+            f"{c['part']} γ {c['gamma']:.2f}, {c['rise']:+.4f} (random {c['random']:.4f}, z {c['z']:+.1f})"
+            for c in most
+        ]
+        said.append(f"{method!s}, one layer alone, {bits} (bits; trained: its own quantizer): {'; '.join(told)} nats.")
+    return said
+
+
 def caption(setting: Setting) -> str:
     """Say in a title and a line below which data, seeds and directions the picture shows."""
     chosen = probe(setting)
     return (
         f"What a bit width is worth as a radius: {setting.words}\n"
         f"Seen domains, {chosen.images} images of each; {chosen.num_samples} random directions beside each bit width. "
-        "Means over held-out domains,\nbars and bands: 95 % intervals over seeds. Grey: 95 % of random directions. "
+        "Means over held-out domains, bars and bands: 95 % intervals over seeds. Grey: 95 % of random directions. "
         "own: the run's own quantizer."
     )
 

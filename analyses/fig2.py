@@ -1,6 +1,6 @@
 """Figure 2: weights, quantization noise and its symmetry in one layer of a quantized network (QT-DoG, section 3.2).
 
-The layer is drawn by lot, as in the paper. The three lines are three ways to pool its noise: in steps of the channel,
+The layer is that of a weight drawn by lot. The three lines are three ways to pool its noise: in steps of the channel,
 raw, and for one step size in the whole layer; raw noise of channels with steps of their own is a mixture.
 """
 

@@ -1,5 +1,6 @@
 """`flatlab noise`: from measured runs to a table of quantization noise and a picture of its layers. Torch-free."""
 
+import textwrap
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -25,10 +26,12 @@ MODES = {  # what is pooled in one histogram
     "raw": "noise of the run, all channels pooled",
     "tensor": "noise of one step size for the layer",
 }
+LABELS = {"normalised": "each channel in its steps", "raw": "channels pooled", "tensor": "one step for the layer"}
 UNITS = {"normalised": "Noise $(w_q - w)/s$ (steps)", "raw": "Noise $w_q - w$", "tensor": "Noise $w_q - w$"}
 SHOWN = {"method": "", "layer": "", "mode": "", "count": ",d", "bins": "d", "kl": ".4g", "kl_null": ".4g"}
 SHOWN |= {"kl_corrected": ".4g", "kl_pvalue": ".3f", "ks_pvalue": ".3f", "clipped": ".2%", "bowley": "+.3f"}
 SHOWN |= {"departure_pvalue": ".3f"}
+WIDE = 112  # characters of a line below a picture
 MOST = 6  # layers of a picture, unless a pattern names more
 REJECTED = 0.05  # p-values below it
 TESTS = {"kl_pvalue": "KL", "ks_pvalue": "Kolmogorov-Smirnov", "departure_pvalue": "symmetry"}
@@ -87,7 +90,7 @@ def chosen_layers(frame: pd.DataFrame, pattern: str | None = None, most: int = M
 def draw(rows: pd.DataFrame, caption: str) -> Figure:
     """Draw weights, noise and symmetry, one line of panels for each row of the frame."""
     title, _, rest = caption.partition("\n")
-    with plots.style():
+    with plots.style(), plt.rc_context({"axes.titlesize": 7}):
         figure, grid = plt.subplots(
             len(rows), 3, figsize=(7.0, 1.0 + 1.75 * len(rows)), layout="constrained", squeeze=False
         )
@@ -95,12 +98,12 @@ def draw(rows: pd.DataFrame, caption: str) -> Figure:
             arrays, _ = files.load_arrays(Path(row["arrays"]))
             mode, index = row["mode"], f"{row['index']:03d}"
             _histogram(axes[0], arrays, f"weight-{index}", "C7")
-            axes[0].set(title=f"{row['layer']}", xlabel="Weight $w$", ylabel="Density")
+            axes[0].set(title=f"{row['layer']}\n{LABELS[mode]}", xlabel="Weight $w$", ylabel="Density")
             _histogram(axes[1], arrays, f"{mode}-{index}", "C0")
             _noise(axes[1], arrays[f"edges-{mode}-{index}"], row)
             _mirror(axes[2], arrays[f"lower-{mode}-{index}"], arrays[f"upper-{mode}-{index}"], row)
         plots.legend_above(figure, grid[0, 1], title)
-        figure.supxlabel(rest, fontsize=7, color="0.3")
+        figure.supxlabel(textwrap.fill(rest, WIDE), fontsize=7, color="0.3")
     return figure
 
 

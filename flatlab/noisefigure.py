@@ -27,7 +27,7 @@ class NoiseFigure:
 
     Attributes:
         number: in the paper.
-        layers: how many of a network's are drawn; one is chosen by the setting's seed, more are evenly spread.
+        layers: how many of a network's are drawn; one is that of a weight drawn by lot, more are evenly spread.
         modes: of pooling.
     """
 
@@ -56,9 +56,11 @@ class NoiseFigure:
         frame = noise.statistics(
             store, [(label, spec, PROBE) for label, spec in self.labelled(setting) if label == METHOD]
         )
-        layers = list(dict.fromkeys(frame["layer"]))
-        lot = derive("figure", self.number, setting.seed) % len(layers)
-        mine = [layers[lot]] if self.layers == 1 else noise.chosen_layers(frame, most=self.layers)
+        mine = (
+            [_by_lot(frame, derive("figure", self.number, setting.seed))]
+            if self.layers == 1
+            else noise.chosen_layers(frame, most=self.layers)
+        )
         shown = (frame["run"] == frame["run"].iloc[0]) & frame["layer"].isin(mine) & frame["mode"].isin(self.modes)
         return frame.assign(shown=shown)
 
@@ -94,13 +96,16 @@ class NoiseFigure:
 
     def caption(self, setting: Setting) -> str:
         """Say which data and run the picture shows, and what the paper printed."""
-        kls = ", ".join(f"{kl:g}" for kl in self.published)
-        counts = ", ".join(f"{null_count(kl, PROBE.bins):,.0f}" for kl in self.published)
+        kls, counts, shares = [], [], []
+        for kl in self.published:
+            kls.append(f"{kl:g}")
+            counts.append(f"{null_count(kl, PROBE.bins):,.0f}")
+            shares.append(f"{null_shares(kl, PROBE.bins).median():.0%}")
         return (
             f"Quantization noise at {setting.bits} bits: {setting.dataset}, {setting.model}, {METHOD}\n"
-            f"{setting.held_out[0]} held out, seed {setting.seed}. In brackets: 95 % of symmetric samples. "
-            f"Published, for layers of ResNet-50 not named: KL {kls};\n"
-            f"so much give uniform samples of N = {counts} in {PROBE.bins} bins."
+            f"{setting.held_out[0]} held out, seed {setting.seed}. In brackets: 95 % of symmetric samples. Published, "
+            f"for layers of ResNet-50 not named: KL {', '.join(kls)}; so much give uniform samples of N = "
+            f"{', '.join(counts)} in {PROBE.bins} bins, explaining {', '.join(shares)} in its median layer."
         )
 
     @staticmethod
@@ -109,18 +114,28 @@ class NoiseFigure:
         return noise.draw(frame[frame["shown"].astype(bool)], caption)
 
 
+def _by_lot(frame: pd.DataFrame, lot: int) -> str:
+    """Return the layer of one weight of the first run: large layers are drawn more often, as there are more of them."""
+    sizes = frame.drop_duplicates("layer").set_index("layer")["count"].cumsum()
+    return str(sizes.index[sizes > lot % int(sizes.iloc[-1])][0])
+
+
 def null_count(kl: float, bins: int) -> float:
     """Return how large a uniform sample is whose divergence is so large in the mean, (B - 1) / (2 KL)."""
     return (bins - 1) / (2 * kl)
 
 
+def null_shares(kl: float, bins: int) -> pd.Series:
+    """Return the share of a published divergence that the null explains in each convolution of ResNet-50."""
+    return ((bins - 1) / (2 * pd.Series(resnet50_convolutions())) / kl).clip(upper=1)
+
+
 def explained(kl: float, bins: int) -> str:
     """Say what share of a published divergence the estimator's bias explains in the layers of ResNet-50."""
-    sizes = pd.Series(resnet50_convolutions())
-    shares = ((bins - 1) / (2 * sizes) / kl).clip(upper=1)
+    shares = null_shares(kl, bins)
     return (
         f"Published KL {kl:g}, layer and bins not named: with {bins} bins a uniform sample of "
-        f"{null_count(kl, bins):,.0f} weights gives as much; {(shares == 1).sum()} of ResNet-50's {len(sizes)} "
+        f"{null_count(kl, bins):,.0f} weights gives as much; {(shares == 1).sum()} of ResNet-50's {len(shares)} "
         "convolutions are no larger, and the null explains all of it there; over all layers it explains "
         f"{shares.median():.0%} in the median ({shares.min():.0%} to {shares.max():.0%})."
     )

@@ -1,5 +1,6 @@
 """What a bit width is worth as a radius: from measured runs to a tidy table and its picture. Torch-free."""
 
+import textwrap
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from flatlab import files, plots, tables
 from flatlab.errors import UserError, choose
@@ -20,12 +22,14 @@ from flatlab.specs import RunSpec
 TITLE = "Rise of the loss by rounding (nats), beside random directions as long on the whole, or in each channel"
 NULLS = {"none": "isotropic", "layer": "isotropic", "filter": "channel"}
 LOOKS = {"isotropic": "random, same norm", "channel": "random, same norm in each channel"}
+OWN = "own"  # the run's own quantizer, on an axis of bits
 KEYS = ["panel", "method", "part", "perturbation", "null", "quantity"]
 COLUMNS = ["panel", "method", "held_out", "seed", "part", "perturbation", "null", "quantity"]
 COLUMNS += ["gamma", "share", "value", "stderr", "low", "high", "over"]
 SHOWN = {"method": "", "panel": "", "perturbation": "", "gamma": ".3g", "share": ".3f", "rise": ".4g"}
 SHOWN |= {"isotropic": ".4g", "isotropic z": "+.1f", "channel": ".4g", "channel z": "+.1f", "channel rank": ".2f"}
-LINEAR = 1e-3  # nats around zero that the axis of rises shows in proportion
+LINEAR, FLOOR = 1e-3, 2e-3  # nats around zero that the axis of rises shows in proportion; where it ends below
+WIDE = 112  # characters of a line below a picture
 RULED = 2.0  # standard deviations that 95 % of random directions stay within, about
 
 
@@ -110,8 +114,8 @@ def draw(rows: pd.DataFrame, caption: str, *, panel: str = "train") -> Figure:
             column[0].set_title(method)
         grid[0, 0].set_ylabel("Rise of the loss (nats)")
         grid[1, 0].set_ylabel("Rise of the noise, in standard\ndeviations from random (z)")
-        plots.legend_above(figure, grid[0, 0], title)
-        figure.supxlabel(rest, fontsize=7, color="0.3")
+        plots.legend_above(figure, grid[0, -1], title)
+        figure.supxlabel(textwrap.fill(rest, WIDE), fontsize=7, color="0.3")
     return figure
 
 
@@ -120,8 +124,8 @@ def _rise(ax: Axes, mine: pd.DataFrame) -> None:
     plots.curves(ax, random.assign(null=random["null"].map(LOOKS)), x="gamma", by="null", order=list(LOOKS.values()))
     own = mine[(mine["quantity"] == "rise") & (mine["null"] == "channel")]
     for name, marker, rows in (
-        ("rounding to nearest", "D", own[own["perturbation"] != "trained"]),
-        ("the run's own quantizer", "*", own[own["perturbation"] == "trained"]),
+        ("rounding", "D", own[own["perturbation"] != "trained"]),
+        ("own quantizer", "*", own[own["perturbation"] == "trained"]),
     ):
         if len(rows):
             bars = (rows["high"] - rows["value"]).to_numpy()
@@ -131,12 +135,16 @@ def _rise(ax: Axes, mine: pd.DataFrame) -> None:
         text = "" if name == "trained" else name
         ax.annotate(text, (gamma, value), xytext=(-5, 5), textcoords="offset points", fontsize=7, ha="right")
     ax.set_xscale("log")
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.xaxis.set_minor_formatter(NullFormatter())
     ax.set_yscale("symlog", linthresh=LINEAR)
+    ax.set_ylim(bottom=-FLOOR)
     ax.set_xlabel("Norm of the noise = radius γ (L2)")
 
 
 def _standing(ax: Axes, mine: pd.DataFrame) -> None:
-    z = mine[mine["quantity"] == "z"].sort_values("gamma", ascending=False)
+    z = mine[mine["quantity"] == "z"].sort_values("gamma")
     places = {name: place for place, name in enumerate(dict.fromkeys(z["perturbation"]))}
     for index, null in enumerate(LOOKS):
         rows = z[z["null"] == null]
@@ -146,7 +154,10 @@ def _standing(ax: Axes, mine: pd.DataFrame) -> None:
     ax.axhspan(-RULED, RULED, color="0.9", zorder=0)
     ax.axhline(0, color="0.5", linewidth=0.8)
     ax.set_yscale("symlog", linthresh=RULED)
-    ax.set_xticks(list(places.values()), ["own" if name == "trained" else name for name in places])
+    ax.set_yticks([-20, -10, -5, -2, 0, 2, 5, 10, 20])
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_formatter(NullFormatter())
+    ax.set_xticks(list(places.values()), [OWN if name == "trained" else name for name in places])
     ax.set_xlabel("Bits of a weight")
 
 

@@ -25,8 +25,6 @@ def fill(probe: Probe, run: Run, place: Place, report: Report | None) -> None:
     arrays: files.Arrays = {}
     facts: list[dict[str, Any]] = []
     for index, (name, layer) in enumerate(layers.items()):
-        weights = layer.weight.flatten().double().cpu().numpy()
-        arrays |= _histogram(f"weight-{index:03d}", weights, spec.bins)
         for mode, noise in _modes(name, layer, spec):
             arrays |= _histogram(f"{mode}-{index:03d}", noise.noise, spec.bins)
             arrays |= {
@@ -34,6 +32,7 @@ def fill(probe: Probe, run: Run, place: Place, report: Report | None) -> None:
                 f"upper-{mode}-{index:03d}": noise.symmetry.upper,
             }
             facts.append({"layer": name, "index": index, "mode": mode, "bits": layer.bits, **noise.statistics()})
+        arrays |= _histogram(f"weight-{index:03d}", layer.weight.flatten().double().cpu().numpy(), spec.bins)
         if report:
             report(index + 1, len(layers), {})
     files.save_arrays(probe.result, arrays, facts)
