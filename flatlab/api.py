@@ -14,19 +14,28 @@ from flatlab.metrics.density import SpectralDensity, spectral_density
 from flatlab.metrics.lanczos import Spectrum, hessian_spectrum
 from flatlab.metrics.noise import QuantizationNoise, quantization_noise
 from flatlab.metrics.operators import GGN, Fisher, Hessian
+from flatlab.metrics.sharpness import (
+    AverageSharpness,
+    WorstSharpness,
+    average_sharpness,
+    normalised_logits,
+    worst_sharpness,
+)
 from flatlab.metrics.sphere import SphereFlatness, sphere_flatness
 from flatlab.metrics.symmetry import Symmetry
 from flatlab.metrics.trace import Trace, hessian_trace
 from flatlab.metrics.typical import TypicalRise, typical_rise
 from flatlab.metrics.worst import WorstRise, worst_rise
-from flatlab.models import Network, build_network
+from flatlab.models import Ensemble, Network, build_network
 from flatlab.points import Evaluation
-from flatlab.probespecs import NoiseSpec, ProbeSpec, RadiusSpec
+from flatlab.probespecs import ProbeSpec, QuantNoiseSpec, RadiusSpec
 from flatlab.quant.attach import attach, bake
 from flatlab.quant.lsq import LSQ
 from flatlab.runs import Run, RunStore
 from flatlab.settings import PAPER, QUICK, SMOKE, Setting, setting
-from flatlab.specs import AverageSpec, Place, QuantSpec, RunSpec, StepSpec
+from flatlab.specs import AverageSpec, MixSpec, Place, QuantSpec, RunSpec, StepSpec
+from flatlab.stability import Stability
+from flatlab.stability import stability as accuracy_stability
 from flatlab.train.loop import train as train_runs
 
 __all__ = [
@@ -38,6 +47,11 @@ __all__ = [
     "compare_flatness",
     "worst_rise",
     "WorstRise",
+    "average_sharpness",
+    "AverageSharpness",
+    "worst_sharpness",
+    "WorstSharpness",
+    "normalised_logits",
     "paired_difference",
     "PairedDifference",
     # curvature
@@ -56,8 +70,12 @@ __all__ = [
     "Symmetry",
     "typical_rise",
     "TypicalRise",
+    # out of domain
+    "accuracy_stability",
+    "Stability",
     # networks and quantizers
     "Network",
+    "Ensemble",
     "build_network",
     "LSQ",
     "attach",
@@ -75,11 +93,12 @@ __all__ = [
     "setting",
     "RunSpec",
     "ProbeSpec",
-    "NoiseSpec",
+    "QuantNoiseSpec",
     "RadiusSpec",
     "QuantSpec",
     "StepSpec",
     "AverageSpec",
+    "MixSpec",
     "Place",
     # training and measuring runs
     "RunStore",

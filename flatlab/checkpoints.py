@@ -5,7 +5,8 @@ import torch.nn.functional as F
 from flatlab import build, files
 from flatlab.data.batches import evaluation_batches
 from flatlab.landscape import Landscape
-from flatlab.models import Network
+from flatlab.models import Ensemble, Network
+from flatlab.nests import Data
 from flatlab.probespecs import Probing
 from flatlab.quant.attach import bake
 from flatlab.runs import Run
@@ -18,7 +19,7 @@ def landscape(run: Run, spec: Probing, place: Place) -> Landscape:
     Strata are the domains. A quantized network is baked, so that all methods move in one space; or, for
     `space="latent"`, quantized anew at each point, its step sizes held still.
     """
-    batches = evaluated(run, spec, place)
+    batches = images(run, spec, place)
     loaded = network(run, spec.checkpoint, place)
     if spec.space == "baked":
         bake(loaded)
@@ -29,7 +30,7 @@ def landscape(run: Run, spec: Probing, place: Place) -> Landscape:
     return Landscape(loaded, batches, F.cross_entropy, params=spec.params)
 
 
-def evaluated(run: Run, spec: Probing, place: Place) -> dict[str, build.Batches]:
+def images(run: Run, spec: Probing, place: Place) -> dict[str, Data]:
     """Return the batches of each domain that a measurement looks at."""
     domains = build.domains(run.spec, place)
     run.check_data(domains.data.fingerprint)
@@ -41,12 +42,10 @@ def evaluated(run: Run, spec: Probing, place: Place) -> dict[str, build.Batches]
     }
 
 
-def network(run: Run, checkpoint: str, place: Place) -> Network:
+def network(run: Run, checkpoint: str, place: Place) -> Network | Ensemble:
     """Return a run's network at a checkpoint, in eval mode, its quantizer attached where it has one."""
     domains = build.domains(run.spec, place)
-    start = run.spec.replace(weights="none")  # the checkpoint holds all weights
-    built = build.network(start, domains.data, place)
-    build.quantize(built, run.spec)
+    built = build.finished(run.spec, domains.data, place)
     arrays, _ = files.load_arrays(run.checkpoint(checkpoint))
     build.load(built, arrays)
     return built.eval()

@@ -9,11 +9,14 @@ from typing import Annotated, Any
 
 import typer
 
+from flatlab import errands
+from flatlab.hessian import hessian
 from flatlab.jsontext import strict_json
-from flatlab.mistakes import say, spoken
+from flatlab.mistakes import spoken
+from flatlab.noise import noise
 from flatlab.options import Choices, takes
 from flatlab.upkeep import data_app, runs_app
-from flatlab.words import DATA, RUNNING, TRAINING
+from flatlab.words import DATA, PARTS, RUNNING, TRAINING
 
 HELP = """How flat is this minimum, is that one flatter, and does it matter out of domain?
 
@@ -43,18 +46,19 @@ def _version(*, version: Annotated[bool, typer.Option("--version", help="Print t
 
 
 @app.command(epilog="Example: `flatlab reproduce fig3 --seeds 2 --dry-run`")
-@takes(*DATA, *TRAINING, *RUNNING, "out")
+@takes(*DATA, *TRAINING, "controls", *RUNNING, "out")
 def reproduce(chosen: Choices, name: Annotated[str, typer.Argument(help="fig3, ... (`flatlab list`).")]) -> None:
     """Redo a figure or table of the paper: train and measure what is missing, tabulate, draw."""
     from flatlab import display, reproduce
 
     setting, store, place = chosen.setting(), chosen.runs(), chosen.place()
     module = reproduce.analysis(name)
+    chosen.refuse_controls(name, has_some=hasattr(module, "CONTROLS"))
     todo = reproduce.missing(module, setting, store, place)
     if chosen.dry_run:
-        _price(chosen, todo, setting.model)
+        errands.price(chosen, todo, setting)
         return
-    _carry_out(chosen, todo)
+    errands.carry_out(chosen, todo)
     done = reproduce.write(module, setting, store, out=chosen.out, redo=shlex.join(["flatlab", *sys.argv[1:]]))
     if chosen.json:
         written = [str(path) for path in done.written]
@@ -66,14 +70,14 @@ def reproduce(chosen: Choices, name: Annotated[str, typer.Argument(help="fig3, .
     )
     for remark in done.remarks:
         display.out.print(remark, soft_wrap=True)
-    _tell_written(done.written)
+    errands.tell_written(done.written)
 
 
 @app.command(
     epilog="Examples: `flatlab train --method qt-dog --held-out rot45`, "
     "`flatlab train --method sam --average swad --quantizer lsq --bits 4 --held-out 0`"
 )
-@takes(*DATA, "method", "objective", "step", "average", "quantizer", *TRAINING, *RUNNING, "tensorboard", seeds=1)
+@takes(*DATA, "method", *PARTS, *TRAINING, *RUNNING, "tensorboard", seeds=1)
 def train(chosen: Choices) -> None:
     """Train a method, or any composition of parts, with each domain held out in turn or one of them."""
     from flatlab import jobs, methods, tables
@@ -81,22 +85,22 @@ def train(chosen: Choices) -> None:
 
     setting, store = chosen.setting(), chosen.runs()
     label, parts = methods.method(chosen.method)
-    changes = {part: chosen.given[part] for part in methods.PARTS if chosen.given[part] is not None}
+    changes = {part: chosen.given[part] for part in PARTS if chosen.given[part] is not None}
     parts = methods.vary(parts, changes)
-    chosen.refuse_idle(quantized=parts.quantizer != "none", frozen=parts.frozen, average=parts.average)
+    chosen.refuse_idle(parts)
     wanted = methods.replicates(parts, setting)
     label += "".join(f", {part} {value}" for part, value in changes.items())
     todo = jobs.missing(store, wanted, [], sizes=catalog.sizes(setting.dataset, chosen.folder()))
     if chosen.dry_run:
-        _price(chosen, todo, setting.model)
+        errands.price(chosen, todo, setting)
         return
     if chosen.tensorboard:
         from flatlab import tensorboard
 
         tensorboard.needed()  # said before hours of training, not after
-    _carry_out(chosen, todo)
+    errands.carry_out(chosen, todo)
     if chosen.tensorboard:
-        _tell_written([tensorboard.write(store.run(spec), chosen.tensorboard) for spec in wanted])
+        errands.tell_written([tensorboard.write(store.run(spec), chosen.tensorboard) for spec in wanted])
     table = tables.accuracies(store, [(label, spec) for spec in wanted])
     chosen.answer(table, "Accuracy on source validation and target, by selection rule", ACCURACIES)
 
@@ -131,41 +135,58 @@ def flatness(
     direction_seed: Annotated[int, typer.Option(help="Of the directions.")] = 0,
 ) -> None:  # the options of a measurement are its own, hence so many
     """Measure how fast the loss rises around trained runs: F on spheres (QT-DoG Eq. 5), with intervals."""
-    from flatlab.flatness import SHOWN, chart, finished, panel_of, probe_of
+    from flatlab import jobs, reproduce
+    from flatlab.data import catalog
+    from flatlab.flatness import SHOWN, chart, finished, panel_of, probe_of, said
 
-    panel, found = panel_of(split), finished(chosen.runs(), runs)
+    store, panel = chosen.runs(), panel_of(split)
+    found = finished(store, runs)
+    place, dataset = reproduce.place_of(found, chosen.place())
     fields: dict[str, Any] = {"space": space, "checkpoint": checkpoint, "params": params, "images": images}
     fields |= {"rel_error": rel_error, "abs_error": abs_error, "budget": budget, "block_size": block_size}
-    fields["seed"] = direction_seed
-    probe = probe_of(radii, found[0].spec.dataset, num_samples=samples, normalisation=normalisation, **fields)
-    if not _measured(chosen, found, probe):
+    fields |= {"seed": direction_seed, "num_samples": samples, "normalisation": normalisation}
+    probe = probe_of(radii, dataset, **fields)
+    sizes = catalog.sizes(dataset, Path(place.data_dir) if place.data_dir else None)
+    todo = jobs.missing(store, [], [(run.spec, probe) for run in found], sizes=sizes)
+    if chosen.dry_run:
+        errands.foresee(chosen, todo, place) if samples is block_size is None else errands.price(
+            chosen, todo, found[0].spec
+        )
         return
-    table, written = chart(chosen.runs(), found, probe, panel=panel, out=chosen.out)
+    errands.carry_out(chosen, todo, place)
+    table, written = chart(store, found, probe, panel=panel, out=chosen.out)
     shown = table if chosen.json else table[list(SHOWN)]
     chosen.answer(shown, f"Flatness on the {split} domains (nats), 95 % intervals over directions", SHOWN)
-    _tell_written(written)
+    errands.tell_written(written, said(found, probe, panel=panel))
 
 
-@app.command(epilog="Examples: `flatlab noise 3f2a`, `flatlab noise 3f2a 77c1 --radius --samples 50`")
-@takes("data_dir", *RUNNING, "out")
-def noise(
+app.command(epilog="Examples: `flatlab noise 3f2a`, `flatlab noise 3f2a 77c1 --radius --samples 50`")(
+    takes("data_dir", *RUNNING, "out")(noise)
+)
+app.command(epilog="Example: `flatlab hessian 3f2a --split source --split target -k 5 --images 200`")(
+    takes("data_dir", *RUNNING, "out")(hessian)
+)
+
+
+@app.command(epilog="Example: `flatlab stability 3f2a 77c1 --since 120`")
+@takes("store", "out", "json", "debug")
+def stability(
     chosen: Choices,
     runs: Annotated[list[str], typer.Argument(help="Digests of runs, or their beginnings (`flatlab runs list`).")],
-    radius: Annotated[bool, typer.Option("--radius", help="What 8 to 2 bits do to the loss, of any run.")] = False,
-    layers: Annotated[str | None, typer.Option(help="Only layers that match, as 'features.0*' (some, or all).")] = None,
-    checkpoint: Annotated[str, typer.Option(help="selected (by source validation) or last.")] = "selected",
-    samples: Annotated[int | None, typer.Option(help="Random directions a bit width (100), with --radius.")] = None,
-    images: Annotated[int | None, typer.Option(help="At most so many of each domain (all), with --radius.")] = None,
+    since: Annotated[
+        int | None, typer.Option(help="The first step that counts (the latest switch of the runs).")
+    ] = None,
 ) -> None:
-    """Is quantization noise uniform and symmetric (QT-DoG Figs. 2, 8), is it a typical direction (--radius)?"""
-    from flatlab import flatness, noise, rounding
+    """Say how steady runs' out-of-domain accuracy is, whether validation follows it, and what selecting costs."""
+    from flatlab.flatness import finished
+    from flatlab.stability import SHOWN, chart, switch_of
 
-    room, found = rounding if radius else noise, flatness.finished(chosen.runs(), runs)
-    probe = room.probe_of(found, layers=layers, checkpoint=checkpoint, samples=samples, images=images)
-    if _measured(chosen, found, probe):
-        table, written = room.chart(chosen.runs(), found, probe, layers=layers, out=chosen.out)
-        chosen.answer(table if chosen.json else table[list(room.SHOWN)], room.TITLE, room.SHOWN)
-        _tell_written(written)
+    store = chosen.runs()
+    found = finished(store, runs)
+    first = switch_of([run.spec for run in found]) if since is None else since
+    table, written = chart(store, found, since=first, out=chosen.out)
+    chosen.answer(table, f"Stability of the out-of-domain accuracy from step {first} on (shares of 1)", SHOWN)
+    errands.tell_written(written)
 
 
 @app.command(
@@ -194,7 +215,9 @@ def methods(chosen: Choices) -> None:
     from flatlab.methods import METHODS
 
     rows = [{"method": name, **dataclasses.asdict(parts)} for name, parts in METHODS.items()]
-    chosen.answer(pd.DataFrame(rows), "Methods; any other composition: --objective --step --average --quantizer")
+    chosen.answer(
+        pd.DataFrame(rows), "Methods; any other composition: --objective --mixing --step --average --quantizer"
+    )
 
 
 @app.command("list", epilog="Example: `flatlab list --setting smoke`")
@@ -222,60 +245,6 @@ def doctor(chosen: Choices) -> None:
 
     facts = diagnose(chosen.place())
     chosen.answer_facts(facts, "\n".join(f"{name}: {value}" for name, value in facts.items()))
-
-
-def _measured(chosen: Choices, found: Sequence[Any], probe: Any) -> bool:
-    from flatlab import jobs, reproduce
-    from flatlab.data import catalog
-
-    place, dataset = reproduce.place_of(list(found), chosen.place())
-    sizes = catalog.sizes(dataset, Path(place.data_dir) if place.data_dir else None)
-    todo = jobs.missing(chosen.runs(), [], [(run.spec, probe) for run in found], sizes=sizes)
-    if chosen.dry_run:
-        _price(chosen, todo, found[0].spec.model)
-    else:
-        _carry_out(chosen, todo, place)
-    return not chosen.dry_run
-
-
-def _carry_out(chosen: Choices, todo: Sequence[Any], place: Any = None) -> None:
-    from flatlab import display, reproduce
-
-    place = place or chosen.place()
-    _decode({(spec.dataset, spec.image_size) for job in todo for spec in job.runs}, place)
-    with display.board(todo) as hear:
-        processes = chosen.processes(len(todo))
-        reproduce.carry_out(list(todo), chosen.runs(), place, workers=processes, hear=hear)
-
-
-def _decode(wanted: set[tuple[str, int]], place: Any) -> None:
-    """Bring images into the cache where they are not, before workers start: here it is one bar, and one mistake."""
-    from flatlab import display
-    from flatlab.data import cache, catalog
-
-    folder, kept = (Path(each) if each else None for each in (place.data_dir, place.cache))
-    for dataset, size in sorted(wanted):
-        facts = catalog.facts(dataset)
-        if facts is None or facts.folder:
-            with display.counter(f"{dataset}: decoding images, once") as report:
-                cache.prepare(dataset, data_dir=folder, image_size=size, cache=kept, report=report)
-
-
-def _price(chosen: Choices, todo: list[Any], model: str) -> None:
-    """Say jobs, passes and estimated time; nothing is begun."""
-    from flatlab import display, jobs
-
-    seconds, source = jobs.seconds_per_pass(chosen.runs(), model)
-    workers = chosen.processes(len(todo))
-    if not chosen.json:
-        display.plan(todo, seconds, source, workers=workers)
-        return
-    rows = [{"name": job.name, "passes": job.passes, "core_seconds": job.passes * seconds} for job in todo]
-    typer.echo(strict_json({"jobs": rows, "seconds_per_pass": seconds, "source": source, "workers": workers}))
-
-
-def _tell_written(paths: Sequence[Path]) -> None:
-    say(f"Written: {', '.join(map(str, paths))}", mark="")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

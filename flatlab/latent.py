@@ -1,14 +1,13 @@
 """The weights that a quantizer sees: latent ones in full precision, and what they are rounded to."""
 
-from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flatlab.checkpoints import network
-from flatlab.models import Network
-from flatlab.quant.attach import attach, bake, quantized_layers
+from flatlab.quant.attach import bake, layers, quantized_layers, tensor_of
+from flatlab.quant.codebook import check_finite
 from flatlab.quant.lsq import LSQ
 from flatlab.runs import Run
 from flatlab.specs import Place, RunSpec
@@ -32,7 +31,7 @@ class Layer:
 
 
 def trained_layers(run: Run, checkpoint: str, place: Place) -> dict[str, Layer]:
-    """Return each weight that a run has quantized, by its layer's name; none where it has no quantizer.
+    """Return each weight that a run has quantized, by its name; none where it has no quantizer.
 
     Args:
         run: finished.
@@ -42,11 +41,11 @@ def trained_layers(run: Run, checkpoint: str, place: Place) -> dict[str, Layer]:
     return _layers(network(run, checkpoint, place), run.spec)
 
 
-def _layers(loaded: Network, spec: RunSpec) -> dict[str, Layer]:
+def _layers(loaded: nn.Module, spec: RunSpec) -> dict[str, Layer]:
     bits = spec.quantizer.bits if spec.quantizer else 0
     return {
-        name: _layer(layer.get_parameter("parametrizations.weight.original"), layer.weight, quantizer.scale, bits)
-        for name, (layer, quantizer) in quantized_layers(loaded).items()
+        f"{name}.{tensor_of(each.layer)}": _layer(each.latent, each.weight, each.quantizer.scale, bits)
+        for name, each in quantized_layers(loaded).items()
     }
 
 
@@ -63,12 +62,13 @@ def rounded(weight: Tensor, bits: int, *, granularity: str, name: str) -> Layer:
         granularity: "channel" or "tensor".
         name: what an error calls it.
     """
-    quantizer = LSQ(weight, bits=bits, granularity=granularity, name=name).to(weight.device)
+    check_finite(weight, name)
+    quantizer = LSQ(weight, bits=bits, granularity=granularity).to(weight.device)
     return _layer(weight, quantizer(weight), quantizer.scale, bits)
 
 
-def latent_network(run: Run, checkpoint: str, place: Place) -> tuple[Network, dict[str, Layer]]:
-    """Return a run's network with its latent weights, as a plain one, and what its quantizer makes of them.
+def latent_network(run: Run, checkpoint: str, place: Place) -> tuple[nn.Module, dict[str, Layer]]:
+    """Return a run's network with its latent weights, as a plain one, and what its quantizer makes of them, by name.
 
     Of a run without a quantizer that is its network, and no layer.
 
@@ -78,14 +78,14 @@ def latent_network(run: Run, checkpoint: str, place: Place) -> tuple[Network, di
         place: device and data.
     """
     loaded = network(run, checkpoint, place)
-    layers = _layers(loaded, run.spec)
+    found = _layers(loaded, run.spec)
     bake(loaded)
     with torch.no_grad():
-        for name, layer in layers.items():
-            loaded.get_parameter(f"{name}.weight").copy_(layer.weight)
-    return loaded, layers
+        for name, layer in found.items():
+            loaded.get_parameter(name).copy_(layer.weight)
+    return loaded, found
 
 
-def quantizable(loaded: Network) -> list[str]:
-    """Return the names of the layers that a quantizer would be attached to; refuses a network that has none."""
-    return attach(deepcopy(loaded))
+def quantizable(loaded: nn.Module) -> list[str]:
+    """Return the names of the weights that a quantizer would be attached to; refuses a network that has none."""
+    return [f"{name}.{tensor_of(layer)}" for name, layer in layers(loaded).items()]

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import pandas as pd
 from matplotlib.figure import Figure
 
-from flatlab import noise, tables
+from flatlab import tables, uniformity
 from flatlab.methods import METHODS, replicates
-from flatlab.probespecs import NoiseSpec
+from flatlab.probespecs import QuantNoiseSpec
 from flatlab.resources import published
 from flatlab.runs import RunStore
 from flatlab.seeds import derive
@@ -15,7 +15,7 @@ from flatlab.settings import Setting
 from flatlab.specs import RunSpec
 
 BASELINE, METHOD = "ERM", "QT-DoG"
-PROBE = NoiseSpec()
+PROBE = QuantNoiseSpec()
 SUMMARY = "KL to the uniform (nats); corrected: less a uniform sample's, 95 % intervals over seeds; * excludes 0; "
 SUMMARY += "refused: share of runs in which the test refuses at 5 %"
 STAGES = ((64, 3), (128, 4), (256, 6), (512, 3))  # of ResNet-50: width and blocks
@@ -46,20 +46,20 @@ class NoiseFigure:
         """Return each run with its method's name: the quantized ones, and their baseline for the accuracies."""
         return [(name, spec) for name in (BASELINE, METHOD) for spec in replicates(METHODS[name], setting)]
 
-    def plan(self, setting: Setting) -> tuple[list[RunSpec], list[tuple[RunSpec, NoiseSpec]]]:
+    def plan(self, setting: Setting) -> tuple[list[RunSpec], list[tuple[RunSpec, QuantNoiseSpec]]]:
         """Return the runs and the measurements that the figure needs."""
         every = self.labelled(setting)
         return [spec for _, spec in every], [(spec, PROBE) for label, spec in every if label == METHOD]
 
     def table(self, store: RunStore, setting: Setting) -> pd.DataFrame:
         """Return a row for each layer and mode of each run; `shown` marks those that are drawn."""
-        frame = noise.statistics(
+        frame = uniformity.statistics(
             store, [(label, spec, PROBE) for label, spec in self.labelled(setting) if label == METHOD]
         )
         mine = (
             [_by_lot(frame, derive("figure", self.number, setting.seed))]
             if self.layers == 1
-            else noise.chosen_layers(frame, most=self.layers)
+            else uniformity.chosen_layers(frame, most=self.layers)
         )
         shown = (frame["run"] == frame["run"].iloc[0]) & frame["layer"].isin(mine) & frame["mode"].isin(self.modes)
         return frame.assign(shown=shown)
@@ -67,7 +67,7 @@ class NoiseFigure:
     @staticmethod
     def findings(frame: pd.DataFrame) -> pd.DataFrame:
         """Return the divergences of each layer and mode over seeds, and how often a test refuses the uniform."""
-        return noise.findings(frame)
+        return uniformity.findings(frame)
 
     @staticmethod
     def summary(findings: pd.DataFrame) -> pd.DataFrame:
@@ -77,20 +77,20 @@ class NoiseFigure:
         table = findings.assign(corrected=told, count=findings["count"].round().astype(int)).rename(columns=names)
         for name in ("KL (nats)", "uniform sample"):
             table[name] = table[name].map("{:.4f}".format)
-        for test in noise.TESTS.values():
+        for test in uniformity.TESTS.values():
             table[f"{test} refused"] = table[test].map("{:.0%}".format)
         columns = ["mode", "layer", "N", "KL (nats)", "uniform sample", "corrected"]
-        return table[[*columns, *(f"{test} refused" for test in noise.TESTS.values())]]
+        return table[[*columns, *(f"{test} refused" for test in uniformity.TESTS.values())]]
 
     def remarks(self, frame: pd.DataFrame) -> list[str]:
         """Say how often the noise is told from a uniform one, and what of the published numbers is the estimator's."""
         said = []
         for mode, rows in frame.groupby("mode", sort=False):
-            refused = [f"{what} {(rows[name] < noise.REJECTED).sum()}" for name, what in noise.TESTS.items()]
+            refused = [f"{what} {(rows[name] < uniformity.REJECTED).sum()}" for name, what in uniformity.TESTS.items()]
             said.append(
-                f"{noise.MODES[str(mode)].capitalize()}: of {len(rows)} layers and runs, refused at 5 % by "
-                f"{', '.join(refused)} ({noise.REJECTED * len(rows):.0f} would be chance); a uniform sample explains "
-                f"{rows['explained'].median():.0%} of the KL in the median; {rows['clipped'].mean():.2%} clipped."
+                f"{uniformity.MODES[str(mode)].capitalize()}: of {len(rows)} layers and runs, refused at 5 % by "
+                f"{', '.join(refused)} ({uniformity.REJECTED * len(rows):.0f} would be chance); a uniform sample "
+                f"explains {rows['explained'].median():.0%} of the KL in the median; {rows['clipped'].mean():.2%} clipped."
             )
         return [*said, *(explained(kl, int(frame["bins"].iloc[0])) for kl in self.published)]
 
@@ -111,7 +111,7 @@ class NoiseFigure:
     @staticmethod
     def draw(frame: pd.DataFrame, caption: str) -> Figure:
         """Draw the layers that are marked."""
-        return noise.draw(frame[frame["shown"].astype(bool)], caption)
+        return uniformity.draw(frame[frame["shown"].astype(bool)], caption)
 
 
 def _by_lot(frame: pd.DataFrame, lot: int) -> str:

@@ -71,7 +71,8 @@ def save(figure: Figure, stem: Path) -> list[Path]:
     """Write `<stem>.pdf` and `<stem>.png`; the PDF carries no date, so that equal figures are equal files."""
     stem.parent.mkdir(parents=True, exist_ok=True)
     paths = [stem.with_suffix(suffix) for suffix in (".pdf", ".png")]
-    for path in paths:
-        figure.savefig(path, metadata={"CreationDate": None} if path.suffix == ".pdf" else None)
+    with style():  # resolution and fonts are chosen on writing
+        for path in paths:
+            figure.savefig(path, metadata={"CreationDate": None} if path.suffix == ".pdf" else None)
     plt.close(figure)
     return paths

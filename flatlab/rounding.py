@@ -174,7 +174,7 @@ def probe_of(
         images: of each domain.
     """
     fields = {"checkpoint": choose("checkpoint", checkpoint, ("selected", "last")), "images": images}
-    fields |= {"params": f"{layers.removesuffix('.weight')}.weight"} if layers else {}
+    fields |= {"params": layers} if layers else {}
     return RadiusSpec.make(**fields, **({} if samples is None else {"num_samples": samples}))
 
 

@@ -40,12 +40,14 @@ class Setting(Spec):
     seed: int = Field(0, ge=0)
     trial_seed: int = Field(0, ge=0)
     seeds: int = Field(3, ge=1)
+    members: int | None = Field(None, ge=1)  # of an ensemble; None: as many as the method has
     radii: tuple[float, ...]
     filter_radii: tuple[float, ...]
     num_samples: int | None = Field(100, ge=2)  # directions, each on all images; None: as many as `rel_error` needs
     rel_error: float = 0.02
     block_size: int | None = None  # images that a direction sees, where no `num_samples` are asked for
     images: int | None = None  # of each domain, for measurements
+    controls: bool = False  # beside what the paper shows: runs that part quantizing from freezing
 
     @property
     def effort(self) -> str:
@@ -61,6 +63,11 @@ class Setting(Spec):
     def switch_step(self) -> int:
         """The step at which quantization or freezing sets in."""
         return round(0.4 * self.steps) if self.switch is None else self.switch
+
+    @property
+    def inq_every(self) -> int:
+        """INQ's steps between stages, such that its four end where 15 % are left (750 of 5,000; methods.md 3.1)."""
+        return max(1, min(round(0.15 * self.steps), (self.steps - self.switch_step) // 3))
 
     @property
     def swa_start(self) -> int:
@@ -79,6 +86,7 @@ SMOKE = Setting(
     sma_start=2,
     refresh_batches=2,
     seeds=2,
+    members=2,
     radii=(0.0, 1.0, 2.0),
     filter_radii=(0.0, 0.2, 0.4),
     num_samples=3,
@@ -96,6 +104,7 @@ QUICK = Setting(
     sma_start=10,
     refresh_batches=50,
     seeds=3,
+    members=5,  # of each ensemble alike, so that none wins by numbers
     radii=(0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0),  # F reaches about 1 nat
     filter_radii=(0.0, 0.1, 0.2, 0.3, 0.4, 0.5),
     num_samples=None,

@@ -94,6 +94,10 @@ def _do(job: Job, store: RunStore, place: Place, emit: Emit) -> None:
         for probe in job.probes:
             measure(store.run(job.runs[0]), probe, place, report=report)
             report.part += 1
+    elif job.runs[0].members:
+        from flatlab.train.ensembles import join
+
+        join(job.runs[0], store, place)
     else:
         from flatlab.train.loop import train
 
@@ -108,7 +112,7 @@ class _Reporter:
         self.name, self.emit, self.parts, self.part = name, emit, parts, 0
         self.told = 0.0
 
-    def __call__(self, made: int, of: int, shown: dict[str, float]) -> None:
+    def __call__(self, made: int, of: int, shown: dict[str, Any]) -> None:
         """Report a part's progress, and numbers to show beside it."""
         if time.monotonic() - self.told > EVENT_SECONDS:
             self.told = time.monotonic()

@@ -28,21 +28,26 @@ MAY_IMPORT = {
     "resources": "",
     "seeds": "",
     "selection": "",
-    "specs": "errors",
+    "record": "errors",
     # what is asked for, without torch
+    "quantspecs": "record",
+    "specs": "record quantspecs errors",
     "probespecs": "specs errors",
     "settings": "specs errors",
-    "methods": "settings specs errors",
+    "methods": "settings specs quantspecs errors",
     "files": "errors jsontext",
     "entries": "specs files errors",
     "runs": "entries probespecs specs files errors jsontext",
+    "metrics.blur": "",
     "tables": "runs probespecs specs selection files metrics.rounds metrics.results errors",
-    "jobs": "entries runs probespecs specs",
+    "jobs": "entries runs probespecs specs quantspecs",
     "executors": "jobs",
     "reproduce": "tables executors jobs runs settings specs plots files machine data.catalog errors",
-    "flatness": "tables plots runs settings probespecs specs files errors",
-    "noisefigure": "noise tables methods settings probespecs runs specs resources seeds",
-    "noise": "tables plots runs probespecs specs files metrics.results errors",
+    "flatness": "tables plots runs settings probespecs files metrics.sentences metrics.results metrics.rounds errors",
+    "stability": "tables plots selection runs specs files errors",
+    "spectra": "plots runs probespecs specs files metrics.blur metrics.results errors",
+    "noisefigure": "uniformity tables methods settings probespecs runs specs resources seeds",
+    "uniformity": "tables plots runs probespecs specs files metrics.results errors",
     "rounding": "tables plots runs probespecs specs files metrics.results errors",
     "tensorboard": "runs errors",
     "work": "jobs runs specs errors measure train",  # the last two inside functions: workers alone load torch
@@ -52,24 +57,28 @@ MAY_IMPORT = {
     "models": "seeds errors",
     "quant": "errors",
     "nests": "errors",
+    "memory": "nests",
     "blocks": "nests errors",
     "losses": "nests errors",
     "probes": "nests errors",
     "points": "blocks",
-    "landscape": "blocks losses nests params probes seeds errors points",
-    "metrics": "blocks losses landscape params seeds errors points",
+    "derivatives": "errors",
+    "landscape": "blocks derivatives losses memory nests params probes seeds errors points",
+    "metrics": "blocks derivatives losses nests landscape params seeds errors points",
     # from specs to things, to runs, to measurements: `train` and `measure` meet on disk
-    "build": "specs data models quant files errors",
-    "train": "build runs data models quant.attach selection settings specs files machine errors",
-    "checkpoints": "build runs data landscape models quant.attach probespecs specs files",
+    "build": "specs quantspecs data models quant files errors",
+    "train": "build memory runs data models quant selection settings specs quantspecs files machine seeds errors",
+    "checkpoints": "build runs data landscape models nests quant.attach probespecs specs files",
     "latent": "checkpoints models quant runs specs errors",
     "shelf": "runs files metrics.results metrics.sampling",
-    "measures": "checkpoints latent shelf landscape params runs metrics probespecs specs files errors",
+    "measures": "checkpoints latent shelf runs landscape metrics params quant.attach seeds probespecs specs files"
+    " errors",
     "measure": "build runs probespecs specs machine errors",  # and, by name, the module of a metric in measures/
     # the paper
-    "analyses": "noisefigure rounding probespecs specs settings methods tables plots runs resources",
+    "analyses": "noisefigure rounding probespecs specs settings methods tables stability spectra plots runs resources",
 }
-OPEN = ("api", "cli", "upkeep", "options", "words", "mistakes", "display", "doctor", "__main__", "__init__")
+OPEN = ("api", "cli", "upkeep", "options", "words", "mistakes", "display", "doctor", "errands", "hessian", "noise")
+OPEN += ("__main__", "__init__")
 TORCH_FREE = [
     "specs",
     "probespecs",
@@ -144,7 +153,7 @@ def test_each_row_is_of_a_room_that_there_is():
 def test_nothing_inside_imports_the_doorways():
     importers = {name for name, found in OURS.items() if found & {"flatlab.api", "flatlab.cli"}}
     assert importers <= {"flatlab.__main__"}
-    words = {f"flatlab.{each}" for each in ("upkeep", "options", "words", "mistakes", "display", "doctor")}
+    words = {f"flatlab.{each}" for each in OPEN if each not in ("api", "cli", "__main__", "__init__")}
     assert {name for name, found in OURS.items() if found & words} <= words | {"flatlab.cli"}
 
 
@@ -157,7 +166,17 @@ def test_analyses_and_tables_do_not_name_torch():
     torch_free = [name for name in IMPORTS if name.startswith("analyses")]
     torch_free += [
         f"flatlab.{name}"
-        for name in [*TORCH_FREE, "flatness", "noise", "noisefigure", "rounding", "executors", "words", "mistakes"]
+        for name in [
+            *TORCH_FREE,
+            "flatness",
+            "executors",
+            "spectra",
+            "uniformity",
+            "noisefigure",
+            "rounding",
+            "words",
+            "mistakes",
+        ]
     ]
     assert not {name for name in torch_free if any(re.match(r"torch\b|torchvision\b", i) for i in IMPORTS[name])}
 

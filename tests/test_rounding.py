@@ -11,14 +11,14 @@ import torch
 from stores import ERM, PLACE, QT, content, copied, refuses
 from torch import nn
 
-from flatlab import checkpoints, files, latent, noise, quantization_noise, rounding
+from flatlab import checkpoints, files, latent, quantization_noise, rounding, uniformity
 from flatlab.measure import measure
 from flatlab.measures import noise as measured_noise
 from flatlab.metrics import sampling
 from flatlab.models import Network
-from flatlab.probespecs import NoiseSpec, RadiusSpec
+from flatlab.probespecs import QuantNoiseSpec, RadiusSpec
 
-NOISE = NoiseSpec(bins=20)
+NOISE = QuantNoiseSpec(bins=20)
 RADIUS = RadiusSpec(bits=(4, 2), layer_bits=(3,), num_samples=9, images=8)  # two units for each perturbation
 
 
@@ -41,9 +41,8 @@ def facts(store, spec, probe):
 def test_noise_is_that_of_the_checkpoint(store):
     arrays, rows = facts(store, QT, NOISE)
     layers = latent.trained_layers(store.run(QT), "selected", PLACE)
-    assert [row["layer"] for row in rows[::3]] == list(layers) and [row["mode"] for row in rows[:3]] == list(
-        noise.MODES
-    )
+    assert [row["layer"] for row in rows[::3]] == list(layers)
+    assert [row["mode"] for row in rows[:3]] == list(uniformity.MODES)
     for index, layer in enumerate(layers.values()):
         assert torch.equal(layer.quantized, (layer.quantized / layer.step).round() * layer.step)
         raw, own = (
@@ -67,10 +66,10 @@ def test_a_run_that_is_not_quantized_is_refused(store, capsys):
 def test_a_layer_without_noise_is_named(store, monkeypatch, tmp_path):
     layer = next(iter(latent.trained_layers(store.run(QT), "selected", PLACE).values()))
     zeros, broken = (latent.Layer(layer.weight * x, layer.quantized * x, layer.step, 7) for x in (0, float("nan")))
-    for case, words in ((zeros, "Layer features.0: The weight holds only zeros"), (broken, "not finite")):
-        monkeypatch.setattr(measured_noise, "trained_layers", lambda *_, case=case: {"features.0": case})
+    for case, words in ((zeros, "Layer features.0.weight: The weight holds only zeros"), (broken, "not finite")):
+        monkeypatch.setattr(measured_noise, "trained_layers", lambda *_, case=case: {"features.0.weight": case})
         run = copied(store, tmp_path / words).run(QT)
-        refuses(partial(measure, run, NoiseSpec(seed=1), PLACE), "features.0", words)
+        refuses(partial(measure, run, QuantNoiseSpec(seed=1), PLACE), "features.0", words)
 
 
 # --- rounding ------------------------------------------------------------------------------------------------------
@@ -81,8 +80,8 @@ def test_the_trained_noise_leads_from_the_latent_to_the_baked_loss(store):
     plain, layers = latent.latent_network(store.run(QT), "selected", PLACE)
     baked = checkpoints.landscape(store.run(QT), RADIUS, PLACE)
     weights = {name: layer.weight for name, layer in layers.items()}
-    assert all(torch.equal(plain.get_parameter(f"{name}.weight"), w) for name, w in weights.items())
-    around = checkpoints.Landscape(plain, checkpoints.evaluated(store.run(QT), RADIUS, PLACE), nn.CrossEntropyLoss())
+    assert all(torch.equal(plain.get_parameter(name), w) for name, w in weights.items())
+    around = checkpoints.Landscape(plain, checkpoints.images(store.run(QT), RADIUS, PLACE), nn.CrossEntropyLoss())
     index = [(row["part"], row["perturbation"]) for row in told["rows"]].index(("all", "trained"))
     assert around.base_loss + arrays[f"own-{index:04d}"] == pytest.approx(baked.base_loss, rel=1e-5)
     assert told["num_params"] == sum(w.numel() for w in weights.values())
@@ -97,7 +96,7 @@ def test_layers_alone_share_the_noise_of_all(store):
     assert len(weights) == 3 and {row["perturbation"] for row in alone} == {"3"}
     run = checkpoints.network(store.run(ERM), "selected", PLACE)
     for name, norm in weights.items():
-        weight = run.get_parameter(f"{name}.weight")
+        weight = run.get_parameter(name)
         layer = latent.rounded(weight, 3, granularity="channel", name=name)
         assert norm == pytest.approx((layer.quantized - weight).norm().item(), rel=1e-5)
         assert len(layer.quantized[0].unique()) <= 8
@@ -150,7 +149,7 @@ def test_weights_that_are_not_finite_are_refused():
 
 def test_a_pattern_that_no_layer_matches_is_refused(store):
     refuses(lambda: measure(store.run(ERM), RADIUS.replace(params="head*"), PLACE), "'head*'", "features.0")
-    refuses(lambda: noise.chosen_layers(pd.DataFrame({"layer": ["a", "b"]}), "c*"), "'c*'", "a, b")
+    refuses(lambda: uniformity.chosen_layers(pd.DataFrame({"layer": ["a", "b"]}), "c*"), "'c*'", "a, b")
 
 
 # --- the command ---------------------------------------------------------------------------------------------------

@@ -199,7 +199,7 @@ def test_units_name_all_that_decides_them():
     names = []
 
     def keep(units):
-        names.extend(name for name, _ in units)
+        names.extend(name for name, _ in units if not name.startswith("slopes"))  # they rest on the least radius
         return sampling.forget(units)
 
     for radii in ([1.0], [1.0000001], [2.0], [1.0, 2.0], list(np.linspace(0.1, 1, 200))):

@@ -157,7 +157,7 @@ def test_a_result_speaks_in_tables_and_pictures():
     axes = flatness.plot()
     assert "nats" in axes.get_ylabel() and len(axes.lines) == 1 and len(axes.collections) == 1
     assert flatness.plot(axes) is axes
-    assert flatness.converged and flatness.space == "weights"
+    assert flatness.converged and flatness.slopes is None
     assert flatness.relative_radii == pytest.approx(flatness.radii / flatness.norm)
     assert flatness.rms == pytest.approx(flatness.radii / np.sqrt(53))
     with pytest.raises(dataclasses.FrozenInstanceError):

@@ -5,7 +5,7 @@ import pytest
 from cases import in_blocks, softmax
 
 from flatlab.errors import UserError
-from flatlab.metrics import sphere
+from flatlab.metrics import planning
 from flatlab.metrics.sampling import Goal, Plan, Sampler
 from flatlab.metrics.sphere import sphere_flatness
 
@@ -70,7 +70,7 @@ def test_a_budget_is_kept_shared_and_said():
     found = in_blocks(softmax(), [1.0, 2.0], 8, budget=1000)
     assert found.stopped == ("budget", "budget") and not found.converged and found.cost.images <= 1000
     assert np.isfinite(found.interval()).all()
-    assert sphere.goal_of(softmax(), 2, None, (0.1, 0.1), None).budget == 100 * 96 * 2
+    assert planning.goal_of(softmax(), 2, None, (0.1, 0.1), None).budget == 100 * 96 * 2
 
 
 @pytest.mark.parametrize(("budget", "visits"), [(5, 0), (30, 1), (50, 2)])

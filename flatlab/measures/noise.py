@@ -10,7 +10,7 @@ from flatlab.errors import UserError
 from flatlab.latent import Layer, rounded, trained_layers
 from flatlab.metrics.noise import QuantizationNoise, quantization_noise
 from flatlab.metrics.results import FloatArray
-from flatlab.probespecs import NoiseSpec
+from flatlab.probespecs import QuantNoiseSpec
 from flatlab.runs import Probe, Run
 from flatlab.specs import Place
 
@@ -19,7 +19,7 @@ Report = Callable[[int, int, dict[str, float]], None]
 
 def fill(probe: Probe, run: Run, place: Place, report: Report | None) -> None:
     """Measure each layer in three ways; no image is looked at."""
-    spec: NoiseSpec = probe.spec
+    spec: QuantNoiseSpec = probe.spec
     spec.check(run.spec)
     layers = trained_layers(run, spec.checkpoint, place)
     arrays: files.Arrays = {}
@@ -38,7 +38,7 @@ def fill(probe: Probe, run: Run, place: Place, report: Report | None) -> None:
     files.save_arrays(probe.result, arrays, facts)
 
 
-def _modes(name: str, layer: Layer, spec: NoiseSpec) -> Iterator[tuple[str, QuantizationNoise]]:
+def _modes(name: str, layer: Layer, spec: QuantNoiseSpec) -> Iterator[tuple[str, QuantizationNoise]]:
     """Yield the run's own noise in its steps and raw, and that of one step size for the whole tensor."""
     pooled = rounded(layer.weight, layer.bits, granularity="tensor", name=name)
     ways = {"normalised": (layer, True), "raw": (layer, False), "tensor": (pooled, False)}

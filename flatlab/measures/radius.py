@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flatlab import files
-from flatlab.checkpoints import evaluated
+from flatlab.checkpoints import images
 from flatlab.errors import UserError
 from flatlab.landscape import Landscape
 from flatlab.latent import Layer, latent_network, quantizable, rounded
@@ -32,11 +32,11 @@ def fill(probe: Probe, run: Run, place: Place, report: Report | None) -> None:
     """Measure what the probe asks for, from where an earlier call was stopped."""
     spec: RadiusSpec = probe.spec
     plain, trained = latent_network(run, spec.checkpoint, place)
-    names = [name for name in quantizable(plain) if fnmatchcase(f"{name}.weight", spec.params or "*")]
+    names = [name for name in quantizable(plain) if fnmatchcase(name, spec.params or "*")]
     if not names:
         raise UserError(f"No quantized weight matches {spec.params!r}; there are {', '.join(quantizable(plain))}.")
-    around = Landscape(plain, evaluated(run, spec, place), F.cross_entropy, params=[f"{name}.weight" for name in names])
-    weights = {name: plain.get_parameter(f"{name}.weight").detach().clone() for name in names}
+    around = Landscape(plain, images(run, spec, place), F.cross_entropy, params=names)
+    weights = {name: plain.get_parameter(name).detach().clone() for name in names}
     arrays: files.Arrays = {}
     rows: list[dict[str, Any]] = []
     parts = list(_parts(spec, weights, trained))

@@ -1,6 +1,5 @@
 """Is one minimum flatter than another? Differences along common rays, on common blocks of images."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +12,7 @@ from flatlab.metrics.rays import Normalisation, check_normalisation
 from flatlab.metrics.results import Estimate, FloatArray, Sampled
 from flatlab.metrics.rounds import estimate
 from flatlab.metrics.sampling import Report, Sampler
+from flatlab.metrics.sentences import verdict
 from flatlab.metrics.sphere import SphereFlatness, sample
 from flatlab.seeds import base_seed
 
@@ -70,10 +70,7 @@ class PairedDifference(Sampled):
 
     def verdict(self, a: str = "the first", b: str = "the second", level: float = 0.95) -> str:
         """Say in a sentence which of the two checkpoints is flatter, and up to which radius; of these images only."""
-        low, high = self.interval(level)
-        above = self.radii > 0
-        signs = np.where(high < 0, -1, np.where(low > 0, 1, 0))[above]
-        return _sentence(signs.tolist(), self.radii[above].tolist(), {-1: a, 1: b})
+        return verdict(*self.interval(level), self.radii, (a, b))
 
 
 def compare_flatness(
@@ -136,24 +133,3 @@ def paired_difference(a: SphereFlatness, b: SphereFlatness) -> PairedDifference:
 
 def _difference(rises: FloatArray) -> FloatArray:
     return np.asarray(rises[0] - rises[1])
-
-
-def _sentence(signs: Sequence[int], radii: Sequence[float], names: dict[int, str]) -> str:
-    """Join neighbouring radii of one verdict: "SAM is flatter at radii up to 2; not distinguishable from 3 on"."""
-    spans: list[tuple[int, float, float]] = []
-    for sign, radius in zip(signs, radii, strict=True):
-        if spans and spans[-1][0] == sign:
-            spans[-1] = (sign, spans[-1][1], radius)
-        else:
-            spans.append((sign, radius, radius))
-    parts = []
-    for index, (sign, first, last) in enumerate(spans):
-        what = f"{names[sign]} is flatter" if sign else "not distinguishable"
-        if len(spans) == 1:
-            where = "at all radii measured"
-        elif index == 0:
-            where = f"up to radius {last:g}"
-        else:
-            where = f"from radius {first:g} on" if index == len(spans) - 1 else f"from {first:g} to {last:g}"
-        parts.append(f"{what} {where}")
-    return "; ".join(parts)

@@ -11,21 +11,35 @@ from flatlab.losses import wide
 from flatlab.seeds import generator
 
 Normalisation = Literal["none", "filter", "layer", "parameter"]
+Noise = Literal["sphere", "normal", "uniform"]
 
 
 def draw_ray(
-    landscape: Landscape, seed: int, k: int, *, normalisation: Normalisation = "none", like: Tensor | None = None
+    landscape: Landscape,
+    seed: int,
+    k: int,
+    *,
+    normalisation: Normalisation = "none",
+    noise: Noise = "sphere",
+    like: Tensor | None = None,
 ) -> Tensor:
     """Return direction k (P,): of length 1, or as long as w (or a vector `like`) in each filter, layer or parameter.
 
     Drawn on the CPU in float32, whatever the model's device and dtype: all models of one architecture share rays.
-    With "none", a ray is as long as `like` on the whole, where that is given.
+    Other noise than on the sphere keeps its own length: entries normal, or uniform on [-1, 1]. On the sphere, without
+    a normalisation, a ray is as long as `like` on the whole, where that is given.
     """
-    normal = torch.randn(landscape.num_params, generator=generator("sphere", seed, k))
+    rng = generator("sphere", seed, k)
+    drawn = torch.randn(landscape.num_params, generator=rng)
+    if noise == "uniform":
+        drawn = 2 * torch.rand(landscape.num_params, generator=rng) - 1
     if normalisation != "none":
-        return scale_to_weights(normal, landscape, normalisation, like)
-    ray = landscape.as_point(normal.div_(_length(normal)))
-    return ray if like is None else ray * float(_length(like))
+        return scale_to_weights(drawn, landscape, normalisation, like)
+    if noise == "sphere":
+        drawn.div_(torch.linalg.vector_norm(drawn, dtype=torch.float64))
+        if like is not None:
+            drawn.mul_(float(torch.linalg.vector_norm(like, dtype=wide(like))))
+    return landscape.as_point(drawn)
 
 
 def scale_to_weights(

@@ -11,17 +11,16 @@ import torch
 
 from flatlab.errors import UserError, choose
 from flatlab.landscape import Landscape
-from flatlab.metrics import pilot
+from flatlab.metrics import planning
 from flatlab.metrics.rays import Normalisation, check_normalisation, reach
 from flatlab.metrics.results import Cost, Estimate, FloatArray, Sampled
 from flatlab.metrics.rounds import estimate
-from flatlab.metrics.sampling import Goal, Plan, Report, Sampler, Walk
+from flatlab.metrics.sampling import Plan, Report, Sampler, Walk
+from flatlab.metrics.sentences import remarks
 from flatlab.seeds import base_seed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-BUDGET = 100  # passes over the data for each radius, where none is given: what SWAD's script spends
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -43,7 +42,8 @@ class SphereFlatness(Sampled):
         num_params: P, the dimension of the sphere's space.
         norm: Euclidean length of w.
         reach: Euclidean distance at radius 1: one, or the length of the weights that are scaled to.
-        space: what was moved, "weights" or, of a quantized network, "baked" or "latent".
+        slopes: (K, S, S) products of the strata's slopes along rays (`slope.slopes`); None in the crossed design,
+            whose visits show themselves along how many rays the loss falls.
     """
 
     radii: FloatArray
@@ -58,7 +58,7 @@ class SphereFlatness(Sampled):
     num_params: int
     norm: float
     reach: float = 1.0
-    space: str = "weights"
+    slopes: FloatArray | None = None
 
     @property
     def estimates(self) -> list[Estimate]:
@@ -122,7 +122,14 @@ class SphereFlatness(Sampled):
             raise UserError(f"No stratum was named; there are {', '.join(self.strata)}.")
         rows = [self.strata.index(name) for name in names]
         visits = tuple(rises[:, rows] for rises in self.visits)
-        return replace(self, visits=visits, base_loss=self.base_loss[rows], strata=names)
+        slopes = None if self.slopes is None else self.slopes[:, rows][:, :, rows]
+        return replace(self, visits=visits, base_loss=self.base_loss[rows], strata=names, slopes=slopes)
+
+    @property
+    def remarks(self) -> list[str]:
+        """Sentences on what is not finite, and on where the slope at w outweighs the curvature; often none."""
+        slopes = None if self.slopes is None else self.slopes.mean(axis=(1, 2))
+        return remarks(self.radii, [rises.mean(axis=1) for rises in self.visits], self.blocks, slopes)
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Draw F over the radius, with its 95 % interval over directions as a band."""
@@ -181,96 +188,18 @@ def sample(
     same on every machine.
     """
     start = time.perf_counter()
-    places = radii_of(sampler, radii)
+    places = planning.radii_of(sampler, radii)
     count = len(sampler.landscapes) * int((places > 0).sum())
-    goal = goal_of(sampler.landscapes[0], count, num_samples, errors, budget)
+    goal = planning.goal_of(sampler.landscapes[0], count, num_samples, errors, budget)
     if block_size and num_samples is None:
         size = block_size if block_size < sampler.landscapes[0].num_samples else 0
         plans = [Plan(float(radius), size, paired=True) for radius in places[places > 0]]
     else:
-        plans = plans_of(sampler, places, goal)
+        plans = planning.plans_of(sampler, places, goal)
+    tilts = planning.slopes_of(sampler, plans, goal)
     walks = sampler.run(plans, goal, report=report)
     seconds = time.perf_counter() - start
-    return [assemble(sampler, which, places, walks, seconds) for which in range(len(sampler.landscapes))]
-
-
-def goal_of(
-    landscape: Landscape, count: int, num_samples: int | None, errors: tuple[float, float], budget: float | None
-) -> Goal:
-    """Return when to stop.
-
-    Args:
-        landscape: one of those that are measured.
-        count: landscapes times radii.
-        num_samples: so many rays, each on all images; else
-        errors: rel_error and abs_error.
-        budget: images forwarded at most.
-
-    Raises:
-        UserError: where a number does not do.
-    """
-    if num_samples is not None:
-        if num_samples < 2:
-            raise UserError(f"num_samples must be at least 2, since an interval needs a spread, but is {num_samples}.")
-        return Goal(visits=num_samples)
-    if not (min(errors) >= 0 and max(errors) > 0):
-        raise UserError(f"rel_error and abs_error must not be negative, nor both zero, but are {errors}.")
-    if budget is not None and not budget > 0:
-        raise UserError(f"The budget must be a positive number of images, but is {budget}.")
-    return Goal(*errors, BUDGET * landscape.num_samples * count if budget is None else budget)
-
-
-def plans_of(sampler: Sampler, radii: FloatArray, goal: Goal) -> list[Plan]:
-    """Return how each radius above zero is sampled. A kept plan is not made again: it rests on timings.
-
-    Args:
-        sampler: of the measurement.
-        radii: all of them.
-        goal: when sampling stops.
-
-    Raises:
-        UserError: where the budget does not reach beyond the pilot.
-    """
-    above, samples = radii[radii > 0], sampler.landscapes[0].num_samples
-    if goal.visits or not len(above) or samples < pilot.FEWEST:
-        return [Plan(float(radius), 0, visits=goal.visits or 0) for radius in above]
-    sampler.spent += pilot.price(sampler.landscapes, len(above), seed=sampler.seed)
-    if goal.budget <= sampler.spent:
-        raise UserError(
-            f"A pilot at {len(above)} radii forwards {sampler.spent:,.0f} images, more than the budget of"
-            f" {goal.budget:,.0f}: give a larger one, or num_samples, which needs no pilot."
-        )
-
-    def make() -> FloatArray:
-        flown = pilot.fly(
-            sampler.landscapes, above, seed=sampler.seed, normalisation=sampler.normalisation, value=sampler.value
-        )
-        plans = pilot.plan(flown, above, goal, samples)
-        return np.array([[plan.radius, plan.block_size, plan.paired, plan.visits] for plan in plans])
-
-    kept = next(iter(sampler.keep([("plan", make)])))
-    return [Plan(float(r), int(size), bool(paired), int(visits)) for r, size, paired, visits in kept]
-
-
-def radii_of(sampler: Sampler, radii: npt.ArrayLike | str) -> FloatArray:
-    """Return the radii as an array; "auto" asks a small pilot where F is 0.01 and 2, and spans that.
-
-    Args:
-        sampler: of the measurement.
-        radii: numbers, or "auto".
-
-    Raises:
-        UserError: where a radius is negative or not finite, or the word is another.
-    """
-    if isinstance(radii, str):
-        if radii != "auto":
-            raise UserError(f'radii must be numbers or "auto", but are {radii!r}.')
-        sampler.spent += pilot.span_price(sampler)
-        return next(iter(sampler.keep([("radii", lambda: pilot.span(sampler))])))
-    places = np.atleast_1d(np.asarray(radii, dtype=np.float64))
-    if places.ndim != 1 or not places.size or not np.isfinite(places).all() or (places < 0).any():
-        raise UserError(f"The radii must be finite numbers of at least 0, one or more, but {radii} came.")
-    return places
+    return [replace(assemble(sampler, which, places, walks, seconds), slopes=tilt) for which, tilt in enumerate(tilts)]
 
 
 def assemble(sampler: Sampler, which: int, radii: FloatArray, walks: Sequence[Walk], seconds: float) -> SphereFlatness:

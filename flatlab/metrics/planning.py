@@ -1,0 +1,118 @@
+"""From what is asked for to a plan: goal, radii, blocks and pairs, slopes. What rests on timings is kept as a unit."""
+
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+
+from flatlab.errors import UserError
+from flatlab.landscape import Landscape
+from flatlab.metrics import pilot, slope
+from flatlab.metrics.results import FloatArray
+from flatlab.metrics.sampling import Goal, Plan, Sampler
+from flatlab.seeds import derive
+
+BUDGET = 100  # passes over the data for each radius, where none is given: what SWAD's script spends
+
+
+def goal_of(
+    landscape: Landscape, count: int, num_samples: int | None, errors: tuple[float, float], budget: float | None
+) -> Goal:
+    """Return when to stop.
+
+    Args:
+        landscape: one of those that are measured.
+        count: landscapes times radii.
+        num_samples: so many rays, each on all images; else
+        errors: rel_error and abs_error.
+        budget: images forwarded at most.
+
+    Raises:
+        UserError: where a number does not do.
+    """
+    if num_samples is not None:
+        if num_samples < 2:
+            raise UserError(f"num_samples must be at least 2, since an interval needs a spread, but is {num_samples}.")
+        return Goal(visits=num_samples)
+    if not (min(errors) >= 0 and max(errors) > 0):
+        raise UserError(f"rel_error and abs_error must not be negative, nor both zero, but are {errors}.")
+    if budget is not None and not budget > 0:
+        raise UserError(f"The budget must be a positive number of images, but is {budget}.")
+    return Goal(*errors, BUDGET * landscape.num_samples * count if budget is None else budget)
+
+
+def plans_of(sampler: Sampler, radii: FloatArray, goal: Goal) -> list[Plan]:
+    """Return how each radius above zero is sampled. A kept plan is not made again: it rests on timings.
+
+    Args:
+        sampler: of the measurement.
+        radii: all of them.
+        goal: when sampling stops.
+
+    Raises:
+        UserError: where the budget does not reach beyond the pilot.
+    """
+    above, samples = radii[radii > 0], sampler.landscapes[0].num_samples
+    if goal.visits or not len(above) or samples < pilot.FEWEST:
+        return [Plan(float(radius), 0, visits=goal.visits or 0) for radius in above]
+    sampler.spent += pilot.price(sampler.landscapes, len(above), seed=sampler.seed)
+    if goal.budget <= sampler.spent:
+        raise UserError(
+            f"A pilot at {len(above)} radii forwards {sampler.spent:,.0f} images, more than the budget of"
+            f" {goal.budget:,.0f}: give a larger one, or num_samples, which needs no pilot."
+        )
+
+    def make() -> FloatArray:
+        flown = pilot.fly(
+            sampler.landscapes, above, seed=sampler.seed, normalisation=sampler.normalisation, value=sampler.value
+        )
+        plans = pilot.plan(flown, above, goal, samples)
+        return np.array([[plan.radius, plan.block_size, plan.paired, plan.visits] for plan in plans])
+
+    kept = next(iter(sampler.keep([("plan", make)])))
+    return [Plan(float(r), int(size), bool(paired), int(visits)) for r, size, paired, visits in kept]
+
+
+def slopes_of(sampler: Sampler, plans: Sequence[Plan], goal: Goal) -> Sequence[FloatArray | None]:
+    """Return the slopes of each landscape at the smallest radius; none where each ray meets all images.
+
+    Args:
+        sampler: of the measurement.
+        plans: of the radii above zero.
+        goal: whose budget may not reach so far.
+    """
+    if not any(plan.block_size for plan in plans):
+        return [None] * len(sampler.landscapes)
+    radius = min(plan.radius for plan in plans)
+    priced = sum(slope.price(each, seed=sampler.seed) for each in sampler.landscapes)
+    if sampler.spent + priced > goal.budget:
+        return [None] * len(sampler.landscapes)
+    sampler.spent += priced
+
+    def make() -> FloatArray:
+        found = partial(slope.slopes, radius=radius, seed=sampler.seed, normalisation=sampler.normalisation)
+        return np.stack([found(each) for each in sampler.landscapes])
+
+    return list(next(iter(sampler.keep([(f"slopes-{derive(radius):016x}", make)]))))
+
+
+def radii_of(sampler: Sampler, radii: npt.ArrayLike | str) -> FloatArray:
+    """Return the radii as an array; "auto" asks a small pilot where F is 0.01 and 2, and spans that.
+
+    Args:
+        sampler: of the measurement.
+        radii: numbers, or "auto".
+
+    Raises:
+        UserError: where a radius is negative or not finite, or the word is another.
+    """
+    if isinstance(radii, str):
+        if radii != "auto":
+            raise UserError(f'radii must be numbers or "auto", but are {radii!r}.')
+        sampler.spent += pilot.span_price(sampler)
+        return next(iter(sampler.keep([("radii", lambda: pilot.span(sampler))])))
+    places = np.atleast_1d(np.asarray(radii, dtype=np.float64))
+    if places.ndim != 1 or not places.size or not np.isfinite(places).all() or (places < 0).any():
+        raise UserError(f"The radii must be finite numbers of at least 0, one or more, but {radii} came.")
+    return places
