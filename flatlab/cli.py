@@ -14,6 +14,7 @@ from flatlab.errors import choose
 from flatlab.hessian import hessian
 from flatlab.jsontext import strict_json
 from flatlab.mistakes import spoken
+from flatlab.noise import noise
 from flatlab.options import Choices, takes
 from flatlab.upkeep import data_app, runs_app
 from flatlab.words import DATA, PARTS, RUNNING, TRAINING
@@ -156,6 +157,9 @@ def flatness(
     errands.tell_written(written, said(found, probe, panel=panel))
 
 
+app.command(epilog="Examples: `flatlab noise 3f2a`, `flatlab noise 3f2a 77c1 --radius --samples 50`")(
+    takes("data_dir", *RUNNING, "out")(noise)
+)
 app.command(epilog="Example: `flatlab hessian 3f2a --split source --split target -k 5 --images 200`")(
     takes("data_dir", *RUNNING, "out")(hessian)
 )
