@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from flatlab.blocks import Block, Gathered, partition
-from flatlab.derivatives import pullback, refuse_rounding, second_order
+from flatlab.derivatives import hessian_product, refuse_rounding, second_order
 from flatlab.errors import UserError
 from flatlab.losses import names_classes, total, wide
+from flatlab.memory import Halving
 from flatlab.nests import Batch, Data, part, read, recut, same
 from flatlab.params import flatten, select, split_like
 from flatlab.points import Evaluation, Move
@@ -62,6 +63,7 @@ class Landscape:
         batch_size: int | None = None,
     ) -> None:
         self.model, self._check = model, check
+        self._forward = Halving(model)
         self._total = partial(total, loss)
         self.named = select(model, params)
         refuse_parametrized(self.named)
@@ -198,13 +200,8 @@ class Landscape:
         views = self.split(self.as_point(vector))
 
         refuse_rounding(self.model, self._tensors)
-
-        def derivative(loss: Tensor) -> Iterable[Tensor]:
-            grads = torch.autograd.grad(loss, self._tensors, create_graph=True, materialize_grads=True)
-            return pullback(grads, self._tensors)(views)
-
         with self._visiting(), second_order():
-            return self._accumulate(derivative)
+            return self._accumulate(lambda loss: hessian_product(loss, self._tensors, views))
 
     def terms(self) -> list[Term]:
         """Return the batches: the loss is the sum of ``total(outputs) / count`` over them."""
@@ -227,12 +224,12 @@ class Landscape:
 
     def _sums(self, total: Callable[[Any, Batch], Tensor]) -> Tensor:
         # They stay on the device: nothing waits for it between two batches.
-        sums = [torch.stack([total(self.model(b.inputs), b) for b in each]).sum(0) for each in self._batches]
+        sums = [torch.stack([total(self._forward(b.inputs), b) for b in each]).sum(0) for each in self._batches]
         return torch.stack(sums)
 
     def _totals(self, batch: Batch, block: Block, targets: list[Batch]) -> Tensor:
         """Return the total loss of each part of a block."""
-        outputs = self.model(batch.inputs)
+        outputs = self._forward(batch.inputs)
         pairs = zip(block.parts, targets, strict=True)
         return torch.stack([self._total(part(outputs, p.start, p.stop), each) for p, each in pairs])
 
@@ -276,7 +273,7 @@ class Landscape:
         # Not inference_mode: what a model caches in its first pass (rotary tables) must stay usable in training.
         with torch.no_grad():
             for batches in self._batches:
-                probe_model(self.model, max(batches, key=lambda batch: batch.size), self._total)
+                probe_model(self._forward, max(batches, key=lambda batch: batch.size), self._total)
         if changed := self._changed():
             raise UserError(
                 f"A forward pass changes {changed!r} of the model, so that its loss depends on what was evaluated"
@@ -287,7 +284,7 @@ class Landscape:
             raise UserError(f"The loss at the point itself must be finite, but is {losses}: no flatness is defined.")
         with torch.no_grad():
             for batch in chain.from_iterable(self._batches):
-                probe_mean(self.model, batch, self._total)
+                probe_mean(self._forward, batch, self._total)
 
     def _probe_writing(self) -> None:
         noise = torch.randn(self.num_params, generator=generator("landscape", "probe")).to(self._w0)

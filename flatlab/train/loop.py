@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from flatlab import build, files, machine
 from flatlab.data.batches import TrainingStream
 from flatlab.errors import UserError
+from flatlab.memory import out_of_memory
 from flatlab.models import Network, batchnorms, set_training
 from flatlab.runs import Run, RunStore
 from flatlab.selection import Row, candidates, training_domain
 from flatlab.specs import Place, RunSpec
-from flatlab.train.evaluate import Judge, Score, mean, out_of_memory
+from flatlab.train.evaluate import Judge, Score, mean
 from flatlab.train.objectives import OBJECTIVES
 from flatlab.train.steps import Step
 from flatlab.train.trajectory import Member, Trajectory, arrays
