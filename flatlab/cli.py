@@ -9,8 +9,12 @@ from typing import Annotated, Any
 
 import typer
 
+<<<<<<< HEAD
 from flatlab import errands, surveys
 from flatlab.errors import choose
+=======
+from flatlab.errands import carry_out, foresee, price, tell_written
+>>>>>>> curv
 from flatlab.hessian import hessian
 from flatlab.jsontext import strict_json
 from flatlab.mistakes import spoken
@@ -57,9 +61,9 @@ def reproduce(chosen: Choices, name: Annotated[str, typer.Argument(help="fig3, .
     chosen.refuse_controls(name, has_some=hasattr(module, "CONTROLS"))
     todo = reproduce.missing(module, setting, store, place)
     if chosen.dry_run:
-        errands.price(chosen, todo, setting)
+        price(chosen, todo, setting)
         return
-    errands.carry_out(chosen, todo)
+    carry_out(chosen, todo)
     done = reproduce.write(module, setting, store, out=chosen.out, redo=shlex.join(["flatlab", *sys.argv[1:]]))
     if chosen.json:
         written = [str(path) for path in done.written]
@@ -69,7 +73,7 @@ def reproduce(chosen: Choices, name: Annotated[str, typer.Argument(help="fig3, .
     display.frame(done.accuracies, reproduce.ACCURACIES, formats=ACCURACIES)
     for remark in done.remarks:
         display.out.print(remark, soft_wrap=True)
-    errands.tell_written(done.written)
+    tell_written(done.written)
 
 
 @app.command(
@@ -91,15 +95,15 @@ def train(chosen: Choices) -> None:
     label += "".join(f", {part} {value}" for part, value in changes.items())
     todo = jobs.missing(store, wanted, [], sizes=catalog.sizes(setting.dataset, chosen.folder()))
     if chosen.dry_run:
-        errands.price(chosen, todo, setting)
+        price(chosen, todo, setting)
         return
     if chosen.tensorboard:
         from flatlab import tensorboard
 
         tensorboard.needed()  # said before hours of training, not after
-    errands.carry_out(chosen, todo)
+    carry_out(chosen, todo)
     if chosen.tensorboard:
-        errands.tell_written([tensorboard.write(store.run(spec), chosen.tensorboard) for spec in wanted])
+        tell_written([tensorboard.write(store.run(spec), chosen.tensorboard) for spec in wanted])
     table = tables.accuracies(store, [(label, spec) for spec in wanted])
     chosen.answer(table, "Accuracy on source validation and target, by selection rule", ACCURACIES)
 
@@ -148,13 +152,17 @@ def flatness(
     sizes = catalog.sizes(dataset, Path(place.data_dir) if place.data_dir else None)
     todo = jobs.missing(store, [], [(run.spec, probe) for run in found], sizes=sizes)
     if chosen.dry_run:
+<<<<<<< HEAD
         errands.foresee(chosen, todo, place) if probe.piloted else errands.price(chosen, todo, found[0].spec)
+=======
+        foresee(chosen, todo, place) if samples is block_size is None else price(chosen, todo, found[0].spec)
+>>>>>>> curv
         return
-    errands.carry_out(chosen, todo, place)
+    carry_out(chosen, todo, place)
     table, written = chart(store, found, probe, panel=panel, out=chosen.out)
     shown = table if chosen.json else table[list(SHOWN)]
     chosen.answer(shown, f"Flatness on the {split} domains (nats), 95 % intervals over directions", SHOWN)
-    errands.tell_written(written, said(found, probe, panel=panel))
+    tell_written(written, said(found, probe, panel=panel))
 
 
 app.command(epilog="Examples: `flatlab noise 3f2a`, `flatlab noise 3f2a 77c1 --radius --samples 50`")(
