@@ -69,7 +69,6 @@ MAY_IMPORT = {
     "points": "blocks",
     "derivatives": "errors",
     "landscape": "blocks derivatives losses memory nests params probes seeds errors points",
-<<<<<<< HEAD
     "metrics": "blocks derivatives losses nests landscape params probes seeds errors points "
     "surfaceplots",  # the last inside plot() alone
     "golden": "landscape seeds",
@@ -80,13 +79,6 @@ MAY_IMPORT = {
     "checkpoints": "build runs data landscape models nests quant.attach probespecs specs files",
     "export": "build checkpoints models quant runs specs quantspecs files errors",
     "latent": "checkpoints models quant runs specs errors",
-=======
-    "metrics": "blocks derivatives losses nests landscape params seeds errors points",
-    # from specs to things, to runs, to measurements: `train` and `measure` meet on disk
-    "build": "specs data models quant files errors",
-    "train": "build memory runs data models quant.attach selection settings specs files machine errors",
-    "checkpoints": "build runs data landscape models nests quant.attach probespecs specs files",
->>>>>>> curv
     "shelf": "runs files metrics.results metrics.sampling",
     "measures": "build checkpoints latent shelf runs data landscape metrics models params quant.attach seeds "
     "probespecs specs files errors",
