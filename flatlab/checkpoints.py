@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from flatlab import build, files
 from flatlab.data.batches import evaluation_batches
 from flatlab.landscape import Landscape
-from flatlab.models import Network
+from flatlab.models import Ensemble, Network
 from flatlab.nests import Data
 from flatlab.probespecs import Probing
 from flatlab.quant.attach import bake
@@ -42,12 +42,10 @@ def images(run: Run, spec: Probing, place: Place) -> dict[str, Data]:
     }
 
 
-def network(run: Run, checkpoint: str, place: Place) -> Network:
+def network(run: Run, checkpoint: str, place: Place) -> Network | Ensemble:
     """Return a run's network at a checkpoint, in eval mode, its quantizer attached where it has one."""
     domains = build.domains(run.spec, place)
-    start = run.spec.replace(weights="none")  # the checkpoint holds all weights
-    built = build.network(start, domains.data, place)
-    build.quantize(built, run.spec)
+    built = build.finished(run.spec, domains.data, place)
     arrays, _ = files.load_arrays(run.checkpoint(checkpoint))
     build.load(built, arrays)
     return built.eval()
