@@ -154,7 +154,7 @@ def audits(
             )
             told += [f"{_name(run)}: left alone {each['first']}: {each['reason']}." for each in facts["refusals"]]
             surfaceplots.factors(ax, frame)
-            ax.set_title(_name(run), loc="left")
+            ax.set_title(_name(run), loc="left", pad=18)  # the legend is between
         return pd.concat(frames, ignore_index=True), told, plots.save(figure, out / "audit")
 
 

@@ -19,6 +19,7 @@ Checkpoint = Annotated[str, typer.Option(help="selected (by source validation) o
 Images = Annotated[int | None, typer.Option(help="At most so many images of each domain (all).")]
 Params = Annotated[str | None, typer.Option(help="Only parameters that match, as 'features.0*' (all).")]
 AXES = ("random", "hessian", "runs")
+OWN = "BatchNorm's statistics are those of the run in the origin: at another run's mark the loss is not its own."
 AUDITED = {"measure": "", "before": ".4g", "ratio, by layer": ".4g", "ratio, by channel": ".4g", "invariant": ""}
 
 
@@ -64,9 +65,11 @@ def landscape(
         return
     store = chosen.runs()
     sentences, written = [], surroundings.draw_surfaces(store, centres, plane, out=chosen.out)
+    if kind == "runs":
+        sentences.append(OWN)
     if triangle:
         table, told, pictures = surroundings.triangles(store, centres, probes[1], out=chosen.out)
-        sentences, written = told, [*written, *pictures]
+        sentences, written = [*sentences, *told], [*written, *pictures]
         chosen.answer(table, "The trace of the Hessian, three times (nats), 95 % intervals", surroundings.CORNERS)
     errands.tell_written(written, sentences)
 

@@ -75,7 +75,8 @@ def test_the_triangle_is_told_with_its_verdict(flatlab, store, tmp_path):
 
 def test_runs_span_a_plane(flatlab, store, tmp_path):
     named = list(digests(store).values())
-    assert flatlab("landscape", *named, "--axes", "runs", "--grid", 3, *IMAGES, "--no-triangle").code == 0
+    answer = flatlab("landscape", *named, "--axes", "runs", "--grid", 3, *IMAGES, "--no-triangle")
+    assert answer.code == 0 and "BatchNorm's statistics" in answer.err
     found = Surface.load(tmp_path / f"landscape-{named[0][:6]}.npz")
     assert len(found.marks) == 3 and not found.marks[0].any() and found.distances == pytest.approx(0, abs=1e-4)
     assert [name.split()[1] for name in found.mark_labels] == [digest[:6] for digest in named]
