@@ -152,6 +152,7 @@ class Activations(nn.Module):
         signed: whether codes have both signs; after a ReLU, unsigned ones waste none.
     """
 
+    straight_through = True  # autograd's second derivatives are not those of the loss
     ready: Tensor
 
     def __init__(self, *, bits: int = 8, signed: bool = False) -> None:
