@@ -9,7 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from flatlab import errands
+from flatlab import errands, surveys
+from flatlab.errors import choose
 from flatlab.hessian import hessian
 from flatlab.jsontext import strict_json
 from flatlab.mistakes import spoken
@@ -146,9 +147,7 @@ def flatness(
     sizes = catalog.sizes(dataset, Path(place.data_dir) if place.data_dir else None)
     todo = jobs.missing(store, [], [(run.spec, probe) for run in found], sizes=sizes)
     if chosen.dry_run:
-        errands.foresee(chosen, todo, place) if samples is block_size is None else errands.price(
-            chosen, todo, found[0].spec
-        )
+        errands.foresee(chosen, todo, place) if probe.piloted else errands.price(chosen, todo, found[0].spec)
         return
     errands.carry_out(chosen, todo, place)
     table, written = chart(store, found, probe, panel=panel, out=chosen.out)
@@ -160,6 +159,11 @@ def flatness(
 app.command(epilog="Example: `flatlab hessian 3f2a --split source --split target -k 5 --images 200`")(
     takes("data_dir", *RUNNING, "out")(hessian)
 )
+app.command(epilog="Example: `flatlab landscape 3f2a --grid 25 --images 200`")(
+    takes("data_dir", *RUNNING, "out")(surveys.landscape)
+)
+app.command(epilog="Example: `flatlab audit 3f2a --images 200`")(takes("data_dir", *RUNNING, "out")(surveys.audit))
+app.command(epilog="Example: `flatlab selftest`")(takes("json", "debug")(surveys.selftest))
 
 
 @app.command(epilog="Example: `flatlab stability 3f2a 77c1 --since 120`")
@@ -198,6 +202,28 @@ def import_(
     spec = import_checkpoint(file, chosen.setting(), chosen.runs(), chosen.place())
     table = tables.accuracies(chosen.runs(), [("imported", spec)])
     chosen.answer(table[table["selection"] == "last"], f"Run {spec.digest}", ACCURACIES)
+
+
+@app.command(epilog="Example: `flatlab export 3f2a --file qt-dog.safetensors`")
+@takes("data_dir", "device", "cache", "store", "json", "debug")
+def export(
+    chosen: Choices,
+    run: Annotated[str, typer.Argument(help="Digest of a quantized run, or its beginning (`flatlab runs list`).")],
+    file: Annotated[Path | None, typer.Option(help="The file to write (DIGEST.safetensors).")] = None,
+    checkpoint: Annotated[str, typer.Option(help="selected (by source validation) or last.")] = "selected",
+) -> None:
+    """Write a quantized run with packed integer weights, and say what that saves in truth."""
+    from flatlab.export import export as write
+
+    found = chosen.runs().find(run)
+    path = file or Path(f"{found.spec.digest}.safetensors")
+    done = write(found, path, chosen.place(), checkpoint=choose("checkpoint", checkpoint, ("selected", "last")))
+    sentence = (
+        f"{done.path}: {done.bytes:,} bytes instead of {done.float_bytes:,}, {done.compression:.2f} times smaller; "
+        f"nominally {done.nominal:.2f} times, 32 bits to {done.bits}. {done.quantized_share:.1%} of the parameters are "
+        "quantized. flatlab.load_exported reads it."
+    )
+    chosen.answer_facts(done.facts(), sentence)
 
 
 @app.command(epilog="Example: `flatlab methods --json`")

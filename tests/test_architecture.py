@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "plots": "",
     "resources": "",
     "seeds": "",
+    "surfaceplots": "",
     "selection": "",
     "record": "errors",
     # what is asked for, without torch
@@ -43,11 +44,13 @@ MAY_IMPORT = {
     "jobs": "entries runs probespecs specs quantspecs",
     "executors": "jobs",
     "reproduce": "tables executors jobs runs settings specs plots files machine data.catalog errors",
+    "surroundings": "surfaceplots plots runs probespecs metrics.grids metrics.results files errors",
     "orders": "tables",
     "papertable": "orders tables plots runs methods settings specs resources",
     "flatness": "tables plots runs settings probespecs files metrics.sentences metrics.results metrics.rounds errors",
     "stability": "tables plots selection runs specs files errors",
     "spectra": "plots runs probespecs specs files metrics.blur metrics.results errors",
+    "saliency": "tables plots methods metrics.maps metrics.results probespecs runs settings specs files errors",
     "tensorboard": "runs errors",
     "work": "jobs runs specs errors measure train",  # the last two inside functions: workers alone load torch
     # things that take arguments, not specs
@@ -63,19 +66,25 @@ MAY_IMPORT = {
     "points": "blocks",
     "derivatives": "errors",
     "landscape": "blocks derivatives losses memory nests params probes seeds errors points",
-    "metrics": "blocks derivatives losses nests landscape params seeds errors points",
+    "metrics": "blocks derivatives losses nests landscape params probes seeds errors points "
+    "surfaceplots",  # the last inside plot() alone
+    "golden": "landscape seeds",
+    "selftest": "golden metrics",
     # from specs to things, to runs, to measurements: `train` and `measure` meet on disk
     "build": "specs quantspecs data models quant files errors",
     "train": "build memory runs data models quant selection settings specs quantspecs files machine seeds errors",
     "checkpoints": "build runs data landscape models nests quant.attach probespecs specs files",
+    "export": "build checkpoints models quant runs specs quantspecs files errors",
     "shelf": "runs files metrics.results metrics.sampling",
-    "measures": "checkpoints shelf runs landscape metrics params quant.attach seeds probespecs specs files errors",
+    "measures": "build checkpoints shelf runs data landscape metrics models params quant.attach seeds probespecs specs "
+    "files errors",
     "measure": "build runs probespecs specs machine errors",  # and, by name, the module of a metric in measures/
     # the paper
-    "analyses": "papertable orders probespecs specs settings methods tables stability spectra plots runs resources",
+    "analyses": "papertable orders surroundings surfaceplots saliency stability spectra probespecs specs settings "
+    "methods tables plots runs resources",
 }
 OPEN = ("api", "cli", "upkeep", "options", "words", "mistakes", "display", "doctor", "errands", "hessian")
-OPEN += ("__main__", "__init__")
+OPEN += ("surveys", "__main__", "__init__")
 TORCH_FREE = [
     "specs",
     "probespecs",

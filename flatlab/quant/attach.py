@@ -171,7 +171,7 @@ def _bake(quantized: Quantized) -> None:
     # parametrize.remove_parametrizations deletes the property `weight` from the class, which copy.deepcopy shares
     # between copies: baking a copy would break the original. It also puts the weight behind the bias, and with it
     # each direction in the space of flat vectors.
-    layer, weight = quantized.layer, quantized.weight.clone()
+    layer, weight = quantized.layer, quantized.weight + 0.0  # a copy; -0 becomes 0, as integer codes have it
     others = dict(layer._parameters)
     del layer.parametrizations
     layer.__class__ = type(layer).__bases__[0]

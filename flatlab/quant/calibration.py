@@ -1,5 +1,6 @@
 """What a layer sees: the second moments of its inputs, over calibration data, for post-training quantization."""
 
+import inspect
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -12,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from flatlab.errors import UserError
 from flatlab.quant.attach import layers, tensor_of
 
+CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")  # torch.conv2d's arguments
 COLUMNS = 2**24  # numbers unfolded at a time: a depthwise layer's inputs grow ninefold
 
 
@@ -32,7 +34,8 @@ def second_moments(network: nn.Module, batches: Iterable[Tensor], *, outside: st
         UserError: inputs that do not fit, or are not finite; a layer that they never reach.
     """
     found = layers(network, outside=outside)
-    watch = _Watch({id(getattr(layer, tensor_of(layer))): name for name, layer in found.items()})
+    known = {name: id(getattr(layer, tensor_of(layer))) for name, layer in found.items()}  # tied weights share one
+    watch = _Watch(known.values())
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # it would hide the layers inside
     try:
@@ -40,12 +43,12 @@ def second_moments(network: nn.Module, batches: Iterable[Tensor], *, outside: st
             _show(network, batch, watch)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-    for name in found:
-        if name not in watch.sums:
+    for name, weight in known.items():
+        if weight not in watch.sums:
             raise UserError(f"{name} saw no calibration input: the network does not use it, or no data were given.")
-        if not torch.isfinite(watch.sums[name]).all():
+        if not torch.isfinite(watch.sums[weight]).all():
             raise UserError(f"Calibration made inputs of {name} that are not finite; look for NaN in the data.")
-    return {name: 2 * watch.sums[name] / watch.counts[name] for name in found}
+    return {name: 2 * watch.sums[weight] / watch.counts[weight] for name, weight in known.items()}
 
 
 @torch.no_grad()
@@ -61,37 +64,48 @@ def _show(network: nn.Module, batch: Tensor, watch: "_Watch") -> None:
 
 
 class _Watch(TorchFunctionMode):
-    """Looks at each convolution and linear map that is computed, and knows its weight: no hook is left behind."""
+    """Looks at each convolution, linear map and self-attention that is computed with a known weight; hooks nothing."""
 
-    def __init__(self, names: Mapping[int, str]) -> None:
+    def __init__(self, known: Iterable[int]) -> None:
         super().__init__()
-        self.names = names
-        self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, int] = {}
+        self.known = set(known)  # by id
+        self.sums: dict[int, Tensor] = {}
+        self.counts: dict[int, int] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Add up what a known weight is applied to, and let the call through."""
-        given = dict(zip(("input", "weight", "bias", "stride", "padding", "dilation", "groups"), args, strict=False))
-        given |= kwargs or {}
-        name = self.names.get(id(given.get("weight")))
-        if name and func in (F.linear, torch.conv2d):
-            self._add(name, given, linear=func is F.linear)
+        if func is F.multi_head_attention_forward:
+            return self._attend(inspect.signature(func).bind(*args, **(kwargs or {})))
+        given = dict(zip(CONVOLUTION, args, strict=False)) | (kwargs or {})
+        if func is F.linear:
+            self._see(given["weight"], given["input"])
+        elif func is torch.conv2d and id(given["weight"]) in self.known:
+            grown = math.prod(given["weight"].shape[2:]) * max(1, given["input"][0].numel())
+            for part in given["input"].split(max(1, COLUMNS // grown)):
+                self._sum(id(given["weight"]), _patches(part, given))
         return func(*args, **(kwargs or {}))
 
-    def _add(self, name: str, given: Mapping[str, Any], *, linear: bool) -> None:
-        inputs = given["input"]
-        if linear:
-            self._sum(name, inputs.reshape(1, -1, inputs.shape[-1]).mT)
-            return
-        grown = math.prod(given["weight"].shape[2:]) * max(1, inputs[0].numel())
-        for part in inputs.split(max(1, COLUMNS // grown)):
-            self._sum(name, _patches(part, given))
+    def _attend(self, call: inspect.BoundArguments) -> Any:
+        """Attend with an identity in place of the output's map, whose input is then at hand."""
+        given = call.arguments
+        if given["query"] is given["key"] is given["value"]:
+            self._see(given["in_proj_weight"], given["query"])
+        weight, bias = given["out_proj_weight"], given["out_proj_bias"]
+        given |= {"out_proj_weight": torch.eye(len(weight), dtype=weight.dtype, device=weight.device)}
+        given |= {"out_proj_bias": torch.zeros_like(weight[0])}
+        mixed, attention = F.multi_head_attention_forward(*call.args, **call.kwargs)
+        self._see(weight, mixed)
+        return F.linear(mixed, weight, bias), attention
 
-    def _sum(self, name: str, columns: Tensor) -> None:
+    def _see(self, weight: Tensor, inputs: Tensor) -> None:
+        if id(weight) in self.known:
+            self._sum(id(weight), inputs.reshape(1, -1, inputs.shape[-1]).mT)
+
+    def _sum(self, weight: int, columns: Tensor) -> None:
         columns = columns.double()  # (groups, columns, samples)
         moments = columns @ columns.mT
-        self.sums[name] = self.sums[name] + moments if name in self.sums else moments
-        self.counts[name] = self.counts.get(name, 0) + columns.shape[-1]
+        self.sums[weight] = self.sums[weight] + moments if weight in self.sums else moments
+        self.counts[weight] = self.counts.get(weight, 0) + columns.shape[-1]
 
 
 def _patches(inputs: Tensor, given: Mapping[str, Any]) -> Tensor:

@@ -54,7 +54,8 @@ class INQ(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return the weight with its frozen part on the grid; gradients reach the rest alone."""
-        return torch.where(self.frozen, decode(self.kept, self.scale, self.grid), weight)
+        mixed = torch.where(self.frozen, decode(self.kept, self.scale, self.grid), weight)
+        return torch.empty_like(weight).copy_(mixed)  # in its strides: a convolution sums in the order of those
 
     @torch.no_grad()
     def advance(self, weight: Tensor, share: float) -> None:

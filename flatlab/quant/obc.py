@@ -13,7 +13,7 @@ from torch import Tensor
 from flatlab.errors import UserError
 from flatlab.quant.codebook import levels, searched_scale
 
-AT_ONCE = 2**24  # numbers in the inverse Hessians of the rows that are quantized together
+AT_ONCE = (2**25, 2**20)  # numbers in the inverse Hessians of the rows that go together: few stay in a CPU's cache
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def _row_errors(difference: Tensor, moments: Tensor) -> Tensor:
 
 def _exactly(rows: Tensor, steps: Tensor, inverse: Tensor, span: tuple[int, int]) -> Tensor:
     """Quantize each row greedily: next the weight that costs least, the others then make up for it."""
-    many = max(1, AT_ONCE // inverse.numel())
+    many = max(1, AT_ONCE[inverse.device.type == "cpu"] // inverse.numel())
     pairs = zip(torch.split(rows, many), torch.split(steps, many), strict=True)
     return torch.cat([_greedily(own, step, inverse.repeat(len(own), 1, 1), span) for own, step in pairs])
 
@@ -133,7 +133,7 @@ def _greedily(rows: Tensor, steps: Tensor, inverse: Tensor, span: tuple[int, int
         line = inverse[each, chosen]  # (R, d)
         pivot = line[each, chosen].unsqueeze(1)
         rows -= line * (error[each, chosen].unsqueeze(1) / pivot)
-        inverse -= (line / pivot).unsqueeze(2) * line.unsqueeze(1)
+        inverse.baddbmm_(line.unsqueeze(2), (line / pivot).unsqueeze(1), alpha=-1)
     return codes
 
 
