@@ -25,6 +25,7 @@ from flatlab.metrics.directions import (
 )
 from flatlab.metrics.grids import Profile, Surface
 from flatlab.metrics.lanczos import Spectrum, hessian_spectrum
+from flatlab.metrics.noise import QuantizationNoise, quantization_noise
 from flatlab.metrics.operators import GGN, Fisher, Hessian
 from flatlab.metrics.sharpness import (
     AverageSharpness,
@@ -35,12 +36,14 @@ from flatlab.metrics.sharpness import (
 )
 from flatlab.metrics.sphere import SphereFlatness, sphere_flatness
 from flatlab.metrics.surfaces import line, plane
+from flatlab.metrics.symmetry import Symmetry
 from flatlab.metrics.trace import Trace, hessian_trace
 from flatlab.metrics.triangle import Triangle, triangle
+from flatlab.metrics.typical import TypicalRise, typical_rise
 from flatlab.metrics.worst import WorstRise, worst_rise
 from flatlab.models import Ensemble, Network, build_network
 from flatlab.points import Evaluation
-from flatlab.probespecs import ProbeSpec
+from flatlab.probespecs import ProbeSpec, QuantNoiseSpec, RadiusSpec
 from flatlab.quant.attach import attach, attach_activations, bake
 from flatlab.quant.calibration import second_moments
 from flatlab.quant.inq import INQ
@@ -80,6 +83,12 @@ __all__ = [
     "SpectralDensity",
     "hessian_trace",
     "Trace",
+    # quantization noise
+    "quantization_noise",
+    "QuantizationNoise",
+    "Symmetry",
+    "typical_rise",
+    "TypicalRise",
     # out of domain
     "accuracy_stability",
     "Stability",
@@ -128,6 +137,8 @@ __all__ = [
     "setting",
     "RunSpec",
     "ProbeSpec",
+    "QuantNoiseSpec",
+    "RadiusSpec",
     "QuantSpec",
     "INQSpec",
     "RTNSpec",

@@ -9,11 +9,13 @@ from typing import Annotated, Any
 
 import typer
 
-from flatlab import errands, surveys
+from flatlab import surveys
+from flatlab.errands import carry_out, foresee, price, tell_written
 from flatlab.errors import choose
 from flatlab.hessian import hessian
 from flatlab.jsontext import strict_json
 from flatlab.mistakes import spoken
+from flatlab.noise import noise
 from flatlab.options import Choices, takes
 from flatlab.upkeep import data_app, runs_app
 from flatlab.words import DATA, PARTS, RUNNING, TRAINING
@@ -56,9 +58,9 @@ def reproduce(chosen: Choices, name: Annotated[str, typer.Argument(help="fig3, .
     chosen.refuse_controls(name, has_some=hasattr(module, "CONTROLS"))
     todo = reproduce.missing(module, setting, store, place)
     if chosen.dry_run:
-        errands.price(chosen, todo, setting)
+        price(chosen, todo, setting)
         return
-    errands.carry_out(chosen, todo)
+    carry_out(chosen, todo)
     done = reproduce.write(module, setting, store, out=chosen.out, redo=shlex.join(["flatlab", *sys.argv[1:]]))
     if chosen.json:
         written = [str(path) for path in done.written]
@@ -68,7 +70,7 @@ def reproduce(chosen: Choices, name: Annotated[str, typer.Argument(help="fig3, .
     display.frame(done.accuracies, reproduce.ACCURACIES, formats=ACCURACIES)
     for remark in done.remarks:
         display.out.print(remark, soft_wrap=True)
-    errands.tell_written(done.written)
+    tell_written(done.written)
 
 
 @app.command(
@@ -90,15 +92,15 @@ def train(chosen: Choices) -> None:
     label += "".join(f", {part} {value}" for part, value in changes.items())
     todo = jobs.missing(store, wanted, [], sizes=catalog.sizes(setting.dataset, chosen.folder()))
     if chosen.dry_run:
-        errands.price(chosen, todo, setting)
+        price(chosen, todo, setting)
         return
     if chosen.tensorboard:
         from flatlab import tensorboard
 
         tensorboard.needed()  # said before hours of training, not after
-    errands.carry_out(chosen, todo)
+    carry_out(chosen, todo)
     if chosen.tensorboard:
-        errands.tell_written([tensorboard.write(store.run(spec), chosen.tensorboard) for spec in wanted])
+        tell_written([tensorboard.write(store.run(spec), chosen.tensorboard) for spec in wanted])
     table = tables.accuracies(store, [(label, spec) for spec in wanted])
     chosen.answer(table, "Accuracy on source validation and target, by selection rule", ACCURACIES)
 
@@ -147,15 +149,18 @@ def flatness(
     sizes = catalog.sizes(dataset, Path(place.data_dir) if place.data_dir else None)
     todo = jobs.missing(store, [], [(run.spec, probe) for run in found], sizes=sizes)
     if chosen.dry_run:
-        errands.foresee(chosen, todo, place) if probe.piloted else errands.price(chosen, todo, found[0].spec)
+        foresee(chosen, todo, place) if probe.piloted else price(chosen, todo, found[0].spec)
         return
-    errands.carry_out(chosen, todo, place)
+    carry_out(chosen, todo, place)
     table, written = chart(store, found, probe, panel=panel, out=chosen.out)
     shown = table if chosen.json else table[list(SHOWN)]
     chosen.answer(shown, f"Flatness on the {split} domains (nats), 95 % intervals over directions", SHOWN)
-    errands.tell_written(written, said(found, probe, panel=panel))
+    tell_written(written, said(found, probe, panel=panel))
 
 
+app.command(epilog="Examples: `flatlab noise 3f2a`, `flatlab noise 3f2a 77c1 --radius --samples 50`")(
+    takes("data_dir", *RUNNING, "out")(noise)
+)
 app.command(epilog="Example: `flatlab hessian 3f2a --split source --split target -k 5 --images 200`")(
     takes("data_dir", *RUNNING, "out")(hessian)
 )
@@ -184,7 +189,7 @@ def stability(
     first = switch_of([run.spec for run in found]) if since is None else since
     table, written = chart(store, found, since=first, out=chosen.out)
     chosen.answer(table, f"Stability of the out-of-domain accuracy from step {first} on (shares of 1)", SHOWN)
-    errands.tell_written(written)
+    tell_written(written)
 
 
 @app.command(

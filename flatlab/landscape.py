@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from flatlab.blocks import Block, Gathered, partition
-from flatlab.derivatives import pullback, refuse_rounding, second_order
+from flatlab.derivatives import hessian_product, refuse_rounding, second_order
 from flatlab.errors import UserError
 from flatlab.losses import Metric, total, total_and_hits, totals, wide
 from flatlab.memory import Halving
@@ -207,13 +207,8 @@ class Landscape:
         """
         views = self.split(self.as_point(vector))
         refuse_rounding(self.model, self._tensors)
-
-        def derivative(loss: Tensor) -> Iterable[Tensor]:
-            grads = torch.autograd.grad(loss, self._tensors, create_graph=True, materialize_grads=True)
-            return pullback(grads, self._tensors)(views)
-
         with self._visiting(), second_order():
-            return self._accumulate(derivative)
+            return self._accumulate(lambda loss: hessian_product(loss, self._tensors, views))
 
     @contextmanager
     def model_at(self, vector: Tensor) -> Iterator[nn.Module]:

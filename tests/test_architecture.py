@@ -51,6 +51,9 @@ MAY_IMPORT = {
     "stability": "tables plots selection runs specs files errors",
     "spectra": "plots runs probespecs specs files metrics.blur metrics.results errors",
     "saliency": "tables plots methods metrics.maps metrics.results probespecs runs settings specs files errors",
+    "noisefigure": "uniformity tables methods settings probespecs runs specs resources seeds",
+    "uniformity": "tables plots runs probespecs specs files metrics.results errors",
+    "rounding": "tables plots runs probespecs specs files metrics.results errors",
     "tensorboard": "runs errors",
     "work": "jobs runs specs errors measure train",  # the last two inside functions: workers alone load torch
     # things that take arguments, not specs
@@ -75,15 +78,16 @@ MAY_IMPORT = {
     "train": "build memory runs data models quant selection settings specs quantspecs files machine seeds errors",
     "checkpoints": "build runs data landscape models nests quant.attach probespecs specs files",
     "export": "build checkpoints models quant runs specs quantspecs files errors",
+    "latent": "checkpoints models quant runs specs errors",
     "shelf": "runs files metrics.results metrics.sampling",
-    "measures": "build checkpoints shelf runs data landscape metrics models params quant.attach seeds probespecs specs "
-    "files errors",
+    "measures": "build checkpoints latent shelf runs data landscape metrics models params quant.attach seeds "
+    "probespecs specs files errors",
     "measure": "build runs probespecs specs machine errors",  # and, by name, the module of a metric in measures/
     # the paper
-    "analyses": "papertable orders surroundings surfaceplots saliency stability spectra probespecs specs settings "
-    "methods tables plots runs resources",
+    "analyses": "noisefigure rounding papertable orders surroundings surfaceplots saliency stability spectra "
+    "probespecs specs settings methods tables plots runs resources",
 }
-OPEN = ("api", "cli", "upkeep", "options", "words", "mistakes", "display", "doctor", "errands", "hessian")
+OPEN = ("api", "cli", "upkeep", "options", "words", "mistakes", "display", "doctor", "errands", "hessian", "noise")
 OPEN += ("surveys", "__main__", "__init__")
 TORCH_FREE = [
     "specs",
@@ -172,7 +176,20 @@ def test_there_are_no_cycles():
 
 def test_analyses_and_tables_do_not_name_torch():
     torch_free = [name for name in IMPORTS if name.startswith("analyses")]
-    torch_free += [f"flatlab.{name}" for name in [*TORCH_FREE, "flatness", "executors", "spectra", "words", "mistakes"]]
+    torch_free += [
+        f"flatlab.{name}"
+        for name in [
+            *TORCH_FREE,
+            "flatness",
+            "executors",
+            "spectra",
+            "uniformity",
+            "noisefigure",
+            "rounding",
+            "words",
+            "mistakes",
+        ]
+    ]
     assert not {name for name in torch_free if any(re.match(r"torch\b|torchvision\b", i) for i in IMPORTS[name])}
 
 
