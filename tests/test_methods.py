@@ -31,7 +31,7 @@ COMPOSITIONS = {name: parts for name, parts in METHODS.items() if not parts.memb
         objective="coral", mixing="mixstyle", step="sam", quantizer="lsq", average="swad"
     ),
 }
-SETTING = SMOKE.replace(scale_lr=1e-4)  # the switch falls on step 4 of 0..10, evaluations on 0, 5, 10
+SETTING = SMOKE.replace(scale_lr=1e-4, eval_every=5)  # the switch falls on step 4 of 0..10, evaluations on 0, 5, 10
 
 
 def spec_of(parts, setting=SETTING, **changes):
