@@ -6,6 +6,8 @@ No public name is that of a module: `flatlab.train` is the package, `flatlab.tra
 from flatlab.checkpoints import landscape as landscape_of
 from flatlab.checkpoints import network as network_of
 from flatlab.errors import UserError
+from flatlab.export import Exported, load_exported
+from flatlab.export import export as export_run
 from flatlab.landscape import Landscape
 from flatlab.measure import measure as measure_run
 from flatlab.methods import METHODS, Method, compose, replicates, vary
@@ -13,17 +15,28 @@ from flatlab.metrics.compare import PairedDifference, compare_flatness, paired_d
 from flatlab.metrics.density import SpectralDensity, spectral_density
 from flatlab.metrics.lanczos import Spectrum, hessian_spectrum
 from flatlab.metrics.operators import GGN, Fisher, Hessian
+from flatlab.metrics.sharpness import (
+    AverageSharpness,
+    WorstSharpness,
+    average_sharpness,
+    normalised_logits,
+    worst_sharpness,
+)
 from flatlab.metrics.sphere import SphereFlatness, sphere_flatness
 from flatlab.metrics.trace import Trace, hessian_trace
 from flatlab.metrics.worst import WorstRise, worst_rise
 from flatlab.models import Ensemble, Network, build_network
 from flatlab.points import Evaluation
 from flatlab.probespecs import ProbeSpec
-from flatlab.quant.attach import attach, bake
+from flatlab.quant.attach import attach, attach_activations, bake
+from flatlab.quant.calibration import second_moments
+from flatlab.quant.inq import INQ
 from flatlab.quant.lsq import LSQ
+from flatlab.quant.obc import obc
+from flatlab.quantspecs import INQSpec, NoiseSpec, OBCSpec, QuantSpec, RTNSpec
 from flatlab.runs import Run, RunStore
 from flatlab.settings import PAPER, QUICK, SMOKE, Setting, setting
-from flatlab.specs import AverageSpec, MixSpec, Place, QuantSpec, RunSpec, StepSpec
+from flatlab.specs import AverageSpec, MixSpec, Place, RunSpec, StepSpec
 from flatlab.stability import Stability
 from flatlab.stability import stability as accuracy_stability
 from flatlab.train.loop import train as train_runs
@@ -37,6 +50,11 @@ __all__ = [
     "compare_flatness",
     "worst_rise",
     "WorstRise",
+    "average_sharpness",
+    "AverageSharpness",
+    "worst_sharpness",
+    "WorstSharpness",
+    "normalised_logits",
     "paired_difference",
     "PairedDifference",
     # curvature
@@ -57,8 +75,15 @@ __all__ = [
     "Ensemble",
     "build_network",
     "LSQ",
+    "INQ",
     "attach",
+    "attach_activations",
     "bake",
+    "obc",
+    "second_moments",
+    "export_run",
+    "load_exported",
+    "Exported",
     # methods, settings, specs
     "METHODS",
     "Method",
@@ -73,6 +98,10 @@ __all__ = [
     "RunSpec",
     "ProbeSpec",
     "QuantSpec",
+    "INQSpec",
+    "RTNSpec",
+    "OBCSpec",
+    "NoiseSpec",
     "StepSpec",
     "AverageSpec",
     "MixSpec",

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from flatlab.errors import UserError
-from flatlab.nests import Batch, concatenate, pick
+from flatlab.nests import Batch, concatenate, pick, span
 
 Indices = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
@@ -73,6 +73,13 @@ class Block:
                 f"Samples of different shapes cannot share a block; give num_samples, which uses whole batches: {error}"
             ) from error
         return Batch(inputs, targets, self.size)
+
+    def by_stratum(self, batches: Sequence[Sequence[Batch]]) -> dict[int, list[Batch]]:
+        """Return the samples as batches of each stratum that the block holds some of."""
+        whole, found = self.gather(batches), dict[int, list[Batch]]()
+        for part in self.parts:
+            found.setdefault(part.row, []).append(span(whole, part.start, part.stop))
+        return found
 
 
 class Gathered(NamedTuple):

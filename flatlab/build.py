@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,9 @@ from flatlab.errors import UserError, choose
 from flatlab.files import file_hash
 from flatlab.models import Ensemble, Network, build_network
 from flatlab.quant import attach
+from flatlab.quant.fixed import Fixed
+from flatlab.quant.inq import INQ
+from flatlab.quantspecs import INQSpec, QuantSpec
 from flatlab.specs import Place, RunSpec
 
 Rows = dict[str, npt.NDArray[np.int64]]
@@ -41,6 +44,11 @@ class Domains:
         """Return fixed batches of the "in" or "out" split of some domains."""
         rows = self.inside if part == "in" else self.outside
         return {name: batches.evaluation_batches(self.data, name, rows[name], device=device) for name in names}
+
+    def calibration(self, count: int, device: torch.device) -> list[Batches]:
+        """Return batches of the first `count` training images of each source domain (fewer where it has fewer)."""
+        load = partial(batches.evaluation_batches, self.data, device=device, batch_size=64, limit=count)
+        return [load(name, self.inside[name]) for name in self.sources]
 
 
 def domains(spec: RunSpec, place: Place) -> Domains:
@@ -96,11 +104,22 @@ def _weights(spec: RunSpec, place: Place) -> str | Path:
 
 
 def quantize(built: Network, spec: RunSpec) -> list[nn.Parameter]:
-    """Attach the spec's quantizer to a network; return its step sizes (none where it has no quantizer)."""
-    if spec.quantizer is None:
-        return []
-    q = spec.quantizer
-    attach.attach(built, bits=q.bits, granularity=q.granularity, grad_scale=q.grad_scale)
+    """Attach the spec's quantizer to a network; return its step sizes (none where it has none to learn).
+
+    What post-training quantization leaves behind is attached empty, to be loaded or settled.
+    """
+    match spec.quantizer:
+        case None:
+            return []
+        case QuantSpec() as q:
+            attach.attach(built, **q.model_dump(include={"bits", "granularity", "grad_scale", "signed", "log_scale"}))
+            if q.activations != "none":
+                attach.attach_activations(built, bits=q.activation_bits, signed=q.activations == "signed")
+        case INQSpec() as q:
+            grid = q.model_dump(include={"bits", "granularity", "grid"})
+            attach.attach_each(built, lambda _, weight: INQ(weight, **grid))
+        case q:
+            attach.attach_each(built, lambda _, weight: Fixed.empty(weight, bits=q.bits, granularity=q.granularity))
     return list(attach.scales(built).values())
 
 

@@ -6,6 +6,7 @@ from flatlab import build, files
 from flatlab.data.batches import evaluation_batches
 from flatlab.landscape import Landscape
 from flatlab.models import Ensemble, Network
+from flatlab.nests import Data
 from flatlab.probespecs import Probing
 from flatlab.quant.attach import bake
 from flatlab.runs import Run
@@ -18,14 +19,7 @@ def landscape(run: Run, spec: Probing, place: Place) -> Landscape:
     Strata are the domains. A quantized network is baked, so that all methods move in one space; or, for
     `space="latent"`, quantized anew at each point, its step sizes held still.
     """
-    domains = build.domains(run.spec, place)
-    run.check_data(domains.data.fingerprint)
-    rows = domains.inside if spec.split == "in" else domains.outside
-    device = build.device(place)
-    batches = {
-        name: evaluation_batches(domains.data, name, rows[name], device=device, limit=spec.images)
-        for name in domains.data.names
-    }
+    batches = images(run, spec, place)
     loaded = network(run, spec.checkpoint, place)
     if spec.space == "baked":
         bake(loaded)
@@ -34,6 +28,18 @@ def landscape(run: Run, spec: Probing, place: Place) -> Landscape:
     for scale in scales:
         scale.requires_grad_(False)
     return Landscape(loaded, batches, F.cross_entropy, params=spec.params)
+
+
+def images(run: Run, spec: Probing, place: Place) -> dict[str, Data]:
+    """Return the batches of each domain that a measurement looks at."""
+    domains = build.domains(run.spec, place)
+    run.check_data(domains.data.fingerprint)
+    rows = domains.inside if spec.split == "in" else domains.outside
+    device = build.device(place)
+    return {
+        name: evaluation_batches(domains.data, name, rows[name], device=device, limit=spec.images)
+        for name in domains.data.names
+    }
 
 
 def network(run: Run, checkpoint: str, place: Place) -> Network | Ensemble:

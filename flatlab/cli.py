@@ -9,8 +9,11 @@ from typing import Annotated, Any
 
 import typer
 
+from flatlab import errands
+from flatlab.errors import choose
+from flatlab.hessian import hessian
 from flatlab.jsontext import strict_json
-from flatlab.mistakes import say, spoken
+from flatlab.mistakes import spoken
 from flatlab.options import Choices, takes
 from flatlab.upkeep import data_app, runs_app
 from flatlab.words import DATA, PARTS, RUNNING, TRAINING
@@ -53,9 +56,9 @@ def reproduce(chosen: Choices, name: Annotated[str, typer.Argument(help="fig3, .
     chosen.refuse_controls(name, has_some=hasattr(module, "CONTROLS"))
     todo = reproduce.missing(module, setting, store, place)
     if chosen.dry_run:
-        _price(chosen, todo, setting.model)
+        errands.price(chosen, todo, setting)
         return
-    _carry_out(chosen, todo)
+    errands.carry_out(chosen, todo)
     done = reproduce.write(module, setting, store, out=chosen.out, redo=shlex.join(["flatlab", *sys.argv[1:]]))
     if chosen.json:
         written = [str(path) for path in done.written]
@@ -67,7 +70,7 @@ def reproduce(chosen: Choices, name: Annotated[str, typer.Argument(help="fig3, .
     )
     for remark in done.remarks:
         display.out.print(remark, soft_wrap=True)
-    _tell_written(done.written)
+    errands.tell_written(done.written)
 
 
 @app.command(
@@ -89,15 +92,15 @@ def train(chosen: Choices) -> None:
     label += "".join(f", {part} {value}" for part, value in changes.items())
     todo = jobs.missing(store, wanted, [], sizes=catalog.sizes(setting.dataset, chosen.folder()))
     if chosen.dry_run:
-        _price(chosen, todo, setting.model)
+        errands.price(chosen, todo, setting)
         return
     if chosen.tensorboard:
         from flatlab import tensorboard
 
         tensorboard.needed()  # said before hours of training, not after
-    _carry_out(chosen, todo)
+    errands.carry_out(chosen, todo)
     if chosen.tensorboard:
-        _tell_written([tensorboard.write(store.run(spec), chosen.tensorboard) for spec in wanted])
+        errands.tell_written([tensorboard.write(store.run(spec), chosen.tensorboard) for spec in wanted])
     table = tables.accuracies(store, [(label, spec) for spec in wanted])
     chosen.answer(table, "Accuracy on source validation and target, by selection rule", ACCURACIES)
 
@@ -134,25 +137,30 @@ def flatness(
     """Measure how fast the loss rises around trained runs: F on spheres (QT-DoG Eq. 5), with intervals."""
     from flatlab import jobs, reproduce
     from flatlab.data import catalog
-    from flatlab.flatness import SHOWN, chart, finished, panel_of, probe_of
+    from flatlab.flatness import SHOWN, chart, finished, panel_of, probe_of, said
 
     store, panel = chosen.runs(), panel_of(split)
     found = finished(store, runs)
     place, dataset = reproduce.place_of(found, chosen.place())
     fields: dict[str, Any] = {"space": space, "checkpoint": checkpoint, "params": params, "images": images}
     fields |= {"rel_error": rel_error, "abs_error": abs_error, "budget": budget, "block_size": block_size}
-    fields["seed"] = direction_seed
-    probe = probe_of(radii, dataset, num_samples=samples, normalisation=normalisation, **fields)
+    fields |= {"seed": direction_seed, "num_samples": samples, "normalisation": normalisation}
+    probe = probe_of(radii, dataset, **fields)
     sizes = catalog.sizes(dataset, Path(place.data_dir) if place.data_dir else None)
     todo = jobs.missing(store, [], [(run.spec, probe) for run in found], sizes=sizes)
     if chosen.dry_run:
-        _price(chosen, todo, found[0].spec.model)
+        errands.foresee(chosen, todo, place) if probe.piloted else errands.price(chosen, todo, found[0].spec)
         return
-    _carry_out(chosen, todo, place)
+    errands.carry_out(chosen, todo, place)
     table, written = chart(store, found, probe, panel=panel, out=chosen.out)
     shown = table if chosen.json else table[list(SHOWN)]
     chosen.answer(shown, f"Flatness on the {split} domains (nats), 95 % intervals over directions", SHOWN)
-    _tell_written(written)
+    errands.tell_written(written, said(found, probe, panel=panel))
+
+
+app.command(epilog="Example: `flatlab hessian 3f2a --split source --split target -k 5 --images 200`")(
+    takes("data_dir", *RUNNING, "out")(hessian)
+)
 
 
 @app.command(epilog="Example: `flatlab stability 3f2a 77c1 --since 120`")
@@ -173,7 +181,7 @@ def stability(
     first = switch_of([run.spec for run in found]) if since is None else since
     table, written = chart(store, found, since=first, out=chosen.out)
     chosen.answer(table, f"Stability of the out-of-domain accuracy from step {first} on (shares of 1)", SHOWN)
-    _tell_written(written)
+    errands.tell_written(written)
 
 
 @app.command(
@@ -191,6 +199,28 @@ def import_(
     spec = import_checkpoint(file, chosen.setting(), chosen.runs(), chosen.place())
     table = tables.accuracies(chosen.runs(), [("imported", spec)])
     chosen.answer(table[table["selection"] == "last"], f"Run {spec.digest}", ACCURACIES)
+
+
+@app.command(epilog="Example: `flatlab export 3f2a --file qt-dog.safetensors`")
+@takes("data_dir", "device", "cache", "store", "json", "debug")
+def export(
+    chosen: Choices,
+    run: Annotated[str, typer.Argument(help="Digest of a quantized run, or its beginning (`flatlab runs list`).")],
+    file: Annotated[Path | None, typer.Option(help="The file to write (DIGEST.safetensors).")] = None,
+    checkpoint: Annotated[str, typer.Option(help="selected (by source validation) or last.")] = "selected",
+) -> None:
+    """Write a quantized run with packed integer weights, and say what that saves in truth."""
+    from flatlab.export import export as write
+
+    found = chosen.runs().find(run)
+    path = file or Path(f"{found.spec.digest}.safetensors")
+    done = write(found, path, chosen.place(), checkpoint=choose("checkpoint", checkpoint, ("selected", "last")))
+    sentence = (
+        f"{done.path}: {done.bytes:,} bytes instead of {done.float_bytes:,}, {done.compression:.2f} times smaller; "
+        f"nominally {done.nominal:.2f} times, 32 bits to {done.bits}. {done.quantized_share:.1%} of the parameters are "
+        "quantized. flatlab.load_exported reads it."
+    )
+    chosen.answer_facts(done.facts(), sentence)
 
 
 @app.command(epilog="Example: `flatlab methods --json`")
@@ -232,46 +262,6 @@ def doctor(chosen: Choices) -> None:
 
     facts = diagnose(chosen.place())
     chosen.answer_facts(facts, "\n".join(f"{name}: {value}" for name, value in facts.items()))
-
-
-def _carry_out(chosen: Choices, todo: Sequence[Any], place: Any = None) -> None:
-    from flatlab import display, reproduce
-
-    place = place or chosen.place()
-    _decode({(spec.dataset, spec.image_size) for job in todo for spec in job.runs}, place)
-    with display.board(todo) as hear:
-        processes = chosen.processes(len(todo))
-        reproduce.carry_out(list(todo), chosen.runs(), place, workers=processes, hear=hear)
-
-
-def _decode(wanted: set[tuple[str, int]], place: Any) -> None:
-    """Bring images into the cache where they are not, before workers start: here it is one bar, and one mistake."""
-    from flatlab import display
-    from flatlab.data import cache, catalog
-
-    folder, kept = (Path(each) if each else None for each in (place.data_dir, place.cache))
-    for dataset, size in sorted(wanted):
-        facts = catalog.facts(dataset)
-        if facts is None or facts.folder:
-            with display.counter(f"{dataset}: decoding images, once") as report:
-                cache.prepare(dataset, data_dir=folder, image_size=size, cache=kept, report=report)
-
-
-def _price(chosen: Choices, todo: list[Any], model: str) -> None:
-    """Say jobs, passes and estimated time; nothing is begun."""
-    from flatlab import display, jobs
-
-    seconds, source = jobs.seconds_per_pass(chosen.runs(), model)
-    workers = chosen.processes(len(todo))
-    if not chosen.json:
-        display.plan(todo, seconds, source, workers=workers)
-        return
-    rows = [{"name": job.name, "passes": job.passes, "core_seconds": job.passes * seconds} for job in todo]
-    typer.echo(strict_json({"jobs": rows, "seconds_per_pass": seconds, "source": source, "workers": workers}))
-
-
-def _tell_written(paths: Sequence[Path]) -> None:
-    say(f"Written: {', '.join(map(str, paths))}", mark="")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -155,7 +155,8 @@ def _cell(value: Any, form: str | None) -> str:
 
 
 def _numbers(event: dict[str, Any]) -> str:
-    return "".join(f"  {name} {value:.3f}" for name, value in event.get("shown", {}).items())
+    shown = event.get("shown", {}).items()
+    return "".join(f"  {name} {value}" if isinstance(value, str) else f"  {name} {value:.3f}" for name, value in shown)
 
 
 def _clock(seconds: float) -> str:

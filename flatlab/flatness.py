@@ -1,6 +1,7 @@
 """`flatlab flatness`: from words to a probe, and from measured runs to a table and a picture."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,6 +11,9 @@ import pandas as pd
 
 from flatlab import files, plots, tables
 from flatlab.errors import UserError, choose
+from flatlab.metrics import sentences
+from flatlab.metrics.results import Estimate, FloatArray
+from flatlab.metrics.rounds import estimate
 from flatlab.probespecs import ProbeSpec
 from flatlab.runs import Run, RunStore
 from flatlab.settings import QUICK, for_data
@@ -100,13 +104,76 @@ def chart(
         panel: "train" (the seen domains) or "test" (the unseen one).
         out: folder of the pictures.
     """
-    wanted = [(f"{run.spec.label} {run.spec.digest[:6]}", run.spec, probe) for run in found]
+    wanted = [(_name(run), run.spec, probe) for run in found]
     frame = tables.flatness(store, wanted)
     shown = frame[frame["panel"] == panel].drop(columns="panel")
     shown = shown.assign(**_lengths(found, probe, shown))
     out.mkdir(parents=True, exist_ok=True)
     files.write_bytes(out / "flatness.csv", shown.to_csv(index=False).encode())
     return shown, [*plots.save(_draw(shown, probe, panel), out / "flatness"), out / "flatness.csv"]
+
+
+def said(found: list[Run], probe: ProbeSpec, *, panel: str) -> list[str]:
+    """Say what the numbers say: where F means little, and which checkpoint is flatter than the first.
+
+    Args:
+        found: the runs, measured.
+        probe: as measured.
+        panel: "train" (the seen domains) or "test" (the unseen one).
+    """
+    seen = {_name(run): _seen(run, probe, panel) for run in found}
+    told = [
+        f"{name}: {sentence}"
+        for name, each in seen.items()
+        for sentence in sentences.remarks(each.radii, each.rises, each.blocks, each.slopes)
+    ]
+    first, *others = seen
+    return told + [
+        f"{sentences.verdict(*_difference(seen[first], seen[other]), seen[first].radii, (first, other))}."
+        for other in others
+        if np.array_equal(seen[first].radii, seen[other].radii)
+    ]
+
+
+def _name(run: Run) -> str:
+    return f"{run.spec.label} {run.spec.digest[:6]}"
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one run showed on the domains of a panel: rises (J,) at each radius, by which plan, and slopes (K,)."""
+
+    radii: FloatArray
+    rises: list[FloatArray]
+    blocks: list[int]
+    plans: list[tuple[int, bool]]  # block size, pairs
+    slopes: FloatArray | None
+
+
+def _seen(run: Run, probe: ProbeSpec, panel: str) -> Seen:
+    arrays, facts = files.load_arrays(run.probe(probe).result)
+    mine = np.array([(name == run.spec.held_out) == (panel == "test") for name in facts["strata"]])
+    rises = [arrays[f"visits-{index:02d}"][:, mine].mean(axis=1) for index in range(len(arrays["radii"]))]
+    slopes = arrays["slopes"][:, mine][:, :, mine].mean(axis=(1, 2)) if "slopes" in arrays else None
+    plans = [(plan["block_size"], plan["paired"]) for plan in facts["plans"]]
+    return Seen(arrays["radii"], rises, facts["blocks"], plans, slopes)
+
+
+def _difference(a: Seen, b: Seen) -> tuple[FloatArray, FloatArray]:
+    """Return intervals (low, high) of a less b: along the rays that both walked by one plan, else of each alone."""
+    low, high = [], []
+    for index in range(len(a.radii)):
+        one, two, blocks = a.rises[index], b.rises[index], a.blocks[index]
+        if a.plans[index] == b.plans[index] and blocks == b.blocks[index]:
+            common = min(len(one), len(two))
+            found = estimate(one[:common] - two[:common], blocks)
+        else:
+            each = [estimate(one, blocks), estimate(two, b.blocks[index])]
+            spread, freedom = np.hypot(each[0].stderr, each[1].stderr), min(e.freedom for e in each)
+            found = Estimate(each[0].value - each[1].value, float(spread), freedom)
+        low.append(found.value - found.half_width())
+        high.append(found.value + found.half_width())
+    return np.array(low), np.array(high)
 
 
 def _lengths(found: list[Run], probe: ProbeSpec, shown: pd.DataFrame) -> dict[str, list[float]]:

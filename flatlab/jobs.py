@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 
 from flatlab.entries import Entry
 from flatlab.probespecs import AnyProbe, Probing, Sizes
+from flatlab.quantspecs import OBCSpec
 from flatlab.runs import RunStore
 from flatlab.specs import Place, RunSpec, Spec
 
 BACKWARD = 3  # a training image costs about three forward passes: forward, and backward by weights and by inputs
-REFERENCE = {  # seconds for one image forward on one core of the reference machine (EPYC, 2 cores), by model
+REFERENCE = {  # seconds for an image of 224 pixels (digits: 16) on one core of the reference machine, by model
     "digits-cnn": 3e-5,
     "mobilenet_v2": 1.2e-2,
     "resnet18": 4e-2,
@@ -63,7 +64,7 @@ Wanted = Sequence[tuple[RunSpec, Probing]]
 
 
 def missing(store: RunStore, runs: Sequence[RunSpec], probes: Wanted, *, sizes: Sizes) -> list[Job]:
-    """Return the jobs for what the store lacks: trajectories first, the longest first, then probes.
+    """Return the jobs for what the store lacks: trajectories first, the longest first, then derived runs, then probes.
 
     Args:
         store: what is there already.
@@ -72,28 +73,16 @@ def missing(store: RunStore, runs: Sequence[RunSpec], probes: Wanted, *, sizes: 
         sizes: images of each domain, for the costs.
     """
     lacking = _lacking(store, [*runs, *(run for run, _ in probes)])
-    training = _training([spec for spec in lacking.values() if not spec.members], sizes)
-    joining = _joining([spec for spec in lacking.values() if spec.members], lacking, sizes)
-    return [*training, *joining, *_measuring(store, probes, set(lacking), sizes)]
+    training = _training([spec for spec in lacking.values() if not spec.made_from], sizes)
+    making = [_making(spec, lacking, sizes) for spec in lacking.values() if spec.made_from]
+    return [*training, *making, *_measuring(store, probes, set(lacking), sizes)]
 
 
 def _lacking(store: RunStore, wanted: Sequence[RunSpec]) -> dict[str, RunSpec]:
-    """Return the runs that are not finished, by digest, an ensemble's members with it."""
+    """Return the runs that are not finished, by digest, and what they are made from."""
     lacking = {spec.digest: spec for spec in wanted if not store.run(spec).done}
-    members = [member for spec in lacking.values() for member in spec.members]
-    return {**lacking, **_lacking(store, members)} if members else lacking
-
-
-def _joining(ensembles: Sequence[RunSpec], lacking: Mapping[str, RunSpec], sizes: Sizes) -> list[Job]:
-    return [
-        Job(
-            name=f"join {spec.label} on {spec.held_out}, seed {spec.seed}, {spec.combine}",
-            runs=(spec,),
-            needs=tuple(member.digest for member in spec.members if member.digest in lacking),
-            passes=float(len(spec.members) * sum(sizes.values())),
-        )
-        for spec in ensembles
-    ]
+    deeper = [each for spec in lacking.values() for each in spec.made_from]
+    return {**lacking, **_lacking(store, deeper)} if deeper else lacking
 
 
 def _training(lacking: Sequence[RunSpec], sizes: Sizes) -> list[Job]:
@@ -126,6 +115,18 @@ def _training(lacking: Sequence[RunSpec], sizes: Sizes) -> list[Job]:
     return sorted(jobs, key=lambda job: (bool(job.needs), -len(job.forks), -job.passes))
 
 
+def _making(spec: RunSpec, lacking: Mapping[str, RunSpec], sizes: Sizes) -> Job:
+    """Return the job that makes a run from finished ones: images are forwarded to calibrate, and for the log."""
+    images = spec.quantizer.images if isinstance(spec.quantizer, OBCSpec) and not spec.members else 0
+    averaged = f", {spec.combine}" if spec.members else ""
+    return Job(
+        name=f"make {spec.label} on {spec.held_out}, seed {spec.seed}{averaged}",
+        runs=(spec,),
+        needs=tuple(each.digest for each in spec.made_from if each.digest in lacking),
+        passes=images + max(1, len(spec.members)) * spec.holdout * sum(sizes.values()),
+    )
+
+
 def _measuring(store: RunStore, probes: Wanted, trained: set[str], sizes: Sizes) -> list[Job]:
     asked: dict[str, list[tuple[RunSpec, Probing]]] = {}
     for run, probe in probes:
@@ -151,13 +152,14 @@ def training_passes(spec: RunSpec, sizes: Sizes, *, forked: bool) -> float:
     return float(steps * batch * BACKWARD * (2 if spec.step.kind == "sam" else 1) + looks)
 
 
-def seconds_per_pass(store: RunStore, model: str) -> tuple[float, str]:
+def seconds_per_pass(store: RunStore, model: str, image_size: int) -> tuple[float, str]:
     """Return the seconds of one image forward and where the number is from: this store, or the reference machine."""
     seconds = passes = 0.0
     for run in store.runs():
-        if run.done and run.spec.model == model and "passes" in run.provenance:
+        if run.done and (run.spec.model, run.spec.image_size) == (model, image_size) and "passes" in run.provenance:
             passes += run.provenance["passes"]
             seconds += sum(session["seconds"] for session in run.provenance["sessions"])
     if passes:
         return seconds / passes, "measured in this store"
-    return REFERENCE.get(model, 1e-2), "a reference machine's; yours may differ severalfold"
+    share = (image_size / 224) ** 2 if image_size != 16 else 1.0
+    return REFERENCE.get(model, 1e-2) * share, "a reference machine's; yours may differ severalfold"

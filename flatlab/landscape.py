@@ -8,6 +8,7 @@ are read once and weighed by samples, and everything that would break this is lo
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -16,11 +17,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flatlab.blocks import Block, Gathered, partition
+from flatlab.derivatives import pullback, refuse_rounding, second_order
 from flatlab.errors import UserError
 from flatlab.losses import names_classes, total, wide
+from flatlab.memory import Halving
 from flatlab.nests import Batch, Data, part, read, recut, same
 from flatlab.params import flatten, select, split_like
 from flatlab.points import Evaluation, Move
@@ -61,6 +63,7 @@ class Landscape:
         batch_size: int | None = None,
     ) -> None:
         self.model, self._check = model, check
+        self._forward = Halving(model)
         self._total = partial(total, loss)
         self.named = select(model, params)
         refuse_parametrized(self.named)
@@ -166,6 +169,14 @@ class Landscape:
         cut = [Batch(None, part(batch.targets, p.start, p.stop), p.stop - p.start) for p in block.parts]
         return Gathered(batch, block, cut)
 
+    def on(self, block: Block) -> "Landscape":
+        """Return the landscape over a block's samples alone, around the same point."""
+        other, kept = copy(self), block.by_stratum(self._batches)
+        other._batches, other._base = list(kept.values()), None
+        other.strata = tuple(self.strata[row] for row in kept)
+        other.sizes = np.array([sum(batch.size for batch in batches) for batches in other._batches])
+        return other
+
     def shares_data(self, other: "Landscape") -> bool:
         """Say whether another landscape lies over the same samples, however they are cut into batches."""
         pairs = zip(self._batches, other._batches, strict=False)
@@ -181,26 +192,21 @@ class Landscape:
             return self._accumulate(derivative)
 
     def hvp(self, vector: Tensor) -> Tensor:
-        """Return the Hessian of the loss at the point times a vector (P,), by double backward."""
+        """Return the Hessian of the loss at the point times a vector (P,), by double backward.
+
+        Raises:
+            UserError: where the model cannot be differentiated twice, or rounds its weights.
+        """
         views = self.split(self.as_point(vector))
+
+        refuse_rounding(self.model, self._tensors)
 
         def derivative(loss: Tensor) -> Iterable[Tensor]:
             grads = torch.autograd.grad(loss, self._tensors, create_graph=True, materialize_grads=True)
-            # A gradient that does not depend on any parameter has no graph; its share of the product is zero.
-            inner = [(g * v).sum() for g, v in zip(grads, views, strict=True) if g.requires_grad]
-            if not inner:
-                return map(torch.zeros_like, grads)
-            return torch.autograd.grad(torch.stack(inner).sum(), self._tensors, materialize_grads=True)
+            return pullback(grads, self._tensors)(views)
 
-        # The fused attention kernels have no second derivative.
-        with self._visiting(), sdpa_kernel(SDPBackend.MATH):
+        with self._visiting(), second_order():
             return self._accumulate(derivative)
-
-    @contextmanager
-    def model_at(self, vector: Tensor) -> Iterator[nn.Module]:
-        """Lend out the model at a flat vector (P,), for measures that need more of it than a loss."""
-        with self._visiting(vector):
-            yield self.model
 
     def terms(self) -> list[Term]:
         """Return the batches: the loss is the sum of ``total(outputs) / count`` over them."""
@@ -223,12 +229,12 @@ class Landscape:
 
     def _sums(self, total: Callable[[Any, Batch], Tensor]) -> Tensor:
         # They stay on the device: nothing waits for it between two batches.
-        sums = [torch.stack([total(self.model(b.inputs), b) for b in each]).sum(0) for each in self._batches]
+        sums = [torch.stack([total(self._forward(b.inputs), b) for b in each]).sum(0) for each in self._batches]
         return torch.stack(sums)
 
     def _totals(self, batch: Batch, block: Block, targets: list[Batch]) -> Tensor:
         """Return the total loss of each part of a block."""
-        outputs = self.model(batch.inputs)
+        outputs = self._forward(batch.inputs)
         pairs = zip(block.parts, targets, strict=True)
         return torch.stack([self._total(part(outputs, p.start, p.stop), each) for p, each in pairs])
 
@@ -272,7 +278,7 @@ class Landscape:
         # Not inference_mode: what a model caches in its first pass (rotary tables) must stay usable in training.
         with torch.no_grad():
             for batches in self._batches:
-                probe_model(self.model, max(batches, key=lambda batch: batch.size), self._total)
+                probe_model(self._forward, max(batches, key=lambda batch: batch.size), self._total)
         if changed := self._changed():
             raise UserError(
                 f"A forward pass changes {changed!r} of the model, so that its loss depends on what was evaluated"
@@ -283,7 +289,7 @@ class Landscape:
             raise UserError(f"The loss at the point itself must be finite, but is {losses}: no flatness is defined.")
         with torch.no_grad():
             for batch in chain.from_iterable(self._batches):
-                probe_mean(self.model, batch, self._total)
+                probe_mean(self._forward, batch, self._total)
 
     def _probe_writing(self) -> None:
         noise = torch.randn(self.num_params, generator=generator("landscape", "probe")).to(self._w0)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from importlib import import_module
+from typing import Any
 
 from flatlab import build, machine
 from flatlab.errors import UserError
@@ -9,7 +10,7 @@ from flatlab.probespecs import Probing
 from flatlab.runs import Run
 from flatlab.specs import Place
 
-Report = Callable[[int, int, dict[str, float]], None]
+Report = Callable[[int, int, dict[str, Any]], None]
 
 
 def measure(run: Run, spec: Probing, place: Place, *, report: Report | None = None) -> None:

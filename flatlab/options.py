@@ -117,14 +117,14 @@ class Choices:
 
     def refuse_idle(self, parts: "Method") -> None:
         """Refuse options that would do nothing in the composition at hand: a typo would go unseen."""
-        quantized = parts.quantizer != "none"
+        quantized = parts.quantizer != "none" or parts.noise != "none"
         if self.bits is not None and not quantized:
             raise UserError(
                 f"--bits {self.bits} does nothing without a quantizer; add --quantizer lsq, or leave it out."
             )
-        if self.quantize_at is not None and not (quantized or parts.frozen):
+        if self.quantize_at is not None and not parts.switched:
             raise UserError(
-                f"--quantize-at {self.quantize_at} does nothing without a quantizer; add --quantizer lsq, "
+                f"--quantize-at {self.quantize_at} does nothing without a quantizer that trains; add --quantizer lsq, "
                 "or leave it out."
             )
         if self.exact_repo and parts.average != "swad":

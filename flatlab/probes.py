@@ -54,7 +54,7 @@ def versions(model: nn.Module, moved: Iterable[Tensor]) -> dict[str, tuple[int, 
     return {n: (id(t), 0 if t.is_inference() else t._version) for n, t in named if id(t) not in ours}
 
 
-def probe_model(model: nn.Module, batch: Batch, total: Total) -> None:
+def probe_model(model: Callable[[Any], Any], batch: Batch, total: Total) -> None:
     """Refuse a model that draws at random, that loses the sample axis, or in which samples mix."""
     outputs, again = model(batch.inputs), model(batch.inputs)
     sizes = [tuple(leaf.shape[:1]) for leaf in tensors(outputs)]
@@ -79,7 +79,7 @@ def probe_model(model: nn.Module, batch: Batch, total: Total) -> None:
         )
 
 
-def probe_mean(model: nn.Module, batch: Batch, total: Total) -> None:
+def probe_mean(model: Callable[[Any], Any], batch: Batch, total: Total) -> None:
     """Refuse a batch loss that is not the mean over the samples; costs one forward and calls of the loss."""
     outputs = model(batch.inputs)
     # Small pieces, not halves: ignored targets that lie evenly in the batch would go unseen.

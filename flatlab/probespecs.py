@@ -12,9 +12,12 @@ from pydantic import BeforeValidator, Field, SerializeAsAny
 from flatlab.errors import UserError, choose
 from flatlab.specs import Spec
 
-FORESEEN = 0.02  # passes over the images that one radius takes at a relative error of 1; the pilot knows better
+FORESEEN = 20  # images that one radius takes at a relative error of 1, whatever their number; the pilot knows better
+LEAST = 2_600  # images of a radius: 81 pairs on blocks of 16
 BUDGET = 100  # passes for each radius at most
 AUTO_RADII = 6
+PRODUCT = 10  # forward passes that a Hessian-vector product costs
+PILOT = 32  # products that a trace takes at least, beyond its basis
 Sizes = Mapping[str, int]  # images of each domain
 
 
@@ -55,6 +58,11 @@ class ProbeSpec(Probing):
     normalisation: Literal["none", "filter", "layer", "parameter"] = "none"
 
     @property
+    def piloted(self) -> bool:
+        """Whether a pilot finds out how to sample."""
+        return self.num_samples is None and self.block_size is None
+
+    @property
     def effort(self) -> str:
         """How much was sampled, in words for a caption."""
         return f"{self.num_samples} directions" if self.num_samples else f"directions for {self.rel_error:.0%} error"
@@ -67,8 +75,39 @@ class ProbeSpec(Probing):
         """
         images = self.count(sizes)
         count = AUTO_RADII if self.radii == "auto" else sum(radius > 0 for radius in self.radii)
-        passes = self.num_samples or FORESEEN / max(self.rel_error, 1e-3) ** 2
-        return float(min(images * passes, BUDGET * images) * count)
+        foreseen = max(LEAST, FORESEEN / max(self.rel_error, 1e-3) ** 2)
+        each = images * self.num_samples if self.num_samples else min(foreseen, BUDGET * images)
+        return float(each * count)
+
+
+class SpectrumSpec(Probing):
+    """Curvature of the mean loss over some domains, each weighing the same: extreme eigenvalues, trace, density."""
+
+    metric: Literal["spectrum"] = "spectrum"
+    space: Literal["baked"] = "baked"  # through rounding there is no curvature
+    domains: str = "source"  # "source" (the seen), "target" (the held-out one), or names with commas between
+    engine: Literal["flatlab", "pyhessian"] = "flatlab"
+    k: int = Field(10, ge=1)
+    which: Literal["LA", "SA", "BE"] = "LA"
+    tol: float = Field(1e-3, gt=0)  # residual over eigenvalue
+    rel_error: float = Field(0.02, ge=0)  # of the trace
+    trace_budget: int = Field(500, ge=2)  # products for the trace, beyond those of the eigenvalues
+    starts: int = Field(5, ge=1)  # of the density
+    steps: int = Field(60, ge=1)  # of Lanczos from each start
+
+    @property
+    def foreseen(self) -> int:
+        """Products, roughly: three for each eigenvalue, a pilot of the trace, and the density's."""
+        return 3 * self.k + min(self.trace_budget, PILOT) + self.starts * self.steps
+
+    def passes(self, sizes: Sizes) -> float:
+        """Return the images that are forwarded, a product counting as ten passes.
+
+        Args:
+            sizes: images of each domain.
+        """
+        share = {"source": len(sizes) - 1, "target": 1}.get(self.domains, self.domains.count(",") + 1) / len(sizes)
+        return float(self.count(sizes) * share * PRODUCT * self.foreseen)
 
 
 class CamSpec(Probing):
@@ -96,7 +135,7 @@ class CamSpec(Probing):
         return float(self.count(sizes) * (3 * maps + 2 * (self.num_shares + 1)))
 
 
-KINDS: dict[str, type[Probing]] = {"sphere": ProbeSpec, "gradcam": CamSpec}
+KINDS: dict[str, type[Probing]] = {"sphere": ProbeSpec, "spectrum": SpectrumSpec, "gradcam": CamSpec}
 
 
 def parse_probe(text: str) -> Probing:

@@ -16,7 +16,7 @@ from flatlab.data import catalog
 from flatlab.errors import UserError, WorkerError, choose
 from flatlab.jobs import Job, Plan
 from flatlab.runs import Run, RunStore
-from flatlab.settings import Setting
+from flatlab.settings import QUICK, Setting
 from flatlab.specs import Place
 
 Hear = Callable[[dict[str, Any]], None]
@@ -133,13 +133,14 @@ def write(module: ModuleType, setting: Setting, store: RunStore, *, out: Path, r
         module: of the figure or table.
         setting: as it was run.
         store: holds the runs and probes.
-        out: folder of the pictures.
+        out: folder of the pictures; those of other data than digits go into a folder of their own in it.
         redo: the command line that does it again.
     """
     frame = module.table(store, setting)
     findings = module.findings(frame)
-    out.mkdir(parents=True, exist_ok=True)
-    stem = out / module.__name__.rsplit(".", 1)[-1]
+    folder = out if setting.dataset == QUICK.dataset else out / f"{setting.dataset}-{setting.model}".lower()
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = folder / module.__name__.rsplit(".", 1)[-1]
     files.write_bytes(stem.with_suffix(".csv"), frame.to_csv(index=False).encode())
     facts = _facts(module, setting, store)
     pictures = plots.save(module.draw(frame, module.caption(setting)), stem)

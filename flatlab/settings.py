@@ -65,6 +65,11 @@ class Setting(Spec):
         return round(0.4 * self.steps) if self.switch is None else self.switch
 
     @property
+    def inq_every(self) -> int:
+        """INQ's steps between stages, such that its four end where 15 % are left (750 of 5,000; methods.md 3.1)."""
+        return max(1, min(round(0.15 * self.steps), (self.steps - self.switch_step) // 3))
+
+    @property
     def swa_start(self) -> int:
         """SWA's first step: 60 % of the steps; the paper gives none."""
         return round(0.6 * self.steps)

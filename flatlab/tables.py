@@ -144,7 +144,7 @@ def accuracies(store: RunStore, wanted: Iterable[Labelled]) -> pd.DataFrame:
         run = store.run(spec)
         if not run.done:
             raise UserError(f"Run {spec.digest} ({label}, {spec.held_out}, seed {spec.seed}) is not trained yet.")
-        log = selection.candidates(run.rows(), spec.switch)
+        log = selection.candidates(run.rows(), spec.settled)
         for rule, choose in selection.RULES.items():
             row = choose(log)
             rows.append(
@@ -168,7 +168,7 @@ def overview(store: RunStore) -> pd.DataFrame:
     columns = ["run", "dataset", "model", "composition", "held_out", "seed", "state", "probes", "validation", "target"]
     rows = []
     for run in store.runs():
-        log = selection.candidates(run.rows(), run.spec.switch)
+        log = selection.candidates(run.rows(), run.spec.settled)
         best = selection.training_domain(log) if log else {}
         rows.append(
             {

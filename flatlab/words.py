@@ -45,14 +45,18 @@ WORDS: dict[str, tuple[Any, Any, Any]] = {  # name -> type, default, option
         ),
     ),
     "data_dir": (Path, None, _option(_DATA, "The folder that holds the data set; not for digits and folder:PATH.")),
-    "held_out": (str, "all", _option(_DATA, "Domain held out: its name, its index, or all, each in turn.")),
+    "held_out": (
+        str,
+        "all",
+        _option(_DATA, "Domains held out, each in turn: names or indices, as sketch,photo, or all."),
+    ),
     "image_size": (int, None, _option(_DATA, "Height and width of the images, in pixels (digits 16, else 224).")),
     "method": (str, "ERM", _option(_COMPOSITION, "erm, sam, swa, swad, sma, qt-dog, ... (`flatlab methods`).")),
     "objective": (str, None, _option(_COMPOSITION, f"erm or coral{_PARTS}")),
     "mixing": (str, None, _option(_COMPOSITION, f"none or mixstyle{_PARTS}")),
     "step": (str, None, _option(_COMPOSITION, f"plain or sam{_PARTS}")),
     "average": (str, None, _option(_COMPOSITION, f"last, swa, swad or sma{_PARTS}")),
-    "quantizer": (str, None, _option(_COMPOSITION, f"none or lsq{_PARTS}")),
+    "quantizer": (str, None, _option(_COMPOSITION, f"none, lsq, inq, obc or rtn{_PARTS}")),
     "combine": (str, None, _option(_COMPOSITION, "What an ensemble averages: logits or probabilities (logits).")),
     "bits": (int, None, _option(_COMPOSITION, "Bits of a quantized weight, 2 to 16 (7).")),
     "quantize_at": (
@@ -118,7 +122,11 @@ WORDS: dict[str, tuple[Any, Any, Any]] = {  # name -> type, default, option
         _option(_PLACE, "Folder of decoded images (flatlab's, where the platform caches).", envvar="FLATLAB_CACHE"),
     ),
     "store": (Path, None, _option(_PLACE, "Folder of the runs (./runs).", envvar="FLATLAB_STORE")),
-    "out": (Path, Path("figures"), _option(_OUTPUT, "Folder of the pictures.")),
+    "out": (
+        Path,
+        Path("figures"),
+        _option(_OUTPUT, "Folder of the pictures; data other than digits have their own in it."),
+    ),
     "tensorboard": (Path, None, _option(_OUTPUT, "Write the training's curves as TensorBoard events here (none).")),
     "dry_run": (
         bool,

@@ -112,7 +112,7 @@ class _Reporter:
         self.name, self.emit, self.parts, self.part = name, emit, parts, 0
         self.told = 0.0
 
-    def __call__(self, made: int, of: int, shown: dict[str, float]) -> None:
+    def __call__(self, made: int, of: int, shown: dict[str, Any]) -> None:
         """Report a part's progress, and numbers to show beside it."""
         if time.monotonic() - self.told > EVENT_SECONDS:
             self.told = time.monotonic()

@@ -28,20 +28,24 @@ MAY_IMPORT = {
     "resources": "",
     "seeds": "",
     "selection": "",
-    "specs": "errors",
+    "record": "errors",
     # what is asked for, without torch
+    "quantspecs": "record",
+    "specs": "record quantspecs errors",
     "probespecs": "specs errors",
     "settings": "specs errors",
-    "methods": "settings specs errors",
+    "methods": "settings specs quantspecs errors",
     "files": "errors jsontext",
     "entries": "specs files errors",
     "runs": "entries probespecs specs files errors jsontext",
+    "metrics.blur": "",
     "tables": "runs probespecs specs selection files metrics.rounds metrics.results errors",
-    "jobs": "entries runs probespecs specs",
+    "jobs": "entries runs probespecs specs quantspecs",
     "executors": "jobs",
     "reproduce": "tables executors jobs runs settings specs plots files machine data.catalog errors",
-    "flatness": "tables plots runs settings probespecs specs files errors",
+    "flatness": "tables plots runs settings probespecs files metrics.sentences metrics.results metrics.rounds errors",
     "stability": "tables plots selection runs specs files errors",
+    "spectra": "plots runs probespecs specs files metrics.blur metrics.results errors",
     "saliency": "tables plots methods metrics.maps metrics.results probespecs runs settings specs files errors",
     "tensorboard": "runs errors",
     "work": "jobs runs specs errors measure train",  # the last two inside functions: workers alone load torch
@@ -51,23 +55,27 @@ MAY_IMPORT = {
     "models": "seeds errors",
     "quant": "errors",
     "nests": "errors",
+    "memory": "nests",
     "blocks": "nests errors",
     "losses": "nests errors",
     "probes": "nests errors",
     "points": "blocks",
-    "landscape": "blocks losses nests params probes seeds errors points",
-    "metrics": "blocks losses landscape params probes seeds errors points",
+    "derivatives": "errors",
+    "landscape": "blocks derivatives losses memory nests params probes seeds errors points",
+    "metrics": "blocks derivatives losses nests landscape params probes seeds errors points",
     # from specs to things, to runs, to measurements: `train` and `measure` meet on disk
-    "build": "specs data models quant files errors",
-    "train": "build runs data models quant.attach seeds selection settings specs files machine errors",
-    "checkpoints": "build runs data landscape models quant.attach probespecs specs files",
+    "build": "specs quantspecs data models quant files errors",
+    "train": "build memory runs data models quant selection settings specs quantspecs files machine seeds errors",
+    "checkpoints": "build runs data landscape models nests quant.attach probespecs specs files",
+    "export": "build checkpoints models quant runs specs quantspecs files errors",
     "shelf": "runs files metrics.results metrics.sampling",
-    "measures": "build checkpoints shelf runs data landscape metrics models probespecs quant.attach seeds specs files errors",
+    "measures": "build checkpoints shelf runs data landscape metrics models params quant.attach seeds probespecs specs files errors",
     "measure": "build runs probespecs specs machine errors",  # and, by name, the module of a metric in measures/
     # the paper
-    "analyses": "probespecs specs settings methods tables stability saliency plots runs resources",
+    "analyses": "probespecs specs settings methods tables stability saliency spectra plots runs resources",
 }
-OPEN = ("api", "cli", "upkeep", "options", "words", "mistakes", "display", "doctor", "__main__", "__init__")
+OPEN = ("api", "cli", "upkeep", "options", "words", "mistakes", "display", "doctor", "errands", "hessian")
+OPEN += ("__main__", "__init__")
 TORCH_FREE = [
     "specs",
     "probespecs",
@@ -142,7 +150,7 @@ def test_each_row_is_of_a_room_that_there_is():
 def test_nothing_inside_imports_the_doorways():
     importers = {name for name, found in OURS.items() if found & {"flatlab.api", "flatlab.cli"}}
     assert importers <= {"flatlab.__main__"}
-    words = {f"flatlab.{each}" for each in ("upkeep", "options", "words", "mistakes", "display", "doctor")}
+    words = {f"flatlab.{each}" for each in OPEN if each not in ("api", "cli", "__main__", "__init__")}
     assert {name for name, found in OURS.items() if found & words} <= words | {"flatlab.cli"}
 
 
@@ -153,7 +161,7 @@ def test_there_are_no_cycles():
 
 def test_analyses_and_tables_do_not_name_torch():
     torch_free = [name for name in IMPORTS if name.startswith("analyses")]
-    torch_free += [f"flatlab.{name}" for name in [*TORCH_FREE, "flatness", "executors", "words", "mistakes"]]
+    torch_free += [f"flatlab.{name}" for name in [*TORCH_FREE, "flatness", "executors", "spectra", "words", "mistakes"]]
     assert not {name for name in torch_free if any(re.match(r"torch\b|torchvision\b", i) for i in IMPORTS[name])}
 
 

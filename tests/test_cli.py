@@ -136,6 +136,28 @@ def test_flatness_of_several_runs(flatlab, store, tmp_path):
     assert pd.read_csv(tmp_path / "flatness.csv")["value"].tolist() == pytest.approx(rows["value"].tolist())
 
 
+def test_an_accuracy_is_planned_by_a_pilot_whose_plan_is_kept(flatlab, store, tmp_path):
+    digest = digests(store)["erm"]
+    given = ("flatness", digest, "--radii", "1,4", "--rel-error", 0.3, "--store", store, "--out", tmp_path)
+    rows = pd.DataFrame(json.loads(flatlab(*given, "--dry-run", "--json").out))
+    assert rows["radius"].tolist() == [1, 4] and (rows["images"] >= rows["visits"] * rows["block_size"]).all()
+    assert (rows["core_seconds"] > 0).all()
+    (probe,) = (each for each in RunStore(store).find(digest).probes() if not each.done)
+    (plan,) = probe.path.glob("unit-plan*")
+    before = plan.read_bytes()
+    answer = flatlab(*given)
+    assert answer.code == 0 and probe.done and plan.read_bytes() == before and "What the pilots" not in answer.out
+
+
+def test_flatness_says_which_is_flatter(flatlab, store, tmp_path):
+    a, b = digests(store).values()
+    given = ("--radii", "1,4", "--images", 20, "--store", store, "--out", tmp_path)
+    for effort in (("--samples", 4), ("--block-size", 8, "--rel-error", 0.3), ("--rel-error", 0.3)):
+        told = flatlab("flatness", a, b, *given, *effort).err
+        (sentence,) = [line for line in told.splitlines() if "flatter" in line or "distinguishable" in line]
+        assert sentence.endswith(".") and ("radius" in sentence or "all radii" in sentence)
+
+
 def test_runs_are_listed_shown_verified_merged_and_removed(flatlab, store, tmp_path):
     digest = digests(store)["erm"]
     assert digest[:8] in flatlab("runs", "list", "--store", store).out

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.datasets import ImageFolder
 
 from flatlab.data import catalog, digits, folders, sources
 from flatlab.data.batches import TrainingStream, evaluation_batches
@@ -107,6 +108,7 @@ def test_unknown_data_set_is_refused_with_the_known_ones(unknown: str) -> None:
         ("sketch", ("sketch",)),
         ("Art-Painting", ("art_painting",)),
         ("2", ("photo",)),
+        ("sketch, 1,sketch", ("sketch", "cartoon")),
         ("all", ("art_painting", "cartoon", "photo", "sketch")),
     ],
 )
@@ -302,6 +304,15 @@ def test_folder_is_read_in_imagefolders_order(tree: Path) -> None:
         first = np.asarray(image.convert("RGB").resize((8, 8), Image.Resampling.BILINEAR))
     assert np.array_equal(data.domain("photo").images[0].permute(1, 2, 0).numpy(), first)
     assert load(tree).fingerprint == data.fingerprint
+
+
+def test_subfolders_and_their_order_are_imagefolders(tmp_path: Path) -> None:
+    for name in ("b.png", "deep/a.pgm", "deep/er/c.ppm", "deeper/a.png", ".hidden/d.png"):
+        picture(tmp_path / "animals" / "photo" / "cat" / name, "L" if name.endswith("pgm") else "RGB")
+        picture(tmp_path / "animals" / "sketch" / "cat" / name, "L" if name.endswith("pgm") else "RGB")
+    theirs = [Path(path) for path, _ in ImageFolder(tmp_path / "animals" / "photo").samples]
+    assert folders.listing("folder:animals", tmp_path / "animals").paths("photo") == theirs and len(theirs) == 5
+    assert catalog.sizes("folder:animals", tmp_path / "animals") == {"photo": 5, "sketch": 5}
 
 
 def test_grey_palette_and_transparent_images_become_rgb(tree: Path) -> None:

@@ -104,7 +104,7 @@ def test_members_are_trained_first_and_shared_with_who_else_wants_them(tmp_path)
     )
     todo = jobs.missing(store, [eoq, ensemble, ERM], [], sizes=SIZES)
     names = [job.name.split(" on ")[0] for job in todo]
-    assert sorted(names) == sorted(["train erm"] * 2 + ["train lsq"] * 2 + ["join 2 x lsq", "join 2 x erm"])
+    assert sorted(names) == sorted(["train erm"] * 2 + ["train lsq"] * 2 + ["make 2 x lsq", "make 2 x erm"])
     assert set(todo[-2].needs + todo[-1].needs) == {member.digest for member in eoq.members + ensemble.members}
     events = []
     work(todo, store, PLACE, emit=events.append)

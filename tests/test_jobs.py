@@ -94,13 +94,14 @@ def test_costs(store):
 
 
 def test_seconds_are_measured_where_something_ran(store):
-    assert jobs.seconds_per_pass(store, "digits-cnn") == (3e-5, "a reference machine's; yours may differ severalfold")
+    reference = (3e-5, "a reference machine's; yours may differ severalfold")
+    assert jobs.seconds_per_pass(store, "digits-cnn", 16) == reference
     for seed in (0, 1):
         run = store.run(spec(seed=seed))
         run.create()
         run.note(passes=100.0, sessions=[{"seconds": 1.0}, {"seconds": 2.0}])
         run.finish()
-    assert jobs.seconds_per_pass(store, "digits-cnn") == (0.03, "measured in this store")
+    assert jobs.seconds_per_pass(store, "digits-cnn", 16) == (0.03, "measured in this store")
 
 
 def test_a_plan_is_read_back_as_it_was_written(store):

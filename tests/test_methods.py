@@ -24,6 +24,9 @@ COMPOSITIONS = {name: parts for name, parts in METHODS.items() if not parts.memb
     "SAM+LSQ+SMA": Method(step="sam", quantizer="lsq", average="sma"),
     "release-parity+SAM+SWA": Method(step="sam", quantizer="lsq", frozen=True, average="swa"),
     "freeze+SMA": Method(frozen=True, average="sma"),
+    "INQ+SMA": Method(quantizer="inq", average="sma"),
+    "SWAD+OBC": Method(quantizer="obc", average="swad"),
+    "SAM+noise": Method(step="sam", noise="fresh"),
     "CORAL+MixStyle+SAM+LSQ+SWAD": Method(
         objective="coral", mixing="mixstyle", step="sam", quantizer="lsq", average="swad"
     ),
@@ -63,10 +66,15 @@ def observe(spec, store):
 def test_every_method_trains_and_its_checkpoint_is_what_its_log_says(name, tmp_path):
     spec = spec_of(COMPOSITIONS[name])
     run = RunStore(tmp_path).run(spec)
-    train([spec], RunStore(tmp_path), PLACE)
+    for each in [spec.parent, spec] if spec.derived and spec.parent else [spec]:
+        train([each], RunStore(tmp_path), PLACE)
     assert run.done and not run.faults()
     rows = run.rows()
-    assert [row["step"] for row in rows] == ([0, 5, 10] if spec.average.kind in ("last", "sma") else [10])
+    if spec.derived:
+        selected = weights_of(RunStore(tmp_path).run(spec.parent))[1]
+        assert [row["step"] for row in rows] == [selected]
+    else:
+        assert [row["step"] for row in rows] == ([0, 5, 10] if spec.average.kind in ("last", "sma") else [10])
     assert [row["looks"] for row in rows] == list(range(1, len(rows) + 1))
     judge = judge_of(spec)
     for checkpoint in ("selected", "last"):
@@ -82,7 +90,7 @@ def test_every_method_trains_and_its_checkpoint_is_what_its_log_says(name, tmp_p
         assert bool(quantized_layers(loaded)) == (spec.quantizer is not None)
         bake(loaded)
         assert torch.equal(loaded(images), logits)
-    best = max(row["validation"] for row in rows if row["step"] >= (spec.switch or 0))
+    best = max(row["validation"] for row in rows if row["step"] >= (spec.settled or 0))
     assert best == next(row["validation"] for row in rows if row["step"] == weights_of(run)[1])
 
 

@@ -1,6 +1,4 @@
-"""Products with curvature against dense autograd, closed forms, other libraries, and bugs that are planted."""
-
-import warnings
+"""Products with curvature against dense autograd, closed forms, SciPy, and bugs that are planted."""
 
 import cases
 import numpy as np
@@ -224,7 +222,7 @@ def test_a_model_that_was_changed_since_is_refused():
         operator @ torch.ones(53)
 
 
-# ------------------------------------------------------------------------------------------- planted bugs, libraries
+# ------------------------------------------------------------------------------------------- planted bugs, SciPy
 
 
 def unweighted(monkeypatch):
@@ -267,23 +265,3 @@ def test_scipy_finds_the_same_eigenvalues():
     assert np.sort(found) == pytest.approx(torch.linalg.eigvalsh(dense("tied", "one"))[-4:].numpy(), rel=1e-8)
     assert operator.dtype == np.float64
     assert operator.matmat(np.eye(69)[:, :2]) == pytest.approx(dense("tied", "one")[:, :2].numpy(), abs=1e-10)
-
-
-@pytest.mark.oracle
-@pytest.mark.parametrize("name", ["mlp", "conv_bn", "tied"])
-def test_curvlinops_agrees(name):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        curvlinops = pytest.importorskip("curvlinops")
-        case = double(name)
-        batches = case.batches([5, 1, 11, 7])
-        arguments = (case.model, nn.CrossEntropyLoss(), list(case.model.parameters()), batches)
-        landscape = case.landscape([5, 1, 11, 7])
-        v = vectors(landscape)
-        pairs = [
-            (Hessian(landscape), curvlinops.HessianLinearOperator(*arguments)),
-            (GGN(landscape), curvlinops.GGNLinearOperator(*arguments)),
-            (Fisher(landscape, kind="empirical"), curvlinops.EFLinearOperator(*arguments)),
-        ]
-        for ours, theirs in pairs:
-            torch.testing.assert_close(ours @ v, theirs @ v, rtol=1e-4, atol=1e-8)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from flatlab import build, files
+from flatlab import build, files, memory
 from flatlab.errors import UserError
 from flatlab.measure import measure
 from flatlab.methods import METHODS, compose
@@ -150,7 +150,7 @@ def test_what_does_not_fit_at_all_or_is_no_lack_of_memory_is_not_hidden(place):
         evaluate.evaluate(network, {"a": [(torch.zeros(4, 2), torch.zeros(4, dtype=torch.int64))]})
     with pytest.raises(RuntimeError, match="mat1"):
         evaluate.evaluate(torch.nn.Linear(3, 2), {"a": [(torch.zeros(4, 2), torch.zeros(4, dtype=torch.int64))]})
-    assert evaluate.out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to"))
+    assert memory.out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to"))
 
 
 def test_the_training_batch_is_never_made_smaller(tmp_path, place):

@@ -70,7 +70,9 @@ def test_a_slope_that_dominates_is_told_and_a_minimum_is_not_slandered(measure):
     def measured(landscape):
         if measure == "blocks":
             return in_blocks(landscape, RADII, 8, errors=(0.2, 0), budget=1e6)
-        return sphere_flatness(landscape, RADII, **({"num_samples": 60} if measure == "crossed" else {"rel_error": 0.1}))
+        return sphere_flatness(
+            landscape, RADII, **({"num_samples": 60} if measure == "crossed" else {"rel_error": 0.1})
+        )
 
     assert measured(tilted(0.0)).remarks == []
     (sentence,) = measured(tilted(8.0)).remarks

@@ -152,7 +152,8 @@ def held_out(dataset: str, data_dir: Path | None, which: str) -> tuple[str, ...]
     Args:
         dataset: a catalog name, or `folder:NAME`.
         data_dir: where the data lie; needed only for `folder:NAME`.
-        which: a domain's name, its index ("2"), or "all". A name of digits goes before an index.
+        which: a domain's name, its index ("2"), several of them ("sketch,photo"), or "all". A name of digits goes
+            before an index.
 
     Raises:
         UserError: there is no such domain.
@@ -161,12 +162,17 @@ def held_out(dataset: str, data_dir: Path | None, which: str) -> tuple[str, ...]
     which = which.strip()
     if which.lower() == "all":
         return names
-    if which in names or not which.isdecimal():
-        return (choose("held-out domain", which, names),)
-    if int(which) >= len(names):
+    words = [which] if which in names else [word.strip() for word in which.split(",")]
+    return tuple(dict.fromkeys(_domain(dataset, names, word) for word in words))
+
+
+def _domain(dataset: str, names: tuple[str, ...], word: str) -> str:
+    if word in names or not word.isdecimal():
+        return choose("held-out domain", word, names)
+    if int(word) >= len(names):
         numbered = ", ".join(f"{index} {name}" for index, name in enumerate(names))
-        raise UserError(f"{canonical(dataset)} has no domain {which}; its domains are {numbered}.")
-    return (names[int(which)],)
+        raise UserError(f"{canonical(dataset)} has no domain {word}; its domains are {numbered}.")
+    return names[int(word)]
 
 
 def sizes(dataset: str, data_dir: Path | None) -> dict[str, int]:
@@ -176,4 +182,4 @@ def sizes(dataset: str, data_dir: Path | None) -> dict[str, int]:
         return {name: count or 0 for name, count in known.domains.items()}
     root = locate(dataset, data_dir)
     names = domain_names(dataset, data_dir)
-    return {name: sum(1 for path in (root / name).glob("*/*") if path.is_file()) for name in names}
+    return {name: sum(1 for path in (root / name).glob("*/**/*") if path.is_file()) for name in names}

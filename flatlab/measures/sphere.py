@@ -3,11 +3,13 @@
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
+from typing import Any
 
 import numpy as np
 
 from flatlab import files
 from flatlab.checkpoints import landscape
+from flatlab.metrics import planning
 from flatlab.metrics.sampling import Sampler, Walk
 from flatlab.metrics.sphere import SphereFlatness, sample
 from flatlab.probespecs import ProbeSpec
@@ -15,7 +17,7 @@ from flatlab.runs import Probe, Run
 from flatlab.shelf import Shelf
 from flatlab.specs import Place
 
-Report = Callable[[int, int, dict[str, float]], None]
+Report = Callable[[int, int, dict[str, Any]], None]
 
 
 def fill(probe: Probe, run: Run, place: Place, report: Report | None) -> None:
@@ -37,16 +39,43 @@ def fill(probe: Probe, run: Run, place: Place, report: Report | None) -> None:
     _write(probe, flatness)
 
 
+def foresee(probe: Probe, run: Run, place: Place) -> list[dict[str, Any]]:
+    """Fly the pilot, keep its plan for the measurement, and return a row for each radius above zero.
+
+    Args:
+        probe: asks for an accuracy, and leaves block size and pairs to the pilot.
+        run: finished.
+        place: data folder, device, threads.
+    """
+    spec: ProbeSpec = probe.spec
+    probe.create()
+    around = landscape(run, spec, place)
+    sampler = Sampler([around], spec.seed, spec.normalisation, keep=Shelf(probe).units)
+    radii = planning.radii_of(sampler, spec.radii if spec.radii == "auto" else np.array(spec.radii))
+    goal = planning.goal_of(around, int((radii > 0).sum()), None, (spec.rel_error, spec.abs_error), spec.budget)
+    plans = planning.plans_of(sampler, radii, goal)
+    return [
+        {
+            "run": run.spec.digest,
+            "radius": plan.radius,
+            "block_size": plan.block_size or around.num_samples,
+            "pairs": plan.paired,
+            "visits": plan.visits or None,  # None: as many as the spread turns out to ask for
+            "images": plan.visits * (plan.block_size or around.num_samples) * (2 if plan.paired else 1) or None,
+        }
+        for plan in plans
+    ]
+
+
 def _tell(report: Report, sampler: Sampler, walks: Sequence[Walk]) -> None:
-    """Report the share of the visits that are foreseen, and the relative error at the radius that is worst off."""
+    """Report the share of the visits that are foreseen, and F at each radius with its standard error so far."""
     made = sum(walk.visits.shape[1] for walk in walks)
     foreseen = sum(
         seen if walk.stopped else max(walk.plan.visits, seen + 1) for walk in walks for seen in walk.visits.shape[1:2]
     )
-    errors = [
-        e.stderr / abs(e.value) for walk in walks if walk.visits.shape[1] > 1 and (e := sampler.estimate(walk)).value
-    ]
-    report(made, max(foreseen, made), {"relative error": max(errors, default=float("nan"))})
+    found = [sampler.estimate(walk) for walk in walks if walk.visits.shape[1] > 1]
+    shown = [f"{e.value:.2g}±{e.stderr / abs(e.value):.0%}" for e in found if e.value and np.isfinite(e.stderr)]
+    report(made, max(foreseen, made), {"F": " ".join(shown)})
 
 
 def _write(probe: Probe, flatness: SphereFlatness) -> None:
@@ -62,4 +91,6 @@ def _write(probe: Probe, flatness: SphereFlatness) -> None:
         "reach": flatness.reach,
         "images": flatness.cost.images,
     }
+    if flatness.slopes is not None:
+        visits["slopes"] = flatness.slopes
     files.save_arrays(probe.result, {**visits, "radii": flatness.radii, "base_loss": flatness.base_loss}, facts)

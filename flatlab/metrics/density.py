@@ -16,6 +16,7 @@ from torch import Tensor
 
 from flatlab.errors import UserError
 from flatlab.landscape import Landscape
+from flatlab.metrics.blur import blur
 from flatlab.metrics.krylov import Krylov, draw, resolution
 from flatlab.metrics.operators import Curvature, Hessian
 from flatlab.metrics.results import Cost, Estimate, FloatArray, Report, mean_of
@@ -133,12 +134,7 @@ class SpectralDensity:
 
     def _densities(self, grid: npt.ArrayLike, sigma: float | None) -> FloatArray:
         places, width = np.asarray(grid, dtype=np.float64), self.sigma(sigma)
-
-        def blur(nodes: FloatArray, weights: FloatArray) -> FloatArray:
-            kernel = np.exp(-0.5 * ((places[:, None] - nodes) / width) ** 2) / (width * np.sqrt(2 * np.pi))
-            return np.asarray(kernel @ weights)
-
-        return np.stack([blur(n, w) for n, w in zip(self.nodes, self.weights, strict=True)])
+        return np.stack([blur(places, n, w, sigma=width) for n, w in zip(self.nodes, self.weights, strict=True)])
 
 
 def spectral_density(
@@ -170,10 +166,7 @@ def spectral_density(
     operator = landscape if isinstance(landscape, Curvature) else Hessian(landscape)
     before, rules = operator.products, []
     for index in range(num_vectors):
-        start = draw(operator, "signs", "density", name, index)
-        tridiagonal = (_orthonormal if reorthogonalise else _three_term)(operator, start, min(steps, operator.shape[0]))
-        values, vectors = np.linalg.eigh(tridiagonal)
-        rules.append((values, vectors[0] ** 2))
+        rules.append(quadrature(operator, name, index, steps=steps, reorthogonalise=reorthogonalise))
         if report:
             report(operator.products - before, num_vectors * steps)
     largest = max(float(np.abs(values).max()) for values, _ in rules)
@@ -185,6 +178,16 @@ def spectral_density(
         num_params=operator.shape[0],
         floor=resolution(operator) * largest,
     )
+
+
+def quadrature(
+    operator: Curvature, seed: int, index: int, *, steps: int, reorthogonalise: bool = True
+) -> tuple[FloatArray, FloatArray]:
+    """Return nodes (m,) and weights (m,) from one random start: a function of the seed and the start's number."""
+    start = draw(operator, "signs", "density", seed, index)
+    tridiagonal = (_orthonormal if reorthogonalise else _three_term)(operator, start, min(steps, operator.shape[0]))
+    values, vectors = np.linalg.eigh(tridiagonal)
+    return values, vectors[0] ** 2
 
 
 def ratio_of(above: FloatArray, below: FloatArray) -> Estimate:

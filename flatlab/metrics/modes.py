@@ -6,16 +6,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from flatlab.derivatives import Apply
 from flatlab.params import flatten
-
-Apply = Callable[[Sequence[Tensor]], Sequence[Tensor]]
-"""A batch's share of a product, from and to tensors with the shapes of the parameters."""
 
 AGREE = 1e-2  # the two ways differ by rounding, 1e-6 to 1e-3 in float32; a wrong formula differs by far more
 
@@ -142,34 +139,3 @@ def _reason(tried: Sequence[Trial], method: str, single: bool) -> str:
         return "one batch: its graph is kept between the products"
     seconds = [f"{trial.name} {1e3 * (trial.build + trial.each):.3g} ms" for trial in tried]
     return f"measured on one batch: {', '.join(seconds)}"
-
-
-def pullback(values: Sequence[Tensor], tensors: Sequence[Tensor]) -> Apply:
-    """Return views -> the derivative of <values, views> by the tensors, from a graph that is kept."""
-    alive = [i for i, value in enumerate(values) if value.requires_grad]
-    _refuse_dead_ends([values[i].grad_fn for i in alive])
-
-    def apply(views: Sequence[Tensor]) -> Sequence[Tensor]:
-        if not alive:  # nothing depends on the tensors: a loss without curvature
-            return [torch.zeros_like(tensor) for tensor in tensors]
-        ends, weights = [values[i] for i in alive], [views[i] for i in alive]
-        return torch.autograd.grad(ends, tensors, weights, retain_graph=True, materialize_grads=True)
-
-    return apply
-
-
-def _refuse_dead_ends(nodes: Sequence[Any]) -> None:
-    """Raise where a path ends in a function that is marked as differentiable once.
-
-    torch means to raise there itself, but only if it walks that path; asked for the derivative by the parameters it
-    prunes it, and the curvature behind is silently zero.
-    """
-    waiting, seen = list(nodes), set()
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        if node.name() == "torch::autograd::Error":
-            raise RuntimeError("a function in it is marked with @once_differentiable")
-        seen.add(node)
-        waiting += [following for following, _ in node.next_functions]

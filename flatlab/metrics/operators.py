@@ -14,11 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from flatlab.derivatives import Apply, pullback, refuse_rounding, second_order
 from flatlab.errors import UserError, choose
 from flatlab.landscape import Landscape, Term
-from flatlab.metrics.modes import Apply, Choice, dual_numbers, measure, pullback, tangent_of
+from flatlab.metrics.folding import Folds, find_folds
+from flatlab.metrics.modes import Choice, dual_numbers, measure, tangent_of
+from flatlab.nests import part
 from flatlab.params import flatten
 from flatlab.seeds import generator
 
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
 
 Method = Literal["auto", "reverse", "forward"]
+PROBED = 8  # samples on which is seen what can be folded
 
 
 class Curvature(ABC):
@@ -38,21 +41,25 @@ class Curvature(ABC):
         landscape: of which model, data, loss and choice of parameters are taken.
         method: "reverse" differentiates twice backwards, "forward" once forwards over backwards, which needs less
             memory; "auto" tries one batch: the faster that works.
+        fold: fold BatchNorm into the layer before it, where it directly follows one: exact, and faster.
 
     Raises:
-        UserError: where the model cannot be differentiated twice.
+        UserError: where the model cannot be differentiated twice, or rounds its weights.
     """
 
     name = "curvature matrix"
 
-    def __init__(self, landscape: Landscape, *, method: Method = "auto") -> None:
+    def __init__(self, landscape: Landscape, *, method: Method = "auto", fold: bool = True) -> None:
         self.landscape = landscape
+        refuse_rounding(landscape.model, landscape.named.values())
         self.shape = (landscape.num_params, landscape.num_params)
         self.products = 0
+        self.watch: Callable[[int], None] | None = None  # called with `products` after each block of them
         chosen = {id(p) for p in landscape.named.values()}
         # What does not vary is detached: the derivatives of a head alone keep no graph of the features.
         self._fixed = {n: p.detach() for n, p in landscape.model.named_parameters() if id(p) not in chosen}
         self._copies = {name: p.detach().clone().requires_grad_() for name, p in landscape.named.items()}
+        self._folds = self._find_folds() if fold else Folds()
         self._kept: Apply | None = None
         self._choice = self._choose(choose("method", method, ("auto", "reverse", "forward")))
 
@@ -77,6 +84,11 @@ class Curvature(ABC):
         return self._choice.reason
 
     @property
+    def folding(self) -> str:
+        """How many BatchNorm layers are folded, and why not all."""
+        return self._folds.reason
+
+    @property
     def probing(self) -> float:
         """What choosing the method cost, in products over all the data; not counted in `products`."""
         return self._choice.trials / len(self.landscape.terms())
@@ -95,6 +107,8 @@ class Curvature(ABC):
                 for row, total in zip(rows, result, strict=True):
                     total += flatten(apply(self.landscape.split(row)))
         self.products += len(rows)
+        if self.watch:
+            self.watch(self.products)
         if not torch.isfinite(result).all():
             raise UserError(
                 f"A product of the {self.name} with a vector is not finite: the loss or its derivatives overflow at"
@@ -133,9 +147,13 @@ class Curvature(ABC):
 
     @contextmanager
     def _differentiating(self) -> Iterator[None]:
-        # The fused attention kernels have no second derivative.
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        with second_order(), self._folds.applied():
             yield
+
+    def _find_folds(self) -> Folds:
+        inputs = part(self.landscape.terms()[0][0], 0, PROBED)
+        with torch.enable_grad():
+            return find_folds(self.landscape.model, lambda: self._outputs(inputs, self._copies))
 
     def _apply(self, term: Term, width: int) -> Apply:
         if self._kept is not None:
@@ -247,16 +265,21 @@ class Fisher(_OuterProduct):
         kind: "expected" takes labels from the model's own softmax, and then equals the GGN of the cross-entropy without
             label smoothing; "empirical" takes the data's labels, the mean of g g' over the samples' gradients g, which
             is another matrix (Kunstner et al. 2019).
-        method: as for any curvature.
+        method, fold: as for any curvature.
     """
 
     name = "Fisher matrix"
 
     def __init__(
-        self, landscape: Landscape, *, kind: Literal["expected", "empirical"] = "expected", method: Method = "auto"
+        self,
+        landscape: Landscape,
+        *,
+        kind: Literal["expected", "empirical"] = "expected",
+        method: Method = "auto",
+        fold: bool = True,
     ) -> None:
         self.kind = choose("kind of Fisher matrix", kind, ("expected", "empirical"))
-        super().__init__(landscape, method=method)
+        super().__init__(landscape, method=method, fold=fold)
 
     def _middle(self, outputs: Tensor, total: Callable[[Any], Tensor], count: float) -> Callable[[Tensor], Tensor]:
         if self.kind == "empirical":

@@ -11,17 +11,26 @@ from flatlab.losses import wide
 from flatlab.seeds import generator
 
 Normalisation = Literal["none", "filter", "layer", "parameter"]
+Noise = Literal["sphere", "normal", "uniform"]
 
 
-def draw_ray(landscape: Landscape, seed: int, k: int, *, normalisation: Normalisation = "none") -> Tensor:
+def draw_ray(
+    landscape: Landscape, seed: int, k: int, *, normalisation: Normalisation = "none", noise: Noise = "sphere"
+) -> Tensor:
     """Return direction k (P,): of length 1, or as long as w in each filter, layer or parameter.
 
     Drawn on the CPU in float32, whatever the model's device and dtype: all models of one architecture share rays.
+    Other noise than on the sphere keeps its own length: entries normal, or uniform on [-1, 1].
     """
-    normal = torch.randn(landscape.num_params, generator=generator("sphere", seed, k))
+    rng = generator("sphere", seed, k)
+    drawn = torch.randn(landscape.num_params, generator=rng)
+    if noise == "uniform":
+        drawn = 2 * torch.rand(landscape.num_params, generator=rng) - 1
     if normalisation != "none":
-        return scale_to_weights(normal, landscape, normalisation)
-    return landscape.as_point(normal.div_(_length(normal)))
+        return scale_to_weights(drawn, landscape, normalisation)
+    if noise == "sphere":
+        drawn.div_(torch.linalg.vector_norm(drawn, dtype=torch.float64))
+    return landscape.as_point(drawn)
 
 
 def scale_to_weights(vector: Tensor, landscape: Landscape, normalisation: Normalisation = "filter") -> Tensor:

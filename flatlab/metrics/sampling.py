@@ -13,7 +13,7 @@ import numpy as np
 
 from flatlab.blocks import Block
 from flatlab.landscape import Landscape
-from flatlab.metrics.rays import Normalisation, draw_ray
+from flatlab.metrics.rays import Noise, Normalisation, draw_ray
 from flatlab.metrics.results import Estimate, FloatArray
 from flatlab.metrics.rounds import estimate
 from flatlab.points import Move
@@ -117,6 +117,7 @@ class Sampler:
         normalisation: of the rays.
         value: from the mean over strata (L, J) to the visits (J,) of the number that is sought.
         keep: keeps units.
+        noise: what rays are before they are normalised.
     """
 
     landscapes: Sequence[Landscape]
@@ -124,6 +125,7 @@ class Sampler:
     normalisation: Normalisation
     value: Callable[[FloatArray], FloatArray] = lambda rises: rises[0]
     keep: Keep = forget
+    noise: Noise = "sphere"
     spent: float = 0.0  # images forwarded, as one process alone would: a budget ends alike however work is shared
     _partitions: dict[tuple[int, int], list[Block]] = field(default_factory=dict)
     _bases: dict[tuple[int, int, int], FloatArray] = field(default_factory=dict)
@@ -224,7 +226,7 @@ class Sampler:
 
     def _visit(self, which: int, at: Move, plans: Sequence[Plan], visit: int) -> FloatArray:
         landscape, size = self.landscapes[which], plans[0].block_size
-        ray = draw_ray(landscape, self.seed, visit, normalisation=self.normalisation)
+        ray = draw_ray(landscape, self.seed, visit, normalisation=self.normalisation, noise=self.noise)
         signs = (1.0, -1.0) if plans[0].paired else (1.0,)
         radii = np.array([[sign * plan.radius for sign in signs] for plan in plans])
         if not size:

@@ -1,6 +1,5 @@
 """Accuracy and loss by domain, each image weighing the same within its domain; and the row of a log."""
 
-import logging
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -8,10 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flatlab.build import Batches, Domains
+from flatlab.memory import Halving
 from flatlab.selection import Row
 
 Score = dict[str, float]
-LOG = logging.getLogger("flatlab")
 
 
 @torch.no_grad()
@@ -19,40 +18,21 @@ def evaluate(network: nn.Module, domains: Mapping[str, Sequence[tuple[Tensor, Te
     """Return accuracy (share of 1), mean cross-entropy (nats) and n of each domain, in eval mode."""
     modes = [(module, module.training) for module in network.modules()]
     network.eval()
-    scores = {name: _score(network, batches) for name, batches in domains.items()}
+    forward = Halving(network)
+    scores = {name: _score(forward, batches) for name, batches in domains.items()}
     for module, training in modes:  # one by one: frozen BatchNorm stays in eval mode while the rest trains
         module.training = training
     return scores
 
 
-def _score(network: nn.Module, batches: Sequence[tuple[Tensor, Tensor]]) -> Score:
+def _score(forward: Halving, batches: Sequence[tuple[Tensor, Tensor]]) -> Score:
     losses, hits = [], []
     for inputs, targets in batches:
-        logits = _forward(network, inputs)
+        logits = forward(inputs)
         losses.append(F.cross_entropy(logits, targets, reduction="none").cpu().double())
         hits.append((logits.argmax(dim=1) == targets).cpu())
     hit = torch.cat(hits)
     return {"accuracy": float(hit.double().mean()), "loss": float(torch.cat(losses).mean()), "n": len(hit)}
-
-
-def _forward(network: nn.Module, inputs: Tensor) -> Tensor:
-    """Return the logits, in halves where the whole does not fit into memory."""
-    try:
-        logits: Tensor = network(inputs)
-    except (RuntimeError, MemoryError) as error:
-        if len(inputs) < 2 or not out_of_memory(error):
-            raise
-    else:
-        return logits
-    # Outside of `except`, whose traceback would keep the failed pass's activations alive.
-    half = len(inputs) // 2
-    LOG.warning("Out of memory: evaluating %d images at a time instead of %d.", half, len(inputs))
-    return torch.cat([_forward(network, part) for part in (inputs[:half], inputs[half:])])
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, the device's or the machine's (which torch tells by a plain RuntimeError)."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 def mean(scores: Mapping[str, Score], field: str) -> float:

@@ -9,6 +9,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Collection, Sequence
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,13 @@ from torch import Tensor, nn
 from flatlab import build, files, machine
 from flatlab.data.batches import TrainingStream
 from flatlab.errors import UserError
+from flatlab.memory import out_of_memory
 from flatlab.models import Network, batchnorms, set_training
 from flatlab.runs import Run, RunStore
 from flatlab.selection import Row, candidates, training_domain
 from flatlab.specs import Place, RunSpec
-from flatlab.train.evaluate import Judge, Score, mean, out_of_memory
+from flatlab.train.derived import derive
+from flatlab.train.evaluate import Judge, Score, mean
 from flatlab.train.objectives import objective_of
 from flatlab.train.steps import Step
 from flatlab.train.trajectory import Member, Trajectory, arrays
@@ -41,15 +44,18 @@ def train(
     forks: Collection[int] = (),
     report: Report | None = None,
 ) -> None:
-    """Train the runs that observe one trajectory, from where an earlier call was stopped.
+    """Train the runs that observe one trajectory, from where an earlier call was stopped; or make derived runs.
 
     Args:
-        specs: runs with equal `trajectory`.
+        specs: runs with equal `trajectory`; of derived ones, the parents are done.
         store: receives the runs.
         place: data folder, device, threads.
         forks: steps before which the state is kept, for runs that switch there.
         report: called after each step.
     """
+    for spec in specs:
+        if spec.derived:
+            derive(spec, store, place)
     runs = [run for run in map(store.run, specs) if not run.done]
     if runs:
         training = Training(runs, store, place, forks=forks)
@@ -85,6 +91,8 @@ class Training:
             if step == spec.switch:
                 trajectory.switch()
                 rule = trajectory.step_rule()
+            for act in trajectory.on_step:
+                act(step)
             batch = stream.batch(step)
             trajectory.losses.append(self._update(rule, lambda batch=batch, step=step: objective(network, batch, step)))  # type: ignore[misc]
             self._check_losses(step)
@@ -101,9 +109,10 @@ class Training:
         """Make one update in the spec's precision; a batch that does not fit into memory is never made smaller."""
 
         def closure() -> Tensor:
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.spec.precision == "bf16"):
-                value = loss()
-            return _backward(value)
+            with self.trajectory.noise or nullcontext():
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.spec.precision == "bf16"):
+                    value = loss()
+                return _backward(value)
 
         try:
             return rule.step(closure)
@@ -201,7 +210,7 @@ class Training:
     def _log(self, member: Member, row: Row, weights: dict[str, Tensor]) -> None:
         """Add a row to a run's log, and keep its checkpoint where the selection now falls on it."""
         member.log(row)
-        eligible = candidates(member.rows, self.spec.switch)
+        eligible = candidates(member.rows, self.spec.settled)
         if eligible and training_domain(eligible) is member.rows[-1]:
             files.save_arrays(member.run.checkpoint("selected"), arrays(weights), {"step": row["step"]})
 

@@ -1,0 +1,127 @@
+"""Hessian spectra of flat-minima methods on the seen and on the unseen domains: what QT-DoG argues with (section 3.3).
+
+The paper reasons that a small Hessian means a flat minimum and shows none; here are its eigenvalues' density, its
+largest eigenvalue and its trace, around the checkpoint that training-domain validation selects. A quantized network is
+baked. Each method is held against ERM at the same held-out domain and seed.
+"""
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
+
+from analyses import fig3
+from analyses.fig3 import BASELINE, ORDER, labelled
+from flatlab import plots, spectra, tables
+from flatlab.probespecs import SpectrumSpec
+from flatlab.runs import RunStore
+from flatlab.settings import Setting
+from flatlab.specs import RunSpec
+
+__all__ = ["BASELINE", "labelled"]
+COLUMNS = ["panel", "number", "method", "held_out", "seed", "place", "value", "stderr", "low", "high", "over"]
+GROUP = ["panel", "number", "method"]
+TITLES = {"source": "seen domains", "target": "unseen domain"}
+TOP, TRACE, DENSITY = "top eigenvalue", "trace", "density"
+SUMMARY = "Difference to ERM in nats, paired by held-out domain and seed, 95 % intervals over seeds; * excludes 0"
+EFFORT = {  # few images and products, where a figure is to be had in minutes: the spread over seeds is larger
+    "smoke": {"images": 8, "k": 1, "tol": 0.1, "trace_budget": 2, "starts": 1, "steps": 3},
+    "quick": {"images": 100, "k": 3, "tol": 0.01, "trace_budget": 12, "starts": 1, "steps": 16},
+    "paper": {"images": 256, "k": 10, "tol": 0.01, "trace_budget": 64, "starts": 2, "steps": 40},
+}
+
+
+def probes(setting: Setting) -> list[SpectrumSpec]:
+    """Return the two measurements of each run: on the seen domains, and on the unseen one."""
+    return [SpectrumSpec.make(domains=domains, **EFFORT[setting.name]) for domains in TITLES]
+
+
+def plan(setting: Setting) -> tuple[list[RunSpec], list[tuple[RunSpec, SpectrumSpec]]]:
+    """Return the runs and the measurements that the figure needs."""
+    runs = [spec for _, spec in labelled(setting)]
+    return runs, [(run, probe) for run in runs for probe in probes(setting)]
+
+
+def table(store: RunStore, setting: Setting) -> pd.DataFrame:
+    """Return top eigenvalue and trace of each run, and the mean density of each method over seeds and targets."""
+    wanted = [(name, run, probe) for name, run in labelled(setting) for probe in probes(setting)]
+    each = spectra.numbers(store, wanted)
+    each = each[(each["index"] == 0) & each["number"].isin(["eigenvalue", TRACE])]
+    each = each.assign(number=each["number"].replace("eigenvalue", TOP))
+    curves = spectra.densities(store, wanted)
+    mean = curves.groupby(["panel", "method", "place"], sort=False)["value"].mean().reset_index()
+    mean = mean.assign(number=DENSITY, held_out="all", seed="all", over="seeds")
+    frame = pd.concat([each, tables.over_seeds(each, GROUP), mean], ignore_index=True)
+    return frame.reindex(columns=COLUMNS)
+
+
+def findings(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return each method's difference to ERM in top eigenvalue and trace, paired by held-out domain and seed."""
+    return tables.paired(_each(frame), BASELINE, ["panel", "number"])
+
+
+def _each(frame: pd.DataFrame) -> pd.DataFrame:
+    return frame[(frame["held_out"] != "all") & (frame["number"] != DENSITY)]
+
+
+def remarks(frame: pd.DataFrame) -> list[str]:
+    """Say how often each method's number is below ERM's, pair by pair."""
+    each = _each(frame).pivot_table(index=["panel", "number", "held_out", "seed"], columns="method", values="value")
+    said = []
+    for number in (TOP, TRACE):
+        for panel, title in TITLES.items():
+            pairs = each.xs((panel, number), level=("panel", "number"))
+            counts = [f"{name} {int((pairs[name] < pairs[BASELINE]).sum())}" for name in ORDER if name != BASELINE]
+            said.append(f"{number.capitalize()}, {title}: below ERM's in {', '.join(counts)} of {len(pairs)} pairs.")
+    return said
+
+
+def summary(findings: pd.DataFrame) -> pd.DataFrame:
+    """Return the findings with a line per method: enough to read on a screen."""
+    cells = findings.assign(
+        where=findings["number"] + ", " + findings["panel"],
+        cell=[tables.bracketed(v, lo, hi) for v, lo, hi in findings[fig3.TOLD].itertuples(index=False)],
+    )
+    return cells.pivot_table(index="method", columns="where", values="cell", aggfunc="first", sort=False).reset_index()
+
+
+def caption(setting: Setting) -> str:
+    """Say in a title and a line below which data, seeds and products the picture shows."""
+    effort = EFFORT[setting.name]
+    return (
+        f"Hessian of the mean loss: {setting.words}\n"
+        f"Held out in turn: {', '.join(setting.held_out)}; {effort['images']} images per domain (in split); "
+        "points: a method against ERM at one held-out domain and seed."
+    )
+
+
+def draw(frame: pd.DataFrame, caption: str) -> Figure:
+    """Draw densities, and top eigenvalue and trace of each method against ERM's, on the seen and unseen domains."""
+    with plots.style():
+        figure, grid = plt.subplots(2, 3, figsize=(7.0, 4.8), layout="constrained")
+        for row, (panel, title) in zip(grid, TITLES.items(), strict=True):
+            mine = frame[frame["panel"] == panel]
+            spectra.lines(row[0], mine[mine["number"] == DENSITY], ORDER)
+            row[0].set(title=f"Density, {title}")
+            for ax, number in zip(row[1:], (TOP, TRACE), strict=True):
+                _pairs(ax, _each(mine)[_each(mine)["number"] == number])
+                ax.set(title=f"{number.capitalize()}, {title}", xlabel="ERM", ylabel="method")
+        title, _, rest = caption.partition("\n")
+        plots.legend_above(figure, grid[0, 0], title)
+        figure.supxlabel(rest, fontsize=7, color="0.3")
+    return figure
+
+
+def _pairs(ax: Axes, frame: pd.DataFrame) -> None:
+    """Draw each method's number over ERM's; below the diagonal a method is flatter."""
+    wide = frame.pivot_table(index=["held_out", "seed"], columns="method", values="value")
+    for index, name in enumerate(ORDER):
+        if name != BASELINE:
+            ax.plot(wide[BASELINE], wide[name], plots.MARKERS[index], color=f"C{index}", markersize=3)
+    if (wide > 0).all(axis=None):
+        ax.set(xscale="log", yscale="log")
+        ax.xaxis.set_minor_formatter(NullFormatter())
+        ax.yaxis.set_minor_formatter(NullFormatter())
+    ends = [wide.min().min(), wide.max().max()]
+    ax.plot(ends, ends, color="0.5", linewidth=0.8)

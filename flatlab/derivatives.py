@@ -1,0 +1,115 @@
+"""Second derivatives that mean something: refused where autograd's would silently be another function's."""
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.parametrize import ParametrizationList
+
+from flatlab.errors import UserError
+
+Apply = Callable[[Sequence[Tensor]], Sequence[Tensor]]
+"""A batch's share of a product, from and to tensors with the shapes of the parameters."""
+
+STEP = 1e-5  # of each weight's size: hundreds of roundings of float32, and a thousandth of a step of 8-bit weights
+STUCK = 0.5  # share of the entries that should move and do not, above which a function is a staircase
+
+
+class OnceDifferentiableError(RuntimeError):
+    """A path through the graph ends where autograd has no second derivative."""
+
+
+def pullback(values: Sequence[Tensor], tensors: Sequence[Tensor]) -> Apply:
+    """Return views -> the derivative of <values, views> by the tensors, from a graph that is kept.
+
+    Raises:
+        OnceDifferentiableError: if a path from the values ends in a function without second derivative.
+    """
+    alive = [i for i, value in enumerate(values) if value.requires_grad]
+    _refuse_dead_ends([values[i].grad_fn for i in alive])
+
+    def apply(views: Sequence[Tensor]) -> Sequence[Tensor]:
+        if not alive:  # nothing depends on the tensors: a loss without curvature
+            return [torch.zeros_like(tensor) for tensor in tensors]
+        ends, weights = [values[i] for i in alive], [views[i] for i in alive]
+        return torch.autograd.grad(ends, tensors, weights, retain_graph=True, materialize_grads=True)
+
+    return apply
+
+
+@contextmanager
+def second_order() -> Iterator[None]:
+    """Differentiate twice: by the attention kernels that can be, and with one sentence where something cannot.
+
+    Raises:
+        UserError: where a path has no second derivative.
+    """
+    try:
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
+            yield
+    except OnceDifferentiableError as error:
+        raise UserError(f"The model cannot be differentiated twice, so it has no Hessian: {error}") from error
+
+
+def nodes_behind(ends: Sequence[Any]) -> set[Any]:
+    """Return all nodes of the graph that these nodes lead to, themselves included."""
+    waiting, seen = list(ends), set()
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting += [following for following, _ in node.next_functions]
+    return seen
+
+
+def refuse_rounding(model: nn.Module, moved: Collection[Tensor]) -> None:
+    """Refuse curvature by weights that are rounded on the way (a straight-through estimator).
+
+    The loss is a staircase in them, whose derivatives are zero almost everywhere; autograd's belong to the function
+    behind the rounding. So each parametrized weight that moves is moved by a little, to see whether it does.
+    """
+    ours = {id(tensor) for tensor in moved}
+    for name, layer in model.named_modules():
+        moves = isinstance(layer, ParametrizationList) and any(id(p) in ours for p in layer.parameters())
+        if moves and _is_staircase(layer):
+            raise UserError(
+                f"{name.replace('parametrizations.', '')!r} is rounded ({type(layer[-1]).__name__}): autograd"
+                " differentiates straight through that, so its curvature is not that of the loss: bake(model) first,"
+                " or hold that weight still with requires_grad_(False)."
+            )
+
+
+def _is_staircase(layer: ParametrizationList) -> bool:
+    """Say whether entries that autograd says depend on the original stay where they are when it moves."""
+    original = layer.original
+    if not isinstance(original, Tensor) or not original.is_floating_point():
+        return False
+    with torch.enable_grad():
+        here = original.detach().clone().requires_grad_()
+        value = _through(layer, here)
+        (slope,) = torch.autograd.grad(value.sum(), here, materialize_grads=True)
+    with torch.no_grad():
+        moved = _through(layer, here * (1 + STEP))
+    claimed = (slope != 0) & (here != 0)
+    if value.shape != here.shape or not claimed.any():
+        return False
+    return float((moved == value)[claimed].double().mean()) > STUCK
+
+
+def _through(layer: ParametrizationList, tensor: Tensor) -> Tensor:
+    for step in layer:
+        tensor = step(tensor)
+    return tensor
+
+
+def _refuse_dead_ends(ends: Sequence[Any]) -> None:
+    """Raise where a path ends in a function that is marked as differentiable once.
+
+    torch means to raise there itself, but only if it walks that path; asked for the derivative by the parameters it
+    prunes it, and the curvature behind is silently zero.
+    """
+    if any(node.name() == "torch::autograd::Error" for node in nodes_behind(ends)):
+        raise OnceDifferentiableError("a function in it is marked with @once_differentiable")

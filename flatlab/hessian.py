@@ -1,0 +1,70 @@
+"""`flatlab hessian`: curvature at trained runs, by flatlab's engine and, beside it, PyHessian's."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flatlab.errands import carry_out, price, tell_written
+from flatlab.errors import choose
+from flatlab.options import Choices
+
+SHOWN = {"run": "", "split": "", "engine": "", "number": "", "index": "", "value": ".4g", "low": ".4g", "high": ".4g"}
+SHOWN |= {"converged": ""}
+CITE = "PyHessian's numbers have no interval: its trace stops when the running mean moves little, which luck does too."
+
+
+def hessian(
+    chosen: Choices,
+    runs: Annotated[list[str], typer.Argument(help="Digests of runs, or their beginnings (`flatlab runs list`).")],
+    k: Annotated[int, typer.Option("-k", help="How many eigenvalues.")] = 10,
+    which: Annotated[str, typer.Option(help="LA the largest, SA the most negative, BE from both ends.")] = "LA",
+    tol: Annotated[float, typer.Option(help="Residual over eigenvalue at which one is found.")] = 1e-3,
+    rel_error: Annotated[float, typer.Option(help="Standard error / trace at which its sampling stops.")] = 0.02,
+    trace_budget: Annotated[int, typer.Option(help="Products for the trace at most.")] = 500,
+    starts: Annotated[int, typer.Option(help="Random starts of the density.")] = 5,
+    lanczos_steps: Annotated[int, typer.Option(help="Products from each start.")] = 60,
+    split: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="source (the seen domains), target (the unseen one), or domains by name, commas between: they weigh "
+            "alike. Can be given several times (source)."
+        ),
+    ] = None,
+    engine: Annotated[
+        str, typer.Option(help="flatlab, or pyhessian: PyHessian itself, for those who must cite it, beside ours.")
+    ] = "flatlab",
+    checkpoint: Annotated[str, typer.Option(help="selected (by source validation) or last.")] = "selected",
+    params: Annotated[str | None, typer.Option(help="Only parameters that match, as 'features.0*' (all).")] = None,
+    images: Annotated[int | None, typer.Option(help="At most so many images of each domain (all).")] = None,
+    start_seed: Annotated[int, typer.Option(help="Of all random starts.")] = 0,
+) -> None:  # the options of a measurement are its own, hence so many
+    """Measure the Hessian around trained runs: top eigenvalues within bounds, trace with interval, density."""
+    from flatlab import jobs, reproduce, spectra
+    from flatlab.data import catalog
+    from flatlab.flatness import finished
+    from flatlab.probespecs import SpectrumSpec
+
+    store, found = chosen.runs(), finished(chosen.runs(), runs)
+    place, dataset = reproduce.place_of(found, chosen.place())
+    engines = ["flatlab", "pyhessian"][: 1 + (choose("engine", engine, ("flatlab", "pyhessian")) == "pyhessian")]
+    fields = {"k": k, "which": choose("end of the spectrum", which, ("LA", "SA", "BE")), "tol": tol, "seed": start_seed}
+    fields |= {"rel_error": rel_error, "trace_budget": trace_budget, "starts": starts, "steps": lanczos_steps}
+    fields |= {"checkpoint": choose("checkpoint", checkpoint, ("selected", "last")), "params": params, "images": images}
+    wanted = [
+        (f"{run.spec.label} {run.spec.digest[:6]}", run.spec, SpectrumSpec.make(domains=each, engine=kind, **fields))
+        for run in found
+        for each in split or ["source"]
+        for kind in engines
+    ]
+    sizes = catalog.sizes(dataset, Path(place.data_dir) if place.data_dir else None)
+    todo = jobs.missing(store, [], [(run, probe) for _, run, probe in wanted], sizes=sizes)
+    if chosen.dry_run:
+        price(chosen, todo, found[0].spec)
+        return
+    carry_out(chosen, todo, place)
+    table = spectra.numbers(store, wanted).rename(columns={"method": "run", "panel": "split"})
+    written = spectra.chart(store, wanted, chosen.out)
+    shown = table if chosen.json else table[list(SHOWN)]
+    chosen.answer(shown, "Hessian of the mean loss (nats per squared unit of the parameters)", SHOWN)
+    tell_written(written, [CITE] if "pyhessian" in engines else [])

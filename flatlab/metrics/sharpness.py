@@ -1,0 +1,293 @@
+"""Adaptive sharpness, average and worst case (Andriushchenko et al. 2023, arXiv 2302.07011; Kwon et al. 2021).
+
+A perturbation is delta = c u, entry by entry, where c = |w| makes it adaptive (a rescaling of weights that leaves the
+function alone then leaves the sharpness alone) and c = 1 does not. In the average case u = rho z with z normal ("l2")
+or uniform on [-1, 1] ("linf") in each entry; in the worst case |u| <= rho in that norm, for each block of m images.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from flatlab.errors import UserError, choose
+from flatlab.landscape import Landscape
+from flatlab.metrics.rays import draw_ray
+from flatlab.metrics.results import Cost, Estimate, FloatArray, Sampled, mean_of
+from flatlab.metrics.rounds import estimate
+from flatlab.metrics.sampling import Sampler
+from flatlab.metrics.sphere import sample
+from flatlab.metrics.worst import BACKWARD
+from flatlab.seeds import base_seed
+
+Norm = Literal["l2", "linf"]
+NORMS = ("l2", "linf")
+BLOCK = 128  # images m of a block, as in the authors' runs
+MOMENTUM = 0.75  # share of the new step (Auto-PGD, Croce and Hein 2020)
+CLIMBING = 0.75  # share of steps that must find something better, or steps are halved
+
+
+def normalised_logits(loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return the loss of logits (n, C) that are centred and scaled to length 1, each sample alone.
+
+    The size of the logits, which training makes as large as it likes, then has no say in sharpness.
+
+    Args:
+        loss: such as torch.nn.functional.cross_entropy.
+    """
+
+    def of(logits: Tensor, targets: Tensor) -> Tensor:
+        centred = logits - logits.mean(dim=-1, keepdim=True)
+        return loss(centred / torch.linalg.vector_norm(centred, dim=-1, keepdim=True).clamp_min(1e-10), targets)
+
+    return of
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class AverageSharpness(Sampled):
+    """The mean rise E L(w + rho c z) - L(w) of the loss under random perturbations, in nats.
+
+    Attributes:
+        radii: (R,) rho.
+        visits: for each radius, rises (J, S) of the strata's mean losses, one row for each draw on a block of images.
+        blocks: (R,) how many blocks the images were cut into; 1 is all at once.
+        stopped: for each radius "samples", "accuracy", "budget" or "nonfinite".
+        norm: "l2", normal noise, or "linf", uniform noise.
+        adaptive: whether noise is scaled by |w|.
+        seed: names the draws and the blocks.
+    """
+
+    radii: FloatArray
+    visits: tuple[FloatArray, ...]
+    blocks: tuple[int, ...]
+    stopped: tuple[str, ...]
+    norm: Norm
+    adaptive: bool
+    seed: int
+
+    @property
+    def estimates(self) -> list[Estimate]:
+        """Mean rise at each radius, with its standard error over draws (and images, where these were sampled)."""
+        return [estimate(rises.mean(axis=1), b) for rises, b in zip(self.visits, self.blocks, strict=True)]
+
+    @property
+    def raw(self) -> list[FloatArray]:
+        """The rises."""
+        return list(self.visits)
+
+    @property
+    def axis(self) -> tuple[str, FloatArray]:
+        """The radii."""
+        return "radius", self.radii
+
+    @property
+    def converged(self) -> bool:
+        """Whether each radius reached what was asked for."""
+        return set(self.stopped) <= {"accuracy", "samples"}
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class WorstSharpness(Sampled):
+    """The largest rise of a block's loss that ascent found within |u| <= rho, in nats; its mean over blocks.
+
+    Attributes:
+        radii: (R,) rho.
+        rises: (R, B, restarts) where each ascent was highest: lower bounds of the true maxima.
+        norm: of the ball, "l2" or "linf".
+        adaptive: whether perturbations are scaled by |w|.
+        steps: of each ascent.
+        seed: names the starts and the blocks.
+    """
+
+    radii: FloatArray
+    rises: FloatArray
+    norm: Norm
+    adaptive: bool
+    steps: int
+    seed: int
+
+    over: ClassVar[str] = "blocks of images"
+
+    @property
+    def estimates(self) -> list[Estimate]:
+        """Mean over blocks of the best restart, with its standard error over blocks."""
+        return [mean_of(found.max(axis=1)) for found in self.rises]
+
+    @property
+    def raw(self) -> list[FloatArray]:
+        """The rises."""
+        return list(self.rises)
+
+    @property
+    def axis(self) -> tuple[str, FloatArray]:
+        """The radii."""
+        return "radius", self.radii
+
+
+def average_sharpness(
+    landscape: Landscape,
+    radii: npt.ArrayLike,
+    *,
+    norm: Norm = "l2",
+    adaptive: bool = True,
+    block_size: int = BLOCK,
+    num_samples: int | None = None,
+    rel_error: float = 0.02,
+    abs_error: float = 1e-4,
+    budget: float | None = None,
+    seed: int | torch.Generator = 0,
+) -> AverageSharpness:
+    """Measure the mean rise of the loss under random noise, with the engine of the sphere.
+
+    Draws come in antithetic pairs, each on one block of the images. On a quadratic loss with Hessian H the result is
+    rho^2 sum_i H_ii c_i^2 / 2, a third of that for "linf".
+
+    Args:
+        landscape: the loss around w; over `normalised_logits(loss)` the size of the logits is taken out.
+        radii: (R,) rho, relative to |w| where adaptive.
+        norm: "l2" draws normal noise, "linf" uniform noise.
+        adaptive: scale the noise by |w|.
+        block_size: images that one pair of draws sees.
+        num_samples: draws, each on all images, instead of an accuracy.
+        rel_error: standard error over the value at which sampling stops.
+        abs_error: standard error in nats at which it stops anyhow.
+        budget: images forwarded at most; 100 passes for each radius by default.
+        seed: names the draws.
+
+    Raises:
+        UserError: if a number or word does not do.
+    """
+    places = _places(radii, norm)
+    noise: Literal["normal", "uniform"] = "normal" if norm == "l2" else "uniform"
+    sampler = Sampler([landscape], base_seed(seed), "parameter" if adaptive else "none", noise=noise)
+    (found,) = sample(sampler, places, num_samples, (rel_error, abs_error), budget, block_size=block_size)
+    return AverageSharpness(
+        radii=places,
+        visits=found.visits,
+        blocks=found.blocks,
+        stopped=found.stopped,
+        norm=norm,
+        adaptive=adaptive,
+        seed=sampler.seed,
+        cost=found.cost,
+    )
+
+
+def worst_sharpness(
+    landscape: Landscape,
+    radii: npt.ArrayLike,
+    *,
+    norm: Norm = "linf",
+    adaptive: bool = True,
+    block_size: int = BLOCK,
+    steps: int = 20,
+    restarts: int = 1,
+    seed: int | torch.Generator = 0,
+) -> WorstSharpness:
+    """Climb from random starts to the worst perturbation of each block, by Auto-PGD (Croce and Hein 2020).
+
+    Steps begin at 2 rho, carry momentum, and are halved at fixed checkpoints where too few of them climb. It climbs in
+    u = delta / c, where the ball is round and projection exact; the authors' code climbs in delta and bisects.
+
+    Args:
+        landscape: the loss around w; over `normalised_logits(loss)` the size of the logits is taken out.
+        radii: (R,) rho, relative to |w| where adaptive.
+        norm: of the ball.
+        adaptive: scale perturbations by |w|.
+        block_size: images m that one perturbation meets; each block is weighed alike.
+        steps: of an ascent; a step costs a gradient and a forward pass over the block.
+        restarts: ascents from starts of their own.
+        seed: names the starts and the blocks.
+
+    Raises:
+        UserError: if a number or word does not do.
+    """
+    begin, name, places = time.perf_counter(), base_seed(seed), _places(radii, norm)
+    if min(steps, restarts) < 1:
+        raise UserError(f"worst_sharpness needs at least one step and one restart, but {steps} and {restarts} came.")
+    scale = landscape.point.abs() if adaptive else torch.ones_like(landscape.point)
+    blocks = [landscape.on(block) for block in landscape.blocks(block_size, seed=name)]
+    rises = np.array(
+        [
+            [[_Ascent(each, scale, rho, norm).climb(steps, (name, b, k)) for k in range(restarts)] for rho in places]
+            for b, each in enumerate(blocks)
+        ]
+    )
+    passes = len(places) * restarts * (1 + steps * (BACKWARD + 1))
+    return WorstSharpness(
+        radii=places,
+        rises=rises.transpose(1, 0, 2),
+        norm=norm,
+        adaptive=adaptive,
+        steps=steps,
+        seed=name,
+        cost=Cost(passes, passes * landscape.num_samples, 0, time.perf_counter() - begin),
+    )
+
+
+class _Ascent:
+    """Auto-PGD on one block, in u = delta / c within the ball of one radius."""
+
+    def __init__(self, block: Landscape, scale: Tensor, rho: float, norm: Norm) -> None:
+        self.block, self.scale, self.rho, self.norm = block, scale, rho, norm
+
+    def climb(self, steps: int, start: tuple[int, int, int]) -> float:
+        """Return the largest rise that is met."""
+        here = before = best = self._start(*start)
+        highest, seen = self._loss(here), -math.inf  # at the last checkpoint
+        size, halved, climbed, last = 2 * self.rho, False, 0, 0
+        stations = _checkpoints(steps)
+        for step in range(1, steps + 1):
+            ahead = self._project(here + size * self._uphill(here))
+            mixed = here + MOMENTUM * (ahead - here) + (1 - MOMENTUM) * (here - before)
+            before, here = here, ahead if step == 1 else self._project(mixed)
+            loss = self._loss(here)
+            if loss > highest:
+                best, highest, climbed = here, loss, climbed + 1
+            if step in stations:
+                stuck = climbed < CLIMBING * (step - last) or (not halved and highest == seen)
+                if stuck:
+                    size, here, before = size / 2, best, best
+                halved, seen, climbed, last = stuck, highest, 0, step
+        return max(highest - float(self.block.base_loss.mean()), 0.0)  # w itself lies in the ball
+
+    def _loss(self, u: Tensor) -> float:
+        return self.block.evaluate(self.block.point + self.scale * u).loss
+
+    def _uphill(self, u: Tensor) -> Tensor:
+        slope = self.scale * self.block.gradient(self.block.point + self.scale * u)
+        return slope.sign() if self.norm == "linf" else slope / slope.norm().clamp_min(1e-30)
+
+    def _project(self, u: Tensor) -> Tensor:
+        if self.norm == "linf":
+            return u.clamp(-self.rho, self.rho)
+        shrink: Tensor = self.rho / u.norm().clamp_min(1e-30)
+        return u * shrink.clamp_max(1.0)
+
+    def _start(self, seed: int, block: int, restart: int) -> Tensor:
+        number = -1 - restart - (block << 20)  # no ray of the average case
+        if self.norm == "linf":
+            return self.rho * draw_ray(self.block, seed, number, noise="uniform")
+        return self.rho * draw_ray(self.block, seed, number)
+
+
+def _checkpoints(steps: int) -> set[int]:
+    """Return the steps at which an ascent is judged (Croce and Hein 2020, section 3)."""
+    places = [0.0, 0.22]
+    while places[-1] < 1:
+        places.append(places[-1] + max(places[-1] - places[-2] - 0.03, 0.06))
+    return {math.ceil(place * steps) for place in places[1:]}
+
+
+def _places(radii: npt.ArrayLike, norm: str) -> FloatArray:
+    choose("norm", norm, NORMS)
+    places = np.atleast_1d(np.asarray(radii, dtype=np.float64))
+    if places.ndim != 1 or not places.size or not (np.isfinite(places) & (places >= 0)).all():
+        raise UserError(f"The radii must be finite numbers of at least 0, one or more, but {radii!r} came.")
+    return places

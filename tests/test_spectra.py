@@ -1,0 +1,196 @@
+"""From a run to a measured spectrum: what is written is what the library says, resumable, and PyHessian beside it."""
+
+import json
+import warnings
+
+import commandline
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+from stores import PLACE, content, spec, trained
+
+from flatlab import checkpoints, files, spectra
+from flatlab.errors import UserError
+from flatlab.landscape import Landscape
+from flatlab.measure import measure
+from flatlab.measures import spectrum
+from flatlab.metrics.density import spectral_density
+from flatlab.metrics.lanczos import hessian_spectrum
+from flatlab.metrics.operators import Hessian
+from flatlab.metrics.trace import hessian_trace
+from flatlab.probespecs import SpectrumSpec, parse_probe
+from flatlab.quant.attach import bake
+from flatlab.runs import RunStore
+
+PROBE = SpectrumSpec(images=10, k=2, tol=0.05, trace_budget=6, starts=2, steps=6)
+ERM, QT = spec(), spec("QT-DoG")
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return trained(tmp_path_factory.mktemp("spectra") / "runs", ERM)
+
+
+def measured(store, probe):
+    run = store.run(ERM)
+    measure(run, probe, PLACE)
+    return files.load_arrays(run.probe(probe).result)
+
+
+def landscape(store, names, limit=10):
+    """The same loss by the library's own strata."""
+    every = checkpoints.images(store.run(ERM), PROBE.replace(images=limit), PLACE)
+    model = checkpoints.network(store.run(ERM), "selected", PLACE)
+    return Landscape(model, {name: every[name] for name in names}, F.cross_entropy)
+
+
+SEEN = ("rot0", "rot15", "rot30")
+
+
+def test_what_is_written_is_what_the_library_says(store):
+    arrays, facts = measured(store, PROBE)
+    around = landscape(store, SEEN)
+    found = hessian_spectrum(around, k=2, tol=0.05, vectors=True)
+    trace = hessian_trace(around, budget=6, deflate=found)
+    density = spectral_density(around, num_vectors=2, steps=6)
+    assert arrays["eigenvalues"] == pytest.approx(found.eigenvalues, rel=1e-3)
+    assert facts["trace"][0] == pytest.approx(trace.trace.value, rel=1e-2)
+    assert facts["trace"][2] == trace.trace.freedom and facts["num_params"] == around.num_params
+    assert arrays["nodes-01"] == pytest.approx(density.nodes[1], rel=1e-2, abs=1e-2 * found.eigenvalues[0])
+    assert facts["negative weight"][0] == pytest.approx(density.negative_weight.value, abs=0.02)
+    assert facts["products"] == found.cost.hvps + trace.cost.hvps + density.cost.hvps
+
+
+@pytest.mark.parametrize(
+    ("domains", "names"), [("source", SEEN), ("target", ("rot45",)), ("rot30, rot45", ("rot30", "rot45"))]
+)
+def test_domains_weigh_alike_whatever_their_sizes(store, domains, names, monkeypatch):
+    true = spectrum.images
+
+    def uneven(*arguments):
+        cut = dict(zip(("rot0", "rot15", "rot30", "rot45"), (3, 10, 7, 5), strict=True))
+        return {name: [(x[: cut[name]], y[: cut[name]]) for x, y in each] for name, each in true(*arguments).items()}
+
+    monkeypatch.setattr(spectrum, "images", uneven)
+    batches = spectrum.batches_of(store.run(ERM), PROBE.replace(domains=domains), PLACE)
+    model = checkpoints.network(store.run(ERM), "selected", PLACE)
+    joined = Landscape(model, batches, spectrum.weighted)
+    every = uneven(store.run(ERM), PROBE, PLACE)
+    apart = Landscape(model, {name: every[name] for name in names}, F.cross_entropy)
+    v = torch.ones(joined.num_params)
+    expected = Hessian(apart) @ v
+    assert joined.base_loss.mean() == pytest.approx(apart.base_loss.mean(), rel=1e-6)
+    torch.testing.assert_close(Hessian(joined) @ v, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
+
+
+def test_a_measurement_goes_on_from_where_it_was_stopped(store, monkeypatch):
+    probe = PROBE.replace(seed=1)
+    true, made = spectrum.quadrature, []
+
+    def killed(operator, seed, index, **given):
+        made.append(index)
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        return true(operator, seed, index, **given)
+
+    monkeypatch.setattr(spectrum, "quadrature", killed)
+    with pytest.raises(KeyboardInterrupt):
+        measured(store, probe)
+    assert not store.run(ERM).probe(probe).done
+    monkeypatch.setattr(spectrum, "_extremes", None)  # is not made again
+    measured(store, probe)
+    assert made == [0, 1, 1]
+    monkeypatch.undo()
+    whole = content(store.run(ERM).probe(probe))
+    for path in [*store.run(ERM).probe(probe).path.glob("*")]:
+        path.unlink()
+    measured(store, probe)
+    assert content(store.run(ERM).probe(probe)) == whole
+
+
+def test_the_seed_bites_and_the_spec_is_its_name(store):
+    one, other = measured(store, PROBE)[0], measured(store, PROBE.replace(seed=2))[0]
+    assert not np.array_equal(one["probes"], other["probes"])
+    assert one["eigenvalues"] == pytest.approx(other["eigenvalues"], rel=0.05)
+    assert parse_probe(PROBE.canonical()) == PROBE
+    with pytest.raises(UserError, match="space"):
+        SpectrumSpec.make(space="latent")
+
+
+def test_progress_is_told(store):
+    heard = []
+    measure(store.run(ERM), PROBE.replace(seed=3), PLACE, report=lambda *told: heard.append(told))
+    assert len(heard) > 10 and all(made <= of for made, of, _ in heard)
+    assert heard[-1][2]["products"] == heard[-1][0]
+
+
+def test_a_quantized_network_is_baked(tmp_path):
+    quantized = trained(tmp_path, QT).run(QT)
+    measure(quantized, PROBE, PLACE)
+    values = files.load_arrays(quantized.probe(PROBE).result)[0]["eigenvalues"]
+    model = checkpoints.network(quantized, "selected", PLACE)
+    bake(model)
+    every = checkpoints.images(quantized, PROBE, PLACE)
+    around = Landscape(model, {name: every[name] for name in SEEN}, F.cross_entropy)
+    assert values == pytest.approx(hessian_spectrum(around, k=2, tol=0.05).eigenvalues, rel=1e-3)
+
+
+@pytest.mark.oracle
+def test_pyhessian_itself_runs_beside_ours(store):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs, facts = measured(store, PROBE.replace(engine="pyhessian"))
+    ours = measured(store, PROBE.replace(tol=1e-3))[0]
+    assert theirs["eigenvalues"] == pytest.approx(ours["eigenvalues"], rel=0.02)
+    assert facts["trace"][1] is None
+    frame = spectra.numbers(store, [("ERM", ERM, PROBE.replace(engine="pyhessian"))])
+    assert frame.low.isna().all() and set(frame.number) == {"eigenvalue", "trace"}
+
+
+def test_tables_are_tidy_and_densities_integrate_to_one(store):
+    measured(store, PROBE), measured(store, PROBE.replace(domains="target"))
+    wanted = [("ERM", ERM, PROBE), ("ERM", ERM, PROBE.replace(domains="target"))]
+    frame = spectra.numbers(store, wanted)
+    assert not frame.duplicated(["panel", "method", "held_out", "seed", "engine", "number", "index"]).any()
+    assert ((frame.low <= frame.value) & (frame.value <= frame.high)).all()
+    curves = spectra.densities(store, wanted)
+    for _, mine in curves.groupby("panel"):
+        assert np.trapezoid(mine.value, mine.place) == pytest.approx(1.0, abs=0.01)
+
+
+def test_the_command_prints_and_draws(store, tmp_path, capsys):
+    words = ["hessian", ERM.digest[:8], "-k", 1, "--images", 8, "--starts", 1, "--lanczos-steps", 4, "--tol", 0.1]
+    words += ["--trace-budget", 3, "--split", "source", "--split", "rot0,rot45", "--store", store.root]
+    assert commandline.call(*words, "--out", tmp_path, "--json") == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert {row["split"] for row in rows} == {"source", "rot0,rot45"}
+    assert [row["number"] for row in rows][:2] == ["eigenvalue", "trace"]
+    assert len(pd.read_csv(tmp_path / "hessian.csv")) == len(rows)
+    assert (tmp_path / "hessian.pdf").stat().st_size > 5000
+    assert commandline.call(*words, "--dry-run") == 0
+    assert "0 jobs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("--split", "rot7"), "Unknown domain 'rot7'"),
+        (("-k", "99999999"), "k must lie between 1 and the 33658 parameters, but is 99999999"),
+        (("--engine", "hessianpy"), "Unknown engine 'hessianpy'"),
+        (("--which", "LM"), "Unknown end of the spectrum 'LM'"),
+        (("--params", "nothing*"), "No trainable parameter matches 'nothing*'"),
+        (("--tol", "0"), "tol=0.0 does not do"),
+    ],
+)
+def test_mistakes_are_one_sentence(store, tmp_path, capsys, words, sentence):
+    given = ["hessian", ERM.digest, "--images", 8, "--store", store.root, "--out", tmp_path]
+    assert commandline.call(*given, *words) == 2
+    told = capsys.readouterr().err
+    assert sentence in " ".join(told.split()) and "Traceback" not in told
+
+
+def test_what_is_not_measured_is_said(store):
+    with pytest.raises(UserError, match="is not measured yet"):
+        spectra.numbers(RunStore(store.root), [("ERM", ERM, PROBE.replace(seed=77))])
