@@ -205,7 +205,7 @@ def moved_agreement(
 @contextmanager
 def _moved(landscape: Landscape, vector: Tensor) -> Iterator[None]:
     """Put the model at a point (P,), and back bit by bit afterwards."""
-    tensors = list(landscape.named.values())
+    tensors: list[Tensor] = list(landscape.named.values())
     try:
         with torch.no_grad():
             torch._foreach_copy_(tensors, landscape.split(vector))
