@@ -11,9 +11,21 @@ from flatlab.export import export as export_run
 from flatlab.landscape import Landscape
 from flatlab.measure import measure as measure_run
 from flatlab.methods import METHODS, Method, compose, replicates, vary
+from flatlab.metrics.audit import ScaleAudit, scale_audit
 from flatlab.metrics.compare import PairedDifference, compare_flatness, paired_difference
+from flatlab.metrics.connectivity import Connection, connect
 from flatlab.metrics.density import SpectralDensity, spectral_density
+from flatlab.metrics.directions import (
+    Directions,
+    eigen_directions,
+    given_directions,
+    plane_through,
+    random_directions,
+    trajectory_directions,
+)
+from flatlab.metrics.grids import Profile, Surface
 from flatlab.metrics.lanczos import Spectrum, hessian_spectrum
+from flatlab.metrics.noise import QuantizationNoise, quantization_noise
 from flatlab.metrics.operators import GGN, Fisher, Hessian
 from flatlab.metrics.sharpness import (
     AverageSharpness,
@@ -23,11 +35,15 @@ from flatlab.metrics.sharpness import (
     worst_sharpness,
 )
 from flatlab.metrics.sphere import SphereFlatness, sphere_flatness
+from flatlab.metrics.surfaces import line, plane
+from flatlab.metrics.symmetry import Symmetry
 from flatlab.metrics.trace import Trace, hessian_trace
+from flatlab.metrics.triangle import Triangle, triangle
+from flatlab.metrics.typical import TypicalRise, typical_rise
 from flatlab.metrics.worst import WorstRise, worst_rise
 from flatlab.models import Ensemble, Network, build_network
 from flatlab.points import Evaluation
-from flatlab.probespecs import ProbeSpec
+from flatlab.probespecs import ProbeSpec, QuantNoiseSpec, RadiusSpec
 from flatlab.quant.attach import attach, attach_activations, bake
 from flatlab.quant.calibration import second_moments
 from flatlab.quant.inq import INQ
@@ -67,9 +83,33 @@ __all__ = [
     "SpectralDensity",
     "hessian_trace",
     "Trace",
+    # quantization noise
+    "quantization_noise",
+    "QuantizationNoise",
+    "Symmetry",
+    "typical_rise",
+    "TypicalRise",
     # out of domain
     "accuracy_stability",
     "Stability",
+    # lines and planes
+    "line",
+    "Profile",
+    "plane",
+    "Surface",
+    "Directions",
+    "random_directions",
+    "eigen_directions",
+    "given_directions",
+    "plane_through",
+    "trajectory_directions",
+    "connect",
+    "Connection",
+    # audits
+    "scale_audit",
+    "ScaleAudit",
+    "triangle",
+    "Triangle",
     # networks and quantizers
     "Network",
     "Ensemble",
@@ -97,6 +137,8 @@ __all__ = [
     "setting",
     "RunSpec",
     "ProbeSpec",
+    "QuantNoiseSpec",
+    "RadiusSpec",
     "QuantSpec",
     "INQSpec",
     "RTNSpec",

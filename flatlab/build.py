@@ -34,6 +34,7 @@ class Domains:
     target: str
     inside: Rows  # 80 %: trained on (sources), reported on (target)
     outside: Rows  # 20 %: validation
+    tested: Rows  # kept for an in-domain test; usually none
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -41,8 +42,8 @@ class Domains:
         return tuple(name for name in self.data.names if name != self.target)
 
     def evaluation(self, part: str, names: tuple[str, ...], device: torch.device) -> dict[str, Batches]:
-        """Return fixed batches of the "in" or "out" split of some domains."""
-        rows = self.inside if part == "in" else self.outside
+        """Return fixed batches of the "in", "out" or "test" split of some domains."""
+        rows = {"in": self.inside, "out": self.outside, "test": self.tested}[part]
         return {name: batches.evaluation_batches(self.data, name, rows[name], device=device) for name in names}
 
     def calibration(self, count: int, device: torch.device) -> list[Batches]:
@@ -54,8 +55,9 @@ class Domains:
 def domains(spec: RunSpec, place: Place) -> Domains:
     """Load (once in a process) and split the data of a run."""
     data = _load(spec.dataset, place.data_dir, spec.image_size, place.cache)
+    shares = {"fraction": spec.holdout, "tested": spec.test_share}
     splits = {
-        name: split(len(data.domain(name).labels), index, trial_seed=spec.trial_seed, fraction=spec.holdout)
+        name: split(len(data.domain(name).labels), index, trial_seed=spec.trial_seed, **shares)
         for index, name in enumerate(data.names)
     }
     return Domains(
@@ -63,6 +65,7 @@ def domains(spec: RunSpec, place: Place) -> Domains:
         target=choose("held-out domain", spec.held_out, data.names),
         inside={name: part.inside for name, part in splits.items()},
         outside={name: part.outside for name, part in splits.items()},
+        tested={name: part.tested for name, part in splits.items() if len(part.tested)},
     )
 
 

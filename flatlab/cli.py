@@ -9,11 +9,16 @@ from typing import Annotated, Any
 
 import typer
 
-from flatlab import errands
+<<<<<<< HEAD
+from flatlab import errands, surveys
 from flatlab.errors import choose
+=======
+from flatlab.errands import carry_out, foresee, price, tell_written
+>>>>>>> curv
 from flatlab.hessian import hessian
 from flatlab.jsontext import strict_json
 from flatlab.mistakes import spoken
+from flatlab.noise import noise
 from flatlab.options import Choices, takes
 from flatlab.upkeep import data_app, runs_app
 from flatlab.words import DATA, PARTS, RUNNING, TRAINING
@@ -46,7 +51,7 @@ def _version(*, version: Annotated[bool, typer.Option("--version", help="Print t
 
 
 @app.command(epilog="Example: `flatlab reproduce fig3 --seeds 2 --dry-run`")
-@takes(*DATA, *TRAINING, "controls", *RUNNING, "out")
+@takes(*DATA, "datasets", *TRAINING, "controls", *RUNNING, "out")
 def reproduce(chosen: Choices, name: Annotated[str, typer.Argument(help="fig3, ... (`flatlab list`).")]) -> None:
     """Redo a figure or table of the paper: train and measure what is missing, tabulate, draw."""
     from flatlab import display, reproduce
@@ -56,21 +61,19 @@ def reproduce(chosen: Choices, name: Annotated[str, typer.Argument(help="fig3, .
     chosen.refuse_controls(name, has_some=hasattr(module, "CONTROLS"))
     todo = reproduce.missing(module, setting, store, place)
     if chosen.dry_run:
-        errands.price(chosen, todo, setting)
+        price(chosen, todo, setting)
         return
-    errands.carry_out(chosen, todo)
+    carry_out(chosen, todo)
     done = reproduce.write(module, setting, store, out=chosen.out, redo=shlex.join(["flatlab", *sys.argv[1:]]))
     if chosen.json:
         written = [str(path) for path in done.written]
         typer.echo(strict_json({"written": written, "findings": done.findings.to_dict("records")}))
         return
     display.frame(module.summary(done.findings), module.SUMMARY)
-    display.frame(
-        done.accuracies, "Accuracies by training-domain validation, means over targets and seeds", formats=ACCURACIES
-    )
+    display.frame(done.accuracies, reproduce.ACCURACIES, formats=ACCURACIES)
     for remark in done.remarks:
         display.out.print(remark, soft_wrap=True)
-    errands.tell_written(done.written)
+    tell_written(done.written)
 
 
 @app.command(
@@ -92,15 +95,15 @@ def train(chosen: Choices) -> None:
     label += "".join(f", {part} {value}" for part, value in changes.items())
     todo = jobs.missing(store, wanted, [], sizes=catalog.sizes(setting.dataset, chosen.folder()))
     if chosen.dry_run:
-        errands.price(chosen, todo, setting)
+        price(chosen, todo, setting)
         return
     if chosen.tensorboard:
         from flatlab import tensorboard
 
         tensorboard.needed()  # said before hours of training, not after
-    errands.carry_out(chosen, todo)
+    carry_out(chosen, todo)
     if chosen.tensorboard:
-        errands.tell_written([tensorboard.write(store.run(spec), chosen.tensorboard) for spec in wanted])
+        tell_written([tensorboard.write(store.run(spec), chosen.tensorboard) for spec in wanted])
     table = tables.accuracies(store, [(label, spec) for spec in wanted])
     chosen.answer(table, "Accuracy on source validation and target, by selection rule", ACCURACIES)
 
@@ -149,18 +152,30 @@ def flatness(
     sizes = catalog.sizes(dataset, Path(place.data_dir) if place.data_dir else None)
     todo = jobs.missing(store, [], [(run.spec, probe) for run in found], sizes=sizes)
     if chosen.dry_run:
+<<<<<<< HEAD
         errands.foresee(chosen, todo, place) if probe.piloted else errands.price(chosen, todo, found[0].spec)
+=======
+        foresee(chosen, todo, place) if samples is block_size is None else price(chosen, todo, found[0].spec)
+>>>>>>> curv
         return
-    errands.carry_out(chosen, todo, place)
+    carry_out(chosen, todo, place)
     table, written = chart(store, found, probe, panel=panel, out=chosen.out)
     shown = table if chosen.json else table[list(SHOWN)]
     chosen.answer(shown, f"Flatness on the {split} domains (nats), 95 % intervals over directions", SHOWN)
-    errands.tell_written(written, said(found, probe, panel=panel))
+    tell_written(written, said(found, probe, panel=panel))
 
 
+app.command(epilog="Examples: `flatlab noise 3f2a`, `flatlab noise 3f2a 77c1 --radius --samples 50`")(
+    takes("data_dir", *RUNNING, "out")(noise)
+)
 app.command(epilog="Example: `flatlab hessian 3f2a --split source --split target -k 5 --images 200`")(
     takes("data_dir", *RUNNING, "out")(hessian)
 )
+app.command(epilog="Example: `flatlab landscape 3f2a --grid 25 --images 200`")(
+    takes("data_dir", *RUNNING, "out")(surveys.landscape)
+)
+app.command(epilog="Example: `flatlab audit 3f2a --images 200`")(takes("data_dir", *RUNNING, "out")(surveys.audit))
+app.command(epilog="Example: `flatlab selftest`")(takes("json", "debug")(surveys.selftest))
 
 
 @app.command(epilog="Example: `flatlab stability 3f2a 77c1 --since 120`")

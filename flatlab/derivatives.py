@@ -40,6 +40,12 @@ def pullback(values: Sequence[Tensor], tensors: Sequence[Tensor]) -> Apply:
     return apply
 
 
+def hessian_product(loss: Tensor, tensors: Sequence[Tensor], views: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Return the Hessian of a loss by the tensors, times views of a vector with their shapes, by double backward."""
+    grads = torch.autograd.grad(loss, tensors, create_graph=True, materialize_grads=True)
+    return pullback(grads, tensors)(views)
+
+
 @contextmanager
 def second_order() -> Iterator[None]:
     """Differentiate twice: by the attention kernels that can be, and with one sentence where something cannot.

@@ -6,7 +6,6 @@ from typing import Annotated
 import typer
 
 from flatlab.errands import carry_out, price, tell_written
-from flatlab.errors import choose
 from flatlab.options import Choices
 
 SHOWN = {"run": "", "split": "", "engine": "", "number": "", "index": "", "value": ".4g", "low": ".4g", "high": ".4g"}
@@ -43,20 +42,13 @@ def hessian(
     from flatlab import jobs, reproduce, spectra
     from flatlab.data import catalog
     from flatlab.flatness import finished
-    from flatlab.probespecs import SpectrumSpec
 
     store, found = chosen.runs(), finished(chosen.runs(), runs)
     place, dataset = reproduce.place_of(found, chosen.place())
-    engines = ["flatlab", "pyhessian"][: 1 + (choose("engine", engine, ("flatlab", "pyhessian")) == "pyhessian")]
-    fields = {"k": k, "which": choose("end of the spectrum", which, ("LA", "SA", "BE")), "tol": tol, "seed": start_seed}
-    fields |= {"rel_error": rel_error, "trace_budget": trace_budget, "starts": starts, "steps": lanczos_steps}
-    fields |= {"checkpoint": choose("checkpoint", checkpoint, ("selected", "last")), "params": params, "images": images}
-    wanted = [
-        (f"{run.spec.label} {run.spec.digest[:6]}", run.spec, SpectrumSpec.make(domains=each, engine=kind, **fields))
-        for run in found
-        for each in split or ["source"]
-        for kind in engines
-    ]
+    fields = {"k": k, "which": which, "tol": tol, "rel_error": rel_error, "trace_budget": trace_budget}
+    fields |= {"starts": starts, "steps": lanczos_steps, "checkpoint": checkpoint, "params": params}
+    probes = spectra.probes_of(split or ["source"], engine, images=images, seed=start_seed, **fields)
+    wanted = [(f"{run.spec.label} {run.spec.digest[:6]}", run.spec, probe) for run in found for probe in probes]
     sizes = catalog.sizes(dataset, Path(place.data_dir) if place.data_dir else None)
     todo = jobs.missing(store, [], [(run, probe) for _, run, probe in wanted], sizes=sizes)
     if chosen.dry_run:
@@ -67,4 +59,4 @@ def hessian(
     written = spectra.chart(store, wanted, chosen.out)
     shown = table if chosen.json else table[list(SHOWN)]
     chosen.answer(shown, "Hessian of the mean loss (nats per squared unit of the parameters)", SHOWN)
-    tell_written(written, [CITE] if "pyhessian" in engines else [])
+    tell_written(written, [CITE] if engine != "flatlab" else [])

@@ -3,6 +3,7 @@
 Torch-free: a plan is made, printed and priced before anything heavy is loaded.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from flatlab.entries import Entry
@@ -75,7 +76,13 @@ def missing(store: RunStore, runs: Sequence[RunSpec], probes: Wanted, *, sizes: 
     lacking = _lacking(store, [*runs, *(run for run, _ in probes)])
     training = _training([spec for spec in lacking.values() if not spec.made_from], sizes)
     making = [_making(spec, lacking, sizes) for spec in lacking.values() if spec.made_from]
-    return [*training, *making, *_measuring(store, probes, set(lacking), sizes)]
+    return _told_apart([*training, *making, *_measuring(store, probes, set(lacking), sizes)])
+
+
+def _told_apart(jobs: Sequence[Job]) -> list[Job]:
+    """Add the run's digest to names that several jobs have: runs that differ in their bits, say."""
+    counts = Counter(job.name for job in jobs)
+    return [job.replace(name=f"{job.name} ({job.runs[0].digest[:6]})") if counts[job.name] > 1 else job for job in jobs]
 
 
 def _lacking(store: RunStore, wanted: Sequence[RunSpec]) -> dict[str, RunSpec]:
@@ -148,7 +155,7 @@ def training_passes(spec: RunSpec, sizes: Sizes, *, forked: bool) -> float:
     """Return the images that a training forwards, its backward passes counted as `BACKWARD` says."""
     steps = spec.steps + 1 - (spec.switch or 0 if forked else 0)
     batch = spec.batch_size * (len(sizes) - 1)
-    looks = steps / spec.eval_every * spec.holdout * sum(sizes.values())
+    looks = steps / spec.eval_every * (spec.holdout + spec.test_share) * sum(sizes.values())
     return float(steps * batch * BACKWARD * (2 if spec.step.kind == "sam" else 1) + looks)
 
 

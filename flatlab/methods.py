@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from flatlab.errors import choose
 from flatlab.quantspecs import AnyQuantizer, INQSpec, NoiseSpec, OBCSpec, QuantSpec, RTNSpec
@@ -94,9 +94,9 @@ def compose(parts: Method, setting: Setting, *, held_out: str, seed: int, trial_
             for i in range(setting.members or parts.members)
         ]
         return members[0].replace(members=tuple(members), combine=parts.combine)
-    setting_fields = {"dataset", "image_size", "model", "weights", "freeze_batchnorm", "augment", "precision"}
+    data = {"dataset", "image_size", "model", "weights", "freeze_batchnorm", "augment", "precision", "test_share"}
     return RunSpec.make(
-        **setting.model_dump(include={*setting_fields, "steps", "eval_every", "batch_size", "lr", "weight_decay"}),
+        **setting.model_dump(include={*data, "steps", "eval_every", "batch_size", "lr", "weight_decay"}),
         held_out=held_out,
         seed=seed,
         trial_seed=trial_seed,
@@ -127,8 +127,12 @@ def _quantizer(kind: str, setting: Setting) -> AnyQuantizer | None:
 
 
 def _noise(kind: str, setting: Setting) -> NoiseSpec | None:
-    grid = {"bits": setting.bits, "granularity": setting.granularity}
-    return None if kind == "none" else NoiseSpec.make(**grid, persistent=kind == "kept")
+    if kind == "none":
+        return None
+    size: dict[str, Any] = {"bits": setting.bits, "granularity": setting.granularity}
+    if setting.noise_lr is not None:
+        size = {"amplitude": setting.noise_lr * setting.lr}
+    return NoiseSpec.make(**size, persistent=kind == "kept")
 
 
 def _average(kind: Literal["last", "swa", "swad", "sma"], setting: Setting) -> AverageSpec:

@@ -80,7 +80,16 @@ class Choices:
         return setting(self.given.get("setting", "quick"))
 
     def setting(self) -> "Setting":
-        """Return the setting with everything that the user changed."""
+        """Return the setting with everything that the user changed; of several data sets, the first with the others."""
+        names = [name.strip() for name in (self.datasets or "").split(",") if name.strip()]
+        if names and self.dataset:
+            raise UserError("Give --dataset or --datasets, not both.")
+        if not names:
+            return self._setting()
+        first, *others = (Choices({**self.given, "dataset": name})._setting() for name in names)
+        return first.replace(others=tuple(others))
+
+    def _setting(self) -> "Setting":
         from flatlab.settings import for_data, setting
 
         dataset, folder = self.name(), self.folder()

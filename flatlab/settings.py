@@ -21,6 +21,7 @@ class Setting(Spec):
     freeze_batchnorm: bool = False
     augment: str = "none"
     precision: str = "fp32"
+    test_share: float = 0.0  # of each domain, for an in-domain test
     steps: int = Field(ge=1)
     eval_every: int = Field(ge=1)
     batch_size: int = Field(32, ge=1)
@@ -29,7 +30,9 @@ class Setting(Spec):
     bits: int = Field(7, ge=2, le=16)
     granularity: str = "channel"
     scale_lr: float = 1e-5
-    switch: int | None = None  # None: 40 % of the steps (QT-DoG App. B: 2,000 of 5,000)
+    switch: int | None = None  # None: that share of the steps (QT-DoG App. B: 2,000 of 5,000)
+    switch_share: float = 0.4
+    noise_lr: float | None = Field(None, gt=0)  # half-width of weight noise in learning rates; None: a quantizer's norm
     sam_rho: float = 0.05  # Foret et al.; SWAD's baselines
     swa_every: int = Field(100, ge=1)
     swad_every: int = Field(100, ge=1)
@@ -48,6 +51,12 @@ class Setting(Spec):
     block_size: int | None = None  # images that a direction sees, where no `num_samples` are asked for
     images: int | None = None  # of each domain, for measurements
     controls: bool = False  # beside what the paper shows: runs that part quantizing from freezing
+    others: tuple["Setting", ...] = ()  # the same for further data sets
+
+    @property
+    def each(self) -> tuple["Setting", ...]:
+        """This setting and those of further data sets, each by itself."""
+        return (self.replace(others=()), *self.others)
 
     @property
     def effort(self) -> str:
@@ -57,12 +66,13 @@ class Setting(Spec):
     @property
     def words(self) -> str:
         """Which data, network and seeds, in words for a title."""
-        return f"{self.dataset}, {self.model}, {'1 seed' if self.seeds == 1 else f'{self.seeds} seeds'}"
+        data = ", ".join(f"{one.dataset}, {one.model}" for one in self.each)
+        return f"{data}, {'1 seed' if self.seeds == 1 else f'{self.seeds} seeds'}"
 
     @property
     def switch_step(self) -> int:
         """The step at which quantization or freezing sets in."""
-        return round(0.4 * self.steps) if self.switch is None else self.switch
+        return round(self.switch_share * self.steps) if self.switch is None else self.switch
 
     @property
     def inq_every(self) -> int:

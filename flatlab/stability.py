@@ -207,7 +207,7 @@ def picture(frame: pd.DataFrame, order: Sequence[str], caption: str) -> Figure:
     targets = list(dict.fromkeys(along["held_out"]))
     with plots.style():
         figure = plt.figure(figsize=(7.0, 3.9 + 0.25 * (len(order) - 2)), layout="constrained")
-        left, right = figure.subfigures(1, 2, width_ratios=[len(targets), 1], squeeze=False)[0]
+        left, right = list(figure.subfigures(1, 2, width_ratios=[len(targets), 1]))  # type: ignore[arg-type]
         grid = left.subplots(2, len(targets), sharex=True, sharey="row", squeeze=False)
         for column, target in zip(grid.T, targets, strict=True):
             panels(column, along[along["held_out"] == target], order, int(frame["switch"].iloc[0]))

@@ -44,6 +44,7 @@ WORDS: dict[str, tuple[Any, Any, Any]] = {  # name -> type, default, option
             "or folder:PATH with domain/class/image.",
         ),
     ),
+    "datasets": (str, None, _option(_DATA, "Of a table: several data sets, as PACS,VLCS; --data-dir holds them all.")),
     "data_dir": (Path, None, _option(_DATA, "The folder that holds the data set; not for digits and folder:PATH.")),
     "held_out": (
         str,

@@ -174,7 +174,7 @@ def test_seed_hash_is_domainbeds(trial_seed: int, index: int, golden: int) -> No
 
 def test_split_is_domainbeds_bit_for_bit() -> None:
     shuffled = [5, 0, 3, 7, 8, 6, 1, 2, 9, 4]  # range(10) shuffled by RandomState(seed_hash(0, 1))
-    inside, outside = split(10, 1, trial_seed=0, fraction=0.3)
+    inside, outside, _ = split(10, 1, trial_seed=0, fraction=0.3)
     assert (outside.tolist(), inside.tolist()) == (shuffled[:3], shuffled[3:])
     assert inside.dtype == outside.dtype == np.int64
 
@@ -185,10 +185,26 @@ def test_split_sizes_of_pacs() -> None:
     assert sizes == [409, 468, 334, 785]
 
 
+@pytest.mark.parametrize("tested", [0.0, 0.2])
 @pytest.mark.parametrize("n", [5, 449, 450])
-def test_split_is_disjoint_and_complete(n: int) -> None:
-    inside, outside = split(n, 0, trial_seed=1)
-    assert sorted([*inside, *outside]) == list(range(n))
+def test_split_is_disjoint_and_complete(n: int, tested: float) -> None:
+    parts = split(n, 0, trial_seed=1, tested=tested)
+    assert sorted(np.concatenate(parts)) == list(range(n))
+    assert len(parts.tested) == (0 if not tested else int(0.4 * n) - int(0.4 * n) // 2)
+
+
+def test_the_test_part_is_cut_off_the_outer_one_as_swad_does() -> None:
+    whole = split(450, 2, trial_seed=1, fraction=0.4)
+    cut = split(450, 2, trial_seed=1, fraction=0.2, tested=0.2)
+    again = list(range(180))
+    np.random.RandomState(seed_hash(1, 2)).shuffle(again)
+    assert np.array_equal(cut.inside, whole.inside)
+    assert np.array_equal([*cut.outside, *cut.tested], whole.outside[again]) and len(cut.outside) == 90
+
+
+def test_a_test_part_of_none_is_refused() -> None:
+    with pytest.raises(UserError, match="0 to validate on, 1 to test on and 9 to train on; each part needs"):
+        split(10, 0, trial_seed=0, fraction=0.1, tested=0.01)
 
 
 def test_split_depends_on_the_trial_and_on_the_domain() -> None:

@@ -51,7 +51,7 @@ def test_each_field_of_a_run_is_part_of_its_name():
     other = {"dataset": "PACS", "held_out": "rot15", "image_size": 8, "model": "resnet18", "weights": "imagenet"}
     other |= {"freeze_batchnorm": True, "step": StepSpec(rho=0.1), "average": AverageSpec(every=2), "steps": 11}
     other |= {"eval_every": 2, "batch_size": 8, "lr": 0.1, "weight_decay": 0.1, "seed": 1, "trial_seed": 1}
-    other |= {"augment": "domainbed", "precision": "bf16", "holdout": 0.3, "source": "sha256:0"}
+    other |= {"augment": "domainbed", "precision": "bf16", "holdout": 0.3, "test_share": 0.2, "source": "sha256:0"}
     other |= {"objective": "coral", "coral_weight": 0.5, "mixing": MixSpec(), "members": (RUN,)}
     other |= {"combine": "probabilities"}
     names = {RUN.replace(**{field: value}).digest for field, value in other.items()}
@@ -63,6 +63,13 @@ def test_each_field_of_a_run_is_part_of_its_name():
     names |= {RUN.replace(quantizer=QuantSpec(**{f: v}), switch=4).digest for f, v in changed.items()}
     assert len(names | {RUN.digest}) == len(other) + 3 + len(kinds) + 2 + len(changed)
     assert set(RunSpec.model_fields) - set(other) == {"quantizer", "frozen", "switch", "noise"}
+
+
+def test_a_later_field_is_left_out_at_its_default_and_read_back_as_such():
+    assert "test_share" not in json.loads(RUN.canonical())
+    later = RUN.replace(test_share=0.2)
+    assert json.loads(later.canonical())["test_share"] == 0.2
+    assert RunSpec.parse(RUN.canonical()) == RUN and RunSpec.parse(later.canonical()) == later
 
 
 def test_the_place_is_no_part_of_a_name():
