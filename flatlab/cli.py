@@ -9,12 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
-<<<<<<< HEAD
-from flatlab import errands, surveys
-from flatlab.errors import choose
-=======
+from flatlab import surveys
 from flatlab.errands import carry_out, foresee, price, tell_written
->>>>>>> curv
+from flatlab.errors import choose
 from flatlab.hessian import hessian
 from flatlab.jsontext import strict_json
 from flatlab.mistakes import spoken
@@ -152,11 +149,7 @@ def flatness(
     sizes = catalog.sizes(dataset, Path(place.data_dir) if place.data_dir else None)
     todo = jobs.missing(store, [], [(run.spec, probe) for run in found], sizes=sizes)
     if chosen.dry_run:
-<<<<<<< HEAD
-        errands.foresee(chosen, todo, place) if probe.piloted else errands.price(chosen, todo, found[0].spec)
-=======
-        foresee(chosen, todo, place) if samples is block_size is None else price(chosen, todo, found[0].spec)
->>>>>>> curv
+        foresee(chosen, todo, place) if probe.piloted else price(chosen, todo, found[0].spec)
         return
     carry_out(chosen, todo, place)
     table, written = chart(store, found, probe, panel=panel, out=chosen.out)
@@ -196,7 +189,7 @@ def stability(
     first = switch_of([run.spec for run in found]) if since is None else since
     table, written = chart(store, found, since=first, out=chosen.out)
     chosen.answer(table, f"Stability of the out-of-domain accuracy from step {first} on (shares of 1)", SHOWN)
-    errands.tell_written(written)
+    tell_written(written)
 
 
 @app.command(
