@@ -87,10 +87,11 @@ class NoiseFigure:
         said = []
         for mode, rows in frame.groupby("mode", sort=False):
             refused = [f"{what} {(rows[name] < uniformity.REJECTED).sum()}" for name, what in uniformity.TESTS.items()]
+            clipped = f"{rows['clipped'].mean():.2%} clipped"
             said.append(
                 f"{uniformity.MODES[str(mode)].capitalize()}: of {len(rows)} layers and runs, refused at 5 % by "
                 f"{', '.join(refused)} ({uniformity.REJECTED * len(rows):.0f} would be chance); a uniform sample "
-                f"explains {rows['explained'].median():.0%} of the KL in the median; {rows['clipped'].mean():.2%} clipped."
+                f"explains {rows['explained'].median():.0%} of the KL in the median; {clipped}."
             )
         return [*said, *(explained(kl, int(frame["bins"].iloc[0])) for kl in self.published)]
 
