@@ -170,6 +170,13 @@ def test_refreshed_statistics_are_the_mean_over_unseen_batches(average, tmp_path
 # --- what trains, and how ----------------------------------------------------------------------------------------
 
 
+def test_runs_of_several_trajectories_are_refused(tmp_path):
+    both = [compose(METHODS[name], SETTING, held_out="rot45", seed=0, trial_seed=0) for name in ("ERM", "SAM")]
+    with pytest.raises(UserError, match="2 runs of several trajectories came; train those of one trajectory"):
+        train(both, RunStore(tmp_path), PLACE)
+    assert not list(tmp_path.iterdir())
+
+
 def test_lsq_is_really_trained(tmp_path):
     """Each latent weight and step size is in one group of the optimizer, and moves; moments outlive the switch."""
     spec = spec_of(QT_DOG)
