@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from flatlab import surveys
-from flatlab.errands import carry_out, foresee, price, tell_written
+from flatlab.errands import carry_out, catalogue, everything, foresee, price, tell_written
 from flatlab.errors import choose
 from flatlab.hessian import hessian
 from flatlab.jsontext import strict_json
@@ -49,11 +49,16 @@ def _version(*, version: Annotated[bool, typer.Option("--version", help="Print t
 
 @app.command(epilog="Example: `flatlab reproduce fig3 --seeds 2 --dry-run`")
 @takes(*DATA, "datasets", *TRAINING, "controls", *RUNNING, "out")
-def reproduce(chosen: Choices, name: Annotated[str, typer.Argument(help="fig3, ... (`flatlab list`).")]) -> None:
+def reproduce(
+    chosen: Choices, name: Annotated[str, typer.Argument(help="fig3, ... (`flatlab list`), or all.")]
+) -> None:
     """Redo a figure or table of the paper: train and measure what is missing, tabulate, draw."""
     from flatlab import display, reproduce
 
     setting, store, place = chosen.setting(), chosen.runs(), chosen.place()
+    if name == "all":
+        everything(chosen)
+        return
     module = reproduce.analysis(name)
     chosen.refuse_controls(name, has_some=hasattr(module, "CONTROLS"))
     todo = reproduce.missing(module, setting, store, place)
@@ -249,17 +254,7 @@ def methods(chosen: Choices) -> None:
 @takes(*DATA, *TRAINING, "store", "device", "json", "debug")
 def list_(chosen: Choices) -> None:
     """List the figures and tables that can be reproduced, and what is missing to make them."""
-    import pandas as pd
-
-    from flatlab import reproduce
-
-    setting, store, place = chosen.setting(), chosen.runs(), chosen.place()
-    rows = []
-    for name in reproduce.analyses():
-        module = reproduce.analysis(name)
-        todo = reproduce.missing(module, setting, store, place)
-        rows.append({"name": name, "shows": (module.__doc__ or "").splitlines()[0], "missing": f"{len(todo)} jobs"})
-    chosen.answer(pd.DataFrame(rows), f"Figures and tables, setting {setting.name}")
+    catalogue(chosen)
 
 
 @app.command(epilog="Example: `flatlab doctor --device cuda`")

@@ -43,7 +43,7 @@ class Stability:
     Attributes:
         spread: standard deviation of the out-of-domain accuracy over the evaluations, with n - 1.
         change: mean absolute difference between two evaluations in a row.
-        correlation: Spearman's, between validation and out-of-domain accuracy; NaN where one of them never moves.
+        correlation: Spearman's, between validation and out-of-domain accuracy; NaN where one stands still, or of two points.
         regret: the best out-of-domain accuracy less that where validation is best (the first of equals).
         points: evaluations.
     """
@@ -63,15 +63,15 @@ def stability(validation: npt.ArrayLike, target: npt.ArrayLike) -> Stability:
         target: out-of-domain accuracy (n,) at the same.
 
     Raises:
-        UserError: where they are not of one length, or fewer than three.
+        UserError: where they are not of one length, or fewer than two.
     """
     inside, outside = np.asarray(validation, dtype=float), np.asarray(target, dtype=float)
-    if inside.shape != outside.shape or inside.ndim != 1 or len(inside) < 3:
+    if inside.shape != outside.shape or inside.ndim != 1 or len(inside) < 2:
         raise UserError(
-            f"Stability needs two series of at least three evaluations each, but {inside.shape} and {outside.shape} "
+            f"Stability needs two series of at least two evaluations each, but {inside.shape} and {outside.shape} "
             "came: take a smaller --eval-every, or an earlier --since."
         )
-    moving = np.ptp(inside) > 0 and np.ptp(outside) > 0
+    moving = len(inside) > 2 and np.ptp(inside) > 0 and np.ptp(outside) > 0  # of two points it is always one
     return Stability(
         spread=float(outside.std(ddof=1)),
         change=float(np.abs(np.diff(outside)).mean()),

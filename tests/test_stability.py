@@ -30,10 +30,12 @@ def test_what_never_moves_has_no_correlation():
     still = stability([0.9, 0.9, 0.9], [0.5, 0.6, 0.7])
     assert np.isnan(still.correlation) and still.regret == pytest.approx(0.2)
     assert stability([0.7, 0.9, 0.8], [0.5] * 3).spread == 0
+    two = stability([0.7, 0.9], [0.5, 0.6])
+    assert np.isnan(two.correlation) and two.change == pytest.approx(0.1)
 
 
 def test_too_short_a_series_is_refused():
-    refuses(lambda: stability([0.5, 0.6], [0.5, 0.6]), "three evaluations", "--eval-every")
+    refuses(lambda: stability([0.5], [0.5]), "two evaluations", "--eval-every")
     refuses(lambda: stability([0.5] * 3, [0.5] * 4), "(3,)", "(4,)")
 
 
