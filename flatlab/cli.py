@@ -181,6 +181,9 @@ app.command(epilog="Example: `flatlab selftest`")(takes("json", "debug")(surveys
 def stability(
     chosen: Choices,
     runs: Annotated[list[str], typer.Argument(help="Digests of runs, or their beginnings (`flatlab runs list`).")],
+    valley: Annotated[
+        bool, typer.Option("--valley", help="Replay SWAD's rule on the logs, and draw its valley.")
+    ] = False,
     since: Annotated[
         int | None, typer.Option(help="The first step that counts (the latest switch of the runs).")
     ] = None,
@@ -192,9 +195,16 @@ def stability(
     store = chosen.runs()
     found = finished(store, runs)
     first = switch_of([run.spec for run in found]) if since is None else since
-    table, written = chart(store, found, since=first, out=chosen.out)
+    valleys = _valleys(found) if valley else ()
+    table, written = chart(store, found, since=first, out=chosen.out, valleys=valleys)
     chosen.answer(table, f"Stability of the out-of-domain accuracy from step {first} on (shares of 1)", SHOWN)
     tell_written(written)
+
+
+def _valleys(found: Sequence[Any]) -> list[dict[str, Any]]:
+    from flatlab.train.replay import valley
+
+    return [valley(run) for run in found]
 
 
 @app.command(
