@@ -32,10 +32,10 @@ CONTRASTS = {  # question -> of which two methods the difference answers it
     "Training with quantization rather than rounding after": ("QT-DoG", "RTN"),
 }
 MEASURES = {
-    "in": "Accuracy in domain (%)",
-    "out": "Accuracy out of domain (%)",
-    "spread": "Unrest: std (%)",
-    "change": "Unrest: mean change (%)",
+    "in": "Accuracy in domain (points)",
+    "out": "Accuracy out of domain (points)",
+    "spread": "Unrest: std (points)",
+    "change": "Unrest: mean change (points)",
     "seen, none": "F at largest γ, seen (nats)",
     "unseen, none": "F at largest γ, unseen (nats)",
     "seen, filter": "F at largest ρ, seen (nats)",
@@ -139,7 +139,7 @@ def caption(setting: Setting) -> str:
         f"Controls, less {BASELINE}: {setting.words}\n"
         f"Held out in turn: {', '.join(setting.held_out)}; paired by held-out domain and seed, 95 % intervals over "
         f"seeds. Unrest: of the accuracy out of domain from step {setting.switch_step} on. F: rise of the loss at "
-        f"γ = {setting.radii[-1]:g} and ρ = {setting.filter_radii[-1]:g}, {setting.effort}."
+        f"γ = {setting.radii[-1]:g} and ρ = {setting.filter_radii[-1]:g}, {setting.effort}. RTN: no training."
     )
 
 
@@ -149,11 +149,11 @@ def draw(frame: pd.DataFrame, caption: str) -> Figure:
     less = less[less["baseline"] == BASELINE].assign(comparable=False, published=float("nan"))
     with plots.style():
         rows = (len(MEASURES) + 1) // 2
-        size = (plots.COLUMN, 0.9 + rows * (0.55 + 0.13 * len(ORDER)))
+        size = (plots.COLUMN, 0.9 + rows * (0.65 + 0.13 * len(ORDER)))
         figure, grid = plt.subplots(rows, 2, figsize=size, layout="constrained", sharey=True)
         for ax, (measure, name) in zip(grid.flat, MEASURES.items(), strict=True):
             plots.dots(ax, less[less["measure"] == measure], ORDER[1:])
             ax.axvline(0, color="0.3", linewidth=0.8)
-            ax.set_title(name, fontsize=7)
+            ax.set_title(name.replace(" (", "\n("), fontsize=7)
         plots.captioned(figure, grid[0, 0], caption)
     return figure

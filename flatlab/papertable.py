@@ -173,14 +173,15 @@ class PaperTable:
         names = ", ".join(str(next(iter(row.values()))) for row in rows)
         return [f"Printed, and not made here: {names}.", *odd] if names else odd
 
+    def protocol(self, setting: Setting) -> str:
+        """Say which domains are held out, and how the numbers come about."""
+        held_out = "; ".join(f"{one.dataset}: {', '.join(one.held_out)}" for one in setting.each)
+        return f"Held out in turn: {held_out}. Checkpoint by training-domain validation; mean over held-out domains."
+
     def caption(self, setting: Setting) -> str:
         """Say in a title and a line below which data and seeds the picture shows."""
-        held_out = "; ".join(f"{one.dataset}: {', '.join(one.held_out)}" for one in setting.each)
-        return (
-            f"Table {self.number}: {setting.words}\n"
-            f"Held out in turn: {held_out}. Checkpoint by training-domain validation; "
-            f"mean over held-out domains; bars: 95 % intervals over seeds. Right: less {self.baseline}, paired."
-        )
+        bars = f"Bars: 95 % intervals over seeds. Right: less {self.baseline}, paired by held-out domain and seed."
+        return f"Table {self.number}: {setting.words}\n{self.protocol(setting)} {bars}"
 
     def draw(self, frame: pd.DataFrame, caption: str) -> Figure:
         """Draw a row of two panels for each column of the table: accuracies, and differences to the baseline."""

@@ -67,7 +67,9 @@ def curves(ax: Axes, frame: pd.DataFrame, *, x: str, by: str, order: Sequence[st
 def legend_above(figure: Figure, ax: Axes, title: str) -> None:
     """Put one legend for all panels above them, under a title."""
     handles, labels = ax.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), title=title, title_fontsize=9)
+    where: dict[str, Any] = {"loc": "outside upper center", "ncols": len(labels)}
+    legend = figure.legend(handles, labels, **where, title=title, title_fontsize=9)
+    legend.get_title().set_multialignment("center")
 
 
 def save(figure: Figure, stem: Path) -> list[Path]:
@@ -120,7 +122,7 @@ def captioned(figure: Figure, ax: Axes, caption: str) -> None:
         caption: title, line feed, small print.
     """
     title, _, rest = caption.partition("\n")
-    legend_above(figure, ax, "\n".join(textwrap.wrap(title, round(figure.get_figwidth() * 13))))  # at 9 points
+    legend_above(figure, ax, "\n".join(textwrap.wrap(title, round(figure.get_figwidth() * 14))))  # at 9 points
     characters = round(figure.get_figwidth() * 22)  # at 5.5 points
     figure.supxlabel("\n".join(textwrap.wrap(rest, characters)), fontsize=5.5, color="0.3")
 

@@ -88,7 +88,7 @@ class Setting(Spec):
 SMOKE = Setting(
     name="smoke",
     steps=10,
-    eval_every=5,
+    eval_every=3,
     batch_size=8,
     lr=3e-3,
     swa_every=1,

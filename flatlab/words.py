@@ -91,7 +91,7 @@ WORDS: dict[str, tuple[Any, Any, Any]] = {  # name -> type, default, option
     ),
     "setting": (str, "quick", _option(_SCHEDULE, "smoke (seconds), quick (minutes) or paper (its own, days).")),
     "steps": (int, None, _option(_SCHEDULE, "Updates of a training (smoke 10, quick 300, paper 5000).")),
-    "eval_every": (int, None, _option(_SCHEDULE, "Steps between two evaluations (smoke 5, quick 30, paper 300).")),
+    "eval_every": (int, None, _option(_SCHEDULE, "Steps between two evaluations (smoke 3, quick 30, paper 300).")),
     "batch_size": (int, None, _option(_SCHEDULE, "Images of each source domain in a batch (32; smoke 8).")),
     "lr": (
         float,

@@ -31,7 +31,7 @@ COMPOSITIONS = {name: parts for name, parts in METHODS.items() if not parts.memb
         objective="coral", mixing="mixstyle", step="sam", quantizer="lsq", average="swad"
     ),
 }
-SETTING = SMOKE.replace(scale_lr=1e-4)  # the switch falls on step 4 of 0..10, evaluations on 0, 5, 10
+SETTING = SMOKE.replace(scale_lr=1e-4, eval_every=5)  # the switch falls on step 4 of 0..10, evaluations on 0, 5, 10
 
 
 def spec_of(parts, setting=SETTING, **changes):
@@ -168,6 +168,13 @@ def test_refreshed_statistics_are_the_mean_over_unseen_batches(average, tmp_path
 
 
 # --- what trains, and how ----------------------------------------------------------------------------------------
+
+
+def test_runs_of_several_trajectories_are_refused(tmp_path):
+    both = [compose(METHODS[name], SETTING, held_out="rot45", seed=0, trial_seed=0) for name in ("ERM", "SAM")]
+    with pytest.raises(UserError, match="2 runs of several trajectories came; train those of one trajectory"):
+        train(both, RunStore(tmp_path), PLACE)
+    assert not list(tmp_path.iterdir())
 
 
 def test_lsq_is_really_trained(tmp_path):
