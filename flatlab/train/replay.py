@@ -1,5 +1,6 @@
 """Offline: SWAD's rule replayed on the log of a finished run, as if each evaluation had ended a segment."""
 
+from functools import partial
 from typing import Any
 
 from flatlab.runs import Run
@@ -20,6 +21,6 @@ def valley(run: Run, spec: AverageSpec | None = None) -> dict[str, Any]:
     """
     rule = SWAD((spec or AverageSpec()).replace(kind="swad", every=1))
     for row in candidates(run.rows(), run.spec.switch):
-        rule.update({}, row["step"], lambda loss=row["validation_loss"]: loss)
+        rule.update({}, row["step"], partial(float, row["validation_loss"]))
     found = rule.facts()["valley"]
     return {name: found[name] for name in ("start", "end", "threshold", "dead")}
