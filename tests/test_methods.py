@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from flatlab import build, checkpoints, files
 from flatlab.data.batches import TrainingStream
+from flatlab.errors import UserError
 from flatlab.methods import METHODS, Method, compose
 from flatlab.quant.attach import bake, quantized_layers
 from flatlab.runs import RunStore
