@@ -23,6 +23,7 @@ from flatlab.metrics.directions import (
     random_directions,
     trajectory_directions,
 )
+from flatlab.metrics.gradcam import ClassMaps, ablation, explained_layer, gradcam
 from flatlab.metrics.grids import Profile, Surface
 from flatlab.metrics.lanczos import Spectrum, hessian_spectrum
 from flatlab.metrics.noise import QuantizationNoise, quantization_noise
@@ -92,6 +93,10 @@ __all__ = [
     # out of domain
     "accuracy_stability",
     "Stability",
+    "gradcam",
+    "ClassMaps",
+    "explained_layer",
+    "ablation",
     # lines and planes
     "line",
     "Profile",

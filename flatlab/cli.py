@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from flatlab import surveys
-from flatlab.errands import carry_out, foresee, price, tell_written
+from flatlab.errands import carry_out, catalogue, everything, foresee, price, tell_written
 from flatlab.errors import choose
 from flatlab.hessian import hessian
 from flatlab.jsontext import strict_json
@@ -49,11 +49,16 @@ def _version(*, version: Annotated[bool, typer.Option("--version", help="Print t
 
 @app.command(epilog="Example: `flatlab reproduce fig3 --seeds 2 --dry-run`")
 @takes(*DATA, "datasets", *TRAINING, "controls", *RUNNING, "out")
-def reproduce(chosen: Choices, name: Annotated[str, typer.Argument(help="fig3, ... (`flatlab list`).")]) -> None:
+def reproduce(
+    chosen: Choices, name: Annotated[str, typer.Argument(help="fig3, ... (`flatlab list`), or all.")]
+) -> None:
     """Redo a figure or table of the paper: train and measure what is missing, tabulate, draw."""
     from flatlab import display, reproduce
 
     setting, store, place = chosen.setting(), chosen.runs(), chosen.place()
+    if name == "all":
+        everything(chosen)
+        return
     module = reproduce.analysis(name)
     chosen.refuse_controls(name, has_some=hasattr(module, "CONTROLS"))
     todo = reproduce.missing(module, setting, store, place)
@@ -176,6 +181,9 @@ app.command(epilog="Example: `flatlab selftest`")(takes("json", "debug")(surveys
 def stability(
     chosen: Choices,
     runs: Annotated[list[str], typer.Argument(help="Digests of runs, or their beginnings (`flatlab runs list`).")],
+    valley: Annotated[
+        bool, typer.Option("--valley", help="Replay SWAD's rule on the logs, and draw its valley.")
+    ] = False,
     since: Annotated[
         int | None, typer.Option(help="The first step that counts (the latest switch of the runs).")
     ] = None,
@@ -187,9 +195,16 @@ def stability(
     store = chosen.runs()
     found = finished(store, runs)
     first = switch_of([run.spec for run in found]) if since is None else since
-    table, written = chart(store, found, since=first, out=chosen.out)
+    valleys = _valleys(found) if valley else ()
+    table, written = chart(store, found, since=first, out=chosen.out, valleys=valleys)
     chosen.answer(table, f"Stability of the out-of-domain accuracy from step {first} on (shares of 1)", SHOWN)
     tell_written(written)
+
+
+def _valleys(found: Sequence[Any]) -> list[dict[str, Any]]:
+    from flatlab.train.replay import valley
+
+    return [valley(run) for run in found]
 
 
 @app.command(
@@ -249,17 +264,7 @@ def methods(chosen: Choices) -> None:
 @takes(*DATA, *TRAINING, "store", "device", "json", "debug")
 def list_(chosen: Choices) -> None:
     """List the figures and tables that can be reproduced, and what is missing to make them."""
-    import pandas as pd
-
-    from flatlab import reproduce
-
-    setting, store, place = chosen.setting(), chosen.runs(), chosen.place()
-    rows = []
-    for name in reproduce.analyses():
-        module = reproduce.analysis(name)
-        todo = reproduce.missing(module, setting, store, place)
-        rows.append({"name": name, "shows": (module.__doc__ or "").splitlines()[0], "missing": f"{len(todo)} jobs"})
-    chosen.answer(pd.DataFrame(rows), f"Figures and tables, setting {setting.name}")
+    catalogue(chosen)
 
 
 @app.command(epilog="Example: `flatlab doctor --device cuda`")

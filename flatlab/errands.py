@@ -1,11 +1,16 @@
 """What commands have done for them: jobs carried out under a bar, or priced and foreseen; and their last words."""
 
+import re
+import shlex
+import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import typer
 
+from flatlab.errors import UserError
 from flatlab.jsontext import strict_json
 from flatlab.mistakes import say
 from flatlab.options import Choices
@@ -77,3 +82,79 @@ def tell_written(paths: Sequence[Path], sentences: Sequence[str] = ()) -> None:
     for sentence in sentences:
         say(sentence, mark="")
     say(f"Written: {', '.join(map(str, paths))}", mark="")
+
+
+def catalogue(chosen: Choices) -> None:
+    """Say of each figure and table what it shows, and what is missing to make it."""
+    import pandas as pd
+
+    from flatlab import reproduce
+
+    setting, store, place = chosen.setting(), chosen.runs(), chosen.place()
+    rows = []
+    for name in sorted(reproduce.analyses(), key=_in_order):
+        module = reproduce.analysis(name)
+        lacks = _lacks(reproduce.missing(module, setting, store, place))
+        rows.append({"name": name, "shows": (module.__doc__ or "").splitlines()[0], "missing": lacks})
+    chosen.answer(pd.DataFrame(rows), f"Figures and tables, setting {setting.name}")
+
+
+def _in_order(name: str) -> list[Any]:
+    """Sort fig2 before fig10."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+
+
+def _lacks(todo: Sequence[Any]) -> str:
+    """Say which jobs these are: to train, to put together, to measure."""
+    measured = sum(bool(job.probes) for job in todo)
+    joined = sum(not job.probes and bool(job.runs[0].members) for job in todo)
+    counts = {"to train": len(todo) - measured - joined, "to join": joined, "to measure": measured}
+    return ", ".join(f"{count} {what}" for what, count in counts.items() if count) or "nothing"
+
+
+def everything(chosen: Choices) -> None:
+    """Make all figures and tables: what they need is trained and measured together, once, and goes on where it stopped.
+
+    What cannot be made does not keep the rest from being made; then the command ends with a mistake that says so.
+    """
+    import pandas as pd
+
+    from flatlab import reproduce
+
+    setting, store, place = chosen.setting(), chosen.runs(), chosen.place()
+    modules = {name: reproduce.analysis(name) for name in sorted(reproduce.analyses(), key=_in_order)}
+    todo = reproduce.missing_of(modules.values(), setting, store, place)
+    if chosen.dry_run:
+        price(chosen, todo, setting)
+        return
+    started = time.monotonic()
+    failed: list[str] = []
+    try:
+        carry_out(chosen, todo)
+    except UserError as error:
+        failed.append(str(error))
+    rows = []
+    for name, module in modules.items():
+        try:
+            rows.append(_made(chosen, name, module))
+        except UserError as error:
+            failed.append(f"{name}: {error}")
+            rows.append({"name": name, "made": "no"})
+    made = sum(row["made"] == "yes" for row in rows)
+    title = f"Setting {setting.name}: {made} made in {time.monotonic() - started:.0f} s; costs in seconds"
+    chosen.answer(pd.DataFrame(rows), title, {"trained": ".0f", "measured": ".0f", "drawn": ".1f"})
+    if failed:
+        raise UserError("\n".join(failed))
+
+
+def _made(chosen: Choices, name: str, module: Any) -> dict[str, Any]:
+    """Write one figure or table; say what it cost, and how it stands to the paper."""
+    from flatlab import reproduce
+
+    words = zip(sys.argv[1:], sys.argv, strict=False)  # each with the one before: `--held-out all` stays
+    redo = shlex.join(["flatlab", *(name if word == "all" and left != "--held-out" else word for word, left in words)])
+    started = time.monotonic()
+    done = reproduce.write(module, chosen.setting(), chosen.runs(), out=chosen.out, redo=redo)
+    cost = {"trained": done.cost["training_seconds"], "measured": done.cost["measuring_seconds"]}
+    against = " ".join(remark for remark in done.remarks if "paper" in remark)
+    return {"name": name, "made": "yes", **cost, "drawn": time.monotonic() - started, "against the paper": against}

@@ -1,7 +1,7 @@
 """Reproduce a figure or table: plan, do what is missing, tabulate, draw, and write down how it came about."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -31,6 +31,7 @@ class Reproduction:
     findings: pd.DataFrame
     accuracies: pd.DataFrame
     remarks: list[str]
+    cost: dict[str, float]  # seconds of what it rests on, trained and measured, whenever that was
 
 
 def analysis(name: str) -> ModuleType:
@@ -70,9 +71,16 @@ def missing(module: ModuleType, setting: Setting, store: RunStore, place: Place)
     Raises:
         UserError: where several data sets are asked of one that shows a single one.
     """
-    runs, probes = module.plan(setting)
-    if setting.others and len({run.dataset for run in runs}) == 1:
+    if setting.others and len({run.dataset for run in module.plan(setting)[0]}) == 1:
         raise UserError(f"{_name(module)} shows one data set; give --dataset instead of --datasets.")
+    return missing_of([module], setting, store, place)
+
+
+def missing_of(modules: Iterable[ModuleType], setting: Setting, store: RunStore, place: Place) -> list[Job]:
+    """Return the jobs that figures and tables still need, together: what several need is done once."""
+    plans = [module.plan(setting) for module in modules]
+    runs = [run for wanted, _ in plans for run in wanted]
+    probes = [pair for _, pairs in plans for pair in pairs]
     todo = []
     for one in setting.each:
         sizes = catalog.sizes(one.dataset, Path(place.data_dir) if place.data_dir else None)
@@ -167,7 +175,7 @@ def write(module: ModuleType, setting: Setting, store: RunStore, *, out: Path, r
     record |= {"findings": findings.to_dict("records"), "accuracies": accuracies.to_dict("records")}
     files.write_json(stem.with_suffix(".json"), record)
     written = [*pictures, *(stem.with_suffix(suffix) for suffix in (".csv", ".json", ".md"))]
-    return Reproduction(written, findings, accuracies, remarks)
+    return Reproduction(written, findings, accuracies, remarks, facts["cost"])
 
 
 def _accuracies(module: ModuleType, setting: Setting, store: RunStore, frame: pd.DataFrame) -> pd.DataFrame:

@@ -43,7 +43,7 @@ class Stability:
     Attributes:
         spread: standard deviation of the out-of-domain accuracy over the evaluations, with n - 1.
         change: mean absolute difference between two evaluations in a row.
-        correlation: Spearman's, between validation and out-of-domain accuracy; NaN where one of them never moves.
+        correlation: Spearman's, between validation and out-of-domain accuracy; NaN where one stands still, or of two.
         regret: the best out-of-domain accuracy less that where validation is best (the first of equals).
         points: evaluations.
     """
@@ -63,15 +63,15 @@ def stability(validation: npt.ArrayLike, target: npt.ArrayLike) -> Stability:
         target: out-of-domain accuracy (n,) at the same.
 
     Raises:
-        UserError: where they are not of one length, or fewer than three.
+        UserError: where they are not of one length, or fewer than two.
     """
     inside, outside = np.asarray(validation, dtype=float), np.asarray(target, dtype=float)
-    if inside.shape != outside.shape or inside.ndim != 1 or len(inside) < 3:
+    if inside.shape != outside.shape or inside.ndim != 1 or len(inside) < 2:
         raise UserError(
-            f"Stability needs two series of at least three evaluations each, but {inside.shape} and {outside.shape} "
+            f"Stability needs two series of at least two evaluations each, but {inside.shape} and {outside.shape} "
             "came: take a smaller --eval-every, or an earlier --since."
         )
-    moving = np.ptp(inside) > 0 and np.ptp(outside) > 0
+    moving = len(inside) > 2 and np.ptp(inside) > 0 and np.ptp(outside) > 0  # of two points it is always one
     return Stability(
         spread=float(outside.std(ddof=1)),
         change=float(np.abs(np.diff(outside)).mean()),
@@ -125,7 +125,9 @@ def switch_of(runs: Sequence[RunSpec]) -> int:
     return max(spec.switch or 0 for spec in runs)
 
 
-def chart(store: RunStore, found: list[Run], *, since: int, out: Path) -> tuple[pd.DataFrame, list[Path]]:
+def chart(
+    store: RunStore, found: list[Run], *, since: int, out: Path, valleys: Sequence[dict[str, Any]] = ()
+) -> tuple[pd.DataFrame, list[Path]]:
     """Tabulate and draw any runs; write `stability.{csv,pdf,png}`.
 
     Args:
@@ -133,6 +135,7 @@ def chart(store: RunStore, found: list[Run], *, since: int, out: Path) -> tuple[
         found: the runs, finished.
         since: the first step that counts.
         out: folder of the pictures.
+        valleys: SWAD's of each run, drawn in a panel of their own.
     """
     for run in found:
         if len(selection.candidates(run.rows(), since)) < 3:
@@ -146,10 +149,30 @@ def chart(store: RunStore, found: list[Run], *, since: int, out: Path) -> tuple[
     files.write_bytes(out / "stability.csv", along.to_csv(index=False).encode())
     frame = along.assign(low=along["value"], high=along["value"])
     with plots.style():
-        figure, axes = plt.subplots(2, 1, figsize=(3.4, 4.2), layout="constrained", sharex=True)
-        panels(axes, frame, list(dict.fromkeys(frame["method"])), since)
+        rows = 3 if valleys else 2
+        figure, axes = plt.subplots(rows, 1, figsize=(3.4, 2.1 * rows), layout="constrained", sharex=True)
+        panels(axes[:2], frame, list(dict.fromkeys(frame["method"])), since)
+        if valleys:
+            _valleys(axes[2], found, valleys)
         plots.legend_above(figure, axes[0], "")
-    return numbers(along, since), [*plots.save(figure, out / "stability"), out / "stability.csv"]
+    told = numbers(along, since)
+    if valleys:
+        told = told.join(pd.DataFrame(list(valleys)).add_prefix("valley "))
+    return told, [*plots.save(figure, out / "stability"), out / "stability.csv"]
+
+
+def _valleys(ax: Axes, found: Sequence[Run], valleys: Sequence[dict[str, Any]]) -> None:
+    """Draw the validation loss of runs, their valleys shaded, the thresholds dashed."""
+    for index, (run, valley) in enumerate(zip(found, valleys, strict=True)):
+        rows = run.rows()
+        color = f"C{index % 10}"
+        losses = [row["validation_loss"] for row in rows]
+        ax.plot([row["step"] for row in rows], losses, color=color, marker=plots.MARKERS[index % len(plots.MARKERS)])
+        if valley["start"] is not None:
+            ax.axvspan(valley["start"], valley["end"], color=color, alpha=0.15, linewidth=0)
+            ax.axhline(valley["threshold"], color=color, linestyle="--", linewidth=0.8)
+    ax.set(yscale="log", xlabel="Training step", ylabel="Validation loss (nats)")
+    ax.set_title("SWAD's valley (shaded) and its threshold (dashed)", fontsize=7)
 
 
 def panels(axes: Sequence[Axes], frame: pd.DataFrame, order: Sequence[str], since: int) -> None:

@@ -13,7 +13,9 @@ from flatlab import tables
 from flatlab.resources import published
 from flatlab.runs import RunStore
 from flatlab.settings import PAPER, QUICK
+from flatlab.specs import AverageSpec
 from flatlab.stability import numbers, stability
+from flatlab.train.replay import valley
 
 
 def test_the_numbers_of_a_series_written_by_hand():
@@ -30,10 +32,12 @@ def test_what_never_moves_has_no_correlation():
     still = stability([0.9, 0.9, 0.9], [0.5, 0.6, 0.7])
     assert np.isnan(still.correlation) and still.regret == pytest.approx(0.2)
     assert stability([0.7, 0.9, 0.8], [0.5] * 3).spread == 0
+    two = stability([0.7, 0.9], [0.5, 0.6])
+    assert np.isnan(two.correlation) and two.change == pytest.approx(0.1)
 
 
 def test_too_short_a_series_is_refused():
-    refuses(lambda: stability([0.5, 0.6], [0.5, 0.6]), "three evaluations", "--eval-every")
+    refuses(lambda: stability([0.5], [0.5]), "two evaluations", "--eval-every")
     refuses(lambda: stability([0.5] * 3, [0.5] * 4), "(3,)", "(4,)")
 
 
@@ -98,7 +102,32 @@ def test_the_command_compares_runs_from_the_latest_switch_on(tmp_path, capsys):
     assert call("stability", ERM.digest[:8], QT.digest[:8], *words) == 0
     assert '"points":3' in capsys.readouterr().out  # 8, 12, 13
     assert {path.suffix for path in (tmp_path / "figures").iterdir()} == {".csv", ".pdf", ".png"}
+    assert call("stability", ERM.digest[:8], QT.digest[:8], "--valley", *words) == 0
+    assert '"valley threshold":' in capsys.readouterr().out
     assert call("stability", ERM.digest[:8], "--since", "12", *words) == 2
     assert "fewer than three evaluations from step 12" in capsys.readouterr().err
     assert call("reproduce", "fig3", "--controls", "--store", tmp_path, "--dry-run") == 2
     assert "--controls does nothing for fig3" in capsys.readouterr().err
+
+
+class Logged:
+    """A run with a log written by hand: an evaluation each ten steps."""
+
+    spec = ERM
+
+    def __init__(self, losses):
+        self.losses = losses
+
+    def rows(self):
+        return [{"step": 10 * i, "validation_loss": loss} for i, loss in enumerate(self.losses)]
+
+
+def test_the_valley_of_a_scripted_loss_is_the_one_worked_out_by_hand():
+    chosen = AverageSpec(converge=3, tolerance=3, ratio=0.3)
+    found = valley(Logged([1.0, 0.6, 0.5, 0.55, 0.52, 0.5, 0.8, 0.9, 0.95, 1.0]), chosen)
+    assert found["threshold"] == pytest.approx(1.3 * (0.5 + 0.55 + 0.52) / 3)
+    assert (found["start"], found["end"], found["dead"]) == (20, 50, True)  # segments 2 to 5
+    falling = valley(Logged([1.0, 0.9, 0.8, 0.7, 0.6]), chosen)
+    assert falling["start"] is None and falling["threshold"] is None
+    alive = valley(Logged([1.0, 0.5, 0.6, 0.7, 0.6, 0.55]), chosen)
+    assert (alive["start"], alive["end"], alive["dead"]) == (10, 50, False)

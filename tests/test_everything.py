@@ -1,0 +1,71 @@
+"""`reproduce all`: what several figures need is done once, one table at the end, and a failure keeps no other back."""
+
+import json
+
+import pandas as pd
+import pytest
+from commandline import call
+
+from analyses import fig4
+from flatlab import reproduce
+from flatlab.errands import _in_order
+from flatlab.errors import UserError
+
+NAMES = ["table2", "fig4", "fig9"]
+WORDS = ("--setting", "smoke", "--held-out", "rot0", "--seeds", "1", "--json")
+
+
+@pytest.fixture
+def few(monkeypatch):
+    monkeypatch.setattr(reproduce, "analyses", lambda: NAMES)
+
+
+def places(root):
+    return ("--store", root / "runs", "--out", root / "figures")
+
+
+def answered(capsys):
+    return pd.DataFrame(json.loads(capsys.readouterr().out))
+
+
+def test_all_are_made_told_in_one_table_and_go_on_where_they_stopped(few, tmp_path, capsys):
+    assert call("list", "--setting", "smoke", "--held-out", "rot0", "--seeds", "1", "--json", "--store", tmp_path) == 0
+    before = answered(capsys).set_index("name")["missing"]
+    assert before["fig4"] == "2 to train" and before["fig9"] == "2 to train, 2 to measure"
+    assert before["table2"].endswith("to train") and list(before.index) == ["fig4", "fig9", "table2"]
+    assert call("reproduce", "all", *WORDS, *places(tmp_path)) == 0
+    told = answered(capsys).set_index("name")
+    assert list(told.index) == ["fig4", "fig9", "table2"] and set(told.made) == {"yes"}
+    assert (told.trained > 0).all() and told.measured["fig9"] > 0 == told.measured["fig4"]
+    assert "the paper says" in told["against the paper"]["fig4"]
+    for name in NAMES:
+        assert (tmp_path / "figures" / f"{name}.pdf").exists()
+    done = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("done")}
+    assert call("reproduce", "all", *WORDS, *places(tmp_path)) == 0
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("done")} == done
+    assert set(answered(capsys).made) == {"yes"}
+    assert call("list", *WORDS, "--store", tmp_path / "runs") == 0
+    assert set(answered(capsys).missing) == {"nothing"}
+
+
+def test_what_cannot_be_made_keeps_nothing_else_back(few, tmp_path, capsys, monkeypatch):
+    def broken(store, setting):
+        raise UserError("Figure 4 is broken.")
+
+    monkeypatch.setattr(fig4, "table", broken)
+    monkeypatch.setattr(reproduce, "analyses", lambda: ["fig4", "table2"])
+    assert call("reproduce", "all", *WORDS, *places(tmp_path)) == 2
+    said = capsys.readouterr()
+    assert [row["made"] for row in json.loads(said.out)] == ["no", "yes"]
+    assert "fig4: Figure 4 is broken." in said.err
+
+
+def test_a_dry_run_counts_what_is_shared_once(few, tmp_path, capsys):
+    assert call("reproduce", "all", "--dry-run", *WORDS, *places(tmp_path)) == 0
+    names = [job["name"] for job in json.loads(capsys.readouterr().out)["jobs"]]
+    assert sum(name.startswith("train erm on rot0") for name in names) == 1
+    assert not (tmp_path / "figures").exists()
+
+
+def test_figures_come_in_the_order_of_their_numbers():
+    assert sorted(["fig10", "table1", "fig2", "surface"], key=_in_order) == ["fig2", "fig10", "surface", "table1"]
