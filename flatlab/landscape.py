@@ -210,12 +210,6 @@ class Landscape:
         with self._visiting(), second_order():
             return self._accumulate(lambda loss: hessian_product(loss, self._tensors, views))
 
-    @contextmanager
-    def model_at(self, vector: Tensor) -> Iterator[nn.Module]:
-        """Lend out the model at a flat vector (P,), for measures that need more of it than a loss."""
-        with self._visiting(vector):
-            yield self.model
-
     def terms(self) -> list[Term]:
         """Return the batches: the loss is the sum of ``total(outputs) / count`` over them."""
         self._refuse_changed()

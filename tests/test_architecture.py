@@ -76,7 +76,7 @@ MAY_IMPORT = {
     # from specs to things, to runs, to measurements: `train` and `measure` meet on disk
     "build": "specs quantspecs data models quant files errors",
     "train": "build memory runs data models quant selection settings specs quantspecs files machine seeds errors",
-    "checkpoints": "build runs data landscape models nests quant.attach probespecs specs files",
+    "checkpoints": "build runs data landscape models nests quant probespecs specs files errors",
     "export": "build checkpoints models quant runs specs quantspecs files errors",
     "latent": "checkpoints models quant runs specs errors",
     "shelf": "runs files metrics.results metrics.sampling",

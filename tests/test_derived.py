@@ -20,6 +20,7 @@ from stores import (
 
 from flatlab import build, checkpoints, files, jobs
 from flatlab.methods import METHODS, Method, compose
+from flatlab.probespecs import ProbeSpec
 from flatlab.quant.attach import quantized_layers
 from flatlab.quant.codebook import initial_scale, searched_scale
 from flatlab.quantspecs import INQSpec, NoiseSpec, OBCSpec
@@ -129,6 +130,14 @@ def test_how_many_images_calibrate_bites(erm, tmp_path):
 
 def test_a_derived_run_without_its_parent_is_refused(tmp_path):
     refuses(lambda: train([spec(quantizer="obc")], RunStore(tmp_path), PLACE), ERM.digest, "not finished; train that")
+
+
+def test_settled_codes_have_no_latent_landscape(erm, tmp_path):
+    store, wanted = copied(erm, tmp_path / "store"), spec(quantizer="rtn")
+    train([wanted], store, PLACE)
+    probe = ProbeSpec(radii=(0.0, 1.0), images=8)
+    refuses(lambda: checkpoints.landscape(store.run(wanted), probe.replace(space="latent"), PLACE), "settled codes")
+    assert checkpoints.landscape(store.run(wanted), probe, PLACE).num_params == 33658
 
 
 def test_a_plan_trains_the_parent_first(tmp_path):

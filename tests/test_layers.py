@@ -189,6 +189,16 @@ def test_baking_leaves_activations_quantized_and_their_step_sizes_frozen():
     assert not any(scale.requires_grad for scale in scales(case.model).values())
 
 
+def test_curvature_through_rounded_activations_is_refused():
+    case = make("conv_bn")
+    attach_activations(case.model, outside="7")
+    for scale in scales(case.model).values():
+        scale.requires_grad_(False)
+    landscape = case.landscape()
+    with pytest.raises(UserError, match=r"^'0\.activations' rounds activations: autograd differentiates straight"):
+        landscape.hvp(torch.ones(landscape.num_params))
+
+
 # --- INQ -----------------------------------------------------------------------------------------------------------
 
 

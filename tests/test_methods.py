@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from flatlab import build, checkpoints, files
 from flatlab.data.batches import TrainingStream
+from flatlab.errors import UserError
 from flatlab.methods import METHODS, Method, compose
 from flatlab.quant.attach import bake, quantized_layers
 from flatlab.runs import RunStore
@@ -168,6 +169,13 @@ def test_refreshed_statistics_are_the_mean_over_unseen_batches(average, tmp_path
 
 
 # --- what trains, and how ----------------------------------------------------------------------------------------
+
+
+def test_runs_of_several_trajectories_are_refused(tmp_path):
+    both = [compose(METHODS[name], SETTING, held_out="rot45", seed=0, trial_seed=0) for name in ("ERM", "SAM")]
+    with pytest.raises(UserError, match="2 runs of several trajectories came; train those of one trajectory"):
+        train(both, RunStore(tmp_path), PLACE)
+    assert not list(tmp_path.iterdir())
 
 
 def test_lsq_is_really_trained(tmp_path):

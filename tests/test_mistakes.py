@@ -36,7 +36,7 @@ WORDS = {  # what the user writes -> what is said, before anything heavy is load
     "train --held-out 4": r"digits has no domain 4; its domains are 0 rot0, 1 rot15, 2 rot30, 3 rot45\.",
     "train --method qt-dog --bits 1": rf"--bits 1 {WHOLE} 2 to 16\.",
     "train --method qt-dog --bits 17": rf"--bits 17 {WHOLE} 2 to 16\.",
-    "train --bits 4": r"--bits 4 does nothing without a quantizer that trains; add --quantizer lsq, or leave it out\.",
+    "train --bits 4": r"--bits 4 does nothing without a quantizer; add --quantizer lsq, or leave it out\.",
     "train --quantize-at 4": r"--quantize-at 4 does nothing without a quantizer that trains; add --quantizer lsq",
     "train --exact-repo": r"--exact-repo does nothing without SWAD; add --average swad, or leave it out\.",
     "train --method qt-dog --quantize-at 301": (

@@ -136,7 +136,9 @@ def test_fewer_samples_than_columns_are_enough(exact_columns):
         assert torch.isfinite(found.errors).all() and found.errors.sum() < found.nearest.sum()
 
 
-def test_moments_that_do_not_fit_are_refused():
+def test_moments_that_do_not_fit_and_weights_that_are_not_finite_are_refused():
+    with pytest.raises(UserError, match=r"^The weight holds 24 of 24 values that are not finite"):
+        obc(math.nan * gaussian(4, 6), correlated(6))
     with pytest.raises(
         UserError, match=r"^Calibration moments of shape \(1, 5, 5\) do not fit a weight of shape \(4, 6\)"
     ):

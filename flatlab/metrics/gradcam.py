@@ -197,9 +197,22 @@ def moved_agreement(
     """
     there = []
     for radius in radii:
-        with landscape.model_at(landscape.point + radius * ray) as model:
-            there.append(gradcam(model, inputs, maps.classes, layer=maps.layer, grid=maps.grid))
+        with _moved(landscape, landscape.point + radius * ray):
+            there.append(gradcam(landscape.model, inputs, maps.classes, layer=maps.layer, grid=maps.grid))
     return np.stack([agreement(maps.maps, each.maps) for each in there])
+
+
+@contextmanager
+def _moved(landscape: Landscape, vector: Tensor) -> Iterator[None]:
+    """Put the model at a point (P,), and back bit by bit afterwards."""
+    tensors: list[Tensor] = list(landscape.named.values())
+    try:
+        with torch.no_grad():
+            torch._foreach_copy_(tensors, landscape.split(vector))
+        yield
+    finally:
+        with torch.no_grad():
+            torch._foreach_copy_(tensors, landscape.split(landscape.point))
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flatlab.errors import UserError
-from flatlab.quant.codebook import levels, searched_scale
+from flatlab.quant.codebook import check_finite, levels, searched_scale
 
 AT_ONCE = (2**25, 2**20)  # numbers in the inverse Hessians of the rows that go together: few stay in a CPU's cache
 
@@ -66,8 +66,9 @@ def obc(
         exact_columns: with more columns, GPTQ's fixed order is taken: the exact one costs rows x columns^3.
 
     Raises:
-        UserError: moments that do not fit the weight.
+        UserError: moments that do not fit the weight, or a weight that is not finite.
     """
+    check_finite(weight, "The weight")
     groups, columns = moments.shape[0], weight[0].numel()
     if moments.shape != (groups, columns, columns) or len(weight) % groups:
         raise UserError(

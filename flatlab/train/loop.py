@@ -52,7 +52,12 @@ def train(
         place: data folder, device, threads.
         forks: steps before which the state is kept, for runs that switch there.
         report: called after each step.
+
+    Raises:
+        UserError: where the runs are of several trajectories, or what a derived one is made from is not done.
     """
+    if len({spec.trajectory.digest for spec in specs}) > 1:
+        raise UserError(f"{len(specs)} runs of several trajectories came; train those of one trajectory at a time.")
     for spec in specs:
         if spec.derived:
             derive(spec, store, place)
