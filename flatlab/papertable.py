@@ -163,7 +163,14 @@ class PaperTable:
         found = self.findings(frame)
         panels = found[orders.BY].drop_duplicates().itertuples(index=False)
         told = [orders.sentence(frame, found, *panel) for panel in panels]
-        return [sentence for sentence in told if sentence] + self.notes()
+        return [sentence for sentence in [*told, self._lone(frame)] if sentence] + self.notes()
+
+    def _lone(self, frame: pd.DataFrame) -> str:
+        """Name the lines with fewer seeds than the baseline: their means stand beside others than their differences."""
+        seeds = frame[frame["over"] == "run"].groupby("method")["seed"].nunique()
+        fewer = [label for label in self.order if seeds[label] < seeds[self.baseline]]
+        how = "compared with the others at the seeds that both have, not with their means over all seeds"
+        return f"{', '.join(fewer)}: {how}." if fewer else ""
 
     def notes(self) -> list[str]:
         """Return the printed lines that are not made here, and the known misprints and contradictions of the table."""

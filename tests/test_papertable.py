@@ -135,6 +135,8 @@ def test_a_line_with_fewer_seeds_is_compared_over_those_that_both_have(frame):
     alone = found.loc[("out", "5 bit", "ERM")]
     assert np.isnan(alone["low"]) and alone["agrees"] == "not distinguishable" and abs(alone["value"] + 10) < 1
     assert found.loc[("out", "7 bit", "ERM"), "agrees"] == "yes"
+    assert "5 bit: compared with the others at the seeds that both have" in " ".join(TABLE.remarks(one))
+    assert "compared with the others" not in " ".join(TABLE.remarks(frame))
 
 
 def test_misprints_are_told_of_the_table_that_has_them():
