@@ -181,7 +181,7 @@ def test_the_tables_of_what_is_known(flatlab, store):
     assert {row["name"] for row in json.loads(flatlab("data", "list", "--json").out)} >= {"digits", "PACS"}
     assert "device: cpu" in flatlab("doctor", "--device", "cpu").out
     (row,) = [r for r in json.loads(flatlab("list", *TINY, "--store", store, "--json").out) if r["name"] == "fig3"]
-    assert row["missing"].endswith(" jobs")
+    assert row["missing"].endswith(" to measure")
 
 
 def test_a_folder_of_ones_own(flatlab, tmp_path):

@@ -21,7 +21,7 @@ WAYS = [Hessian, GGN, Fisher, hessian_spectrum, hessian_trace, lambda landscape:
 def quantized(bits, dtype=torch.float64):
     """A network whose convolutions are quantized and whose step sizes are held still."""
     case = cases.make("conv_bn")
-    attach(case.model, bits=bits)
+    attach(case.model, bits=bits, outside="7")  # the head
     case.model.to(dtype).eval()
     for name, parameter in case.model.named_parameters():
         if name.endswith("scale"):
