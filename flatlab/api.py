@@ -6,12 +6,26 @@ No public name is that of a module: `flatlab.train` is the package, `flatlab.tra
 from flatlab.checkpoints import landscape as landscape_of
 from flatlab.checkpoints import network as network_of
 from flatlab.errors import UserError
+from flatlab.export import Exported, load_exported
+from flatlab.export import export as export_run
 from flatlab.landscape import Landscape
 from flatlab.measure import measure as measure_run
 from flatlab.methods import METHODS, Method, compose, replicates, vary
+from flatlab.metrics.audit import ScaleAudit, scale_audit
 from flatlab.metrics.compare import PairedDifference, compare_flatness, paired_difference
+from flatlab.metrics.connectivity import Connection, connect
 from flatlab.metrics.density import SpectralDensity, spectral_density
+from flatlab.metrics.directions import (
+    Directions,
+    eigen_directions,
+    given_directions,
+    plane_through,
+    random_directions,
+    trajectory_directions,
+)
+from flatlab.metrics.grids import Profile, Surface
 from flatlab.metrics.lanczos import Spectrum, hessian_spectrum
+from flatlab.metrics.noise import QuantizationNoise, quantization_noise
 from flatlab.metrics.operators import GGN, Fisher, Hessian
 from flatlab.metrics.sharpness import (
     AverageSharpness,
@@ -21,16 +35,26 @@ from flatlab.metrics.sharpness import (
     worst_sharpness,
 )
 from flatlab.metrics.sphere import SphereFlatness, sphere_flatness
+from flatlab.metrics.surfaces import line, plane
+from flatlab.metrics.symmetry import Symmetry
 from flatlab.metrics.trace import Trace, hessian_trace
+from flatlab.metrics.triangle import Triangle, triangle
+from flatlab.metrics.typical import TypicalRise, typical_rise
 from flatlab.metrics.worst import WorstRise, worst_rise
-from flatlab.models import Network, build_network
+from flatlab.models import Ensemble, Network, build_network
 from flatlab.points import Evaluation
-from flatlab.probespecs import ProbeSpec
-from flatlab.quant.attach import attach, bake
+from flatlab.probespecs import ProbeSpec, QuantNoiseSpec, RadiusSpec
+from flatlab.quant.attach import attach, attach_activations, bake
+from flatlab.quant.calibration import second_moments
+from flatlab.quant.inq import INQ
 from flatlab.quant.lsq import LSQ
+from flatlab.quant.obc import obc
+from flatlab.quantspecs import INQSpec, NoiseSpec, OBCSpec, QuantSpec, RTNSpec
 from flatlab.runs import Run, RunStore
 from flatlab.settings import PAPER, QUICK, SMOKE, Setting, setting
-from flatlab.specs import AverageSpec, Place, QuantSpec, RunSpec, StepSpec
+from flatlab.specs import AverageSpec, MixSpec, Place, RunSpec, StepSpec
+from flatlab.stability import Stability
+from flatlab.stability import stability as accuracy_stability
 from flatlab.train.loop import train as train_runs
 
 __all__ = [
@@ -59,12 +83,47 @@ __all__ = [
     "SpectralDensity",
     "hessian_trace",
     "Trace",
+    # quantization noise
+    "quantization_noise",
+    "QuantizationNoise",
+    "Symmetry",
+    "typical_rise",
+    "TypicalRise",
+    # out of domain
+    "accuracy_stability",
+    "Stability",
+    # lines and planes
+    "line",
+    "Profile",
+    "plane",
+    "Surface",
+    "Directions",
+    "random_directions",
+    "eigen_directions",
+    "given_directions",
+    "plane_through",
+    "trajectory_directions",
+    "connect",
+    "Connection",
+    # audits
+    "scale_audit",
+    "ScaleAudit",
+    "triangle",
+    "Triangle",
     # networks and quantizers
     "Network",
+    "Ensemble",
     "build_network",
     "LSQ",
+    "INQ",
     "attach",
+    "attach_activations",
     "bake",
+    "obc",
+    "second_moments",
+    "export_run",
+    "load_exported",
+    "Exported",
     # methods, settings, specs
     "METHODS",
     "Method",
@@ -78,9 +137,16 @@ __all__ = [
     "setting",
     "RunSpec",
     "ProbeSpec",
+    "QuantNoiseSpec",
+    "RadiusSpec",
     "QuantSpec",
+    "INQSpec",
+    "RTNSpec",
+    "OBCSpec",
+    "NoiseSpec",
     "StepSpec",
     "AverageSpec",
+    "MixSpec",
     "Place",
     # training and measuring runs
     "RunStore",

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +15,11 @@ from flatlab.data import batches, sources
 from flatlab.data.domains import DomainSet, split
 from flatlab.errors import UserError, choose
 from flatlab.files import file_hash
-from flatlab.models import Network, build_network
+from flatlab.models import Ensemble, Network, build_network
 from flatlab.quant import attach
+from flatlab.quant.fixed import Fixed
+from flatlab.quant.inq import INQ
+from flatlab.quantspecs import INQSpec, QuantSpec
 from flatlab.specs import Place, RunSpec
 
 Rows = dict[str, npt.NDArray[np.int64]]
@@ -31,6 +34,7 @@ class Domains:
     target: str
     inside: Rows  # 80 %: trained on (sources), reported on (target)
     outside: Rows  # 20 %: validation
+    tested: Rows  # kept for an in-domain test; usually none
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -38,16 +42,22 @@ class Domains:
         return tuple(name for name in self.data.names if name != self.target)
 
     def evaluation(self, part: str, names: tuple[str, ...], device: torch.device) -> dict[str, Batches]:
-        """Return fixed batches of the "in" or "out" split of some domains."""
-        rows = self.inside if part == "in" else self.outside
+        """Return fixed batches of the "in", "out" or "test" split of some domains."""
+        rows = {"in": self.inside, "out": self.outside, "test": self.tested}[part]
         return {name: batches.evaluation_batches(self.data, name, rows[name], device=device) for name in names}
+
+    def calibration(self, count: int, device: torch.device) -> list[Batches]:
+        """Return batches of the first `count` training images of each source domain (fewer where it has fewer)."""
+        load = partial(batches.evaluation_batches, self.data, device=device, batch_size=64, limit=count)
+        return [load(name, self.inside[name]) for name in self.sources]
 
 
 def domains(spec: RunSpec, place: Place) -> Domains:
     """Load (once in a process) and split the data of a run."""
     data = _load(spec.dataset, place.data_dir, spec.image_size, place.cache)
+    shares = {"fraction": spec.holdout, "tested": spec.test_share}
     splits = {
-        name: split(len(data.domain(name).labels), index, trial_seed=spec.trial_seed, fraction=spec.holdout)
+        name: split(len(data.domain(name).labels), index, trial_seed=spec.trial_seed, **shares)
         for index, name in enumerate(data.names)
     }
     return Domains(
@@ -55,6 +65,7 @@ def domains(spec: RunSpec, place: Place) -> Domains:
         target=choose("held-out domain", spec.held_out, data.names),
         inside={name: part.inside for name, part in splits.items()},
         outside={name: part.outside for name, part in splits.items()},
+        tested={name: part.tested for name, part in splits.items() if len(part.tested)},
     )
 
 
@@ -76,6 +87,15 @@ def network(spec: RunSpec, data: DomainSet, place: Place) -> Network:
     return built.to(device(place))
 
 
+def finished(spec: RunSpec, data: DomainSet, place: Place) -> Network | Ensemble:
+    """Return the network that a run ends with, to load a checkpoint into: quantizer attached, an ensemble's members."""
+    if spec.members:
+        return Ensemble([finished(member, data, place) for member in spec.members], combine=spec.combine)
+    built = network(spec.replace(weights="none"), data, place)  # the checkpoint holds all weights
+    quantize(built, spec)
+    return built
+
+
 def _weights(spec: RunSpec, place: Place) -> str | Path:
     if not spec.weights.startswith("sha256:"):
         return spec.weights
@@ -87,15 +107,26 @@ def _weights(spec: RunSpec, place: Place) -> str | Path:
 
 
 def quantize(built: Network, spec: RunSpec) -> list[nn.Parameter]:
-    """Attach the spec's quantizer to a network; return its step sizes (none where it has no quantizer)."""
-    if spec.quantizer is None:
-        return []
-    q = spec.quantizer
-    attach.attach(built, bits=q.bits, granularity=q.granularity, grad_scale=q.grad_scale)
+    """Attach the spec's quantizer to a network; return its step sizes (none where it has none to learn).
+
+    What post-training quantization leaves behind is attached empty, to be loaded or settled.
+    """
+    match spec.quantizer:
+        case None:
+            return []
+        case QuantSpec() as q:
+            attach.attach(built, **q.model_dump(include={"bits", "granularity", "grad_scale", "signed", "log_scale"}))
+            if q.activations != "none":
+                attach.attach_activations(built, bits=q.activation_bits, signed=q.activations == "signed")
+        case INQSpec() as q:
+            grid = q.model_dump(include={"bits", "granularity", "grid"})
+            attach.attach_each(built, lambda _, weight: INQ(weight, **grid))
+        case q:
+            attach.attach_each(built, lambda _, weight: Fixed.empty(weight, bits=q.bits, granularity=q.granularity))
     return list(attach.scales(built).values())
 
 
-def roles(built: Network) -> dict[str, dict[str, nn.Parameter]]:
+def roles(built: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
     """Sort the parameters by role: weights (of convolutions and the like), norms, scales (step sizes), head."""
     step_sizes = {id(scale) for scale in attach.scales(built).values()}
     sorted_: dict[str, dict[str, nn.Parameter]] = {"weights": {}, "norms": {}, "scales": {}, "head": {}}
@@ -109,7 +140,7 @@ def roles(built: Network) -> dict[str, dict[str, nn.Parameter]]:
     return sorted_
 
 
-def load(built: Network, weights: Mapping[str, npt.NDArray[np.float32]]) -> None:
+def load(built: nn.Module, weights: Mapping[str, npt.NDArray[np.float32]]) -> None:
     """Load a checkpoint's arrays into a network built from the same spec.
 
     Args:

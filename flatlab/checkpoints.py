@@ -4,11 +4,13 @@ import torch.nn.functional as F
 
 from flatlab import build, files
 from flatlab.data.batches import evaluation_batches
+from flatlab.errors import UserError
 from flatlab.landscape import Landscape
-from flatlab.models import Network
+from flatlab.models import Ensemble, Network
 from flatlab.nests import Data
 from flatlab.probespecs import Probing
-from flatlab.quant.attach import bake
+from flatlab.quant.attach import bake, quantized_layers
+from flatlab.quant.lsq import LSQ
 from flatlab.runs import Run
 from flatlab.specs import Place
 
@@ -18,12 +20,19 @@ def landscape(run: Run, spec: Probing, place: Place) -> Landscape:
 
     Strata are the domains. A quantized network is baked, so that all methods move in one space; or, for
     `space="latent"`, quantized anew at each point, its step sizes held still.
+
+    Raises:
+        UserError: where latent weights are asked for that nothing follows, or the data differ from the run's.
     """
     batches = images(run, spec, place)
     loaded = network(run, spec.checkpoint, place)
     if spec.space == "baked":
         bake(loaded)
         return Landscape(loaded, batches, F.cross_entropy, params=spec.params)
+    if any(not isinstance(quantizer, LSQ) for _, quantizer in quantized_layers(loaded).values()):
+        raise UserError(
+            f"Run {run.spec.digest} ({run.spec.label}) has settled codes, which no latent weight moves; take baked."
+        )
     scales = build.roles(loaded)["scales"].values()
     for scale in scales:
         scale.requires_grad_(False)
@@ -42,12 +51,10 @@ def images(run: Run, spec: Probing, place: Place) -> dict[str, Data]:
     }
 
 
-def network(run: Run, checkpoint: str, place: Place) -> Network:
+def network(run: Run, checkpoint: str, place: Place) -> Network | Ensemble:
     """Return a run's network at a checkpoint, in eval mode, its quantizer attached where it has one."""
     domains = build.domains(run.spec, place)
-    start = run.spec.replace(weights="none")  # the checkpoint holds all weights
-    built = build.network(start, domains.data, place)
-    build.quantize(built, run.spec)
+    built = build.finished(run.spec, domains.data, place)
     arrays, _ = files.load_arrays(run.checkpoint(checkpoint))
     build.load(built, arrays)
     return built.eval()

@@ -9,13 +9,16 @@ from typing import Annotated, Any
 
 import typer
 
+from flatlab import surveys
 from flatlab.errands import carry_out, foresee, price, tell_written
+from flatlab.errors import choose
 from flatlab.hessian import hessian
 from flatlab.jsontext import strict_json
 from flatlab.mistakes import spoken
+from flatlab.noise import noise
 from flatlab.options import Choices, takes
 from flatlab.upkeep import data_app, runs_app
-from flatlab.words import DATA, RUNNING, TRAINING
+from flatlab.words import DATA, PARTS, RUNNING, TRAINING
 
 HELP = """How flat is this minimum, is that one flatter, and does it matter out of domain?
 
@@ -45,13 +48,14 @@ def _version(*, version: Annotated[bool, typer.Option("--version", help="Print t
 
 
 @app.command(epilog="Example: `flatlab reproduce fig3 --seeds 2 --dry-run`")
-@takes(*DATA, *TRAINING, *RUNNING, "out")
+@takes(*DATA, "datasets", *TRAINING, "controls", *RUNNING, "out")
 def reproduce(chosen: Choices, name: Annotated[str, typer.Argument(help="fig3, ... (`flatlab list`).")]) -> None:
     """Redo a figure or table of the paper: train and measure what is missing, tabulate, draw."""
     from flatlab import display, reproduce
 
     setting, store, place = chosen.setting(), chosen.runs(), chosen.place()
     module = reproduce.analysis(name)
+    chosen.refuse_controls(name, has_some=hasattr(module, "CONTROLS"))
     todo = reproduce.missing(module, setting, store, place)
     if chosen.dry_run:
         price(chosen, todo, setting)
@@ -63,9 +67,7 @@ def reproduce(chosen: Choices, name: Annotated[str, typer.Argument(help="fig3, .
         typer.echo(strict_json({"written": written, "findings": done.findings.to_dict("records")}))
         return
     display.frame(module.summary(done.findings), module.SUMMARY)
-    display.frame(
-        done.accuracies, "Accuracies by training-domain validation, means over targets and seeds", formats=ACCURACIES
-    )
+    display.frame(done.accuracies, reproduce.ACCURACIES, formats=ACCURACIES)
     for remark in done.remarks:
         display.out.print(remark, soft_wrap=True)
     tell_written(done.written)
@@ -75,7 +77,7 @@ def reproduce(chosen: Choices, name: Annotated[str, typer.Argument(help="fig3, .
     epilog="Examples: `flatlab train --method qt-dog --held-out rot45`, "
     "`flatlab train --method sam --average swad --quantizer lsq --bits 4 --held-out 0`"
 )
-@takes(*DATA, "method", "objective", "step", "average", "quantizer", *TRAINING, *RUNNING, "tensorboard", seeds=1)
+@takes(*DATA, "method", *PARTS, *TRAINING, *RUNNING, "tensorboard", seeds=1)
 def train(chosen: Choices) -> None:
     """Train a method, or any composition of parts, with each domain held out in turn or one of them."""
     from flatlab import jobs, methods, tables
@@ -83,9 +85,9 @@ def train(chosen: Choices) -> None:
 
     setting, store = chosen.setting(), chosen.runs()
     label, parts = methods.method(chosen.method)
-    changes = {part: chosen.given[part] for part in methods.PARTS if chosen.given[part] is not None}
+    changes = {part: chosen.given[part] for part in PARTS if chosen.given[part] is not None}
     parts = methods.vary(parts, changes)
-    chosen.refuse_idle(quantized=parts.quantizer != "none", frozen=parts.frozen, average=parts.average)
+    chosen.refuse_idle(parts)
     wanted = methods.replicates(parts, setting)
     label += "".join(f", {part} {value}" for part, value in changes.items())
     todo = jobs.missing(store, wanted, [], sizes=catalog.sizes(setting.dataset, chosen.folder()))
@@ -147,7 +149,7 @@ def flatness(
     sizes = catalog.sizes(dataset, Path(place.data_dir) if place.data_dir else None)
     todo = jobs.missing(store, [], [(run.spec, probe) for run in found], sizes=sizes)
     if chosen.dry_run:
-        foresee(chosen, todo, place) if samples is block_size is None else price(chosen, todo, found[0].spec)
+        foresee(chosen, todo, place) if probe.piloted else price(chosen, todo, found[0].spec)
         return
     carry_out(chosen, todo, place)
     table, written = chart(store, found, probe, panel=panel, out=chosen.out)
@@ -156,9 +158,38 @@ def flatness(
     tell_written(written, said(found, probe, panel=panel))
 
 
+app.command(epilog="Examples: `flatlab noise 3f2a`, `flatlab noise 3f2a 77c1 --radius --samples 50`")(
+    takes("data_dir", *RUNNING, "out")(noise)
+)
 app.command(epilog="Example: `flatlab hessian 3f2a --split source --split target -k 5 --images 200`")(
     takes("data_dir", *RUNNING, "out")(hessian)
 )
+app.command(epilog="Example: `flatlab landscape 3f2a --grid 25 --images 200`")(
+    takes("data_dir", *RUNNING, "out")(surveys.landscape)
+)
+app.command(epilog="Example: `flatlab audit 3f2a --images 200`")(takes("data_dir", *RUNNING, "out")(surveys.audit))
+app.command(epilog="Example: `flatlab selftest`")(takes("json", "debug")(surveys.selftest))
+
+
+@app.command(epilog="Example: `flatlab stability 3f2a 77c1 --since 120`")
+@takes("store", "out", "json", "debug")
+def stability(
+    chosen: Choices,
+    runs: Annotated[list[str], typer.Argument(help="Digests of runs, or their beginnings (`flatlab runs list`).")],
+    since: Annotated[
+        int | None, typer.Option(help="The first step that counts (the latest switch of the runs).")
+    ] = None,
+) -> None:
+    """Say how steady runs' out-of-domain accuracy is, whether validation follows it, and what selecting costs."""
+    from flatlab.flatness import finished
+    from flatlab.stability import SHOWN, chart, switch_of
+
+    store = chosen.runs()
+    found = finished(store, runs)
+    first = switch_of([run.spec for run in found]) if since is None else since
+    table, written = chart(store, found, since=first, out=chosen.out)
+    chosen.answer(table, f"Stability of the out-of-domain accuracy from step {first} on (shares of 1)", SHOWN)
+    tell_written(written)
 
 
 @app.command(
@@ -178,6 +209,28 @@ def import_(
     chosen.answer(table[table["selection"] == "last"], f"Run {spec.digest}", ACCURACIES)
 
 
+@app.command(epilog="Example: `flatlab export 3f2a --file qt-dog.safetensors`")
+@takes("data_dir", "device", "cache", "store", "json", "debug")
+def export(
+    chosen: Choices,
+    run: Annotated[str, typer.Argument(help="Digest of a quantized run, or its beginning (`flatlab runs list`).")],
+    file: Annotated[Path | None, typer.Option(help="The file to write (DIGEST.safetensors).")] = None,
+    checkpoint: Annotated[str, typer.Option(help="selected (by source validation) or last.")] = "selected",
+) -> None:
+    """Write a quantized run with packed integer weights, and say what that saves in truth."""
+    from flatlab.export import export as write
+
+    found = chosen.runs().find(run)
+    path = file or Path(f"{found.spec.digest}.safetensors")
+    done = write(found, path, chosen.place(), checkpoint=choose("checkpoint", checkpoint, ("selected", "last")))
+    sentence = (
+        f"{done.path}: {done.bytes:,} bytes instead of {done.float_bytes:,}, {done.compression:.2f} times smaller; "
+        f"nominally {done.nominal:.2f} times, 32 bits to {done.bits}. {done.quantized_share:.1%} of the parameters are "
+        "quantized. flatlab.load_exported reads it."
+    )
+    chosen.answer_facts(done.facts(), sentence)
+
+
 @app.command(epilog="Example: `flatlab methods --json`")
 @takes("json", "debug")
 def methods(chosen: Choices) -> None:
@@ -187,7 +240,9 @@ def methods(chosen: Choices) -> None:
     from flatlab.methods import METHODS
 
     rows = [{"method": name, **dataclasses.asdict(parts)} for name, parts in METHODS.items()]
-    chosen.answer(pd.DataFrame(rows), "Methods; any other composition: --objective --step --average --quantizer")
+    chosen.answer(
+        pd.DataFrame(rows), "Methods; any other composition: --objective --mixing --step --average --quantizer"
+    )
 
 
 @app.command("list", epilog="Example: `flatlab list --setting smoke`")

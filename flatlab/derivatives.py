@@ -72,13 +72,18 @@ def nodes_behind(ends: Sequence[Any]) -> set[Any]:
 
 
 def refuse_rounding(model: nn.Module, moved: Collection[Tensor]) -> None:
-    """Refuse curvature by weights that are rounded on the way (a straight-through estimator).
+    """Refuse curvature by weights that are rounded on the way, or through rounded activations (straight-through).
 
     The loss is a staircase in them, whose derivatives are zero almost everywhere; autograd's belong to the function
     behind the rounding. So each parametrized weight that moves is moved by a little, to see whether it does.
     """
     ours = {id(tensor) for tensor in moved}
     for name, layer in model.named_modules():
+        if getattr(layer, "straight_through", False):
+            raise UserError(
+                f"{name!r} rounds activations: autograd differentiates straight through that, so the curvature is not"
+                " that of the loss; measure a network that quantizes its weights alone."
+            )
         moves = isinstance(layer, ParametrizationList) and any(id(p) in ours for p in layer.parameters())
         if moves and _is_staircase(layer):
             raise UserError(

@@ -3,10 +3,12 @@
 Torch-free: a plan is made, printed and priced before anything heavy is loaded.
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
 from flatlab.entries import Entry
 from flatlab.probespecs import AnyProbe, Probing, Sizes
+from flatlab.quantspecs import OBCSpec
 from flatlab.runs import RunStore
 from flatlab.specs import Place, RunSpec, Spec
 
@@ -20,7 +22,7 @@ REFERENCE = {  # seconds for an image of 224 pixels (digits: 16) on one core of 
 
 
 class Job(Spec):
-    """Work that one process does in one go: a trajectory with its observers, or the probes of one run."""
+    """Work that one process does in one go: a trajectory with its observers, an ensemble, or the probes of one run."""
 
     name: str
     runs: tuple[RunSpec, ...]
@@ -63,7 +65,7 @@ Wanted = Sequence[tuple[RunSpec, Probing]]
 
 
 def missing(store: RunStore, runs: Sequence[RunSpec], probes: Wanted, *, sizes: Sizes) -> list[Job]:
-    """Return the jobs for what the store lacks: trajectories first, the longest first, then probes.
+    """Return the jobs for what the store lacks: trajectories first, the longest first, then derived runs, then probes.
 
     Args:
         store: what is there already.
@@ -71,11 +73,23 @@ def missing(store: RunStore, runs: Sequence[RunSpec], probes: Wanted, *, sizes: 
         probes: wanted measurements, each with its run.
         sizes: images of each domain, for the costs.
     """
-    wanted = {spec.digest: spec for spec in [*runs, *(run for run, _ in probes)]}
-    lacking = [spec for spec in wanted.values() if not store.run(spec).done]
-    training = _training(lacking, sizes)
-    trained = {spec.digest for spec in lacking}
-    return [*training, *_measuring(store, probes, trained, sizes)]
+    lacking = _lacking(store, [*runs, *(run for run, _ in probes)])
+    training = _training([spec for spec in lacking.values() if not spec.made_from], sizes)
+    making = [_making(spec, lacking, sizes) for spec in lacking.values() if spec.made_from]
+    return _told_apart([*training, *making, *_measuring(store, probes, set(lacking), sizes)])
+
+
+def _told_apart(jobs: Sequence[Job]) -> list[Job]:
+    """Add the run's digest to names that several jobs have: runs that differ in their bits, say."""
+    counts = Counter(job.name for job in jobs)
+    return [job.replace(name=f"{job.name} ({job.runs[0].digest[:6]})") if counts[job.name] > 1 else job for job in jobs]
+
+
+def _lacking(store: RunStore, wanted: Sequence[RunSpec]) -> dict[str, RunSpec]:
+    """Return the runs that are not finished, by digest, and what they are made from."""
+    lacking = {spec.digest: spec for spec in wanted if not store.run(spec).done}
+    deeper = [each for spec in lacking.values() for each in spec.made_from]
+    return {**lacking, **_lacking(store, deeper)} if deeper else lacking
 
 
 def _training(lacking: Sequence[RunSpec], sizes: Sizes) -> list[Job]:
@@ -108,6 +122,18 @@ def _training(lacking: Sequence[RunSpec], sizes: Sizes) -> list[Job]:
     return sorted(jobs, key=lambda job: (bool(job.needs), -len(job.forks), -job.passes))
 
 
+def _making(spec: RunSpec, lacking: Mapping[str, RunSpec], sizes: Sizes) -> Job:
+    """Return the job that makes a run from finished ones: images are forwarded to calibrate, and for the log."""
+    images = spec.quantizer.images if isinstance(spec.quantizer, OBCSpec) and not spec.members else 0
+    averaged = f", {spec.combine}" if spec.members else ""
+    return Job(
+        name=f"make {spec.label} on {spec.held_out}, seed {spec.seed}{averaged}",
+        runs=(spec,),
+        needs=tuple(each.digest for each in spec.made_from if each.digest in lacking),
+        passes=images + max(1, len(spec.members)) * spec.holdout * sum(sizes.values()),
+    )
+
+
 def _measuring(store: RunStore, probes: Wanted, trained: set[str], sizes: Sizes) -> list[Job]:
     asked: dict[str, list[tuple[RunSpec, Probing]]] = {}
     for run, probe in probes:
@@ -129,7 +155,7 @@ def training_passes(spec: RunSpec, sizes: Sizes, *, forked: bool) -> float:
     """Return the images that a training forwards, its backward passes counted as `BACKWARD` says."""
     steps = spec.steps + 1 - (spec.switch or 0 if forked else 0)
     batch = spec.batch_size * (len(sizes) - 1)
-    looks = steps / spec.eval_every * spec.holdout * sum(sizes.values())
+    looks = steps / spec.eval_every * (spec.holdout + spec.test_share) * sum(sizes.values())
     return float(steps * batch * BACKWARD * (2 if spec.step.kind == "sam" else 1) + looks)
 
 

@@ -5,7 +5,6 @@ or that change between two readings. The second is the model: dropout, or statis
 are read once and weighed by samples, and everything that would break this is looked for before the first number.
 """
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
@@ -21,10 +20,10 @@ from torch import Tensor, nn
 from flatlab.blocks import Block, Gathered, partition
 from flatlab.derivatives import hessian_product, refuse_rounding, second_order
 from flatlab.errors import UserError
-from flatlab.losses import names_classes, total, wide
+from flatlab.losses import Metric, total, total_and_hits, totals, wide
 from flatlab.memory import Halving
 from flatlab.nests import Batch, Data, part, read, recut, same
-from flatlab.params import flatten, select, split_like
+from flatlab.params import flatten, refuse_overlap, select, split_like
 from flatlab.points import Evaluation, Move
 from flatlab.probes import alike, probe_mean, probe_model, refuse_parametrized, refuse_training, versions
 from flatlab.seeds import generator
@@ -62,7 +61,7 @@ class Landscape:
         check: bool = True,
         batch_size: int | None = None,
     ) -> None:
-        self.model, self._check = model, check
+        self.model, self.loss, self._check = model, loss, check
         self._forward = Halving(model)
         self._total = partial(total, loss)
         self.named = select(model, params)
@@ -127,22 +126,30 @@ class Landscape:
     def evaluate(self, vector: Tensor | None = None) -> Evaluation:
         """Return loss and accuracy at a flat vector (P,), by default at the point itself."""
         with self._visiting(vector), torch.inference_mode():
-            sums = self._sums(self._total_and_hits).cpu().double().numpy()
+            sums = self._sums(partial(total_and_hits, self.loss)).cpu().double().numpy()
         means = sums / self.sizes[:, None]
         losses, accuracies = means[:, 0].copy(), means[:, 1].copy()
         if np.isnan(accuracies).any():
             return Evaluation(float(losses.mean()), None, losses, None)
         return Evaluation(float(losses.mean()), float(accuracies.mean()), losses, accuracies)
 
+    def around(self, model: nn.Module) -> "Landscape":
+        """Return the landscape of the same data and loss around another model, of the same choice of parameters."""
+        data = {name: [batch[:2] for batch in each] for name, each in zip(self.strata, self._batches, strict=True)}
+        return Landscape(model, data, self.loss, params=list(self.named), check=self._check)
+
     @contextmanager
-    def moving(self) -> Iterator[Move]:
+    def moving(self, *metrics: Metric, settle: Callable[[], object] = lambda: None) -> Iterator[Move]:
         """Yield ``at(direction, radius=1.0)``: stratum losses (S,) at point + radius * direction, for many points.
 
         A point costs one pass over the parameters to compute and one to copy. They are copied into the model's
         own tensors, not replaced by views of one flat vector, since a ``channels_last`` network is up to 1.5 times
-        slower with row-major kernels. Several radii at once (..., S) wait for the device once.
+        slower with row-major kernels. Several radii at once (..., S) wait for the device once. With `metrics`,
+        functions of the loss's form, their means (..., S, M) come instead. `settle` is called at each point.
         """
         flat = torch.empty_like(self._w0)
+        measured = partial(totals, metrics) if metrics else self._total
+        sizes = self.sizes[:, None] if metrics else self.sizes
         views = self.split(flat)
 
         @torch.inference_mode()
@@ -151,10 +158,11 @@ class Landscape:
             for each in np.ravel(radius).tolist():
                 torch.add(self._w0, direction, alpha=each, out=flat)
                 torch._foreach_copy_(self._tensors, views)
-                sums.append(self._sums(self._total) if block is None else self._totals(*block))
+                settle()
+                sums.append(self._sums(measured) if block is None else self._totals(*block))
             table = torch.stack(sums).cpu().double().numpy()
-            means = table / self.sizes if block is None else block.block.shares(table)
-            return means.reshape(*np.shape(radius), -1)
+            means = table / sizes if block is None else block.block.shares(table)
+            return means.reshape(*np.shape(radius), *means.shape[1:])
 
         with self._visiting():
             yield at
@@ -198,7 +206,6 @@ class Landscape:
             UserError: where the model cannot be differentiated twice, or rounds its weights.
         """
         views = self.split(self.as_point(vector))
-
         refuse_rounding(self.model, self._tensors)
         with self._visiting(), second_order():
             return self._accumulate(lambda loss: hessian_product(loss, self._tensors, views))
@@ -232,11 +239,6 @@ class Landscape:
         outputs = self._forward(batch.inputs)
         pairs = zip(block.parts, targets, strict=True)
         return torch.stack([self._total(part(outputs, p.start, p.stop), each) for p, each in pairs])
-
-    def _total_and_hits(self, outputs: Any, batch: Batch) -> Tensor:
-        total = self._total(outputs, batch)
-        hits = outputs.argmax(1) == batch.targets if names_classes(outputs, batch) else total.new_tensor(math.nan)
-        return torch.stack([total, hits.sum(dtype=total.dtype)])
 
     def _accumulate(self, derivative: Callable[[Tensor], Iterable[Tensor]]) -> Tensor:
         result = torch.zeros_like(self._w0)
@@ -289,8 +291,4 @@ class Landscape:
     def _probe_writing(self) -> None:
         noise = torch.randn(self.num_params, generator=generator("landscape", "probe")).to(self._w0)
         with self._visiting(noise):
-            if not torch.equal(flatten(self._tensors), noise):
-                raise UserError(
-                    "Two parameters share memory without being one parameter, so they cannot vary freely:"
-                    " tie them as one nn.Parameter."
-                )
+            refuse_overlap(flatten(self._tensors), noise)

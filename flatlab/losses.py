@@ -1,6 +1,7 @@
 """Sums of a loss over a batch, whatever form the loss function gives it."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -9,10 +10,12 @@ from torch import Tensor
 from flatlab.errors import UserError
 from flatlab.nests import Batch
 
+Metric = Callable[[Any, Any], Tensor]
+"""From outputs and targets to a mean over the samples, or to one number for each of them, as losses are."""
 CLASSES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
-def total(loss: Callable[[Any, Any], Tensor], outputs: Any, batch: Batch) -> Tensor:
+def total(loss: Metric, outputs: Any, batch: Batch) -> Tensor:
     """Return the sum of the losses over a batch, a float64 scalar.
 
     Args:
@@ -33,6 +36,18 @@ def total(loss: Callable[[Any, Any], Tensor], outputs: Any, batch: Batch) -> Ten
         f"The loss must be a tensor of shape () or, one loss per sample, ({batch.size},), but {came} came:"
         " average it over its other dimensions."
     )
+
+
+def totals(metrics: Sequence[Metric], outputs: Any, batch: Batch) -> Tensor:
+    """Return the sums (M,) of several metrics over a batch."""
+    return torch.stack([total(metric, outputs, batch) for metric in metrics])
+
+
+def total_and_hits(loss: Metric, outputs: Any, batch: Batch) -> Tensor:
+    """Return the sum of the losses, and how many samples are classified right; NaN where there are no classes."""
+    summed = total(loss, outputs, batch)
+    hits = outputs.argmax(1) == batch.targets if names_classes(outputs, batch) else summed.new_tensor(math.nan)
+    return torch.stack([summed, hits.sum(dtype=summed.dtype)])
 
 
 def wide(tensor: Tensor) -> torch.dtype:

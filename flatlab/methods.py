@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from flatlab.errors import choose
+from flatlab.quantspecs import AnyQuantizer, INQSpec, NoiseSpec, OBCSpec, QuantSpec, RTNSpec
 from flatlab.settings import Setting
-from flatlab.specs import AverageSpec, QuantSpec, RunSpec, StepSpec
+from flatlab.specs import AverageSpec, MixSpec, RunSpec, StepSpec
 
 
 @dataclass(frozen=True)
@@ -15,10 +16,19 @@ class Method:
 
     step: Literal["plain", "sam"] = "plain"
     average: Literal["last", "swa", "swad", "sma"] = "last"
-    quantizer: Literal["none", "lsq"] = "none"
+    quantizer: Literal["none", "lsq", "inq", "rtn", "obc"] = "none"
     frozen: bool = False  # convolutions stop training at the switch
-    objective: Literal["erm"] = "erm"
+    noise: Literal["none", "fresh", "kept"] = "none"  # uniform, of the quantizer's norm, in its place
+    objective: Literal["erm", "coral"] = "erm"
+    mixing: Literal["none", "mixstyle"] = "none"  # of features' statistics, between the images of a batch
+    members: int = 0  # of an ensemble: so many of these, of consecutive seeds
+    combine: Literal["logits", "probabilities"] = "logits"  # what an ensemble averages
     note: str = ""
+
+    @property
+    def switched(self) -> bool:
+        """Whether something sets in at the switch."""
+        return self.quantizer in ("lsq", "inq") or self.frozen or self.noise != "none"
 
 
 METHODS = {
@@ -28,10 +38,22 @@ METHODS = {
     "SWAD": Method(average="swad", note="mean of the iterates inside the validation valley"),
     "SMA": Method(average="sma", note="running mean from early on, selected by validation"),
     "QT-DoG": Method(quantizer="lsq", note="ERM, then learned step size quantization: 7 bit, each channel"),
+    "INQ": Method(quantizer="inq", note="ERM, then incremental quantization: the largest weights first"),
+    "OBC": Method(quantizer="obc", note="ERM's checkpoint, quantized after training, row by row, on source images"),
+    "RTN": Method(quantizer="rtn", note="ERM's checkpoint, each weight rounded to the nearest level, as OBC's grid"),
     "freeze": Method(frozen=True, note="control: full precision, convolutions frozen at the switch"),
     "release-parity": Method(
         quantizer="lsq", frozen=True, note="control: what QT-DoG's released code trains, only norms and head"
     ),
+    "noise": Method(noise="fresh", note="control: uniform noise of the quantizer's norm in each step's gradient"),
+    "noise-kept": Method(noise="kept", note="control: such noise added at each step and kept, of that norm in all"),
+    "CORAL": Method(objective="coral", note="correlation alignment: domains' feature means and covariances agree"),
+    "CORAL+QT-DoG": Method(objective="coral", quantizer="lsq", note="CORAL, quantized as QT-DoG"),
+    "MixStyle": Method(mixing="mixstyle", note="feature statistics mixed between images, in training"),
+    "MixStyle+QT-DoG": Method(mixing="mixstyle", quantizer="lsq", note="MixStyle, quantized as QT-DoG"),
+    "ERM-ensemble": Method(members=6, note="ERM networks of several seeds, logits averaged"),
+    "EoA": Method(average="sma", members=6, note="ensemble of averages: SMA networks"),
+    "EoQ": Method(quantizer="lsq", members=5, note="ensemble of quantized networks: QT-DoG's (Eq. 6)"),
 }
 
 
@@ -49,12 +71,13 @@ def method(name: str) -> tuple[str, Method]:
 
 
 KNOWN = {
-    "objective": ("erm",),
+    "objective": ("erm", "coral"),
+    "mixing": ("none", "mixstyle"),
     "step": ("plain", "sam"),
     "average": ("last", "swa", "swad", "sma"),
-    "quantizer": ("none", "lsq"),
+    "quantizer": ("none", "lsq", "inq", "rtn", "obc"),
+    "combine": ("logits", "probabilities"),
 }
-PARTS = tuple(KNOWN)
 
 
 def vary(parts: Method, changes: Mapping[str, str]) -> Method:
@@ -63,22 +86,53 @@ def vary(parts: Method, changes: Mapping[str, str]) -> Method:
 
 
 def compose(parts: Method, setting: Setting, *, held_out: str, seed: int, trial_seed: int) -> RunSpec:
-    """Return the run that a composition means in a setting."""
-    setting_fields = {"dataset", "image_size", "model", "weights", "freeze_batchnorm", "augment", "precision"}
-    switched = parts.quantizer != "none" or parts.frozen
-    quantizer = QuantSpec.make(bits=setting.bits, granularity=setting.granularity, scale_lr=setting.scale_lr)
+    """Return the run that a composition means in a setting; an ensemble's members have the seeds from these on."""
+    if parts.members:
+        alone = replace(parts, members=0)
+        members = [
+            compose(alone, setting, held_out=held_out, seed=seed + i, trial_seed=trial_seed + i)
+            for i in range(setting.members or parts.members)
+        ]
+        return members[0].replace(members=tuple(members), combine=parts.combine)
+    data = {"dataset", "image_size", "model", "weights", "freeze_batchnorm", "augment", "precision", "test_share"}
     return RunSpec.make(
-        **setting.model_dump(include={*setting_fields, "steps", "eval_every", "batch_size", "lr", "weight_decay"}),
+        **setting.model_dump(include={*data, "steps", "eval_every", "batch_size", "lr", "weight_decay"}),
         held_out=held_out,
         seed=seed,
         trial_seed=trial_seed,
         objective=parts.objective,
+        mixing=MixSpec() if parts.mixing == "mixstyle" else None,
         step=StepSpec(kind="sam", rho=setting.sam_rho) if parts.step == "sam" else StepSpec(),
         average=_average(parts.average, setting),
-        quantizer=quantizer if parts.quantizer == "lsq" else None,
+        quantizer=_quantizer(parts.quantizer, setting),
+        noise=_noise(parts.noise, setting),
         frozen=parts.frozen,
-        switch=setting.switch_step if switched else None,
+        switch=setting.switch_step if parts.switched else None,
     )
+
+
+def _quantizer(kind: str, setting: Setting) -> AnyQuantizer | None:
+    grid = {"bits": setting.bits, "granularity": setting.granularity}
+    match kind:
+        case "lsq":
+            return QuantSpec.make(**grid, scale_lr=setting.scale_lr)
+        case "inq":
+            return INQSpec.make(**grid, every=setting.inq_every)
+        case "rtn":
+            return RTNSpec.make(**grid)
+        case "obc":
+            return OBCSpec.make(**grid)
+        case _:
+            return None
+
+
+def _noise(kind: str, setting: Setting) -> NoiseSpec | None:
+    if kind == "none":
+        return None
+    size: dict[str, Any] = {"bits": setting.bits, "granularity": setting.granularity}
+    if setting.noise_lr is not None:
+        size = {"amplitude": setting.noise_lr * setting.lr}
+    return NoiseSpec.make(**size, persistent=kind == "kept")
 
 
 def _average(kind: Literal["last", "swa", "swad", "sma"], setting: Setting) -> AverageSpec:
@@ -101,9 +155,12 @@ def _average(kind: Literal["last", "swa", "swad", "sma"], setting: Setting) -> A
 
 
 def replicates(parts: Method, setting: Setting) -> list[RunSpec]:
-    """Return a run for each held-out domain and seed; replicate i moves both the split's and the training's seed."""
+    """Return a run for each held-out domain and seed; replicate i moves both the split's and the training's seed.
+
+    Of an ensemble there is one for each domain: the seeds are its members'.
+    """
     return [
         compose(parts, setting, held_out=target, seed=setting.seed + i, trial_seed=setting.trial_seed + i)
         for target in setting.held_out
-        for i in range(setting.seeds)
+        for i in range(1 if parts.members else setting.seeds)
     ]

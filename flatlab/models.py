@@ -1,9 +1,10 @@
 """Networks by name: features that end in a flat vector, and a linear head; weights from files of many origins."""
 
 import itertools
+import math
 import pickle
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.error import URLError
@@ -36,6 +37,22 @@ class Network(nn.Module):
         """Return the logits, shape (N, num_classes)."""
         logits: Tensor = self.head(self.features(inputs))
         return logits
+
+
+class Ensemble(nn.Module):
+    """Networks that answer together: the mean of their logits, or the logarithm of the mean of their probabilities."""
+
+    def __init__(self, members: Iterable[nn.Module], *, combine: str = "logits") -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+        self.combine = combine
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return (N, num_classes): averaged logits (QT-DoG Eq. 6), or log-probabilities, whose softmax they are."""
+        logits = torch.stack([member(inputs) for member in self.members])
+        if self.combine == "logits":
+            return logits.mean(0)
+        return logits.log_softmax(-1).logsumexp(0) - math.log(len(self.members))
 
 
 def build_network(
@@ -215,6 +232,13 @@ def _torchvision(name: str, last: str, width: int) -> Callable[[int], tuple[nn.M
 
     return build
 
+
+STAGES = {  # where MixStyle acts: the ends of all stages but the last (of ResNets conv2_x to conv4_x, as SWAD's)
+    "digits-cnn": ("features.2", "features.6"),
+    "resnet18": ("features.layer1", "features.layer2", "features.layer3"),
+    "resnet50": ("features.layer1", "features.layer2", "features.layer3"),
+    "mobilenet_v2": ("features.features.3", "features.features.6", "features.features.13"),
+}
 
 MODELS: dict[str, Callable[[int], tuple[nn.Module, int]]] = {
     "digits-cnn": _digits_cnn,  # 33,658 parameters with ten classes; made for 1 x 16 x 16 images

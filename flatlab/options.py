@@ -21,12 +21,13 @@ from flatlab.words import DEVICES, LIMITS, MODELS, PRECISIONS, WORDS
 if TYPE_CHECKING:  # imported where they are used: `--help` answers before numpy is there
     import pandas as pd
 
+    from flatlab.methods import Method
     from flatlab.runs import RunStore
     from flatlab.settings import Setting
     from flatlab.specs import Place
 
 SETTING_FIELDS: tuple[str, ...] = ("image_size", "model", "freeze_batchnorm", "bits", "steps", "eval_every")
-SETTING_FIELDS += ("batch_size", "lr", "precision", "seed", "trial_seed", "seeds")
+SETTING_FIELDS += ("batch_size", "lr", "precision", "seed", "trial_seed", "seeds", "controls")
 SHORT = 8  # digits of a digest on a screen
 
 
@@ -79,7 +80,16 @@ class Choices:
         return setting(self.given.get("setting", "quick"))
 
     def setting(self) -> "Setting":
-        """Return the setting with everything that the user changed."""
+        """Return the setting with everything that the user changed; of several data sets, the first with the others."""
+        names = [name.strip() for name in (self.datasets or "").split(",") if name.strip()]
+        if names and self.dataset:
+            raise UserError("Give --dataset or --datasets, not both.")
+        if not names:
+            return self._setting()
+        first, *others = (Choices({**self.given, "dataset": name})._setting() for name in names)
+        return first.replace(others=tuple(others))
+
+    def _setting(self) -> "Setting":
         from flatlab.settings import for_data, setting
 
         dataset, folder = self.name(), self.folder()
@@ -114,19 +124,27 @@ class Choices:
         if self.image_size not in (None, 16):
             raise UserError(f"digits are 16 x 16 pixels; leave --image-size {self.image_size} out.")
 
-    def refuse_idle(self, *, quantized: bool, frozen: bool, average: str) -> None:
+    def refuse_idle(self, parts: "Method") -> None:
         """Refuse options that would do nothing in the composition at hand: a typo would go unseen."""
+        quantized = parts.quantizer != "none" or parts.noise != "none"
         if self.bits is not None and not quantized:
             raise UserError(
                 f"--bits {self.bits} does nothing without a quantizer; add --quantizer lsq, or leave it out."
             )
-        if self.quantize_at is not None and not (quantized or frozen):
+        if self.quantize_at is not None and not parts.switched:
             raise UserError(
-                f"--quantize-at {self.quantize_at} does nothing without a quantizer; add --quantizer lsq, "
+                f"--quantize-at {self.quantize_at} does nothing without a quantizer that trains; add --quantizer lsq, "
                 "or leave it out."
             )
-        if self.exact_repo and average != "swad":
+        if self.exact_repo and parts.average != "swad":
             raise UserError("--exact-repo does nothing without SWAD; add --average swad, or leave it out.")
+        if self.combine and not parts.members:
+            raise UserError("--combine does nothing without an ensemble; take --method eoq, or leave it out.")
+
+    def refuse_controls(self, name: str, *, has_some: bool) -> None:
+        """Refuse `--controls` where a figure or table has none."""
+        if self.controls and not has_some:
+            raise UserError(f"--controls does nothing for {name}; leave it out (fig4 has some).")
 
     def place(self) -> "Place":
         """Return the machine facts."""

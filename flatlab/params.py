@@ -53,6 +53,15 @@ def split_like(vector: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
     return [piece.view(tensor.shape) for piece, tensor in zip(pieces, tensors, strict=True)]
 
 
+def refuse_overlap(found: Tensor, written: Tensor) -> None:
+    """Refuse parameters that do not hold what was written to them."""
+    if not torch.equal(found, written):
+        raise UserError(
+            "Two parameters share memory without being one parameter, so they cannot vary freely:"
+            " tie them as one nn.Parameter."
+        )
+
+
 def _some(names: Iterable[str], most: int = 8) -> str:
     listed = list(names)
     return ", ".join(listed[:most]) + (f" and {len(listed) - most} more" if len(listed) > most else "")

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, SerializeAsAny
 
 from flatlab.errors import UserError, choose
-from flatlab.specs import Spec
+from flatlab.specs import RunSpec, Spec
 
 FORESEEN = 20  # images that one radius takes at a relative error of 1, whatever their number; the pilot knows better
 LEAST = 2_600  # images of a radius: 81 pairs on blocks of 16
@@ -56,6 +56,11 @@ class ProbeSpec(Probing):
     budget: int | None = Field(None, ge=1)  # images forwarded; None: 100 passes for each radius
     block_size: int | None = Field(None, ge=1)  # images that a direction sees; None: what a pilot finds
     normalisation: Literal["none", "filter", "layer", "parameter"] = "none"
+
+    @property
+    def piloted(self) -> bool:
+        """Whether a pilot finds out how to sample."""
+        return self.num_samples is None and self.block_size is None
 
     @property
     def effort(self) -> str:
@@ -105,7 +110,152 @@ class SpectrumSpec(Probing):
         return float(self.count(sizes) * share * PRODUCT * self.foreseen)
 
 
-KINDS: dict[str, type[Probing]] = {"sphere": ProbeSpec, "spectrum": SpectrumSpec}
+class SurfaceSpec(Probing):
+    """Loss and accuracy of each domain on a plane through the checkpoint."""
+
+    metric: Literal["surface"] = "surface"
+    axes: Literal["random", "hessian", "runs"] = "random"  # filter-normalised; top eigenvectors; through other runs
+    through: tuple[str, ...] = ()  # digests: two others that span the plane, or a trajectory of four and more
+    grid: int = Field(33, ge=2)
+    extent: float = Field(1.0, gt=0)  # half the length of each axis; around the runs where they span the plane
+    refine: float | None = Field(0.05, gt=0)  # share of the height that interpolation may be off by; None: whole grid
+
+    def passes(self, sizes: Sizes) -> float:
+        """Return the images that are forwarded at most: refinement saves some.
+
+        Args:
+            sizes: images of each domain.
+        """
+        return float(self.count(sizes) * self.grid**2)
+
+
+class TriangleSpec(Probing):
+    """The trace of the Hessian in three independent ways."""
+
+    metric: Literal["triangle"] = "triangle"
+    space: Literal["baked"] = "baked"  # through rounding there is no curvature
+    rel_error: float = Field(0.05, gt=0)
+
+    def passes(self, sizes: Sizes) -> float:
+        """Return the images that are forwarded, roughly: products for trace and density, and seven spheres.
+
+        Args:
+            sizes: images of each domain.
+        """
+        return float(self.count(sizes) * PRODUCT * (20 + PILOT + 80) + 7 * FORESEEN / self.rel_error**2)
+
+
+class AuditSpec(Probing):
+    """How measures of flatness move under rescalings that leave the function as it is."""
+
+    metric: Literal["audit"] = "audit"
+    space: Literal["baked"] = "baked"
+    most: float = Field(4.0, gt=1)
+    num_samples: int = Field(20, ge=2)
+
+    def passes(self, sizes: Sizes) -> float:
+        """Return the images that are forwarded, roughly: four spheres, a trace and an eigenvalue of three networks.
+
+        Args:
+            sizes: images of each domain.
+        """
+        return float(3 * self.count(sizes) * (4 * self.num_samples + PRODUCT * (20 + PILOT + 10)))
+
+
+class CamSpec(Probing):
+    """GradCAM of images of the held-out domain, each explained for its true class, and the numbers beside the maps."""
+
+    metric: Literal["gradcam"] = "gradcam"
+    images: int | None = Field(24, ge=1)  # of the held-out domain alone
+    layer: str | None = None  # a module's name; None finds it
+    grid: tuple[int, int] | None = None  # of tokens, where it cannot be inferred
+    num_shares: int = Field(10, ge=1)  # steps of the deletion and insertion curves
+    radii: tuple[float, ...] = ()  # absolute L2, at which the maps are drawn again
+    num_samples: int = Field(5, ge=1)  # directions
+
+    def count(self, sizes: Sizes) -> int:
+        """Return how many images are looked at: those of one domain."""
+        return min(max(sizes.values()), self.images or max(sizes.values()))
+
+    def passes(self, sizes: Sizes) -> float:
+        """Return the images that are forwarded; a map costs a forward and a backward pass.
+
+        Args:
+            sizes: images of each domain.
+        """
+        maps = 1 + len(self.radii) * self.num_samples
+        return float(self.count(sizes) * (3 * maps + 2 * (self.num_shares + 1)))
+
+
+class QuantNoiseSpec(Probing):
+    """Quantization noise of each layer of a quantized run: uniform, symmetric (QT-DoG section 3.2, App. L)?"""
+
+    metric: Literal["noise"] = "noise"
+    bins: int = Field(100, ge=2)  # of the histograms; the paper gives none
+
+    @staticmethod
+    def check(run: RunSpec) -> None:
+        """Refuse a run that is not quantized.
+
+        Args:
+            run: what is to be measured.
+
+        Raises:
+            UserError: says what can be done instead.
+        """
+        if getattr(run.quantizer, "grid", "uniform") != "uniform":
+            raise UserError(
+                f"Run {run.digest} ({run.label}) is quantized to powers of two, which have no step that its noise "
+                "could be uniform over: name a run with a uniform grid."
+            )
+        if run.quantizer is None:
+            raise UserError(
+                f"Run {run.digest} ({run.label}) is not quantized, so it has no quantization noise: name a quantized "
+                "run (`flatlab train --quantizer lsq`), or see what rounding would do to this one "
+                "(`flatlab noise RUN --radius`)."
+            )
+
+    def passes(self, sizes: Sizes) -> float:
+        """Return 1: no image is looked at.
+
+        Args:
+            sizes: images of each domain.
+        """
+        return 1.0
+
+
+class RadiusSpec(Probing):
+    """What rounding to some bit widths does to the loss, beside random perturbations of the same length.
+
+    The base point is the latent weights, in full precision; what moves is what the quantizer quantizes.
+    """
+
+    metric: Literal["radius"] = "radius"
+    bits: tuple[Annotated[int, Field(ge=2, le=16)], ...] = (8, 7, 6, 5, 4, 3, 2)
+    layer_bits: tuple[Annotated[int, Field(ge=2, le=16)], ...] = ()  # at which each layer is rounded alone, too
+    granularity: Literal["channel", "tensor"] = "channel"  # of the step sizes, which are those that LSQ begins with
+    num_samples: int = Field(100, ge=2)  # random directions beside each perturbation, each on all images
+
+    def passes(self, sizes: Sizes) -> float:
+        """Return the images that are forwarded, as for a network of a few layers: how many there are is not known here.
+
+        Args:
+            sizes: images of each domain.
+        """
+        few = 4
+        return float(self.count(sizes) * 2 * self.num_samples * (len(self.bits) + 1 + few * len(self.layer_bits)))
+
+
+KINDS: dict[str, type[Probing]] = {
+    "sphere": ProbeSpec,
+    "spectrum": SpectrumSpec,
+    "surface": SurfaceSpec,
+    "triangle": TriangleSpec,
+    "audit": AuditSpec,
+    "gradcam": CamSpec,
+    "noise": QuantNoiseSpec,
+    "radius": RadiusSpec,
+}
 
 
 def parse_probe(text: str) -> Probing:

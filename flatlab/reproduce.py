@@ -20,6 +20,7 @@ from flatlab.settings import QUICK, Setting
 from flatlab.specs import Place
 
 Hear = Callable[[dict[str, Any]], None]
+ACCURACIES = "Accuracies by training-domain validation, means over targets and seeds"
 
 
 @dataclass(frozen=True)
@@ -64,10 +65,24 @@ def analyses() -> list[str]:
 
 
 def missing(module: ModuleType, setting: Setting, store: RunStore, place: Place) -> list[Job]:
-    """Return the jobs that a figure or table still needs."""
+    """Return the jobs that a figure or table still needs.
+
+    Raises:
+        UserError: where several data sets are asked of one that shows a single one.
+    """
     runs, probes = module.plan(setting)
-    sizes = catalog.sizes(setting.dataset, Path(place.data_dir) if place.data_dir else None)
-    return jobs.missing(store, runs, probes, sizes=sizes)
+    if setting.others and len({run.dataset for run in runs}) == 1:
+        raise UserError(f"{_name(module)} shows one data set; give --dataset instead of --datasets.")
+    todo = []
+    for one in setting.each:
+        sizes = catalog.sizes(one.dataset, Path(place.data_dir) if place.data_dir else None)
+        mine = [run for run in runs if run.dataset == one.dataset]
+        todo += jobs.missing(store, mine, [pair for pair in probes if pair[0].dataset == one.dataset], sizes=sizes)
+    return todo
+
+
+def _name(module: ModuleType) -> str:
+    return module.__name__.rsplit(".", 1)[-1]
 
 
 def carry_out(todo: list[Job], store: RunStore, place: Place, *, workers: int, hear: Hear) -> None:
@@ -127,7 +142,7 @@ def place_of(found: list[Run], asked: Place) -> tuple[Place, str]:
 
 
 def write(module: ModuleType, setting: Setting, store: RunStore, *, out: Path, redo: str) -> Reproduction:
-    """Tabulate and draw a finished figure; write csv, pdf, png, and a json that says how it came about.
+    """Tabulate and draw a finished figure; write csv, pdf, png, a page to read, and a json that says how it came about.
 
     Args:
         module: of the figure or table.
@@ -140,17 +155,35 @@ def write(module: ModuleType, setting: Setting, store: RunStore, *, out: Path, r
     findings = module.findings(frame)
     folder = out if setting.dataset == QUICK.dataset else out / f"{setting.dataset}-{setting.model}".lower()
     folder.mkdir(parents=True, exist_ok=True)
-    stem = folder / module.__name__.rsplit(".", 1)[-1]
+    stem = folder / _name(module)
     files.write_bytes(stem.with_suffix(".csv"), frame.to_csv(index=False).encode())
     facts = _facts(module, setting, store)
     pictures = plots.save(module.draw(frame, module.caption(setting)), stem)
-    accuracies = tables.reached(tables.accuracies(store, module.labelled(setting)), module.BASELINE)
+    accuracies = _accuracies(module, setting, store, frame)
     remarks = module.remarks(frame)
+    page = _page(module, setting, (module.summary(findings), accuracies), [*remarks, f"Again: `{redo}`"])
+    files.write_bytes(stem.with_suffix(".md"), page.encode())
     record = {**facts, "redo": redo, "caption": module.caption(setting), "remarks": remarks}
     record |= {"findings": findings.to_dict("records"), "accuracies": accuracies.to_dict("records")}
     files.write_json(stem.with_suffix(".json"), record)
-    written = [*pictures, stem.with_suffix(".csv"), stem.with_suffix(".json")]
+    written = [*pictures, *(stem.with_suffix(suffix) for suffix in (".csv", ".json", ".md"))]
     return Reproduction(written, findings, accuracies, remarks)
+
+
+def _accuracies(module: ModuleType, setting: Setting, store: RunStore, frame: pd.DataFrame) -> pd.DataFrame:
+    """Return the accuracies of the methods; a table of the paper lays them out itself."""
+    if hasattr(module, "sheet"):
+        return pd.DataFrame(module.sheet(frame))
+    return tables.reached(tables.accuracies(store, module.labelled(setting)), module.BASELINE)
+
+
+def _page(module: ModuleType, setting: Setting, shown: tuple[pd.DataFrame, pd.DataFrame], told: list[str]) -> str:
+    """Return what came out as markdown, to be read without a program."""
+    title, _, rest = module.caption(setting).partition("\n")
+    summary, accuracies = (tables.markdown(each) for each in shown)
+    parts = [f"# {title}", (module.__doc__ or "").splitlines()[0], rest, f"## {module.SUMMARY}", summary]
+    parts += [f"## {ACCURACIES}", accuracies, *told]
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _facts(module: ModuleType, setting: Setting, store: RunStore) -> dict[str, Any]:

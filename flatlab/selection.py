@@ -33,6 +33,6 @@ RULES: dict[str, Callable[[Sequence[Row]], Row]] = {
 }
 
 
-def candidates(rows: Sequence[Row], switch: int | None) -> list[Row]:
-    """Return the rows from the switch on: before it a run is not yet what its name says."""
-    return [row for row in rows if row["step"] >= (switch or 0)]
+def candidates(rows: Sequence[Row], settled: int | None) -> list[Row]:
+    """Return the rows from the step on at which a run is what its name says: quantized, where it is to be."""
+    return [row for row in rows if row["step"] >= (settled or 0)]

@@ -21,6 +21,7 @@ class Setting(Spec):
     freeze_batchnorm: bool = False
     augment: str = "none"
     precision: str = "fp32"
+    test_share: float = 0.0  # of each domain, for an in-domain test
     steps: int = Field(ge=1)
     eval_every: int = Field(ge=1)
     batch_size: int = Field(32, ge=1)
@@ -29,7 +30,9 @@ class Setting(Spec):
     bits: int = Field(7, ge=2, le=16)
     granularity: str = "channel"
     scale_lr: float = 1e-5
-    switch: int | None = None  # None: 40 % of the steps (QT-DoG App. B: 2,000 of 5,000)
+    switch: int | None = None  # None: that share of the steps (QT-DoG App. B: 2,000 of 5,000)
+    switch_share: float = 0.4
+    noise_lr: float | None = Field(None, gt=0)  # half-width of weight noise in learning rates; None: a quantizer's norm
     sam_rho: float = 0.05  # Foret et al.; SWAD's baselines
     swa_every: int = Field(100, ge=1)
     swad_every: int = Field(100, ge=1)
@@ -40,12 +43,20 @@ class Setting(Spec):
     seed: int = Field(0, ge=0)
     trial_seed: int = Field(0, ge=0)
     seeds: int = Field(3, ge=1)
+    members: int | None = Field(None, ge=1)  # of an ensemble; None: as many as the method has
     radii: tuple[float, ...]
     filter_radii: tuple[float, ...]
     num_samples: int | None = Field(100, ge=2)  # directions, each on all images; None: as many as `rel_error` needs
     rel_error: float = 0.02
     block_size: int | None = None  # images that a direction sees, where no `num_samples` are asked for
     images: int | None = None  # of each domain, for measurements
+    controls: bool = False  # beside what the paper shows: runs that part quantizing from freezing
+    others: tuple["Setting", ...] = ()  # the same for further data sets
+
+    @property
+    def each(self) -> tuple["Setting", ...]:
+        """This setting and those of further data sets, each by itself."""
+        return (self.replace(others=()), *self.others)
 
     @property
     def effort(self) -> str:
@@ -55,12 +66,18 @@ class Setting(Spec):
     @property
     def words(self) -> str:
         """Which data, network and seeds, in words for a title."""
-        return f"{self.dataset}, {self.model}, {'1 seed' if self.seeds == 1 else f'{self.seeds} seeds'}"
+        data = ", ".join(f"{one.dataset}, {one.model}" for one in self.each)
+        return f"{data}, {'1 seed' if self.seeds == 1 else f'{self.seeds} seeds'}"
 
     @property
     def switch_step(self) -> int:
         """The step at which quantization or freezing sets in."""
-        return round(0.4 * self.steps) if self.switch is None else self.switch
+        return round(self.switch_share * self.steps) if self.switch is None else self.switch
+
+    @property
+    def inq_every(self) -> int:
+        """INQ's steps between stages, such that its four end where 15 % are left (750 of 5,000; methods.md 3.1)."""
+        return max(1, min(round(0.15 * self.steps), (self.steps - self.switch_step) // 3))
 
     @property
     def swa_start(self) -> int:
@@ -71,7 +88,7 @@ class Setting(Spec):
 SMOKE = Setting(
     name="smoke",
     steps=10,
-    eval_every=5,
+    eval_every=3,
     batch_size=8,
     lr=3e-3,
     swa_every=1,
@@ -79,6 +96,7 @@ SMOKE = Setting(
     sma_start=2,
     refresh_batches=2,
     seeds=2,
+    members=2,
     radii=(0.0, 1.0, 2.0),
     filter_radii=(0.0, 0.2, 0.4),
     num_samples=3,
@@ -96,6 +114,7 @@ QUICK = Setting(
     sma_start=10,
     refresh_batches=50,
     seeds=3,
+    members=5,  # of each ensemble alike, so that none wins by numbers
     radii=(0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0),  # F reaches about 1 nat
     filter_radii=(0.0, 0.1, 0.2, 0.3, 0.4, 0.5),
     num_samples=None,

@@ -4,99 +4,26 @@ A spec is frozen, strict and complete: its canonical JSON names everything that 
 of that JSON is the name of the run. Machine facts (folders, device, threads) live in `Place` and never in a digest.
 """
 
-import hashlib
-import json
-import reprlib
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from flatlab.errors import UserError
+from flatlab.quantspecs import AnyQuantizer, INQSpec, NoiseSpec, OBCSpec, QuantSpec, RTNSpec
+from flatlab.record import Spec
 
-
-class Spec(BaseModel):
-    """A frozen record that refuses unknown fields and loose types, with one sentence per mistake."""
-
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
-
-    @classmethod
-    def make(cls, **fields: Any) -> Self:
-        """Return a spec, with one sentence where a field does not do.
-
-        Args:
-            fields: by name.
-
-        Raises:
-            UserError: where a field is unknown, missing or of the wrong type.
-        """
-        try:
-            return cls(**fields)
-        except ValidationError as error:
-            raise UserError(_sentence(cls, error)) from None
-
-    @classmethod
-    def parse(cls, text: str) -> Self:
-        """Read a spec from its JSON.
-
-        Args:
-            text: JSON as `canonical` writes it.
-
-        Raises:
-            UserError: where a field is unknown, missing or of the wrong type.
-        """
-        try:
-            return cls.model_validate_json(text)
-        except ValidationError as error:
-            raise UserError(_sentence(cls, error)) from None
-
-    def canonical(self) -> str:
-        """Return the JSON with sorted keys and no spaces: equal specs, equal text."""
-        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
-
-    @property
-    def digest(self) -> str:
-        """Sixteen hex digits of the SHA-256 of the canonical JSON."""
-        return hashlib.sha256(self.canonical().encode()).hexdigest()[:16]
-
-    def replace(self, **fields: Any) -> Self:
-        """Return a copy with other fields, checked anew."""
-        return self.make(**{**dict(self), **fields})
-
-
-_BOUNDS = {  # pydantic's kinds of error -> what it should have said, with the bound's name
-    "greater_than": "more than {gt}",
-    "greater_than_equal": "at least {ge}",
-    "less_than": "less than {lt}",
-    "less_than_equal": "at most {le}",
-    "finite_number": "a finite number",
-    "literal_error": "{expected}",
-}
-
-
-def _sentence(kind: type[BaseModel], error: ValidationError) -> str:
-    """Say the first mistake of a validation in one sentence."""
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"])
-    what = first["msg"].removeprefix("Value error, ")
-    if not where:
-        return what
-    if first["type"] == "extra_forbidden":
-        return f"{kind.__name__} has no field {where!r}; it has {', '.join(kind.model_fields)}."
-    if first["type"] == "missing":
-        return f"{kind.__name__} needs the field {where!r}, and it is missing."
-    expected = _BOUNDS.get(first["type"], "").format(**first.get("ctx", {}))
-    tail = f"it must be {expected}" if expected else f"{what[0].lower()}{what[1:]}"
-    return f"{kind.__name__}: {where}={reprlib.repr(first['input'])} does not do: {tail}."
-
-
-class QuantSpec(Spec):
-    """Learned step size quantization of the weights (Esser et al. 2020; QT-DoG App. B)."""
-
-    kind: Literal["lsq"] = "lsq"
-    bits: int = Field(7, ge=2, le=16)
-    granularity: Literal["channel", "tensor"] = "channel"
-    grad_scale: Literal["shared", "tensor", "none"] = "shared"
-    scale_lr: float = Field(1e-5, ge=0)  # the paper is silent; Adam moves a step size of 3e-3 by 0.3 % a step
+__all__ = [
+    "AverageSpec",
+    "INQSpec",
+    "MixSpec",
+    "NoiseSpec",
+    "OBCSpec",
+    "Place",
+    "QuantSpec",
+    "RTNSpec",
+    "RunSpec",
+    "Spec",
+    "StepSpec",
+]
 
 
 class StepSpec(Spec):
@@ -123,8 +50,20 @@ class AverageSpec(Spec):
     exact_repo: bool = False  # bug-compatible with khanrc/swad instead of the paper's plain rule
 
 
+class MixSpec(Spec):
+    """MixStyle (Zhou et al. 2021): feature statistics mixed between the images of a batch, in training alone."""
+
+    p: float = Field(0.5, ge=0, le=1)  # probability that a stage of a step is mixed
+    alpha: float = Field(0.1, gt=0)  # an image's own share is drawn from Beta(alpha, alpha)
+
+
 class RunSpec(Spec):
-    """One trained network: data, composition, schedule and seeds. The paper's name for it is only a label."""
+    """One trained network: data, composition, schedule and seeds. The paper's name for it is only a label.
+
+    A quantizer that does not train (rtn, obc) makes a derived run: of the same run without it, once that is done.
+    """
+
+    later = ("noise", "test_share", "coral_weight", "mixing", "members", "combine")
 
     dataset: str
     held_out: str
@@ -133,10 +72,13 @@ class RunSpec(Spec):
     weights: str = "none"  # "none", "imagenet" or "sha256:..." of a file
     freeze_batchnorm: bool = False
     augment: Literal["none", "domainbed"] = "none"  # DomainBed's crops, flips and colours, for training images
-    objective: Literal["erm"] = "erm"
+    objective: Literal["erm", "coral"] = "erm"
+    coral_weight: float = Field(1.0, ge=0)  # of CORAL's penalty beside the cross-entropy
+    mixing: MixSpec | None = None
     step: StepSpec = StepSpec()
     average: AverageSpec = AverageSpec()
-    quantizer: QuantSpec | None = None
+    quantizer: AnyQuantizer | None = None
+    noise: NoiseSpec | None = None
     frozen: bool = False  # convolutions (and step sizes) stop training at the switch
     switch: int | None = Field(None, ge=0)  # before this step's update the quantizer or the freezing sets in
     steps: int = Field(ge=1)  # updates 0..steps are made, as in DomainBed's forks: one more than the number says
@@ -148,15 +90,22 @@ class RunSpec(Spec):
     seed: int = Field(0, ge=0)  # initialisation and batches
     trial_seed: int = Field(0, ge=0)  # split
     holdout: float = Field(0.2, gt=0, lt=1)
+    test_share: float = Field(0.0, ge=0, lt=1)  # of each domain, for an in-domain test: neither trained nor selected on
     source: str | None = None  # "sha256:..." of an imported checkpoint, which was not trained here
+    members: tuple["RunSpec", ...] = ()  # of an ensemble, which is not trained: the rest is as its first member has it
+    combine: Literal["logits", "probabilities"] = "logits"  # what an ensemble averages (QT-DoG Eq. 6: logits)
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        if (self.switch is None) != (self.quantizer is None and not self.frozen):
-            raise ValueError("A switch step goes with a quantizer or with freezing, and they with it.")
-        if self.switch is not None and self.source is None and self.switch > self.steps:
+        trained = self.quantizer is not None and not isinstance(self.quantizer, RTNSpec | OBCSpec)
+        if (self.switch is None) == (trained or self.frozen or self.noise is not None):
+            raise ValueError("A switch step goes with a quantizer, noise or freezing in training, and they with it.")
+        if self.noise is not None and trained:
+            raise ValueError("Noise stands in a quantizer's place; give one of the two.")
+        if self.settled is not None and self.source is None and self.settled > self.steps:
+            what = "switch" if self.settled == self.switch else "last stage of INQ"
             raise ValueError(
-                f"The switch at step {self.switch} lies beyond the end at {self.steps}; "
+                f"The {what} at step {self.settled} lies beyond the end at {self.steps}; "
                 "choose --quantize-at of at most --steps."
             )
         if self.average.kind in ("swa", "sma") and self.average.start > self.steps:
@@ -165,12 +114,25 @@ class RunSpec(Spec):
             )
         return self
 
+    @model_validator(mode="after")
+    def _members_agree(self) -> Self:
+        facts = {(m.dataset, m.held_out, m.image_size) for m in self.members}
+        if facts and facts != {(self.dataset, self.held_out, self.image_size)}:
+            raise ValueError(
+                "The members of an ensemble have one data set, held-out domain and image size, and the ensemble has "
+                f"the same; here they are {sorted(facts | {(self.dataset, self.held_out, self.image_size)})}."
+            )
+        return self
+
     @property
     def label(self) -> str:
-        """The composition in a word or two, such as "sam-swad"; the objective where nothing else is unusual."""
-        parts = [self.step.kind, self.quantizer.kind if self.quantizer else "", "frozen" if self.frozen else ""]
-        unusual = [part for part in [*parts, self.average.kind] if part not in ("", "plain", "last")]
-        return "imported" if self.source else "-".join(unusual) or self.objective
+        """The composition in a word or two, such as "sam-swad"; "erm" where nothing is unusual."""
+        parts = [self.objective, "mixstyle" if self.mixing else "", self.step.kind]
+        parts += [self.quantizer.kind if self.quantizer else "", "frozen" if self.frozen else ""]
+        parts += ["noise" if self.noise else "", self.average.kind]
+        unusual = [part for part in parts if part not in ("", "erm", "plain", "last")]
+        label = "imported" if self.source else "-".join(unusual) or "erm"
+        return f"{len(self.members)} x {label}" if self.members else label
 
     @property
     def trajectory(self) -> "RunSpec":
@@ -178,11 +140,32 @@ class RunSpec(Spec):
         return self.replace(average=AverageSpec())
 
     @property
+    def derived(self) -> bool:
+        """Whether the run is made from its finished parent, without training."""
+        return isinstance(self.quantizer, RTNSpec | OBCSpec) and not self.members
+
+    @property
+    def made_from(self) -> tuple["RunSpec", ...]:
+        """The finished runs that this one is made from: an ensemble's members, a derived one's parent; or none."""
+        if self.derived and self.parent and not self.source:
+            return (self.parent,)
+        return self.members
+
+    @property
+    def settled(self) -> int | None:
+        """The step from which the network is what its name says: the switch, or the last stage of INQ."""
+        if self.switch is not None and isinstance(self.quantizer, INQSpec):
+            return self.switch + (len(self.quantizer.fractions) - 1) * self.quantizer.every
+        return self.switch
+
+    @property
     def parent(self) -> "RunSpec | None":
-        """The trajectory that this one equals up to its switch."""
-        if self.switch is None:
+        """The run that a derived one is made from; else the trajectory that this one equals up to its switch."""
+        if self.derived:
+            return self.replace(quantizer=None)
+        if self.switch is None or self.members:
             return None
-        return self.replace(quantizer=None, frozen=False, switch=None, average=AverageSpec())
+        return self.replace(quantizer=None, noise=None, frozen=False, switch=None, average=AverageSpec())
 
 
 class Place(Spec):

@@ -144,7 +144,7 @@ def accuracies(store: RunStore, wanted: Iterable[Labelled]) -> pd.DataFrame:
         run = store.run(spec)
         if not run.done:
             raise UserError(f"Run {spec.digest} ({label}, {spec.held_out}, seed {spec.seed}) is not trained yet.")
-        log = selection.candidates(run.rows(), spec.switch)
+        log = selection.candidates(run.rows(), spec.settled)
         for rule, choose in selection.RULES.items():
             row = choose(log)
             rows.append(
@@ -157,10 +157,17 @@ def accuracies(store: RunStore, wanted: Iterable[Labelled]) -> pd.DataFrame:
                     "step": row["step"],
                     "validation": row["validation"],
                     "target": row["target"]["in"]["accuracy"],
+                    **_tested(row),
                     "looks": len(log) if rule == "oracle" else 1,
                 }
             )
     return pd.DataFrame(rows)
+
+
+def _tested(row: selection.Row) -> dict[str, float]:
+    """Return the mean accuracy on the source domains' test images, where a run keeps such."""
+    scores = [score["accuracy"] for score in row.get("test", {}).values()]
+    return {"test": float(np.mean(scores))} if scores else {}
 
 
 def overview(store: RunStore) -> pd.DataFrame:
@@ -168,7 +175,7 @@ def overview(store: RunStore) -> pd.DataFrame:
     columns = ["run", "dataset", "model", "composition", "held_out", "seed", "state", "probes", "validation", "target"]
     rows = []
     for run in store.runs():
-        log = selection.candidates(run.rows(), run.spec.switch)
+        log = selection.candidates(run.rows(), run.spec.settled)
         best = selection.training_domain(log) if log else {}
         rows.append(
             {
@@ -187,11 +194,18 @@ def overview(store: RunStore) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
-def bracketed(value: float, low: float, high: float) -> str:
+def bracketed(value: float, low: float, high: float, *, digits: int = 3) -> str:
     """Return "value [low, high]", with a star where the interval excludes zero; one seed has no interval."""
     if not np.isfinite([low, high]).all():
-        return f"{value:+.3f} (no interval)"
-    return f"{value:+.3f} [{low:+.3f}, {high:+.3f}]{'*' if low * high > 0 else ''}"
+        return f"{value:+.{digits}f} (no interval)"
+    return f"{value:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]{'*' if low * high > 0 else ''}"
+
+
+def markdown(frame: pd.DataFrame) -> str:
+    """Return a frame as a table in markdown, fractions with three digits."""
+    cells = [[f"{v:.3f}" if isinstance(v, float) else str(v) for v in row] for row in frame.itertuples(index=False)]
+    lines = [[str(column) for column in frame.columns], ["---"] * len(frame.columns), *cells]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def reached(accuracies: pd.DataFrame, baseline: str) -> pd.DataFrame:

@@ -26,6 +26,7 @@ LIMITS: dict[str, tuple[int, int | None]] = {  # the whole numbers, wherever the
     "samples": (2, None),  # one direction has no interval
     "images": (1, None),
     "direction_seed": (0, None),
+    "since": (0, None),
 }
 
 
@@ -43,6 +44,7 @@ WORDS: dict[str, tuple[Any, Any, Any]] = {  # name -> type, default, option
             "or folder:PATH with domain/class/image.",
         ),
     ),
+    "datasets": (str, None, _option(_DATA, "Of a table: several data sets, as PACS,VLCS; --data-dir holds them all.")),
     "data_dir": (Path, None, _option(_DATA, "The folder that holds the data set; not for digits and folder:PATH.")),
     "held_out": (
         str,
@@ -51,10 +53,12 @@ WORDS: dict[str, tuple[Any, Any, Any]] = {  # name -> type, default, option
     ),
     "image_size": (int, None, _option(_DATA, "Height and width of the images, in pixels (digits 16, else 224).")),
     "method": (str, "ERM", _option(_COMPOSITION, "erm, sam, swa, swad, sma, qt-dog, ... (`flatlab methods`).")),
-    "objective": (str, None, _option(_COMPOSITION, f"erm{_PARTS}")),
+    "objective": (str, None, _option(_COMPOSITION, f"erm or coral{_PARTS}")),
+    "mixing": (str, None, _option(_COMPOSITION, f"none or mixstyle{_PARTS}")),
     "step": (str, None, _option(_COMPOSITION, f"plain or sam{_PARTS}")),
     "average": (str, None, _option(_COMPOSITION, f"last, swa, swad or sma{_PARTS}")),
-    "quantizer": (str, None, _option(_COMPOSITION, f"none or lsq{_PARTS}")),
+    "quantizer": (str, None, _option(_COMPOSITION, f"none, lsq, inq, obc or rtn{_PARTS}")),
+    "combine": (str, None, _option(_COMPOSITION, "What an ensemble averages: logits or probabilities (logits).")),
     "bits": (int, None, _option(_COMPOSITION, "Bits of a quantized weight, 2 to 16 (7).")),
     "quantize_at": (
         int,
@@ -87,7 +91,7 @@ WORDS: dict[str, tuple[Any, Any, Any]] = {  # name -> type, default, option
     ),
     "setting": (str, "quick", _option(_SCHEDULE, "smoke (seconds), quick (minutes) or paper (its own, days).")),
     "steps": (int, None, _option(_SCHEDULE, "Updates of a training (smoke 10, quick 300, paper 5000).")),
-    "eval_every": (int, None, _option(_SCHEDULE, "Steps between two evaluations (smoke 5, quick 30, paper 300).")),
+    "eval_every": (int, None, _option(_SCHEDULE, "Steps between two evaluations (smoke 3, quick 30, paper 300).")),
     "batch_size": (int, None, _option(_SCHEDULE, "Images of each source domain in a batch (32; smoke 8).")),
     "lr": (
         float,
@@ -105,6 +109,11 @@ WORDS: dict[str, tuple[Any, Any, Any]] = {  # name -> type, default, option
         int,
         None,
         _option(_SCHEDULE, "How many seeds; each moves both split and training (smoke 2, else 3; `train`: 1)."),
+    ),
+    "controls": (
+        bool,
+        False,
+        _option(_COMPOSITION, "Add runs that part quantizing from freezing (fig4).", "--controls", default=False),
     ),
     "device": (str, "auto", _option(_PLACE, "auto (the best there is), cpu, cuda or mps.")),
     "workers": (int, None, _option(_PLACE, "Processes that share the jobs (one per core; one on an accelerator).")),
@@ -129,6 +138,7 @@ WORDS: dict[str, tuple[Any, Any, Any]] = {  # name -> type, default, option
     "debug": (bool, False, _option(_OUTPUT, "Show the traceback of an error.", "--debug", default=False)),
 }
 RUNNING = ("device", "workers", "cache", "store", "dry_run", "json", "debug")
+PARTS = ("objective", "mixing", "step", "average", "quantizer", "combine")  # of a method
 DATA = ("dataset", "data_dir", "held_out", "image_size")
 TRAINING: tuple[str, ...] = ("exact_repo", "bits", "quantize_at", "model", "weights", "freeze_batchnorm")
 TRAINING += ("setting", "steps", "eval_every", "batch_size", "lr", "precision", "seed", "trial_seed")

@@ -94,6 +94,10 @@ def _do(job: Job, store: RunStore, place: Place, emit: Emit) -> None:
         for probe in job.probes:
             measure(store.run(job.runs[0]), probe, place, report=report)
             report.part += 1
+    elif job.runs[0].members:
+        from flatlab.train.ensembles import join
+
+        join(job.runs[0], store, place)
     else:
         from flatlab.train.loop import train
 

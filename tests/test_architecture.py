@@ -27,22 +27,33 @@ MAY_IMPORT = {
     "plots": "",
     "resources": "",
     "seeds": "",
+    "surfaceplots": "",
     "selection": "",
-    "specs": "errors",
+    "record": "errors",
     # what is asked for, without torch
+    "quantspecs": "record",
+    "specs": "record quantspecs errors",
     "probespecs": "specs errors",
     "settings": "specs errors",
-    "methods": "settings specs errors",
+    "methods": "settings specs quantspecs errors",
     "files": "errors jsontext",
     "entries": "specs files errors",
     "runs": "entries probespecs specs files errors jsontext",
     "metrics.blur": "",
     "tables": "runs probespecs specs selection files metrics.rounds metrics.results errors",
-    "jobs": "entries runs probespecs specs",
+    "jobs": "entries runs probespecs specs quantspecs",
     "executors": "jobs",
     "reproduce": "tables executors jobs runs settings specs plots files machine data.catalog errors",
+    "surroundings": "surfaceplots plots runs probespecs metrics.grids metrics.results files errors",
+    "orders": "tables",
+    "papertable": "orders tables plots runs methods settings specs resources",
     "flatness": "tables plots runs settings probespecs files metrics.sentences metrics.results metrics.rounds errors",
+    "stability": "tables plots selection runs specs files errors",
     "spectra": "plots runs probespecs specs files metrics.blur metrics.results errors",
+    "saliency": "tables plots methods metrics.maps metrics.results probespecs runs settings specs files errors",
+    "noisefigure": "uniformity tables methods settings probespecs runs specs resources seeds",
+    "uniformity": "tables plots runs probespecs specs files metrics.results errors",
+    "rounding": "tables plots runs probespecs specs files metrics.results errors",
     "tensorboard": "runs errors",
     "work": "jobs runs specs errors measure train",  # the last two inside functions: workers alone load torch
     # things that take arguments, not specs
@@ -58,19 +69,26 @@ MAY_IMPORT = {
     "points": "blocks",
     "derivatives": "errors",
     "landscape": "blocks derivatives losses memory nests params probes seeds errors points",
-    "metrics": "blocks derivatives losses nests landscape params seeds errors points",
+    "metrics": "blocks derivatives losses nests landscape params probes seeds errors points "
+    "surfaceplots",  # the last inside plot() alone
+    "golden": "landscape seeds",
+    "selftest": "golden metrics",
     # from specs to things, to runs, to measurements: `train` and `measure` meet on disk
-    "build": "specs data models quant files errors",
-    "train": "build memory runs data models quant.attach selection settings specs files machine errors",
-    "checkpoints": "build runs data landscape models nests quant.attach probespecs specs files",
+    "build": "specs quantspecs data models quant files errors",
+    "train": "build memory runs data models quant selection settings specs quantspecs files machine seeds errors",
+    "checkpoints": "build runs data landscape models nests quant probespecs specs files errors",
+    "export": "build checkpoints models quant runs specs quantspecs files errors",
+    "latent": "checkpoints models quant runs specs errors",
     "shelf": "runs files metrics.results metrics.sampling",
-    "measures": "checkpoints shelf runs landscape metrics params quant.attach seeds probespecs specs files errors",
+    "measures": "build checkpoints latent shelf runs data landscape metrics models params quant.attach seeds "
+    "probespecs specs files errors",
     "measure": "build runs probespecs specs machine errors",  # and, by name, the module of a metric in measures/
     # the paper
-    "analyses": "probespecs specs settings methods tables spectra plots runs resources",
+    "analyses": "noisefigure rounding papertable orders surroundings surfaceplots saliency stability spectra "
+    "probespecs specs settings methods tables plots runs resources",
 }
-OPEN = ("api", "cli", "upkeep", "options", "words", "mistakes", "display", "doctor", "errands", "hessian")
-OPEN += ("__main__", "__init__")
+OPEN = ("api", "cli", "upkeep", "options", "words", "mistakes", "display", "doctor", "errands", "hessian", "noise")
+OPEN += ("surveys", "__main__", "__init__")
 TORCH_FREE = [
     "specs",
     "probespecs",
@@ -80,6 +98,8 @@ TORCH_FREE = [
     "jobs",
     "tables",
     "plots",
+    "orders",
+    "papertable",
     "reproduce",
     "options",
     "cli",
@@ -156,7 +176,20 @@ def test_there_are_no_cycles():
 
 def test_analyses_and_tables_do_not_name_torch():
     torch_free = [name for name in IMPORTS if name.startswith("analyses")]
-    torch_free += [f"flatlab.{name}" for name in [*TORCH_FREE, "flatness", "executors", "spectra", "words", "mistakes"]]
+    torch_free += [
+        f"flatlab.{name}"
+        for name in [
+            *TORCH_FREE,
+            "flatness",
+            "executors",
+            "spectra",
+            "uniformity",
+            "noisefigure",
+            "rounding",
+            "words",
+            "mistakes",
+        ]
+    ]
     assert not {name for name in torch_free if any(re.match(r"torch\b|torchvision\b", i) for i in IMPORTS[name])}
 
 

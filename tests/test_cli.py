@@ -16,7 +16,8 @@ from commandline import PETS, TINY, Answer, call, only_run, pets
 from flatlab import cli, models, settings, words
 from flatlab.runs import RunStore
 
-COMMANDS = ["reproduce", "train", "flatness", "hessian", "import", "methods", "list", "doctor"]
+COMMANDS = ["reproduce", "train", "flatness", "noise", "hessian", "landscape", "audit", "selftest", "stability"]
+COMMANDS += ["import", "methods", "list", "doctor", "export"]
 COMMANDS += ["runs list", "runs show", "runs verify", "runs rm", "runs merge", "data list", "data check"]
 HEAVY = ("torch", "pandas", "matplotlib", "numpy")
 

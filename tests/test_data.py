@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.datasets import ImageFolder
 
 from flatlab.data import catalog, digits, folders, sources
 from flatlab.data.batches import TrainingStream, evaluation_batches
@@ -173,7 +174,7 @@ def test_seed_hash_is_domainbeds(trial_seed: int, index: int, golden: int) -> No
 
 def test_split_is_domainbeds_bit_for_bit() -> None:
     shuffled = [5, 0, 3, 7, 8, 6, 1, 2, 9, 4]  # range(10) shuffled by RandomState(seed_hash(0, 1))
-    inside, outside = split(10, 1, trial_seed=0, fraction=0.3)
+    inside, outside, _ = split(10, 1, trial_seed=0, fraction=0.3)
     assert (outside.tolist(), inside.tolist()) == (shuffled[:3], shuffled[3:])
     assert inside.dtype == outside.dtype == np.int64
 
@@ -184,10 +185,26 @@ def test_split_sizes_of_pacs() -> None:
     assert sizes == [409, 468, 334, 785]
 
 
+@pytest.mark.parametrize("tested", [0.0, 0.2])
 @pytest.mark.parametrize("n", [5, 449, 450])
-def test_split_is_disjoint_and_complete(n: int) -> None:
-    inside, outside = split(n, 0, trial_seed=1)
-    assert sorted([*inside, *outside]) == list(range(n))
+def test_split_is_disjoint_and_complete(n: int, tested: float) -> None:
+    parts = split(n, 0, trial_seed=1, tested=tested)
+    assert sorted(np.concatenate(parts)) == list(range(n))
+    assert len(parts.tested) == (0 if not tested else int(0.4 * n) - int(0.4 * n) // 2)
+
+
+def test_the_test_part_is_cut_off_the_outer_one_as_swad_does() -> None:
+    whole = split(450, 2, trial_seed=1, fraction=0.4)
+    cut = split(450, 2, trial_seed=1, fraction=0.2, tested=0.2)
+    again = list(range(180))
+    np.random.RandomState(seed_hash(1, 2)).shuffle(again)
+    assert np.array_equal(cut.inside, whole.inside)
+    assert np.array_equal([*cut.outside, *cut.tested], whole.outside[again]) and len(cut.outside) == 90
+
+
+def test_a_test_part_of_none_is_refused() -> None:
+    with pytest.raises(UserError, match="0 to validate on, 1 to test on and 9 to train on; each part needs"):
+        split(10, 0, trial_seed=0, fraction=0.1, tested=0.01)
 
 
 def test_split_depends_on_the_trial_and_on_the_domain() -> None:
@@ -303,6 +320,15 @@ def test_folder_is_read_in_imagefolders_order(tree: Path) -> None:
         first = np.asarray(image.convert("RGB").resize((8, 8), Image.Resampling.BILINEAR))
     assert np.array_equal(data.domain("photo").images[0].permute(1, 2, 0).numpy(), first)
     assert load(tree).fingerprint == data.fingerprint
+
+
+def test_subfolders_and_their_order_are_imagefolders(tmp_path: Path) -> None:
+    for name in ("b.png", "deep/a.pgm", "deep/er/c.ppm", "deeper/a.png", ".hidden/d.png"):
+        picture(tmp_path / "animals" / "photo" / "cat" / name, "L" if name.endswith("pgm") else "RGB")
+        picture(tmp_path / "animals" / "sketch" / "cat" / name, "L" if name.endswith("pgm") else "RGB")
+    theirs = [Path(path) for path, _ in ImageFolder(tmp_path / "animals" / "photo").samples]
+    assert folders.listing("folder:animals", tmp_path / "animals").paths("photo") == theirs and len(theirs) == 5
+    assert catalog.sizes("folder:animals", tmp_path / "animals") == {"photo": 5, "sketch": 5}
 
 
 def test_grey_palette_and_transparent_images_become_rgb(tree: Path) -> None:

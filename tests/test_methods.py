@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from flatlab import build, checkpoints, files
 from flatlab.data.batches import TrainingStream
+from flatlab.errors import UserError
 from flatlab.methods import METHODS, Method, compose
 from flatlab.quant.attach import bake, quantized_layers
 from flatlab.runs import RunStore
@@ -17,15 +18,21 @@ from flatlab.train.loop import Training, train
 
 PLACE = Place(device="cpu")
 QT_DOG = METHODS["QT-DoG"]
-COMPOSITIONS = METHODS | {
+COMPOSITIONS = {name: parts for name, parts in METHODS.items() if not parts.members} | {
     "SAM+SWAD": Method(step="sam", average="swad"),
     "LSQ+SWA": Method(quantizer="lsq", average="swa"),
     "LSQ+SWAD": Method(quantizer="lsq", average="swad"),
     "SAM+LSQ+SMA": Method(step="sam", quantizer="lsq", average="sma"),
     "release-parity+SAM+SWA": Method(step="sam", quantizer="lsq", frozen=True, average="swa"),
     "freeze+SMA": Method(frozen=True, average="sma"),
+    "INQ+SMA": Method(quantizer="inq", average="sma"),
+    "SWAD+OBC": Method(quantizer="obc", average="swad"),
+    "SAM+noise": Method(step="sam", noise="fresh"),
+    "CORAL+MixStyle+SAM+LSQ+SWAD": Method(
+        objective="coral", mixing="mixstyle", step="sam", quantizer="lsq", average="swad"
+    ),
 }
-SETTING = SMOKE.replace(scale_lr=1e-4)  # the switch falls on step 4 of 0..10, evaluations on 0, 5, 10
+SETTING = SMOKE.replace(scale_lr=1e-4, eval_every=5)  # the switch falls on step 4 of 0..10, evaluations on 0, 5, 10
 
 
 def spec_of(parts, setting=SETTING, **changes):
@@ -60,10 +67,15 @@ def observe(spec, store):
 def test_every_method_trains_and_its_checkpoint_is_what_its_log_says(name, tmp_path):
     spec = spec_of(COMPOSITIONS[name])
     run = RunStore(tmp_path).run(spec)
-    train([spec], RunStore(tmp_path), PLACE)
+    for each in [spec.parent, spec] if spec.derived and spec.parent else [spec]:
+        train([each], RunStore(tmp_path), PLACE)
     assert run.done and not run.faults()
     rows = run.rows()
-    assert [row["step"] for row in rows] == ([0, 5, 10] if spec.average.kind in ("last", "sma") else [10])
+    if spec.derived:
+        selected = weights_of(RunStore(tmp_path).run(spec.parent))[1]
+        assert [row["step"] for row in rows] == [selected]
+    else:
+        assert [row["step"] for row in rows] == ([0, 5, 10] if spec.average.kind in ("last", "sma") else [10])
     assert [row["looks"] for row in rows] == list(range(1, len(rows) + 1))
     judge = judge_of(spec)
     for checkpoint in ("selected", "last"):
@@ -79,7 +91,7 @@ def test_every_method_trains_and_its_checkpoint_is_what_its_log_says(name, tmp_p
         assert bool(quantized_layers(loaded)) == (spec.quantizer is not None)
         bake(loaded)
         assert torch.equal(loaded(images), logits)
-    best = max(row["validation"] for row in rows if row["step"] >= (spec.switch or 0))
+    best = max(row["validation"] for row in rows if row["step"] >= (spec.settled or 0))
     assert best == next(row["validation"] for row in rows if row["step"] == weights_of(run)[1])
 
 
@@ -157,6 +169,13 @@ def test_refreshed_statistics_are_the_mean_over_unseen_batches(average, tmp_path
 
 
 # --- what trains, and how ----------------------------------------------------------------------------------------
+
+
+def test_runs_of_several_trajectories_are_refused(tmp_path):
+    both = [compose(METHODS[name], SETTING, held_out="rot45", seed=0, trial_seed=0) for name in ("ERM", "SAM")]
+    with pytest.raises(UserError, match="2 runs of several trajectories came; train those of one trajectory"):
+        train(both, RunStore(tmp_path), PLACE)
+    assert not list(tmp_path.iterdir())
 
 
 def test_lsq_is_really_trained(tmp_path):

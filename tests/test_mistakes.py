@@ -25,8 +25,8 @@ WORDS = {  # what the user writes -> what is said, before anything heavy is load
     "train --method swdd": r"Unknown method 'swdd'; known: ERM, SAM, SWA, SWAD, .*\. Did you mean SWAD\?",
     "train --step adam": r"Unknown step 'adam'; known: plain, sam\.",
     "train --average ema": r"Unknown average 'ema'; known: last, swa, swad, sma\.",
-    "train --quantizer lqs": r"Unknown quantizer 'lqs'; known: none, lsq\. Did you mean lsq\?",
-    "train --objective coral": r"Unknown objective 'coral'; known: erm\.",
+    "train --quantizer lqs": r"Unknown quantizer 'lqs'; known: none, lsq, inq, rtn, obc\. Did you mean lsq\?",
+    "train --objective irm": r"Unknown objective 'irm'; known: erm, coral\.",
     "train --model resnet": r"Unknown model 'resnet'; known: digits-cnn, .*\. Did you mean resnet",
     "train --dataset PCAS": r"Unknown dataset 'PCAS'; known: digits, PACS, .*\. Did you mean PACS\?",
     "train --setting huge": r"Unknown setting 'huge'; known: smoke, quick, paper\.",
@@ -37,7 +37,7 @@ WORDS = {  # what the user writes -> what is said, before anything heavy is load
     "train --method qt-dog --bits 1": rf"--bits 1 {WHOLE} 2 to 16\.",
     "train --method qt-dog --bits 17": rf"--bits 17 {WHOLE} 2 to 16\.",
     "train --bits 4": r"--bits 4 does nothing without a quantizer; add --quantizer lsq, or leave it out\.",
-    "train --quantize-at 4": r"--quantize-at 4 does nothing without a quantizer; add --quantizer lsq",
+    "train --quantize-at 4": r"--quantize-at 4 does nothing without a quantizer that trains; add --quantizer lsq",
     "train --exact-repo": r"--exact-repo does nothing without SWAD; add --average swad, or leave it out\.",
     "train --method qt-dog --quantize-at 301": (
         r"The switch at step 301 lies beyond the end at 300; choose --quantize-at of at most --steps\."

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -253,8 +254,8 @@ def test_attach_quantizes_every_convolution_and_nothing_else():
 
 
 def test_nothing_to_quantize_is_refused():
-    with pytest.raises(UserError, match="Nothing to quantize"):
-        attach(nn.Linear(3, 2))
+    with pytest.raises(UserError, match="^Nothing to quantize: the network holds no Conv2d or Linear layer outside"):
+        attach(nn.Sequential(OrderedDict(norm=nn.BatchNorm1d(3), head=nn.Linear(3, 2))))
 
 
 def test_attaching_twice_is_refused():

@@ -20,7 +20,11 @@ def smoke(tmp_path_factory):
     """A store and the pictures of every analysis; the exit codes of making them."""
     root = tmp_path_factory.mktemp("reproduce")
     words = ("--setting", "smoke", "--store", root / "runs", "--out", root / "figures")
-    codes = {name: commandline.call("reproduce", name, *words) for name in reproduce.analyses()}
+    fewer = ("--held-out", "rot0")  # but for Figure 3, whose runs hold theirs
+    codes = {
+        name: commandline.call("reproduce", name, *words, *(() if name == "fig3" else fewer))
+        for name in reproduce.analyses()
+    }
     return root, words, codes
 
 
@@ -28,8 +32,8 @@ def test_every_figure_and_table_is_made(smoke):
     root, _, codes = smoke
     assert codes and set(codes.values()) == {0}
     for name in codes:
-        for suffix in ("pdf", "png", "csv", "json"):
-            assert (root / "figures" / f"{name}.{suffix}").stat().st_size > 500
+        for suffix in ("pdf", "png", "csv", "json", "md"):
+            assert (root / "figures" / f"{name}.{suffix}").stat().st_size > 400
         assert (root / "figures" / f"{name}.pdf").read_bytes().startswith(b"%PDF")
 
 

@@ -49,6 +49,7 @@ FORKED = {
     "sam-lsq": spec("QT-DoG", step="sam"),
     "lsq-swad": spec("QT-DoG", average="swad"),
     "lsq-sma": spec("QT-DoG", average="sma"),
+    "mixstyle-sam-lsq": spec("MixStyle+QT-DoG", step="sam"),
 }
 
 

@@ -8,8 +8,9 @@ from pydantic import ValidationError
 from flatlab.errors import UserError
 from flatlab.methods import METHODS, Method, compose, method, replicates, vary
 from flatlab.probespecs import ProbeSpec
+from flatlab.quantspecs import INQSpec, NoiseSpec, OBCSpec, QuantSpec, RTNSpec
 from flatlab.settings import PAPER, QUICK, SETTINGS, SMOKE, setting
-from flatlab.specs import AverageSpec, Place, QuantSpec, RunSpec, StepSpec
+from flatlab.specs import AverageSpec, MixSpec, Place, RunSpec, StepSpec
 
 FIELDS = {"dataset": "digits", "held_out": "rot0", "image_size": 16, "model": "digits-cnn", "steps": 10}
 FIELDS |= {"eval_every": 5, "lr": 0.001}
@@ -31,7 +32,15 @@ def test_canonical_json_is_sorted_bare_and_complete():
     text = RUN.canonical()
     fields = json.loads(text)
     assert text == json.dumps(fields, sort_keys=True, separators=(",", ":"))
-    assert fields.keys() == RunSpec.model_fields.keys()  # defaults are written out: they may change later
+    # Defaults are written out: they may change later. Fields added since are written where they differ.
+    assert fields.keys() == RunSpec.model_fields.keys() - set(RunSpec.later)
+    noisy = RUN.replace(noise=NoiseSpec(bits=7), switch=4)
+    assert json.loads(noisy.canonical())["noise"]["bits"] == 7 and RunSpec.parse(noisy.canonical()) == noisy
+    logged = RUN.replace(quantizer=QuantSpec(log_scale=True), switch=4)
+    assert json.loads(logged.canonical())["quantizer"]["log_scale"] and RunSpec.parse(logged.canonical()) == logged
+    late = RUN.replace(mixing=MixSpec(), members=(RUN, RUN.replace(seed=1, objective="coral", coral_weight=0.5)))
+    assert RunSpec.parse(late.canonical()) == late and "coral_weight" not in json.loads(late.canonical())
+    assert json.loads(late.canonical())["members"][1]["coral_weight"] == 0.5
     assert RunSpec(**dict(reversed(FIELDS.items()))).canonical() == text
     assert RunSpec.parse(text) == RUN and RunSpec.parse(text).digest == RUN.digest
     assert ProbeSpec.parse(PROBE.canonical()) == PROBE
@@ -42,11 +51,25 @@ def test_each_field_of_a_run_is_part_of_its_name():
     other = {"dataset": "PACS", "held_out": "rot15", "image_size": 8, "model": "resnet18", "weights": "imagenet"}
     other |= {"freeze_batchnorm": True, "step": StepSpec(rho=0.1), "average": AverageSpec(every=2), "steps": 11}
     other |= {"eval_every": 2, "batch_size": 8, "lr": 0.1, "weight_decay": 0.1, "seed": 1, "trial_seed": 1}
-    other |= {"augment": "domainbed", "precision": "bf16", "holdout": 0.3, "source": "sha256:0"}
+    other |= {"augment": "domainbed", "precision": "bf16", "holdout": 0.3, "test_share": 0.2, "source": "sha256:0"}
+    other |= {"objective": "coral", "coral_weight": 0.5, "mixing": MixSpec(), "members": (RUN,)}
+    other |= {"combine": "probabilities"}
     names = {RUN.replace(**{field: value}).digest for field, value in other.items()}
     names |= {RUN.replace(frozen=True, switch=4).digest, RUN.replace(quantizer=QuantSpec(), switch=4).digest}
-    assert len(names | {RUN.digest}) == len(other) + 3
-    assert set(RunSpec.model_fields) - set(other) == {"objective", "quantizer", "frozen", "switch"}
+    kinds = (INQSpec(every=2), RTNSpec(), OBCSpec(), OBCSpec(images=9))
+    names |= {RUN.replace(quantizer=q, switch=None if q.kind in ("rtn", "obc") else 2).digest for q in kinds}
+    names |= {RUN.replace(noise=noise, switch=4).digest for noise in (NoiseSpec(bits=7), NoiseSpec(amplitude=0.1))}
+    changed = {"signed": False, "log_scale": True, "activations": "signed", "scale_lr": 0.0, "bits": 3}
+    names |= {RUN.replace(quantizer=QuantSpec(**{f: v}), switch=4).digest for f, v in changed.items()}
+    assert len(names | {RUN.digest}) == len(other) + 3 + len(kinds) + 2 + len(changed)
+    assert set(RunSpec.model_fields) - set(other) == {"quantizer", "frozen", "switch", "noise"}
+
+
+def test_a_later_field_is_left_out_at_its_default_and_read_back_as_such():
+    assert "test_share" not in json.loads(RUN.canonical())
+    later = RUN.replace(test_share=0.2)
+    assert json.loads(later.canonical())["test_share"] == 0.2
+    assert RunSpec.parse(RUN.canonical()) == RUN and RunSpec.parse(later.canonical()) == later
 
 
 def test_the_place_is_no_part_of_a_name():
@@ -59,7 +82,7 @@ def test_a_trajectory_is_all_but_the_average_and_a_parent_all_before_the_switch(
     assert run.trajectory.trajectory == run.trajectory and run.trajectory.digest != run.digest
     assert run.parent == RUN.replace(step=StepSpec(kind="sam"))
     assert RUN.parent is None and RUN.trajectory == RUN
-    parity = {"release-parity", "freeze", "QT-DoG"}
+    parity = {"release-parity", "freeze", "QT-DoG", "INQ", "OBC", "RTN", "noise", "noise-kept"}
     at = {"held_out": "rot0", "seed": 0, "trial_seed": 0}
     assert {compose(METHODS[name], SMOKE, **at).parent for name in parity} == {compose(METHODS["ERM"], SMOKE, **at)}
 
@@ -70,15 +93,19 @@ def test_a_trajectory_is_all_but_the_average_and_a_parent_all_before_the_switch(
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"bits": 7}, r"^RunSpec has no field 'bits'; it has dataset, held_out, .*, source\.$"),
+        ({"bits": 7}, r"^RunSpec has no field 'bits'; it has dataset, held_out, .*, combine\.$"),
         ({"steps": "10"}, r"^RunSpec: steps='10' does not do: input should be a valid integer\.$"),
         ({"steps": 10.0}, r"^RunSpec: steps=10\.0 does not do: input should be a valid integer\.$"),
         ({"steps": 0}, r"^RunSpec: steps=0 does not do: it must be at least 1\.$"),
         ({"lr": 0.0}, r"^RunSpec: lr=0\.0 does not do: it must be more than 0\.0\.$"),
         ({"lr": float("nan")}, r"^RunSpec: lr=nan does not do: it must be a finite number\.$"),
-        ({"objective": "irm"}, r"^RunSpec: objective='irm' does not do: it must be 'erm'\.$"),
-        ({"switch": 4}, r"^A switch step goes with a quantizer or with freezing, and they with it\.$"),
-        ({"frozen": True}, r"^A switch step goes with a quantizer or with freezing, and they with it\.$"),
+        ({"objective": "irm"}, r"^RunSpec: objective='irm' does not do: it must be 'erm' or 'coral'\.$"),
+        ({"switch": 4}, r"^A switch step goes with a quantizer, noise or freezing in training, and they with it\.$"),
+        ({"frozen": True}, r"^A switch step goes with a quantizer, noise or freezing in training, and they with it\.$"),
+        (
+            {"members": (RUN.replace(held_out="rot15"),)},
+            r"^The members of an ensemble have one data set, held-out domain and image size, and .*rot0.*rot15",
+        ),
         (
             {"frozen": True, "switch": 11},
             r"^The switch at step 11 lies beyond the end at 10; choose --quantize-at of at most --steps\.$",
@@ -90,6 +117,47 @@ def test_what_does_not_do_is_one_sentence(changes, sentence):
         RunSpec.make(**{**FIELDS, **changes})
     with pytest.raises(UserError, match=sentence):
         RUN.replace(**changes)
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: INQSpec.make(every=2, fractions=(0.5, 0.9)), r"^INQ's fractions rise to 1, .*: \(0\.5, 0\.9\)\.$"),
+        (lambda: INQSpec.make(every=2, fractions=(0.0, 1.0)), r"^INQ's fractions are above 0; these begin with 0\.$"),
+        (
+            lambda: INQSpec.make(every=2, bits=9, grid="power-of-two"),
+            r"^A grid of powers of two has 2 to 8 bits, not 9",
+        ),
+        (lambda: OBCSpec.make(bits=1), r"^OBCSpec: bits=1 does not do: it must be at least 2\.$"),
+        (NoiseSpec.make, r"^Noise has either an amplitude or the bits whose rounding it equals in norm; give one\.$"),
+        (lambda: NoiseSpec.make(amplitude=0.1, bits=7), r"^Noise has either an amplitude or the bits"),
+        (
+            lambda: RUN.replace(quantizer=OBCSpec(), switch=4),
+            r"^A switch step goes with a quantizer, noise or freezing",
+        ),
+        (
+            lambda: RUN.replace(quantizer=QuantSpec(), noise=NoiseSpec(bits=7), switch=4),
+            r"^Noise stands in a quantizer",
+        ),
+        (
+            lambda: RUN.replace(quantizer=INQSpec(every=3), switch=4),
+            r"^The last stage of INQ at step 13 lies beyond the end at 10; choose --quantize-at of at most --steps\.$",
+        ),
+    ],
+)
+def test_quantizers_and_noise_that_do_not_do(make, sentence):
+    with pytest.raises(UserError, match=sentence):
+        make()
+
+
+def test_a_derived_run_is_made_from_the_run_without_its_quantizer():
+    frozen = RUN.replace(frozen=True, switch=4, average=AverageSpec(kind="sma"))
+    for quantizer in (RTNSpec(), OBCSpec()):
+        assert RUN.replace(quantizer=quantizer).parent == RUN
+        derived = frozen.replace(quantizer=quantizer)
+        assert derived.derived and derived.parent == frozen and not frozen.derived
+    inq = RUN.replace(quantizer=INQSpec(every=2), switch=4)
+    assert (inq.settled, inq.switch, inq.derived, inq.parent) == (10, 4, False, RUN)
 
 
 @pytest.mark.parametrize(("bits", "bound"), [(1, "at least 2"), (17, "at most 16")])
@@ -145,12 +213,16 @@ def test_the_papers_constants():
 
 
 def test_methods_are_compositions_of_independent_parts():
-    assert len({compose(parts, QUICK, held_out="rot0", seed=0, trial_seed=0) for parts in METHODS.values()}) == 8
+    assert len({compose(parts, QUICK, held_out="rot0", seed=0, trial_seed=0) for parts in METHODS.values()}) == len(
+        METHODS
+    )
     both = compose(Method(step="sam", quantizer="lsq", average="swad"), PAPER, held_out="sketch", seed=0, trial_seed=2)
     alone = paper("QT-DoG").replace(step=paper("SAM").step, average=paper("SWAD").average)
     assert both == alone and both.label == "sam-lsq-swad"
     labels = {name: paper(name).label for name in ("ERM", "SMA", "QT-DoG", "release-parity", "freeze")}
     assert list(labels.values()) == ["erm", "sma", "lsq", "lsq-frozen", "frozen"]
+    labels = [paper(name).label for name in ("CORAL", "CORAL+QT-DoG", "MixStyle+QT-DoG", "ERM-ensemble", "EoA", "EoQ")]
+    assert labels == ["coral", "coral-lsq", "mixstyle-lsq", "6 x erm", "6 x sma", "5 x lsq"]
     assert paper("ERM").replace(source="sha256:0").label == "imported"
 
 
@@ -173,6 +245,17 @@ def test_replicates_move_both_seeds_for_each_target():
     ]
 
 
+def test_an_ensemble_has_members_of_consecutive_seeds_and_there_is_one_for_each_target():
+    assert [method(name)[1].members for name in ("erm-ensemble", "eoa", "eoq")] == [6, 6, 5]  # the paper's Table 1
+    chosen = QUICK.replace(seeds=3, seed=4, trial_seed=2, held_out=("rot0", "rot45"))
+    runs = replicates(METHODS["EoQ"], chosen)
+    assert [run.held_out for run in runs] == ["rot0", "rot45"]
+    alone = replicates(METHODS["QT-DoG"], chosen.replace(seeds=5))
+    assert [member for run in runs for member in run.members] == alone
+    assert (runs[0].seed, runs[0].trial_seed, runs[0].combine, runs[0].parent) == (4, 2, "logits", None)
+    assert vary(METHODS["EoQ"], {"combine": "probabilities"}).combine == "probabilities"
+
+
 def test_settings_change_by_name_and_scale_with_their_steps():
     assert setting("Quick", steps=1000, lr=None) == QUICK.replace(steps=1000)
     assert (QUICK.replace(steps=1000).switch_step, QUICK.replace(steps=1000).swa_start) == (400, 600)
@@ -189,5 +272,6 @@ def test_every_method_composes_in_every_setting(chosen):
         for run in replicates(parts, chosen):
             assert run.held_out in chosen.domains
             assert parts.average == run.average.kind and parts.step == run.step.kind
-            assert (run.quantizer is None) == (parts.quantizer == "none") and run.frozen == parts.frozen
-            assert (run.switch == chosen.switch_step) if run.switch else not (run.frozen or run.quantizer)
+            assert (run.quantizer.kind if run.quantizer else "none") == parts.quantizer and run.frozen == parts.frozen
+            assert run.switch == (chosen.switch_step if parts.switched else None)
+            assert (run.settled or 0) <= run.steps

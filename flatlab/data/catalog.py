@@ -182,4 +182,4 @@ def sizes(dataset: str, data_dir: Path | None) -> dict[str, int]:
         return {name: count or 0 for name, count in known.domains.items()}
     root = locate(dataset, data_dir)
     names = domain_names(dataset, data_dir)
-    return {name: sum(1 for path in (root / name).glob("*/*") if path.is_file()) for name in names}
+    return {name: sum(1 for path in (root / name).glob("*/**/*") if path.is_file()) for name in names}

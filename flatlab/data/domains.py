@@ -98,32 +98,47 @@ class Split(NamedTuple):
     Attributes:
         inside: (n_in,) int64, DomainBed's "in" split: trains a source, tests a target.
         outside: (n_out,) int64, DomainBed's "out" split: validates.
+        tested: (n_test,) int64, for an in-domain test: cut off the "out" split.
     """
 
     inside: np.ndarray
     outside: np.ndarray
+    tested: np.ndarray
 
 
-def split(n: int, domain_index: int, *, trial_seed: int, fraction: float = 0.2) -> Split:
-    """Split the `n` images of a domain as DomainBed does, bit for bit.
+def split(n: int, domain_index: int, *, trial_seed: int, fraction: float = 0.2, tested: float = 0.0) -> Split:
+    """Split the `n` images of a domain as DomainBed does, bit for bit, and the outer part again as SWAD does.
 
-    Source: facebookresearch/DomainBed, scripts/train.py and lib/misc.py.
+    Source: facebookresearch/DomainBed, scripts/train.py and lib/misc.py; khanrc/swad, trainer.py (`indomain_test`).
 
     Args:
         n: number of images in the domain.
         domain_index: the domain's place in index order; each domain is shuffled by its own seed.
         trial_seed: chooses the split, and nothing else.
-        fraction: share of the images that goes outside, rounded down.
+        fraction: share of the images that validates, rounded down.
+        tested: share of the images for an in-domain test.
 
     Raises:
-        UserError: one of the two parts would be empty.
+        UserError: one of the parts would be empty.
     """
-    n_out = int(n * fraction)
-    if not 0 < n_out < n:
+    n_out = int(n * (fraction + tested))
+    n_validate = int(n_out * (fraction / (fraction + tested)))
+    if not 0 < n_validate <= n_out < n or (tested and n_validate == n_out):
         raise UserError(
-            f"Domain {domain_index} has {n} images: a share of {fraction} leaves {n_out} to validate on and "
+            f"Domain {domain_index} has {n} images: shares of {fraction} and {tested} leave {n_validate} to validate "
+            f"on, {n_out - n_validate} to test on and {n - n_out} to train on; each part needs at least one image."
+            if tested
+            else f"Domain {domain_index} has {n} images: a share of {fraction} leaves {n_out} to validate on and "
             f"{n - n_out} to train on; both parts need at least one image."
         )
+    keys, places = _shuffled(n, trial_seed, domain_index), list(range(n_out))
+    if tested:
+        places = _shuffled(n_out, trial_seed, domain_index)
+    outer = np.array(keys[:n_out], dtype=np.int64)[places]
+    return Split(np.array(keys[n_out:], dtype=np.int64), outer[:n_validate], outer[n_validate:])
+
+
+def _shuffled(n: int, trial_seed: int, domain_index: int) -> list[int]:
     keys = list(range(n))
     np.random.RandomState(seed_hash(trial_seed, domain_index)).shuffle(keys)
-    return Split(inside=np.array(keys[n_out:], dtype=np.int64), outside=np.array(keys[:n_out], dtype=np.int64))
+    return keys

@@ -1,5 +1,6 @@
 """DomainBed's folders root/domain/class/image: what lies there, and what is off. No torch, and no image is opened."""
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from flatlab.errors import UserError
 
 Tree = dict[str, dict[str, list[Path]]]  # domain -> class -> image files, each level in sorted order
 
-SUFFIXES = frozenset([".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm"])
+SUFFIXES = frozenset([".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"])
 
 
 @dataclass(frozen=True)
@@ -65,9 +66,10 @@ def _tree(root: Path, names: tuple[str, ...]) -> Tree:
 
 
 def _images(folder: Path) -> list[Path]:
-    """Return a folder's image files by name, as ImageFolder sorts them; macOS hides `._photo.jpg` among them."""
-    files = (each for each in folder.iterdir() if each.suffix.lower() in SUFFIXES and each.name[0] != ".")
-    return sorted(files, key=lambda each: each.name)
+    """Return the image files in a folder and below it, as ImageFolder sorts them; macOS hides `._photo.jpg` there."""
+    levels = sorted((Path(level), sorted(names)) for level, _, names in os.walk(folder, followlinks=True))
+    files = (level / name for level, names in levels for name in names if name[0] != ".")
+    return [file for file in files if file.suffix.lower() in SUFFIXES]
 
 
 def _count(files: Mapping[str, list[Path]]) -> int:

@@ -15,32 +15,45 @@ Noise = Literal["sphere", "normal", "uniform"]
 
 
 def draw_ray(
-    landscape: Landscape, seed: int, k: int, *, normalisation: Normalisation = "none", noise: Noise = "sphere"
+    landscape: Landscape,
+    seed: int,
+    k: int,
+    *,
+    normalisation: Normalisation = "none",
+    noise: Noise = "sphere",
+    like: Tensor | None = None,
 ) -> Tensor:
-    """Return direction k (P,): of length 1, or as long as w in each filter, layer or parameter.
+    """Return direction k (P,): of length 1, or as long as w (or a vector `like`) in each filter, layer or parameter.
 
     Drawn on the CPU in float32, whatever the model's device and dtype: all models of one architecture share rays.
-    Other noise than on the sphere keeps its own length: entries normal, or uniform on [-1, 1].
+    Other noise than on the sphere keeps its own length: entries normal, or uniform on [-1, 1]. On the sphere, without
+    a normalisation, a ray is as long as `like` on the whole, where that is given.
     """
     rng = generator("sphere", seed, k)
     drawn = torch.randn(landscape.num_params, generator=rng)
     if noise == "uniform":
         drawn = 2 * torch.rand(landscape.num_params, generator=rng) - 1
     if normalisation != "none":
-        return scale_to_weights(drawn, landscape, normalisation)
+        return scale_to_weights(drawn, landscape, normalisation, like)
     if noise == "sphere":
         drawn.div_(torch.linalg.vector_norm(drawn, dtype=torch.float64))
+        if like is not None:
+            drawn.mul_(float(torch.linalg.vector_norm(like, dtype=wide(like))))
     return landscape.as_point(drawn)
 
 
-def scale_to_weights(vector: Tensor, landscape: Landscape, normalisation: Normalisation = "filter") -> Tensor:
+def scale_to_weights(
+    vector: Tensor, landscape: Landscape, normalisation: Normalisation = "filter", like: Tensor | None = None
+) -> Tensor:
     """Scale a direction (P,) to the weights (arXiv 1712.09913, section 4): by filter, by layer, or number by number.
 
     A filter is a slice along the first axis of a tensor of more than one axis, a layer is such a tensor; BatchNorm
     and biases are held still. "parameter" multiplies each entry by |w|, of whatever tensor (Kwon et al. 2021).
+    A vector `like` (P,) stands in for the weights, such as a perturbation whose random twins are sought.
     """
     scaled = landscape.as_point(vector).clone()
-    for z, w in zip(landscape.split(scaled), landscape.split(landscape.point), strict=True):
+    lengths = landscape.point if like is None else like
+    for z, w in zip(landscape.split(scaled), landscape.split(lengths), strict=True):
         if normalisation == "parameter":
             z.mul_(w.abs())
         elif w.ndim < 2:

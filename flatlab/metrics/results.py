@@ -75,6 +75,13 @@ def mean_of(draws: FloatArray) -> Estimate:
         return Estimate(float(draws.mean()) if count else float("nan"), stderr, max(1, count - 1))
 
 
+def standing(own: float, draws: FloatArray) -> tuple[float, float]:
+    """Return how a number stands among draws (K,): z, and the share that lies below, (1 + count) / (K + 2)."""
+    spread = float(draws.std(ddof=1))
+    z = (own - float(draws.mean())) / spread if spread > 0 else float("nan")
+    return z, (1 + int((draws < own).sum())) / (len(draws) + 2)
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Sampled(ABC):
     """Means over draws, along an axis such as the radius.

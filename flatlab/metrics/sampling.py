@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
+from torch import Tensor
 
 from flatlab.blocks import Block
 from flatlab.landscape import Landscape
@@ -118,6 +119,7 @@ class Sampler:
         value: from the mean over strata (L, J) to the visits (J,) of the number that is sought.
         keep: keeps units.
         noise: what rays are before they are normalised.
+        like: a vector (P,) whose lengths the rays have instead of the weights'.
     """
 
     landscapes: Sequence[Landscape]
@@ -126,6 +128,7 @@ class Sampler:
     value: Callable[[FloatArray], FloatArray] = lambda rises: rises[0]
     keep: Keep = forget
     noise: Noise = "sphere"
+    like: Tensor | None = None
     spent: float = 0.0  # images forwarded, as one process alone would: a budget ends alike however work is shared
     _partitions: dict[tuple[int, int], list[Block]] = field(default_factory=dict)
     _bases: dict[tuple[int, int, int], FloatArray] = field(default_factory=dict)
@@ -226,7 +229,7 @@ class Sampler:
 
     def _visit(self, which: int, at: Move, plans: Sequence[Plan], visit: int) -> FloatArray:
         landscape, size = self.landscapes[which], plans[0].block_size
-        ray = draw_ray(landscape, self.seed, visit, normalisation=self.normalisation, noise=self.noise)
+        ray = draw_ray(landscape, self.seed, visit, normalisation=self.normalisation, noise=self.noise, like=self.like)
         signs = (1.0, -1.0) if plans[0].paired else (1.0,)
         radii = np.array([[sign * plan.radius for sign in signs] for plan in plans])
         if not size:

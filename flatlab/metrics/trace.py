@@ -196,7 +196,9 @@ def _sample(
     pilot = _probe(operator, basis, range(min(PILOT, affordable)), seed)
     estimate = _stein(pilot[:, 0], exact)
     tolerance = rel_error * abs(estimate.value)
-    need = len(pilot) * (estimate.stderr / tolerance) ** 2 if tolerance > 0 else np.inf * estimate.stderr
+    need = 0.0 if not estimate.stderr else np.inf
+    if tolerance > 0:
+        need = len(pilot) * (estimate.stderr / tolerance) ** 2
     count = max(len(pilot), min(affordable, int(np.ceil(np.nan_to_num(need, posinf=affordable)))))
     probes = np.concatenate([pilot, _probe(operator, basis, range(len(pilot), count), seed)])
     return probes, "accuracy" if need <= count else "budget"

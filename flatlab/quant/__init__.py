@@ -1,1 +1,1 @@
-"""Quantizers: learned step sizes (LSQ), where they are attached, and how they are baked into plain weights."""
+"""Quantizers: LSQ, INQ, OBC and rounding; where they are attached, how they are baked and packed."""

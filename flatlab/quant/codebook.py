@@ -1,7 +1,8 @@
-"""Integer codebooks: the levels of b bits, the step size to begin with, and rounding that gradients pass through."""
+"""Integer codebooks: the levels of b bits, their step sizes, and the values of codes."""
 
 import math
 
+import torch
 from torch import Tensor
 
 from flatlab.errors import UserError, choose
@@ -39,9 +40,55 @@ def initial_scale(weight: Tensor, high: int, *, granularity: str = "channel") ->
     return (2 * size / math.sqrt(high)).clamp(min=SMALLEST_SCALE)
 
 
-def straight_through(value: Tensor, tangent: Tensor) -> Tensor:
-    """Return `value`, to the bit, with the gradients of `tangent` (the straight-through estimator).
+def decode(codes: Tensor, scale: Tensor, grid: str = "uniform") -> Tensor:
+    """Return the values of integer codes c, in the dtype of `scale`.
 
-    The added difference is a zero, exactly, and made of plain operations: it can be differentiated twice.
+    Args:
+        codes: any integer or floating dtype.
+        scale: broadcasts to the codes.
+        grid: "uniform", s c; or "power-of-two", s sign(c) 2^(|c| - 1) and 0 (INQ, Zhou et al. 2017, Eq. 1).
     """
-    return value.detach() + (tangent - tangent.detach())
+    codes = codes.to(scale.dtype)
+    if grid == "uniform":
+        return codes * scale
+    return codes.sign() * torch.exp2(codes.abs() - 1) * scale
+
+
+def searched_scale(weight: Tensor, bits: int, *, granularity: str = "channel") -> Tensor:
+    """Return the step size whose rounding error sum |w_q - w|^2.4 is least (OBC, Frantar and Alistarh 2022, quant.py).
+
+    81 step sizes are tried, from 2 max|w| / (2^b - 1) down to a fifth of it; a channel of zeros gets `SMALLEST_SCALE`.
+
+    Args:
+        weight: shape (C, ...).
+        bits: of a signed code.
+        granularity: "channel", shape (C, 1, ...), or "tensor", shape ().
+    """
+    low, high = levels(bits)
+    each = choose("granularity", granularity, GRANULARITIES) == "channel"
+    axes = tuple(range(1 if each else 0, weight.dim()))
+    widest = weight.detach().abs().amax(axes, keepdim=each) * 2 / (high - low)
+    best, least = widest.clamp(min=SMALLEST_SCALE), torch.full_like(widest, math.inf)
+    for hundredths in range(100, 19, -1):
+        scale = (widest * (hundredths / 100)).clamp(min=SMALLEST_SCALE)
+        error = ((weight / scale).round().clamp(low, high) * scale - weight).abs().pow(2.4).sum(axes, keepdim=each)
+        best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
+    return best
+
+
+def check_finite(weight: Tensor, name: str) -> None:
+    """Refuse a weight that has no step size.
+
+    Args:
+        weight: any shape.
+        name: what the error calls it.
+
+    Raises:
+        UserError: where it holds a value that is not finite.
+    """
+    broken = int((~torch.isfinite(weight)).sum())
+    if broken:
+        raise UserError(
+            f"{name} holds {broken} of {weight.numel()} values that are not finite, so it has no step size: "
+            f"training has diverged before quantization"
+        )

@@ -45,6 +45,7 @@ class Judge:
 
     def __init__(self, domains: Domains, device: torch.device) -> None:
         self.validation = domains.evaluation("out", domains.sources, device)
+        self.test = domains.evaluation("test", domains.sources, device) if domains.tested else {}
         self.target: dict[str, Batches] = {
             part: domains.evaluation(part, (domains.target,), device)[domains.target] for part in ("in", "out")
         }
@@ -56,7 +57,9 @@ class Judge:
     def row(self, network: nn.Module, step: int, sources: dict[str, Score] | None = None) -> Row:
         """Return a log's row: source validation, and the target's two splits (which is a look at the target)."""
         sources = sources or self.sources(network)
+        tested = evaluate(network, self.test)
         return {
+            **({"test": tested} if tested else {}),
             "step": step,
             "source": sources,
             "target": evaluate(network, self.target),

@@ -9,6 +9,7 @@ from flatlab import build, files, machine
 from flatlab.errors import UserError
 from flatlab.models import Network, read_foreign, translate_keys
 from flatlab.runs import Run, RunStore
+from flatlab.selection import Row
 from flatlab.settings import Setting
 from flatlab.specs import Place, RunSpec
 from flatlab.train.evaluate import Judge
@@ -41,18 +42,27 @@ def import_checkpoint(file: Path, setting: Setting, store: RunStore, place: Plac
     with run.claim() as free:
         if not free:
             raise UserError(f"Run {spec.digest} is being imported by another process; wait for that.")
-        _write(run, network, domains, place, file)
+        hand_in(run, network, domains, place, row={"step": 0})
+        run.note(file=file.name)
+        run.finish()
     return spec
 
 
-def _write(run: Run, network: Network, domains: build.Domains, place: Place, file: Path) -> None:
-    """Write what a training would leave behind: a log of one row, checkpoints, provenance, `done`."""
-    row = Judge(domains, build.device(place)).row(network, 0)
-    run.write_log([{**row, "looks": 1}])
+def hand_in(run: Run, network: Network, domains: build.Domains, place: Place, *, row: Row) -> None:
+    """Write what a training would leave behind but `done`: a log of one row, both checkpoints, provenance.
+
+    Args:
+        run: receives it.
+        network: the network, in eval mode.
+        domains: its data.
+        place: data folder, device, threads.
+        row: the step that the weights are of, and more for the log.
+    """
+    scores = Judge(domains, build.device(place)).row(network, row["step"])
+    run.write_log([{**scores, **row, "looks": 1}])
     for name in ("selected", "last"):
-        files.save_arrays(run.checkpoint(name), arrays(network.state_dict()), {"step": 0})
-    run.note(**place.model_dump(), data_fingerprint=domains.data.fingerprint, machine=machine.facts(), file=file.name)
-    run.finish()
+        files.save_arrays(run.checkpoint(name), arrays(network.state_dict()), {"step": row["step"]})
+    run.note(**place.model_dump(), data_fingerprint=domains.data.fingerprint, machine=machine.facts())
 
 
 def _spec(file: Path, setting: Setting) -> RunSpec:

@@ -9,6 +9,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Collection, Sequence
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,9 @@ from flatlab.models import Network, batchnorms, set_training
 from flatlab.runs import Run, RunStore
 from flatlab.selection import Row, candidates, training_domain
 from flatlab.specs import Place, RunSpec
+from flatlab.train.derived import derive
 from flatlab.train.evaluate import Judge, Score, mean
-from flatlab.train.objectives import OBJECTIVES
+from flatlab.train.objectives import objective_of
 from flatlab.train.steps import Step
 from flatlab.train.trajectory import Member, Trajectory, arrays
 
@@ -42,15 +44,23 @@ def train(
     forks: Collection[int] = (),
     report: Report | None = None,
 ) -> None:
-    """Train the runs that observe one trajectory, from where an earlier call was stopped.
+    """Train the runs that observe one trajectory, from where an earlier call was stopped; or make derived runs.
 
     Args:
-        specs: runs with equal `trajectory`.
+        specs: runs with equal `trajectory`; of derived ones, the parents are done.
         store: receives the runs.
         place: data folder, device, threads.
         forks: steps before which the state is kept, for runs that switch there.
         report: called after each step.
+
+    Raises:
+        UserError: where the runs are of several trajectories, or what a derived one is made from is not done.
     """
+    if len({spec.trajectory.digest for spec in specs}) > 1:
+        raise UserError(f"{len(specs)} runs of several trajectories came; train those of one trajectory at a time.")
+    for spec in specs:
+        if spec.derived:
+            derive(spec, store, place)
     runs = [run for run in map(store.run, specs) if not run.done]
     if runs:
         training = Training(runs, store, place, forks=forks)
@@ -80,14 +90,16 @@ class Training:
     def run(self, report: Report | None) -> None:
         """Make the updates that are left, then hand over."""
         spec, trajectory, network = self.spec, self.trajectory, self.trajectory.network
-        stream, objective, rule = self._stream(), OBJECTIVES[spec.objective], trajectory.step_rule()
+        stream, objective, rule = self._stream(), objective_of(spec), trajectory.step_rule()
         set_training(network, freeze_batchnorm=spec.freeze_batchnorm)
         for step in range(trajectory.next_step, spec.steps + 1):
             if step == spec.switch:
                 trajectory.switch()
                 rule = trajectory.step_rule()
+            for act in trajectory.on_step:
+                act(step)
             batch = stream.batch(step)
-            trajectory.losses.append(self._update(rule, lambda batch=batch: objective(network, batch)))  # type: ignore[misc]
+            trajectory.losses.append(self._update(rule, lambda batch=batch, step=step: objective(network, batch, step)))  # type: ignore[misc]
             self._check_losses(step)
             sources = cache(lambda: self.judge.sources(network))  # computed only if somebody asks at this step
             trajectory.after(step, lambda sources=sources: mean(sources(), "loss"))  # type: ignore[misc]
@@ -102,9 +114,10 @@ class Training:
         """Make one update in the spec's precision; a batch that does not fit into memory is never made smaller."""
 
         def closure() -> Tensor:
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.spec.precision == "bf16"):
-                value = loss()
-            return _backward(value)
+            with self.trajectory.noise or nullcontext():
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.spec.precision == "bf16"):
+                    value = loss()
+                return _backward(value)
 
         try:
             return rule.step(closure)
@@ -202,7 +215,7 @@ class Training:
     def _log(self, member: Member, row: Row, weights: dict[str, Tensor]) -> None:
         """Add a row to a run's log, and keep its checkpoint where the selection now falls on it."""
         member.log(row)
-        eligible = candidates(member.rows, self.spec.switch)
+        eligible = candidates(member.rows, self.spec.settled)
         if eligible and training_domain(eligible) is member.rows[-1]:
             files.save_arrays(member.run.checkpoint("selected"), arrays(weights), {"step": row["step"]})
 

@@ -1,14 +1,32 @@
-"""Objectives: functions from a network and a batch to a scalar loss in nats."""
+"""Objectives: functions from a network, a batch and its step to a scalar loss in nats."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
+from itertools import combinations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from flatlab.data.batches import Batch
-from flatlab.models import Network
+from flatlab.models import STAGES, Network
+from flatlab.specs import RunSpec
+from flatlab.train.mixstyle import mixing
 
-Objective = Callable[[Network, Batch], Tensor]
+Objective = Callable[[Network, Batch, int], Tensor]
+
+
+def objective_of(spec: RunSpec) -> Objective:
+    """Return the objective that a spec names; with MixStyle, draws are functions of the step, as batches are."""
+    loss = partial(coral, weight=spec.coral_weight) if spec.objective == "coral" else erm
+    mix = spec.mixing
+
+    def objective(network: Network, batch: Batch, step: int) -> Tensor:
+        with mixing(network, STAGES[spec.model], mix, (spec.seed, step)) if mix else nullcontext():
+            return loss(network, batch)
+
+    return objective
 
 
 def erm(network: Network, batch: Batch) -> Tensor:
@@ -16,4 +34,25 @@ def erm(network: Network, batch: Batch) -> Tensor:
     return F.cross_entropy(network(batch.inputs).float(), batch.targets)  # of bf16 logits too
 
 
-OBJECTIVES: dict[str, Objective] = {"erm": erm}
+def coral(network: Network, batch: Batch, *, weight: float = 1.0) -> Tensor:
+    """Return the cross-entropy plus `weight` times CORAL's penalty (Sun and Saenko 2016, as in khanrc/swad).
+
+    Args:
+        network: its features are aligned.
+        batch: of the source domains, each at least two images.
+        weight: of the penalty.
+    """
+    features = network.features(batch.inputs)
+    loss = F.cross_entropy(network.head(features).float(), batch.targets)
+    return loss + weight * alignment(features.float().split(batch.sizes))
+
+
+def alignment(domains: Sequence[Tensor]) -> Tensor:
+    """Return the mean over pairs of domains of the mean squared difference of means and of covariances.
+
+    Args:
+        domains: features (n_d, width) of each domain; one domain alone has nothing to be aligned with.
+    """
+    moments = [(each.mean(0), torch.cov(each.T)) for each in domains]
+    pairs = [F.mse_loss(m, n) + F.mse_loss(c, d) for (m, c), (n, d) in combinations(moments, 2)]
+    return torch.stack(pairs).mean() if pairs else domains[0].new_zeros(())

@@ -10,11 +10,14 @@ from torch import Tensor, nn
 
 from flatlab import build, files
 from flatlab.quant.attach import clamp_scales
+from flatlab.quantspecs import INQSpec, QuantSpec
 from flatlab.runs import Run
 from flatlab.selection import Row
 from flatlab.specs import Place, RunSpec
 from flatlab.train import averages
+from flatlab.train.stages import Stages
 from flatlab.train.steps import SAM, Plain, Step
+from flatlab.train.weightnoise import WeightNoise
 
 SCALE_EPS = 1e-12  # Adam's eps for step sizes: their gradients are small, and the usual 1e-8 would show
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # Adam's
@@ -46,6 +49,8 @@ class Trajectory:
         self.losses: list[Tensor] = []  # of each step since the last row
         self.next_step = 0
         self.switched = False
+        self.on_step: list[Callable[[int], None]] = []  # called before each update, from the switch on
+        self.noise: WeightNoise | None = None
 
     def _roles(self) -> dict[str, dict[str, nn.Parameter]]:
         return build.roles(self.network)
@@ -58,15 +63,20 @@ class Trajectory:
         return SAM(self.optimizer, self.network, moved, rho=self.spec.step.rho)
 
     def switch(self) -> None:
-        """Set in quantization, freezing, or both.
+        """Set in quantization or noise, freezing, or both.
 
         The optimizer keeps the latent weights with their moments (they stay the same parameters) and receives the
         step sizes as a group of their own. QT-DoG's released code does neither; `frozen` does as it does.
         """
-        scales = build.quantize(self.network, self.spec)
-        if scales and self.spec.quantizer is not None:
-            group = {"params": scales, "role": "scales", "lr": self.spec.quantizer.scale_lr}
+        quantizer, scales = self.spec.quantizer, build.quantize(self.network, self.spec)
+        if isinstance(quantizer, QuantSpec):
+            group = {"params": scales, "role": "scales", "lr": quantizer.scale_lr}
             self.optimizer.add_param_group({**group, "eps": SCALE_EPS, "weight_decay": 0.0})
+        if isinstance(quantizer, INQSpec):
+            self.on_step.append(Stages(self.network, self.optimizer, quantizer, start=self.spec.switch or 0))
+        if self.spec.noise:
+            self.noise = WeightNoise(self.network, self.spec)
+            self.on_step.append(self.noise)
         if self.spec.frozen:
             for parameter in [*self._roles()["weights"].values(), *scales]:
                 parameter.requires_grad_(False)
@@ -76,7 +86,7 @@ class Trajectory:
     def after(self, step: int, validate: Callable[[], float]) -> None:
         """Keep step sizes positive, and show the weights to the observers, who begin at the switch."""
         self.next_step = step + 1
-        if self.spec.quantizer is not None and self.switched:
+        if isinstance(self.spec.quantizer, QuantSpec) and self.switched:
             clamp_scales(self.network)
         if self.observed:
             weights = self.network.state_dict()
@@ -94,6 +104,8 @@ class Trajectory:
         for name, parameter in self.network.named_parameters():
             moments = self.optimizer.state.get(parameter, {})
             tensors |= {f"adam/{moment}/{name}": value for moment, value in moments.items()}
+        if self.noise:
+            tensors |= {f"noise/{name}": value for name, value in self.noise.amplitudes.items()}
         notes = {}
         for member in members:
             digest = member.run.spec.digest
@@ -134,6 +146,8 @@ class Trajectory:
             found = {m: saved[f"adam/{m}/{name}"] for m in MOMENTS if f"adam/{m}/{name}" in saved}
             if found:
                 self.optimizer.state[parameter] = {m: self._tensor(name, a) for m, a in found.items()}
+        if self.noise:
+            self.noise.amplitudes = {n: torch.from_numpy(saved[f"noise/{n}"].copy()) for n in self.noise.amplitudes}
         self.next_step, self.rows = facts["next_step"], facts["rows"]
         self.losses = list(torch.tensor(facts["losses"], device=next(self.network.parameters()).device))
 

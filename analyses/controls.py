@@ -1,0 +1,159 @@
+"""Controls: what of QT-DoG is quantization, and what is freezing, noise, or merely fewer bits (not in the paper).
+
+Accuracy in and out of domain, its unrest after the switch, and flatness at the largest radii of Figure 3; intervals are
+of differences paired by held-out domain and seed.
+"""
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.figure import Figure
+
+from analyses import fig3
+from flatlab import papertable, plots, stability, tables
+from flatlab.methods import METHODS, replicates
+from flatlab.probespecs import ProbeSpec
+from flatlab.runs import RunStore
+from flatlab.settings import Setting
+from flatlab.specs import RunSpec
+
+BASELINE = "ERM"
+QUANTIZED = "QT-DoG"
+ORDER = ("ERM", "QT-DoG", "release-parity", "freeze", "noise", "noise-kept", "RTN")
+CONTRASTS = {  # question -> of which two methods the difference answers it
+    "Quantization-aware training": ("QT-DoG", "ERM"),
+    "Freezing alone": ("freeze", "ERM"),
+    "What the released code trains": ("release-parity", "ERM"),
+    "Quantization, where convolutions are frozen anyway": ("release-parity", "freeze"),
+    "Training the quantized weights": ("QT-DoG", "release-parity"),
+    "Noise of equal norm in each gradient": ("noise", "ERM"),
+    "Noise that is kept, of equal norm in all": ("noise-kept", "ERM"),
+    "Quantization rather than noise": ("QT-DoG", "noise"),
+    "Quantization without training": ("RTN", "ERM"),
+    "Training with quantization rather than rounding after": ("QT-DoG", "RTN"),
+}
+MEASURES = {
+    "in": "Accuracy in domain (points)",
+    "out": "Accuracy out of domain (points)",
+    "spread": "Unrest: std (points)",
+    "change": "Unrest: mean change (points)",
+    "seen, none": "F at largest γ, seen (nats)",
+    "unseen, none": "F at largest γ, unseen (nats)",
+    "seen, filter": "F at largest ρ, seen (nats)",
+    "unseen, filter": "F at largest ρ, unseen (nats)",
+}
+SEEN = {"train": "seen", "test": "unseen"}
+KEYS = ["measure", "method", "held_out", "seed"]
+SUMMARY = "Differences paired by held-out domain and seed, 95 % intervals over seeds; * excludes 0"
+
+
+def labelled(setting: Setting) -> list[tuple[str, RunSpec]]:
+    """Return each run with its method's name."""
+    return [(name, spec) for name in ORDER for spec in replicates(METHODS[name], setting)]
+
+
+def plan(setting: Setting) -> tuple[list[RunSpec], list[tuple[RunSpec, ProbeSpec]]]:
+    """Return the runs, and Figure 3's measurements of them."""
+    runs = [spec for _, spec in labelled(setting)]
+    return runs, [(run, probe) for run in runs for probe in fig3.probes(setting)]
+
+
+def table(store: RunStore, setting: Setting) -> pd.DataFrame:
+    """Return each measure of each run, and of each method over seeds."""
+    runs = labelled(setting)
+    accuracy = papertable.accuracies(store, runs, ["in", "out"]).rename(columns={"panel": "measure"})
+    parts = [accuracy, _unrest(store, runs, setting.switch_step), _flatness(store, runs, setting)]
+    each = pd.concat([part[[*KEYS, "value"]] for part in parts], ignore_index=True).dropna()
+    return pd.concat([each.assign(over="run"), tables.over_seeds(each, ["measure", "method"])], ignore_index=True)
+
+
+def _unrest(store: RunStore, runs: list[tuple[str, RunSpec]], since: int) -> pd.DataFrame:
+    along = stability.curves(store, [(method, run) for method, run in runs if not run.derived])  # others have no log
+    found = stability.numbers(along, since).melt(["method", "held_out", "seed"], ["spread", "change"], "measure")
+    return found.assign(value=100 * found["value"])
+
+
+def _flatness(store: RunStore, runs: list[tuple[str, RunSpec]], setting: Setting) -> pd.DataFrame:
+    found = tables.flatness(store, [(method, run, probe) for method, run in runs for probe in fig3.probes(setting)])
+    far = found[found["radius"] == found.groupby("normalisation")["radius"].transform("max")]
+    return far.assign(measure=far["panel"].map(SEEN) + ", " + far["normalisation"])
+
+
+def findings(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return the differences that answer the questions, in each measure."""
+    each = frame[frame["over"] == "run"]
+    told = []
+    for question, (method, base) in CONTRASTS.items():
+        both = each[each["method"].isin((method, base))]
+        held = both.groupby("measure")["method"].transform("nunique") == 2  # a derived run has no log of its own
+        told.append(tables.paired(both[held], base, ["measure"]).assign(question=question))
+    return pd.concat(told, ignore_index=True)
+
+
+def summary(findings: pd.DataFrame) -> pd.DataFrame:
+    """Return a line for each question and a column for each measure."""
+    cells = findings.assign(
+        question=findings["question"] + ": " + findings["method"] + " less " + findings["baseline"],
+        cell=[tables.bracketed(*row, digits=2) for row in findings[fig3.TOLD].itertuples(index=False)],
+        measure=findings["measure"].map(MEASURES),
+    )
+    wide = cells.pivot_table(index="question", columns="measure", values="cell", aggfunc="first", sort=False)
+    return wide.fillna("").reset_index()
+
+
+def remarks(frame: pd.DataFrame) -> list[str]:
+    """Say of each measure whether quantization-aware training moves it, and which control does the same."""
+    return words(findings(frame))
+
+
+def words(findings: pd.DataFrame) -> list[str]:
+    """Return a sentence for each measure, from the verdicts."""
+    verdicts = findings.set_index(["measure", "method", "baseline"])["verdict"]
+    said = []
+    for measure, name in MEASURES.items():
+        whole = verdicts[measure, QUANTIZED, BASELINE]
+        against = verdicts[measure].xs(BASELINE, level="baseline").drop(QUANTIZED)
+        alike = [str(method) for method, verdict in against.items() if verdict == whole]
+        moved = {str(method): verdict for method, verdict in against.items() if verdict != "not distinguishable"}
+        if whole == "not distinguishable":
+            others = "; ".join(f"{method} is {verdict}" for method, verdict in moved.items())
+            said.append(f"{name}: no effect of {QUANTIZED} shows{f', while {others}' if others else ''}.")
+        elif alike:
+            said.append(
+                f"{name}: {QUANTIZED} is {whole}, and so is {', '.join(alike)}: no effect of quantization alone."
+            )
+        else:
+            said.append(
+                f"{name}: {QUANTIZED} is {whole}, and no control here is: an effect of quantization is possible."
+            )
+    told = findings["verdict"].ne("not distinguishable").sum()
+    chance = (1 - tables.LEVEL) * len(findings)
+    return [
+        *said,
+        f"{told} of {len(findings)} intervals exclude zero; {chance:.0f} would by chance, were nothing there.",
+    ]
+
+
+def caption(setting: Setting) -> str:
+    """Say in a title and a line below which data and seeds the picture shows."""
+    return (
+        f"Controls, less {BASELINE}: {setting.words}\n"
+        f"Held out in turn: {', '.join(setting.held_out)}; paired by held-out domain and seed, 95 % intervals over "
+        f"seeds. Unrest: of the accuracy out of domain from step {setting.switch_step} on. F: rise of the loss at "
+        f"γ = {setting.radii[-1]:g} and ρ = {setting.filter_radii[-1]:g}, {setting.effort}. RTN: no training."
+    )
+
+
+def draw(frame: pd.DataFrame, caption: str) -> Figure:
+    """Draw the differences to ERM: a panel for each measure, a line for each method."""
+    less = findings(frame)
+    less = less[less["baseline"] == BASELINE].assign(comparable=False, published=float("nan"))
+    with plots.style():
+        rows = (len(MEASURES) + 1) // 2
+        size = (plots.COLUMN, 0.9 + rows * (0.65 + 0.13 * len(ORDER)))
+        figure, grid = plt.subplots(rows, 2, figsize=size, layout="constrained", sharey=True)
+        for ax, (measure, name) in zip(grid.flat, MEASURES.items(), strict=True):
+            plots.dots(ax, less[less["measure"] == measure], ORDER[1:])
+            ax.axvline(0, color="0.3", linewidth=0.8)
+            ax.set_title(name.replace(" (", "\n("), fontsize=7)
+        plots.captioned(figure, grid[0, 0], caption)
+    return figure

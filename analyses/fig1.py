@@ -1,0 +1,78 @@
+"""Figure 1: accuracy out of domain, the area of a marker being the memory that the weights take (QT-DoG, Figure 1).
+
+Memory is nominal, relative to one network of 32 bits a weight: members times bits over 32. The paper's own picture is
+drawn beside ours in a panel of its own.
+"""
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from analyses import table1
+from analyses.table1 import BASELINE, SUMMARY, TABLE, findings, labelled, plan, remarks, sheet, summary
+from flatlab import plots
+from flatlab.resources import published
+from flatlab.runs import RunStore
+from flatlab.settings import Setting
+from flatlab.specs import RunSpec
+
+__all__ = ["BASELINE", "SUMMARY", "caption", "draw", "findings", "labelled", "plan", "remarks", "sheet"]
+__all__ += ["summary", "table"]
+
+AREA = 60  # square points for the memory of one network
+THEIRS = ("ERM", "MIRO", "SWAD", "DART", "QT-DoG", "DiWA", "EoA", "EoQ")  # in the paper's picture
+
+
+def memory(run: RunSpec) -> float:
+    """Return the nominal memory of a run's weights, relative to one network of 32 bits."""
+    bits = run.quantizer.bits if run.quantizer else 32
+    return max(len(run.members), 1) * bits / 32
+
+
+def table(store: RunStore, setting: Setting) -> pd.DataFrame:
+    """Return Table 1 with the memory of each line."""
+    sizes = {label: memory(run) for label, run in labelled(setting)}
+    frame = table1.table(store, setting)
+    return frame.assign(memory=frame["method"].map(sizes))
+
+
+def caption(setting: Setting) -> str:
+    """Say in a title and a line below what the picture shows."""
+    area = "Bars: 95 % intervals over seeds; ensembles have none. Area: bits times members, nominal."
+    return f"Accuracy and memory: {setting.words}\n{TABLE.protocol(setting)} {area}"
+
+
+def draw(frame: pd.DataFrame, caption: str) -> Figure:
+    """Draw ours above the paper's: methods side by side, marker area by memory."""
+    whole = frame[(frame["over"] == "seeds") & (frame["held_out"] == "all")]
+    ours = whole.groupby("method", sort=False)[["value", "low", "high", "memory"]].mean()
+    single = whole["dataset"].nunique() == 1  # a mean over data sets has another interval than the mean of intervals
+    with plots.style():
+        figure, (above, below) = plt.subplots(2, 1, figsize=(plots.COLUMN, 4.4), layout="constrained")
+        if single:
+            above.vlines(range(len(ours)), ours["low"], ours["high"], color="0.4", linewidth=0.8, zorder=3)
+        _bubbles(above, ours)
+        _bubbles(below, _theirs())
+        above.set_title(f"Ours: {', '.join(whole['dataset'].unique())}", loc="left")
+        below.set_title("As published: mean of five data sets, ResNet-50", loc="left")
+        plots.captioned(figure, below, caption)
+    return figure
+
+
+def _theirs() -> pd.DataFrame:
+    rows = {row["algorithm"]: row for row in published()["tables"]["1"]["rows"]}
+    sizes = [float(rows[name]["relative_size"].split("-")[0].rstrip("x")) for name in THEIRS]
+    return pd.DataFrame({"value": [rows[name]["Avg"]["mean"] for name in THEIRS], "memory": sizes}, index=list(THEIRS))
+
+
+def _bubbles(ax: Axes, frame: pd.DataFrame) -> None:
+    for label, more, color, marker in (("one network", False, "C0", "o"), ("several", True, "C2", "s")):
+        several = frame.index.isin(["ERM Ens.", "EoA", "EoQ", "DiWA", "DART"])
+        places = [place for place, each in enumerate(several) if each == more]
+        mine = frame.iloc[places]
+        ax.scatter(places, mine["value"], AREA * mine["memory"], color=color, marker=marker, alpha=0.5, label=label)
+        ax.scatter(places, mine["value"], 4, color="black", zorder=4)
+    ax.set_xticks(range(len(frame)), list(frame.index), rotation=40, ha="right")
+    ax.set_ylabel("Accuracy (%)")
+    ax.margins(0.12)

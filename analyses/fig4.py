@@ -1,0 +1,96 @@
+"""Figure 4: validation and out-of-domain accuracy along the training, ERM against QT-DoG, on two targets.
+
+The paper shows TerraIncognita's location_100 and location_46, and a line where quantization sets in. Beside the curves
+stand the numbers that the word "stable" is short for, over the evaluations from the switch on, the same for all
+methods. `--controls` adds two runs: the convolutions frozen at the switch without any quantization, and what the
+released code trains.
+"""
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from flatlab import stability, tables
+from flatlab.methods import METHODS, replicates
+from flatlab.probespecs import Probing
+from flatlab.resources import published
+from flatlab.runs import RunStore
+from flatlab.settings import Setting
+from flatlab.specs import RunSpec
+
+BASELINE = "ERM"
+ORDER = ("ERM", "QT-DoG")
+CONTROLS = ("freeze", "release-parity")
+COLUMNS = ["quantity", "method", "held_out", "seed", "step", "value", "stderr", "low", "high", "over", "switch"]
+SUMMARY = "Less ERM, paired by held-out domain and seed, 95 % intervals over seeds; * excludes 0"
+
+
+def order(setting: Setting) -> tuple[str, ...]:
+    """Return the methods that are shown."""
+    return ORDER + (CONTROLS if setting.controls else ())
+
+
+def targets(setting: Setting) -> tuple[str, ...]:
+    """Return the two held-out domains: the paper's where they are among the data, else the first and the last."""
+    paper = [name for name in published()["figures"]["4"]["test_domains"] if name in setting.held_out]
+    return tuple(paper) or tuple(dict.fromkeys((setting.held_out[0], setting.held_out[-1])))
+
+
+def labelled(setting: Setting) -> list[tuple[str, RunSpec]]:
+    """Return each run with its method's name."""
+    chosen = setting.replace(held_out=targets(setting))
+    return [(name, spec) for name in order(setting) for spec in replicates(METHODS[name], chosen)]
+
+
+def plan(setting: Setting) -> tuple[list[RunSpec], list[tuple[RunSpec, Probing]]]:
+    """Return the runs that the figure needs; their logs hold all of it."""
+    return [spec for _, spec in labelled(setting)], []
+
+
+def table(store: RunStore, setting: Setting) -> pd.DataFrame:
+    """Return curves and numbers: of each run, of each method and target over seeds, and of each method over both."""
+    along = stability.curves(store, labelled(setting))
+    told = stability.numbers(along, setting.switch_step).drop(columns="points")
+    told = told.melt(["method", "held_out", "seed"], var_name="quantity").assign(step=float("nan"))
+    parts = [along.assign(over="run"), told.assign(over="run")]
+    for target in targets(setting):
+        for frame, by in ((along, ["quantity", "method", "step"]), (told, ["quantity", "method"])):
+            mine = frame[frame["held_out"] == target]
+            parts.append(tables.over_seeds(mine, by).assign(held_out=target))
+    parts.append(tables.over_seeds(told, ["quantity", "method"]))
+    return pd.concat(parts, ignore_index=True).assign(switch=setting.switch_step).reindex(columns=COLUMNS)
+
+
+def findings(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return each method's numbers less ERM's, paired by held-out domain and seed."""
+    return tables.paired(frame[(frame["over"] == "run") & frame["step"].isna()], BASELINE, ["quantity"])
+
+
+def summary(findings: pd.DataFrame) -> pd.DataFrame:
+    """Return the findings, a line per method."""
+    cells = findings.assign(
+        where=findings["quantity"].map(stability.NUMBERS),
+        cell=[tables.bracketed(v, lo, hi) for v, lo, hi in findings[["value", "low", "high"]].itertuples(index=False)],
+    )
+    return cells.pivot_table(index="method", columns="where", values="cell", aggfunc="first", sort=False).reset_index()
+
+
+def remarks(frame: pd.DataFrame) -> list[str]:
+    """Say whether QT-DoG is steadier than ERM in each of the numbers."""
+    found = findings(frame).query("method == 'QT-DoG'").set_index("quantity")["verdict"]
+    said = "; ".join(f"{stability.NUMBERS[str(name)]}: {verdict}" for name, verdict in found.items())
+    return [f"QT-DoG against ERM from step {int(frame['switch'].iloc[0])} on: {said} (the paper says: more stable)."]
+
+
+def caption(setting: Setting) -> str:
+    """Say in a title and a line below which data and seeds the picture shows."""
+    return (
+        f"Stability along training: {setting.words}\n"
+        f"Means and 95 % intervals over seeds; out-of-domain accuracy on the target's in split. Right: from step "
+        f"{setting.switch_step} on, over both targets. The first evaluations lie below the axes."
+    )
+
+
+def draw(frame: pd.DataFrame, caption: str) -> Figure:
+    """Draw the curves for both targets, and the numbers beside them."""
+    shown = frame[frame["over"] == "seeds"]
+    return stability.picture(shown, list(dict.fromkeys(shown["method"])), caption)

@@ -1,0 +1,52 @@
+"""Figure 5: what each bit width gains over ERM out of domain (QT-DoG, Figure 5; its numbers are Table 9's)."""
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.figure import Figure
+
+from analyses.table9 import BASELINE, BITS, SUMMARY, TABLE, findings, labelled, plan, sheet, summary, table
+from flatlab import orders, plots
+from flatlab.settings import Setting
+
+__all__ = [
+    "BASELINE",
+    "SUMMARY",
+    "caption",
+    "draw",
+    "findings",
+    "labelled",
+    "plan",
+    "remarks",
+    "sheet",
+    "summary",
+    "table",
+]
+
+
+def remarks(frame: pd.DataFrame) -> list[str]:
+    """Say whether the order of the bit widths is the paper's out of domain."""
+    return TABLE.remarks(frame[frame["panel"] == "out"])
+
+
+def caption(setting: Setting) -> str:
+    """Say in a title and a line below which data and seeds the picture shows."""
+    band = "Band: 95 % interval over seeds, paired by held-out domain and seed."
+    return f"Gain out of domain by bit width: {setting.words}\n{TABLE.protocol(setting)} {band}"
+
+
+def draw(frame: pd.DataFrame, caption: str) -> Figure:
+    """Draw the difference to ERM against the bits: a line for each data set, bands over seeds."""
+    whole = frame[(frame["over"] == "seeds") & (frame["held_out"] == "all") & (frame["panel"] == "out")]
+    less = findings(frame)
+    less = less[less["baseline"] == BASELINE].merge(whole[[*orders.BY, "method", "comparable"]])
+    less = less.assign(bits=less["method"].str.split().str[0].astype(int))
+    theirs = less[less["comparable"]].assign(value=less["published"], low=float("nan"), high=float("nan"))
+    shown = pd.concat([less, theirs.assign(dataset=theirs["dataset"] + ", published")])
+    with plots.style():
+        figure, ax = plt.subplots(figsize=(plots.COLUMN, 2.4), layout="constrained")
+        plots.curves(ax, shown, x="bits", by="dataset", order=list(shown["dataset"].drop_duplicates()))
+        ax.axhline(0, color="0.3", linewidth=0.8)
+        ax.set(xticks=BITS, xlabel="Bits of a weight", ylabel=f"Accuracy less {BASELINE} (points)")
+        ax.invert_xaxis()
+        plots.captioned(figure, ax, caption)
+    return figure

@@ -1,0 +1,21 @@
+"""Table 1: accuracy out of domain on each data set, of one model and of ensembles (QT-DoG, Table 1).
+
+`--datasets PACS,VLCS,...` takes those at hand. SAM and SMA are ours: the paper does not print them here. An ensemble
+takes up the seeds, so that it has no interval.
+"""
+
+from flatlab import papertable
+from flatlab.papertable import Line, PaperTable
+
+SINGLE = ("ERM", "SAM", "SMA", "CORAL", "MixStyle", "SWAD", "QT-DoG")
+ENSEMBLES = {"ERM Ens.": "ERM-ensemble", "EoA": "EoA", "EoQ": "EoQ"}
+TABLE = PaperTable(
+    number="1",
+    lines=tuple(Line(name, name, printed={"algorithm": name}) for name in SINGLE)
+    + tuple(Line(name, method, printed={"algorithm": name}) for name, method in ENSEMBLES.items()),
+    columns={name: {"out": name} for name in ("PACS", "VLCS", "OfficeHome", "TerraIncognita", "DomainNet")},
+)
+
+SUMMARY, BASELINE = papertable.SUMMARY, TABLE.baseline
+labelled, plan, table, sheet, caption = TABLE.labelled, TABLE.plan, TABLE.table, TABLE.sheet, TABLE.caption
+findings, summary, remarks, draw = TABLE.findings, TABLE.summary, TABLE.remarks, TABLE.draw

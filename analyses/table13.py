@@ -1,0 +1,18 @@
+"""Table 13: one step size for a layer, or one for each of its channels, at 7 bits (QT-DoG, Table 13)."""
+
+from flatlab import papertable
+from flatlab.papertable import Line, PaperTable
+
+TABLE = PaperTable(
+    number="13",
+    lines=(
+        Line("no quantization", "ERM", printed={"scale": "No quantization"}),
+        Line("layer", "QT-DoG", {"granularity": "tensor"}, {"scale": "Layerwise"}),
+        Line("channel", "QT-DoG", {"granularity": "channel"}, {"scale": "Channelwise"}),
+    ),
+    columns={"PACS": {"out": "PACS_out"}},
+)
+
+SUMMARY, BASELINE = papertable.SUMMARY, TABLE.baseline
+labelled, plan, table, sheet, caption = TABLE.labelled, TABLE.plan, TABLE.table, TABLE.sheet, TABLE.caption
+findings, summary, remarks, draw = TABLE.findings, TABLE.summary, TABLE.remarks, TABLE.draw

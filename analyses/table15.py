@@ -1,0 +1,34 @@
+"""Table 15: uniform noise on the weights instead of quantization, kept or not (QT-DoG, Table 15).
+
+The paper does not say when the noise enters, nor whether it stays. Here it enters at each step from the switch on; the
+printed numbers stand beside the noise that is kept, since one draw of theirs is too small to matter. Half-widths are
+the paper's as multiples of its learning rate: noise stands to a step of Adam as it does there.
+"""
+
+from flatlab import papertable
+from flatlab.papertable import Line, PaperTable
+from flatlab.settings import PAPER
+
+WIDTHS = (5e-6, 1e-5, 5e-5, 1e-4)  # the paper's
+
+
+def line(width: float, method: str, word: str) -> Line:
+    """Return the line of a half-width; the paper's is told beside the noise that is kept."""
+    multiple = round(width / PAPER.lr, 6)
+    printed = {"half_width": width} if method == "noise-kept" else {}
+    return Line(f"{multiple:g} lr, {word}", method, {"noise_lr": multiple}, printed)
+
+
+TABLE = PaperTable(
+    number="15",
+    lines=(
+        Line("no noise", "ERM", printed={"half_width": 0.0}),
+        *(line(width, "noise-kept", "kept") for width in WIDTHS),
+        *(line(width, "noise", "not kept") for width in WIDTHS),
+    ),
+    columns={"PACS": {"out": "PACS_out"}},
+)
+
+SUMMARY, BASELINE = papertable.SUMMARY, TABLE.baseline
+labelled, plan, table, sheet, caption = TABLE.labelled, TABLE.plan, TABLE.table, TABLE.sheet, TABLE.caption
+findings, summary, remarks, draw = TABLE.findings, TABLE.summary, TABLE.remarks, TABLE.draw

@@ -1,0 +1,16 @@
+"""Table 2: QT-DoG on top of CORAL and of MixStyle, at 7 bits (QT-DoG, Table 2)."""
+
+from flatlab import papertable
+from flatlab.papertable import Line, PaperTable
+
+LINES = {"CORAL": "CORAL", "CORAL + QT-DoG": "CORAL+QT-DoG", "MixStyle": "MixStyle"}
+LINES |= {"MixStyle + QT-DoG": "MixStyle+QT-DoG"}
+TABLE = PaperTable(
+    number="2",
+    lines=tuple(Line(label, method, printed={"algorithm": label}) for label, method in LINES.items()),
+    columns={"PACS": {"out": "PACS"}, "TerraIncognita": {"out": "TerraIncognita"}},
+)
+
+SUMMARY, BASELINE = papertable.SUMMARY, TABLE.baseline
+labelled, plan, table, sheet, caption = TABLE.labelled, TABLE.plan, TABLE.table, TABLE.sheet, TABLE.caption
+findings, summary, remarks, draw = TABLE.findings, TABLE.summary, TABLE.remarks, TABLE.draw

@@ -1,0 +1,202 @@
+"""Which flatness numbers depend on how a network is written down? Layers are rescaled, its function stays, they move.
+
+A number that moves under a change that changes nothing says something of the parametrisation (Dinh et al. 2017). All
+spheres walk common rays, so that an invariant measure gives the same number up to rounding.
+"""
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch.utils._pytree import tree_leaves
+
+from flatlab.errors import UserError
+from flatlab.landscape import Landscape
+from flatlab.metrics.compare import paired_difference
+from flatlab.metrics.lanczos import hessian_spectrum
+from flatlab.metrics.rays import Normalisation, reach
+from flatlab.metrics.rescaling import By, Pair, Refusal, find_pairs, rescaled
+from flatlab.metrics.results import Cost, FloatArray
+from flatlab.metrics.sampling import Keep, Sampler, forget
+from flatlab.metrics.sphere import sample
+from flatlab.metrics.trace import hessian_trace
+from flatlab.seeds import base_seed
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+
+WAYS: tuple[By, ...] = ("layer", "channel")
+SPHERES: dict[str, Normalisation] = {
+    "sphere, raw": "none",
+    "sphere, by layer": "layer",
+    "sphere, by filter": "filter",
+    "sphere, by parameter (adaptive)": "parameter",
+}
+CURVATURES = ("trace", "top eigenvalue")
+SHARE = 0.1  # of the weights' norm: the radius of all spheres
+RAYS = 20
+SAME = 0.01  # a ratio nearer to one than that is called invariant: rounding of float32, and two eigenvalue searches
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ScaleAudit:
+    """How measures of flatness move under rescalings that leave the function as it is.
+
+    Attributes:
+        measures: (M,) their names.
+        before: (M,) at the network as it is.
+        after: (2, M) rescaled with one factor for each pair of layers, and with one for each channel.
+        low, high: (2, M) 95 % interval of after / before over common directions; of trace and eigenvalue it is NaN.
+        deviation: (2,) largest change of an output, as a share of the largest output: rounding.
+        pairs: what was rescaled.
+        refusals: what was not, and why.
+        most: the largest factor.
+        seed: of factors and directions.
+        cost: of it all.
+    """
+
+    measures: tuple[str, ...]
+    before: FloatArray
+    after: FloatArray
+    low: FloatArray
+    high: FloatArray
+    deviation: FloatArray
+    pairs: tuple[Pair, ...]
+    refusals: tuple[Refusal, ...]
+    most: float
+    seed: int
+    cost: Cost
+
+    @property
+    def ratio(self) -> FloatArray:
+        """The factors (2, M) by which the measures have moved."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.asarray(self.after / self.before)
+
+    @property
+    def movement(self) -> FloatArray:
+        """For each measure (M,) the larger of the two factors, taken so that it is at least 1: 1 is invariant."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            each = np.where(self.ratio > 0, np.exp(np.abs(np.log(np.abs(self.ratio)))), np.inf)  # or its sign turns
+        return np.asarray(np.nan_to_num(each, nan=np.inf).max(axis=0))
+
+    @property
+    def ranking(self) -> list[str]:
+        """The measures, the most invariant first."""
+        return [self.measures[i] for i in np.argsort(self.movement, kind="stable")]
+
+    def to_frame(self) -> "pd.DataFrame":
+        """Return a table, the most invariant first: before, and after each way of rescaling with its ratio."""
+        import pandas as pd
+
+        columns: dict[str, object] = {"measure": self.measures, "before": self.before}
+        for row, way in enumerate(WAYS):
+            columns |= {f"after, by {way}": self.after[row], f"ratio, by {way}": self.ratio[row]}
+            columns |= {f"low, by {way}": self.low[row], f"high, by {way}": self.high[row]}
+        frame = pd.DataFrame(columns).assign(movement=self.movement, invariant=self.movement < 1 + SAME)
+        return frame.sort_values("movement", kind="stable", ignore_index=True)
+
+    def plot(self, ax: "Axes | None" = None) -> "Axes":
+        """Draw the factors on a logarithmic axis, the most invariant measure on top."""
+        import matplotlib.pyplot as plt
+
+        from flatlab.surfaceplots import factors
+
+        axes = plt.subplots()[1] if ax is None else ax
+        factors(axes, self.to_frame())
+        return axes
+
+
+def scale_audit(
+    landscape: Landscape,
+    *,
+    most: float = 4.0,
+    num_samples: int = RAYS,
+    seed: int | torch.Generator = 0,
+    keep: Keep = forget,
+) -> ScaleAudit:
+    """Rescale a network's layers by factors that its function does not feel, and see which measures do.
+
+    Args:
+        landscape: around the network, in eval mode, plain weights (a quantized one baked).
+        most: the largest factor.
+        num_samples: common rays of the spheres, whose radius is a tenth of the weights' norm.
+        seed: names factors and rays.
+        keep: keeps units of the sampling.
+
+    Raises:
+        UserError: where no two layers can be rescaled, each with its reason, or rescaling does change the function.
+    """
+    if not most > 1:
+        raise UserError(f"The largest factor must be more than 1, but is {most}: write 4.")
+    start, name = time.perf_counter(), base_seed(seed)
+    pairs, refusals = find_pairs(landscape.model)
+    if not pairs:
+        reasons = "; ".join(f"{each.first}: {each.reason}" for each in refusals) or "it has no two layers in a row"
+        raise UserError(f"Nothing in {type(landscape.model).__name__} can be rescaled without a change: {reasons}.")
+    twins = [landscape.around(rescaled(landscape.model, pairs, by=way, most=most, seed=name)) for way in WAYS]
+    deviation = np.array([_deviation(landscape, twin) for twin in twins])
+    rows = [_sphere(landscape, twins, kind, num_samples, name, keep) for kind in SPHERES.values()]
+    (traces, trace_cost), (tops, top_cost) = _traces([landscape, *twins], name), _tops([landscape, *twins], name)
+    values = np.array([*(row[0] for row in rows), traces, tops])
+    blank = np.full((len(CURVATURES), 2), np.nan)
+    cost = sum((row[3] for row in rows), trace_cost + top_cost)
+    return ScaleAudit(
+        measures=(*SPHERES, *CURVATURES),
+        before=values[:, 0],
+        after=values[:, 1:].T,
+        low=np.vstack([*(row[1] for row in rows), blank]).T,
+        high=np.vstack([*(row[2] for row in rows), blank]).T,
+        deviation=deviation,
+        pairs=tuple(pairs),
+        refusals=tuple(refusals),
+        most=most,
+        seed=name,
+        cost=Cost(cost.forward_passes, cost.images, cost.hvps, time.perf_counter() - start),
+    )
+
+
+def _deviation(landscape: Landscape, twin: Landscape) -> float:
+    """Return how far outputs have moved, as a share of the largest.
+
+    Raises:
+        UserError: where that is more than rounding.
+    """
+    off = size = 0.0
+    with torch.inference_mode():
+        for inputs, _, _ in landscape.terms():
+            for a, b in zip(tree_leaves(landscape.model(inputs)), tree_leaves(twin.model(inputs)), strict=True):
+                off, size = max(off, float((a - b).abs().max())), max(size, float(a.abs().max()))
+    allowed = torch.finfo(landscape.point.dtype).eps ** 0.5
+    if not off <= allowed * size:
+        raise UserError(
+            f"Rescaling has changed an output by {off:.1e}, where the largest is {size:.1e}, more than rounding: the"
+            " network does something with its weights that its graph does not show."
+        )
+    return off / size if size else 0.0
+
+
+def _sphere(
+    landscape: Landscape, twins: list[Landscape], kind: Normalisation, num_samples: int, seed: int, keep: Keep
+) -> tuple[list[float], list[float], list[float], Cost]:
+    """Return values, and ends of the ratios' intervals, along common rays."""
+    radius = SHARE * landscape.norm / reach(landscape, kind)
+    sampler = Sampler([landscape, *twins], seed, kind, keep=lambda units: keep([(f"{kind}-{n}", c) for n, c in units]))
+    base, *others = sample(sampler, [radius], num_samples, (0.0, 0.0), None)
+    ratios = [paired_difference(other, base).ratio() for other in others]
+    values = [float(each.value[0]) for each in (base, *others)]
+    cost = sum((each.cost for each in others), base.cost)
+    return values, [float(low[0]) for _, low, _ in ratios], [float(high[0]) for *_, high in ratios], cost
+
+
+def _traces(landscapes: list[Landscape], seed: int) -> tuple[list[float], Cost]:
+    found = [hessian_trace(each, rel_error=0.05, budget=100, seed=seed) for each in landscapes]
+    return [each.trace.value for each in found], sum((each.cost for each in found), Cost())
+
+
+def _tops(landscapes: list[Landscape], seed: int) -> tuple[list[float], Cost]:
+    found = [hessian_spectrum(each, k=1, tol=1e-2, seed=seed) for each in landscapes]
+    return [float(each.eigenvalues[0]) for each in found], sum((each.cost for each in found), Cost())

@@ -1,0 +1,55 @@
+"""A weight whose codes are settled: what post-training quantization leaves behind."""
+
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from flatlab.quant.codebook import decode, initial_scale, levels
+
+
+class Fixed(nn.Module):
+    """A parametrization that gives the values of fixed codes, whatever the weight behind them is.
+
+    The weight that was quantized stays behind as the latent one, so that the noise can be looked at.
+
+    Args:
+        codes: integers, in the weight's shape.
+        scale: step sizes, shape (C, 1, ...) or ().
+        levels: the lowest and highest code.
+
+    Attributes:
+        levels: the lowest and highest code.
+        scale: step sizes, a buffer.
+    """
+
+    grid = "uniform"
+    scale: Tensor
+    kept: Tensor
+
+    def __init__(self, codes: Tensor, scale: Tensor, levels: tuple[int, int]) -> None:
+        super().__init__()
+        self.levels = levels
+        self.register_buffer("kept", codes.short())  # 16 bits hold the codes of 16 bits
+        self.register_buffer("scale", scale)
+
+    @classmethod
+    def empty(cls, weight: Tensor, *, bits: int, granularity: str) -> Self:
+        """Return one of the right shapes, all codes zero, to be settled or loaded."""
+        span = levels(bits)
+        return cls(torch.zeros_like(weight), initial_scale(weight, span[1], granularity=granularity), span)
+
+    def settle(self, codes: Tensor, scale: Tensor) -> None:
+        """Take codes and step sizes, in the shapes that are held."""
+        self.kept.copy_(codes)
+        self.scale.copy_(scale)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return the quantized weight."""
+        del weight
+        return decode(self.kept, self.scale)
+
+    def codes(self, weight: Tensor) -> Tensor:
+        """Return the integer codes, int32."""
+        del weight
+        return self.kept.int()

@@ -1,0 +1,93 @@
+"""INQ, incremental network quantization: the largest weights are quantized and frozen first, the others train on.
+
+Source: Zhou et al. 2017 (arXiv 1702.03044), Eq. 1-4 and algorithm 1. QT-DoG compares with it in Table 4.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from flatlab.errors import UserError, choose
+from flatlab.quant.codebook import GRANULARITIES, SMALLEST_SCALE, decode, levels
+
+GRIDS = ("uniform", "power-of-two")
+
+
+class INQ(nn.Module):
+    """A parametrization that gives frozen weights their quantized values, and lets the others through.
+
+    The grid is fixed by the weight as it is when this is built: uniform, 2^b - 1 levels from -max|w| to max|w|; or
+    0 and +-2^n for n2 <= n <= n1, n1 = floor(log2(4 max|w| / 3)) and n2 = n1 + 1 - 2^(b-1) / 2 (Zhou et al., Eq. 1-3).
+
+    Args:
+        weight: the weight to quantize, shape (C, ...).
+        bits: 2 to 16; a grid of powers of two takes at most 8, beyond which float32 has no such small ones.
+        granularity: whether max|w| is taken in each output channel ("channel") or in all ("tensor").
+        grid: "uniform" or "power-of-two".
+
+    Attributes:
+        levels: the lowest and highest code; of powers of two, codes are sign(w) (n - n2 + 1).
+        scale: the step size, or the smallest power 2^n2; shape (C, 1, ...) or (), a buffer.
+        frozen: which weights are, bool, in the weight's shape.
+
+    Raises:
+        UserError: an unknown option, or a number of bits out of its range.
+    """
+
+    scale: Tensor
+    frozen: Tensor
+    kept: Tensor
+
+    def __init__(self, weight: Tensor, *, bits: int = 7, granularity: str = "channel", grid: str = "uniform") -> None:
+        super().__init__()
+        self.grid = choose("grid", grid, GRIDS)
+        high = levels(bits)[1] if grid == "uniform" else 2 ** (bits - 2)
+        if grid == "power-of-two" and bits > 8:
+            raise UserError(f"A grid of powers of two has 2 to 8 bits, not {bits}: float32 has no smaller powers.")
+        self.levels = (-high, high)
+        each = choose("granularity", granularity, GRANULARITIES) == "channel"
+        axes = tuple(range(1 if each else 0, weight.dim()))
+        widest = weight.detach().abs().amax(axes, keepdim=each).clamp(min=SMALLEST_SCALE)
+        scale = widest / high if grid == "uniform" else torch.exp2((4 * widest / 3).log2().floor() - (high - 1))
+        self.register_buffer("scale", scale)
+        self.register_buffer("frozen", torch.zeros_like(weight, dtype=torch.bool))
+        self.register_buffer("kept", torch.zeros_like(weight, dtype=torch.int16))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return the weight with its frozen part on the grid; gradients reach the rest alone."""
+        mixed = torch.where(self.frozen, decode(self.kept, self.scale, self.grid), weight)
+        return torch.empty_like(weight).copy_(mixed)  # in its strides: a convolution sums in the order of those
+
+    @torch.no_grad()
+    def advance(self, weight: Tensor, share: float) -> None:
+        """Quantize and freeze the largest weights until `share` of all are frozen, to one weight (Zhou et al., Eq. 4).
+
+        Args:
+            weight: the latent weight.
+            share: 0 to 1.
+        """
+        wanted = round(share * weight.numel()) - int(self.frozen.sum())
+        if wanted <= 0:
+            return
+        size = torch.where(self.frozen, -1.0, weight.abs()).reshape(-1)  # by its logical order, whatever the strides
+        chosen = torch.zeros_like(size, dtype=torch.bool)
+        chosen[torch.sort(size, descending=True, stable=True).indices[:wanted]] = True
+        chosen = chosen.view(weight.shape)
+        self.kept.copy_(torch.where(chosen, self._nearest(weight), self.kept))
+        self.frozen |= chosen
+
+    def codes(self, weight: Tensor) -> Tensor:
+        """Return the integer codes, int32, in the weight's shape: of frozen weights theirs, else the nearest."""
+        return torch.where(self.frozen, self.kept, self._nearest(weight.detach())).int()
+
+    def _nearest(self, weight: Tensor) -> Tensor:
+        """Return the code of the nearest level; |w| in [3/4 2^n, 3/2 2^n) goes to 2^n, below n2 half-way to 0."""
+        high = self.levels[1]
+        if self.grid == "uniform":
+            return (weight / self.scale).round().clamp(-high, high).short()
+        ratio = weight.abs() / self.scale
+        exponent = (4 * ratio / 3).log2().floor().clamp(0, high - 1)
+        return (weight.sign() * torch.where(ratio < 0.5, 0, exponent + 1)).short()
+
+    def extra_repr(self) -> str:
+        """Return the codes' range and the grid, for printing."""
+        return f"levels={self.levels[0]}..{self.levels[1]}, grid={self.grid}"

@@ -1,0 +1,94 @@
+"""A frozen, strict record: its canonical JSON names everything in it, and the digest of that JSON is its name."""
+
+import hashlib
+import json
+import reprlib
+from typing import Any, ClassVar, Self
+
+from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, ValidationError, model_serializer
+
+from flatlab.errors import UserError
+
+
+class Spec(BaseModel):
+    """A frozen record that refuses unknown fields and loose types, with one sentence per mistake."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+    later: ClassVar[tuple[str, ...]] = ()  # fields added since: unwritten at their default, so that old names hold
+
+    @classmethod
+    def make(cls, **fields: Any) -> Self:
+        """Return a spec, with one sentence where a field does not do.
+
+        Args:
+            fields: by name.
+
+        Raises:
+            UserError: where a field is unknown, missing or of the wrong type.
+        """
+        try:
+            return cls(**fields)
+        except ValidationError as error:
+            raise UserError(_sentence(cls, error)) from None
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read a spec from its JSON.
+
+        Args:
+            text: JSON as `canonical` writes it.
+
+        Raises:
+            UserError: where a field is unknown, missing or of the wrong type.
+        """
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            raise UserError(_sentence(cls, error)) from None
+
+    @model_serializer(mode="wrap")
+    def _written(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        told: dict[str, Any] = write(self)
+        kind = type(self)
+        return {
+            n: v for n, v in told.items() if n not in kind.later or getattr(self, n) != kind.model_fields[n].default
+        }
+
+    def canonical(self) -> str:
+        """Return the JSON with sorted keys and no spaces: equal specs, equal text."""
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+
+    @property
+    def digest(self) -> str:
+        """Sixteen hex digits of the SHA-256 of the canonical JSON."""
+        return hashlib.sha256(self.canonical().encode()).hexdigest()[:16]
+
+    def replace(self, **fields: Any) -> Self:
+        """Return a copy with other fields, checked anew."""
+        return self.make(**{**dict(self), **fields})
+
+
+_BOUNDS = {  # pydantic's kinds of error -> what it should have said, with the bound's name
+    "greater_than": "more than {gt}",
+    "greater_than_equal": "at least {ge}",
+    "less_than": "less than {lt}",
+    "less_than_equal": "at most {le}",
+    "finite_number": "a finite number",
+    "literal_error": "{expected}",
+}
+
+
+def _sentence(kind: type[BaseModel], error: ValidationError) -> str:
+    """Say the first mistake of a validation in one sentence."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    what = first["msg"].removeprefix("Value error, ")
+    if not where:
+        return what
+    if first["type"] == "extra_forbidden":
+        return f"{kind.__name__} has no field {where!r}; it has {', '.join(kind.model_fields)}."
+    if first["type"] == "missing":
+        return f"{kind.__name__} needs the field {where!r}, and it is missing."
+    expected = _BOUNDS.get(first["type"], "").format(**first.get("ctx", {}))
+    tail = f"it must be {expected}" if expected else f"{what[0].lower()}{what[1:]}"
+    return f"{kind.__name__}: {where}={reprlib.repr(first['input'])} does not do: {tail}."

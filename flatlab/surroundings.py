@@ -1,0 +1,158 @@
+"""Measured surfaces, triangles and audits as tidy frames and pictures, for commands and figures. Torch-free."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+
+from flatlab import files, plots, surfaceplots
+from flatlab.errors import UserError
+from flatlab.metrics.grids import Surface, surface_of
+from flatlab.metrics.results import Estimate
+from flatlab.probespecs import Probing, SurfaceSpec
+from flatlab.runs import Run, RunStore
+
+CORNERS = {"run": "", "way": "", "trace": ".4g", "low": ".4g", "high": ".4g"}
+PANELS = {"source": "seen domains", "target": "unseen domain"}
+
+
+def centres(found: Sequence[Run], axes: str) -> tuple[list[Run], tuple[str, ...]]:
+    """Return the runs around which surfaces are laid, and the runs that span the planes.
+
+    Args:
+        found: the runs that were named.
+        axes: "runs": one plane, through three runs (around the first) or of a trajectory (around the last).
+
+    Raises:
+        UserError: where too few runs were named for that.
+    """
+    if axes != "runs":
+        return list(found), ()
+    if len(found) < 3:
+        raise UserError(f"--axes runs spans a plane by three runs or more, but {len(found)} came: name others.")
+    if len(found) == 3:
+        return [found[0]], tuple(run.spec.digest for run in found[1:])
+    return [found[-1]], tuple(run.spec.digest for run in found)
+
+
+def surface(store: RunStore, run: Run, probe: SurfaceSpec) -> Surface:
+    """Return a measured surface.
+
+    Args:
+        store: holds it.
+        run: whose it is.
+        probe: as it was measured.
+
+    Raises:
+        UserError: where it is not measured yet.
+    """
+    return surface_of(*_result(run, probe))
+
+
+def of_panel(found: Surface, panel: str, held_out: str, metric: str = "loss") -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Return a metric (G1, G2) on the seen domains, each weighing the same, or on the unseen one."""
+    names = [name for name in found.strata if (name == held_out) == (panel == "target")]
+    return found.of(metric, names)
+
+
+def _result(run: Run, probe: Probing) -> tuple[files.Arrays, Any]:
+    measured = run.probe(probe)
+    if not measured.done:
+        raise UserError(f"Run {run.spec.digest} ({run.spec.held_out}) is not measured yet: {measured.path}.")
+    return files.load_arrays(measured.result)
+
+
+def draw_surfaces(store: RunStore, found: Sequence[Run], probe: SurfaceSpec, *, out: Path) -> list[Path]:
+    """Draw contours of each run on seen and unseen domains, on common levels, with a relief; write npz and pictures."""
+    surfaces = {run.spec.digest: surface(store, run, probe) for run in found}
+    panels = {
+        (run.spec.digest, panel): of_panel(surfaces[run.spec.digest], panel, run.spec.held_out)
+        for run in found
+        for panel in PANELS
+    }
+    levels, written = surfaceplots.contour_levels(panels.values()), []
+    out.mkdir(parents=True, exist_ok=True)
+    with plots.style():
+        rows = len(found)
+        figure = plt.figure(figsize=(9.0, 3.0 * rows + 0.4), layout="constrained")
+        for row, run in enumerate(found):
+            mine = surfaces[run.spec.digest]
+            for column, (panel, title) in enumerate(PANELS.items()):
+                ax = figure.add_subplot(rows, 3, 3 * row + column + 1)
+                filled = surfaceplots.contours(ax, (mine.x, mine.y), panels[run.spec.digest, panel], levels=levels)
+                surfaceplots.marked(ax, mine.marks, mine.mark_labels, connected=mine.connected)
+                ax.set(xlabel=mine.labels[0], ylabel=mine.labels[1], title=f"{_name(run)}, {title}")
+            figure.colorbar(filled, ax=ax, label="loss (nats)", format="%.2g")
+            relief: Any = figure.add_subplot(rows, 3, 3 * row + 3, projection="3d")
+            surfaceplots.relief(relief, (mine.x, mine.y), panels[run.spec.digest, "source"], levels=levels)
+            relief.set(title=f"{_name(run)}, {PANELS['source']}")
+            mine.save(out / f"landscape-{run.spec.digest[:6]}.npz")
+            written.append(out / f"landscape-{run.spec.digest[:6]}.npz")
+        return [*plots.save(figure, out / "landscape"), *written]
+
+
+def triangles(
+    store: RunStore, found: Sequence[Run], probe: Probing, *, out: Path
+) -> tuple[pd.DataFrame, list[str], list[Path]]:
+    """Return the three traces of each run with intervals, the verdicts, and pictures of the rise against the trace."""
+    rows, told = [], []
+    out.mkdir(parents=True, exist_ok=True)
+    with plots.style():
+        figure, grid = plt.subplots(1, len(found), figsize=(3.4 * len(found), 2.8), squeeze=False, layout="constrained")
+        for ax, run in zip(grid[0], found, strict=True):
+            arrays, facts = _result(run, probe)
+            for name, (value, stderr, freedom) in facts["corners"].items():
+                half = Estimate(value, stderr, freedom).half_width()
+                rows.append({"run": _name(run), "way": name, "trace": value, "low": value - half, "high": value + half})
+            told.append(f"{_name(run)}: {facts['verdict']}")
+            _triangle(ax, arrays, facts)
+            ax.set(title=_name(run))
+        return pd.DataFrame(rows), told, plots.save(figure, out / "triangle")
+
+
+def _triangle(ax: Any, arrays: files.Arrays, facts: dict[str, Any]) -> None:
+    (line,) = ax.plot(arrays["radii"], arrays["value"], marker="o", label="2 P F / γ²")
+    ax.fill_between(arrays["radii"], arrays["low"], arrays["high"], color=line.get_color(), alpha=0.25, lw=0)
+    for index, name in enumerate(("trace", "density"), start=1):
+        value, stderr, freedom = facts["corners"][name]
+        half = Estimate(value, stderr, freedom).half_width()
+        ax.axhline(
+            value, color=f"C{index}", lw=1, label=f"{name} of the Hessian" if index == 1 else "density's mean × P"
+        )
+        ax.axhspan(value - half, value + half, color=f"C{index}", alpha=0.15, lw=0)
+    if facts["quadratic_radius"]:
+        ax.axvline(facts["quadratic_radius"], color="0.5", ls=":", lw=1)
+    ax.set_xscale("log")
+    ax.set(xlabel="radius γ (L2); dotted: quadratic so far", ylabel="trace (nats)")
+    ax.legend()
+
+
+def audits(
+    store: RunStore, found: Sequence[Run], probe: Probing, *, out: Path
+) -> tuple[pd.DataFrame, list[str], list[Path]]:
+    """Return the tables of all audits, sentences on what was rescaled and refused, and pictures."""
+    frames, told = [], []
+    out.mkdir(parents=True, exist_ok=True)
+    with plots.style():
+        figure, grid = plt.subplots(len(found), 1, figsize=(6.5, 2.6 * len(found)), squeeze=False, layout="constrained")
+        for ax, run in zip(grid[:, 0], found, strict=True):
+            arrays, facts = _result(run, probe)
+            frame = pd.DataFrame(facts["rows"])
+            frames.append(frame.assign(run=_name(run)))
+            kinds = [pair["kind"] for pair in facts["pairs"]]
+            told.append(
+                f"{_name(run)}: rescaled {kinds.count('norm')} layers against their BatchNorm and"
+                f" {kinds.count('layers')} pairs of layers; outputs moved by {arrays['deviation'].max():.1e} of the"
+                " largest."
+            )
+            told += [f"{_name(run)}: left alone {each['first']}: {each['reason']}." for each in facts["refusals"]]
+            surfaceplots.factors(ax, frame)
+            ax.set_title(_name(run), loc="left")
+        return pd.concat(frames, ignore_index=True), told, plots.save(figure, out / "audit")
+
+
+def _name(run: Run) -> str:
+    return f"{run.spec.label} {run.spec.digest[:6]}"

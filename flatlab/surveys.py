@@ -1,0 +1,132 @@
+"""`flatlab landscape`, `flatlab audit` and `flatlab selftest`: pictures and checks of a run's surroundings."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from flatlab import errands
+from flatlab.errors import choose
+from flatlab.jsontext import strict_json
+from flatlab.options import Choices
+
+if TYPE_CHECKING:
+    from flatlab.probespecs import Probing
+    from flatlab.runs import Run
+
+Runs = Annotated[list[str], typer.Argument(help="Digests of runs, or their beginnings (`flatlab runs list`).")]
+Checkpoint = Annotated[str, typer.Option(help="selected (by source validation) or last.")]
+Images = Annotated[int | None, typer.Option(help="At most so many images of each domain (all).")]
+Params = Annotated[str | None, typer.Option(help="Only parameters that match, as 'features.0*' (all).")]
+AXES = ("random", "hessian", "runs")
+AUDITED = {"measure": "", "before": ".4g", "ratio, by layer": ".4g", "ratio, by channel": ".4g", "invariant": ""}
+
+
+def landscape(
+    chosen: Choices,
+    runs: Runs,
+    axes: Annotated[
+        str,
+        typer.Option(
+            help="random (filter-normalised), hessian (its two top eigenvectors), or runs: the plane through three "
+            "runs, or the principal one of more, in their order, around the last."
+        ),
+    ] = "random",
+    grid: Annotated[int, typer.Option(help="Places along each axis; 33 or 49 refine best.")] = 33,
+    extent: Annotated[
+        float, typer.Option(help="Half the length of each axis (around the runs, with --axes runs).")
+    ] = 1,
+    refine: Annotated[
+        float, typer.Option(help="Share of the height that interpolation may be off by; 0 is the whole grid.")
+    ] = 0.05,
+    triangle: Annotated[bool, typer.Option(help="Measure the trace in three ways, too.")] = True,
+    rel_error: Annotated[float, typer.Option(help="Standard error that rise and trace are measured to.")] = 0.05,
+    checkpoint: Checkpoint = "selected",
+    params: Params = None,
+    images: Images = None,
+    direction_seed: Annotated[int, typer.Option(help="Of the directions.")] = 0,
+) -> None:  # the options of a measurement are its own, hence so many
+    """Draw the loss on a plane through trained runs, and hold three ways to the Hessian's trace against each other."""
+    from flatlab import surroundings
+    from flatlab.flatness import finished
+    from flatlab.probespecs import SurfaceSpec, TriangleSpec
+
+    found = finished(chosen.runs(), runs)
+    shared: dict[str, Any] = {"checkpoint": choose("checkpoint", checkpoint, ("selected", "last"))}
+    shared |= {"params": params, "images": images, "seed": direction_seed}
+    kind = choose("pair of axes", axes, AXES)
+    centres, through = surroundings.centres(found, kind)
+    plane = SurfaceSpec.make(axes=kind, through=through, grid=grid, extent=extent, refine=refine or None, **shared)
+    probes: list[Probing] = [plane]
+    if triangle:
+        probes.append(TriangleSpec.make(rel_error=rel_error, **shared))
+    if not _measured(chosen, centres, probes):
+        return
+    store = chosen.runs()
+    sentences, written = [], surroundings.draw_surfaces(store, centres, plane, out=chosen.out)
+    if triangle:
+        table, told, pictures = surroundings.triangles(store, centres, probes[1], out=chosen.out)
+        sentences, written = told, [*written, *pictures]
+        chosen.answer(table, "The trace of the Hessian, three times (nats), 95 % intervals", surroundings.CORNERS)
+    errands.tell_written(written, sentences)
+
+
+def audit(
+    chosen: Choices,
+    runs: Runs,
+    most: Annotated[float, typer.Option(help="Largest factor of a layer or channel.")] = 4.0,
+    samples: Annotated[int, typer.Option(help="Directions of each sphere, on all images.")] = 20,
+    checkpoint: Checkpoint = "selected",
+    images: Images = None,
+    direction_seed: Annotated[int, typer.Option(help="Of factors and directions.")] = 0,
+) -> None:
+    """Rescale layers by factors that the function does not feel, and rank the measures of flatness by how they move."""
+    from flatlab import surroundings
+    from flatlab.flatness import finished
+    from flatlab.probespecs import AuditSpec
+
+    found, kept = finished(chosen.runs(), runs), choose("checkpoint", checkpoint, ("selected", "last"))
+    probe = AuditSpec.make(most=most, num_samples=samples, checkpoint=kept, images=images, seed=direction_seed)
+    if not _measured(chosen, found, [probe]):
+        return
+    table, sentences, written = surroundings.audits(chosen.runs(), found, probe, out=chosen.out)
+    shown = table if chosen.json else table[["run", *AUDITED]]
+    chosen.answer(shown, "Measures of flatness after rescalings that change nothing, the most invariant first", AUDITED)
+    errands.tell_written(written, sentences)
+
+
+def selftest(chosen: Choices) -> None:
+    """Check each estimator against closed forms, on each device and dtype of this machine; exit with 1 if one fails."""
+    from flatlab.selftest import Fault
+    from flatlab.selftest import selftest as checks
+
+    made, failed = [], 0
+    for check in checks():
+        made.append({**vars(check), "passed": check.passed})
+        failed += not check.passed
+        if not chosen.json:
+            mark = "ok " if check.passed else "BAD"
+            numbers = f"expected {check.expected:.6g}, got {check.got:.6g}, within {check.bound:.2g}"
+            typer.echo(f"{mark} {check.name}: {check.reason if isinstance(check, Fault) else numbers}")
+    if chosen.json:
+        typer.echo(strict_json(made))
+    else:
+        typer.echo(f"{failed} of {len(made)} checks failed." if failed else f"All {len(made)} checks passed.")
+    if failed:
+        raise typer.Exit(1)
+
+
+def _measured(chosen: Choices, found: "list[Run]", probes: "list[Probing]") -> bool:
+    """Measure what is missing; or say what it would cost, and return False."""
+    from flatlab import jobs, reproduce
+    from flatlab.data import catalog
+
+    place, dataset = reproduce.place_of(found, chosen.place())
+    sizes = catalog.sizes(dataset, Path(place.data_dir) if place.data_dir else None)
+    wanted = [(run.spec, probe) for run in found for probe in probes]
+    todo = jobs.missing(chosen.runs(), [], wanted, sizes=sizes)
+    if chosen.dry_run:
+        errands.price(chosen, todo, found[0].spec)
+        return False
+    errands.carry_out(chosen, todo, place)
+    return True

@@ -1,0 +1,60 @@
+"""MixStyle (Zhou et al. 2021): an image's feature statistics, mixed with those of another image of the batch."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from flatlab.seeds import derive
+from flatlab.specs import MixSpec
+
+EPS = 1e-6  # under the root of the variance, as khanrc/swad
+
+
+@contextmanager
+def mixing(network: nn.Module, stages: Sequence[str], spec: MixSpec, names: tuple[int, ...]) -> Iterator[None]:
+    """Mix the outputs of some modules while the block runs; the network holds no layer of it and no hook afterwards.
+
+    Args:
+        network: in training.
+        stages: names of the modules.
+        spec: how often and how much.
+        names: seed and step: the same ones give the same draws, so that both passes of SAM see one function.
+    """
+    with ExitStack() as stack:
+        for stage in stages:
+            rng = np.random.default_rng(derive("mixstyle", *names, stage))
+            if rng.random() < spec.p:
+                hook = network.get_submodule(stage).register_forward_hook(_mixer(spec.alpha, rng))
+                stack.callback(hook.remove)
+        yield
+
+
+def _mixer(alpha: float, rng: np.random.Generator) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+    def mixed(module: nn.Module, inputs: tuple[Tensor, ...], outputs: Tensor) -> Tensor:
+        del module, inputs
+        share = rng.beta(alpha, alpha, size=len(outputs))
+        return mix(outputs, torch.from_numpy(rng.permutation(len(outputs))), torch.from_numpy(share))
+
+    return mixed
+
+
+def mix(features: Tensor, partners: Tensor, share: Tensor) -> Tensor:
+    """Return features with the mean and deviation of each channel drawn towards a partner's.
+
+    Args:
+        features: (N, C, H, W).
+        partners: (N,) which image lends its statistics to which.
+        share: (N,) of an image's own statistics; 1 leaves it as it is.
+
+    Returns:
+        (N, C, H, W); gradients do not flow through the statistics.
+    """
+    mean = features.mean((2, 3), keepdim=True).detach()
+    deviation = (features.var((2, 3), keepdim=True) + EPS).sqrt().detach()
+    partners = partners.to(features.device)
+    own = share.to(features).view(-1, 1, 1, 1)
+    mixed_mean, mixed_deviation = (own * s + (1 - own) * s[partners] for s in (mean, deviation))
+    return (features - mean) / deviation * mixed_deviation + mixed_mean
