@@ -45,8 +45,8 @@ def test_rounding_is_seen_at_any_width(bits, dtype):
 
 def test_a_quantized_network_has_curvature_where_it_is_baked_or_held_still():
     case = quantized(7)
-    head = case.landscape(params="7.*")
-    assert (Hessian(head) @ torch.ones(head.num_params)).any()
+    norms = case.landscape(params=["1.*", "4.*"])
+    assert (Hessian(norms) @ torch.ones(norms.num_params)).any()
     bake(case.model)
     whole = case.landscape()
     torch.testing.assert_close(Hessian(whole) @ whole.point, case.dense_hessian(whole.point) @ whole.point)

@@ -121,11 +121,12 @@ def hessian_spectrum(
     search = _Search(operator, k, which, tol, name)
     search.run(BUDGET * k if budget is None else budget)
     values, residuals = (each[search.order] for each in search.measured())
-    kept = search.eigenvectors() if vectors else None
+    converged = search.reached()[search.order]
+    kept = search.eigenvectors() if vectors else None  # last: it rotates the basis
     return Spectrum(
         eigenvalues=values,
         residuals=residuals,
-        converged_each=search.reached()[search.order],
+        converged_each=converged,
         eigenvectors=kept,
         which=which,
         tol=tol,
@@ -183,9 +184,10 @@ class _Search:
         return np.asarray(residuals <= np.maximum(self.tol * np.abs(values), floor))
 
     def eigenvectors(self) -> Tensor:
-        """Return the wanted Ritz vectors (P, k)."""
-        rotation = torch.from_numpy(self.krylov.ritz()[1][:, self.order].copy()).to(self.krylov.vectors)
-        return self.krylov.vectors.T @ rotation
+        """Turn the basis into the wanted Ritz vectors (P, k), where it lies: a copy would be k vectors more."""
+        values, coefficients = self.krylov.ritz()
+        self.krylov.restart(coefficients[:, self.order], values[self.order])
+        return self.krylov.vectors.T
 
     def _ends(self, count: int) -> "np.ndarray[tuple[int], np.dtype[np.intp]]":
         size, count = self.krylov.size, min(count, self.krylov.size)
