@@ -190,7 +190,7 @@ class _Search:
         return np.asarray(residuals <= self._allowed(values))
 
     def _allowed(self, values: FloatArray) -> FloatArray:
-        return np.maximum(self.tol * np.abs(values), resolution(self.operator) * np.abs(values).max())
+        return np.asarray(np.maximum(self.tol * np.abs(values), resolution(self.operator) * np.abs(values).max()))
 
     def _settled(self) -> bool:
         """Say whether the wanted pairs have converged, and `WAIT` more products have turned up no others."""
