@@ -110,6 +110,16 @@ def test_a_measurement_goes_on_from_where_it_was_stopped(store, monkeypatch):
     assert content(store.run(ERM).probe(probe)) == whole
 
 
+def test_how_products_are_made_is_chosen_once(store, monkeypatch):
+    probe = store.run(ERM).probe(PROBE.replace(seed=7, k=1, starts=1, steps=2))
+    probe.create()
+    files.save_arrays(probe.unit("method"), {"unit": np.array([1.0])})
+    made = []
+    monkeypatch.setattr(spectrum, "Hessian", lambda around, **how: made.append(how) or Hessian(around, **how))
+    measured(store, probe.spec)
+    assert made == [{"method": "forward"}]
+
+
 def test_the_seed_bites_and_the_spec_is_its_name(store):
     one, other = measured(store, PROBE)[0], measured(store, PROBE.replace(seed=2))[0]
     assert not np.array_equal(one["probes"], other["probes"])

@@ -40,7 +40,7 @@ def fill(probe: Probe, run: Run, place: Place, report: Report | None) -> None:
         (found,) = Shelf(probe).units([("pyhessian", partial(_by_pyhessian, run, spec, place, report))])
         files.save_arrays(probe.result, {"eigenvalues": found[1:]}, {"trace": [float(found[0]), None, None]})
         return
-    operator = cache(partial(_operator, run, spec, place, report))
+    operator = cache(partial(_operator, probe, run, place, report))
     units = [("extremes", lambda: _extremes(operator(), spec))]
     units += [(f"density-{index}", partial(_rule, operator, spec, index)) for index in range(spec.starts)]
     extremes, *rules = Shelf(probe).units(units)
@@ -81,9 +81,12 @@ def _baked(run: Run, spec: SpectrumSpec, place: Place) -> torch.nn.Module:
     return loaded
 
 
-def _operator(run: Run, spec: SpectrumSpec, place: Place, report: Report | None) -> Hessian:
-    model = _baked(run, spec, place)
-    operator = Hessian(Landscape(model, batches_of(run, spec, place), weighted, params=spec.params))
+def _operator(probe: Probe, run: Run, place: Place, report: Report | None) -> Hessian:
+    """Return the Hessian; how products are made rests on timings, so that the choice is kept, as a unit."""
+    spec: SpectrumSpec = probe.spec
+    around = Landscape(_baked(run, spec, place), batches_of(run, spec, place), weighted, params=spec.params)
+    (forward,) = Shelf(probe).units([("method", lambda: np.array([Hessian(around).method == "forward"], float))])
+    operator = Hessian(around, method="forward" if forward[0] else "reverse")
     if spec.k > operator.shape[0]:
         raise UserError(f"k must lie between 1 and the {operator.shape[0]} parameters, but is {spec.k}.")
     if report:
