@@ -53,7 +53,7 @@ def table(store: RunStore, setting: Setting) -> pd.DataFrame:
     sums: dict[tuple[str, str], Values] = {}
     counts: dict[tuple[str, str], int] = {}
     for name, spec in labelled(setting):
-        found = surroundings.surface(store, store.run(spec), probe(setting))
+        found = surroundings.surface(store.run(spec), probe(setting))
         for panel in TITLES:
             values = surroundings.of_panel(found, panel, spec.held_out)
             middle = len(found.x) // 2

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from flatlab import surveys
-from flatlab.errands import carry_out, catalogue, everything, foresee, price, tell_written
+from flatlab.errands import carry_out, catalogue, everything, measured, price, tell_written
 from flatlab.errors import choose
 from flatlab.hessian import hessian
 from flatlab.jsontext import strict_json
@@ -140,23 +140,18 @@ def flatness(
     direction_seed: Annotated[int, typer.Option(help="Of the directions.")] = 0,
 ) -> None:  # the options of a measurement are its own, hence so many
     """Measure how fast the loss rises around trained runs: F on spheres (QT-DoG Eq. 5), with intervals."""
-    from flatlab import jobs, reproduce
-    from flatlab.data import catalog
+    from flatlab import reproduce
     from flatlab.flatness import SHOWN, chart, finished, panel_of, probe_of, said
 
     store, panel = chosen.runs(), panel_of(split)
     found = finished(store, runs)
-    place, dataset = reproduce.place_of(found, chosen.place())
+    _, dataset = reproduce.place_of(found, chosen.place())
     fields: dict[str, Any] = {"space": space, "checkpoint": checkpoint, "params": params, "images": images}
     fields |= {"rel_error": rel_error, "abs_error": abs_error, "budget": budget, "block_size": block_size}
     fields |= {"seed": direction_seed, "num_samples": samples, "normalisation": normalisation}
     probe = probe_of(radii, dataset, **fields)
-    sizes = catalog.sizes(dataset, Path(place.data_dir) if place.data_dir else None)
-    todo = jobs.missing(store, [], [(run.spec, probe) for run in found], sizes=sizes)
-    if chosen.dry_run:
-        foresee(chosen, todo, place) if probe.piloted else price(chosen, todo, found[0].spec)
+    if not measured(chosen, found, [probe]):
         return
-    carry_out(chosen, todo, place)
     table, written = chart(store, found, probe, panel=panel, out=chosen.out)
     shown = table if chosen.json else table[list(SHOWN)]
     chosen.answer(shown, f"Flatness on the {split} domains (nats), 95 % intervals over directions", SHOWN)

@@ -33,6 +33,30 @@ def carry_out(chosen: Choices, todo: Sequence[Any], place: Any = None) -> None:
         reproduce.carry_out(list(todo), chosen.runs(), place, workers=processes, hear=hear)
 
 
+def measured(chosen: Choices, found: Sequence[Any], probes: Sequence[Any]) -> bool:
+    """Measure what is missing of runs; or, where that was asked for, only say what it would cost, and return False.
+
+    Args:
+        chosen: what the user chose.
+        found: the runs.
+        probes: what is measured of each.
+    """
+    from flatlab import jobs, reproduce
+    from flatlab.data import catalog
+
+    place, dataset = reproduce.place_of(list(found), chosen.place())
+    sizes = catalog.sizes(dataset, Path(place.data_dir) if place.data_dir else None)
+    wanted = [(run.spec, probe) for run in found for probe in probes]
+    todo = jobs.missing(chosen.runs(), [], wanted, sizes=sizes)
+    if not chosen.dry_run:
+        carry_out(chosen, todo, place)
+    elif all(getattr(probe, "piloted", False) for probe in probes):
+        foresee(chosen, todo, place)
+    else:
+        price(chosen, todo, found[0].spec)
+    return not chosen.dry_run
+
+
 def _decode(wanted: set[tuple[str, int]], place: Any) -> None:
     """Bring images into the cache where they are not, before workers start: here it is one bar, and one mistake."""
     from flatlab import display

@@ -104,7 +104,7 @@ def chart(
         panel: "train" (the seen domains) or "test" (the unseen one).
         out: folder of the pictures.
     """
-    wanted = [(_name(run), run.spec, probe) for run in found]
+    wanted = [(run.name, run.spec, probe) for run in found]
     frame = tables.flatness(store, wanted)
     shown = frame[frame["panel"] == panel].drop(columns="panel")
     shown = shown.assign(**_lengths(found, probe, shown))
@@ -121,7 +121,7 @@ def said(found: list[Run], probe: ProbeSpec, *, panel: str) -> list[str]:
         probe: as measured.
         panel: "train" (the seen domains) or "test" (the unseen one).
     """
-    seen = {_name(run): _seen(run, probe, panel) for run in found}
+    seen = {run.name: _seen(run, probe, panel) for run in found}
     told = [
         f"{name}: {sentence}"
         for name, each in seen.items()
@@ -133,10 +133,6 @@ def said(found: list[Run], probe: ProbeSpec, *, panel: str) -> list[str]:
         for other in others
         if np.array_equal(seen[first].radii, seen[other].radii)
     ]
-
-
-def _name(run: Run) -> str:
-    return f"{run.spec.label} {run.spec.digest[:6]}"
 
 
 @dataclass(frozen=True)
@@ -151,7 +147,7 @@ class Seen:
 
 
 def _seen(run: Run, probe: ProbeSpec, panel: str) -> Seen:
-    arrays, facts = files.load_arrays(run.probe(probe).result)
+    arrays, facts = run.measured(probe)
     mine = np.array([(name == run.spec.held_out) == (panel == "test") for name in facts["strata"]])
     rises = [arrays[f"visits-{index:02d}"][:, mine].mean(axis=1) for index in range(len(arrays["radii"]))]
     slopes = arrays["slopes"][:, mine][:, :, mine].mean(axis=(1, 2)) if "slopes" in arrays else None
@@ -180,7 +176,7 @@ def _lengths(found: list[Run], probe: ProbeSpec, shown: pd.DataFrame) -> dict[st
     """Return each radius as L2 distance, as a share of ||w||, and per parameter."""
     lengths: dict[str, list[float]] = {"l2": [], "share": [], "rms": []}
     for run in found:
-        arrays, facts = files.load_arrays(run.probe(probe).result)
+        arrays, facts = run.measured(probe)
         for radius in arrays["radii"]:
             distance = radius * facts["reach"]
             lengths["l2"].append(distance)

@@ -1,11 +1,10 @@
 """`flatlab hessian`: curvature at trained runs, by flatlab's engine and, beside it, PyHessian's."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from flatlab.errands import carry_out, price, tell_written
+from flatlab.errands import measured, tell_written
 from flatlab.options import Choices
 
 SHOWN = {"run": "", "split": "", "engine": "", "number": "", "index": "", "value": ".4g", "low": ".4g", "high": ".4g"}
@@ -39,22 +38,16 @@ def hessian(
     start_seed: Annotated[int, typer.Option(help="Of all random starts.")] = 0,
 ) -> None:  # the options of a measurement are its own, hence so many
     """Measure the Hessian around trained runs: top eigenvalues within bounds, trace with interval, density."""
-    from flatlab import jobs, reproduce, spectra
-    from flatlab.data import catalog
+    from flatlab import spectra
     from flatlab.flatness import finished
 
     store, found = chosen.runs(), finished(chosen.runs(), runs)
-    place, dataset = reproduce.place_of(found, chosen.place())
     fields = {"k": k, "which": which, "tol": tol, "rel_error": rel_error, "trace_budget": trace_budget}
     fields |= {"starts": starts, "steps": lanczos_steps, "checkpoint": checkpoint, "params": params}
     probes = spectra.probes_of(split or ["source"], engine, images=images, seed=start_seed, **fields)
-    wanted = [(f"{run.spec.label} {run.spec.digest[:6]}", run.spec, probe) for run in found for probe in probes]
-    sizes = catalog.sizes(dataset, Path(place.data_dir) if place.data_dir else None)
-    todo = jobs.missing(store, [], [(run, probe) for _, run, probe in wanted], sizes=sizes)
-    if chosen.dry_run:
-        price(chosen, todo, found[0].spec)
+    if not measured(chosen, found, probes):
         return
-    carry_out(chosen, todo, place)
+    wanted = [(run.name, run.spec, probe) for run in found for probe in probes]
     table = spectra.numbers(store, wanted).rename(columns={"method": "run", "panel": "split"})
     written = spectra.chart(store, wanted, chosen.out)
     shown = table if chosen.json else table[list(SHOWN)]

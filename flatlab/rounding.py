@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from flatlab import files, plots, tables
-from flatlab.errors import UserError, choose
+from flatlab.errors import choose
 from flatlab.metrics.results import FloatArray, standing
 from flatlab.probespecs import RadiusSpec
 from flatlab.runs import Run, RunStore
@@ -48,10 +48,7 @@ def rises(store: RunStore, wanted: Iterable[tuple[str, RunSpec, RadiusSpec]]) ->
 
 
 def _rows(run: Run, probe: RadiusSpec, label: str) -> Iterator[dict[str, Any]]:
-    measured = run.probe(probe)
-    if not measured.done:
-        raise UserError(f"Run {run.spec.digest} ({label}, {run.spec.held_out}) is not measured yet: {measured.path}.")
-    arrays, facts = files.load_arrays(measured.result)
+    arrays, facts = run.measured(probe, label)
     target = np.array([name == run.spec.held_out for name in facts["strata"]])
     about = {"method": label, "held_out": run.spec.held_out, "seed": run.spec.seed, "over": "directions"}
     for index, row in enumerate(facts["rows"]):
@@ -190,7 +187,7 @@ def chart(
         layers: pattern of those that were rounded.
         out: folder of the pictures.
     """
-    frame = rises(store, [(f"{run.spec.label} {run.spec.digest[:6]}", run.spec, probe) for run in found])
+    frame = rises(store, [(run.name, run.spec, probe) for run in found])
     out.mkdir(parents=True, exist_ok=True)
     files.write_bytes(out / "radius.csv", frame.to_csv(index=False).encode())
     caption = (

@@ -46,6 +46,11 @@ class Run(Entry):
     parse = staticmethod(RunSpec.parse)
     spec: RunSpec
 
+    @property
+    def name(self) -> str:
+        """What pictures and tables call it, apart from others of its composition."""
+        return f"{self.spec.label} {self.spec.digest[:6]}"
+
     def checkpoint(self, name: str) -> Path:
         """Return the path of a checkpoint: "selected" or "last"."""
         return self.path / "checkpoints" / f"{name}.safetensors"
@@ -81,6 +86,24 @@ class Run(Entry):
     def probe(self, spec: Probing) -> Probe:
         """Return the measurement of this run that a probe spec names."""
         return Probe(self.path / "probes" / spec.digest, spec)
+
+    def measured(self, spec: Probing, label: str = "") -> tuple[files.Arrays, Any]:
+        """Return the arrays and facts that a finished measurement of this run has left.
+
+        Args:
+            spec: of the measurement.
+            label: what the user calls the run, if not by its composition.
+
+        Raises:
+            UserError: where it is not measured yet.
+        """
+        probe = self.probe(spec)
+        if not probe.done:
+            raise UserError(
+                f"Run {self.spec.digest} ({label or self.spec.label}, {self.spec.held_out}) is not measured yet: "
+                f"{probe.path}."
+            )
+        return files.load_arrays(probe.result)
 
     def probes(self) -> list[Probe]:
         """Return the measurements that exist, finished or not."""

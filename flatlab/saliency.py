@@ -17,7 +17,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from flatlab import files, plots, tables
-from flatlab.errors import UserError
 from flatlab.methods import METHODS, replicates
 from flatlab.metrics.maps import agreement, energy
 from flatlab.probespecs import CamSpec
@@ -92,10 +91,9 @@ class CamFigure:
         probe = self.probe(setting)
         found = {}
         for label, spec in self.labelled(setting):
-            measured = store.run(spec).probe(probe)
-            if not measured.done:
-                raise UserError(f"Run {spec.digest} ({label}, {spec.held_out}) is not measured yet: {measured.path}.")
-            found[label, spec.held_out, spec.seed] = str(measured.result), files.load_arrays(measured.result)[0]
+            run = store.run(spec)
+            arrays, _ = run.measured(probe, label)
+            found[label, spec.held_out, spec.seed] = str(run.probe(probe).result), arrays
         each = pd.DataFrame(list(_numbers(found)))
         told, along = each[each["share"].isna()], each[each["share"].notna()]
         whole = [

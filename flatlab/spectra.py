@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from flatlab import files, plots
-from flatlab.errors import UserError, choose
+from flatlab.errors import choose
 from flatlab.metrics.blur import blur
 from flatlab.metrics.results import Estimate, FloatArray
 from flatlab.probespecs import SpectrumSpec
@@ -36,7 +36,9 @@ def probes_of(splits: Iterable[str], engine: str, **fields: Any) -> list[Spectru
     fields["which"] = choose("end of the spectrum", fields["which"], ("LA", "SA", "BE"))
     fields["checkpoint"] = choose("checkpoint", fields["checkpoint"], ("selected", "last"))
     engines = dict.fromkeys(("flatlab", choose("engine", engine, ("flatlab", "pyhessian"))))
-    return [SpectrumSpec.make(domains=each, engine=kind, **fields) for each in splits for kind in engines]
+    return [
+        SpectrumSpec.make(domains=each, engine=kind, **fields) for each in dict.fromkeys(splits) for kind in engines
+    ]
 
 
 def numbers(store: RunStore, wanted: Wanted) -> pd.DataFrame:
@@ -51,7 +53,7 @@ def numbers(store: RunStore, wanted: Wanted) -> pd.DataFrame:
 
 
 def _rows(label: str, run: Run, probe: SpectrumSpec) -> Iterable[dict[str, Any]]:
-    arrays, facts = _measured(run, probe)
+    arrays, facts = run.measured(probe, label)
     shared = {**_named(label, run, probe), "engine": probe.engine}
     unknown = np.full(len(arrays["eigenvalues"]), np.nan)
     residuals, converged = arrays.get("residuals", unknown), arrays.get("converged", unknown)
@@ -82,7 +84,7 @@ def densities(store: RunStore, wanted: Wanted) -> pd.DataFrame:
         store: holds the finished measurements, by flatlab's engine.
         wanted: method's name, run, measurement.
     """
-    found = [(label, store.run(run), probe, _rules(store.run(run), probe)) for label, run, probe in wanted]
+    found = [(label, store.run(run), probe, _rules(label, store.run(run), probe)) for label, run, probe in wanted]
     frames = []
     for domains in dict.fromkeys(probe.domains for _, _, probe, _ in found):
         mine = [each for each in found if each[2].domains == domains]
@@ -99,15 +101,8 @@ def _named(label: str, run: Run, probe: SpectrumSpec) -> dict[str, Any]:
     return {"panel": probe.domains, "method": label, "held_out": run.spec.held_out, "seed": run.spec.seed}
 
 
-def _measured(run: Run, probe: SpectrumSpec) -> tuple[files.Arrays, Any]:
-    measured = run.probe(probe)
-    if not measured.done:
-        raise UserError(f"Run {run.spec.digest} ({run.spec.held_out}) is not measured yet: {measured.path}.")
-    return files.load_arrays(measured.result)
-
-
-def _rules(run: Run, probe: SpectrumSpec) -> list[tuple[FloatArray, FloatArray]]:
-    arrays, _ = _measured(run, probe)
+def _rules(label: str, run: Run, probe: SpectrumSpec) -> list[tuple[FloatArray, FloatArray]]:
+    arrays, _ = run.measured(probe, label)
     return [(arrays[f"nodes-{index:02d}"], arrays[f"weights-{index:02d}"]) for index in range(probe.starts)]
 
 

@@ -144,7 +144,7 @@ def chart(
                 "so that there is no curve: give runs with average last or sma, an earlier --since, or train with a "
                 "smaller --eval-every."
             )
-    along = curves(store, [(f"{run.spec.label} {run.spec.digest[:6]}", run.spec) for run in found])
+    along = curves(store, [(run.name, run.spec) for run in found])
     out.mkdir(parents=True, exist_ok=True)
     files.write_bytes(out / "stability.csv", along.to_csv(index=False).encode())
     frame = along.assign(low=along["value"], high=along["value"])

@@ -13,7 +13,7 @@ from flatlab.errors import UserError
 from flatlab.metrics.grids import Surface, surface_of
 from flatlab.metrics.results import Estimate
 from flatlab.probespecs import Probing, SurfaceSpec
-from flatlab.runs import Run, RunStore
+from flatlab.runs import Run
 
 CORNERS = {"run": "", "way": "", "trace": ".4g", "low": ".4g", "high": ".4g"}
 WAYS = ("sphere", "trace", "density")
@@ -39,18 +39,9 @@ def centres(found: Sequence[Run], axes: str) -> tuple[list[Run], tuple[str, ...]
     return [found[-1]], tuple(run.spec.digest for run in found)
 
 
-def surface(store: RunStore, run: Run, probe: SurfaceSpec) -> Surface:
-    """Return a measured surface.
-
-    Args:
-        store: holds it.
-        run: whose it is.
-        probe: as it was measured.
-
-    Raises:
-        UserError: where it is not measured yet.
-    """
-    return surface_of(*_result(run, probe))
+def surface(run: Run, probe: SurfaceSpec) -> Surface:
+    """Return a measured surface."""
+    return surface_of(*run.measured(probe))
 
 
 def of_panel(found: Surface, panel: str, held_out: str, metric: str = "loss") -> np.ndarray[Any, np.dtype[np.float64]]:
@@ -59,16 +50,9 @@ def of_panel(found: Surface, panel: str, held_out: str, metric: str = "loss") ->
     return found.of(metric, names)
 
 
-def _result(run: Run, probe: Probing) -> tuple[files.Arrays, Any]:
-    measured = run.probe(probe)
-    if not measured.done:
-        raise UserError(f"Run {run.spec.digest} ({run.spec.held_out}) is not measured yet: {measured.path}.")
-    return files.load_arrays(measured.result)
-
-
-def draw_surfaces(store: RunStore, found: Sequence[Run], probe: SurfaceSpec, *, out: Path) -> list[Path]:
+def draw_surfaces(found: Sequence[Run], probe: SurfaceSpec, *, out: Path) -> list[Path]:
     """Draw contours of each run on seen and unseen domains, on common levels, with a relief; write npz and pictures."""
-    surfaces = {run.spec.digest: surface(store, run, probe) for run in found}
+    surfaces = {run.spec.digest: surface(run, probe) for run in found}
     panels = {
         (run.spec.digest, panel): of_panel(surfaces[run.spec.digest], panel, run.spec.held_out)
         for run in found
@@ -85,33 +69,31 @@ def draw_surfaces(store: RunStore, found: Sequence[Run], probe: SurfaceSpec, *, 
                 ax = figure.add_subplot(rows, 3, 3 * row + column + 1)
                 filled = surfaceplots.contours(ax, (mine.x, mine.y), panels[run.spec.digest, panel], levels=levels)
                 surfaceplots.marked(ax, mine.marks, mine.mark_labels, connected=mine.connected)
-                ax.set(xlabel=mine.labels[0], ylabel=mine.labels[1], title=f"{_name(run)}, {title}")
+                ax.set(xlabel=mine.labels[0], ylabel=mine.labels[1], title=f"{run.name}, {title}")
             figure.colorbar(filled, ax=ax, label="loss (nats)", format="%.2g")
             relief: Any = figure.add_subplot(rows, 3, 3 * row + 3, projection="3d")
             surfaceplots.relief(relief, (mine.x, mine.y), panels[run.spec.digest, "source"], levels=levels)
-            relief.set(title=f"{_name(run)}, {PANELS['source']}")
+            relief.set(title=f"{run.name}, {PANELS['source']}")
             mine.save(out / f"landscape-{run.spec.digest[:6]}.npz")
             written.append(out / f"landscape-{run.spec.digest[:6]}.npz")
         return [*plots.save(figure, out / "landscape"), *written]
 
 
-def triangles(
-    store: RunStore, found: Sequence[Run], probe: Probing, *, out: Path
-) -> tuple[pd.DataFrame, list[str], list[Path]]:
+def triangles(found: Sequence[Run], probe: Probing, *, out: Path) -> tuple[pd.DataFrame, list[str], list[Path]]:
     """Return the three traces of each run with intervals, the verdicts, and pictures of the rise against the trace."""
     rows, told = [], []
     out.mkdir(parents=True, exist_ok=True)
     with plots.style():
         figure, grid = plt.subplots(1, len(found), figsize=(3.4 * len(found), 2.8), squeeze=False, layout="constrained")
         for ax, run in zip(grid[0], found, strict=True):
-            arrays, facts = _result(run, probe)
+            arrays, facts = run.measured(probe)
             for name in WAYS:
                 value, stderr, freedom = facts["corners"][name]
                 half = Estimate(value, stderr, freedom).half_width()
-                rows.append({"run": _name(run), "way": name, "trace": value, "low": value - half, "high": value + half})
-            told.append(f"{_name(run)}: {facts['verdict']}")
+                rows.append({"run": run.name, "way": name, "trace": value, "low": value - half, "high": value + half})
+            told.append(f"{run.name}: {facts['verdict']}")
             _triangle(ax, arrays, facts)
-            ax.set(title=_name(run))
+            ax.set(title=run.name)
         return pd.DataFrame(rows), told, plots.save(figure, out / "triangle")
 
 
@@ -134,29 +116,23 @@ def _triangle(ax: Any, arrays: files.Arrays, facts: dict[str, Any]) -> None:
     ax.legend()
 
 
-def audits(
-    store: RunStore, found: Sequence[Run], probe: Probing, *, out: Path
-) -> tuple[pd.DataFrame, list[str], list[Path]]:
+def audits(found: Sequence[Run], probe: Probing, *, out: Path) -> tuple[pd.DataFrame, list[str], list[Path]]:
     """Return the tables of all audits, sentences on what was rescaled and refused, and pictures."""
     frames, told = [], []
     out.mkdir(parents=True, exist_ok=True)
     with plots.style():
         figure, grid = plt.subplots(len(found), 1, figsize=(6.5, 2.6 * len(found)), squeeze=False, layout="constrained")
         for ax, run in zip(grid[:, 0], found, strict=True):
-            arrays, facts = _result(run, probe)
+            arrays, facts = run.measured(probe)
             frame = pd.DataFrame(facts["rows"])
-            frames.append(frame.assign(run=_name(run)))
+            frames.append(frame.assign(run=run.name))
             kinds = [pair["kind"] for pair in facts["pairs"]]
             told.append(
-                f"{_name(run)}: rescaled {kinds.count('norm')} layers against their BatchNorm and"
+                f"{run.name}: rescaled {kinds.count('norm')} layers against their BatchNorm and"
                 f" {kinds.count('layers')} pairs of layers; outputs moved by {arrays['deviation'].max():.1e} of the"
                 " largest."
             )
-            told += [f"{_name(run)}: left alone {each['first']}: {each['reason']}." for each in facts["refusals"]]
+            told += [f"{run.name}: left alone {each['first']}: {each['reason']}." for each in facts["refusals"]]
             surfaceplots.factors(ax, frame)
-            ax.set_title(_name(run), loc="left", pad=18)  # the legend is between
+            ax.set_title(run.name, loc="left", pad=18)  # the legend is between
         return pd.concat(frames, ignore_index=True), told, plots.save(figure, out / "audit")
-
-
-def _name(run: Run) -> str:
-    return f"{run.spec.label} {run.spec.digest[:6]}"

@@ -1,6 +1,5 @@
 """`flatlab landscape`, `flatlab audit` and `flatlab selftest`: pictures and checks of a run's surroundings."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -12,7 +11,6 @@ from flatlab.options import Choices
 
 if TYPE_CHECKING:
     from flatlab.probespecs import Probing
-    from flatlab.runs import Run
 
 Runs = Annotated[list[str], typer.Argument(help="Digests of runs, or their beginnings (`flatlab runs list`).")]
 Checkpoint = Annotated[str, typer.Option(help="selected (by source validation) or last.")]
@@ -61,14 +59,13 @@ def landscape(
     probes: list[Probing] = [plane]
     if triangle:
         probes.append(TriangleSpec.make(rel_error=rel_error, **shared))
-    if not _measured(chosen, centres, probes):
+    if not errands.measured(chosen, centres, probes):
         return
-    store = chosen.runs()
-    sentences, written = [], surroundings.draw_surfaces(store, centres, plane, out=chosen.out)
+    sentences, written = [], surroundings.draw_surfaces(centres, plane, out=chosen.out)
     if kind == "runs":
         sentences.append(OWN)
     if triangle:
-        table, told, pictures = surroundings.triangles(store, centres, probes[1], out=chosen.out)
+        table, told, pictures = surroundings.triangles(centres, probes[1], out=chosen.out)
         sentences, written = [*sentences, *told], [*written, *pictures]
         chosen.answer(table, "The trace of the Hessian, three times (nats), 95 % intervals", surroundings.CORNERS)
     errands.tell_written(written, sentences)
@@ -90,9 +87,9 @@ def audit(
 
     found, kept = finished(chosen.runs(), runs), choose("checkpoint", checkpoint, ("selected", "last"))
     probe = AuditSpec.make(most=most, num_samples=samples, checkpoint=kept, images=images, seed=direction_seed)
-    if not _measured(chosen, found, [probe]):
+    if not errands.measured(chosen, found, [probe]):
         return
-    table, sentences, written = surroundings.audits(chosen.runs(), found, probe, out=chosen.out)
+    table, sentences, written = surroundings.audits(found, probe, out=chosen.out)
     shown = table if chosen.json else table[["run", *AUDITED]]
     chosen.answer(shown, "Measures of flatness after rescalings that change nothing, the most invariant first", AUDITED)
     errands.tell_written(written, sentences)
@@ -117,19 +114,3 @@ def selftest(chosen: Choices) -> None:
         typer.echo(f"{failed} of {len(made)} checks failed." if failed else f"All {len(made)} checks passed.")
     if failed:
         raise typer.Exit(1)
-
-
-def _measured(chosen: Choices, found: "list[Run]", probes: "list[Probing]") -> bool:
-    """Measure what is missing; or say what it would cost, and return False."""
-    from flatlab import jobs, reproduce
-    from flatlab.data import catalog
-
-    place, dataset = reproduce.place_of(found, chosen.place())
-    sizes = catalog.sizes(dataset, Path(place.data_dir) if place.data_dir else None)
-    wanted = [(run.spec, probe) for run in found for probe in probes]
-    todo = jobs.missing(chosen.runs(), [], wanted, sizes=sizes)
-    if chosen.dry_run:
-        errands.price(chosen, todo, found[0].spec)
-        return False
-    errands.carry_out(chosen, todo, place)
-    return True

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from flatlab import files, selection
+from flatlab import selection
 from flatlab.errors import UserError
 from flatlab.metrics import rounds
 from flatlab.metrics.results import Estimate, FloatArray, mean_of
@@ -35,10 +35,7 @@ def flatness(store: RunStore, wanted: Iterable[tuple[str, RunSpec, ProbeSpec]]) 
 
 
 def _rises(run: Run, probe: ProbeSpec, label: str) -> Iterable[dict[str, Any]]:
-    measured = run.probe(probe)
-    if not measured.done:
-        raise UserError(f"Run {run.spec.digest} ({label}, {run.spec.held_out}) is not measured yet: {measured.path}.")
-    arrays, facts = files.load_arrays(measured.result)
+    arrays, facts = run.measured(probe, label)
     target = [name == run.spec.held_out for name in facts["strata"]]
     for panel, mine in {"train": ~np.array(target), "test": np.array(target)}.items():
         for index, (radius, blocks) in enumerate(zip(arrays["radii"], facts["blocks"], strict=True)):

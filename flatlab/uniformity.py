@@ -49,11 +49,10 @@ def statistics(store: RunStore, wanted: Iterable[tuple[str, RunSpec, QuantNoiseS
     """
     rows = []
     for label, spec, probe in wanted:
-        measured = store.run(spec).probe(probe)
-        if not measured.done:
-            raise UserError(f"Run {spec.digest} ({label}, {spec.held_out}) is not measured yet: {measured.path}.")
+        run = store.run(spec)
+        facts = run.measured(probe, label)[1]
         about = {"method": label, "held_out": spec.held_out, "seed": spec.seed, "run": spec.digest}
-        rows += [{**about, **fact, "arrays": str(measured.result)} for fact in files.load_arrays(measured.result)[1]]
+        rows += [{**about, **fact, "arrays": str(run.probe(probe).result)} for fact in facts]
     return pd.DataFrame(rows)
 
 
@@ -165,7 +164,7 @@ def chart(
         layers: pattern of those that are drawn.
         out: folder of the pictures.
     """
-    frame = statistics(store, [(f"{run.spec.label} {run.spec.digest[:6]}", run.spec, probe) for run in found])
+    frame = statistics(store, [(run.name, run.spec, probe) for run in found])
     names = chosen_layers(frame, layers)
     rows = frame[frame["layer"].isin(names) & (frame["mode"] == "normalised")]
     out.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,7 @@ from spectra import LAYOUTS, dense, double, landscape_of, normal, quadratic, sof
 from flatlab.errors import UserError
 from flatlab.metrics import density as density_module
 from flatlab.metrics import krylov as krylov_module
+from flatlab.metrics import lanczos
 from flatlab.metrics.density import spectral_density
 from flatlab.metrics.krylov import Krylov
 from flatlab.metrics.lanczos import EXTRA, hessian_spectrum
@@ -97,6 +98,33 @@ def test_the_basis_is_bounded_and_orthonormal_through_restarts():
     )
     projected = krylov.vectors @ (operator @ krylov.vectors.T)
     assert krylov.projection[:10, :10] == pytest.approx(projected.numpy(), abs=1e-12)
+
+
+def crowded(kind):
+    """Return a spectrum whose wanted eigenvalues stand so close that a first convergence misses some."""
+    rng = np.random.default_rng(3)
+    bulk = 0.02 * np.abs(rng.normal(size=600)) ** 3
+    tops = {"cluster": 1 + rng.uniform(0, 0.1, 12), "many": rng.lognormal(0, 0.3, 60)}
+    tops["near copies"] = np.repeat(rng.lognormal(0, 1, 8), 2) * (1 + 1e-3 * rng.normal(size=16))
+    return np.r_[tops[kind], bulk]
+
+
+def missed():
+    """Count the searches in crowds that converge, and are off by more than was asked for."""
+    off = 0
+    for kind in ("cluster", "many", "near copies"):
+        values = crowded(kind)
+        for seed in range(5):
+            spectrum = hessian_spectrum(quadratic(values), k=10, tol=1e-2, seed=seed)
+            assert spectrum.converged
+            off += spectrum.eigenvalues != pytest.approx(wanted(values, 10, "LA"), rel=1e-2)
+    return off
+
+
+def test_a_crowd_hides_eigenvalues_from_a_first_convergence_alone(monkeypatch):
+    assert missed() <= 1
+    monkeypatch.setattr(lanczos, "WAIT", 0)
+    assert missed() >= 5
 
 
 def test_a_budget_ends_the_search_and_is_told():
@@ -243,14 +271,14 @@ def test_unused_weights_would_be_caught(monkeypatch):
         test_the_quadrature_is_exact_for_polynomials_below_twice_the_steps(True)
 
 
-def test_scipy_needs_no_fewer_products():
+def test_scipy_converges_in_no_fewer_products():
     for name in ("conv_bn", "vit"):
         landscape = double(name).landscape()
         ours, theirs = hessian_spectrum(landscape, k=10, tol=1e-2), Hessian(landscape)
         start = normal("arpack", shape=(landscape.num_params,)).numpy()
         found = scipy.sparse.linalg.eigsh(theirs.to_scipy(), k=10, which="LA", tol=1e-2, v0=start)[0]
         assert ours.eigenvalues == pytest.approx(found[::-1], rel=1e-2)
-        assert ours.cost.hvps <= 1.1 * theirs.products
+        assert ours.cost.hvps - lanczos.WAIT <= 1.1 * theirs.products  # SciPy looks for none that it missed
 
 
 @pytest.mark.oracle

@@ -108,9 +108,9 @@ def test_specs_are_read_back_and_surfaces_too(store):
         assert parse_probe(spec.canonical()) == spec and spec.passes(stores.SIZES) > 0
     run = RunStore(store).find(digests(store)["sam"])
     spec = SurfaceSpec(images=4, grid=9, refine=0.2)
-    stores.refuses(lambda: surface(RunStore(store), run, spec), "not measured yet")
+    stores.refuses(lambda: surface(run, spec), "not measured yet")
     measure(run, spec, stores.PLACE)
-    found = surface(RunStore(store), run, spec)
+    found = surface(run, spec)
     assert np.array_equal(surface_of(*parts(found)).values, found.values) and found.measured.sum() <= 81
 
 

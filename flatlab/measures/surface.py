@@ -60,7 +60,7 @@ def directions(around: Landscape, run: Run, spec: SurfaceSpec, place: Place) -> 
             bake(loaded)
         named = dict(loaded.named_parameters())
         points.append(flatten([named[name] for name in around.named if name in named]))
-    names = [f"{other.spec.label} {other.spec.digest[:6]}" for other in others]
+    names = [other.name for other in others]
     if len(points) == 2:
-        return plane_through(around, *points, names=[f"{run.spec.label} {run.spec.digest[:6]}", *names])
+        return plane_through(around, *points, names=[run.name, *names])
     return trajectory_directions(around, points, names=names)
