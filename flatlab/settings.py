@@ -65,8 +65,9 @@ class Setting(Spec):
 
     @property
     def words(self) -> str:
-        """Which data, network and seeds, in words for a title."""
-        data = ", ".join(f"{one.dataset}, {one.model}" for one in self.each)
+        """Which data, network and seeds, in words for a title; of photographs how large and how long, too."""
+        size = {one.dataset: f" at {one.image_size} pixels, {one.steps:,} steps" for one in self.each}
+        data = ", ".join(f"{one.dataset}, {one.model}{size[one.dataset] * (one.image_size > 16)}" for one in self.each)
         return f"{data}, {'1 seed' if self.seeds == 1 else f'{self.seeds} seeds'}"
 
     @property
