@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from analyses import fig3
 from analyses.fig3 import BASELINE, ORDER, labelled
@@ -106,7 +106,7 @@ def draw(frame: pd.DataFrame, caption: str) -> Figure:
             row[0].set(title=f"Density, {title}")
             for ax, number in zip(row[1:], (TOP, TRACE), strict=True):
                 _pairs(ax, _each(mine)[_each(mine)["number"] == number])
-                ax.set(title=f"{number.capitalize()}, {title}", xlabel="ERM", ylabel="method")
+                ax.set(title=f"{number.capitalize()}, {title}", xlabel="ERM (nats)", ylabel="method (nats)")
         title, _, rest = caption.partition("\n")
         plots.legend_above(figure, grid[0, 0], title)
         figure.supxlabel(rest, fontsize=7, color="0.3")
@@ -121,7 +121,9 @@ def _pairs(ax: Axes, frame: pd.DataFrame) -> None:
             ax.plot(wide[BASELINE], wide[name], plots.MARKERS[index], color=f"C{index}", markersize=3)
     if (wide > 0).all(axis=None):
         ax.set(xscale="log", yscale="log")
-        ax.xaxis.set_minor_formatter(NullFormatter())
-        ax.yaxis.set_minor_formatter(NullFormatter())
+        for axis in (ax.xaxis, ax.yaxis):  # less than a decade: the usual ticks would bear no number
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter(ScalarFormatter())
+            axis.set_minor_formatter(NullFormatter())
     ends = [wide.min().min(), wide.max().max()]
     ax.plot(ends, ends, color="0.5", linewidth=0.8)
