@@ -1,11 +1,13 @@
 """What LSQ training costs over full precision: ours, lsq-net's plain formulation, torch's fused op, and brevitas.
 
-    python benchmarks/quantizers.py                            # MobileNetV2, 96 images of 224 x 224
-    python benchmarks/quantizers.py --image-size 64 --rounds 3 # sooner, on a CPU
+    python benchmarks/quantizers.py --out benchmarks/results   # MobileNetV2, 96 images of 64 and of 224 pixels
+    python benchmarks/quantizers.py --image-size 64 --rounds 3 # sooner
 
-One step is forward, backward and Adam, with frozen BatchNorm statistics, on one constant batch. Rounds of all variants
-alternate, so that a machine that others use as well slows all of them alike; a ratio is the median over rounds of the
-ratio within a round. All start from the same weights. lsq-net's plain formulation is written anew here from the LSQ
+One step is forward, backward and Adam, with frozen BatchNorm statistics, on one constant batch, with the allocator's
+setting that flatlab gives its workers. Each round steps all variants, each time another one first, so that a machine
+that others use as well slows all of them alike; a ratio is the median over rounds of the ratio within a round, its
+interval a bootstrap over rounds. With --out each round is kept as it ends, and the same command goes on from there.
+All start from the same weights. lsq-net's plain formulation is written anew here from the LSQ
 paper (arXiv 1902.08153): detach tricks, the layer's forward computes its quantized weight. `native` is torch's fused
 op, which counts what lies up to half a step beyond the outer levels as inside: what fusing could save, not LSQ.
 brevitas is left out where it is not installed.
@@ -16,22 +18,28 @@ import copy
 import importlib.util
 import json
 import math
-import platform
-import statistics
+import os
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flatlab import machine
+from flatlab.executors import ALLOCATOR
 from flatlab.models import build_network, set_training
 from flatlab.quant.attach import attach, clamp_scales, layers
 from flatlab.quant.codebook import initial_scale, levels
 
 GOAL = 1.15  # times the full-precision step
+PLAIN, OURS = "full precision", "flatlab"
+BOOTSTRAPS = 2000
+Taken = dict[str, list[float]]  # variant -> seconds of a step, in each round
 
 
 class Detached(nn.Module):
@@ -103,8 +111,8 @@ def ours(network: nn.Module, bits: int) -> nn.Module:
 
 
 VARIANTS: dict[str, Callable[[nn.Module, int], nn.Module]] = {
-    "full precision": lambda network, bits: network,
-    "flatlab": ours,
+    PLAIN: lambda network, bits: network,
+    OURS: ours,
     "lsq-net's plain formulation": lambda network, bits: replaced(network, lambda layer: Detached(layer, bits)),
     "native": lambda network, bits: replaced(network, lambda layer: Native(layer, bits)),
     "brevitas": brevitas,
@@ -142,65 +150,130 @@ def seconds(step: Callable[[], None], steps: int, device: torch.device) -> float
     return (time.perf_counter() - started) / steps
 
 
-def measure(args: argparse.Namespace) -> dict[str, list[float]]:
+def steppers(args: argparse.Namespace, image_size: int) -> dict[str, Callable[[], None]]:
     device, draws = torch.device(args.device), torch.Generator().manual_seed(0)
-    images = torch.randn(args.batch_size, 3, args.image_size, args.image_size, generator=draws)
+    images = torch.randn(args.batch_size, 3, image_size, image_size, generator=draws)
     targets = torch.randint(7, (args.batch_size,), generator=draws)
     batch = images.to(device, memory_format=torch.channels_last), targets.to(device)
     network = build_network(args.model, num_classes=7).to(device)
-    steps = {}
+    found = {}
     for name, quantize in VARIANTS.items():
         if name == "brevitas" and not importlib.util.find_spec("brevitas"):
             print("brevitas is not installed: left out (pip install brevitas).", file=sys.stderr)
             continue
         own = quantize(copy.deepcopy(network), args.bits)
-        steps[name] = stepper(own, batch, clamped=name == "flatlab", precision=args.precision)
+        found[name] = stepper(own, batch, clamped=name == OURS, precision=args.precision)
+    return found
+
+
+def measure(args: argparse.Namespace, image_size: int, taken: Taken, keep: Callable[[], None]) -> None:
+    """Add rounds to what was taken, until there are enough.
+
+    Args:
+        args: the command's.
+        image_size: in pixels.
+        taken: of earlier rounds, added to.
+        keep: called after each round.
+    """
+    done = len(taken.get(PLAIN, []))
+    if done >= args.rounds:
+        return
+    steps = steppers(args, image_size)
     for step in steps.values():  # warm up: kernels, Adam's moments
-        seconds(step, 2, device)
-    taken: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(args.rounds):
-        names = list(steps)
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:  # nobody is always first
-            taken[name].append(seconds(steps[name], args.steps, device))
-    return taken
+        seconds(step, 2, torch.device(args.device))
+    names = list(steps)
+    for turn in range(done, args.rounds):
+        order = names[turn % len(names) :] + names[: turn % len(names)]  # nobody is always first
+        times = {name: seconds(steps[name], args.steps, torch.device(args.device)) for name in order}
+        for name in names:
+            taken.setdefault(name, []).append(times[name])
+        keep()
+        said = ", ".join(f"{name} {times[name] / times[PLAIN]:.3f}" for name in names[1:])
+        print(f"{image_size} pixels, round {turn + 1} of {args.rounds}: {said}", file=sys.stderr, flush=True)
 
 
-def summary(taken: dict[str, list[float]]) -> list[dict[str, float | str]]:
-    rows: list[dict[str, float | str]] = []
-    for name, own in taken.items():
-        ratios = [mine / plain for mine, plain in zip(own, taken["full precision"], strict=True)]
-        row = {"seconds": statistics.median(own), "ratio": statistics.median(ratios)}
-        rows.append({"variant": name, **row, "least": min(ratios), "most": max(ratios)})
-    return rows
+def ratio(above: list[float], below: list[float]) -> dict[str, float]:
+    """Return the median over rounds of the ratio, and its 95 % bootstrap interval."""
+    each = np.array(above) / np.array(below)
+    draws = np.random.default_rng(0).integers(len(each), size=(BOOTSTRAPS, len(each)))
+    low, high = np.quantile(np.median(each[draws], axis=1), [0.025, 0.975])
+    return {"ratio": float(np.median(each)), "low": float(low), "high": float(high)}
 
 
-def main() -> None:
+def summary(taken: Taken) -> list[dict[str, Any]]:
+    return [
+        {
+            "variant": name,
+            "seconds": float(np.median(own)),
+            **ratio(own, taken[PLAIN]),
+            "ours_over_it": ratio(taken[OURS], own),
+            "rounds": len(own),
+        }
+        for name, own in taken.items()
+    ]
+
+
+def section(args: argparse.Namespace, image_size: str, rows: list[dict[str, Any]]) -> list[str]:
+    lines = [
+        f"## {args.model}, {args.batch_size} images of {image_size} x {image_size}, {rows[0]['rounds']} rounds\n",
+        "| a step of | seconds | times full precision | ours, times it |",
+        "|---|---|---|---|",
+    ]
+    for row in rows:
+        cells = [f"{each['ratio']:.3f} [{each['low']:.3f}, {each['high']:.3f}]" for each in (row, row["ours_over_it"])]
+        lines.append(f"| {row['variant']} | {row['seconds']:.3f} | {cells[0]} | {cells[1]} |")
+    return [*lines, ""]
+
+
+def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="mobilenet_v2")
-    parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument("--image-size", type=int, nargs="+", default=[64, 224])
     parser.add_argument("--batch-size", type=int, default=96)
     parser.add_argument("--bits", type=int, default=7)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
     parser.add_argument("--threads", type=int, default=2, help="of torch, on a CPU")
     parser.add_argument("--steps", type=int, default=1, help="in a round")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--out", type=Path, help="folder of quantizers.json and quantizers.md (none: print alone)")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def words(args: argparse.Namespace) -> str:
+    return (
+        f"# What LSQ training costs over full precision\n\n{args.bits} bits, {args.device}, {args.precision}, "
+        f"{args.threads} threads, torch {torch.__version__}; goal: at most {GOAL} times full precision, and ahead of\n"
+        "lsq-net's formulation and of brevitas. Medians over rounds, 95 % bootstrap intervals over rounds.\n"
+    )
+
+
+def main() -> None:
+    if not set(ALLOCATOR.items()) <= set(os.environ.items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ALLOCATOR})
+    args = parsed()
     torch.set_num_threads(args.threads)
-    rows = summary(measure(args))
-    words = f"{args.model}, {args.batch_size} images of {args.image_size} x {args.image_size}, {args.bits} bits, "
-    words += f"{args.device}, {args.precision}; goal: at most {GOAL} times full precision"
-    lines = ["# What LSQ training costs over full precision", "", words, "", "| a step of | times | rounds |"]
-    lines += ["|---|---|---|"]
-    lines += [f"| {r['variant']} | {r['ratio']:.3f} | {r['least']:.3f} to {r['most']:.3f} |" for r in rows]
-    text = "\n".join(lines) + "\n"
+    asked = {name: value for name, value in vars(args).items() if name not in ("out", "rounds", "image_size")}
+    facts = {"asked": asked, "allocator": ALLOCATOR, "machine": machine.facts(), "goal": GOAL}
+    path = args.out / "quantizers.json" if args.out else None
+    kept = json.loads(path.read_text()) if path and path.exists() else {}
+    rounds: dict[str, Taken] = kept["rounds"] if kept.get("facts", {}).get("asked") == asked else {}
+
+    def keep() -> None:
+        if path:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            rows = {size: summary(taken) for size, taken in rounds.items() if taken}
+            part = path.with_suffix(".part")
+            part.write_text(json.dumps({"facts": facts, "rows": rows, "rounds": rounds}, indent=1) + "\n")
+            part.rename(path)
+
+    for size in args.image_size:
+        measure(args, size, rounds.setdefault(str(size), {}), keep)
+    parts = [line for size, taken in rounds.items() for line in section(args, size, summary(taken))]
+    text = "\n".join([words(args), *parts])
     print(text)
-    if args.out:
-        facts = {**vars(args), "out": str(args.out), "torch": torch.__version__, "processor": platform.processor()}
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "quantizers.json").write_text(json.dumps({"facts": facts, "rows": rows}, indent=1) + "\n")
-        (args.out / "quantizers.md").write_text(text)
+    if path:
+        path.with_suffix(".md").write_text(text)
 
 
 if __name__ == "__main__":

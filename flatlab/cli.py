@@ -18,7 +18,7 @@ from flatlab.mistakes import spoken
 from flatlab.noise import noise
 from flatlab.options import Choices, takes
 from flatlab.upkeep import data_app, runs_app
-from flatlab.words import DATA, PARTS, RUNNING, TRAINING
+from flatlab.words import DATA, PARTS, QUANTIZER, RUNNING, TRAINING
 
 HELP = """How flat is this minimum, is that one flatter, and does it matter out of domain?
 
@@ -82,7 +82,7 @@ def reproduce(
     epilog="Examples: `flatlab train --method qt-dog --held-out rot45`, "
     "`flatlab train --method sam --average swad --quantizer lsq --bits 4 --held-out 0`"
 )
-@takes(*DATA, "method", *PARTS, *TRAINING, *RUNNING, "tensorboard", seeds=1)
+@takes(*DATA, "method", *PARTS, *TRAINING, *QUANTIZER, *RUNNING, "tensorboard", seeds=1)
 def train(chosen: Choices) -> None:
     """Train a method, or any composition of parts, with each domain held out in turn or one of them."""
     from flatlab import jobs, methods, tables

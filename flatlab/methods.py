@@ -115,9 +115,10 @@ def _quantizer(kind: str, setting: Setting) -> AnyQuantizer | None:
     grid = {"bits": setting.bits, "granularity": setting.granularity}
     match kind:
         case "lsq":
-            return QuantSpec.make(**grid, scale_lr=setting.scale_lr)
+            own = {"scale_lr", "signed", "log_scale", "activations", "activation_bits"}
+            return QuantSpec.make(**grid, **{field: getattr(setting, field) for field in own})
         case "inq":
-            return INQSpec.make(**grid, every=setting.inq_every)
+            return INQSpec.make(**grid, grid=setting.inq_grid, every=setting.inq_every)
         case "rtn":
             return RTNSpec.make(**grid)
         case "obc":
@@ -130,7 +131,9 @@ def _noise(kind: str, setting: Setting) -> NoiseSpec | None:
     if kind == "none":
         return None
     size: dict[str, Any] = {"bits": setting.bits, "granularity": setting.granularity}
-    if setting.noise_lr is not None:
+    if setting.noise_amplitude is not None:
+        size = {"amplitude": setting.noise_amplitude}
+    elif setting.noise_lr is not None:
         size = {"amplitude": setting.noise_lr * setting.lr}
     return NoiseSpec.make(**size, persistent=kind == "kept")
 

@@ -16,7 +16,7 @@ from flatlab.data import catalog
 from flatlab.errors import UserError, choose
 from flatlab.jsontext import strict_json
 from flatlab.mistakes import spoken
-from flatlab.words import DEVICES, LIMITS, MODELS, PRECISIONS, WORDS
+from flatlab.words import DEVICES, KNOWN, LIMITS, MODELS, WORDS
 
 if TYPE_CHECKING:  # imported where they are used: `--help` answers before numpy is there
     import pandas as pd
@@ -28,7 +28,25 @@ if TYPE_CHECKING:  # imported where they are used: `--help` answers before numpy
 
 SETTING_FIELDS: tuple[str, ...] = ("image_size", "model", "freeze_batchnorm", "bits", "steps", "eval_every")
 SETTING_FIELDS += ("batch_size", "lr", "precision", "seed", "trial_seed", "seeds", "controls")
+SETTING_FIELDS += ("granularity", "inq_grid", "log_scale", "activations", "activation_bits", "noise_amplitude")
 SHORT = 8  # digits of a digest on a screen
+
+Needs = tuple[Callable[["Method"], bool], str, str]
+_GRID: Needs = (lambda m: m.quantizer != "none" or m.noise != "none", "a quantizer", "add --quantizer lsq")
+_LSQ: Needs = (lambda m: m.quantizer == "lsq", "LSQ", "add --quantizer lsq")
+NEEDS: dict[str, Needs] = {  # option -> whether a composition uses it; what it lacks else; how to get that
+    "bits": _GRID,
+    "granularity": _GRID,
+    "inq_grid": (lambda m: m.quantizer == "inq", "INQ", "add --quantizer inq"),
+    "unsigned": _LSQ,
+    "log_scale": _LSQ,
+    "activations": _LSQ,
+    "activation_bits": _LSQ,
+    "noise_amplitude": (lambda m: m.noise != "none", "noise on the weights", "take --method noise"),
+    "quantize_at": (lambda m: m.switched, "a quantizer that trains", "add --quantizer lsq"),
+    "exact_repo": (lambda m: m.average == "swad", "SWAD", "add --average swad"),
+    "combine": (lambda m: m.members > 0, "an ensemble", "take --method eoq"),
+}
 
 
 @dataclass(frozen=True)
@@ -94,7 +112,6 @@ class Choices:
 
         dataset, folder = self.name(), self.folder()
         self._check_model(dataset)
-        precision = choose("precision", self.precision, PRECISIONS) if self.precision else None
         known = catalog.facts(dataset)
         if known is None or known.folder:
             catalog.locate(dataset, folder)
@@ -105,8 +122,14 @@ class Choices:
             held_out=catalog.held_out(dataset, folder, self.held_out),
             switch=self.quantize_at,
             swad_exact_repo=self.exact_repo,
-            **{**{f: self.given.get(f) for f in SETTING_FIELDS}, "model": self._model(), "precision": precision},
+            signed=False if self.unsigned else None,
+            **{**{f: self.given.get(f) for f in SETTING_FIELDS}, "model": self._model(), **self._known()},
         )
+
+    def _known(self) -> dict[str, str]:
+        """Return the options that name one of a few, by their proper names."""
+        given = {word: self.given[word] for word in KNOWN if self.given.get(word)}
+        return {word: choose(word.replace("_", "-"), value, KNOWN[word]) for word, value in given.items()}
 
     def _model(self) -> str | None:
         return choose("model", self.model, MODELS) if self.model else None
@@ -126,20 +149,19 @@ class Choices:
 
     def refuse_idle(self, parts: "Method") -> None:
         """Refuse options that would do nothing in the composition at hand: a typo would go unseen."""
-        quantized = parts.quantizer != "none" or parts.noise != "none"
-        if self.bits is not None and not quantized:
+        sized = self.noise_amplitude is not None and parts.quantizer == "none"
+        if sized and (self.bits or self.granularity):
+            raise UserError("--noise-amplitude says how large the noise is; leave --bits and --granularity out.")
+        for word, (used, needed, remedy) in NEEDS.items():
+            value = self.given.get(word)
+            if value is not None and value is not False and not used(parts):
+                said = f"--{word.replace('_', '-')}" + f" {value}" * (value is not True)
+                raise UserError(f"{said} does nothing without {needed}; {remedy}, or leave it out.")
+        if self.activation_bits is not None and self.activations in (None, "none"):
             raise UserError(
-                f"--bits {self.bits} does nothing without a quantizer; add --quantizer lsq, or leave it out."
+                f"--activation-bits {self.activation_bits} does nothing without quantized activations; add "
+                "--activations unsigned (or signed), or leave it out."
             )
-        if self.quantize_at is not None and not parts.switched:
-            raise UserError(
-                f"--quantize-at {self.quantize_at} does nothing without a quantizer that trains; add --quantizer lsq, "
-                "or leave it out."
-            )
-        if self.exact_repo and parts.average != "swad":
-            raise UserError("--exact-repo does nothing without SWAD; add --average swad, or leave it out.")
-        if self.combine and not parts.members:
-            raise UserError("--combine does nothing without an ensemble; take --method eoq, or leave it out.")
 
     def refuse_controls(self, name: str, *, has_some: bool) -> None:
         """Refuse `--controls` where a figure or table has none."""
@@ -217,9 +239,10 @@ def check_numbers(given: dict[str, Any]) -> None:
         if value is not None and not least <= value <= (math.inf if most is None else most):
             span = f"from {least} on" if most is None else f"from {least} to {most}"
             raise UserError(f"--{name.replace('_', '-')} {value} does not do: give a whole number {span}.")
-    lr = given.get("lr")
-    if lr is not None and not (math.isfinite(lr) and lr > 0):
-        raise UserError(f"--lr {lr} does not do: give a number above 0, such as 0.001.")
+    for name in ("lr", "noise_amplitude"):
+        value = given.get(name)
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise UserError(f"--{name.replace('_', '-')} {value} does not do: give a number above 0, such as 0.001.")
 
 
 def takes(*words: str, **defaults: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:

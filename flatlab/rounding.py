@@ -88,7 +88,8 @@ def wide(rows: pd.DataFrame) -> pd.DataFrame:
     )
     keys = ["method", "panel", "perturbation", "gamma", "share"]
     table = named.pivot_table(index=keys, columns="column", values="value", aggfunc="first", sort=False)
-    return table.reset_index().rename_axis(columns=None)
+    every = list(dict.fromkeys(named["column"]))  # a pivot drops a column of NaN: z, where all twins rise alike
+    return table.reindex(columns=every).reset_index().rename_axis(columns=None)
 
 
 def draw(rows: pd.DataFrame, caption: str, *, panel: str = "train") -> Figure:

@@ -11,6 +11,8 @@ from flatlab.specs import Spec
 class Setting(Spec):
     """Everything that a reproduction needs beyond the paper's names; shares of the schedule are of its steps."""
 
+    later = ("inq_grid", "signed", "log_scale", "activations", "activation_bits", "noise_amplitude")
+
     name: str
     dataset: str = "digits"
     domains: tuple[str, ...] = ("rot0", "rot15", "rot30", "rot45")
@@ -30,9 +32,15 @@ class Setting(Spec):
     bits: int = Field(7, ge=2, le=16)
     granularity: str = "channel"
     scale_lr: float = 1e-5
+    inq_grid: str = "uniform"
+    signed: bool = True  # codes of LSQ's weights
+    log_scale: bool = False  # of LSQ's weights
+    activations: str = "none"
+    activation_bits: int = Field(8, ge=2, le=16)
     switch: int | None = None  # None: that share of the steps (QT-DoG App. B: 2,000 of 5,000)
     switch_share: float = 0.4
     noise_lr: float | None = Field(None, gt=0)  # half-width of weight noise in learning rates; None: a quantizer's norm
+    noise_amplitude: float | None = Field(None, gt=0)  # that half-width itself
     sam_rho: float = 0.05  # Foret et al.; SWAD's baselines
     swa_every: int = Field(100, ge=1)
     swad_every: int = Field(100, ge=1)

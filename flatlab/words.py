@@ -11,10 +11,17 @@ _PARTS = "; instead of the method's own."
 MODELS = {"digits-cnn": None, "resnet18": 3, "resnet50": 3, "mobilenet_v2": 3}  # -> channels; None: any number
 PRECISIONS = ("fp32", "bf16")
 DEVICES = ("auto", "cpu", "cuda", "mps")
+KNOWN = {  # words of the command line that name one of a few
+    "precision": PRECISIONS,
+    "granularity": ("channel", "tensor"),
+    "inq_grid": ("uniform", "power-of-two"),
+    "activations": ("none", "signed", "unsigned"),
+}
 
 LIMITS: dict[str, tuple[int, int | None]] = {  # the whole numbers, wherever they are asked for
     "image_size": (1, None),
     "bits": (2, 16),
+    "activation_bits": (2, 16),
     "quantize_at": (0, None),
     "steps": (1, None),
     "eval_every": (1, None),
@@ -60,6 +67,57 @@ WORDS: dict[str, tuple[Any, Any, Any]] = {  # name -> type, default, option
     "quantizer": (str, None, _option(_COMPOSITION, f"none, lsq, inq, obc or rtn{_PARTS}")),
     "combine": (str, None, _option(_COMPOSITION, "What an ensemble averages: logits or probabilities (logits).")),
     "bits": (int, None, _option(_COMPOSITION, "Bits of a quantized weight, 2 to 16 (7).")),
+    "granularity": (
+        str,
+        None,
+        _option(
+            _COMPOSITION,
+            "How many weights share a step size, or the size of the noise: those of an output channel, or the whole "
+            "tensor (channel).",
+        ),
+    ),
+    "inq_grid": (
+        str,
+        None,
+        _option(
+            _COMPOSITION,
+            "Levels of INQ: uniform, or power-of-two, as Zhou et al. have them, for which shifts replace products; "
+            "at most 8 bits (uniform).",
+        ),
+    ),
+    "unsigned": (
+        bool,
+        False,
+        _option(_COMPOSITION, "LSQ of codes from 0 on: negative weights become 0.", "--unsigned", default=False),
+    ),
+    "log_scale": (
+        bool,
+        False,
+        _option(
+            _COMPOSITION,
+            "LSQ learns the logarithm of a step size: it stays positive, and its updates are relative.",
+            "--log-scale",
+            default=False,
+        ),
+    ),
+    "activations": (
+        str,
+        None,
+        _option(
+            _COMPOSITION,
+            "LSQ of the layers' inputs too: none, unsigned (inputs that follow a ReLU) or signed (any). QT-DoG: none.",
+        ),
+    ),
+    "activation_bits": (int, None, _option(_COMPOSITION, "Bits of a quantized input, 2 to 16 (8).")),
+    "noise_amplitude": (
+        float,
+        None,
+        _option(
+            _COMPOSITION,
+            "Weight noise is uniform on (-a, a) for this a, at each step; not given, it has the norm that rounding "
+            "to --bits has.",
+        ),
+    ),
     "quantize_at": (
         int,
         None,
@@ -139,6 +197,7 @@ WORDS: dict[str, tuple[Any, Any, Any]] = {  # name -> type, default, option
 }
 RUNNING = ("device", "workers", "cache", "store", "dry_run", "json", "debug")
 PARTS = ("objective", "mixing", "step", "average", "quantizer", "combine")  # of a method
+QUANTIZER = ("granularity", "inq_grid", "unsigned", "log_scale", "activations", "activation_bits", "noise_amplitude")
 DATA = ("dataset", "data_dir", "held_out", "image_size")
 TRAINING: tuple[str, ...] = ("exact_repo", "bits", "quantize_at", "model", "weights", "freeze_batchnorm")
 TRAINING += ("setting", "steps", "eval_every", "batch_size", "lr", "precision", "seed", "trial_seed")

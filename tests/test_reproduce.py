@@ -7,6 +7,7 @@ import commandline
 import pandas as pd
 import pytest
 
+from analyses import table4
 from flatlab import reproduce
 from flatlab.resources import published
 from flatlab.settings import PAPER
@@ -70,6 +71,17 @@ def test_figure_3_is_tidy(smoke):
     means = one.groupby("seed").value.mean()
     same = whole[(whole.panel == "test") & (whole.method == "SAM") & (whole.normalisation == "none")]
     assert same[same.radius == 2].value.item() == pytest.approx(means.mean())
+
+
+def test_table_4_counts_the_rows_that_obc_serves_worse_than_rounding(smoke):
+    frame = pd.read_csv(smoke[0] / "figures" / "table4.csv")
+    noted = frame["rows_worse"].notna()
+    assert (frame["method"][noted] == "OBC").all() and (frame["over"][noted] == "run").all()
+    assert (frame["error"] < frame["error_nearest"])[noted].all() and (frame["rows"][noted] == 16 + 32 + 64).all()
+    worse = [3.0, *[0.0] * (noted.sum() - 1)]
+    told = table4.remarks(frame.assign(rows_worse=pd.Series(worse, index=frame.index[noted])))[-1]
+    runs = len(frame[noted].drop_duplicates(["held_out", "seed"]))
+    assert f"(3 of {112 * runs})" in told and told.endswith("have a larger one.")
 
 
 def test_the_json_says_how_it_came_about(smoke):

@@ -111,6 +111,14 @@ def test_fewer_bits_are_larger_radii(store):
     assert (random["low"] <= random["value"]).all() and frame[frame["quantity"] == "rank"]["value"].between(0, 1).all()
 
 
+def test_a_network_that_no_direction_moves_has_a_row_without_a_standing(store):
+    frame = rounding.rises(store, [("ERM", ERM, RADIUS)])
+    frame.loc[frame["quantity"] == "z", "value"] = np.nan
+    table = rounding.wide(frame)
+    assert set(rounding.SHOWN) <= set(table.columns) and table["channel z"].isna().all()
+    assert table["channel"].notna().all()
+
+
 def test_a_measurement_that_was_stopped_goes_on_to_the_same_bytes(store, tmp_path, monkeypatch):
     whole, again = content(store.run(QT).probe(RADIUS)), copied(store, tmp_path / "runs")
     run = again.run(QT)

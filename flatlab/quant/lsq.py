@@ -59,7 +59,7 @@ class Rounding(torch.autograd.Function):
         values, scale = (saved.detach() for saved in ctx.saved_tensors)
         ratio = values / scale
         codes = ratio.clamp(*_strictly(*ctx.span, ratio.dtype))
-        inside = codes == ratio
+        inside = ratio.clone().eq_(codes)  # 1 and 0 in the ratio's type: each product would convert booleans anew
         to_values = grad * inside if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
             return to_values, None, None, None
