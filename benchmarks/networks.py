@@ -86,7 +86,7 @@ def of_subject(name):
             raise SystemExit(f"MobileNetV2's weights are not below {given.shared}: give --shared.")
         network, strata = subject.load(given.samples)
         x, y = (torch.cat(parts) for parts in zip(*strata.values(), strict=True))
-        mixed = torch.randperm(len(x), generator=seeds.generator("benchmarks", "mixed"))
+        mixed = torch.randperm(len(x), generator=seeds.generator("benchmarks", "mixed"))[: given.samples]
         return Problem(network, x[mixed], y[mixed], given.batch)
 
     return make
