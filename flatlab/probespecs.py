@@ -195,6 +195,11 @@ class QuantNoiseSpec(Probing):
     """Quantization noise of each layer of a quantized run: uniform, symmetric (QT-DoG section 3.2, App. L)?"""
 
     metric: Literal["noise"] = "noise"
+    # Each quantized layer is looked at, no image, and no space but the weights' own: these fields stay as they are.
+    split: Literal["in"] = "in"
+    images: None = None
+    space: Literal["baked"] = "baked"
+    params: None = None
     bins: int = Field(100, ge=2)  # of the histograms; the paper gives none
 
     @staticmethod
@@ -235,6 +240,7 @@ class RadiusSpec(Probing):
     """
 
     metric: Literal["radius"] = "radius"
+    space: Literal["baked"] = "baked"  # of no meaning here, see above: it stays as it is
     bits: tuple[Annotated[int, Field(ge=2, le=16)], ...] = (8, 7, 6, 5, 4, 3, 2)
     layer_bits: tuple[Annotated[int, Field(ge=2, le=16)], ...] = ()  # at which each layer is rounded alone, too
     granularity: Literal["channel", "tensor"] = "channel"  # of the step sizes, which are those that LSQ begins with
