@@ -16,6 +16,8 @@ FORESEEN = 20  # images that one radius takes at a relative error of 1, whatever
 LEAST = 2_600  # images of a radius: 81 pairs on blocks of 16
 BUDGET = 100  # passes for each radius at most
 AUTO_RADII = 6
+PYHESSIAN = 18  # its products for an eigenvalue, by its defaults: 177 for ten on a ResNet-20
+PYHESSIAN_TRACE = 100  # its probes at most
 PRODUCT = 10  # forward passes that a Hessian-vector product costs
 PILOT = 32  # products that a trace takes at least, beyond its basis
 Sizes = Mapping[str, int]  # images of each domain
@@ -97,7 +99,9 @@ class SpectrumSpec(Probing):
 
     @property
     def foreseen(self) -> int:
-        """Products, roughly: three for each eigenvalue, a pilot of the trace, and the density's."""
+        """Products, roughly: for the eigenvalues, a pilot of the trace, and the density, which PyHessian lacks."""
+        if self.engine == "pyhessian":
+            return PYHESSIAN * self.k + PYHESSIAN_TRACE
         return 3 * self.k + min(self.trace_budget, PILOT) + self.starts * self.steps
 
     def passes(self, sizes: Sizes) -> float:
@@ -191,6 +195,11 @@ class QuantNoiseSpec(Probing):
     """Quantization noise of each layer of a quantized run: uniform, symmetric (QT-DoG section 3.2, App. L)?"""
 
     metric: Literal["noise"] = "noise"
+    # Each quantized layer is looked at, no image, and no space but the weights' own: these fields stay as they are.
+    split: Literal["in"] = "in"
+    images: None = None
+    space: Literal["baked"] = "baked"
+    params: None = None
     bins: int = Field(100, ge=2)  # of the histograms; the paper gives none
 
     @staticmethod
@@ -231,6 +240,7 @@ class RadiusSpec(Probing):
     """
 
     metric: Literal["radius"] = "radius"
+    space: Literal["baked"] = "baked"  # of no meaning here, see above: it stays as it is
     bits: tuple[Annotated[int, Field(ge=2, le=16)], ...] = (8, 7, 6, 5, 4, 3, 2)
     layer_bits: tuple[Annotated[int, Field(ge=2, le=16)], ...] = ()  # at which each layer is rounded alone, too
     granularity: Literal["channel", "tensor"] = "channel"  # of the step sizes, which are those that LSQ begins with

@@ -65,7 +65,7 @@ def _rows(label: str, run: Run, probe: SpectrumSpec) -> Iterable[dict[str, Any]]
             "value": value,
             "low": value - residual,
             "high": value + residual,
-            "converged": {1.0: "yes", 0.0: "no"}.get(float(converged[index]), "unknown"),
+            "converged": {1.0: "yes", 0.5: "not verified", 0.0: "no"}.get(float(converged[index]), "unknown"),
             "over": "residual",
         }
     for name in SAMPLED:

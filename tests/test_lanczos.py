@@ -137,6 +137,15 @@ def test_a_budget_ends_the_search_and_is_told():
     spectrum.plot(), plt.gcf().canvas.draw()
 
 
+def test_converged_pairs_are_not_verified_before_the_search_is_seen_to_its_end():
+    landscape = quadratic(np.r_[10.0, 5.0, np.linspace(0.1, 1.0, 60)])
+    whole = hessian_spectrum(landscape, k=2, tol=1e-2)
+    assert whole.converged_each.all() and whole.verified and whole.converged
+    cut = hessian_spectrum(landscape, k=2, tol=1e-2, budget=whole.cost.hvps - 1)
+    assert cut.converged_each.all() and not cut.verified and not cut.converged
+    assert hessian_spectrum(quadratic([3.0, 2.0, 1.0]), k=1, tol=1e-9).verified  # the basis spans the space
+
+
 def test_the_seed_names_the_start():
     landscape = double("mlp").landscape()
     first, second, other = (hessian_spectrum(landscape, k=2, seed=seed) for seed in (0, 0, 1))

@@ -102,7 +102,6 @@ def test_the_choice_is_told():
     measured = Hessian(case.landscape([20, 4]))
     assert "measured on one batch: reverse" in measured.reason
     assert measured.method in ("reverse", "forward")
-    assert measured.probing == 2.0  # two rounds of two methods on one of two batches
     assert Hessian(case.landscape(), method="forward").reason == "as asked"
 
 

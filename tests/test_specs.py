@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from flatlab.errors import UserError
 from flatlab.methods import METHODS, Method, compose, method, replicates, vary
-from flatlab.probespecs import ProbeSpec
+from flatlab.probespecs import ProbeSpec, QuantNoiseSpec, RadiusSpec
 from flatlab.quantspecs import INQSpec, NoiseSpec, OBCSpec, QuantSpec, RTNSpec
 from flatlab.settings import PAPER, QUICK, SETTINGS, SMOKE, setting
 from flatlab.specs import AverageSpec, MixSpec, Place, RunSpec, StepSpec
@@ -275,3 +275,13 @@ def test_every_method_composes_in_every_setting(chosen):
             assert (run.quantizer.kind if run.quantizer else "none") == parts.quantizer and run.frozen == parts.frozen
             assert run.switch == (chosen.switch_step if parts.switched else None)
             assert (run.settled or 0) <= run.steps
+
+
+@pytest.mark.parametrize("fields", [{"images": 5}, {"params": "head.*"}, {"space": "latent"}, {"split": "out"}])
+def test_what_no_measurement_of_the_weights_alone_would_heed_is_refused(fields):
+    with pytest.raises(UserError, match="does not do"):
+        QuantNoiseSpec.make(**fields)
+    assert QuantNoiseSpec().digest == "90c011c76cb5da16"  # as it was named before
+    if "space" in fields:
+        with pytest.raises(UserError, match="does not do"):
+            RadiusSpec.make(**fields)

@@ -16,11 +16,12 @@ from flatlab.errors import UserError
 from flatlab.landscape import Landscape
 from flatlab.measure import measure
 from flatlab.measures import spectrum
+from flatlab.metrics import keeping
 from flatlab.metrics.density import spectral_density
 from flatlab.metrics.lanczos import hessian_spectrum
 from flatlab.metrics.operators import Hessian
 from flatlab.metrics.trace import hessian_trace
-from flatlab.probespecs import SpectrumSpec, parse_probe
+from flatlab.probespecs import SpectrumSpec, SurfaceSpec, parse_probe
 from flatlab.quant.attach import bake
 from flatlab.runs import RunStore
 
@@ -115,7 +116,7 @@ def test_how_products_are_made_is_chosen_once(store, monkeypatch):
     probe.create()
     files.save_arrays(probe.unit("method"), {"unit": np.array([1.0])})
     made = []
-    monkeypatch.setattr(spectrum, "Hessian", lambda around, **how: made.append(how) or Hessian(around, **how))
+    monkeypatch.setattr(keeping, "Hessian", lambda around, **how: made.append(how) or Hessian(around, **how))
     measured(store, probe.spec)
     assert made == [{"method": "forward"}]
 
@@ -204,3 +205,31 @@ def test_mistakes_are_one_sentence(store, tmp_path, capsys, words, sentence):
 def test_what_is_not_measured_is_said(store):
     with pytest.raises(UserError, match="is not measured yet"):
         spectra.numbers(RunStore(store.root), [("ERM", ERM, PROBE.replace(seed=77))])
+
+
+def test_pyhessian_is_priced_by_its_own_count():
+    sizes, probe = {"rot0": 10, "rot15": 10}, SpectrumSpec(k=10)
+    theirs = probe.replace(engine="pyhessian")
+    assert theirs.foreseen == 280 and theirs.passes(sizes) == 20 * 0.5 * 10 * 280
+    unstarted = [each.replace(starts=50) for each in (probe, theirs)]
+    assert unstarted[0].passes(sizes) > probe.passes(sizes) and unstarted[1].passes(sizes) == theirs.passes(sizes)
+
+
+def test_a_search_that_its_budget_ends_is_told(store, monkeypatch):
+    def cut(operator, **how):
+        return hessian_spectrum(operator, **how, budget=hessian_spectrum(operator, **how).cost.hvps - 1)
+
+    monkeypatch.setattr(spectrum, "hessian_spectrum", cut)
+    arrays, _ = measured(store, PROBE.replace(seed=9))
+    assert (arrays["converged"] == 0.5).all()
+    frame = spectra.numbers(store, [("ERM", ERM, PROBE.replace(seed=9))])
+    assert set(frame.loc[frame["number"] == "eigenvalue", "converged"]) == {"not verified"}
+
+
+def test_runs_that_span_a_plane_were_trained_on_the_same_data(tmp_path):
+    store = trained(tmp_path / "runs", ERM, spec("SWA"), spec("SMA"))
+    runs = [store.run(each) for each in (ERM, spec("SWA"), spec("SMA"))]
+    probe = SurfaceSpec(axes="runs", through=tuple(run.spec.digest for run in runs[1:]), grid=2, images=4, refine=None)
+    runs[2].note(data_fingerprint="0" * 64)
+    with pytest.raises(UserError, match="differ from those that run"):
+        measure(runs[0], probe, PLACE)

@@ -15,7 +15,7 @@ Report = Callable[[int, int, dict[str, float]], None]
 
 
 def fill(probe: Probe, run: Run, place: Place, report: Report | None) -> None:
-    """Measure what the probe asks for; the units of its spheres are kept."""
+    """Measure what the probe asks for; its units, of spheres and of curvature, are kept."""
     spec: AuditSpec = probe.spec
     keep = Shelf(probe).units
     found = scale_audit(

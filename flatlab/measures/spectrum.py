@@ -14,6 +14,7 @@ from flatlab.checkpoints import images, network
 from flatlab.errors import UserError, choose
 from flatlab.landscape import Landscape
 from flatlab.metrics.density import SpectralDensity, quadrature
+from flatlab.metrics.keeping import KeptHessian
 from flatlab.metrics.lanczos import hessian_spectrum
 from flatlab.metrics.operators import Hessian
 from flatlab.metrics.results import Cost, FloatArray
@@ -30,6 +31,7 @@ Report = Callable[[int, int, dict[str, float]], None]
 Operator = Callable[[], Hessian]
 HELD = 2**17  # numbers of a batch's inputs: one graph holds some thousand times their memory
 LEAST = 32  # images of a batch
+UNVERIFIED = 0.5  # of a pair that has converged, in a search that its budget ended
 FLOOR = 1e-6  # of the largest eigenvalue: rounding in float32, in which networks are kept
 
 
@@ -82,11 +84,10 @@ def _baked(run: Run, spec: SpectrumSpec, place: Place) -> torch.nn.Module:
 
 
 def _operator(probe: Probe, run: Run, place: Place, report: Report | None) -> Hessian:
-    """Return the Hessian; how products are made rests on timings, so that the choice is kept, as a unit."""
+    """Return the Hessian, which reports its products."""
     spec: SpectrumSpec = probe.spec
     around = Landscape(_baked(run, spec, place), batches_of(run, spec, place), weighted, params=spec.params)
-    (forward,) = Shelf(probe).units([("method", lambda: np.array([Hessian(around).method == "forward"], float))])
-    operator = Hessian(around, method="forward" if forward[0] else "reverse")
+    operator = KeptHessian(around, Shelf(probe).units).operator()
     if spec.k > operator.shape[0]:
         raise UserError(f"k must lie between 1 and the {operator.shape[0]} parameters, but is {spec.k}.")
     if report:
@@ -99,7 +100,8 @@ def _extremes(operator: Hessian, spec: SpectrumSpec) -> FloatArray:
     found = hessian_spectrum(operator, k=spec.k, which=spec.which, tol=spec.tol, seed=spec.seed, vectors=True)
     trace = hessian_trace(operator, rel_error=spec.rel_error, budget=spec.trace_budget, seed=spec.seed, deflate=found)
     facts = [found.cost.hvps, trace.cost.hvps, operator.shape[0], trace.stopped != "budget"]
-    pairs = [found.eigenvalues, found.residuals, found.converged_each]
+    reached = found.converged_each * (1.0 if found.verified else UNVERIFIED)
+    pairs = [found.eigenvalues, found.residuals, reached]
     return np.concatenate([facts, *pairs, trace.exact, trace.probes.ravel()]).astype(np.float64)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from flatlab import files
+from flatlab import build, files
 from flatlab.checkpoints import landscape, network
 from flatlab.landscape import Landscape
 from flatlab.metrics.directions import (
@@ -15,6 +15,8 @@ from flatlab.metrics.directions import (
     trajectory_directions,
 )
 from flatlab.metrics.grids import parts
+from flatlab.metrics.keeping import KeptHessian
+from flatlab.metrics.lanczos import hessian_spectrum
 from flatlab.metrics.surfaces import plane
 from flatlab.params import flatten
 from flatlab.probespecs import SurfaceSpec
@@ -33,7 +35,7 @@ def fill(probe: Probe, run: Run, place: Place, report: Report | None) -> None:
     places = spec.extent * (2 * np.arange(spec.grid) / (spec.grid - 1) - 1)
     surface = plane(
         around,
-        directions(around, run, spec, place),
+        directions(around, probe, run, place),
         grid=spec.grid if spec.axes == "runs" else (places, places),
         refine=spec.refine,
         seed=spec.seed,
@@ -45,16 +47,20 @@ def fill(probe: Probe, run: Run, place: Place, report: Report | None) -> None:
     files.save_arrays(probe.result, arrays, facts)
 
 
-def directions(around: Landscape, run: Run, spec: SurfaceSpec, place: Place) -> Directions:
+def directions(around: Landscape, probe: Probe, run: Run, place: Place) -> Directions:
     """Return what spans the plane: other checkpoints of the store stand beside this run's."""
+    spec: SurfaceSpec = probe.spec
     if spec.axes == "random":
         return random_directions(around, seed=spec.seed)
     if spec.axes == "hessian":
-        return eigen_directions(around, seed=spec.seed)
+        operator = KeptHessian(around, Shelf(probe).units).operator()
+        found = hessian_spectrum(operator, k=2, seed=spec.seed, vectors=True)
+        return eigen_directions(around, spectrum=found)
     store = RunStore(run.path.parent)
     others = [store.find(digest) for digest in spec.through]
-    points = []
+    points, fingerprint = [], build.domains(run.spec, place).data.fingerprint
     for other in others:
+        other.check_data(fingerprint)
         loaded = network(other, spec.checkpoint, place)
         if spec.space == "baked":
             bake(loaded)

@@ -16,7 +16,7 @@ Report = Callable[[int, int, dict[str, float]], None]
 
 
 def fill(probe: Probe, run: Run, place: Place, report: Report | None) -> None:
-    """Measure what the probe asks for; the units of its spheres are kept."""
+    """Measure what the probe asks for; its units, of spheres and of curvature, are kept."""
     spec: TriangleSpec = probe.spec
     found = triangle(landscape(run, spec, place), rel_error=spec.rel_error, seed=spec.seed, keep=Shelf(probe).units)
     corners = {name: [each.value, float(each.stderr), each.freedom] for name, each in found.corners.items()}

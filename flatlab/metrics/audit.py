@@ -15,13 +15,12 @@ from torch.utils._pytree import tree_leaves
 from flatlab.errors import UserError
 from flatlab.landscape import Landscape
 from flatlab.metrics.compare import paired_difference
-from flatlab.metrics.lanczos import hessian_spectrum
+from flatlab.metrics.keeping import KeptHessian
 from flatlab.metrics.rays import Normalisation, reach
 from flatlab.metrics.rescaling import By, Pair, Refusal, find_pairs, rescaled
 from flatlab.metrics.results import Cost, FloatArray
 from flatlab.metrics.sampling import Keep, Sampler, forget
 from flatlab.metrics.sphere import sample
-from flatlab.metrics.trace import hessian_trace
 from flatlab.seeds import base_seed
 
 if TYPE_CHECKING:
@@ -125,7 +124,7 @@ def scale_audit(
         most: the largest factor.
         num_samples: common rays of the spheres, whose radius is a tenth of the weights' norm.
         seed: names factors and rays.
-        keep: keeps units of the sampling.
+        keep: keeps units: of the sampling, traces and eigenvalues, and how products are made.
 
     Raises:
         UserError: where no two layers can be rescaled, each with its reason, or rescaling does change the function.
@@ -140,10 +139,11 @@ def scale_audit(
     twins = [landscape.around(rescaled(landscape.model, pairs, by=way, most=most, seed=name)) for way in WAYS]
     deviation = np.array([_deviation(landscape, twin) for twin in twins])
     rows = [_sphere(landscape, twins, kind, num_samples, name, keep) for kind in SPHERES.values()]
-    (traces, trace_cost), (tops, top_cost) = _traces([landscape, *twins], name), _tops([landscape, *twins], name)
-    values = np.array([*(row[0] for row in rows), traces, tops])
+    hessians = [KeptHessian(each, keep, name=f"{index}-") for index, each in enumerate([landscape, *twins])]
+    curvatures, curvature_cost = _curvatures(hessians, name)
+    values = np.array([*(row[0] for row in rows), *curvatures])
     blank = np.full((len(CURVATURES), 2), np.nan)
-    cost = sum((row[3] for row in rows), trace_cost + top_cost)
+    cost = sum((row[3] for row in rows), curvature_cost)
     return ScaleAudit(
         measures=(*SPHERES, *CURVATURES),
         before=values[:, 0],
@@ -192,11 +192,9 @@ def _sphere(
     return values, [float(low[0]) for _, low, _ in ratios], [float(high[0]) for *_, high in ratios], cost
 
 
-def _traces(landscapes: list[Landscape], seed: int) -> tuple[list[float], Cost]:
-    found = [hessian_trace(each, rel_error=0.05, budget=100, seed=seed) for each in landscapes]
-    return [each.trace.value for each in found], sum((each.cost for each in found), Cost())
-
-
-def _tops(landscapes: list[Landscape], seed: int) -> tuple[list[float], Cost]:
-    found = [hessian_spectrum(each, k=1, tol=1e-2, seed=seed) for each in landscapes]
-    return [float(each.eigenvalues[0]) for each in found], sum((each.cost for each in found), Cost())
+def _curvatures(hessians: list[KeptHessian], seed: int) -> tuple[list[list[float]], Cost]:
+    """Return the traces and the largest eigenvalues."""
+    traces = [each.trace(rel_error=0.05, budget=100, seed=seed) for each in hessians]
+    tops = [each.top(tol=1e-2, seed=seed) for each in hessians]
+    cost = sum((*(each.cost for each in traces), *(cost for _, cost in tops)), Cost())
+    return [[each.trace.value for each in traces], [value for value, _ in tops]], cost

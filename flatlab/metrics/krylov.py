@@ -15,7 +15,7 @@ from flatlab.seeds import generator
 _SLAB = 1 << 16  # columns that are rotated together: a restart needs no second basis
 
 
-def resolution(operator: Curvature) -> float:
+def resolution(operator: Curvature | Tensor) -> float:
     """Return the share of the largest eigenvalue below which numbers are rounding: 1e-6 in float32."""
     return max(1e-10, 8 * torch.finfo(operator.dtype).eps)
 

@@ -25,7 +25,6 @@ class Choice:
         reason: for the user.
         build, kept, forward: seconds to build a graph, for a product with it, and for one by forward mode; infinite
             where a way is closed.
-        trials: products over one batch that the choice cost.
         failure: why neither way is open; empty where one is.
     """
 
@@ -33,7 +32,6 @@ class Choice:
     build: float
     kept: float
     forward: float
-    trials: int
     failure: str
 
     def method(self, width: int) -> str:
@@ -97,9 +95,7 @@ def measure(
         off = float((reverse.product - ahead.product).norm() / reverse.product.norm().clamp_min(1e-30))
         ahead = ahead if off < AGREE else Trial("forward", failure=f"its product is another one, by {off:.1e}")
     tried = [trial for trial in (reverse, ahead) if trial.name]
-    choice = Choice(
-        _reason(tried, method, single), reverse.build, reverse.each, ahead.each, rounds * len(tried), _failure(tried)
-    )
+    choice = Choice(_reason(tried, method, single), reverse.build, reverse.each, ahead.each, _failure(tried))
     return choice, reverse.graph
 
 

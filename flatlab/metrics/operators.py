@@ -88,11 +88,6 @@ class Curvature(ABC):
         """How many BatchNorm layers are folded, and why not all."""
         return self._folds.reason
 
-    @property
-    def probing(self) -> float:
-        """What choosing the method cost, in products over all the data; not counted in `products`."""
-        return self._choice.trials / len(self.landscape.terms())
-
     def __matmul__(self, vectors: Tensor) -> Tensor:
         if vectors.ndim not in (1, 2) or len(vectors) != self.shape[1]:
             raise UserError(

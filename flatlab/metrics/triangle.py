@@ -17,12 +17,12 @@ from torch import nn
 
 from flatlab.errors import UserError
 from flatlab.landscape import Landscape
-from flatlab.metrics.density import SpectralDensity, spectral_density
-from flatlab.metrics.operators import Hessian
+from flatlab.metrics.density import SpectralDensity
+from flatlab.metrics.keeping import KeptHessian
 from flatlab.metrics.results import Estimate, FloatArray, Sampled
 from flatlab.metrics.sampling import Keep, Sampler, forget
 from flatlab.metrics.sphere import SphereFlatness, sample
-from flatlab.metrics.trace import Trace, hessian_trace
+from flatlab.metrics.trace import Trace
 from flatlab.seeds import base_seed
 
 RISES = (1e-3, 1.0, 7)  # nats that a quadratic would rise by at the radii, and how many there are
@@ -132,14 +132,14 @@ def triangle(
         rel_error: standard error that rise and trace are measured to.
         density: starts and Lanczos steps of the density; its first moment rests on the starts alone.
         seed: names the three draws, which share nothing.
-        keep: keeps units of the sphere's sampling.
+        keep: keeps units: of the sphere's sampling, trace and density, and how products are made.
 
     Raises:
         UserError: where the radii are not positive, or the loss has no curvature to compare.
     """
-    name, operator = base_seed(seed), Hessian(landscape)
-    trace = hessian_trace(operator, rel_error=rel_error, seed=name)
-    spectrum = spectral_density(operator, num_vectors=density[0], steps=density[1], seed=name)
+    name, hessian = base_seed(seed), KeptHessian(landscape, keep)
+    trace = hessian.trace(rel_error=rel_error, seed=name)
+    spectrum = hessian.density(num_vectors=density[0], steps=density[1], seed=name)
     places = _radii(landscape, trace) if radii is None else np.sort(np.atleast_1d(np.asarray(radii, dtype=float)))
     if not (places > 0).all():
         raise UserError(f"The radii of the triangle must be positive, but {places} came.")

@@ -1,0 +1,83 @@
+"""Curvature as units: what is kept is not made again, and how products are made is part of what is kept."""
+
+import cases
+import numpy as np
+import pytest
+
+from flatlab.metrics import keeping
+from flatlab.metrics.audit import scale_audit
+from flatlab.metrics.density import spectral_density
+from flatlab.metrics.keeping import KeptHessian
+from flatlab.metrics.lanczos import hessian_spectrum
+from flatlab.metrics.operators import Hessian
+from flatlab.metrics.trace import hessian_trace
+from flatlab.metrics.triangle import triangle
+
+
+class Drawer:
+    """Keeps units in memory; after so many new ones the process dies."""
+
+    def __init__(self, lives=10**6):
+        self.kept, self.lives = {}, lives
+
+    def __call__(self, units):
+        for name, make in units:
+            if name not in self.kept:
+                made = make()
+                if not self.lives:
+                    raise KeyboardInterrupt
+                self.lives -= 1
+                self.kept[name] = made
+            yield self.kept[name]
+
+
+def around():
+    return cases.make("conv_bn").double().landscape([20, 4])
+
+
+@pytest.mark.parametrize("method", ["reverse", "forward"])
+def test_the_units_are_the_measurements_of_the_kept_method(method):
+    landscape, drawer = around(), Drawer()
+    drawer.kept["method"] = np.array([method == "forward"], float)
+    hessian, operator = KeptHessian(landscape, drawer), Hessian(landscape, method=method)
+    assert hessian.operator().method == method
+    trace, expected = hessian.trace(rel_error=0.5, seed=3), hessian_trace(operator, rel_error=0.5, seed=3)
+    assert (trace.probes == expected.probes).all() and (trace.exact == expected.exact).all()
+    same = ("basis", "rel_error", "stopped", "seed", "num_params")
+    assert [getattr(trace, name) for name in same] == [getattr(expected, name) for name in same]
+    assert trace.cost.hvps == expected.cost.hvps
+    density = hessian.density(num_vectors=2, steps=4, seed=3)
+    told = spectral_density(operator, num_vectors=2, steps=4, seed=3)
+    assert np.array_equal(density.nodes, told.nodes) and np.array_equal(density.weights, told.weights)
+    assert (density.cost.hvps, density.floor) == (told.cost.hvps, told.floor)
+    top, cost = hessian.top(tol=0.1, seed=3)
+    found = hessian_spectrum(operator, k=1, tol=0.1, seed=3)
+    assert top == found.eigenvalues[0] and cost.hvps == found.cost.hvps
+
+
+def measurements():
+    return {
+        "triangle": lambda keep: triangle(around(), radii=[0.3], rel_error=0.5, density=(2, 3), keep=keep),
+        "audit": lambda keep: scale_audit(around(), num_samples=2, keep=keep),
+    }
+
+
+@pytest.mark.parametrize("name", ["triangle", "audit"])
+def test_a_measurement_that_dies_goes_on_as_it_began(name, monkeypatch):
+    measure, whole = measurements()[name], Drawer()
+    expected = measure(whole).to_frame()
+    curved = [unit for unit in whole.kept if unit.endswith(("trace", "top", "method")) or "density" in unit]
+    assert len(curved) == {"triangle": 4, "audit": 9}[name]
+    cut = Drawer(lives=2)
+    with pytest.raises(KeyboardInterrupt):
+        measure(cut)
+    cut.lives = 10**6
+    # What clocks have told is as they told it the first time; all else is a function of the seed.
+    cut.kept |= {unit: whole.kept[unit] for unit in whole.kept if unit.endswith(("method", "plan"))}
+    assert measure(cut).to_frame().equals(expected) and cut.kept.keys() == whole.kept.keys()
+
+    def refused(*args, **kwargs):
+        raise AssertionError("a product was made again")
+
+    monkeypatch.setattr(keeping, "Hessian", refused)
+    assert measure(whole).to_frame().equals(expected)
