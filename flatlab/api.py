@@ -57,6 +57,8 @@ from flatlab.specs import AverageSpec, MixSpec, Place, RunSpec, StepSpec
 from flatlab.stability import Stability
 from flatlab.stability import stability as accuracy_stability
 from flatlab.train.loop import train as train_runs
+from flatlab.train.replay import Replay
+from flatlab.train.replay import replay as replay_averages
 
 __all__ = [
     # landscapes and their measures
@@ -154,6 +156,8 @@ __all__ = [
     "MixSpec",
     "Place",
     # training and measuring runs
+    "replay_averages",
+    "Replay",
     "RunStore",
     "Run",
     "train_runs",

@@ -82,7 +82,7 @@ def reproduce(
     epilog="Examples: `flatlab train --method qt-dog --held-out rot45`, "
     "`flatlab train --method sam --average swad --quantizer lsq --bits 4 --held-out 0`"
 )
-@takes(*DATA, "method", *PARTS, *TRAINING, *RUNNING, "tensorboard", seeds=1)
+@takes(*DATA, "method", *PARTS, *TRAINING, *RUNNING, "keep_every", "tensorboard", seeds=1)
 def train(chosen: Choices) -> None:
     """Train a method, or any composition of parts, with each domain held out in turn or one of them."""
     from flatlab import jobs, methods, tables
@@ -96,6 +96,8 @@ def train(chosen: Choices) -> None:
     wanted = methods.replicates(parts, setting)
     label += "".join(f", {part} {value}" for part, value in changes.items())
     todo = jobs.missing(store, wanted, [], sizes=catalog.sizes(setting.dataset, chosen.folder()))
+    if chosen.keep_every:
+        todo = jobs.keeping(todo, store, wanted, chosen.keep_every)
     if chosen.dry_run:
         price(chosen, todo, setting)
         return
@@ -168,6 +170,9 @@ app.command(epilog="Example: `flatlab landscape 3f2a --grid 25 --images 200`")(
     takes("data_dir", *RUNNING, "out")(surveys.landscape)
 )
 app.command(epilog="Example: `flatlab audit 3f2a --images 200`")(takes("data_dir", *RUNNING, "out")(surveys.audit))
+app.command(epilog="Example: `flatlab train --keep-every 10 --held-out rot45`, then `flatlab replay 3f2a`")(
+    takes("setting", "data_dir", "device", "cache", "store", "out", "json", "debug")(surveys.replay)
+)
 app.command(epilog="Example: `flatlab selftest`")(takes("json", "debug")(surveys.selftest))
 
 

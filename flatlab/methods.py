@@ -154,6 +154,11 @@ def _average(kind: Literal["last", "swa", "swad", "sma"], setting: Setting) -> A
             return AverageSpec()
 
 
+def averages(setting: Setting) -> dict[str, AverageSpec]:
+    """Return the averages of a setting by the names of their methods: SWA, SWAD, SMA."""
+    return {name: _average(METHODS[name].average, setting) for name in ("SWA", "SMA", "SWAD")}
+
+
 def replicates(parts: Method, setting: Setting) -> list[RunSpec]:
     """Return a run for each held-out domain and seed; replicate i moves both the split's and the training's seed.
 

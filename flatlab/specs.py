@@ -139,6 +139,10 @@ class RunSpec(Spec):
         """The run whose iterates this one averages: all but the average."""
         return self.replace(average=AverageSpec())
 
+    def iterates(self, every: int) -> range:
+        """Return the steps that are multiples of a number and whose weights an average sees: from the switch on."""
+        return range(-(-(self.switch or 0) // every) * every, self.steps + 1, every)
+
     @property
     def derived(self) -> bool:
         """Whether the run is made from its finished parent, without training."""

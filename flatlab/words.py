@@ -23,6 +23,7 @@ LIMITS: dict[str, tuple[int, int | None]] = {  # the whole numbers, wherever the
     "trial_seed": (0, None),
     "seeds": (1, None),
     "workers": (1, None),
+    "keep_every": (1, None),
     "samples": (2, None),  # one direction has no interval
     "images": (1, None),
     "direction_seed": (0, None),
@@ -127,6 +128,14 @@ WORDS: dict[str, tuple[Any, Any, Any]] = {  # name -> type, default, option
         Path,
         Path("figures"),
         _option(_OUTPUT, "Folder of the pictures; data other than digits have their own in it."),
+    ),
+    "keep_every": (
+        int,
+        None,
+        _option(
+            _OUTPUT,
+            "Keep the weights each so many steps, for `flatlab replay` (none); the run is the same with and without.",
+        ),
     ),
     "tensorboard": (Path, None, _option(_OUTPUT, "Write the training's curves as TensorBoard events here (none).")),
     "dry_run": (

@@ -49,6 +49,7 @@ MAY_IMPORT = {
     "papertable": "orders tables plots runs methods settings specs resources",
     "flatness": "tables plots runs settings probespecs files metrics.sentences metrics.results metrics.rounds errors",
     "stability": "tables plots selection runs specs files errors",
+    "replays": "plots selection runs files",
     "spectra": "plots runs probespecs specs files metrics.blur metrics.results errors",
     "saliency": "tables plots methods metrics.maps metrics.results probespecs runs settings specs files errors",
     "noisefigure": "uniformity tables methods settings probespecs runs specs resources seeds",
