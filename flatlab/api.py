@@ -6,8 +6,9 @@ No public name is that of a module: `flatlab.train` is the package, `flatlab.tra
 from flatlab.checkpoints import landscape as landscape_of
 from flatlab.checkpoints import network as network_of
 from flatlab.errors import UserError
-from flatlab.export import Exported, load_exported
+from flatlab.export import Exported
 from flatlab.export import export as export_run
+from flatlab.exported import load_exported
 from flatlab.landscape import Landscape
 from flatlab.measure import measure as measure_run
 from flatlab.methods import METHODS, Method, compose, replicates, vary

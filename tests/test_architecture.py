@@ -76,8 +76,10 @@ MAY_IMPORT = {
     "selftest": "golden metrics",
     # from specs to things, to runs, to measurements: `train` and `measure` meet on disk
     "build": "specs quantspecs data models quant files errors",
-    "train": "build memory runs data models quant selection settings specs quantspecs files machine seeds errors",
+    "train": "build exported memory runs data models quant selection settings specs quantspecs files machine seeds "
+    "errors",
     "checkpoints": "build runs data landscape models nests quant probespecs specs files errors",
+    "exported": "build models quant files errors",
     "export": "build checkpoints models quant runs specs quantspecs files errors",
     "latent": "checkpoints models quant runs specs errors",
     "shelf": "runs files metrics.results metrics.sampling",
@@ -89,7 +91,7 @@ MAY_IMPORT = {
     "probespecs specs settings methods tables plots runs resources",
 }
 OPEN = ("api", "cli", "upkeep", "options", "words", "mistakes", "display", "doctor", "errands", "hessian", "noise")
-OPEN += ("surveys", "__main__", "__init__")
+OPEN += ("surveys", "handover", "__main__", "__init__")
 TORCH_FREE = [
     "specs",
     "probespecs",
