@@ -67,12 +67,27 @@ def export(run: Run, path: Path, place: Place, *, checkpoint: str = "selected") 
     if not run.done:
         raise UserError(f"Run {run.spec.digest} is not finished: train it before it is exported.")
     network = network_of(run, checkpoint, place).cpu()
-    layers = quantized_layers(network).values()
-    if not layers:
+    if not quantized_layers(network):
         raise UserError(f"Run {run.spec.digest} ({run.spec.label}) is not quantized; export one that is, such as lsq.")
-    bits = max(bits_of(*layer.quantizer.levels) for layer in layers)
+    return write(network, run.spec, path, place)
+
+
+def write(network: nn.Module, spec: RunSpec, path: str | Path, place: Place) -> Exported:
+    """Bake a network, quantized or not, and write it to a file, quantized weights packed.
+
+    Args:
+        network: on the host.
+        spec: of its run.
+        path: the file, .safetensors.
+        place: data folder.
+
+    Raises:
+        UserError: where it is not wholly on its grid.
+    """
+    layers, path = quantized_layers(network).values(), Path(path)
+    bits = max((bits_of(*layer.quantizer.levels) for layer in layers), default=FLOAT_BITS)
     inside = sum(layer.weight.numel() for layer in layers)
-    files.save_arrays(path, *_contents(network, run.spec, place))  # bakes it
+    files.save_arrays(path, *_contents(network, spec, place))
     return Exported(
         path=str(path),
         bits=bits,

@@ -83,7 +83,7 @@ MAY_IMPORT = {
     "export": "build checkpoints models quant runs specs quantspecs files errors",
     "latent": "checkpoints models quant runs specs errors",
     "shelf": "runs files metrics.results metrics.sampling",
-    "measures": "build checkpoints latent shelf runs data landscape metrics models params quant.attach seeds "
+    "measures": "build checkpoints export latent shelf runs data landscape metrics models params quant.attach seeds "
     "probespecs specs files errors",
     "measure": "build runs probespecs specs machine errors",  # and, by name, the module of a metric in measures/
     # the paper
