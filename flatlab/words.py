@@ -55,7 +55,7 @@ WORDS: dict[str, tuple[Any, Any, Any]] = {  # name -> type, default, option
     "image_size": (int, None, _option(_DATA, "Height and width of the images, in pixels (digits 16, else 224).")),
     "method": (str, "ERM", _option(_COMPOSITION, "erm, sam, swa, swad, sma, qt-dog, ... (`flatlab methods`).")),
     "objective": (str, None, _option(_COMPOSITION, f"erm or coral{_PARTS}")),
-    "mixing": (str, None, _option(_COMPOSITION, f"none or mixstyle{_PARTS}")),
+    "mixing": (str, None, _option(_COMPOSITION, f"none, mixstyle or mixstyle-across (domains){_PARTS}")),
     "step": (str, None, _option(_COMPOSITION, f"plain or sam{_PARTS}")),
     "average": (str, None, _option(_COMPOSITION, f"last, swa, swad or sma{_PARTS}")),
     "quantizer": (str, None, _option(_COMPOSITION, f"none, lsq, inq, obc or rtn{_PARTS}")),
