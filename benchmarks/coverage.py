@@ -154,6 +154,15 @@ def summarise(case: Case, repetitions: int, work: Path) -> Iterator[dict[str, ob
         }
 
 
+def measured(case: Case, given: argparse.Namespace) -> list[dict[str, object]]:
+    """Return the rows of a case: from its repetitions, or where none are at hand as they were written before."""
+    if kept(case, given.work):
+        return list(summarise(case, given.repetitions, given.work))
+    path = given.out / "coverage.json"
+    written = json.loads(path.read_text())["rows"] if path.exists() else []
+    return [row for row in written if asdict(case).items() <= row.items()]
+
+
 def markdown(rows: list[dict[str, object]]) -> str:
     """Return the table of the documentation."""
     heads = (
@@ -222,7 +231,7 @@ def main() -> None:
         jobs = [(case, chunk, given.work) for chunk in chunks for case in cases]
         for done, _ in enumerate(pool.imap_unordered(repeat, jobs), 1):
             print(f"{done}/{len(jobs)} {time.monotonic() - start:.0f} s", flush=True)
-    rows = [row for case in CASES if kept(case, given.work) for row in summarise(case, given.repetitions, given.work)]
+    rows = [row for case in CASES for row in measured(case, given)]
     write(rows, time.monotonic() - start, given.out)
     print(markdown(rows))
 

@@ -41,6 +41,11 @@ class Block:
         """How many samples the block holds."""
         return self.parts[-1].stop
 
+    @property
+    def strata(self) -> Indices:
+        """The stratum of each sample."""
+        return np.repeat([part.row for part in self.parts], [part.stop - part.start for part in self.parts])
+
     def by_sample(self) -> "Block":
         """Return the same block with an entry for each sample, scaled so that their mean is that of the strata."""
         strata, singles = self.width, []

@@ -123,7 +123,9 @@ def test_visits_follow_from_the_variance():
 def test_sampling_may_stop_short_of_a_round_where_images_count_as_sampled():
     found = [Components(1.0, 2.0, 14.0)] * 2
     many = planned(*found, seconds={16: 1.0}, samples=16_000)
-    assert many.visits == pytest.approx(1.1 * 2.0 / 0.1**2, abs=1)  # (1 + 2/16 + 14/16), and not a round of 1,000
+    # V_A + V_E / 16 + V_B / 16 (1 - visits / 1,000) over the visits is the tolerance squared: no round of 1,000
+    assert many.visits == pytest.approx(2.0 / (0.1**2 / 1.1 + 2 / 16 / 1000), abs=1)
+    assert many.between == pytest.approx((2 / 16) / 2.0)
     assert planned(*found, seconds={16: 1.0}, samples=3_200).visits == 280  # a round of 200, and 80 to know the spread
 
 

@@ -20,9 +20,9 @@ def sampled(rng, count, *, blocks=BLOCKS, directions=1.0, images=2.0, rest=3.0, 
     return main[index].mean(axis=1) + directions * rng.normal(size=count) + rest * noise
 
 
-def repeated(count, repeats=3000, **kinds):
+def repeated(count, repeats=3000, between=0.0, **kinds):
     rng = np.random.default_rng(count)
-    found = [estimate(sampled(rng, count, **kinds), kinds.get("blocks", BLOCKS)) for _ in range(repeats)]
+    found = [estimate(sampled(rng, count, **kinds), kinds.get("blocks", BLOCKS), between) for _ in range(repeats)]
     value, stderr, half = np.array([(e.value, e.stderr, e.half_width()) for e in found]).T
     return value, stderr, np.mean(np.abs(value - TRUTH) <= half)
 
@@ -50,6 +50,17 @@ def test_less_than_a_round_samples_images_too(count):
     assert abs(value.mean() - TRUTH) < 3.5 * value.std() / np.sqrt(len(value))
     assert 0.94 < np.mean(stderr**2) / value.var() < 1.35  # without replacement: a little too wide
     assert 0.935 <= cover <= 0.985
+
+
+@pytest.mark.parametrize("count", [8, 20, 28, 32])
+def test_a_known_share_of_images_makes_a_part_of_a_round_exact(count):
+    """Drawn without replacement, images that were seen leave less to be sampled, and at the end of a round nothing."""
+    share = Components(1.0, 36 * (np.linspace(-1, 1, IMAGES) ** 3).var(ddof=1), 9.0).between(SIZE)
+    value, stderr, cover = repeated(count, between=share, images=6.0)
+    assert abs(value.mean() - TRUTH) < 3.5 * value.std() / np.sqrt(len(value))
+    assert np.mean(stderr**2) == pytest.approx(value.var(), rel=0.12)
+    assert 0.93 <= cover <= 0.965
+    assert np.mean(stderr**2) < 0.95 * np.mean(repeated(count, images=6.0)[1] ** 2)  # what it would be else
 
 
 @pytest.mark.parametrize("count", [32, 40])
@@ -125,3 +136,19 @@ def test_components_say_the_variance_of_a_visit():
     broken = components(np.full((2, 3, 4), np.inf))
     assert np.isnan([broken.directions, broken.images, broken.rest]).all()
     assert components(np.ones((2, 3, 4))) == Components(0.0, 0.0, 0.0)
+
+
+def test_strata_are_not_mistaken_for_images():
+    """A block holds its share of each stratum: what differs between strata is the same in all blocks."""
+    rng, found = np.random.default_rng(4), []
+    strata = np.tile(np.repeat([0, 1, 2], [8, 7, 1]), (16, 1))
+    for _ in range(400):
+        table = 2.0 * rng.normal(size=(16, 4, 1)) + 1.5 * rng.normal(size=(16, 1, 16)) + rng.normal(size=(16, 4, 16))
+        found.append(components(table + 10.0 * strata[:, None], strata).images)
+    # The one image of the third stratum says nothing of the variance there, which is then taken as zero.
+    assert abs(np.mean(found) - 2.25 * 15 / 16) < 3.5 * np.std(found) / 20
+
+
+def test_the_share_between_images():
+    assert Components(1.0, 8.0, 4.0).between(4) == pytest.approx(0.5)
+    assert Components(0.0, 0.0, 0.0).between(4) == 0.0 and Components(np.nan, 1.0, 1.0).between(4) == 0.0

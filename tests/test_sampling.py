@@ -1,5 +1,7 @@
 """The sampler is unbiased whatever the blocks, and hides neither costs nor what is not finite."""
 
+import dataclasses
+
 import cases
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from flatlab import seeds
 from flatlab.errors import UserError
 from flatlab.landscape import Landscape
 from flatlab.metrics import sampling, sphere
+from flatlab.metrics.results import mean_of
 from flatlab.metrics.sampling import Sampler
 from flatlab.metrics.sphere import sphere_flatness
 
@@ -46,6 +49,15 @@ def test_strata_and_blocks_that_lack_one_are_unbiased():
     found = in_blocks(landscape, [1.0], 3, errors=(0.1, 0.0), budget=1e6)
     for a, b in ((found, truth), (found.of("a"), truth.of("a"))):
         assert abs(a.value[0] - b.value[0]) < 3.5 * np.hypot(a.stderr[0], b.stderr[0])
+
+
+def test_the_share_between_images_is_that_of_all_strata_alone():
+    found = cases.stratified()
+    plan = dataclasses.replace(found.plans[0], between=0.5)
+    rises = np.random.default_rng(0).normal(size=(5, len(found.strata)))
+    part = dataclasses.replace(found, radii=found.radii[:1], visits=(rises,), blocks=(10,), plans=(plan,))
+    assert part.stderr == pytest.approx(mean_of(rises.mean(axis=1)).stderr * np.sqrt(1 - 0.5 * 5 / 10))
+    assert part.of("a").stderr == pytest.approx(mean_of(rises[:, part.strata.index("a")]).stderr)
 
 
 def test_num_samples_is_an_independent_loop_and_costs_what_it_says():

@@ -3,6 +3,7 @@
 Its draws are not used again: what chooses the plan must not bias the number.
 """
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -55,10 +56,11 @@ def fly(
         drawing += each
     signed = value(np.stack(tables))  # (2, R, G, D, n)
     both = signed.mean(axis=0)
+    strata = np.array([block.strata[: both.shape[-1]] for block in _groups(landscapes[0], seed)[0]])
     clocked = [_seconds(each, seed) for each in landscapes]
     return Pilot(
-        single=[components(table) for table in signed[0]],
-        paired=[components(table) for table in both],
+        single=[components(table, strata) for table in signed[0]],
+        paired=[components(table, strata) for table in both],
         mean=np.max([np.abs(table.mean(axis=(0, 2, 3, 4))) for table in tables], axis=0),
         seconds={size: sum(each[size] for each in clocked) for size in clocked[0]},
         drawing=drawing,
@@ -131,14 +133,16 @@ def _best(pilot: Pilot, index: int, radius: float, goal: Goal, samples: int) -> 
             price = pilot.drawing / len(pilot.mean) + seconds * (2 if paired else 1)
             visits = foresee(found, size, max(1, round(samples / size)), tolerance)
             foreseen = visits if visits < MOST else 0  # not finite, or out of reach: what is seen decides
-            options.append((visits * price, Plan(radius, 0 if size >= samples else size, paired, foreseen)))
+            cut = 0 if size >= samples else size
+            options.append((visits * price, Plan(radius, cut, paired, foreseen, found.between(size))))
     return min(options, key=lambda option: option[0])[1]
 
 
 def foresee(found: Components, size: int, blocks: int, tolerance: float) -> int:
     """Return the visits that bring the standard error to the tolerance: short of a round, where that does."""
     long = found.of_visit(size)
-    short, long = (SAFETY * variance / tolerance**2 for variance in (long + found.images / size, long))
+    wanted, of_images = max(tolerance**2 / SAFETY, sys.float_info.min), found.images / size
+    short, long = (long + of_images) / (wanted + of_images / blocks), long / wanted
     if short < blocks:
         return settled(int(short), blocks)
     return settled(max(int(long), blocks), blocks) if long < MOST else MOST

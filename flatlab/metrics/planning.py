@@ -1,6 +1,7 @@
 """From what is asked for to a plan: goal, radii, blocks and pairs, slopes. What rests on timings is kept as a unit."""
 
 from collections.abc import Sequence
+from dataclasses import astuple
 from functools import partial
 
 import numpy as np
@@ -67,11 +68,12 @@ def plans_of(sampler: Sampler, radii: FloatArray, goal: Goal) -> list[Plan]:
         flown = pilot.fly(
             sampler.landscapes, above, seed=sampler.seed, normalisation=sampler.normalisation, value=sampler.value
         )
-        plans = pilot.plan(flown, above, goal, samples)
-        return np.array([[plan.radius, plan.block_size, plan.paired, plan.visits] for plan in plans])
+        alone = len(sampler.landscapes) == 1  # else the share is of their difference, and of neither
+        plans = [astuple(each) for each in pilot.plan(flown, above, goal, samples)]
+        return np.array([[*plan, between * alone] for *plan, between in plans])
 
     kept = next(iter(sampler.keep([("plan", make)])))
-    return [Plan(float(r), int(size), bool(paired), int(visits)) for r, size, paired, visits in kept]
+    return [Plan(float(r), int(size), bool(paired), int(visits), *more) for r, size, paired, visits, *more in kept]
 
 
 def slopes_of(sampler: Sampler, plans: Sequence[Plan], goal: Goal) -> Sequence[FloatArray | None]:

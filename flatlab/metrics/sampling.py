@@ -34,6 +34,7 @@ class Plan:
     block_size: int  # images of a visit; 0 is all of them, the crossed design
     paired: bool = False  # each direction with its antithesis, in the same block
     visits: int = 0  # foreseen
+    between: float = 0.0  # share of the visits' variance that lies between images, by the pilot; 0: not known
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ class Sampler:
 
     def estimate(self, walk: Walk) -> Estimate:
         """Return the number that is sought at a radius, with its standard error."""
-        return estimate(self.value(walk.visits.mean(axis=2)), walk.blocks)
+        return estimate(self.value(walk.visits.mean(axis=2)), walk.blocks, walk.plan.between)
 
     def scale(self, walk: Walk) -> float:
         """Return the largest of the landscapes' values, which a relative error refers to."""

@@ -63,7 +63,10 @@ class SphereFlatness(Sampled):
     @property
     def estimates(self) -> list[Estimate]:
         """Mean rise at each radius, with its standard error over directions (and images, where these were sampled)."""
-        return [estimate(rises.mean(axis=1), b) for rises, b in zip(self.visits, self.blocks, strict=True)]
+        return [
+            estimate(rises.mean(axis=1), blocks, plan.between)
+            for rises, blocks, plan in zip(self.visits, self.blocks, self.plans, strict=True)
+        ]
 
     @property
     def axis(self) -> tuple[str, FloatArray]:
@@ -123,7 +126,8 @@ class SphereFlatness(Sampled):
         rows = [self.strata.index(name) for name in names]
         visits = tuple(rises[:, rows] for rises in self.visits)
         slopes = None if self.slopes is None else self.slopes[:, rows][:, :, rows]
-        return replace(self, visits=visits, base_loss=self.base_loss[rows], strata=names, slopes=slopes)
+        plans = tuple(replace(plan, between=0.0) for plan in self.plans)  # which speaks of all the strata
+        return replace(self, visits=visits, plans=plans, base_loss=self.base_loss[rows], strata=names, slopes=slopes)
 
     @property
     def remarks(self) -> list[str]:
