@@ -256,6 +256,20 @@ class RadiusSpec(Probing):
         return float(self.count(sizes) * 2 * self.num_samples * (len(self.bits) + 1 + few * len(self.layer_bits)))
 
 
+class SizeSpec(Probing):
+    """The bytes of a run's network as a file, its quantized weights packed (export.py)."""
+
+    metric: Literal["size"] = "size"
+
+    def passes(self, sizes: Sizes) -> float:
+        """Return 1: no image is looked at.
+
+        Args:
+            sizes: images of each domain.
+        """
+        return 1.0
+
+
 KINDS: dict[str, type[Probing]] = {
     "sphere": ProbeSpec,
     "spectrum": SpectrumSpec,
@@ -265,6 +279,7 @@ KINDS: dict[str, type[Probing]] = {
     "gradcam": CamSpec,
     "noise": QuantNoiseSpec,
     "radius": RadiusSpec,
+    "size": SizeSpec,
 }
 
 
