@@ -13,8 +13,9 @@ from flatlab.landscape import Landscape
 from flatlab.measure import measure as measure_run
 from flatlab.methods import METHODS, Method, compose, replicates, vary
 from flatlab.metrics.audit import ScaleAudit, scale_audit
+from flatlab.metrics.barrier import Connection
 from flatlab.metrics.compare import PairedDifference, compare_flatness, paired_difference
-from flatlab.metrics.connectivity import Connection, connect
+from flatlab.metrics.connectivity import connect
 from flatlab.metrics.density import SpectralDensity, spectral_density
 from flatlab.metrics.directions import (
     Directions,

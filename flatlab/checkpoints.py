@@ -1,5 +1,9 @@
 """From a run's checkpoint to a network, and to a landscape around it."""
 
+from collections.abc import Collection
+from pathlib import Path
+
+import torch
 import torch.nn.functional as F
 
 from flatlab import build, files
@@ -11,12 +15,15 @@ from flatlab.nests import Data
 from flatlab.probespecs import Probing
 from flatlab.quant.attach import bake, quantized_layers
 from flatlab.quant.lsq import LSQ
-from flatlab.runs import Run
+from flatlab.runs import Run, RunStore
+from flatlab.seeds import generator
 from flatlab.specs import Place
 
+SIZE = 128  # images of a batch that gives BatchNorm's statistics
 
-def landscape(run: Run, spec: Probing, place: Place) -> Landscape:
-    """Return the loss of a run's checkpoint on each domain, as a function of its weights.
+
+def landscape(run: Run, spec: Probing, place: Place, *, of: Collection[str] | None = None) -> Landscape:
+    """Return the loss of a run's checkpoint on each domain, or on some, as a function of its weights.
 
     Strata are the domains. A quantized network is baked, so that all methods move in one space; or, for
     `space="latent"`, quantized anew at each point, its step sizes held still.
@@ -24,7 +31,7 @@ def landscape(run: Run, spec: Probing, place: Place) -> Landscape:
     Raises:
         UserError: where latent weights are asked for that nothing follows, or the data differ from the run's.
     """
-    batches = images(run, spec, place)
+    batches = {name: each for name, each in images(run, spec, place).items() if of is None or name in of}
     loaded = network(run, spec.checkpoint, place)
     if spec.space == "baked":
         bake(loaded)
@@ -51,10 +58,37 @@ def images(run: Run, spec: Probing, place: Place) -> dict[str, Data]:
     }
 
 
-def network(run: Run, checkpoint: str, place: Place) -> Network | Ensemble:
-    """Return a run's network at a checkpoint, in eval mode, its quantizer attached where it has one."""
+def training_images(run: Run, count: int | None, place: Place) -> Data | None:
+    """Return batches of the first `count` training images of each seen domain, the domains mixed in each batch."""
+    if count is None:
+        return None
+    batches = build.domains(run.spec, place).calibration(count, build.device(place))
+    x, y = (torch.cat([pair[k] for domain in batches for pair in domain]) for k in range(2))
+    order = torch.randperm(len(y), generator=generator("statistics", count)).to(y.device)
+    return list(zip(torch.split(x[order], SIZE), torch.split(y[order], SIZE), strict=True))
+
+
+def network(run: Run, checkpoint: str | Path, place: Place) -> Network | Ensemble:
+    """Return a run's network, in eval mode, its quantizer attached where it has one.
+
+    Args:
+        run: of the network.
+        checkpoint: "selected", "last", or the file of one that was kept along the training.
+        place: data folder, device.
+    """
     domains = build.domains(run.spec, place)
     built = build.finished(run.spec, domains.data, place)
-    arrays, _ = files.load_arrays(run.checkpoint(checkpoint))
+    arrays, _ = files.load_arrays(run.checkpoint(checkpoint) if isinstance(checkpoint, str) else checkpoint)
     build.load(built, arrays)
     return built.eval()
+
+
+def other_of(run: Run, digest: str, place: Place) -> Run:
+    """Return another run of the store, of the same data.
+
+    Raises:
+        UserError: where there is none, or its data are others.
+    """
+    other = RunStore(run.path.parent).find(digest)
+    other.check_data(build.domains(run.spec, place).data.fingerprint)
+    return other

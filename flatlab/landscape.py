@@ -133,10 +133,10 @@ class Landscape:
             return Evaluation(float(losses.mean()), None, losses, None)
         return Evaluation(float(losses.mean()), float(accuracies.mean()), losses, accuracies)
 
-    def around(self, model: nn.Module) -> "Landscape":
+    def around(self, model: nn.Module, *, check: bool = True) -> "Landscape":
         """Return the landscape of the same data and loss around another model, of the same choice of parameters."""
         data = {name: [batch[:2] for batch in each] for name, each in zip(self.strata, self._batches, strict=True)}
-        return Landscape(model, data, self.loss, params=list(self.named), check=self._check)
+        return Landscape(model, data, self.loss, params=list(self.named), check=check and self._check)
 
     @contextmanager
     def moving(self, *metrics: Metric, settle: Callable[[], object] = lambda: None) -> Iterator[Move]:

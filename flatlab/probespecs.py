@@ -4,47 +4,38 @@ The module of the same name in `flatlab/measures/` does it.
 """
 
 import json
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, SerializeAsAny
 
 from flatlab.errors import UserError, choose
-from flatlab.specs import RunSpec, Spec
+from flatlab.probing import FORESEEN, PILOT, PRODUCT, Probing, Sizes
+from flatlab.specs import RunSpec
+from flatlab.surveyspecs import AuditSpec, ConnectionSpec, SurfaceSpec, TriangleSpec
 
-FORESEEN = 20  # images that one radius takes at a relative error of 1, whatever their number; the pilot knows better
+__all__ = [
+    "KINDS",
+    "AnyProbe",
+    "AuditSpec",
+    "CamSpec",
+    "ConnectionSpec",
+    "ProbeSpec",
+    "Probing",
+    "QuantNoiseSpec",
+    "RadiusSpec",
+    "SizeSpec",
+    "Sizes",
+    "SpectrumSpec",
+    "SurfaceSpec",
+    "TriangleSpec",
+    "parse_probe",
+]
+
 LEAST = 2_600  # images of a radius: 81 pairs on blocks of 16
 BUDGET = 100  # passes for each radius at most
 AUTO_RADII = 6
 PYHESSIAN = 18  # its products for an eigenvalue, by its defaults: 177 for ten on a ResNet-20
 PYHESSIAN_TRACE = 100  # its probes at most
-PRODUCT = 10  # forward passes that a Hessian-vector product costs
-PILOT = 32  # products that a trace takes at least, beyond its basis
-Sizes = Mapping[str, int]  # images of each domain
-
-
-class Probing(Spec):
-    """What every measurement says of itself: which checkpoint, on which images."""
-
-    metric: str
-    checkpoint: Literal["selected", "last"] = "selected"
-    split: Literal["in", "out"] = "in"
-    images: int | None = Field(None, ge=1)  # at most so many per domain; None is all
-    space: Literal["baked", "latent"] = "baked"
-    params: str | None = None  # a pattern of parameter names; None is all
-    seed: int = Field(0, ge=0)
-
-    def count(self, sizes: Sizes) -> int:
-        """Return how many images are looked at."""
-        return sum(min(size, self.images or size) for size in sizes.values())
-
-    def passes(self, sizes: Sizes) -> float:
-        """Return the images that the measurement forwards, for plans and bars; one look at each, where nobody knows.
-
-        Args:
-            sizes: images of each domain.
-        """
-        return float(self.count(sizes))
 
 
 class ProbeSpec(Probing):
@@ -112,58 +103,6 @@ class SpectrumSpec(Probing):
         """
         share = {"source": len(sizes) - 1, "target": 1}.get(self.domains, self.domains.count(",") + 1) / len(sizes)
         return float(self.count(sizes) * share * PRODUCT * self.foreseen)
-
-
-class SurfaceSpec(Probing):
-    """Loss and accuracy of each domain on a plane through the checkpoint."""
-
-    metric: Literal["surface"] = "surface"
-    axes: Literal["random", "hessian", "runs"] = "random"  # filter-normalised; top eigenvectors; through other runs
-    through: tuple[str, ...] = ()  # digests: two others that span the plane, or a trajectory of four and more
-    grid: int = Field(33, ge=2)
-    extent: float = Field(1.0, gt=0)  # half the length of each axis; around the runs where they span the plane
-    refine: float | None = Field(0.05, gt=0)  # share of the height that interpolation may be off by; None: whole grid
-
-    def passes(self, sizes: Sizes) -> float:
-        """Return the images that are forwarded at most: refinement saves some.
-
-        Args:
-            sizes: images of each domain.
-        """
-        return float(self.count(sizes) * self.grid**2)
-
-
-class TriangleSpec(Probing):
-    """The trace of the Hessian in three independent ways."""
-
-    metric: Literal["triangle"] = "triangle"
-    space: Literal["baked"] = "baked"  # through rounding there is no curvature
-    rel_error: float = Field(0.05, gt=0)
-
-    def passes(self, sizes: Sizes) -> float:
-        """Return the images that are forwarded, roughly: products for trace and density, and seven spheres.
-
-        Args:
-            sizes: images of each domain.
-        """
-        return float(self.count(sizes) * PRODUCT * (20 + PILOT + 96) + 7 * FORESEEN / self.rel_error**2)
-
-
-class AuditSpec(Probing):
-    """How measures of flatness move under rescalings that leave the function as it is."""
-
-    metric: Literal["audit"] = "audit"
-    space: Literal["baked"] = "baked"
-    most: float = Field(4.0, gt=1)
-    num_samples: int = Field(20, ge=2)
-
-    def passes(self, sizes: Sizes) -> float:
-        """Return the images that are forwarded, roughly: four spheres, a trace and an eigenvalue of three networks.
-
-        Args:
-            sizes: images of each domain.
-        """
-        return float(3 * self.count(sizes) * (4 * self.num_samples + PRODUCT * (20 + PILOT + 10)))
 
 
 class CamSpec(Probing):
@@ -274,6 +213,7 @@ KINDS: dict[str, type[Probing]] = {
     "sphere": ProbeSpec,
     "spectrum": SpectrumSpec,
     "surface": SurfaceSpec,
+    "connection": ConnectionSpec,
     "triangle": TriangleSpec,
     "audit": AuditSpec,
     "gradcam": CamSpec,

@@ -10,38 +10,60 @@ import pandas as pd
 
 from flatlab import files, plots, surfaceplots
 from flatlab.errors import UserError
-from flatlab.metrics.grids import Surface, surface_of
+from flatlab.metrics.barrier import Connection
+from flatlab.metrics.grids import Surface
 from flatlab.metrics.results import Estimate
-from flatlab.probespecs import Probing, SurfaceSpec
+from flatlab.probespecs import ConnectionSpec, Probing, SurfaceSpec
 from flatlab.runs import Run
 
 CORNERS = {"run": "", "way": "", "trace": ".4g", "low": ".4g", "high": ".4g"}
 WAYS = ("sphere", "trace", "density")
+BARRIERS = {"panel": "", "barrier": ".4g", "low": ".4g", "high": ".4g", "position": ".3f", "distance": ".4g"}
+ALIKE = ("dataset", "model", "image_size", "held_out", "trial_seed", "holdout", "test_share")
+OWN = "BatchNorm's statistics are those of the run in the origin: at another checkpoint's mark the loss is not its own."
+MIXED = "BatchNorm's statistics are interpolated like the weights: both ends are the checkpoints."
+ANEW = "BatchNorm's statistics are computed anew at each place, from up to {} training images of each seen domain."
+BAND = "Band: 95 % over images, of the height above the dashed line; the barrier's place is chosen on other images."
 PANELS = {"source": "seen domains", "target": "unseen domain"}
 
 
 def centres(found: Sequence[Run], axes: str) -> tuple[list[Run], tuple[str, ...]]:
-    """Return the runs around which surfaces are laid, and the runs that span the planes.
+    """Return the runs around which surfaces are laid, and the runs that span the planes, or the end of the line.
 
     Args:
         found: the runs that were named.
-        axes: "runs": one plane, through three runs (around the first) or of a trajectory (around the last).
+        axes: "runs": one plane, through three runs (around the first) or of a trajectory (around the last); "line":
+            from the first to the second.
 
     Raises:
-        UserError: where too few runs were named for that.
+        UserError: where too few runs were named for that, or runs that differ in data or architecture.
     """
-    if axes != "runs":
+    if axes not in ("runs", "line"):
         return list(found), ()
-    if len(found) < 3:
+    if axes == "line" and len(found) != 2:
+        raise UserError(f"--axes line goes from one run to another, but {len(found)} came: name two.")
+    if axes == "runs" and len(found) < 3:
         raise UserError(f"--axes runs spans a plane by three runs or more, but {len(found)} came: name others.")
-    if len(found) == 3:
+    _check_alike(found, axes)
+    if len(found) <= 3:
         return [found[0]], tuple(run.spec.digest for run in found[1:])
     return [found[-1]], tuple(run.spec.digest for run in found)
 
 
+def _check_alike(found: Sequence[Run], axes: str) -> None:
+    """Refuse runs that no line or plane can go through: of other weights, or with other images to be looked at."""
+    for field in ALIKE:
+        told = [getattr(run.spec, field) for run in found]
+        if odd := next((run for run, value in zip(found, told, strict=True) if value != told[0]), None):
+            raise UserError(
+                f"--axes {axes} needs runs of one architecture on the same data, but {field} is {told[0]} of "
+                f"{found[0].name} and {getattr(odd.spec, field)} of {odd.name}: name runs that share it."
+            )
+
+
 def surface(run: Run, probe: SurfaceSpec) -> Surface:
     """Return a measured surface."""
-    return surface_of(*run.measured(probe))
+    return Surface.whole(*run.measured(probe))
 
 
 def of_panel(found: Surface, panel: str, held_out: str, metric: str = "loss") -> np.ndarray[Any, np.dtype[np.float64]]:
@@ -76,7 +98,80 @@ def draw_surfaces(found: Sequence[Run], probe: SurfaceSpec, *, out: Path) -> lis
             relief.set(title=f"{run.name}, {PANELS['source']}")
             mine.save(out / f"landscape-{run.spec.digest[:6]}.npz")
             written.append(out / f"landscape-{run.spec.digest[:6]}.npz")
+        figure.suptitle("\n".join(remarks(found, probe)), fontsize=8)
         return [*plots.save(figure, out / "landscape"), *written]
+
+
+def remarks(found: Sequence[Run], probe: SurfaceSpec | ConnectionSpec) -> list[str]:
+    """Return sentences for a caption: whose BatchNorm statistics, what a trajectory's plane holds of it."""
+    told = []
+    if isinstance(probe, SurfaceSpec) and probe.axes == "trajectory":
+        for run in found:
+            mine = surface(run, probe)
+            told.append(
+                f"{run.name}: the plane holds {mine.explained.sum():.1%} of the variance of {len(mine.marks)}"
+                f" checkpoints, each {probe.every} steps, and passes within {mine.distances.max():.3g} of them (L2)."
+            )
+    if probe.recompute is not None:
+        told.append(ANEW.format(probe.recompute))
+    elif isinstance(probe, ConnectionSpec):
+        told.append(MIXED)
+    elif probe.spanned:
+        told.append(OWN)
+    return told
+
+
+def connection(run: Run, probe: ConnectionSpec, panel: str) -> Connection:
+    """Return a measured line, over the seen domains ("source") or the unseen one ("target")."""
+    arrays, facts = run.measured(probe)
+    mine = {name.removeprefix(f"{panel}."): each for name, each in arrays.items() if name.startswith(f"{panel}.")}
+    return Connection.whole(mine, facts[panel])
+
+
+def draw_line(ends: tuple[Run, Run], probe: ConnectionSpec, *, out: Path) -> tuple[pd.DataFrame, list[str], list[Path]]:
+    """Tabulate and draw the straight line between two runs; write `connection.{csv,pdf,png}` and an npz for each panel.
+
+    Args:
+        ends: the two; the line was measured at the first.
+        probe: of the measurement.
+        out: folder of the pictures.
+
+    Returns:
+        A row for each panel with the barrier (nats) and its interval; sentences; what was written.
+    """
+    run, other = ends
+    rows, frames, told, written = [], [], [], []
+    out.mkdir(parents=True, exist_ok=True)
+    with plots.style():
+        figure, grid = plt.subplots(1, len(PANELS), figsize=(6.9, 3.0), layout="constrained")
+        for ax, (panel, title) in zip(grid, PANELS.items(), strict=True):
+            found = connection(run, probe, panel)
+            low, high = (float(end[0]) for end in found.interval())
+            place = {"position": found.position, "distance": found.position * found.length}
+            rows.append({"panel": panel, "barrier": found.barrier, "low": low, "high": high, **place})
+            frames.append(found.to_frame().assign(panel=panel))
+            told.append(f"{title.capitalize()}: {_barrier(found, low, high)}")
+            found.plot(ax).set(title=f"{title}; {run.name} to {other.name}")
+            written.append(out / f"connection-{run.spec.digest[:6]}-{other.spec.digest[:6]}-{panel}.npz")
+            found.save(written[-1])
+        figure.suptitle("\n".join([BAND, *remarks([run], probe)]), fontsize=8)
+    files.write_bytes(out / "connection.csv", pd.concat(frames).to_csv(index=False).encode())
+    pictures = [*plots.save(figure, out / "connection"), out / "connection.csv"]
+    return pd.DataFrame(rows), [*told, *remarks([run], probe)], [*pictures, *written]
+
+
+def _barrier(found: Connection, low: float, high: float) -> str:
+    """Say the barrier in a sentence."""
+    if low > 0:
+        verdict = "a barrier stands between the two"
+    elif high < 0:
+        verdict = "no barrier: the line lies below the interpolation of its ends"
+    else:
+        verdict = "no barrier that these images would show"
+    return (
+        f"the line is {found.barrier:.3g} nats [{low:.3g}, {high:.3g}] above the interpolation of its ends at "
+        f"{found.position:.0%} of the way ({found.length:.3g} in all, L2): {verdict}."
+    )
 
 
 def triangles(found: Sequence[Run], probe: Probing, *, out: Path) -> tuple[pd.DataFrame, list[str], list[Path]]:

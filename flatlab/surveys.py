@@ -10,14 +10,13 @@ from flatlab.jsontext import strict_json
 from flatlab.options import Choices
 
 if TYPE_CHECKING:
-    from flatlab.probespecs import Probing
+    from flatlab.probespecs import ConnectionSpec, Probing
 
 Runs = Annotated[list[str], typer.Argument(help="Digests of runs, or their beginnings (`flatlab runs list`).")]
 Checkpoint = Annotated[str, typer.Option(help="selected (by source validation) or last.")]
 Images = Annotated[int | None, typer.Option(help="At most so many images of each domain (all).")]
 Params = Annotated[str | None, typer.Option(help="Only parameters that match, as 'features.0*' (all).")]
-AXES = ("random", "hessian", "runs")
-OWN = "BatchNorm's statistics are those of the run in the origin: at another run's mark the loss is not its own."
+AXES = ("random", "hessian", "runs", "trajectory", "line")
 AUDITED = {"measure": "", "before": ".4g", "ratio, by layer": ".4g", "ratio, by channel": ".4g", "invariant": ""}
 
 
@@ -27,8 +26,9 @@ def landscape(
     axes: Annotated[
         str,
         typer.Option(
-            help="random (filter-normalised), hessian (its two top eigenvectors), or runs: the plane through three "
-            "runs, or the principal one of more, in their order, around the last."
+            help="random (filter-normalised), hessian (its two top eigenvectors), runs: the plane through three "
+            "runs, or the principal one of more, in their order, around the last; trajectory: the principal one of "
+            "a run's own checkpoints (`train --keep-every`); or line: straight from one run to another."
         ),
     ] = "random",
     grid: Annotated[int, typer.Option(help="Places along each axis; 33 or 49 refine best.")] = 33,
@@ -40,34 +40,63 @@ def landscape(
     ] = 0.05,
     triangle: Annotated[bool, typer.Option(help="Measure the trace in three ways, too.")] = True,
     rel_error: Annotated[float, typer.Option(help="Standard error that rise and trace are measured to.")] = 0.05,
+    recompute: Annotated[
+        int | None,
+        typer.Option(
+            help="Compute BatchNorm's statistics anew at each place, from so many training images of each seen domain."
+        ),
+    ] = None,
+    every: Annotated[
+        int | None, typer.Option(help="Steps between a trajectory's checkpoints (as they were kept).")
+    ] = None,
     checkpoint: Checkpoint = "selected",
     params: Params = None,
     images: Images = None,
-    direction_seed: Annotated[int, typer.Option(help="Of the directions.")] = 0,
+    direction_seed: Annotated[int, typer.Option(help="Of the directions; of the halves of the images.")] = 0,
 ) -> None:  # the options of a measurement are its own, hence so many
-    """Draw the loss on a plane through trained runs, and hold three ways to the Hessian's trace against each other."""
+    """Draw the loss on a plane through trained runs, and hold three ways to the Hessian's trace against each other.
+
+    With --axes line: the loss from one run straight to another, and the height of the barrier between them.
+    """
     from flatlab import surroundings
     from flatlab.flatness import finished
-    from flatlab.probespecs import SurfaceSpec, TriangleSpec
+    from flatlab.probespecs import ConnectionSpec, SurfaceSpec, TriangleSpec
 
     found = finished(chosen.runs(), runs)
     shared: dict[str, Any] = {"checkpoint": choose("checkpoint", checkpoint, ("selected", "last"))}
     shared |= {"params": params, "images": images, "seed": direction_seed}
     kind = choose("pair of axes", axes, AXES)
     centres, through = surroundings.centres(found, kind)
-    plane = SurfaceSpec.make(axes=kind, through=through, grid=grid, extent=extent, refine=refine or None, **shared)
+    if kind == "line":
+        _line(chosen, found, ConnectionSpec.make(to=through[0], grid=grid, recompute=recompute, **shared))
+        return
+    steps = [run.kept_each(every) for run in found][0] if kind == "trajectory" else None
+    spanned: dict[str, Any] = {"axes": kind, "through": through, "every": steps, "recompute": recompute}
+    plane = SurfaceSpec.make(**spanned, grid=grid, extent=extent, refine=refine or None, **shared)
     probes: list[Probing] = [plane]
     if triangle:
         probes.append(TriangleSpec.make(rel_error=rel_error, **shared))
     if not errands.measured(chosen, centres, probes):
         return
-    sentences, written = [], surroundings.draw_surfaces(centres, plane, out=chosen.out)
-    if kind == "runs":
-        sentences.append(OWN)
+    sentences, written = (
+        surroundings.remarks(centres, plane),
+        surroundings.draw_surfaces(centres, plane, out=chosen.out),
+    )
     if triangle:
         table, told, pictures = surroundings.triangles(centres, probes[1], out=chosen.out)
         sentences, written = [*sentences, *told], [*written, *pictures]
         chosen.answer(table, "The trace of the Hessian, three times (nats), 95 % intervals", surroundings.CORNERS)
+    errands.tell_written(written, sentences)
+
+
+def _line(chosen: Choices, found: list[Any], probe: "ConnectionSpec") -> None:
+    """Measure, tabulate and draw the straight line between two runs."""
+    from flatlab import surroundings
+
+    if not errands.measured(chosen, found[:1], [probe]):
+        return
+    table, sentences, written = surroundings.draw_line((found[0], found[1]), probe, out=chosen.out)
+    chosen.answer(table, "Barrier (nats), 95 % intervals over images", surroundings.BARRIERS)
     errands.tell_written(written, sentences)
 
 

@@ -33,7 +33,9 @@ MAY_IMPORT = {
     # what is asked for, without torch
     "quantspecs": "record",
     "specs": "record quantspecs errors",
-    "probespecs": "specs errors",
+    "probing": "record",
+    "surveyspecs": "probing",
+    "probespecs": "surveyspecs probing specs errors",
     "settings": "specs errors",
     "methods": "settings specs quantspecs errors",
     "files": "errors jsontext",
@@ -44,7 +46,7 @@ MAY_IMPORT = {
     "jobs": "entries runs probespecs specs quantspecs",
     "executors": "jobs",
     "reproduce": "tables executors jobs runs settings specs plots files machine data.catalog errors",
-    "surroundings": "surfaceplots plots runs probespecs metrics.grids metrics.results files errors",
+    "surroundings": "surfaceplots plots runs probespecs metrics.barrier metrics.grids metrics.results files errors",
     "orders": "tables",
     "papertable": "orders tables plots runs methods settings specs resources",
     "flatness": "tables plots runs settings probespecs files metrics.sentences metrics.results metrics.rounds errors",
@@ -78,7 +80,7 @@ MAY_IMPORT = {
     "build": "specs quantspecs data models quant files errors",
     "train": "build exported memory runs data models quant selection settings specs quantspecs files machine seeds "
     "errors",
-    "checkpoints": "build runs data landscape models nests quant probespecs specs files errors",
+    "checkpoints": "build runs data landscape models nests quant probespecs specs seeds files errors",
     "exported": "build models quant files errors",
     "export": "build checkpoints models quant runs specs quantspecs files errors",
     "latent": "checkpoints models quant runs specs errors",

@@ -10,7 +10,7 @@ from commandline import TINY, Answer, call
 
 from flatlab.checkpoints import landscape
 from flatlab.measure import measure
-from flatlab.metrics.grids import Surface, parts, surface_of
+from flatlab.metrics.grids import Surface, parts
 from flatlab.metrics.surfaces import plane
 from flatlab.probespecs import AuditSpec, SurfaceSpec, TriangleSpec, parse_probe
 from flatlab.runs import RunStore
@@ -111,7 +111,7 @@ def test_specs_are_read_back_and_surfaces_too(store):
     stores.refuses(lambda: surface(run, spec), "not measured yet")
     measure(run, spec, stores.PLACE)
     found = surface(run, spec)
-    assert np.array_equal(surface_of(*parts(found)).values, found.values) and found.measured.sum() <= 81
+    assert np.array_equal(Surface.whole(*parts(found)).values, found.values) and found.measured.sum() <= 81
 
 
 def test_mistakes_are_one_sentence(flatlab, store):

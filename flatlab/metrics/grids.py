@@ -1,7 +1,7 @@
 """What a line or a plane through a landscape says: values at true coordinates, kept as npz, drawn."""
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -18,8 +18,41 @@ if TYPE_CHECKING:
 AXIS = {"loss": "loss (nats)", "accuracy": "accuracy"}
 
 
-class Grid:
-    """What profiles and surfaces share: metrics and strata by name, and a file."""
+class Kept:
+    """What is kept as a file of its own."""
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write everything to a .npz file that NumPy alone can read: no pickle."""
+        arrays: dict[str, Any] = {each.name: np.asarray(getattr(self, each.name)) for each in _kept(self)}
+        cost: Cost = getattr(self, "cost")  # noqa: B009 (of the dataclasses)
+        np.savez_compressed(path, cost=np.array([cost.forward_passes, cost.images, cost.hvps, cost.seconds]), **arrays)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> Self:
+        """Read what `save` wrote.
+
+        Raises:
+            UserError: where the file is no such thing.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                needed = [each.name for each in _kept(cls) if each.default is MISSING or each.name in file]
+                found = {name: file[name] for name in [*needed, "cost"]}
+        except (OSError, KeyError, ValueError, EOFError) as error:
+            raise UserError(f"{path} holds no {cls.__name__.lower()} of flatlab: {error}.") from None
+        passes, images, hvps, seconds = found.pop("cost").tolist()
+        cost = Cost(passes, int(images), int(hvps), seconds)
+        return cls(**{"cost": cost, **{name: _plain(array) for name, array in found.items()}})
+
+    @classmethod
+    def whole(cls, arrays: dict[str, npt.NDArray[Any]], facts: dict[str, Any]) -> Self:
+        """Return what `parts` took apart."""
+        told = {name: tuple(value) if isinstance(value, list) else value for name, value in facts.items()}
+        return cls(**told | {**arrays, "cost": Cost(**facts["cost"])})
+
+
+class Grid(Kept):
+    """What profiles and surfaces share: metrics and strata by name."""
 
     values: FloatArray
     metrics: tuple[str, ...]
@@ -39,42 +72,13 @@ class Grid:
         with np.errstate(invalid="ignore"):
             return np.asarray(self.values[..., rows, column].mean(axis=-1))
 
-    def save(self, path: str | PathLike[str]) -> None:
-        """Write everything to a .npz file that NumPy alone can read: no pickle."""
-        arrays: dict[str, Any] = {each.name: np.asarray(getattr(self, each.name)) for each in _kept(self)}
-        cost: Cost = getattr(self, "cost")  # noqa: B009 (of the dataclasses)
-        np.savez_compressed(path, cost=np.array([cost.forward_passes, cost.images, cost.hvps, cost.seconds]), **arrays)
-
-    @classmethod
-    def load(cls, path: str | PathLike[str]) -> Self:
-        """Read what `save` wrote.
-
-        Raises:
-            UserError: where the file is no such thing.
-        """
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                found = {name: file[name] for name in [*(each.name for each in _kept(cls)), "cost"]}
-        except (OSError, KeyError, ValueError, EOFError) as error:
-            raise UserError(f"{path} holds no {cls.__name__.lower()} of flatlab: {error}.") from None
-        passes, images, hvps, seconds = found.pop("cost").tolist()
-        cost = Cost(passes, int(images), int(hvps), seconds)
-        return cls(**{"cost": cost, **{name: _plain(array) for name, array in found.items()}})
-
 
 def parts(grid: Any) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
-    """Return a profile or surface as arrays of numbers, and the rest for JSON."""
+    """Return what is kept as arrays of numbers, and the rest for JSON."""
     named = {each.name: getattr(grid, each.name) for each in _kept(grid)}
     arrays = {name: value for name, value in named.items() if isinstance(value, np.ndarray)}
     facts = {name: value for name, value in named.items() if name not in arrays}
     return arrays, {**facts, "cost": asdict(grid.cost)}
-
-
-def surface_of(arrays: dict[str, npt.NDArray[Any]], facts: dict[str, Any]) -> "Surface":
-    """Return the surface of `parts`."""
-    told: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in facts.items()}
-    told |= {**arrays, "cost": Cost(**facts["cost"])}
-    return Surface(**told)
 
 
 def _kept(grid: Any) -> list[Any]:
@@ -164,6 +168,7 @@ class Surface(Grid):
         cosine: of the two directions.
         seed: of random directions.
         cost: forward passes.
+        statistics: "own", those of the network in the origin everywhere, or "recomputed": BatchNorm's, at each place.
     """
 
     x: FloatArray
@@ -181,6 +186,7 @@ class Surface(Grid):
     cosine: float
     seed: int
     cost: Cost
+    statistics: str = "own"
 
     def to_frame(self) -> "pd.DataFrame":
         """Return a tidy table: a row for each place, stratum and metric, and whether it was evaluated."""

@@ -4,6 +4,7 @@ Places go in tiles, each a unit that can be kept as a file (`keep`), so that a s
 A plane can be refined from coarse to fine: evaluated where linear interpolation would be wrong.
 """
 
+import copy
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,11 +19,13 @@ from torch import Tensor
 from flatlab.errors import UserError
 from flatlab.landscape import Landscape
 from flatlab.losses import Metric
+from flatlab.metrics.batchnorm import Statistics
 from flatlab.metrics.directions import Directions, checked, random_directions
 from flatlab.metrics.grids import Profile, Surface
 from flatlab.metrics.refinement import refined
 from flatlab.metrics.results import Cost, FloatArray, Report
 from flatlab.metrics.sampling import Keep, forget
+from flatlab.nests import Data
 from flatlab.seeds import base_seed, derive
 
 TILE = 32  # places of a unit
@@ -85,6 +88,7 @@ def plane(
     grid: int | tuple[npt.ArrayLike, npt.ArrayLike] = 51,
     metrics: Mapping[str, Metric] | None = None,
     refine: float | None = None,
+    recompute: Data | None = None,
     seed: int | torch.Generator = 0,
     keep: Keep = forget,
     report: Report | None = None,
@@ -100,6 +104,8 @@ def plane(
         refine: begin with a coarse grid, and halve the cells in which linear interpolation is off by more than this
             share of the loss's height above its minimum (plus 2 % of its range); 0.05 saves half to nine tenths. The
             number of cells along an axis should be a multiple of 8, or of 16: 49 or 65 places.
+        recompute: batches, as of training, from which BatchNorm's running statistics are computed anew at each place;
+            by default they are those of the model everywhere.
         seed: of the random directions.
         keep: keeps tiles.
         report: called with the places done and foreseen.
@@ -112,7 +118,7 @@ def plane(
     if len(found.vectors) < 2:
         raise UserError("A plane needs two directions, but one came: `line` goes along one.")
     x, y = _axes(grid, found.marks)
-    walker = _Walker(landscape, found.vectors[:2], _metrics(landscape, metrics), keep, report)
+    walker = _Walker(landscape, found.vectors[:2], _metrics(landscape, metrics), keep, report, recompute)
     values, measured = refined(walker.visit, x, y, _tolerance(refine))
     return Surface(
         x=x,
@@ -123,6 +129,7 @@ def plane(
         metrics=tuple(walker.metrics),
         seed=name,
         cost=walker.cost(start),
+        statistics="own" if recompute is None else "recomputed",
         **_described(found),
     )
 
@@ -195,6 +202,7 @@ class _Walker:
         metrics: what is evaluated.
         keep: keeps tiles.
         report: called with places done and foreseen.
+        recompute: batches that give BatchNorm's statistics at each place.
     """
 
     landscape: Landscape
@@ -202,11 +210,13 @@ class _Walker:
     metrics: dict[str, Metric]
     keep: Keep
     report: Report | None
+    recompute: Data | None = None
     visited: int = 0
     foreseen: int = 0
 
     def __post_init__(self) -> None:
         self.vectors = torch.stack([checked(self.landscape, vector) for vector in self.vectors])
+        Statistics(self.landscape.model, self.recompute)  # refuses before anything is forwarded
 
     def visit(self, places: FloatArray) -> FloatArray:
         """Return the metrics (N, S, M) at places (N, D)."""
@@ -223,8 +233,11 @@ class _Walker:
 
     def tile(self, places: FloatArray) -> FloatArray:
         """Evaluate a tile: no place is reached from another, and none allocates."""
-        step = torch.empty_like(self.vectors[0])
-        with self.landscape.moving(*self.metrics.values()) as at, torch.no_grad():
+        step, path = torch.empty_like(self.vectors[0]), self.landscape
+        if self.recompute is not None:
+            path = path.around(copy.deepcopy(path.model), check=False)  # a private copy, whose statistics may change
+        settle = Statistics(path.model, self.recompute).renew
+        with path.moving(*self.metrics.values(), settle=settle) as at, torch.no_grad():
             return np.stack([at(displacement(self.vectors, each, out=step)) for each in places.tolist()])
 
     def cost(self, start: float) -> Cost:
