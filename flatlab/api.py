@@ -6,8 +6,9 @@ No public name is that of a module: `flatlab.train` is the package, `flatlab.tra
 from flatlab.checkpoints import landscape as landscape_of
 from flatlab.checkpoints import network as network_of
 from flatlab.errors import UserError
-from flatlab.export import Exported, load_exported
+from flatlab.export import Exported
 from flatlab.export import export as export_run
+from flatlab.exported import load_exported
 from flatlab.landscape import Landscape
 from flatlab.measure import measure as measure_run
 from flatlab.methods import METHODS, Method, compose, replicates, vary
@@ -57,6 +58,8 @@ from flatlab.specs import AverageSpec, MixSpec, Place, RunSpec, StepSpec
 from flatlab.stability import Stability
 from flatlab.stability import stability as accuracy_stability
 from flatlab.train.loop import train as train_runs
+from flatlab.train.replay import Replay
+from flatlab.train.replay import replay as replay_averages
 
 __all__ = [
     # landscapes and their measures
@@ -154,6 +157,8 @@ __all__ = [
     "MixSpec",
     "Place",
     # training and measuring runs
+    "replay_averages",
+    "Replay",
     "RunStore",
     "Run",
     "train_runs",

@@ -4,14 +4,12 @@ import dataclasses
 import shlex
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from flatlab import surveys
+from flatlab import handover, surveys
 from flatlab.errands import carry_out, catalogue, everything, measured, price, tell_written
-from flatlab.errors import choose
 from flatlab.hessian import hessian
 from flatlab.jsontext import strict_json
 from flatlab.mistakes import spoken
@@ -82,7 +80,7 @@ def reproduce(
     epilog="Examples: `flatlab train --method qt-dog --held-out rot45`, "
     "`flatlab train --method sam --average swad --quantizer lsq --bits 4 --held-out 0`"
 )
-@takes(*DATA, "method", *PARTS, *TRAINING, *QUANTIZER, *RUNNING, "tensorboard", seeds=1)
+@takes(*DATA, "method", *PARTS, *TRAINING, *QUANTIZER, *RUNNING, "keep_every", "tensorboard", seeds=1)
 def train(chosen: Choices) -> None:
     """Train a method, or any composition of parts, with each domain held out in turn or one of them."""
     from flatlab import jobs, methods, tables
@@ -96,6 +94,8 @@ def train(chosen: Choices) -> None:
     wanted = methods.replicates(parts, setting)
     label += "".join(f", {part} {value}" for part, value in changes.items())
     todo = jobs.missing(store, wanted, [], sizes=catalog.sizes(setting.dataset, chosen.folder()))
+    if chosen.keep_every:
+        todo = jobs.keeping(todo, store, wanted, chosen.keep_every)
     if chosen.dry_run:
         price(chosen, todo, setting)
         return
@@ -168,6 +168,9 @@ app.command(epilog="Example: `flatlab landscape 3f2a --grid 25 --images 200`")(
     takes("data_dir", *RUNNING, "out")(surveys.landscape)
 )
 app.command(epilog="Example: `flatlab audit 3f2a --images 200`")(takes("data_dir", *RUNNING, "out")(surveys.audit))
+app.command(epilog="Example: `flatlab train --keep-every 10 --held-out rot45`, then `flatlab replay 3f2a`")(
+    takes("setting", "data_dir", "device", "cache", "store", "out", "json", "debug")(surveys.replay)
+)
 app.command(epilog="Example: `flatlab selftest`")(takes("json", "debug")(surveys.selftest))
 
 
@@ -202,43 +205,16 @@ def _valleys(found: Sequence[Any]) -> list[dict[str, Any]]:
     return [valley(run) for run in found]
 
 
-@app.command(
+app.command(
     "import",
     epilog="Example: `flatlab import erm.pth --model resnet50 --dataset PACS --data-dir data --held-out sketch`",
+)(takes(*DATA, "model", "trial_seed", "device", "store", "json", "debug")(handover.import_))
+app.command(epilog="Example: `flatlab export 3f2a --file qt-dog.safetensors`")(
+    takes("data_dir", "device", "cache", "store", "json", "debug")(handover.export)
 )
-@takes(*DATA, "model", "trial_seed", "device", "store", "json", "debug")
-def import_(
-    chosen: Choices, file: Annotated[Path, typer.Argument(help=".safetensors, or .pth without pickled code.")]
-) -> None:
-    """Take a checkpoint trained elsewhere (torchvision's, DomainBed's or SWAD's names) into the store as a run."""
-    from flatlab import tables
-    from flatlab.train.imported import import_checkpoint
-
-    spec = import_checkpoint(file, chosen.setting(), chosen.runs(), chosen.place())
-    table = tables.accuracies(chosen.runs(), [("imported", spec)])
-    chosen.answer(table[table["selection"] == "last"], f"Run {spec.digest}", ACCURACIES)
-
-
-@app.command(epilog="Example: `flatlab export 3f2a --file qt-dog.safetensors`")
-@takes("data_dir", "device", "cache", "store", "json", "debug")
-def export(
-    chosen: Choices,
-    run: Annotated[str, typer.Argument(help="Digest of a quantized run, or its beginning (`flatlab runs list`).")],
-    file: Annotated[Path | None, typer.Option(help="The file to write (DIGEST.safetensors).")] = None,
-    checkpoint: Annotated[str, typer.Option(help="selected (by source validation) or last.")] = "selected",
-) -> None:
-    """Write a quantized run with packed integer weights, and say what that saves in truth."""
-    from flatlab.export import export as write
-
-    found = chosen.runs().find(run)
-    path = file or Path(f"{found.spec.digest}.safetensors")
-    done = write(found, path, chosen.place(), checkpoint=choose("checkpoint", checkpoint, ("selected", "last")))
-    sentence = (
-        f"{done.path}: {done.bytes:,} bytes instead of {done.float_bytes:,}, {done.compression:.2f} times smaller; "
-        f"nominally {done.nominal:.2f} times, 32 bits to {done.bits}. {done.quantized_share:.1%} of the parameters are "
-        "quantized. flatlab.load_exported reads it."
-    )
-    chosen.answer_facts(done.facts(), sentence)
+app.command(epilog="Example: `flatlab ensemble 3f2a 77c1 90ab --combine probabilities`")(
+    takes("combine", "data_dir", *RUNNING)(handover.ensemble)
+)
 
 
 @app.command(epilog="Example: `flatlab methods --json`")

@@ -15,7 +15,7 @@ from flatlab import files
 from flatlab.errors import UserError
 from flatlab.specs import Spec
 
-_UNCOUNTED = ("state", "probes", "provenance.json", "done", ".lock")  # outside the compared bytes
+_UNCOUNTED = ("state", "kept", "probes", "provenance.json", "done", ".lock")  # outside the compared bytes
 
 
 class Entry:

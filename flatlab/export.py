@@ -1,4 +1,4 @@
-"""A quantized network as a file: packed integer weights and their scales, which load back to the baked network."""
+"""Quantized networks written to a file: packed integer weights and their scales (exported.py reads them)."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -6,17 +6,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from flatlab import build, files
 from flatlab.checkpoints import network as network_of
 from flatlab.errors import UserError
-from flatlab.models import Network, build_network
-from flatlab.quant.attach import Quantized, attach_activations, bake, quantized_layers, tensor_of
+from flatlab.models import Ensemble
+from flatlab.quant.attach import Quantized, bake, quantized_layers, tensor_of
 from flatlab.quant.codebook import decode
-from flatlab.quant.packing import bits_of, pack, unpack
+from flatlab.quant.packing import bits_of, pack
 from flatlab.quantspecs import QuantSpec
 from flatlab.runs import Run
-from flatlab.specs import Place
+from flatlab.specs import Place, RunSpec
 
 FLOAT_BITS = 32
 
@@ -30,7 +31,7 @@ class Exported:
         bits: of a quantized weight.
         nominal: 32 / bits, the compression as QT-DoG prints it.
         bytes: of the file: packed weights, scales, what is not quantized, and the header.
-        float_bytes: of all the network's tensors in float32.
+        float_bytes: of all the network's tensors in float32; of an ensemble, all its members'.
         quantized_share: the share of its parameters that are quantized.
     """
 
@@ -52,43 +53,69 @@ class Exported:
 
 
 def export(run: Run, path: Path, place: Place, *, checkpoint: str = "selected") -> Exported:
-    """Write a run's quantized network with integer weights; `load_exported` reads it.
+    """Write a run's quantized network with integer weights, of an ensemble each member's; `load_exported` reads it.
 
     Args:
-        run: finished and quantized.
+        run: finished and quantized; of an ensemble's members, those that are not stay in float32.
         path: the file, .safetensors.
         place: data folder, device.
         checkpoint: "selected" or "last".
 
     Raises:
-        UserError: where the run is not finished, not quantized or an ensemble, or not wholly on its grid.
+        UserError: where the run is not finished or nothing in it is quantized, or it is not wholly on its grid.
     """
     if not run.done:
         raise UserError(f"Run {run.spec.digest} is not finished: train it before it is exported.")
-    if run.spec.members:
-        raise UserError(f"Run {run.spec.digest} is an ensemble; export its members, each on its own.")
-    if run.spec.quantizer is None:
-        raise UserError(f"Run {run.spec.digest} ({run.spec.label}) is not quantized; export one that is, such as lsq.")
     network = network_of(run, checkpoint, place).cpu()
+    if not quantized_layers(network):
+        raise UserError(f"Run {run.spec.digest} ({run.spec.label}) is not quantized; export one that is, such as lsq.")
+    return write(network, run.spec, path, place)
+
+
+def write(network: nn.Module, spec: RunSpec, path: str | Path, place: Place) -> Exported:
+    """Bake a network, quantized or not, and write it to a file, quantized weights packed.
+
+    Args:
+        network: on the host.
+        spec: of its run.
+        path: the file, .safetensors.
+        place: data folder.
+
+    Raises:
+        UserError: where it is not wholly on its grid.
+    """
+    layers, path = quantized_layers(network).values(), Path(path)
+    bits = max((bits_of(*layer.quantizer.levels) for layer in layers), default=FLOAT_BITS)
+    inside = sum(layer.weight.numel() for layer in layers)
+    files.save_arrays(path, *_contents(network, spec, place))
+    return Exported(
+        path=str(path),
+        bits=bits,
+        nominal=FLOAT_BITS / bits,
+        bytes=path.stat().st_size,
+        float_bytes=sum(value.numel() for value in network.state_dict().values()) * FLOAT_BITS // 8,
+        quantized_share=inside / sum(p.numel() for p in network.parameters()),
+    )
+
+
+def _contents(network: nn.Module, spec: RunSpec, place: Place) -> tuple[files.Arrays, dict[str, Any]]:
+    """Bake a network; return its arrays, quantized ones packed, and what is needed to build it anew."""
+    if isinstance(network, Ensemble):
+        arrays: files.Arrays = {}
+        members = []
+        for index, (member, own) in enumerate(zip(network.members, spec.members, strict=True)):
+            found, facts = _contents(member, own, place)
+            arrays |= {f"{index}.{name}": array for name, array in found.items()}
+            members.append(facts)
+        return arrays, {"combine": network.combine, "members": members}
     tensors, grids = {}, {}
     for name, layer in quantized_layers(network).items():
         key = f"{name}.{tensor_of(layer.layer)}"
         tensors[f"{key}.codes"], grids[key] = _packed(key, layer)
         tensors[f"{key}.scale"] = layer.quantizer.scale.detach().numpy()
     bake(network)
-    state = {name: value.numpy() for name, value in network.state_dict().items()}
-    plain = {name: value for name, value in state.items() if name not in grids}
-    files.save_arrays(path, {**plain, **tensors}, {"network": _built(run, place), "quantized": grids})
-    inside = sum(state[key].size for key in grids)
-    bits = max(grid["bits"] for grid in grids.values())
-    return Exported(
-        path=str(path),
-        bits=bits,
-        nominal=FLOAT_BITS / bits,
-        bytes=path.stat().st_size,
-        float_bytes=sum(value.size for value in state.values()) * FLOAT_BITS // 8,
-        quantized_share=inside / sum(p.numel() for p in network.parameters()),
-    )
+    plain = {name: value.numpy() for name, value in network.state_dict().items() if name not in grids}
+    return {**plain, **tensors}, {"network": _built(spec, place), "quantized": grids}
 
 
 def _packed(name: str, layer: Quantized) -> tuple[np.ndarray[Any, Any], dict[str, Any]]:
@@ -104,37 +131,10 @@ def _packed(name: str, layer: Quantized) -> tuple[np.ndarray[Any, Any], dict[str
     return pack(codes.numpy(), low, bits), facts
 
 
-def _built(run: Run, place: Place) -> dict[str, Any]:
+def _built(spec: RunSpec, place: Place) -> dict[str, Any]:
     """Return how the network is built before its weights are loaded."""
-    data, quantizer = build.domains(run.spec, place).data, run.spec.quantizer
-    facts = {"name": run.spec.model, "num_classes": len(data.classes), "in_channels": data.domains[0].images.shape[1]}
+    data, quantizer = build.domains(spec, place).data, spec.quantizer
+    facts = {"name": spec.model, "num_classes": len(data.classes), "in_channels": data.domains[0].images.shape[1]}
     if isinstance(quantizer, QuantSpec) and quantizer.activations != "none":
         facts["activations"] = {"bits": quantizer.activation_bits, "signed": quantizer.activations == "signed"}
     return facts
-
-
-def load_exported(path: str | Path) -> Network:
-    """Return the baked network that `export` wrote, in eval mode, equal to the bit.
-
-    Args:
-        path: the file.
-
-    Raises:
-        UserError: where it is missing, damaged, or no export.
-    """
-    arrays, facts = files.load_arrays(Path(path))
-    if not isinstance(facts, dict) or "quantized" not in facts:
-        raise UserError(f"{path} is no export of a quantized network; `flatlab export RUN` writes one.")
-    for key, grid in facts["quantized"].items():
-        shape = tuple(grid["shape"])
-        codes = unpack(arrays.pop(f"{key}.codes"), int(np.prod(shape)), grid["low"], grid["bits"]).reshape(shape)
-        scale = torch.from_numpy(arrays.pop(f"{key}.scale"))
-        arrays[key] = decode(torch.from_numpy(codes), scale, grid["grid"]).numpy()
-    built = {**facts["network"]}
-    activations = built.pop("activations", None)
-    network = build_network(built.pop("name"), **built)
-    if activations:
-        attach_activations(network, **activations)
-    build.load(network, arrays)
-    bake(network)
-    return network.eval()

@@ -6,6 +6,8 @@ Torch-free: a plan is made, printed and priced before anything heavy is loaded.
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+from pydantic import Field
+
 from flatlab.entries import Entry
 from flatlab.probespecs import AnyProbe, Probing, Sizes
 from flatlab.quantspecs import OBCSpec
@@ -28,6 +30,7 @@ class Job(Spec):
     runs: tuple[RunSpec, ...]
     probes: tuple[AnyProbe, ...] = ()  # empty: train the runs
     forks: tuple[int, ...] = ()  # steps before which the trajectory's state is kept for others
+    keep_every: int | None = Field(None, ge=1)  # steps between checkpoints that are kept along the trajectory
     needs: tuple[str, ...] = ()  # digests of runs that must be done
     passes: float  # cost, in images forwarded
 
@@ -37,10 +40,10 @@ class Job(Spec):
         return [runs[0].probe(probe) for probe in self.probes] if self.probes else list(runs)
 
     def claims(self, store: RunStore) -> list[Entry]:
-        """Return the directories that the job writes to: forks go where the trajectory's own run is."""
+        """Return the directories that the job writes to: what is kept goes where the trajectory's own run is."""
         entries = {entry.path: entry for entry in self.entries(store)}
-        if self.forks:
-            lineage = store.run(self.runs[0].trajectory)
+        if self.forks or self.keep_every:
+            lineage = store.run(self.runs[0]).lineage
             entries.setdefault(lineage.path, lineage)
         return list(entries.values())
 
@@ -77,6 +80,24 @@ def missing(store: RunStore, runs: Sequence[RunSpec], probes: Wanted, *, sizes: 
     training = _training([spec for spec in lacking.values() if not spec.made_from], sizes)
     making = [_making(spec, lacking, sizes) for spec in lacking.values() if spec.made_from]
     return _told_apart([*training, *making, *_measuring(store, probes, set(lacking), sizes)])
+
+
+def keeping(todo: Sequence[Job], store: RunStore, runs: Sequence[RunSpec], every: int) -> list[Job]:
+    """Return the jobs such that trainings keep a checkpoint each so many steps; no run becomes another by that.
+
+    Args:
+        todo: as `missing` returns them.
+        store: what is there already.
+        runs: as they were asked for.
+        every: steps.
+
+    Raises:
+        UserError: where a run is finished and lacks such checkpoints: it says how to get them.
+    """
+    for run in map(store.run, runs):
+        if run.done and not run.spec.made_from:
+            run.kept_each(every)
+    return [job if job.probes else job.replace(keep_every=every) for job in todo]
 
 
 def _told_apart(jobs: Sequence[Job]) -> list[Job]:

@@ -20,7 +20,7 @@ class Method:
     frozen: bool = False  # convolutions stop training at the switch
     noise: Literal["none", "fresh", "kept"] = "none"  # uniform, of the quantizer's norm, in its place
     objective: Literal["erm", "coral"] = "erm"
-    mixing: Literal["none", "mixstyle"] = "none"  # of features' statistics, between the images of a batch
+    mixing: Literal["none", "mixstyle", "mixstyle-across"] = "none"  # of images' feature statistics
     members: int = 0  # of an ensemble: so many of these, of consecutive seeds
     combine: Literal["logits", "probabilities"] = "logits"  # what an ensemble averages
     note: str = ""
@@ -72,7 +72,7 @@ def method(name: str) -> tuple[str, Method]:
 
 KNOWN = {
     "objective": ("erm", "coral"),
-    "mixing": ("none", "mixstyle"),
+    "mixing": ("none", "mixstyle", "mixstyle-across"),
     "step": ("plain", "sam"),
     "average": ("last", "swa", "swad", "sma"),
     "quantizer": ("none", "lsq", "inq", "rtn", "obc"),
@@ -101,7 +101,7 @@ def compose(parts: Method, setting: Setting, *, held_out: str, seed: int, trial_
         seed=seed,
         trial_seed=trial_seed,
         objective=parts.objective,
-        mixing=MixSpec() if parts.mixing == "mixstyle" else None,
+        mixing=None if parts.mixing == "none" else MixSpec(across=parts.mixing == "mixstyle-across"),
         step=StepSpec(kind="sam", rho=setting.sam_rho) if parts.step == "sam" else StepSpec(),
         average=_average(parts.average, setting),
         quantizer=_quantizer(parts.quantizer, setting),
@@ -155,6 +155,11 @@ def _average(kind: Literal["last", "swa", "swad", "sma"], setting: Setting) -> A
             return AverageSpec(kind=kind, start=setting.sma_start)
         case _:
             return AverageSpec()
+
+
+def averages(setting: Setting) -> dict[str, AverageSpec]:
+    """Return the averages of a setting by the names of their methods: SWA, SWAD, SMA."""
+    return {name: _average(METHODS[name].average, setting) for name in ("SWA", "SMA", "SWAD")}
 
 
 def replicates(parts: Method, setting: Setting) -> list[RunSpec]:

@@ -21,6 +21,7 @@ from flatlab.settings import PAPER, Setting, for_data
 from flatlab.specs import RunSpec
 
 SUMMARY = "Difference to the first line in points, paired by held-out domain and seed, 95 % intervals; * excludes 0"
+AVERAGE = "Avg"
 READ = {"in": "validation", "test": "test", "out": "target"}  # panel -> what of a log's row
 COLUMNS = [*orders.BY, "method", "held_out", "seed", "value", "stderr", "low", "high", "over"]
 COLUMNS += ["published", "published_stderr", "published_on", "comparable"]
@@ -66,12 +67,14 @@ class PaperTable:
         columns: data set -> panel ("in", "out") -> the paper's column. The first data set stands in for one that the
             paper lacks: the order of its lines is what ours is held against.
         domains: whether the paper prints a column for each held-out domain.
+        average: the paper's column of the mean over all data sets, where it prints one.
     """
 
     number: str
     lines: tuple[Line, ...]
     columns: Mapping[str, Mapping[str, str]]
     domains: bool = False
+    average: str = ""
 
     @property
     def baseline(self) -> str:
@@ -100,8 +103,15 @@ class PaperTable:
     def table(self, store: RunStore, setting: Setting) -> pd.DataFrame:
         """Return accuracies in percent: of each run, and over seeds of each held-out domain and of their mean."""
         each = accuracies(store, self.labelled(setting), list(self._panels()))
+        if self.average and each["dataset"].nunique() > 1:
+            each = pd.concat([each, _over_datasets(each, self._average(setting))], ignore_index=True)
         whole = pd.concat([each.assign(over="run"), *_over_seeds(each)], ignore_index=True)
         return self._with_published(whole, setting)[COLUMNS]
+
+    def _average(self, setting: Setting) -> str:
+        """Return the name of the mean over the data sets at hand: the paper's, where they are all there."""
+        there = [one.dataset for one in setting.each]
+        return f"{AVERAGE}." if {*there} == {*self.columns} else f"{AVERAGE} of {', '.join(there)}"
 
     def _panels(self) -> dict[str, None]:
         return dict.fromkeys(panel for panels in self.columns.values() for panel in panels)
@@ -109,8 +119,10 @@ class PaperTable:
     def printed(self, label: str, dataset: str, panel: str, held_out: str) -> Printed:
         """Return the paper's number beside one of ours; none where it printed none."""
         line = next(line for line in self.lines if line.label == label)
-        known = dataset if dataset in self.columns else next(iter(self.columns))
-        column = held_out if self.domains and held_out != "all" else self.columns[known].get(panel, "")
+        columns = {**self.columns, f"{AVERAGE}.": {"out": self.average}}  # of all; of some the paper prints none
+        ours = dataset in columns or dataset.startswith(AVERAGE)
+        known = dataset if ours else next(iter(columns))
+        column = held_out if self.domains and held_out != "all" else columns.get(known, {}).get(panel, "")
         rows = [row for row in self.facts["rows"] if line.printed and line.printed.items() <= row.items()]
         found = rows[0].get(column) if rows and (held_out == "all" or self.domains) else None
         if not isinstance(found, dict):
@@ -120,6 +132,7 @@ class PaperTable:
     def _with_published(self, frame: pd.DataFrame, setting: Setting) -> pd.DataFrame:
         """Fill in what the paper printed, and say where it did the same as we: on the same data, by its protocol."""
         same = {one.dataset: is_papers(one) for one in setting.each}
+        same[self._average(setting)] = all(same.values())
         told = [
             self.printed(method, dataset, panel, held_out) if over == "seeds" else Printed()
             for dataset, panel, method, held_out, over in frame[[*orders.BY, "method", "held_out", "over"]].itertuples(
@@ -221,6 +234,13 @@ def accuracies(store: RunStore, wanted: list[tuple[str, RunSpec]], panels: list[
     )
 
 
+def _over_datasets(each: pd.DataFrame, name: str) -> pd.DataFrame:
+    """Return the mean over data sets, each the mean over its held-out domains, as that of one more data set."""
+    keys = ["panel", "method", "seed"]
+    means = each.groupby([*keys, "dataset"], sort=False)["value"].mean()
+    return means.groupby(level=keys, sort=False).mean().reset_index().assign(dataset=name, held_out="all")
+
+
 def _laid_out(rows: Mapping[str, Mapping[str, str]]) -> pd.DataFrame:
     """Return a row for each method, with empty cells where there is nothing to tell."""
     return pd.DataFrame([{"method": method, **cells} for method, cells in rows.items()]).fillna("")
@@ -229,7 +249,7 @@ def _laid_out(rows: Mapping[str, Mapping[str, str]]) -> pd.DataFrame:
 def _over_seeds(each: pd.DataFrame) -> Iterator[pd.DataFrame]:
     """Return mean and interval over seeds of each line: the mean over held-out domains, and each of them."""
     yield tables.over_seeds(each, [*orders.BY, "method"])
-    for target, mine in each.groupby("held_out", sort=False):
+    for target, mine in each[each["held_out"] != "all"].groupby("held_out", sort=False):
         yield tables.over_seeds(mine, [*orders.BY, "method"]).assign(held_out=target)
 
 

@@ -1,7 +1,7 @@
 """From frames to figures: one style for all, marks that take a frame, and files with embedded fonts."""
 
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,23 @@ def curves(ax: Axes, frame: pd.DataFrame, *, x: str, by: str, order: Sequence[st
         look: dict[str, Any] = {"color": f"C{index % 10}", "marker": MARKERS[index % len(MARKERS)]}
         (line,) = ax.plot(rows[x], rows["value"], **look, linestyle=LINES[index // 10 % len(LINES)], label=name)
         ax.fill_between(rows[x], rows["low"], rows["high"], color=line.get_color(), alpha=0.18, linewidth=0)
+
+
+def valley(ax: Axes, losses: Mapping[int, float], found: Mapping[str, Any], *, index: int = 0) -> None:
+    """Draw a validation loss (nats) on a logarithmic axis, its valley shaded, the threshold dashed (Cha et al. 2021).
+
+    Args:
+        ax: the axes.
+        losses: by step.
+        found: start and end (steps) and threshold (nats) of the valley; of none, start is None or absent.
+        index: of the colour and marker.
+    """
+    color = f"C{index % 10}"
+    ax.plot(list(losses), list(losses.values()), color=color, marker=MARKERS[index % len(MARKERS)])
+    if found.get("start") is not None:
+        ax.axvspan(found["start"], found["end"], color=color, alpha=0.15, linewidth=0)
+        ax.axhline(found["threshold"], color=color, linestyle="--", linewidth=0.8)
+    ax.set(yscale="log")
 
 
 def legend_above(figure: Figure, ax: Axes, title: str) -> None:

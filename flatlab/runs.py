@@ -1,10 +1,11 @@
 """The store: a run is a directory named by the digest of its spec, and `done` is written last.
 
-    <store>/<digest>/spec.json  log.jsonl  checkpoints/*.safetensors  state/ (resume, forks)  provenance.json  done
+    <store>/<digest>/spec.json  log.jsonl  checkpoints/*.safetensors  provenance.json  done
+    <store>/<digest>/state/ (resume, forks)  kept/step-*.safetensors (where asked for)
     <store>/<digest>/probes/<digest>/spec.json  block-*.safetensors  result.safetensors  provenance.json  done
 
-Progress is read off the disk. `done` lists the hash of every file that counts; provenance (machine facts, seconds)
-and state are outside it.
+Progress is read off the disk. `done` lists the hash of every file that counts; provenance (machine facts, seconds),
+state and kept checkpoints are outside it.
 """
 
 import json
@@ -58,6 +59,48 @@ class Run(Entry):
     def state(self, name: str) -> Path:
         """Return the path of a resume state: "resume" or "fork-<step>"."""
         return self.path / "state" / f"{name}.safetensors"
+
+    @property
+    def lineage(self) -> "Run":
+        """The run of the same trajectory without an average: it keeps forks and checkpoints for the others, too."""
+        spec = self.spec.trajectory
+        return Run(self.path.parent / spec.digest, spec)
+
+    def kept(self) -> dict[int, Path]:
+        """Return the checkpoints that were kept along the trajectory, by step (`train --keep-every`)."""
+        found = self.lineage.path.glob("kept/step-*.safetensors")
+        return dict(sorted((int(path.stem.removeprefix("step-")), path) for path in found))
+
+    def kept_each(self, every: int | None = None) -> int:
+        """Return the steps between kept checkpoints, of which none may be missing.
+
+        Args:
+            every: so many steps are asked for, multiples of those of others among them; else what there is.
+
+        Raises:
+            UserError: where the run was not trained here, is not finished, or lacks some: it says how to get them.
+        """
+        spec, steps = self.spec, list(self.kept())
+        if spec.made_from or spec.source:
+            raise UserError(
+                f"Run {spec.digest} ({spec.label}) was not trained itself and has no iterates; name one that was."
+            )
+        if not self.done:
+            raise UserError(f"Run {spec.digest} is not finished; repeat the command that began it.")
+        found = every or (steps[1] - steps[0] if len(steps) > 1 else 1)
+        if not set(steps) >= set(spec.iterates(found)):
+            raise UserError(
+                f"Run {spec.digest} is finished, and its training kept no checkpoint each {every or 'N'} steps: "
+                f"`flatlab runs rm {spec.digest[:8]}`, or name another --store, and train it again with "
+                f"--keep-every {every or 'N'}; it ends with the same bytes."
+            )
+        return found
+
+    def keep(self, step: int) -> Path:
+        """Return where the trajectory's checkpoint of a step is kept, its folder made."""
+        folder = self.lineage.path / "kept"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / f"step-{step}.safetensors"
 
     def write_log(self, rows: Sequence[dict[str, Any]]) -> None:
         """Write log.jsonl whole: it is always exactly as long as the state beside it."""

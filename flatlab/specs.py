@@ -53,8 +53,11 @@ class AverageSpec(Spec):
 class MixSpec(Spec):
     """MixStyle (Zhou et al. 2021): feature statistics mixed between the images of a batch, in training alone."""
 
+    later = ("across",)
+
     p: float = Field(0.5, ge=0, le=1)  # probability that a stage of a step is mixed
     alpha: float = Field(0.1, gt=0)  # an image's own share is drawn from Beta(alpha, alpha)
+    across: bool = False  # the other image is of another domain ("MixStyle w/ domain label"); else any of the batch
 
 
 class RunSpec(Spec):
@@ -127,7 +130,8 @@ class RunSpec(Spec):
     @property
     def label(self) -> str:
         """The composition in a word or two, such as "sam-swad"; "erm" where nothing is unusual."""
-        parts = [self.objective, "mixstyle" if self.mixing else "", self.step.kind]
+        mixed = "" if self.mixing is None else "mixstyle-across" if self.mixing.across else "mixstyle"
+        parts = [self.objective, mixed, self.step.kind]
         parts += [self.quantizer.kind if self.quantizer else "", "frozen" if self.frozen else ""]
         parts += ["noise" if self.noise else "", self.average.kind]
         unusual = [part for part in parts if part not in ("", "erm", "plain", "last")]
@@ -138,6 +142,10 @@ class RunSpec(Spec):
     def trajectory(self) -> "RunSpec":
         """The run whose iterates this one averages: all but the average."""
         return self.replace(average=AverageSpec())
+
+    def iterates(self, every: int) -> range:
+        """Return the steps that are multiples of a number and whose weights an average sees: from the switch on."""
+        return range(-(-(self.switch or 0) // every) * every, self.steps + 1, every)
 
     @property
     def derived(self) -> bool:

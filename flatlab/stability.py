@@ -164,14 +164,8 @@ def chart(
 def _valleys(ax: Axes, found: Sequence[Run], valleys: Sequence[dict[str, Any]]) -> None:
     """Draw the validation loss of runs, their valleys shaded, the thresholds dashed."""
     for index, (run, valley) in enumerate(zip(found, valleys, strict=True)):
-        rows = run.rows()
-        color = f"C{index % 10}"
-        losses = [row["validation_loss"] for row in rows]
-        ax.plot([row["step"] for row in rows], losses, color=color, marker=plots.MARKERS[index % len(plots.MARKERS)])
-        if valley["start"] is not None:
-            ax.axvspan(valley["start"], valley["end"], color=color, alpha=0.15, linewidth=0)
-            ax.axhline(valley["threshold"], color=color, linestyle="--", linewidth=0.8)
-    ax.set(yscale="log", xlabel="Training step", ylabel="Validation loss (nats)")
+        plots.valley(ax, {row["step"]: row["validation_loss"] for row in run.rows()}, valley, index=index)
+    ax.set(xlabel="Training step", ylabel="Validation loss (nats)")
     ax.set_title("SWAD's valley (shaded) and its threshold (dashed)", fontsize=7)
 
 

@@ -95,6 +95,31 @@ def audit(
     errands.tell_written(written, sentences)
 
 
+def replay(
+    chosen: Choices,
+    runs: Runs,
+) -> None:
+    """Apply the rules of SWA, SMA and SWAD to the checkpoints that `train --keep-every` kept, and draw the valley."""
+    from flatlab import display, methods, replays, reproduce, settings
+    from flatlab.flatness import finished
+    from flatlab.train.replay import replay as replayed
+
+    found = finished(chosen.runs(), runs)
+    for run in found:
+        run.kept_each()
+    place, dataset = reproduce.place_of(found, chosen.place())
+    suiting = settings.for_data(settings.setting(chosen.given["setting"]), dataset)
+    done = []
+    for run in found:
+        rules = methods.averages(suiting.replace(steps=run.spec.steps))
+        with display.counter(f"{run.name}: averaging checkpoints") as report:
+            done.append(replayed(run, rules, place, report=report))
+    table, sentences, written = replays.chart(found, done, out=chosen.out)
+    shown = table if chosen.json else table[list(replays.SHOWN)]
+    chosen.answer(shown, f"Averages of kept checkpoints, as in setting {suiting.name}", replays.SHOWN)
+    errands.tell_written(written, sentences)
+
+
 def selftest(chosen: Choices) -> None:
     """Check each estimator against closed forms, on each device and dtype of this machine; exit with 1 if one fails."""
     from flatlab.selftest import Fault

@@ -34,6 +34,7 @@ def show(chosen: Choices, run: Digest) -> None:
     """Print a run's spec, provenance and log, always as JSON."""
     found = chosen.runs().find(run)
     told = {"spec": found.spec.model_dump(mode="json"), "done": found.done, "provenance": found.provenance}
+    told["kept"] = list(found.kept())
     told["probes"] = {probe.path.name: probe.spec.model_dump(mode="json") for probe in found.probes()}
     typer.echo(strict_json({**told, "log": found.rows()}, indent=1))
 

@@ -30,6 +30,7 @@ LIMITS: dict[str, tuple[int, int | None]] = {  # the whole numbers, wherever the
     "trial_seed": (0, None),
     "seeds": (1, None),
     "workers": (1, None),
+    "keep_every": (1, None),
     "samples": (2, None),  # one direction has no interval
     "images": (1, None),
     "direction_seed": (0, None),
@@ -61,7 +62,7 @@ WORDS: dict[str, tuple[Any, Any, Any]] = {  # name -> type, default, option
     "image_size": (int, None, _option(_DATA, "Height and width of the images, in pixels (digits 16, else 224).")),
     "method": (str, "ERM", _option(_COMPOSITION, "erm, sam, swa, swad, sma, qt-dog, ... (`flatlab methods`).")),
     "objective": (str, None, _option(_COMPOSITION, f"erm or coral{_PARTS}")),
-    "mixing": (str, None, _option(_COMPOSITION, f"none or mixstyle{_PARTS}")),
+    "mixing": (str, None, _option(_COMPOSITION, f"none, mixstyle or mixstyle-across (domains){_PARTS}")),
     "step": (str, None, _option(_COMPOSITION, f"plain or sam{_PARTS}")),
     "average": (str, None, _option(_COMPOSITION, f"last, swa, swad or sma{_PARTS}")),
     "quantizer": (str, None, _option(_COMPOSITION, f"none, lsq, inq, obc or rtn{_PARTS}")),
@@ -185,6 +186,14 @@ WORDS: dict[str, tuple[Any, Any, Any]] = {  # name -> type, default, option
         Path,
         Path("figures"),
         _option(_OUTPUT, "Folder of the pictures; data other than digits have their own in it."),
+    ),
+    "keep_every": (
+        int,
+        None,
+        _option(
+            _OUTPUT,
+            "Keep the weights each so many steps, for `flatlab replay` (none); the run is the same with and without.",
+        ),
     ),
     "tensorboard": (Path, None, _option(_OUTPUT, "Write the training's curves as TensorBoard events here (none).")),
     "dry_run": (

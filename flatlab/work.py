@@ -101,7 +101,7 @@ def _do(job: Job, store: RunStore, place: Place, emit: Emit) -> None:
     else:
         from flatlab.train.loop import train
 
-        train(job.runs, store, place, forks=job.forks, report=report)
+        train(job.runs, store, place, forks=job.forks, keep_every=job.keep_every, report=report)
         store.run(job.runs[0]).note(passes=job.passes)
 
 

@@ -49,6 +49,7 @@ MAY_IMPORT = {
     "papertable": "orders tables plots runs methods settings specs resources",
     "flatness": "tables plots runs settings probespecs files metrics.sentences metrics.results metrics.rounds errors",
     "stability": "tables plots selection runs specs files errors",
+    "replays": "plots selection runs files",
     "spectra": "plots runs probespecs specs files metrics.blur metrics.results errors",
     "saliency": "tables plots methods metrics.maps metrics.results probespecs runs settings specs files errors",
     "noisefigure": "uniformity tables methods settings probespecs runs specs resources seeds",
@@ -75,12 +76,14 @@ MAY_IMPORT = {
     "selftest": "golden metrics",
     # from specs to things, to runs, to measurements: `train` and `measure` meet on disk
     "build": "specs quantspecs data models quant files errors",
-    "train": "build memory runs data models quant selection settings specs quantspecs files machine seeds errors",
+    "train": "build exported memory runs data models quant selection settings specs quantspecs files machine seeds "
+    "errors",
     "checkpoints": "build runs data landscape models nests quant probespecs specs files errors",
+    "exported": "build models quant files errors",
     "export": "build checkpoints models quant runs specs quantspecs files errors",
     "latent": "checkpoints models quant runs specs errors",
     "shelf": "runs files metrics.results metrics.sampling",
-    "measures": "build checkpoints latent shelf runs data landscape metrics models params quant.attach seeds "
+    "measures": "build checkpoints export latent shelf runs data landscape metrics models params quant.attach seeds "
     "probespecs specs files errors",
     "measure": "build runs probespecs specs machine errors",  # and, by name, the module of a metric in measures/
     # the paper
@@ -88,7 +91,7 @@ MAY_IMPORT = {
     "probespecs specs settings methods tables plots runs resources",
 }
 OPEN = ("api", "cli", "upkeep", "options", "words", "mistakes", "display", "doctor", "errands", "hessian", "noise")
-OPEN += ("surveys", "__main__", "__init__")
+OPEN += ("surveys", "handover", "__main__", "__init__")
 TORCH_FREE = [
     "specs",
     "probespecs",

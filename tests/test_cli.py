@@ -17,7 +17,7 @@ from flatlab import cli, models, settings, words
 from flatlab.runs import RunStore
 
 COMMANDS = ["reproduce", "train", "flatness", "noise", "hessian", "landscape", "audit", "selftest", "stability"]
-COMMANDS += ["import", "methods", "list", "doctor", "export"]
+COMMANDS += ["replay", "ensemble", "import", "methods", "list", "doctor", "export"]
 COMMANDS += ["runs list", "runs show", "runs verify", "runs rm", "runs merge", "data list", "data check"]
 HEAVY = ("torch", "pandas", "matplotlib", "numpy")
 

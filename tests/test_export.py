@@ -12,9 +12,12 @@ from flatlab import checkpoints, files
 from flatlab.api import load_exported
 from flatlab.export import export
 from flatlab.methods import METHODS, compose
+from flatlab.models import Ensemble
 from flatlab.quant.attach import bake
 from flatlab.quant.packing import bits_of, pack, unpack
 from flatlab.runs import RunStore
+from flatlab.train.ensembles import join
+from flatlab.train.imported import import_checkpoint
 
 # --- bits ----------------------------------------------------------------------------------------------------------
 
@@ -93,6 +96,109 @@ def test_an_exported_run_loads_back_to_the_baked_network_to_the_bit(tmp_path, wa
     assert told.compression < told.nominal
 
 
+def logits(network):
+    return network(torch.randn(4, 1, 16, 16, generator=torch.Generator().manual_seed(0)))
+
+
+MEMBERS = (quantized(), quantized(bits=4), spec())  # one stays in float
+
+
+@pytest.mark.parametrize("combine", ["logits", "probabilities"])
+def test_an_exported_ensemble_answers_to_the_bit_and_packs_its_members(tmp_path, combine):
+    joint = spec().replace(members=MEMBERS, combine=combine)
+    for each in MEMBERS:
+        trained(tmp_path, each)
+    store = RunStore(tmp_path)
+    join(joint, store, PLACE)
+    told = export(store.run(joint), tmp_path / "file.safetensors", PLACE)
+    loaded = load_exported(tmp_path / "file.safetensors")
+    assert isinstance(loaded, Ensemble) and loaded.combine == combine and not loaded.training
+    assert torch.equal(logits(loaded), logits(checkpoints.network(store.run(joint), "selected", PLACE)))
+    alone = [export(store.run(each), tmp_path / f"{each.digest}.safetensors", PLACE) for each in MEMBERS[:2]]
+    assert told.float_bytes == 3 * alone[0].float_bytes and told.bits == 7
+    assert told.quantized_share == pytest.approx(2 / 3 * alone[0].quantized_share)
+    rest = told.bytes - sum(each.bytes for each in alone) - alone[0].float_bytes
+    assert abs(rest) < 3000  # the headers' names
+
+
+IMPORTED = ["7 bits, tensor", "inq", "obc", "16 bits"]
+
+
+@pytest.mark.parametrize("name", IMPORTED)
+def test_an_exported_file_comes_in_as_the_same_network_and_goes_out_as_the_same_bytes(tmp_path, name):
+    wanted = RUNS[name]
+    store = trained(tmp_path, *[wanted.parent] * wanted.derived)
+    run = trained(store.root, wanted).run(wanted)
+    export(run, tmp_path / "out.safetensors", PLACE)
+    setting = TINY.replace(held_out=("rot45",), model="resnet18")  # the file knows its model
+    again = RunStore(tmp_path / "again")
+    imported = again.run(import_checkpoint(tmp_path / "out.safetensors", setting, again, PLACE))
+    assert imported.spec.quantizer.bits == wanted.quantizer.bits and imported.spec.model == "digits-cnn"
+    mine, theirs = (checkpoints.network(each, "selected", PLACE) for each in (imported, run))
+    assert torch.equal(logits(mine), logits(theirs))
+    own = next(row for row in run.rows() if row["step"] == files.load_arrays(run.checkpoint("selected"))[1]["step"])
+    assert imported.rows()[0]["target"] == own["target"]
+    export(imported, tmp_path / "again.safetensors", PLACE)
+    if name != "inq":  # whose codes begin one higher, as no signed grid does
+        assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "out.safetensors").read_bytes()
+    assert torch.equal(logits(load_exported(tmp_path / "again.safetensors")), logits(theirs))
+
+
+def test_codes_on_another_grid_come_in_as_floats(tmp_path):
+    run = trained(tmp_path, RUNS["powers of two"]).run(RUNS["powers of two"])
+    export(run, tmp_path / "out.safetensors", PLACE)
+    again = RunStore(tmp_path / "again")
+    setting = TINY.replace(held_out=("rot45",))
+    imported = again.run(import_checkpoint(tmp_path / "out.safetensors", setting, again, PLACE))
+    assert imported.spec.quantizer is None
+    mine, theirs = (checkpoints.network(each, "selected", PLACE) for each in (imported, run))
+    assert torch.equal(logits(mine), logits(theirs))
+
+
+def test_exported_files_make_an_ensemble_that_is_measured_and_exported(store, tmp_path, capsys):
+    """Through the command line: two exported files, their ensemble, its export."""
+    ours, words = tmp_path / "runs", ("--store", tmp_path / "runs", "--json")
+    trained(store.root, quantized(bits=4))
+    digests = []
+    for wanted in (quantized(), quantized(bits=4)):
+        file = tmp_path / f"{wanted.quantizer.bits}.safetensors"
+        export(store.run(wanted), file, PLACE)
+        assert call("import", file, "--held-out", "rot45", *words) == 0
+        digests.append(json.loads(capsys.readouterr().out)[0]["run"])
+    assert call("ensemble", *digests, "--combine", "probabilities", "--workers", "1", *words) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    joint = RunStore(ours).find(row["run"])
+    assert joint.spec.combine == "probabilities" and joint.done and row["method"] == "2 x imported"
+    joint_logits = logits(checkpoints.network(joint, "selected", PLACE))
+    each = [logits(load_exported(tmp_path / f"{bits}.safetensors")) for bits in (7, 4)]
+    torch.testing.assert_close(joint_logits.softmax(1), sum(e.softmax(1) for e in each) / 2)
+    measured = ("--radii", "0,1", "--samples", "2", "--images", "8", "--out", tmp_path / "figures")
+    assert call("flatness", row["run"], *measured, *words) == 0
+    assert call("export", row["run"], "--file", tmp_path / "joint.safetensors", *words) == 0
+    assert torch.equal(logits(load_exported(tmp_path / "joint.safetensors")), joint_logits)
+    assert call("ensemble", digests[0], digests[0], *words) == 2
+    assert "two members or more" in capsys.readouterr().err
+    assert call("import", tmp_path / "joint.safetensors", "--held-out", "rot45", *words) == 2
+    assert "holds an ensemble" in capsys.readouterr().err
+    assert call("import", file, "--held-out", "rot15", *words) == 0
+    other = json.loads(capsys.readouterr().out.splitlines()[-1])[0]["run"]
+    assert call("ensemble", digests[0], other, *words) == 2
+    assert "have one data set, held-out domain" in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_come_in_is_a_sentence(tmp_path):
+    setting, again = TINY.replace(held_out=("rot45",)), RunStore(tmp_path / "again")
+    run = trained(tmp_path, RUNS["activations"]).run(RUNS["activations"])
+    export(run, tmp_path / "file", PLACE)
+    refuses(lambda: import_checkpoint(tmp_path / "file", setting, again, PLACE), "quantizes its activations, too")
+    arrays, facts = files.load_arrays(tmp_path / "file")
+    facts["network"] = {"name": "digits-cnn", "num_classes": 7, "in_channels": 1}
+    files.save_arrays(tmp_path / "other", arrays, facts)
+    refuses(lambda: import_checkpoint(tmp_path / "other", setting, again, PLACE), "is of other data", "7", "digits")
+    flip(tmp_path / "other", 8 * ((tmp_path / "other").stat().st_size - 50))
+    refuses(lambda: import_checkpoint(tmp_path / "other", setting, again, PLACE), "is damaged")
+
+
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
     root = tmp_path_factory.mktemp("store")
@@ -105,11 +211,9 @@ def test_what_cannot_be_exported_is_a_sentence(store, tmp_path):
     file = tmp_path / "file.safetensors"
     refuses(lambda: export(store.run(spec()), file, PLACE), "is not quantized; export one that is")
     refuses(lambda: export(store.run(quantized(bits=3)), file, PLACE), "is not finished")
-    both = quantized().replace(members=(quantized(), quantized(bits=8)))
-    run = store.run(both)
-    run.create()
-    run.finish()
-    refuses(lambda: export(run, file, PLACE), "is an ensemble; export its members")
+    floats = spec().replace(members=(spec(), spec()))
+    join(floats, store, PLACE)
+    refuses(lambda: export(store.run(floats), file, PLACE), "(2 x erm) is not quantized")
     refuses(lambda: load_exported(tmp_path / "none.safetensors"), "is missing")
     files.save_arrays(file, {"a": np.zeros(3)}, {"step": 1})
     refuses(lambda: load_exported(file), "is no export of a quantized network")

@@ -5,13 +5,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from scipy import stats
-from stores import content, spec, trained
+from stores import TINY, content, spec, trained
 
 from flatlab import build, seeds
 from flatlab.data.batches import Batch
+from flatlab.errors import UserError
+from flatlab.methods import METHODS, compose, vary
 from flatlab.models import MODELS, STAGES, build_network
 from flatlab.specs import MixSpec, Place
-from flatlab.train.mixstyle import mix, mixing
+from flatlab.train.mixstyle import mix, mixing, strangers
 from flatlab.train.objectives import alignment, coral, erm, objective_of
 
 
@@ -102,15 +104,42 @@ def test_every_network_has_stages_to_mix_and_is_left_as_it_was(name, untouched):
     inputs = random(4, channels, side, side)
     with untouched(network), torch.no_grad():
         plain = network(inputs)
-        with mixing(network, STAGES[name], MixSpec(p=1.0), (0, 7)):
+        with mixing(network, STAGES[name], MixSpec(p=1.0), names=(0, 7)):
             mixed = network(inputs)
-        with mixing(network, STAGES[name], MixSpec(p=1.0), (0, 7)):
+        with mixing(network, STAGES[name], MixSpec(p=1.0), names=(0, 7)):
             assert torch.equal(network(inputs), mixed)
-        with mixing(network, STAGES[name], MixSpec(p=1.0), (0, 8)):
+        with mixing(network, STAGES[name], MixSpec(p=1.0), names=(0, 8)):
             assert not torch.equal(network(inputs), mixed)
         assert torch.equal(network(inputs), plain) and not torch.equal(mixed, plain)
-        with pytest.raises(ZeroDivisionError), mixing(network, STAGES[name], MixSpec(p=1.0), (0, 7)):
+        with pytest.raises(ZeroDivisionError), mixing(network, STAGES[name], MixSpec(p=1.0), names=(0, 7)):
             raise ZeroDivisionError
+
+
+def test_a_stranger_is_of_another_domain_and_each_is_somebodys():
+    sizes, domains = (4, 4, 4), np.repeat([0, 1, 2], 4)
+    seen = np.zeros((12, 12), dtype=int)
+    for draw in range(200):
+        partners = strangers(sizes, np.random.default_rng(draw))
+        assert sorted(partners) == list(range(12)) and (domains[partners] != domains).all()
+        seen[np.arange(12), partners] += 1
+    assert (seen > 0).sum() == 12 * 8  # everybody of another domain
+    uneven = strangers((2, 5), np.random.default_rng(0))
+    assert set(uneven[:2]) <= set(range(2, 7)) and set(uneven[2:]) == {0, 1}
+
+
+def test_mixing_across_domains_is_a_run_of_its_own(tmp_path):
+    parts = vary(METHODS["ERM"], {"mixing": "mixstyle-across"})
+    across = compose(parts, TINY, held_out="rot45", seed=0, trial_seed=0)
+    assert across == spec("MixStyle", mixing=MixSpec(across=True)) and across.label == "mixstyle-across"
+    plain = spec("MixStyle")
+    assert "across" not in plain.canonical()  # old runs keep their names
+    ends = {content(trained(tmp_path / each.digest, each).run(each))["checkpoints/last.safetensors"]
+            for each in (across, plain)}  # fmt: skip
+    assert len(ends) == 2
+    network = build_network("digits-cnn", num_classes=3, in_channels=1)
+    alone = mixing(network, STAGES["digits-cnn"], MixSpec(across=True), names=(0, 0), sizes=(8,))
+    with pytest.raises(UserError, match="needs two source domains, and there are 1; take mixstyle"), alone:
+        pass
 
 
 def test_a_stage_is_mixed_as_often_as_p_says():
@@ -118,7 +147,7 @@ def test_a_stage_is_mixed_as_often_as_p_says():
     stages = [network.get_submodule(name) for name in STAGES["digits-cnn"]]
     hooked = np.zeros(2, dtype=int)
     for step in range(400):
-        with mixing(network, STAGES["digits-cnn"], MixSpec(), (0, step)):
+        with mixing(network, STAGES["digits-cnn"], MixSpec(), names=(0, step)):
             hooked += [len(stage._forward_hooks) for stage in stages]
     assert all(stats.binomtest(int(count), 400, 0.5).pvalue > 1e-4 for count in hooked)
 

@@ -8,14 +8,17 @@ import pytest
 from commandline import call
 from matplotlib.collections import PathCollection
 from scipy import stats
-from stores import spec, trained
+from stores import ERM, PLACE, spec, trained
 
 from analyses import controls, fig1, fig5, table1, table7, table9, table10, table12, table14, table15
 from flatlab import jobs, orders, papertable, tables
+from flatlab.export import export
+from flatlab.measure import measure
 from flatlab.methods import METHODS, compose
 from flatlab.papertable import Line, PaperTable
 from flatlab.runs import RunStore
 from flatlab.settings import PAPER, QUICK, SMOKE
+from flatlab.train.ensembles import join
 
 TABLE = PaperTable(
     number="9",
@@ -215,7 +218,7 @@ def test_noise_is_as_wide_as_the_papers_in_learning_rates():
 
 
 def test_memory_is_bits_times_members():
-    sizes = {label: fig1.memory(run) for label, run in table1.labelled(SMOKE)}
+    sizes = {label: fig1.nominal(run) for label, run in table1.labelled(SMOKE)}
     assert (sizes["ERM"], sizes["QT-DoG"], sizes["EoA"], sizes["EoQ"]) == (1, 7 / 32, 2, 14 / 32)
 
 
@@ -319,7 +322,9 @@ def test_the_test_images_are_scored_beside_validation_and_shown(tmp_path):
 
 def test_figure_1_scales_areas_by_memory():
     labels = [line.label for line in table1.TABLE.lines]
-    rows = pd.DataFrame({"method": labels, "value": range(len(labels)), "memory": range(1, len(labels) + 1)})
+    rows = pd.DataFrame(
+        {"method": labels, "value": range(len(labels)), "memory": range(1, len(labels) + 1), "nominal": 0.25}
+    )
     whole = rows.assign(dataset="digits", panel="out", held_out="all", over="seeds", low=0.0, high=1.0)
     above, below = fig1.draw(whole, "title\nsmall print").axes
     ours, theirs = (
@@ -333,3 +338,84 @@ def test_figure_1_scales_areas_by_memory():
     )
     assert {*range(1, 11)} <= ours
     assert {0.22, 1.1, 6.0, 1.0} <= theirs  # QT-DoG, EoQ, EoA, ERM
+    assert [text.get_text() for text in above.texts] == [f"{size}\n(0.25)" for size in range(1, 11)]
+
+
+def test_figure_1s_memory_is_that_of_the_exported_file(tmp_path):
+    quantized, joint = spec("QT-DoG"), ERM.replace(members=(ERM, spec("QT-DoG")))
+    trained(tmp_path, ERM)
+    store = trained(tmp_path, quantized)
+    join(joint, store, PLACE)
+    told = {}
+    for each in (ERM, quantized, joint):
+        measure(store.run(each), fig1.SIZE, PLACE)
+        told[each] = {name: int(array) for name, array in store.run(each).measured(fig1.SIZE)[0].items()}
+    for each in (quantized, joint):
+        file = export(store.run(each), tmp_path / "file.safetensors", PLACE)
+        assert told[each] == {"bytes": file.bytes, "float_bytes": file.float_bytes}
+    assert 0 < told[ERM]["bytes"] - told[ERM]["float_bytes"] < 4000  # the header
+    assert told[joint]["float_bytes"] == 2 * told[ERM]["float_bytes"]
+
+
+# --- the mean over data sets ---------------------------------------------------------------------------------------
+
+
+MEANS = PaperTable(
+    number="1",
+    lines=tuple(
+        Line(name, method, printed={"algorithm": name}) for name, method in {"ERM": "ERM", "SWAD": "SWAD"}.items()
+    ),
+    columns=table1.TABLE.columns,
+    average="Avg",
+)
+
+
+def of(*names):
+    first, *others = (
+        SMOKE.replace(dataset=name, held_out=held, seeds=3) for name, held in zip(names, HELD, strict=False)
+    )
+    return first.replace(others=tuple(others))
+
+
+HELD = [("a", "b"), ("c",), ("d",), ("e",), ("f",)]
+
+
+def filled(root, setting):
+    """A store whose accuracies differ in each cell."""
+    store = RunStore(root)
+    for index, (_, wanted) in enumerate(MEANS.labelled(setting)):
+        run = store.run(wanted)
+        run.create()
+        target = {part: {"accuracy": 0.01 * index} for part in ("in", "out")}
+        run.write_log([{"step": wanted.steps, "validation": 0.9, "target": target}])
+        run.finish()
+    return store
+
+
+def test_the_mean_over_data_sets_weighs_each_alike_and_says_which_they_are(tmp_path):
+    setting = of("PACS", "VLCS")
+    frame = MEANS.table(filled(tmp_path, setting), setting)
+    assert not frame.duplicated(["dataset", "panel", "method", "held_out", "seed", "over"]).any()
+    whole = frame[(frame["over"] == "seeds") & (frame["held_out"] == "all")].set_index(["dataset", "method"])
+    runs = frame[(frame["over"] == "run") & (frame["held_out"] != "all")]
+    for line in ("ERM", "SWAD"):
+        mine = runs[runs["method"] == line]
+        cells = mine.groupby(["dataset", "seed"])["value"].mean().unstack()  # the mean over its domains
+        seeds = cells.mean()
+        told = whole.loc[("Avg of PACS, VLCS", line)]
+        assert (told["value"], told["stderr"]) == pytest.approx((seeds.mean(), stats.sem(seeds)))
+        assert np.isnan(told["published"])  # the printed one is of all five
+        assert whole.loc[("VLCS", line), "published"] == {"ERM": 77.4, "SWAD": 79.1}[line]
+    assert any("Avg of PACS, VLCS" in column for column in MEANS.sheet(frame))
+    found = MEANS.findings(frame)
+    assert (found["dataset"] == "Avg of PACS, VLCS").sum() == 1
+
+
+def test_the_printed_mean_stands_beside_that_of_all_five(tmp_path):
+    setting = of(*table1.TABLE.columns)
+    frame = MEANS.table(filled(tmp_path, setting), setting)
+    whole = frame[(frame["over"] == "seeds") & (frame["held_out"] == "all")].set_index(["dataset", "method"])
+    assert whole.loc[("Avg.", "ERM"), ["published", "published_on"]].tolist() == [63.8, "Avg."]
+    assert not whole.loc["Avg.", "comparable"].any()  # SMOKE is not the paper's protocol
+    alone = MEANS.table(filled(tmp_path / "one", of("PACS")), of("PACS"))
+    assert set(alone["dataset"]) == {"PACS"}

@@ -1,19 +1,25 @@
-"""A run from a checkpoint that was trained elsewhere, so that people can measure what they already have."""
+"""A run from a checkpoint that was trained elsewhere, or from an exported file: to measure what one already has."""
 
 from pathlib import Path
 from textwrap import shorten
+from typing import Any
 
 import torch
 
 from flatlab import build, files, machine
 from flatlab.errors import UserError
+from flatlab.exported import is_export, load_exported, opened, packed
 from flatlab.models import Network, read_foreign, translate_keys
+from flatlab.quant.attach import attach_each
+from flatlab.quant.codebook import levels
+from flatlab.quant.fixed import Fixed
+from flatlab.quantspecs import RTNSpec
 from flatlab.runs import Run, RunStore
 from flatlab.selection import Row
 from flatlab.settings import Setting
 from flatlab.specs import Place, RunSpec
 from flatlab.train.evaluate import Judge
-from flatlab.train.trajectory import arrays
+from flatlab.train.trajectory import arrays as arrays_of
 
 
 def import_checkpoint(file: Path, setting: Setting, store: RunStore, place: Place) -> RunSpec:
@@ -21,6 +27,7 @@ def import_checkpoint(file: Path, setting: Setting, store: RunStore, place: Plac
 
     Args:
         file: safetensors, or what `torch.load(weights_only=True)` reads; torchvision's, DomainBed's or SWAD's names.
+            A file that flatlab has exported says of which model it is, and keeps its integer codes.
         setting: data set, held-out domain (one) and model.
         store: receives the run.
         place: data folder, device.
@@ -32,13 +39,19 @@ def import_checkpoint(file: Path, setting: Setting, store: RunStore, place: Plac
         raise UserError(f"There is no file {file}; give the .safetensors or .pth file that is to be imported.")
     if len(setting.held_out) != 1:
         raise UserError(f"Say which domain the checkpoint has not seen: --held-out {'|'.join(setting.domains)}.")
+    exported = opened(file) if is_export(file) else None
     spec = _spec(file, setting)
+    if exported:
+        spec = _as_exported(spec, *exported)
     run = store.run(spec)
     if run.done:
         return spec
     domains = build.domains(spec, place)
-    network = build.network(spec, domains.data, place)
-    _load(network, translate_keys(read_foreign(file)), file, setting.model)
+    if exported:
+        network = _rebuilt(spec, file, domains, place)
+    else:
+        network = build.network(spec, domains.data, place)
+        _load(network, translate_keys(read_foreign(file)), file, setting.model)
     with run.claim() as free:
         if not free:
             raise UserError(f"Run {spec.digest} is being imported by another process; wait for that.")
@@ -61,8 +74,43 @@ def hand_in(run: Run, network: Network, domains: build.Domains, place: Place, *,
     scores = Judge(domains, build.device(place)).row(network, row["step"])
     run.write_log([{**scores, **row, "looks": 1}])
     for name in ("selected", "last"):
-        files.save_arrays(run.checkpoint(name), arrays(network.state_dict()), {"step": row["step"]})
+        files.save_arrays(run.checkpoint(name), arrays_of(network.state_dict()), {"step": row["step"]})
     run.note(**place.model_dump(), data_fingerprint=domains.data.fingerprint, machine=machine.facts())
+
+
+def _as_exported(spec: RunSpec, arrays: files.Arrays, facts: dict[str, Any]) -> RunSpec:
+    """Return the spec of an exported network: what a signed uniform grid holds stays codes, others floats."""
+    if "members" in facts:
+        raise UserError("This file holds an ensemble: export its members, import those, and put them together again.")
+    if "activations" in facts["network"]:
+        raise UserError("This file's network quantizes its activations, too, which an imported run cannot; train it.")
+    weights = packed(arrays, facts).values()
+    bits = max(grid["bits"] for grid in facts["quantized"].values())
+    low, high = levels(bits)
+    ours = all(
+        each.grid == "uniform" and low <= int(each.codes.min()) and int(each.codes.max()) <= high for each in weights
+    )
+    granularity = "channel" if all(each.scale.ndim for each in weights) else "tensor"
+    quantizer = RTNSpec.make(bits=bits, granularity=granularity) if ours else None
+    return spec.replace(model=facts["network"]["name"], quantizer=quantizer)
+
+
+def _rebuilt(spec: RunSpec, file: Path, domains: build.Domains, place: Place) -> Network:
+    """Return the network of an exported file, its codes settled in the quantizers that its spec names."""
+    arrays, facts = opened(file)
+    own = {"num_classes": len(domains.data.classes), "in_channels": domains.data.domains[0].images.shape[1]}
+    theirs = {name: facts["network"][name] for name in own}
+    if theirs != own:
+        raise UserError(f"{file.name} is of other data: it has {theirs}, and {spec.dataset} {own}.")
+    baked = load_exported(file)
+    if spec.quantizer:
+        codes = {key.rpartition(".")[0]: each for key, each in packed(arrays, facts).items()}
+        span = levels(spec.quantizer.bits)
+        attach_each(baked, lambda name, _: Fixed(codes[name].codes, codes[name].scale, span))
+    network = build.finished(spec, domains.data, place)
+    assert isinstance(network, Network)
+    build.load(network, arrays_of(baked.state_dict()))
+    return network.eval()
 
 
 def _spec(file: Path, setting: Setting) -> RunSpec:

@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from flatlab import build, files, machine
-from flatlab.data.batches import TrainingStream
 from flatlab.errors import UserError
 from flatlab.memory import out_of_memory
-from flatlab.models import Network, batchnorms, set_training
+from flatlab.models import Network, set_training
 from flatlab.runs import Run, RunStore
 from flatlab.selection import Row, candidates, training_domain
 from flatlab.specs import Place, RunSpec
@@ -29,6 +28,7 @@ from flatlab.train.derived import derive
 from flatlab.train.evaluate import Judge, Score, mean
 from flatlab.train.objectives import objective_of
 from flatlab.train.steps import Step
+from flatlab.train.streams import refresh, stream
 from flatlab.train.trajectory import Member, Trajectory, arrays
 
 Report = Callable[[int, int, dict[str, float]], None]  # steps made, steps in all, numbers to show
@@ -42,6 +42,7 @@ def train(
     place: Place,
     *,
     forks: Collection[int] = (),
+    keep_every: int | None = None,
     report: Report | None = None,
 ) -> None:
     """Train the runs that observe one trajectory, from where an earlier call was stopped; or make derived runs.
@@ -51,6 +52,7 @@ def train(
         store: receives the runs.
         place: data folder, device, threads.
         forks: steps before which the state is kept, for runs that switch there.
+        keep_every: steps between checkpoints that are kept along the trajectory, for averages to be replayed on.
         report: called after each step.
 
     Raises:
@@ -63,7 +65,7 @@ def train(
             derive(spec, store, place)
     runs = [run for run in map(store.run, specs) if not run.done]
     if runs:
-        training = Training(runs, store, place, forks=forks)
+        training = Training(runs, store, place, forks=forks, keep_every=keep_every)
         with build.threads(training.threads):
             training.run(report)
 
@@ -71,11 +73,20 @@ def train(
 class Training:
     """One call of `train`: the trajectory, its data, and its files."""
 
-    def __init__(self, runs: Sequence[Run], store: RunStore, place: Place, *, forks: Collection[int]) -> None:
+    def __init__(
+        self,
+        runs: Sequence[Run],
+        store: RunStore,
+        place: Place,
+        *,
+        forks: Collection[int],
+        keep_every: int | None = None,
+    ) -> None:
         self.runs, self.forks = runs, set(forks)
         self.spec = runs[0].spec.trajectory
+        self.kept = self.spec.iterates(keep_every) if keep_every else range(0)
         self.domains = build.domains(self.spec, place)
-        self.lineage = store.run(self.spec)  # keeps the forks for its children
+        self.lineage = runs[0].lineage  # keeps the forks for its children
         self.parent = store.run(self.spec.parent) if self.spec.parent else None
         for run in (*runs, self.lineage):
             run.check_data(self.domains.data.fingerprint)
@@ -90,7 +101,8 @@ class Training:
     def run(self, report: Report | None) -> None:
         """Make the updates that are left, then hand over."""
         spec, trajectory, network = self.spec, self.trajectory, self.trajectory.network
-        stream, objective, rule = self._stream(), objective_of(spec), trajectory.step_rule()
+        objective, rule = objective_of(spec), trajectory.step_rule()
+        batches = stream(spec, self.domains, self.device)
         set_training(network, freeze_batchnorm=spec.freeze_batchnorm)
         for step in range(trajectory.next_step, spec.steps + 1):
             if step == spec.switch:
@@ -98,7 +110,7 @@ class Training:
                 rule = trajectory.step_rule()
             for act in trajectory.on_step:
                 act(step)
-            batch = stream.batch(step)
+            batch = batches.batch(step)
             trajectory.losses.append(self._update(rule, lambda batch=batch, step=step: objective(network, batch, step)))  # type: ignore[misc]
             self._check_losses(step)
             sources = cache(lambda: self.judge.sources(network))  # computed only if somebody asks at this step
@@ -150,6 +162,9 @@ class Training:
             run.create()
             past = run.provenance.get("sessions", [])
             run.note(**facts, data_fingerprint=self.domains.data.fingerprint, sessions=[*past, self._session()])
+        if self.forks or self.kept:
+            self.lineage.create()
+            self.lineage.note(data_fingerprint=self.domains.data.fingerprint, threads=self.threads)
 
     def _take_up(self) -> str:
         """Bring the trajectory to where it goes on from; return where that was."""
@@ -165,13 +180,6 @@ class Training:
     def _session(self) -> dict[str, Any]:
         seconds = round(time.monotonic() - self.started, 3)
         return {**self.session, "to_step": self.trajectory.next_step, "seconds": seconds}
-
-    def _stream(self) -> TrainingStream:
-        rows = {name: self.domains.inside[name] for name in self.domains.sources}
-        size, seed = self.spec.batch_size, self.spec.seed
-        augmented = self.spec.augment == "domainbed"
-        data = self.domains.data
-        return TrainingStream(data, rows, batch_size=size, seed=seed, device=self.device, augmented=augmented)
 
     def _check_losses(self, step: int) -> None:
         """Stop at a loss that is not finite, naming its step; the last good state and checkpoints stay."""
@@ -220,10 +228,10 @@ class Training:
             files.save_arrays(member.run.checkpoint("selected"), arrays(weights), {"step": row["step"]})
 
     def _keep(self, step: int) -> None:
-        """Save a fork where one is asked for, and the state at evaluations and every half minute."""
+        """Save a checkpoint or a fork where one is asked for, then the state at evaluations and every half minute."""
+        if step in self.kept:
+            files.save_arrays(self.lineage.keep(step), arrays(self.trajectory.network.state_dict()), {"step": step})
         if step + 1 in self.forks:
-            self.lineage.create()
-            self.lineage.note(data_fingerprint=self.domains.data.fingerprint, threads=torch.get_num_threads())
             self.trajectory.save(self.lineage.state(f"fork-{step + 1}"), members=[])
         if step % self.spec.eval_every == 0 or time.monotonic() - self.saved > SAVE_SECONDS:
             self._write_logs()
@@ -249,8 +257,7 @@ class Training:
             weights = member.average.result()
             if not member.average.evaluated:
                 network = self._averaged(weights)
-                if not self.spec.freeze_batchnorm:
-                    self._refresh(network, member.run.spec.average.refresh_batches)
+                refresh(network, member.run.spec, self.domains, self.device)
                 weights = network.state_dict()
                 self._log(member, {**self.judge.row(network, self.spec.steps), **member.average.facts()}, weights)
             files.save_arrays(member.run.checkpoint("last"), arrays(weights), {"step": self.spec.steps})
@@ -258,21 +265,6 @@ class Training:
         for run in reversed(self.runs):  # the first, which keeps the state, is the last to be done without it
             run.finish()
         self.runs[0].state("resume").unlink(missing_ok=True)
-
-    @torch.no_grad()
-    def _refresh(self, network: nn.Module, batches: int) -> None:
-        """Compute BatchNorm's running statistics for averaged weights, from unseen training batches (khanrc/swad)."""
-        layers = batchnorms(network)
-        momenta = [layer.momentum for layer in layers]
-        stream = self._stream()
-        network.train()
-        for layer in layers:
-            layer.reset_running_stats()
-            layer.momentum = None  # the cumulative mean over batches
-        for step in range(self.spec.steps + 1, self.spec.steps + 1 + batches if layers else 0):
-            network(stream.batch(step).inputs)
-        for layer, momentum in zip(layers, momenta, strict=True):
-            layer.momentum = momentum
 
 
 def _backward(loss: Tensor) -> Tensor:

@@ -23,7 +23,8 @@ def objective_of(spec: RunSpec) -> Objective:
     mix = spec.mixing
 
     def objective(network: Network, batch: Batch, step: int) -> Tensor:
-        with mixing(network, STAGES[spec.model], mix, (spec.seed, step)) if mix else nullcontext():
+        stages = STAGES[spec.model]
+        with mixing(network, stages, mix, names=(spec.seed, step), sizes=batch.sizes) if mix else nullcontext():
             return loss(network, batch)
 
     return objective

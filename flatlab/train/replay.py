@@ -1,12 +1,27 @@
-"""Offline: SWAD's rule replayed on the log of a finished run, as if each evaluation had ended a segment."""
+"""Offline: the rules of SWA, SMA and SWAD replayed, on the log of a finished run or on the checkpoints that it kept.
 
-from functools import partial
+The observers are those of training (averages.py). Where each iterate was kept, they hand over what they would have
+handed over in training, to the byte; where each Nth was, they average those alone.
+"""
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache, partial
 from typing import Any
 
+from torch import Tensor
+
+from flatlab import build, files
 from flatlab.runs import Run
-from flatlab.selection import candidates
-from flatlab.specs import AverageSpec
-from flatlab.train.averages import SWAD
+from flatlab.selection import Row, candidates, training_domain
+from flatlab.specs import AverageSpec, Place, RunSpec
+from flatlab.train import averages
+from flatlab.train.averages import SWAD, Running
+from flatlab.train.evaluate import Judge, mean
+from flatlab.train.streams import refresh
+
+Report = Callable[[int, int], None]  # checkpoints seen, checkpoints in all
 
 
 def valley(run: Run, spec: AverageSpec | None = None) -> dict[str, Any]:
@@ -22,5 +37,154 @@ def valley(run: Run, spec: AverageSpec | None = None) -> dict[str, Any]:
     rule = SWAD((spec or AverageSpec()).replace(kind="swad", every=1))
     for row in candidates(run.rows(), run.spec.switch):
         rule.update({}, row["step"], partial(float, row["validation_loss"]))
+    return _valley(rule)
+
+
+def _valley(rule: SWAD) -> dict[str, Any]:
     found = rule.facts()["valley"]
     return {name: found[name] for name in ("start", "end", "threshold", "dead")}
+
+
+@dataclass(frozen=True)
+class ReplayedAverage:
+    """What an average of kept checkpoints comes to.
+
+    Attributes:
+        weights: what is handed over, by name, BatchNorm's statistics included.
+        row: as in a run's log: accuracies and losses (nats) of these weights.
+        every: steps between the iterates that are averaged; of SWAD, between its evaluations.
+        first: the first step that is averaged.
+        last: the last one.
+        valley: as `valley` returns it, of SWAD; else empty.
+    """
+
+    weights: dict[str, Tensor]
+    row: Row
+    every: int
+    first: int
+    last: int
+    valley: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Averages of the checkpoints that a run's training kept.
+
+    Attributes:
+        every: steps between two checkpoints.
+        averages: by the names of their rules.
+        losses: mean validation loss (nats) over the source domains, at the steps where a rule asked for it.
+    """
+
+    every: int
+    averages: dict[str, ReplayedAverage]
+    losses: dict[int, float]
+
+
+def replay(run: Run, rules: Mapping[str, AverageSpec], place: Place, *, report: Report | None = None) -> Replay:
+    """Apply averages to the checkpoints that a run's training kept (`train(..., keep_every=N)`), and evaluate them.
+
+    Args:
+        run: finished, and trained here; its own average does not matter.
+        rules: the averages, by name. Their intervals become the next multiples of N, or N itself.
+        place: data folder, device.
+        report: called after each checkpoint.
+
+    Raises:
+        UserError: where the run was not trained here, is not finished, or has not kept its checkpoints.
+    """
+    every = run.kept_each()
+    with build.threads(run.lineage.provenance.get("threads") or place.threads):
+        replaying = _Replaying(run, every, place)
+        observers = {name: replaying.observer(rule) for name, rule in rules.items()}
+        for count, step in enumerate(replaying.kept, 1):
+            replaying.show(step, list(observers.values()))
+            if report:
+                report(count, len(replaying.kept))
+        return Replay(every, {name: replaying.end(each) for name, each in observers.items()}, replaying.losses)
+
+
+@dataclass
+class _Observer:
+    """A rule, and the choice that the run with it would have made."""
+
+    spec: RunSpec
+    average: averages.Average
+    every: int
+    rows: list[Row] = field(default_factory=list)
+    chosen: dict[str, Tensor] = field(default_factory=dict)
+
+    def log(self, row: Row, weights: Mapping[str, Tensor]) -> None:
+        """Take a row, and the weights where the selection now falls on it, as the loop does."""
+        self.rows.append(row)
+        if self.best is row:
+            self.chosen = {name: value.clone() for name, value in weights.items()}
+
+    @property
+    def best(self) -> Row:
+        """The row that validation selects."""
+        return training_domain(candidates(self.rows, self.spec.settled) or self.rows[-1:])
+
+
+class _Replaying:
+    """The trajectory's network, brought from checkpoint to checkpoint."""
+
+    def __init__(self, run: Run, every: int, place: Place) -> None:
+        self.spec, self.every, self.device = run.spec.trajectory, every, build.device(place)
+        self.kept = {step: path for step, path in run.kept().items() if step in self.spec.iterates(every)}
+        self.domains = build.domains(self.spec, place)
+        run.check_data(self.domains.data.fingerprint)
+        self.judge = Judge(self.domains, self.device)
+        self.network = build.finished(self.spec, self.domains.data, place)
+        self.shadow = copy.deepcopy(self.network)  # holds averages while they are evaluated
+        self.losses: dict[int, float] = {}
+
+    def observer(self, rule: AverageSpec) -> _Observer:
+        """Return a rule's observer, its steps brought onto those that were kept."""
+        every = 1 if rule.every <= self.every else _upwards(rule.every, self.every)
+        average = averages.build(rule.replace(every=every), switch=self.spec.switch)
+        if isinstance(average, Running):
+            average.start = _upwards(average.start, self.every)
+        return _Observer(self.spec.replace(average=rule), average, max(every, self.every))
+
+    def show(self, step: int, observers: list[_Observer]) -> None:
+        """Let the observers see a checkpoint; log those that are evaluated as they go, where the run was."""
+        build.load(self.network, files.load_arrays(self.kept[step])[0])
+        validate = cache(partial(self._validate, step))
+        interval = 1 if self.spec.eval_every <= self.every else _upwards(self.spec.eval_every, self.every)
+        for observer in observers:
+            observer.average.update(self.network.state_dict(), step, validate)
+            if observer.average.evaluated and (step % interval == 0 or step == max(self.kept)):
+                self.shadow.load_state_dict(observer.average.result())
+                observer.log(self.judge.row(self.shadow, step), self.shadow.state_dict())
+
+    def _validate(self, step: int) -> float:
+        self.losses[step] = mean(self.judge.sources(self.network), "loss")
+        return self.losses[step]
+
+    def end(self, observer: _Observer) -> ReplayedAverage:
+        """Return what a rule hands over."""
+        average = observer.average
+        if not average.evaluated:
+            self.shadow.load_state_dict(average.result())
+            refresh(self.shadow, observer.spec, self.domains, self.device)
+            observer.log(self.judge.row(self.shadow, self.spec.steps), self.shadow.state_dict())
+        found = _valley(average) if isinstance(average, SWAD) else {}
+        first, last = self._span(average, observer.best["step"])
+        return ReplayedAverage(observer.chosen, observer.best, observer.every, first, last, found)
+
+    def _span(self, average: averages.Average, until: int) -> tuple[int, int]:
+        """Return the first and the last step that are averaged."""
+        if isinstance(average, SWAD):
+            valley, newest = _valley(average), average.recent[-1] if average.recent else None
+            if valley["start"] is not None:
+                return valley["start"], valley["end"]
+            return (newest.start, newest.end) if newest else (min(self.kept), max(self.kept))
+        seen = [step for step in self.kept if step <= until]
+        inside = [step for step in seen if isinstance(average, Running) and step >= average.start] or seen[-1:]
+        return inside[0], inside[-1]
+
+
+def _upwards(steps: int, every: int) -> int:
+    """Return the next multiple of `every` from some steps on."""
+    return -(-steps // every) * every

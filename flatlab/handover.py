@@ -1,0 +1,73 @@
+"""`flatlab import`, `flatlab export` and `flatlab ensemble`: runs from files, files from runs, runs put together."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flatlab import errands
+from flatlab.errors import UserError, choose
+from flatlab.options import Choices
+
+ACCURACIES = {"validation": ".3f", "target": ".3f"}
+
+
+def import_(
+    chosen: Choices, file: Annotated[Path, typer.Argument(help=".safetensors, or .pth without pickled code.")]
+) -> None:
+    """Take a checkpoint trained elsewhere (torchvision's, DomainBed's or SWAD's names), or exported, in as a run."""
+    from flatlab import tables
+    from flatlab.train.imported import import_checkpoint
+
+    spec = import_checkpoint(file, chosen.setting(), chosen.runs(), chosen.place())
+    table = tables.accuracies(chosen.runs(), [("imported", spec)])
+    chosen.answer(table[table["selection"] == "last"], f"Run {spec.digest}", ACCURACIES)
+
+
+def export(
+    chosen: Choices,
+    run: Annotated[str, typer.Argument(help="Digest of a quantized run, or its beginning (`flatlab runs list`).")],
+    file: Annotated[Path | None, typer.Option(help="The file to write (DIGEST.safetensors).")] = None,
+    checkpoint: Annotated[str, typer.Option(help="selected (by source validation) or last.")] = "selected",
+) -> None:
+    """Write a quantized run with packed integer weights, and say what that saves in truth."""
+    from flatlab.export import export as write
+
+    found = chosen.runs().find(run)
+    path = file or Path(f"{found.spec.digest}.safetensors")
+    done = write(found, path, chosen.place(), checkpoint=choose("checkpoint", checkpoint, ("selected", "last")))
+    sentence = (
+        f"{done.path}: {done.bytes:,} bytes instead of {done.float_bytes:,}, {done.compression:.2f} times smaller; "
+        f"nominally {done.nominal:.2f} times, 32 bits to {done.bits}. {done.quantized_share:.1%} of the parameters are "
+        "quantized. flatlab.load_exported reads it."
+    )
+    chosen.answer_facts(done.facts(), sentence)
+
+
+def ensemble(
+    chosen: Choices,
+    runs: Annotated[list[str], typer.Argument(help="Digests of its members, finished; `flatlab import` takes files.")],
+) -> None:
+    """Put finished runs together to an ensemble, a run of its own (QT-DoG, Eq. 6)."""
+    from flatlab import jobs, reproduce, tables
+    from flatlab.data import catalog
+    from flatlab.flatness import finished
+    from flatlab.methods import KNOWN
+
+    store = chosen.runs()
+    found = finished(store, runs)
+    members = [run.spec for run in found]
+    if len(members) < 2:
+        raise UserError("An ensemble has two members or more, and they are different runs; name another one.")
+    combine = choose("combination", chosen.combine or "logits", KNOWN["combine"])
+    spec = members[0].replace(members=tuple(members), combine=combine)
+    place, dataset = reproduce.place_of(found, chosen.place())
+    todo = jobs.missing(
+        store, [spec], [], sizes=catalog.sizes(dataset, Path(place.data_dir) if place.data_dir else None)
+    )
+    if chosen.dry_run:
+        errands.price(chosen, todo, spec)
+        return
+    errands.carry_out(chosen, todo, place)
+    table = tables.accuracies(store, [(spec.label, spec)])
+    chosen.answer(table[table["selection"] == "last"], f"Run {spec.digest}, averaging {combine}", ACCURACIES)
