@@ -130,15 +130,24 @@ class CamSpec(Probing):
         return float(self.count(sizes) * (3 * maps + 2 * (self.num_shares + 1)))
 
 
-class QuantNoiseSpec(Probing):
-    """Quantization noise of each layer of a quantized run: uniform, symmetric (QT-DoG section 3.2, App. L)?"""
+class _OfWeights(Probing):
+    """Of the weights alone: no image is looked at and no space but their own, so that these fields stay as they are."""
 
-    metric: Literal["noise"] = "noise"
-    # Each quantized layer is looked at, no image, and no space but the weights' own: these fields stay as they are.
     split: Literal["in"] = "in"
     images: None = None
     space: Literal["baked"] = "baked"
     params: None = None
+
+    def passes(self, sizes: Sizes) -> float:
+        """Return 1, whatever the sizes of the domains."""
+        del sizes
+        return 1.0
+
+
+class QuantNoiseSpec(_OfWeights):
+    """Quantization noise of each layer of a quantized run: uniform, symmetric (QT-DoG section 3.2, App. L)?"""
+
+    metric: Literal["noise"] = "noise"
     bins: int = Field(100, ge=2)  # of the histograms; the paper gives none
 
     @staticmethod
@@ -162,14 +171,6 @@ class QuantNoiseSpec(Probing):
                 "run (`flatlab train --quantizer lsq`), or see what rounding would do to this one "
                 "(`flatlab noise RUN --radius`)."
             )
-
-    def passes(self, sizes: Sizes) -> float:
-        """Return 1: no image is looked at.
-
-        Args:
-            sizes: images of each domain.
-        """
-        return 1.0
 
 
 class RadiusSpec(Probing):
@@ -195,18 +196,10 @@ class RadiusSpec(Probing):
         return float(self.count(sizes) * 2 * self.num_samples * (len(self.bits) + 1 + few * len(self.layer_bits)))
 
 
-class SizeSpec(Probing):
+class SizeSpec(_OfWeights):
     """The bytes of a run's network as a file, its quantized weights packed (export.py)."""
 
     metric: Literal["size"] = "size"
-
-    def passes(self, sizes: Sizes) -> float:
-        """Return 1: no image is looked at.
-
-        Args:
-            sizes: images of each domain.
-        """
-        return 1.0
 
 
 KINDS: dict[str, type[Probing]] = {
