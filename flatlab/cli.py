@@ -164,9 +164,9 @@ app.command(epilog="Examples: `flatlab noise 3f2a`, `flatlab noise 3f2a 77c1 --r
 app.command(epilog="Example: `flatlab hessian 3f2a --split source --split target -k 5 --images 200`")(
     takes("data_dir", *RUNNING, "out")(hessian)
 )
-app.command(epilog="Example: `flatlab landscape 3f2a --grid 25 --images 200`")(
-    takes("data_dir", *RUNNING, "out")(surveys.landscape)
-)
+app.command(
+    epilog="Examples: `flatlab landscape 3f2a --grid 25 --images 200`, `flatlab landscape 3f2a 77c1 --axes line`"
+)(takes("data_dir", *RUNNING, "out")(surveys.landscape))
 app.command(epilog="Example: `flatlab audit 3f2a --images 200`")(takes("data_dir", *RUNNING, "out")(surveys.audit))
 app.command(epilog="Example: `flatlab train --keep-every 10 --held-out rot45`, then `flatlab replay 3f2a`")(
     takes("setting", "data_dir", "device", "cache", "store", "out", "json", "debug")(surveys.replay)

@@ -61,6 +61,26 @@ def _check_alike(found: Sequence[Run], axes: str) -> None:
             )
 
 
+def steps_between(found: Sequence[Run], axes: str, every: int | None) -> int | None:
+    """Return the steps between the checkpoints that span the planes of trajectories; None for other axes.
+
+    Args:
+        found: the runs.
+        axes: as they were asked for.
+        every: so many steps are asked for; else as the first run's training kept them.
+
+    Raises:
+        UserError: where a run has not kept them, or other axes have no steps.
+    """
+    if axes == "trajectory":
+        every = found[0].kept_each(every)
+        for run in found[1:]:
+            run.kept_each(every)
+    elif every is not None:
+        raise UserError(f"--every is for --axes trajectory; with --axes {axes} there are no steps: leave it out.")
+    return every
+
+
 def surface(run: Run, probe: SurfaceSpec) -> Surface:
     """Return a measured surface."""
     return Surface.whole(*run.measured(probe))
@@ -98,7 +118,8 @@ def draw_surfaces(found: Sequence[Run], probe: SurfaceSpec, *, out: Path) -> lis
             relief.set(title=f"{run.name}, {PANELS['source']}")
             mine.save(out / f"landscape-{run.spec.digest[:6]}.npz")
             written.append(out / f"landscape-{run.spec.digest[:6]}.npz")
-        figure.suptitle("\n".join(remarks(found, probe)), fontsize=8)
+        if told := remarks(found, probe):
+            figure.suptitle("\n".join(told), fontsize=8)
         return [*plots.save(figure, out / "landscape"), *written]
 
 
@@ -110,7 +131,7 @@ def remarks(found: Sequence[Run], probe: SurfaceSpec | ConnectionSpec) -> list[s
             mine = surface(run, probe)
             told.append(
                 f"{run.name}: the plane holds {mine.explained.sum():.1%} of the variance of {len(mine.marks)}"
-                f" checkpoints, each {probe.every} steps, and passes within {mine.distances.max():.3g} of them (L2)."
+                f" checkpoints, each {probe.every} steps, and lies at most {mine.distances.max():.3g} from them (L2)."
             )
     if probe.recompute is not None:
         told.append(ANEW.format(probe.recompute))
@@ -151,7 +172,7 @@ def draw_line(ends: tuple[Run, Run], probe: ConnectionSpec, *, out: Path) -> tup
             rows.append({"panel": panel, "barrier": found.barrier, "low": low, "high": high, **place})
             frames.append(found.to_frame().assign(panel=panel))
             told.append(f"{title.capitalize()}: {_barrier(found, low, high)}")
-            found.plot(ax).set(title=f"{title}; {run.name} to {other.name}")
+            found.plot(ax).set_title(f"{title}; {run.name} to {other.name}", pad=18)  # the legend is between
             written.append(out / f"connection-{run.spec.digest[:6]}-{other.spec.digest[:6]}-{panel}.npz")
             found.save(written[-1])
         figure.suptitle("\n".join([BAND, *remarks([run], probe)]), fontsize=8)

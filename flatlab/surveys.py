@@ -1,6 +1,6 @@
 """`flatlab landscape`, `flatlab audit` and `flatlab selftest`: pictures and checks of a run's surroundings."""
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -9,13 +9,25 @@ from flatlab.errors import choose
 from flatlab.jsontext import strict_json
 from flatlab.options import Choices
 
-if TYPE_CHECKING:
-    from flatlab.probespecs import ConnectionSpec, Probing
-
 Runs = Annotated[list[str], typer.Argument(help="Digests of runs, or their beginnings (`flatlab runs list`).")]
 Checkpoint = Annotated[str, typer.Option(help="selected (by source validation) or last.")]
 Images = Annotated[int | None, typer.Option(help="At most so many images of each domain (all).")]
 Params = Annotated[str | None, typer.Option(help="Only parameters that match, as 'features.0*' (all).")]
+Axes = Annotated[
+    str,
+    typer.Option(
+        help="random (filter-normalised), hessian (its two top eigenvectors), runs: the plane through three "
+        "runs, or the principal one of more, in their order, around the last; trajectory: the principal one of "
+        "a run's own checkpoints (`train --keep-every`); or line: straight from one run to another."
+    ),
+]
+Recompute = Annotated[
+    int | None,
+    typer.Option(
+        help="Compute BatchNorm's statistics anew at each place, from so many training images of each seen domain."
+    ),
+]
+Every = Annotated[int | None, typer.Option(help="Steps between a trajectory's checkpoints (as they were kept).")]
 AXES = ("random", "hessian", "runs", "trajectory", "line")
 AUDITED = {"measure": "", "before": ".4g", "ratio, by layer": ".4g", "ratio, by channel": ".4g", "invariant": ""}
 
@@ -23,32 +35,18 @@ AUDITED = {"measure": "", "before": ".4g", "ratio, by layer": ".4g", "ratio, by 
 def landscape(
     chosen: Choices,
     runs: Runs,
-    axes: Annotated[
-        str,
-        typer.Option(
-            help="random (filter-normalised), hessian (its two top eigenvectors), runs: the plane through three "
-            "runs, or the principal one of more, in their order, around the last; trajectory: the principal one of "
-            "a run's own checkpoints (`train --keep-every`); or line: straight from one run to another."
-        ),
-    ] = "random",
+    axes: Axes = "random",
     grid: Annotated[int, typer.Option(help="Places along each axis; 33 or 49 refine best.")] = 33,
     extent: Annotated[
-        float, typer.Option(help="Half the length of each axis (around the runs, with --axes runs).")
+        float, typer.Option(help="Half the length of each axis (checkpoints that span a plane set it).")
     ] = 1,
     refine: Annotated[
         float, typer.Option(help="Share of the height that interpolation may be off by; 0 is the whole grid.")
     ] = 0.05,
     triangle: Annotated[bool, typer.Option(help="Measure the trace in three ways, too.")] = True,
     rel_error: Annotated[float, typer.Option(help="Standard error that rise and trace are measured to.")] = 0.05,
-    recompute: Annotated[
-        int | None,
-        typer.Option(
-            help="Compute BatchNorm's statistics anew at each place, from so many training images of each seen domain."
-        ),
-    ] = None,
-    every: Annotated[
-        int | None, typer.Option(help="Steps between a trajectory's checkpoints (as they were kept).")
-    ] = None,
+    recompute: Recompute = None,
+    every: Every = None,
     checkpoint: Checkpoint = "selected",
     params: Params = None,
     images: Images = None,
@@ -67,29 +65,32 @@ def landscape(
     shared |= {"params": params, "images": images, "seed": direction_seed}
     kind = choose("pair of axes", axes, AXES)
     centres, through = surroundings.centres(found, kind)
+    steps = surroundings.steps_between(found, kind, every)
     if kind == "line":
         _line(chosen, found, ConnectionSpec.make(to=through[0], grid=grid, recompute=recompute, **shared))
         return
-    steps = [run.kept_each(every) for run in found][0] if kind == "trajectory" else None
     spanned: dict[str, Any] = {"axes": kind, "through": through, "every": steps, "recompute": recompute}
     plane = SurfaceSpec.make(**spanned, grid=grid, extent=extent, refine=refine or None, **shared)
-    probes: list[Probing] = [plane]
-    if triangle:
-        probes.append(TriangleSpec.make(rel_error=rel_error, **shared))
+    triangles = [TriangleSpec.make(rel_error=rel_error, **shared)] if triangle else []
+    _planes(chosen, centres, [plane, *triangles])
+
+
+def _planes(chosen: Choices, centres: list[Any], probes: list[Any]) -> None:
+    """Measure and draw planes, and the triangle where it is among the probes."""
+    from flatlab import surroundings
+
     if not errands.measured(chosen, centres, probes):
         return
-    sentences, written = (
-        surroundings.remarks(centres, plane),
-        surroundings.draw_surfaces(centres, plane, out=chosen.out),
-    )
-    if triangle:
-        table, told, pictures = surroundings.triangles(centres, probes[1], out=chosen.out)
+    sentences = surroundings.remarks(centres, probes[0])
+    written = surroundings.draw_surfaces(centres, probes[0], out=chosen.out)
+    for probe in probes[1:]:
+        table, told, pictures = surroundings.triangles(centres, probe, out=chosen.out)
         sentences, written = [*sentences, *told], [*written, *pictures]
         chosen.answer(table, "The trace of the Hessian, three times (nats), 95 % intervals", surroundings.CORNERS)
     errands.tell_written(written, sentences)
 
 
-def _line(chosen: Choices, found: list[Any], probe: "ConnectionSpec") -> None:
+def _line(chosen: Choices, found: list[Any], probe: Any) -> None:
     """Measure, tabulate and draw the straight line between two runs."""
     from flatlab import surroundings
 

@@ -11,6 +11,8 @@ from torch import nn
 
 from flatlab.landscape import Landscape
 from flatlab.metrics.connectivity import connect
+from flatlab.metrics.directions import given_directions
+from flatlab.metrics.surfaces import plane
 
 
 class Wells(nn.Module):
@@ -128,6 +130,28 @@ def test_statistics_can_be_computed_anew_along_the_line(sizes, untouched):
     assert abs(found.losses[-1, 0] - second.base_loss[0]) > 1e-3 and found.statistics == "recomputed"
 
 
+def test_a_plane_with_statistics_computed_anew_holds_the_line(untouched):
+    case, first, second = pair()
+    batches = list(zip(case.inputs.split([9, 15]), case.targets.split([9, 15]), strict=True))
+    along = connect(first, second, grid=5, recompute=batches)
+    u = second.point - first.point
+    v = torch.flip(u, [0])
+    with untouched(first.model):
+        found = plane(first, given_directions(first, [u, v]), grid=(along.places, [0.0, 0.5]), recompute=batches)
+    assert found.of()[:, 0] == pytest.approx(along.losses[:, 0], rel=1e-9) and found.statistics == "recomputed"
+    assert plane(first, given_directions(first, [u, v]), grid=([0.0, 1.0], [0.0, 0.5])).statistics == "own"
+
+
+def test_the_band_is_that_of_the_mean_over_images():
+    x = noise(50)
+    found = connect(wells(-1.0, x), wells(1.0, x), grid=5)
+    assert found.errors[2] == pytest.approx(float(x.std()) / 50**0.5) and found.errors[[0, 4]] == pytest.approx(0)
+    frame = found.to_frame()
+    assert frame["height"][2] == pytest.approx(1 + float(x.mean())) and found.length == 2.0
+    assert frame["high"][2] - frame["low"][2] == pytest.approx(2 * 1.96 * found.errors[2], rel=0.1)
+    assert frame["distance"].tolist() == [0.0, 0.5, 1.0, 1.5, 2.0]
+
+
 def test_the_seed_bites_and_names_the_halves():
     x = noise(60)
     ends = wells(-1.0, x), wells(1.0, x)
@@ -159,4 +183,7 @@ def test_mistakes_are_one_sentence():
     refuses(lambda: connect(first, second, grid=2), "at least 3 places")
     refuses(lambda: connect(wells(-1.0, x[:3]), wells(1.0, x[:3])), "at least 4 images")
     refuses(lambda: connect(first, second, recompute=[]), "recompute", "no sample")
+    bare, images = cases.make("mlp").landscape(), [(x, x)]
+    refuses(lambda: connect(bare, bare, recompute=images), "no BatchNorm")
+    refuses(lambda: plane(bare, grid=3, recompute=images), "no BatchNorm")
     refuses(lambda: connect(first, second, grid=3).interval(1.5), "0.95")

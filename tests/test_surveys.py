@@ -6,25 +6,30 @@ import numpy as np
 import pandas as pd
 import pytest
 import stores
+import torch
 from commandline import TINY, Answer, call
 
-from flatlab.checkpoints import landscape
+from flatlab.checkpoints import landscape, network, training_images
 from flatlab.measure import measure
+from flatlab.metrics.barrier import Connection
+from flatlab.metrics.connectivity import connect
 from flatlab.metrics.grids import Surface, parts
 from flatlab.metrics.surfaces import plane
-from flatlab.probespecs import AuditSpec, SurfaceSpec, TriangleSpec, parse_probe
+from flatlab.params import flatten
+from flatlab.probespecs import AuditSpec, ConnectionSpec, SurfaceSpec, TriangleSpec, parse_probe
 from flatlab.runs import RunStore
-from flatlab.surroundings import of_panel, surface
+from flatlab.surroundings import centres, of_panel, surface
 
 IMAGES = ("--images", 6)
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
-    """A store with three runs of one architecture, one of them quantized."""
+    """A store with three runs of one architecture, one of them quantized, one with checkpoints along its training."""
     root = tmp_path_factory.mktemp("surveys") / "runs"
     for method in ("ERM", "SAM", "QT-DoG"):
-        assert call("train", *TINY, "--method", method, "--store", root) == 0
+        kept = ("--keep-every", 2) if method == "ERM" else ()
+        assert call("train", *TINY, "--method", method, *kept, "--store", root) == 0
     return root
 
 
@@ -82,6 +87,88 @@ def test_runs_span_a_plane(flatlab, store, tmp_path):
     assert [name.split()[1] for name in found.mark_labels] == [digest[:6] for digest in named]
 
 
+def test_a_line_between_two_runs_is_measured_told_and_drawn(flatlab, store, tmp_path):
+    names = digests(store)
+    ends = [RunStore(store).find(names[label]) for label in ("erm", "lsq")]
+    words = (*(run.spec.digest for run in ends), "--axes", "line", "--grid", 5, *IMAGES)
+    answer = flatlab("landscape", *words)
+    assert answer.code == 0 and "Unseen domain: the line is" in answer.err and "interpolated" in answer.err
+    frame = pd.read_csv(tmp_path / "connection.csv")
+    rows = {row["panel"]: row for row in json.loads(flatlab("landscape", *words, "--json").out.splitlines()[0])}
+    probe = ConnectionSpec(to=names["lsq"], images=6)
+    for panel, domains in {"source": ["rot15", "rot30", "rot45"], "target": ["rot0"]}.items():
+        first, second = (landscape(run, probe, stores.PLACE, of=domains) for run in ends)
+        again = connect(first, second, grid=5)
+        found = Connection.load(tmp_path / f"connection-{names['erm'][:6]}-{names['lsq'][:6]}-{panel}.npz")
+        assert np.array_equal(found.bootstrap, again.bootstrap) and found.strata == tuple(domains)
+        assert rows[panel]["barrier"] == pytest.approx(again.barrier, abs=1e-12)
+        assert rows[panel]["low"] < rows[panel]["barrier"] < rows[panel]["high"]
+        mine = frame[frame["panel"] == panel]
+        assert mine["loss"].iloc[[0, -1]].tolist() == pytest.approx([first.base_loss.mean(), second.base_loss.mean()])
+        assert mine["distance"].iloc[-1] == pytest.approx(float((first.point - second.point).norm()), rel=1e-5)
+    assert (tmp_path / "connection.png").stat().st_size > 5000
+
+
+def refreshed(run, count, **which):
+    """The loss of a run on some domains, BatchNorm's statistics from its training images; by a loop of its own."""
+    loaded = network(run, "selected", stores.PLACE).train()
+    for each in loaded.modules():
+        if isinstance(each, torch.nn.BatchNorm2d):
+            each.reset_running_stats()
+            each.momentum = None
+    for x, _ in training_images(run, count, stores.PLACE):
+        with torch.no_grad():
+            loaded(x)
+    around = landscape(run, SurfaceSpec(images=6), stores.PLACE, **which)
+    return around.base_loss, around.around(loaded.eval()).base_loss
+
+
+def test_statistics_are_computed_anew_along_lines_and_on_planes(flatlab, store, tmp_path):
+    names = digests(store)
+    run, most = RunStore(store).find(names["erm"]), ("--recompute", 20, *IMAGES)
+    answer = flatlab("landscape", names["erm"], names["sam"], "--axes", "line", "--grid", 3, *most)
+    assert answer.code == 0 and "computed anew at each place, from up to 20" in answer.err
+    found = Connection.load(tmp_path / f"connection-{names['erm'][:6]}-{names['sam'][:6]}-target.npz")
+    (own,), (expected,) = refreshed(run, 20, of=["rot0"])  # 60 images are one batch
+    assert found.statistics == "recomputed" and found.losses[0, 0] == pytest.approx(expected, rel=1e-5)
+    assert abs(own - expected) > 1e-3
+    answer = flatlab("landscape", names["erm"], "--grid", 3, "--refine", 0, "--no-triangle", *most)
+    assert answer.code == 0 and "computed anew" in answer.err
+    plane_ = Surface.load(tmp_path / f"landscape-{names['erm'][:6]}.npz")
+    assert plane_.statistics == "recomputed" and plane_.values[1, 1, :, 0] == pytest.approx(
+        refreshed(run, 20)[1], rel=1e-5
+    )
+
+
+def test_training_images_are_mixed_across_the_seen_domains(store):
+    run = RunStore(store).find(digests(store)["erm"])
+    batches = training_images(run, 100, stores.PLACE)
+    assert [len(y) for _, y in batches] == [128, 128, 44] and training_images(run, None, stores.PLACE) is None
+    means = [float(x.mean()) for x, _ in batches[:2]]
+    again = training_images(run, 100, stores.PLACE)
+    assert all(torch.equal(x, other) for (x, _), (other, _) in zip(batches, again, strict=True))
+    assert means[0] == pytest.approx(means[1], abs=0.1)
+
+
+def test_a_trajectory_spans_a_plane(flatlab, store, tmp_path):
+    erm = digests(store)["erm"]
+    words = ("--axes", "trajectory", "--grid", 3, *IMAGES, "--no-triangle", "--checkpoint", "last")
+    answer = flatlab("landscape", erm, *words)
+    assert answer.code == 0 and "of the variance of 6 checkpoints, each 2 steps" in answer.err
+    found = Surface.load(tmp_path / f"landscape-{erm[:6]}.npz")
+    assert found.mark_labels == tuple(f"step {step}" for step in range(0, 11, 2)) and found.connected
+    assert found.marks[-1] == pytest.approx(0, abs=1e-5) and 0.5 < found.explained.sum() < 1
+    run = RunStore(store).find(erm)
+    around = landscape(run, SurfaceSpec(images=6, checkpoint="last"), stores.PLACE)
+    rows = [flatten(network(run, path, stores.PLACE).parameters()) for path in run.kept().values()]
+    steps = torch.stack(rows).double() - around.point.double()
+    lengths = torch.linalg.vector_norm(steps, dim=1).numpy()
+    assert np.hypot(np.linalg.norm(found.marks, axis=1), found.distances) == pytest.approx(lengths, rel=1e-4, abs=1e-5)
+    shares = torch.linalg.svdvals(steps - steps.mean(0)).numpy() ** 2
+    assert found.explained == pytest.approx(shares[:2] / shares.sum(), rel=1e-4)
+    assert "of 3 checkpoints, each 4 steps" in flatlab("landscape", erm, *words, "--every", 4).err
+
+
 def test_an_audit_is_told_and_drawn(flatlab, store, tmp_path):
     found = digests(store)
     answer = flatlab("audit", found["erm"], *IMAGES, "--samples", 3)
@@ -104,8 +191,9 @@ def test_plans_are_priced_and_nothing_is_begun(flatlab, store):
 
 
 def test_specs_are_read_back_and_surfaces_too(store):
-    for spec in (SurfaceSpec(grid=5), TriangleSpec(), AuditSpec(most=2.0)):
+    for spec in (SurfaceSpec(grid=5, recompute=9), ConnectionSpec(to="f"), TriangleSpec(), AuditSpec(most=2.0)):
         assert parse_probe(spec.canonical()) == spec and spec.passes(stores.SIZES) > 0
+    assert not {"every", "recompute"} & set(json.loads(SurfaceSpec().canonical()))  # as before there were these fields
     run = RunStore(store).find(digests(store)["sam"])
     spec = SurfaceSpec(images=4, grid=9, refine=0.2)
     stores.refuses(lambda: surface(run, spec), "not measured yet")
@@ -115,15 +203,30 @@ def test_specs_are_read_back_and_surfaces_too(store):
 
 
 def test_mistakes_are_one_sentence(flatlab, store):
-    erm = digests(store)["erm"]
+    names = digests(store)
+    erm, sam = names["erm"], names["sam"]
     for words, told in [
         (("landscape", erm, "--grid", 1), "grid"),
         (("landscape", erm, "--axes", "sideways"), "Did you mean"),
         (("landscape", erm, "--axes", "runs"), "three runs or more"),
         (("landscape", erm, "--extent", -1), "extent"),
+        (("landscape", erm, "--axes", "line"), "name two"),
+        (("landscape", erm, sam, "--axes", "line", "--grid", 2), "grid"),
+        (("landscape", erm, "--recompute", 1), "recompute"),
+        (("landscape", erm, "--every", 2), "--axes trajectory"),
+        (("landscape", sam, "--axes", "trajectory"), "--keep-every"),
+        (("landscape", erm, "--axes", "trajectory", "--every", 3), "--keep-every 3"),
         (("audit", erm, "--most", 1), "most"),
         (("audit", "ffff"), "ffff"),
     ]:
         answer = flatlab(*words)
         assert answer.code == 2 and "Traceback" not in answer.err
         assert told in answer.err or "sideways" in answer.err
+
+
+@pytest.mark.parametrize("axes", ["line", "runs"])
+@pytest.mark.parametrize(("field", "other"), [("held_out", "rot15"), ("model", "resnet18"), ("trial_seed", 1)])
+def test_runs_of_other_data_or_architecture_are_refused(store, axes, field, other):
+    runs = RunStore(store).runs()
+    odd = RunStore(store).run(runs[-1].spec.replace(**{field: other}))
+    stores.refuses(lambda: centres([*runs[:2], odd] if axes == "runs" else [runs[0], odd], axes), field, other)

@@ -104,9 +104,10 @@ class Connection(Kept, Sampled):
         foot = float(np.interp(self.position, self.places, straight))
         low, high = (float(end[0]) for end in self.interval())
         label = f"barrier {self.barrier:.3g} [{low:.3g}, {high:.3g}] nats"
-        axes.plot([at, at], [foot, foot + self.barrier], color="C3", marker="_", label=label)
+        axes.plot([at, at], [foot + low, foot + high], color="C3", marker="_")
+        axes.plot(at, foot + self.barrier, color="C3", marker="o", ls="none", label=label)
         axes.set(xlabel="distance between the checkpoints (L2)", ylabel="loss (nats)")
-        axes.legend()
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0))
         return axes
 
 

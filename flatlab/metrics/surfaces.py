@@ -104,8 +104,7 @@ def plane(
         refine: begin with a coarse grid, and halve the cells in which linear interpolation is off by more than this
             share of the loss's height above its minimum (plus 2 % of its range); 0.05 saves half to nine tenths. The
             number of cells along an axis should be a multiple of 8, or of 16: 49 or 65 places.
-        recompute: batches, as of training, from which BatchNorm's running statistics are computed anew at each place;
-            by default they are those of the model everywhere.
+        recompute: batches from which BatchNorm's statistics are computed anew at each place; the model's by default.
         seed: of the random directions.
         keep: keeps tiles.
         report: called with the places done and foreseen.
