@@ -171,7 +171,7 @@ def draw_line(ends: tuple[Run, Run], probe: ConnectionSpec, *, out: Path) -> tup
             place = {"position": found.position, "distance": found.position * found.length}
             rows.append({"panel": panel, "barrier": found.barrier, "low": low, "high": high, **place})
             frames.append(found.to_frame().assign(panel=panel))
-            told.append(f"{title.capitalize()}: {_barrier(found, low, high)}")
+            told.append(f"{title.capitalize()}: {barrier_sentence(found)}")
             found.plot(ax).set_title(f"{title}; {run.name} to {other.name}", pad=18)  # the legend is between
             written.append(out / f"connection-{run.spec.digest[:6]}-{other.spec.digest[:6]}-{panel}.npz")
             found.save(written[-1])
@@ -181,9 +181,12 @@ def draw_line(ends: tuple[Run, Run], probe: ConnectionSpec, *, out: Path) -> tup
     return pd.DataFrame(rows), [*told, *remarks([run], probe)], [*pictures, *written]
 
 
-def _barrier(found: Connection, low: float, high: float) -> str:
-    """Say the barrier in a sentence."""
-    if low > 0:
+def barrier_sentence(found: Connection) -> str:
+    """Say the barrier with its interval, and whether one was shown."""
+    low, high = (float(end[0]) for end in found.interval())
+    if not np.isfinite(found.barrier):
+        verdict = "the loss is not finite somewhere on it"
+    elif low > 0:
         verdict = "a barrier stands between the two"
     elif high < 0:
         verdict = "no barrier: the line lies below the interpolation of its ends"

@@ -1,6 +1,7 @@
 """`flatlab landscape` and `flatlab audit` on trained runs: what they print and write, resuming, and mistakes."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -18,7 +19,7 @@ from flatlab.metrics.surfaces import plane
 from flatlab.params import flatten
 from flatlab.probespecs import AuditSpec, ConnectionSpec, SurfaceSpec, TriangleSpec, parse_probe
 from flatlab.runs import RunStore
-from flatlab.surroundings import centres, of_panel, surface
+from flatlab.surroundings import barrier_sentence, centres, connection, of_panel, surface
 
 IMAGES = ("--images", 6)
 
@@ -109,6 +110,23 @@ def test_a_line_between_two_runs_is_measured_told_and_drawn(flatlab, store, tmp_
     assert (tmp_path / "connection.png").stat().st_size > 5000
 
 
+def test_the_sentence_on_a_barrier_follows_its_interval(store):
+    names = digests(store)
+    run = RunStore(store).find(names["erm"])
+    probe = ConnectionSpec(to=names["sam"], images=4, grid=3)
+    measure(run, probe, stores.PLACE)
+    found = connection(run, probe, "target")
+    for shift, verdict in [
+        (9.0, "a barrier stands"),
+        (-9.0, "no barrier: the line lies below"),
+        (np.nan, "not finite"),
+    ]:
+        moved = replace(found, excess=found.excess + shift, bootstrap=found.bootstrap + shift)
+        assert verdict in barrier_sentence(moved)
+    around_zero = replace(found, excess=found.excess - found.barrier, bootstrap=np.linspace(-1, 1, 99))
+    assert "no barrier that these images would show" in barrier_sentence(around_zero)
+
+
 def refreshed(run, count, **which):
     """The loss of a run on some domains, BatchNorm's statistics from its training images; by a loop of its own."""
     loaded = network(run, "selected", stores.PLACE).train()
@@ -187,6 +205,11 @@ def test_plans_are_priced_and_nothing_is_begun(flatlab, store):
     for command in ("landscape", "audit"):
         answer = flatlab(command, erm, "--images", 7, "--dry-run")
         assert answer.code == 0 and "jobs" in answer.out
+    line = ConnectionSpec(to=digests(store)["sam"], images=7, grid=3)
+    assert line.passes(stores.SIZES) == 3 * 4 * 7
+    assert line.replace(recompute=5).passes(stores.SIZES) == 3 * (4 * 7 + 2 * 3 * 5)
+    answer = flatlab("landscape", erm, line.to, "--axes", "line", "--grid", 3, "--images", 7, "--dry-run")
+    assert answer.code == 0 and "jobs" in answer.out
     assert sorted(path.name for path in store.rglob("probes/*")) == before
 
 
