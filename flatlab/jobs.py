@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pydantic import Field
 
 from flatlab.entries import Entry
+from flatlab.errors import UserError
 from flatlab.probespecs import AnyProbe, Probing, Sizes
 from flatlab.quantspecs import OBCSpec
 from flatlab.runs import RunStore
@@ -75,8 +76,16 @@ def missing(store: RunStore, runs: Sequence[RunSpec], probes: Wanted, *, sizes: 
         runs: wanted runs; those of one trajectory become one job.
         probes: wanted measurements, each with its run.
         sizes: images of each domain, for the costs.
+
+    Raises:
+        UserError: where an imported run is lacking, which no training brings back.
     """
     lacking = _lacking(store, [*runs, *(run for run, _ in probes)])
+    if gone := next((spec for spec in lacking.values() if spec.source), None):
+        raise UserError(
+            f"Run {gone.digest} was imported, not trained here, and this store lacks it: import its file again"
+            " (`flatlab import FILE`)."
+        )
     training = _training([spec for spec in lacking.values() if not spec.made_from], sizes)
     making = [_making(spec, lacking, sizes) for spec in lacking.values() if spec.made_from]
     return _told_apart([*training, *making, *_measuring(store, probes, set(lacking), sizes)])

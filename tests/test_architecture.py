@@ -43,7 +43,7 @@ MAY_IMPORT = {
     "runs": "entries probespecs specs files errors jsontext",
     "metrics.blur": "",
     "tables": "runs probespecs specs selection files metrics.rounds metrics.results errors",
-    "jobs": "entries runs probespecs specs quantspecs",
+    "jobs": "entries errors runs probespecs specs quantspecs",
     "executors": "jobs",
     "reproduce": "tables executors jobs runs settings specs plots files machine data.catalog errors",
     "surroundings": "surfaceplots plots runs probespecs metrics.barrier metrics.grids metrics.results files errors",

@@ -4,6 +4,7 @@ import pytest
 from stores import ERM, GROUP, OTHER, PLACE, PROBE, PROBES, QT, RUNS, SIZES, spec
 
 from flatlab import jobs
+from flatlab.errors import UserError
 from flatlab.jobs import Plan
 from flatlab.runs import RunStore
 
@@ -107,3 +108,8 @@ def test_seconds_are_measured_where_something_ran(store):
 def test_a_plan_is_read_back_as_it_was_written(store):
     plan = Plan(store=str(store.root), place=PLACE, jobs=tuple(_todo(store)))
     assert Plan.parse(plan.canonical()) == plan
+
+
+def test_an_imported_run_that_is_gone_is_not_trained(tmp_path):
+    with pytest.raises(UserError, match="imported, not trained here"):
+        jobs.missing(RunStore(tmp_path), [ERM.replace(source="sha256:0")], [], sizes=SIZES)
