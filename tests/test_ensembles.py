@@ -128,4 +128,4 @@ def test_an_ensemble_is_trained_by_its_name(tmp_path, capsys):
     (run,) = [run for run in RunStore(tmp_path).runs() if run.spec.members]
     assert run.done and run.spec.combine == "probabilities" and len(run.spec.members) == 2
     assert call("train", "--combine", "probabilities", *words) == 2
-    assert "--combine does nothing without an ensemble" in capsys.readouterr().err
+    assert "does nothing without an ensemble" in capsys.readouterr().err
