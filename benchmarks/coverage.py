@@ -196,7 +196,7 @@ def markdown(rows: list[dict[str, object]]) -> str:
     return "\n".join(lines)
 
 
-def write(rows: list[dict[str, object]], seconds: float, out: Path) -> None:
+def write(rows: list[dict[str, object]], out: Path) -> None:
     """Write coverage.md and coverage.json."""
     missed = sum(not row["holds"] for row in rows)
     text = [
@@ -208,7 +208,7 @@ def write(rows: list[dict[str, object]], seconds: float, out: Path) -> None:
     ]
     out.mkdir(parents=True, exist_ok=True)
     (out / "coverage.md").write_text("\n".join(text) + "\n")
-    facts = {"machine": machine.facts(), "threads": 1, "seconds": round(seconds), "rows": rows}
+    facts = {"machine": machine.facts(), "threads": 1, "rows": rows}
     (out / "coverage.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 
@@ -232,7 +232,7 @@ def main() -> None:
         for done, _ in enumerate(pool.imap_unordered(repeat, jobs), 1):
             print(f"{done}/{len(jobs)} {time.monotonic() - start:.0f} s", flush=True)
     rows = [row for case in CASES for row in measured(case, given)]
-    write(rows, time.monotonic() - start, given.out)
+    write(rows, given.out)
     print(markdown(rows))
 
 
