@@ -106,7 +106,10 @@ def remarks(frame: pd.DataFrame) -> list[str]:
 
 
 def words(findings: pd.DataFrame) -> list[str]:
-    """Return a sentence for each measure, from the verdicts."""
+    """Return a sentence for each measure, from the verdicts; one in all where there are no intervals."""
+    known = findings["low"].notna()
+    if not known.any():
+        return ["One seed gives no interval: no effect can be told from chance, nor its absence."]
     verdicts = findings.set_index(["measure", "method", "baseline"])["verdict"]
     said = []
     for measure, name in MEASURES.items():
@@ -126,10 +129,10 @@ def words(findings: pd.DataFrame) -> list[str]:
                 f"{name}: {QUANTIZED} is {whole}, and no control here is: an effect of quantization is possible."
             )
     told = findings["verdict"].ne("not distinguishable").sum()
-    chance = (1 - tables.LEVEL) * len(findings)
+    chance = (1 - tables.LEVEL) * known.sum()
     return [
         *said,
-        f"{told} of {len(findings)} intervals exclude zero; {chance:.0f} would by chance, were nothing there.",
+        f"{told} of {known.sum()} intervals exclude zero; {chance:.0f} would by chance, were nothing there.",
     ]
 
 

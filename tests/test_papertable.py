@@ -293,6 +293,13 @@ def test_controls_say_what_the_data_allow(shifts, said):
     assert len(told) == len(controls.MEASURES) + 1
 
 
+def test_one_seed_says_nothing_of_the_controls():
+    frame = controlled(**{"QT-DoG": -1.0})
+    assert controls.remarks(frame[frame["seed"] == 0]) == [
+        "One seed gives no interval: no effect can be told from chance, nor its absence."
+    ]
+
+
 def test_a_derived_run_has_no_unrest(tmp_path):
     frame = controlled()
     bare = frame[~((frame["method"] == "RTN") & frame["measure"].isin(("spread", "change")))]
