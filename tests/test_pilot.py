@@ -91,8 +91,8 @@ SECONDS = {16: 2.0, 32: 3.0, 64: 5.0, 128: 9.0, 256: 17.0}  # one for a visit, o
 NONE = Components(0.0, 0.0, 0.0)
 
 
-def planned(single, paired, *, seconds=None, drawing=0.0, goal=None, samples=10_000):
-    flown = Pilot([single], [paired], np.array([1.0]), seconds or SECONDS, drawing)
+def planned(single, paired, *, alone=True, seconds=None, drawing=0.0, goal=None, samples=10_000):
+    flown = Pilot([single], [paired], alone, np.array([1.0]), seconds or SECONDS, drawing)
     (plan,) = pilot.plan(flown, np.array([1.0]), goal or Goal(0.1, 0.0), samples)
     return plan
 
@@ -126,6 +126,8 @@ def test_sampling_may_stop_short_of_a_round_where_images_count_as_sampled():
     # V_A + V_E / 16 + V_B / 16 (1 - visits / 1,000) over the visits is the tolerance squared: no round of 1,000
     assert many.visits == pytest.approx(2.0 / (0.1**2 / 1.1 + 2 / 16 / 1000), abs=1)
     assert many.between == pytest.approx((2 / 16) / 2.0)
+    pair = planned(*found, alone=False, seconds={16: 1.0}, samples=16_000)  # of a difference no share is known
+    assert pair.visits == pytest.approx(1.1 * 2.0 / 0.1**2, abs=1) and pair.between == 0.0
     assert planned(*found, seconds={16: 1.0}, samples=3_200).visits == 280  # a round of 200, and 80 to know the spread
 
 

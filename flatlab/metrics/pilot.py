@@ -32,6 +32,7 @@ class Pilot:
 
     single: list[Components]  # for each radius
     paired: list[Components]
+    alone: bool  # of one landscape: the images' share of a difference is not that of either
     mean: FloatArray  # (R,) rises
     seconds: dict[int, float]  # of evaluating a block, by its size
     drawing: float  # seconds of a ray
@@ -61,6 +62,7 @@ def fly(
     return Pilot(
         single=[components(table, strata) for table in signed[0]],
         paired=[components(table, strata) for table in both],
+        alone=len(landscapes) == 1,
         mean=np.max([np.abs(table.mean(axis=(0, 2, 3, 4))) for table in tables], axis=0),
         seconds={size: sum(each[size] for each in clocked) for size in clocked[0]},
         drawing=drawing,
@@ -131,18 +133,19 @@ def _best(pilot: Pilot, index: int, radius: float, goal: Goal, samples: int) -> 
     for paired, found in ((False, pilot.single[index]), (True, pilot.paired[index])):
         for size, seconds in pilot.seconds.items():
             price = pilot.drawing / len(pilot.mean) + seconds * (2 if paired else 1)
-            visits = foresee(found, size, max(1, round(samples / size)), tolerance)
+            between = found.between(size) if pilot.alone else 0.0
+            visits = foresee(found, size, max(1, round(samples / size)), tolerance, between)
             foreseen = visits if visits < MOST else 0  # not finite, or out of reach: what is seen decides
             cut = 0 if size >= samples else size
-            options.append((visits * price, Plan(radius, cut, paired, foreseen, found.between(size))))
+            options.append((visits * price, Plan(radius, cut, paired, foreseen, between)))
     return min(options, key=lambda option: option[0])[1]
 
 
-def foresee(found: Components, size: int, blocks: int, tolerance: float) -> int:
+def foresee(found: Components, size: int, blocks: int, tolerance: float, between: float) -> int:
     """Return the visits that bring the standard error to the tolerance: short of a round, where that does."""
-    long = found.of_visit(size)
-    wanted, of_images = max(tolerance**2 / SAFETY, sys.float_info.min), found.images / size
-    short, long = (long + of_images) / (wanted + of_images / blocks), long / wanted
+    wanted, long = max(tolerance**2 / SAFETY, sys.float_info.min), found.of_visit(size)
+    whole = long + found.images / size
+    short, long = whole / (wanted + between * whole / blocks), long / wanted
     if short < blocks:
         return settled(int(short), blocks)
     return settled(max(int(long), blocks), blocks) if long < MOST else MOST

@@ -68,9 +68,7 @@ def plans_of(sampler: Sampler, radii: FloatArray, goal: Goal) -> list[Plan]:
         flown = pilot.fly(
             sampler.landscapes, above, seed=sampler.seed, normalisation=sampler.normalisation, value=sampler.value
         )
-        alone = len(sampler.landscapes) == 1  # else the share is of their difference, and of neither
-        plans = [astuple(each) for each in pilot.plan(flown, above, goal, samples)]
-        return np.array([[*plan, between * alone] for *plan, between in plans])
+        return np.array([astuple(each) for each in pilot.plan(flown, above, goal, samples)], dtype=float)
 
     kept = next(iter(sampler.keep([("plan", make)])))
     return [Plan(float(r), int(size), bool(paired), int(visits), *more) for r, size, paired, visits, *more in kept]
