@@ -81,7 +81,7 @@ def missing(store: RunStore, runs: Sequence[RunSpec], probes: Wanted, *, sizes: 
         UserError: where an imported run is lacking, which no training brings back.
     """
     lacking = _lacking(store, [*runs, *(run for run, _ in probes)])
-    if gone := next((spec for spec in lacking.values() if spec.source), None):
+    if gone := next((spec for spec in lacking.values() if spec.source and not spec.members), None):
         raise UserError(
             f"Run {gone.digest} was imported, not trained here, and this store lacks it: import its file again"
             " (`flatlab import FILE`)."
