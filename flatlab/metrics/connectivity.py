@@ -12,7 +12,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from flatlab.blocks import Block
 from flatlab.errors import UserError
 from flatlab.landscape import Landscape
 from flatlab.losses import wide
@@ -108,11 +107,7 @@ def _losses(
             table.append(np.concatenate([at(step, place, block=path.gather(single)) for single in singles]) / scales)
             if report:
                 report(done, len(places))
-    return np.stack(table), np.concatenate([_strata(block) for block in blocks])
-
-
-def _strata(block: Block) -> npt.NDArray[np.int64]:
-    return np.repeat([part.row for part in block.parts], [part.stop - part.start for part in block.parts])
+    return np.stack(table), np.concatenate([block.strata for block in blocks])
 
 
 def _errors(excess: FloatArray, stratum: npt.NDArray[np.int64]) -> FloatArray:
