@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "surfaceplots": "",
     "selection": "",
     "record": "errors",
+    "corrections": "errors",
     # what is asked for, without torch
     "quantspecs": "record",
     "specs": "record quantspecs errors",
@@ -72,7 +73,7 @@ MAY_IMPORT = {
     "points": "blocks",
     "derivatives": "errors",
     "landscape": "blocks derivatives losses memory nests params probes seeds errors points",
-    "metrics": "blocks derivatives losses nests landscape params probes seeds errors points "
+    "metrics": "blocks corrections derivatives losses nests landscape params probes seeds errors points "
     "surfaceplots",  # the last inside plot() alone
     "golden": "landscape seeds",
     "selftest": "golden metrics",
