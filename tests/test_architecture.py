@@ -35,13 +35,15 @@ MAY_IMPORT = {
     "quantspecs": "record",
     "specs": "record quantspecs errors",
     "probing": "record",
+    "risespecs": "probing record",
     "surveyspecs": "probing",
-    "probespecs": "surveyspecs probing specs errors",
+    "probespecs": "surveyspecs risespecs probing specs errors",
     "settings": "specs errors",
-    "methods": "settings specs quantspecs errors",
+    "methods": "settings specs quantspecs risespecs errors",
     "files": "errors jsontext",
     "entries": "specs files errors",
     "runs": "entries probespecs specs files errors jsontext",
+    "radii": "runs probespecs metrics.results errors",
     "metrics.blur": "",
     "tables": "runs probespecs specs selection files metrics.rounds metrics.results errors",
     "jobs": "entries errors runs probespecs specs quantspecs",
@@ -86,7 +88,7 @@ MAY_IMPORT = {
     "export": "build checkpoints models quant runs specs quantspecs files errors",
     "latent": "checkpoints models quant runs specs errors",
     "shelf": "runs files metrics.results metrics.sampling",
-    "measures": "build checkpoints export latent shelf runs data landscape metrics models params quant.attach seeds "
+    "measures": "build checkpoints export latent radii shelf runs data landscape metrics models params quant.attach seeds "
     "probespecs specs files errors",
     "measure": "build runs probespecs specs machine errors",  # and, by name, the module of a metric in measures/
     # the paper
