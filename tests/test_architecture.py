@@ -46,6 +46,8 @@ MAY_IMPORT = {
     "radii": "runs probespecs metrics.results errors",
     "metrics.blur": "",
     "tables": "runs probespecs specs selection files metrics.rounds metrics.results errors",
+    "areas": "",
+    "verdicts": "corrections tables",
     "jobs": "entries errors runs probespecs specs quantspecs",
     "executors": "jobs",
     "reproduce": "tables executors jobs runs settings specs plots files machine data.catalog errors",
@@ -92,7 +94,7 @@ MAY_IMPORT = {
     "probespecs specs files errors",
     "measure": "build runs probespecs specs machine errors",  # and, by name, the module of a metric in measures/
     # the paper
-    "analyses": "noisefigure rounding papertable orders surroundings surfaceplots saliency stability spectra "
+    "analyses": "areas verdicts noisefigure rounding papertable orders surroundings surfaceplots saliency stability spectra "
     "probespecs specs settings methods tables plots runs resources",
 }
 OPEN = ("api", "cli", "upkeep", "options", "words", "mistakes", "display", "doctor", "errands", "hessian", "noise")
