@@ -166,9 +166,7 @@ def paired_each(frame: pd.DataFrame, pairs: Iterable[tuple[str, str]], by: Seque
         pairs: method and the one that is subtracted.
         by: the columns that name a group within a method.
     """
-    return pd.concat(
-        [paired(frame[frame["method"].isin(pair)], pair[1], by) for pair in pairs], ignore_index=True
-    )
+    return pd.concat([paired(frame[frame["method"].isin(pair)], pair[1], by) for pair in pairs], ignore_index=True)
 
 
 def accuracies(store: RunStore, wanted: Iterable[Labelled]) -> pd.DataFrame:

@@ -14,7 +14,9 @@ LEVEL = 0.05
 NONE, UNREAD = "not distinguishable", "not read"
 
 
-def corrected(findings: pd.DataFrame, family: "pd.Series[str]", *, read: "pd.Series[bool] | None" = None) -> pd.DataFrame:
+def corrected(
+    findings: pd.DataFrame, family: "pd.Series[str]", *, read: "pd.Series[bool] | None" = None
+) -> pd.DataFrame:
     """Return the findings with `family`, `family_size`, `correction`, `p_holm`, and the `verdict` that follows.
 
     Args:
@@ -64,12 +66,17 @@ def _clauses(tests: pd.DataFrame, words: tuple[str, str], unit: str, digits: int
             how = f"at {', '.join(rows['at'])}"
         else:
             value, low, high, p = rows[["value", "low", "high", "p_holm"]].iloc[0]
-            how = f"({bracketed(value, low, high, digits=digits, starred=False)} {unit}, p = {p:.2g})".replace(" ,", ",")
+            how = f"({bracketed(value, low, high, digits=digits, starred=False)} {unit}, p = {p:.2g})".replace(
+                " ,", ","
+            )
         clauses.append(f"{method} is {named[str(verdict)]} than {baseline} {how}")
     count, left = len(tests[pairs].drop_duplicates()), len(sure[pairs].drop_duplicates())
     if left == count:
         return clauses
-    return [*clauses, f"of the {'other ' if left else ''}{count - left} pairs nothing can be told".replace(" 1 pairs", " 1 pair")]
+    return [
+        *clauses,
+        f"of the {'other ' if left else ''}{count - left} pairs nothing can be told".replace(" 1 pairs", " 1 pair"),
+    ]
 
 
 def statement(findings: pd.DataFrame, *, test: str = "paired t tests over seeds") -> str:
