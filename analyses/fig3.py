@@ -168,7 +168,7 @@ def draw(frame: pd.DataFrame, caption: str) -> Figure:
     """Draw the published panels, below them their filter-normalised twins, and beside them what decides."""
     shown = frame[frame["over"] == "seeds"]
     ends = limits(frame[frame["over"] == "directions"])
-    decisive = findings(frame)
+    decisive = findings(frame).query("quantity != 'at'")
     with plots.style():
         figure, grid = plt.subplots(2, 3, figsize=(9.6, 5.6), layout="constrained", width_ratios=(1, 1, 0.8))
         for row, normalisation in zip(grid, AXES, strict=True):
@@ -177,9 +177,7 @@ def draw(frame: pd.DataFrame, caption: str) -> Figure:
                 plots.bars(ax, mine, x="radius", by="method", order=ORDER)
                 _marks(ax, ends[(ends["panel"] == panel) & (ends["normalisation"] == normalisation)], mine)
                 ax.set(title=TITLES[panel], xlabel=AXES[normalisation], ylabel="Flatness $F(w)$ (nats)")
-            _differences(
-                row[2], decisive[(decisive["normalisation"] == normalisation) & (decisive["quantity"] != "at")]
-            )
+            _differences(row[2], decisive[decisive["normalisation"] == normalisation])
         plots.captioned(figure, grid[0, 0], caption)
     return figure
 

@@ -118,7 +118,7 @@ def flatness(
     radii: Annotated[
         str | None,
         typer.Option(
-            help="start:stop:step, the end included, a comma-separated list, or auto (F from 0.01 to 2 nats, of each run) "
+            help="start:stop:step, the end included, a comma-separated list, or auto (each run: F from 0.01 to 2 nats) "
             "(where the first run's loss rises by 0.02 to 1 nat; of the paper's own network 0:60:5)."
         ),
     ] = None,

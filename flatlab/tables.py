@@ -37,13 +37,13 @@ def flatness(store: RunStore, wanted: Iterable[tuple[str, RunSpec, ProbeSpec]]) 
         UserError: where measurements of common radii have others: a reference run was measured again in between.
     """
     found: dict[ProbeSpec, tuple[str, FloatArray]] = {}
-    rows = []
+    rows: list[dict[str, Any]] = []
     for label, run, probe in wanted:
         arrays, facts = store.run(run).measured(probe, label)
         first, radii = found.setdefault(probe, (run.digest, arrays["radii"]))
         if isinstance(probe.radii, ByRise) and not np.array_equal(radii, arrays["radii"]):
             raise UserError(
-                f"The radii of runs {first} and {run.digest} must be the same, got {radii} and {arrays['radii']}: their "
+                f"The radii of runs {first} and {run.digest} must be the same, got {radii} and {arrays['radii']}: "
                 f"reference runs were measured again in between. Remove {run.digest} (`flatlab runs rm`) and repeat."
             )
         rows += _rises(run, probe, label, (arrays, facts))
