@@ -8,7 +8,6 @@ Progress is read off the disk. `done` lists the hash of every file that counts; 
 state and kept checkpoints are outside it.
 """
 
-import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -20,7 +19,6 @@ from typing import Any
 from flatlab import files
 from flatlab.entries import Entry, complaints
 from flatlab.errors import UserError
-from flatlab.jsontext import strict_json
 from flatlab.probespecs import Probing, parse_probe
 from flatlab.specs import RunSpec
 
@@ -104,21 +102,20 @@ class Run(Entry):
 
     def write_log(self, rows: Sequence[dict[str, Any]]) -> None:
         """Write log.jsonl whole: it is always exactly as long as the state beside it."""
-        text = "".join(strict_json(row) + "\n" for row in rows)
-        files.write_bytes(self.path / "log.jsonl", text.encode())
+        files.write_rows(self.path / "log.jsonl", rows)
 
     def rows(self) -> list[dict[str, Any]]:
         """Return the log's rows.
 
         Raises:
-            UserError: where the run is finished, and the log is not the one that it finished with.
+            UserError: where the log is damaged, or the run is finished, and it is not the one that it finished with.
         """
         path = self.path / "log.jsonl"
         if self.done and not (path.exists() and files.file_hash(path) == self.hashes().get(path.name)):
             raise UserError(
                 f"{path} is damaged: its hash is not the recorded one. Remove that run, or restore the file."
             )
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return files.read_rows(path) if path.exists() else []
 
     def create(self) -> None:
         """Make the directory with its folders."""
