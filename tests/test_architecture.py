@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "methods": "settings specs quantspecs errors",
     "files": "errors jsontext",
     "entries": "specs files errors",
-    "runs": "entries probespecs specs files errors jsontext",
+    "runs": "entries probespecs specs data.fingerprints files errors",  # of the data: what it was trained on
     "metrics.blur": "",
     "tables": "runs probespecs specs selection files metrics.rounds metrics.results errors",
     "jobs": "entries errors runs probespecs specs quantspecs",
@@ -60,7 +60,7 @@ MAY_IMPORT = {
     "tensorboard": "runs errors",
     "work": "jobs runs specs errors measure train",  # the last two inside functions: workers alone load torch
     # things that take arguments, not specs
-    "data": "seeds errors",
+    "data": "seeds files errors",
     "data.catalog": "errors",
     "models": "seeds errors",
     "quant": "errors",
