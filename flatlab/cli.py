@@ -85,6 +85,7 @@ def train(chosen: Choices) -> None:
     """Train a method, or any composition of parts, with each domain held out in turn or one of them."""
     from flatlab import jobs, methods, tables
     from flatlab.data import catalog
+    from flatlab.runs import check_data
 
     setting, store = chosen.setting(), chosen.runs()
     label, parts = methods.method(chosen.method)
@@ -93,6 +94,7 @@ def train(chosen: Choices) -> None:
     chosen.refuse_idle(parts)
     wanted = methods.replicates(parts, setting)
     label += "".join(f", {part} {value}" for part, value in changes.items())
+    check_data(map(store.run, wanted), chosen.place())
     todo = jobs.missing(store, wanted, [], sizes=catalog.sizes(setting.dataset, chosen.folder()))
     if chosen.keep_every:
         todo = jobs.keeping(todo, store, wanted, chosen.keep_every)

@@ -77,9 +77,8 @@ class Entry:
 
     def finish(self) -> None:
         """Write `done` with the hash of every file that counts."""
-        files.write_json(
-            self.path / "done", {"files": {name: files.file_hash(self.path / name) for name in self.files()}}
-        )
+        hashes = {name: files.file_hash(self.path / name) for name in self.files()}
+        files.write_record(self.path / "done", {"files": hashes})
 
     def files(self) -> list[str]:
         """Return the names of the files that count, sorted."""
@@ -112,7 +111,7 @@ class Entry:
         """Return the hashes in `done`; none where the entry is not finished."""
         if not self.done:
             return {}
-        hashes = files.read_json(self.path / "done").get("files")
+        hashes = files.read_record(self.path / "done").get("files")
         if not isinstance(hashes, dict):
             raise UserError(f"{self.path / 'done'} is damaged: it lists no files.")
         return hashes
@@ -121,11 +120,11 @@ class Entry:
     def provenance(self) -> dict[str, Any]:
         """Machine facts and seconds; empty where nothing ran yet."""
         path = self.path / "provenance.json"
-        return files.read_json(path) if path.exists() else {}
+        return files.read_record(path) if path.exists() else {}
 
     def note(self, **facts: Any) -> None:
         """Add machine facts to provenance.json."""
-        files.write_json(self.path / "provenance.json", {**self.provenance, **facts})
+        files.write_record(self.path / "provenance.json", {**self.provenance, **facts})
 
 
 def complaints(*acts: Callable[[], Any]) -> list[str]:

@@ -43,8 +43,10 @@ def measured(chosen: Choices, found: Sequence[Any], probes: Sequence[Any]) -> bo
     """
     from flatlab import jobs, reproduce
     from flatlab.data import catalog
+    from flatlab.runs import check_data
 
     place, dataset = reproduce.place_of(list(found), chosen.place())
+    check_data(found, place)
     sizes = catalog.sizes(dataset, Path(place.data_dir) if place.data_dir else None)
     wanted = [(run.spec, probe) for run in found for probe in probes]
     todo = jobs.missing(chosen.runs(), [], wanted, sizes=sizes)

@@ -1,9 +1,16 @@
-"""Files that are whole or absent: atomic writes, tensors that carry their own hash. No torch, no pickle."""
+"""Files that are whole or absent: atomic writes; arrays and records with a hash and their owner. No torch, no pickle.
+
+A file in a store has an owner, its path from the run's digest on: "DIGEST/checkpoints/last.safetensors". It is hashed
+with the content and compared on reading, so that an intact file of another run or measurement is refused, too.
+"""
 
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import platform
+import re
+import secrets
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +22,21 @@ from flatlab.errors import UserError
 from flatlab.jsontext import strict_json
 
 Arrays = dict[str, np.ndarray[Any, Any]]
+_DIGEST = "[0-9a-f]{16}"  # below: what lies in a store (runs.py); an export that is written there has no owner
+_IN_STORE = re.compile(
+    rf"(?:.*?/)?({_DIGEST}/(?:(?:checkpoints|state|kept|probes/{_DIGEST})/[^/]+|[a-z]+\.jsonl?|done))"
+)
+_REMEDY = (
+    "Delete it, and the `done` of its run or measurement where there is one, and repeat the command: what was in it is "
+    "then made anew."
+)
 
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file whole or not at all: to a neighbour first, then by rename."""
-    neighbour = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    neighbour = beside(path)
     try:
-        with open(neighbour, "wb") as file:
+        with open(neighbour, "xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -29,6 +44,11 @@ def write_bytes(path: Path, content: bytes) -> None:
     except OSError:
         neighbour.unlink(missing_ok=True)
         raise
+
+
+def beside(path: Path) -> Path:
+    """Return a temporary name in a file's folder: process ids repeat between nodes and containers, tokens do not."""
+    return path.with_name(f".{path.name}.{platform.node()}.{secrets.token_hex(8)}.tmp")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -60,22 +80,102 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def save_arrays(path: Path, arrays: Mapping[str, np.ndarray[Any, Any]], meta: Any = None) -> None:
-    """Write named arrays and a JSON value as safetensors, with a hash over both in the header."""
-    whole = {name: np.asarray(array, order="C") for name, array in sorted(arrays.items())}
-    note = json.dumps(meta, sort_keys=True)
-    header = {"flatlab": json.dumps({"sha256": _content_hash(whole, note), "meta": note})}
-    write_bytes(path, save(whole, metadata=header))
+def write_record(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON object with its owner and a hash over both."""
+    write_json(path, {**value, "seal": _seal(path, strict_json(value))})
 
 
-def load_arrays(path: Path) -> tuple[Arrays, Any]:
-    """Read what `save_arrays` wrote and check its hash.
+def read_record(path: Path) -> dict[str, Any]:
+    """Read what `write_record` wrote, and check its hash and its owner.
 
     Args:
         path: the file.
 
     Raises:
-        UserError: where the file is missing, truncated or altered; names it.
+        UserError: where the file is altered, or is another owner's; names it.
+    """
+    record = read_json(path)
+    seal = record.pop("seal", None)
+    _check_seal(path, strict_json(record), seal)
+    return record
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write JSON objects, one a line; the last line has their owner and a hash over all."""
+    text = "".join(strict_json(row) + "\n" for row in rows)
+    write_bytes(path, f"{text}{strict_json({'seal': _seal(path, text)})}\n".encode())
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Read what `write_rows` wrote, and check its hash and its owner.
+
+    Args:
+        path: the file.
+
+    Raises:
+        UserError: where the file is altered, or is another owner's; names it.
+    """
+    try:
+        *lines, last = path.read_text().splitlines(keepends=True)
+        rows, seal = [json.loads(line) for line in lines], json.loads(last)["seal"]
+    except (ValueError, KeyError, TypeError):
+        lines, rows, seal = [], [], None
+    _check_seal(path, "".join(lines), seal)
+    return rows
+
+
+def _seal(path: Path, text: str) -> dict[str, str]:
+    owner = owner_of(path)
+    return {"owner": owner, "sha256": hashlib.sha256(f"{owner}\n{text}".encode()).hexdigest()}
+
+
+def _check_seal(path: Path, text: str, seal: Any) -> None:
+    if not isinstance(seal, dict) or seal.keys() != {"owner", "sha256"}:
+        seal = {"owner": "", "sha256": ""}
+    if seal["sha256"] != hashlib.sha256(f"{seal['owner']}\n{text}".encode()).hexdigest():
+        raise UserError(f"{path} is damaged: its content does not match its own hash. {_REMEDY}")
+    check_owner(path, seal["owner"])
+
+
+def owner_of(path: Path) -> str:
+    """Return a file's path from its run's digest on; of a file outside a store, nothing."""
+    found = _IN_STORE.fullmatch(path.absolute().as_posix())
+    return found[1] if found else ""
+
+
+def check_owner(path: Path, found: str) -> None:
+    """Refuse an intact file that is another owner's.
+
+    Args:
+        path: the file.
+        found: the owner that it names.
+
+    Raises:
+        UserError: names the file and both owners.
+    """
+    if found != owner_of(path):
+        raise UserError(
+            f"{path} is the file of another run or measurement: it was written as {found or 'a file of no store'}, and "
+            f"must be {owner_of(path) or 'a file of no store'}. Put the right file back. Or: {_REMEDY}"
+        )
+
+
+def save_arrays(path: Path, arrays: Mapping[str, np.ndarray[Any, Any]], meta: Any = None) -> None:
+    """Write named arrays and a JSON value as safetensors, with the owner and a hash over all in the header."""
+    whole = {name: np.asarray(array, order="C") for name, array in sorted(arrays.items())}
+    header = {"owner": owner_of(path), "meta": json.dumps(meta, sort_keys=True)}
+    header["sha256"] = _content_hash(whole, header)
+    write_bytes(path, save(whole, metadata={"flatlab": json.dumps(header)}))
+
+
+def load_arrays(path: Path) -> tuple[Arrays, Any]:
+    """Read what `save_arrays` wrote, and check its hash and its owner.
+
+    Args:
+        path: the file.
+
+    Raises:
+        UserError: where the file is missing, truncated, altered, or another owner's; names it.
     """
     if not path.exists():
         raise UserError(f"{path} is missing; `flatlab runs verify` says what else is.")
@@ -83,19 +183,17 @@ def load_arrays(path: Path) -> tuple[Arrays, Any]:
         with safe_open(path, framework="numpy") as file:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
             header = json.loads((file.metadata() or {})["flatlab"])
-        intact = header["sha256"] == _content_hash(arrays, header["meta"])
+        intact = header["sha256"] == _content_hash(arrays, header)
     except (SafetensorError, KeyError, ValueError, TypeError):
         intact = False
     if not intact:
-        raise UserError(
-            f"{path} is damaged: its content does not match its own hash. Delete it, and the `done` of its run or "
-            "measurement where there is one, and repeat the command: what was in it is then made anew."
-        )
+        raise UserError(f"{path} is damaged: its content does not match its own hash. {_REMEDY}")
+    check_owner(path, header["owner"])
     return arrays, json.loads(header["meta"])
 
 
-def _content_hash(arrays: Mapping[str, np.ndarray[Any, Any]], note: str) -> str:
-    digest = hashlib.sha256(note.encode())
+def _content_hash(arrays: Mapping[str, np.ndarray[Any, Any]], header: Mapping[str, str]) -> str:
+    digest = hashlib.sha256(json.dumps([header["owner"], header["meta"]]).encode())
     for name, array in sorted(arrays.items()):
         digest.update(f"{name} {array.dtype.str} {array.shape}".encode())
         digest.update(array.tobytes())

@@ -53,6 +53,7 @@ def ensemble(
     from flatlab.data import catalog
     from flatlab.flatness import finished
     from flatlab.methods import KNOWN
+    from flatlab.runs import check_data
 
     store = chosen.runs()
     found = finished(store, runs)
@@ -62,6 +63,7 @@ def ensemble(
     combine = choose("combination", chosen.combine or "logits", KNOWN["combine"])
     spec = members[0].replace(members=tuple(members), combine=combine)
     place, dataset = reproduce.place_of(found, chosen.place())
+    check_data([*found, store.run(spec)], place)
     todo = jobs.missing(
         store, [spec], [], sizes=catalog.sizes(dataset, Path(place.data_dir) if place.data_dir else None)
     )

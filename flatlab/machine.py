@@ -3,36 +3,73 @@
 import os
 import platform
 import subprocess
+import sys
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
 import flatlab
 
 
+# What decides which kernels run, and so the last digits of a sum: names as /proc/cpuinfo has them.
+INSTRUCTIONS = ("avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512_bf16", "avx512_fp16", "avx512_vnni")
+INSTRUCTIONS += ("avx_vnni", "amx_tile", "amx_int8", "amx_bf16", "asimd", "neon", "sve", "sve2", "bf16", "i8mm")
+
+
 def facts() -> dict[str, str]:
-    """Return versions, processor, and the commit of the source tree where there is one."""
+    """Return versions, processor, and the commit of the source tree where there is one; torch is not loaded for it."""
     packages = {name: version(name) for name in ("torch", "numpy", "scipy", "scikit-learn")}
     return {
         "flatlab": flatlab.__version__,
         "commit": commit(),
         "python": platform.python_version(),
         "system": platform.system(),
-        "processor": platform.processor() or platform.machine(),
+        **_processor(),
         **packages,
+        **_capability(),
     }
 
 
+def _capability() -> dict[str, str]:
+    """Return the instruction set that torch's kernels use, where this process has loaded torch."""
+    torch = sys.modules.get("torch")
+    return {"cpu_capability": str(torch.backends.cpu.get_cpu_capability())} if torch else {}
+
+
+@cache
+def _processor() -> dict[str, str]:
+    """Return the processor's name and those of its instruction sets that decide the last digits of a sum."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    first = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in reversed(lines))}
+    flags = (first.get("flags") or first.get("Features") or "").split()
+    if platform.system() == "Darwin":
+        first["model name"] = _said("sysctl", "-n", "machdep.cpu.brand_string")
+        flags = ["neon"] if platform.machine() == "arm64" else []
+    part = f"{platform.machine()} {first.get('CPU implementer', '')} {first.get('CPU part', '')}".strip()  # ARM's
+    known = " ".join(name for name in INSTRUCTIONS if name in flags)
+    return {"processor": first.get("model name") or part, "instructions": known or "unknown"}
+
+
 def commit() -> str:
-    """Return the commit of flatlab's own source tree, or "unknown" for an installed package."""
+    """Return the commit of flatlab's own source tree, or "unknown" for an installed package.
+
+    "+changes" follows where a tracked file of the package or of the analyses differs from it.
+    """
     tree = Path(flatlab.__file__).parents[1]
-    if not (tree / ".git").exists():
+    found = _said("git", "-C", str(tree), "rev-parse", "HEAD") if (tree / ".git").exists() else ""
+    if not found:
         return "unknown"
+    changed = ("status", "--porcelain", "--untracked-files=no", "--", "flatlab", "analyses")
+    return found + ("+changes" if _said("git", "-C", str(tree), *changed) else "")
+
+
+def _said(*command: str) -> str:
+    """Return what a command prints; nothing where it fails or is not there."""
     try:
-        told = subprocess.run(["git", "-C", str(tree), "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    changed = subprocess.run(["git", "-C", str(tree), "status", "--porcelain"], capture_output=True, text=True)
-    return told.stdout.strip() + ("+changes" if changed.stdout.strip() else "")
+        return ""
 
 
 def cores() -> int:

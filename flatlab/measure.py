@@ -7,7 +7,7 @@ from typing import Any
 from flatlab import build, machine
 from flatlab.errors import UserError
 from flatlab.probespecs import Probing
-from flatlab.runs import Run
+from flatlab.runs import Run, check_data
 from flatlab.specs import Place
 
 Report = Callable[[int, int, dict[str, Any]], None]
@@ -26,6 +26,7 @@ def measure(run: Run, spec: Probing, place: Place, *, report: Report | None = No
         UserError: where the run is not finished, its data differ, or a file is damaged.
     """
     probe = run.probe(spec)
+    check_data([run], place)
     if probe.done:
         return
     if not run.done:

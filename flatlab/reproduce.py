@@ -15,7 +15,7 @@ from flatlab import executors, files, jobs, machine, plots, tables
 from flatlab.data import catalog
 from flatlab.errors import UserError, WorkerError, choose
 from flatlab.jobs import Job, Plan
-from flatlab.runs import Run, RunStore
+from flatlab.runs import Run, RunStore, check_data
 from flatlab.settings import QUICK, Setting
 from flatlab.specs import Place
 
@@ -85,6 +85,7 @@ def missing_of(modules: Iterable[ModuleType], setting: Setting, store: RunStore,
     for one in setting.each:
         sizes = catalog.sizes(one.dataset, Path(place.data_dir) if place.data_dir else None)
         mine = [run for run in runs if run.dataset == one.dataset]
+        check_data(map(store.run, mine), place)
         todo += jobs.missing(store, mine, [pair for pair in probes if pair[0].dataset == one.dataset], sizes=sizes)
     return todo
 

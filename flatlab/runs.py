@@ -8,21 +8,20 @@ Progress is read off the disk. `done` lists the hash of every file that counts; 
 state and kept checkpoints are outside it.
 """
 
-import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from flatlab import files
+from flatlab.data import fingerprints
 from flatlab.entries import Entry, complaints
 from flatlab.errors import UserError
-from flatlab.jsontext import strict_json
 from flatlab.probespecs import Probing, parse_probe
-from flatlab.specs import RunSpec
+from flatlab.specs import Place, RunSpec
 
 
 class Probe(Entry):
@@ -104,21 +103,20 @@ class Run(Entry):
 
     def write_log(self, rows: Sequence[dict[str, Any]]) -> None:
         """Write log.jsonl whole: it is always exactly as long as the state beside it."""
-        text = "".join(strict_json(row) + "\n" for row in rows)
-        files.write_bytes(self.path / "log.jsonl", text.encode())
+        files.write_rows(self.path / "log.jsonl", rows)
 
     def rows(self) -> list[dict[str, Any]]:
         """Return the log's rows.
 
         Raises:
-            UserError: where the run is finished, and the log is not the one that it finished with.
+            UserError: where the log is damaged, or the run is finished, and it is not the one that it finished with.
         """
         path = self.path / "log.jsonl"
         if self.done and not (path.exists() and files.file_hash(path) == self.hashes().get(path.name)):
             raise UserError(
                 f"{path} is damaged: its hash is not the recorded one. Remove that run, or restore the file."
             )
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return files.read_rows(path) if path.exists() else []
 
     def create(self) -> None:
         """Make the directory with its folders."""
@@ -152,21 +150,38 @@ class Run(Entry):
         """Return the measurements that exist, finished or not."""
         return [Probe.read(path.parent) for path in sorted((self.path / "probes").glob("*/spec.json"))]
 
-    def check_data(self, fingerprint: str) -> None:
+    def check_data(self, fingerprint: str | None) -> None:
         """Refuse data that differ from what the run was trained on.
 
         Args:
-            fingerprint: of the data at hand.
+            fingerprint: of the data at hand; None where there are none.
 
         Raises:
             UserError: where the run recorded another one.
         """
         recorded = self.provenance.get("data_fingerprint")
-        if recorded not in (None, fingerprint):
+        if None not in (recorded, fingerprint) and recorded != fingerprint:
             raise UserError(
                 f"The data of {self.spec.dataset} differ from those that run {self.spec.digest} was trained on "
-                f"(fingerprint {fingerprint[:12]}, recorded {recorded[:12]}); give the same data, or another --store."
+                f"(fingerprint {str(fingerprint)[:12]}, recorded {str(recorded)[:12]}); give the same data, or another "
+                "--store."
             )
+
+
+def check_data(runs: Iterable[Run], place: Place) -> None:
+    """Refuse data at hand that differ from what runs were trained on, before these are believed or gone on with.
+
+    Args:
+        runs: there or not.
+        place: data folder, cache.
+
+    Raises:
+        UserError: names the first run that recorded other data.
+    """
+    at_hand = cache(lambda dataset: fingerprints.at_hand(dataset, place.data_dir, place.cache))
+    for run in runs:
+        if "data_fingerprint" in run.provenance:
+            run.check_data(at_hand(run.spec.dataset))
 
 
 class RunStore:

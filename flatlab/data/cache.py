@@ -2,7 +2,8 @@
 
     <cache>/<data set>-<size>-<key>/index.json  squares.bin  originals.bin
 
-The key is made of the files' names, sizes and times, so that a changed folder has another entry. An entry is whole or
+The key is made of the files' names, sizes and times, so that a changed folder has another entry. The time of the last
+change of a file's facts (`ctime`) is among them: a program that writes in place and sets the old time cannot set that. An entry is whole or
 absent: it is built under a lock that dies with its process, in a neighbouring folder, and renamed. The fingerprint is
 of the files' own bytes: it is the same on each machine, whatever decodes them, stored or not. No torch.
 """
@@ -91,7 +92,25 @@ def prepare(
     """
     if image_size < 1:
         raise UserError(f"An image size is a number of pixels from 1 on, not {image_size}.")
-    found = listing(dataset, data_dir)
+    return _entry(listing(dataset, data_dir), image_size, cache, report)
+
+
+def fingerprint(dataset: str, *, data_dir: Path | None, cache: Path | None = None) -> str:
+    """Return a data set's fingerprint: files are read once, and again when their sizes or times change.
+
+    Args:
+        dataset: a catalog name, or `folder:NAME`.
+        data_dir: where the folders lie; see `catalog.locate`.
+        cache: the cache's folder; by default `default_folder()`.
+
+    Raises:
+        UserError: a folder or class is not as it should be, or the entry is damaged.
+    """
+    return _entry(listing(dataset, data_dir), 0, cache, None).fingerprint
+
+
+def _entry(found: Listing, image_size: int, cache: Path | None, report: Report | None) -> Entry:
+    """Return the entry of these files at a size; at size 0, of their hashes alone."""
     name = re.sub(r"\W+", "-", found.name)
     folder = (cache or default_folder()) / f"{name}-{image_size}-{_key(found, image_size)}"
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -107,7 +126,8 @@ def _key(found: Listing, image_size: int) -> str:
     for domain in found.tree:
         for path in found.paths(domain):
             facts = path.stat()
-            digest.update(repr((domain, path.parent.name, path.name, facts.st_size, facts.st_mtime_ns)).encode())
+            times = (facts.st_mtime_ns, facts.st_ctime_ns)
+            digest.update(repr((domain, path.parent.name, path.name, facts.st_size, times)).encode())
     return digest.hexdigest()[:16]
 
 
@@ -116,7 +136,7 @@ def _build(found: Listing, image_size: int, folder: Path, report: Report) -> Non
     shutil.rmtree(partial_, ignore_errors=True)  # of a builder that was killed: nobody else is at it, we hold the lock
     partial_.mkdir()
     try:
-        write = _store if _needed(found, image_size) <= LIMIT else _hash_only
+        write = _store if image_size and _needed(found, image_size) <= LIMIT else _hash_only
         facts = write(found, image_size, partial_, report)
         _write_index(partial_ / "index.json", facts)
         os.replace(partial_, folder)

@@ -13,7 +13,7 @@ from flatlab.quant.codebook import levels, searched_scale
 from flatlab.quant.fixed import Fixed
 from flatlab.quant.obc import Rounded, obc
 from flatlab.quantspecs import OBCSpec, RTNSpec
-from flatlab.runs import RunStore
+from flatlab.runs import RunStore, check_data
 from flatlab.specs import Place, RunSpec
 from flatlab.train.imported import hand_in
 
@@ -30,6 +30,7 @@ def derive(spec: RunSpec, store: RunStore, place: Place) -> None:
         UserError: where the parent is not done, or its data differ.
     """
     run, parent = store.run(spec), store.run(spec.parent or spec)
+    check_data([run], place)
     if run.done:
         return
     if not parent.done:

@@ -9,7 +9,7 @@ validation accuracy is therefore no fair one, and nothing is selected by it.
 from flatlab import build, files, machine
 from flatlab.errors import UserError
 from flatlab.models import Ensemble
-from flatlab.runs import RunStore
+from flatlab.runs import RunStore, check_data
 from flatlab.specs import Place, RunSpec
 from flatlab.train.evaluate import Judge
 from flatlab.train.trajectory import arrays
@@ -27,6 +27,7 @@ def join(spec: RunSpec, store: RunStore, place: Place) -> None:
         UserError: where a member is not finished, or was trained on other data.
     """
     run = store.run(spec)
+    check_data([run], place)
     if run.done:
         return
     domains = build.domains(spec, place)

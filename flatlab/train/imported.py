@@ -14,7 +14,7 @@ from flatlab.quant.attach import attach_each
 from flatlab.quant.codebook import levels
 from flatlab.quant.fixed import Fixed
 from flatlab.quantspecs import RTNSpec
-from flatlab.runs import Run, RunStore
+from flatlab.runs import Run, RunStore, check_data
 from flatlab.selection import Row
 from flatlab.settings import Setting
 from flatlab.specs import Place, RunSpec
@@ -44,6 +44,7 @@ def import_checkpoint(file: Path, setting: Setting, store: RunStore, place: Plac
     if exported:
         spec = _as_exported(spec, *exported)
     run = store.run(spec)
+    check_data([run], place)
     if run.done:
         return spec
     domains = build.domains(spec, place)

@@ -21,7 +21,7 @@ from flatlab import build, files, machine
 from flatlab.errors import UserError
 from flatlab.memory import out_of_memory
 from flatlab.models import Network, set_training
-from flatlab.runs import Run, RunStore
+from flatlab.runs import Run, RunStore, check_data
 from flatlab.selection import Row, candidates, training_domain
 from flatlab.specs import Place, RunSpec
 from flatlab.train.derived import derive
@@ -56,10 +56,12 @@ def train(
         report: called after each step.
 
     Raises:
-        UserError: where the runs are of several trajectories, or what a derived one is made from is not done.
+        UserError: where the runs are of several trajectories, what a derived one is made from is not done, or a run was
+            trained on other data.
     """
     if len({spec.trajectory.digest for spec in specs}) > 1:
         raise UserError(f"{len(specs)} runs of several trajectories came; train those of one trajectory at a time.")
+    check_data(map(store.run, specs), place)
     for spec in specs:
         if spec.derived:
             derive(spec, store, place)

@@ -1,0 +1,50 @@
+"""The fingerprint of the data at hand, which finished runs are compared with before they are believed.
+
+It is computed from the bytes once, and kept in the cache of images under the files' names, sizes and times; torch is
+not loaded but for the first fingerprint of the embedded digits.
+"""
+
+import contextlib
+import hashlib
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+from flatlab import files
+from flatlab.data import cache, catalog
+
+
+def at_hand(dataset: str, data_dir: str | None, kept: str | None) -> str | None:
+    """Return the fingerprint of a data set as it is now; None where its folder is not named or not there.
+
+    Args:
+        dataset: a catalog name, or `folder:NAME`.
+        data_dir: where the folders lie.
+        kept: the cache's folder; None: the platform's.
+
+    Raises:
+        UserError: the folder lacks a domain or class.
+    """
+    folder = Path(kept) if kept else cache.default_folder()
+    if catalog.canonical(dataset) == "digits":
+        return _digits(folder)
+    if data_dir is None or not Path(data_dir).is_dir():
+        return None
+    return cache.fingerprint(dataset, data_dir=Path(data_dir), cache=folder)
+
+
+def _digits(folder: Path) -> str:
+    """Return the digits' fingerprint, computed once for each version of what renders them."""
+    versions = [version(name) for name in ("scikit-learn", "scipy", "numpy", "torch")]
+    source = Path(__file__).with_name("digits.py").read_text()
+    key = hashlib.sha256(repr((versions, platform.machine(), source)).encode()).hexdigest()[:16]
+    path = folder / f"digits-{key}.json"
+    if path.exists():
+        return str(files.read_record(path)["fingerprint"])
+    from flatlab.data import digits
+
+    found = digits.load().fingerprint
+    with contextlib.suppress(OSError):  # where nothing can be kept, it is computed at each call
+        folder.mkdir(parents=True, exist_ok=True)
+        files.write_record(path, {"fingerprint": found})
+    return found
