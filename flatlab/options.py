@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # imported where they are used: `--help` answers before numpy
 
 SETTING_FIELDS: tuple[str, ...] = ("image_size", "model", "freeze_batchnorm", "bits", "steps", "eval_every")
 SETTING_FIELDS += ("batch_size", "lr", "precision", "seed", "trial_seed", "seeds", "controls")
-SETTING_FIELDS += ("granularity", "inq_grid", "log_scale", "activations", "activation_bits", "noise_amplitude")
+SETTING_FIELDS += ("granularity", "inq_grid", "log_scale", "activations", "activation_bits", "noise_amplitude", "swad_rule")
 SHORT = 8  # digits of a digest on a screen
 
 Needs = tuple[Callable[["Method"], bool], str, str]
@@ -44,7 +44,7 @@ NEEDS: dict[str, Needs] = {  # option -> whether a composition uses it; what it 
     "activation_bits": _LSQ,
     "noise_amplitude": (lambda m: m.noise != "none", "noise on the weights", "take --method noise"),
     "quantize_at": (lambda m: m.switched, "a quantizer that trains", "add --quantizer lsq"),
-    "exact_repo": (lambda m: m.average == "swad", "SWAD", "add --average swad"),
+    "swad_rule": (lambda m: m.average == "swad", "SWAD", "add --average swad"),
     "combine": (lambda m: m.members > 0, "an ensemble", "take --method eoq"),
 }
 
@@ -121,7 +121,6 @@ class Choices:
             domains=catalog.domain_names(dataset, folder),
             held_out=catalog.held_out(dataset, folder, self.held_out),
             switch=self.quantize_at,
-            swad_exact_repo=self.exact_repo,
             signed=False if self.unsigned else None,
             **{**{f: self.given.get(f) for f in SETTING_FIELDS}, "model": self._model(), **self._known()},
         )

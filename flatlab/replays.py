@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from flatlab import files, plots, selection
+from flatlab import files, plots, selection, valleys
 from flatlab.runs import Run
 
 OWN = "as trained"
@@ -57,14 +57,8 @@ def _said(run: Run, replay: Any) -> Iterator[str]:
             "in training they would be of more."
         )
     for name, each in replay.averages.items():
-        if each.valley and each.valley["start"] is None:
-            yield f"{run.name}: {name} found no valley and hands over its last segment."
-        elif each.valley:
-            end = "before the end of training" if each.valley["dead"] else "with the training"
-            yield (
-                f"{run.name}: the valley of {name} begins at step {each.valley['start']} and ends at "
-                f"{each.valley['end']}, {end}; its threshold is {each.valley['threshold']:.4f} nats."
-            )
+        if each.valley:
+            yield f"{run.name}, {name}: {valleys.sentence(each.valley, each.rule)}"
 
 
 def _draw(pairs: Sequence[tuple[Run, Any]], table: pd.DataFrame) -> Figure:

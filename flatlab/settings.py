@@ -1,6 +1,6 @@
 """SMOKE, QUICK and PAPER: how large a reproduction is, as one frozen record of numbers with their reasons."""
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -45,7 +45,7 @@ class Setting(Spec):
     swa_every: int = Field(100, ge=1)
     swad_every: int = Field(100, ge=1)
     swad_ratio: float = 0.3
-    swad_exact_repo: bool = False  # the quirks of SWAD's released code
+    swad_rule: Literal["paper", "released"] = "paper"  # Algorithm 1, or what SWAD's released code does
     sma_start: int = Field(100, ge=0)
     refresh_batches: int = Field(500, ge=1)  # for BatchNorm statistics of SWA and SWAD, unless frozen
     seed: int = Field(0, ge=0)

@@ -32,9 +32,12 @@ def list_runs(chosen: Choices) -> None:
 @takes("store", "json", "debug")
 def show(chosen: Choices, run: Digest) -> None:
     """Print a run's spec, provenance and log, always as JSON."""
+    from flatlab import valleys
+
     found = chosen.runs().find(run)
     told = {"spec": found.spec.model_dump(mode="json"), "done": found.done, "provenance": found.provenance}
     told["kept"] = list(found.kept())
+    told["remarks"] = valleys.remarks([found])
     told["probes"] = {probe.path.name: probe.spec.model_dump(mode="json") for probe in found.probes()}
     typer.echo(strict_json({**told, "log": found.rows()}, indent=1))
 
