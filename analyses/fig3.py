@@ -1,16 +1,22 @@
-"""Figure 3: local flatness on spheres of growing radius, on the seen and on the unseen domains (QT-DoG, section 4.2).
+"""Figure 3: local flatness on spheres of growing radius, on the seen and on the unseen domains (QT-DoG, section 3.4).
 
 Each domain is held out in turn. F is the mean rise of the loss at distance gamma in a random direction (Eq. 5),
 measured around the checkpoint that training-domain validation selects. Below the published panels stand
-their filter-normalised twins, which large weights cannot flatter.
+their filter-normalised twins, which large weights cannot flatter. Radii are those where ERM's loss has risen by so
+many nats, but for the paper's own network; what decides is the mean of F up to ERM's rise of 0.5 nats.
 """
 
+from typing import Any
+
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from flatlab import plots, tables
-from flatlab.methods import METHODS, replicates
+from flatlab import plots, tables, verdicts
+from flatlab.areas import UP_TO, areas, limits, named_by_rise
+from flatlab.methods import METHODS, radii_by_rise, replicates
 from flatlab.probespecs import ProbeSpec
 from flatlab.resources import published
 from flatlab.runs import RunStore
@@ -19,14 +25,19 @@ from flatlab.specs import RunSpec
 
 BASELINE = "ERM"
 ORDER = ("ERM", "SAM", "SWA", "SWAD", "QT-DoG")
+PAIRS = [("QT-DoG", other) for other in ORDER[:-1]] + [(other, BASELINE) for other in ORDER[1:-1]]
 COLUMNS = ["panel", "normalisation", "method", "held_out", "seed", "radius"]
-COLUMNS += ["value", "stderr", "low", "high", "over", "published"]
+COLUMNS += ["value", "stderr", "low", "high", "over", "published", "rise", "base_loss", "chance"]
 GROUP = ["panel", "normalisation", "method", "radius"]
 TITLES = {"train": "Average train flatness (seen domains)", "test": "Average test flatness (unseen domain)"}
-SUMMARY = "Difference to ERM in nats, paired by held-out domain and seed, 95 % intervals over seeds; * excludes 0"
+SHORT = {"train": "seen", "test": "unseen"}
+SUMMARY = (
+    f"Mean of F up to ERM's rise of {UP_TO} nats: differences in nats, paired by held-out domain and seed; 95 % "
+    "intervals over seeds, each alone; * p < 0.05 after Holm over the pairs of a column"
+)
 TOLD = ["value", "low", "high"]
 SAMPLING = ("num_samples", "rel_error", "block_size", "images")
-OURS = (*SAMPLING, "seed", "trial_seed", "seeds", "radii", "filter_radii")  # may differ from the paper's
+OURS = (*SAMPLING, "seed", "trial_seed", "seeds", "rises", "beyond")  # may differ from the paper's
 SYMBOLS = {"none": "γ", "filter": "ρ"}
 AXES = {"none": "Radius γ (L2 distance)", "filter": "Relative radius ρ (share of each filter's norm)"}
 
@@ -34,8 +45,11 @@ AXES = {"none": "Radius γ (L2 distance)", "filter": "Relative radius ρ (share 
 def probes(setting: Setting) -> list[ProbeSpec]:
     """Return the two measurements of each run: raw, and filter-normalised."""
     shared = {field: getattr(setting, field) for field in SAMPLING}
-    radii = {"none": setting.radii, "filter": setting.filter_radii}
-    return [ProbeSpec.make(radii=radii[kind], normalisation=kind, **shared) for kind in ("none", "filter")]
+    risen = radii_by_rise(setting, (*setting.rises, setting.beyond))
+    return [
+        ProbeSpec.make(radii=setting.radii or risen, normalisation="none", **shared),
+        ProbeSpec.make(radii=risen, normalisation="filter", **shared),
+    ]
 
 
 def labelled(setting: Setting) -> list[tuple[str, RunSpec]]:
@@ -52,42 +66,68 @@ def plan(setting: Setting) -> tuple[list[RunSpec], list[tuple[RunSpec, ProbeSpec
 def table(store: RunStore, setting: Setting) -> pd.DataFrame:
     """Return the curves: of each run with intervals over directions, and of each method over seeds."""
     wanted = [(name, run, probe) for name, run in labelled(setting) for probe in probes(setting)]
-    each = tables.flatness(store, wanted)
+    each = named_by_rise(tables.flatness(store, wanted), BASELINE)
     whole = pd.concat([each, tables.over_seeds(each, GROUP)], ignore_index=True)
     return _with_published(whole, setting)[COLUMNS]
 
 
 def findings(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return each method's difference to ERM at each radius, paired by held-out domain and seed."""
-    each = frame[(frame["over"] == "directions") & (frame["radius"] > 0)]
-    return tables.paired(each, BASELINE, ["panel", "normalisation", "radius"])
+    """Return the differences of the pairs that the paper speaks of: in the mean of F (primary), and at each radius.
+
+    Families: for each panel and normalisation the pairs, and secondly the radii times pairs. A radius counts up to
+    ERM's rise of 0.5 nats, and where no method's loss has reached chance; the others have no verdict.
+    """
+    each = frame[frame["over"] == "directions"]
+    ends = limits(each).set_index(["panel", "normalisation"])["limit"]
+    primary = tables.paired_each(areas(each, ends.reset_index()), PAIRS, ["panel", "normalisation"])
+    single = tables.paired_each(each[each["radius"] > 0], PAIRS, ["panel", "normalisation", "radius"])
+    both = pd.concat([primary.assign(quantity="mean up to"), single.assign(quantity="at")], ignore_index=True)
+    limit = both.join(ends, on=["panel", "normalisation"])["limit"]
+    both["radius"] = both["radius"].fillna(limit)
+    named = each.groupby(["normalisation", "radius"])["rise"].first()
+    where = both["panel"].map(SHORT) + " domains, " + both["normalisation"].map(SYMBOLS)
+    told = both.join(named, on=["normalisation", "radius"]).assign(at=both["radius"].map("{:g}".format))
+    kind = np.where(both["quantity"] == "at", "F at single radii", f"Mean of F up to ERM's rise of {UP_TO} nats")
+    return verdicts.corrected(told, kind + ", " + where, read=both["radius"] <= limit)
 
 
 def remarks(frame: pd.DataFrame) -> list[str]:
-    """Say whether the order of the methods changes under filter normalisation, at the largest radii."""
-    whole = frame[frame["over"] == "seeds"]
-    far = whole[whole["radius"] == whole.groupby("normalisation")["radius"].transform("max")]
+    """Say what the tests say, first of the mean of F, then of single radii; and where the loss reaches chance."""
+    found = findings(frame)
+    words: dict[str, Any] = {"words": ("flatter", "sharper"), "unit": "nats"}
+    single = found["quantity"] == "at"
+    said = [*verdicts.sentences(found[~single].drop(columns="at"), **words), verdicts.statement(found[~single])]
+    said += [*verdicts.sentences(found[single], **words), verdicts.statement(found[single])]
+    return [*said, *_chance(limits(frame[frame["over"] == "directions"]))]
+
+
+def _chance(ends: pd.DataFrame) -> list[str]:
+    """Say from which radius on the loss is no longer below that of guessing."""
     said = []
-    for panel in TITLES:
-        orders = [
-            " < ".join(far[(far["panel"] == panel) & (far["normalisation"] == kind)].sort_values("value")["method"])
-            for kind in AXES
-        ]
-        what = "stays the same" if orders[0] == orders[1] else f"becomes {orders[1]}"
-        said.append(f"{TITLES[panel]}: the order {orders[0]} {what} under filter normalisation, intervals aside.")
+    for row in ends.to_dict("records"):
+        where, guess = f"{SHORT[row['panel']]} domains, {SYMBOLS[row['normalisation']]}", f"{row['chance']:.2f} nats"
+        if np.isnan(row["met"]):
+            said.append(f"Chance ({guess}), {where}: the loss stays below at all radii.")
+        else:
+            said.append(f"Chance ({guess}), {where}: reached at {row['met']:g} by {row['by']}; no verdict from there on.")
     return said
 
 
 def summary(findings: pd.DataFrame) -> pd.DataFrame:
-    """Return the findings at the largest radius of each panel, a line per method: enough to read on a screen."""
-    far = findings[findings["radius"] == findings.groupby("normalisation")["radius"].transform("max")]
-    cells = far.assign(
+    """Return the primary findings, a line for each pair: enough to read on a screen."""
+    mine = findings[findings["quantity"] != "at"]
+    cells = mine.assign(
+        pair=mine["method"] + " less " + mine["baseline"],
         where=[
-            f"{SYMBOLS[n]}={r:g} {p}" for n, r, p in zip(far["normalisation"], far["radius"], far["panel"], strict=True)
+            f"{SHORT[panel]}, {SYMBOLS[kind]} ≤ {radius:g}"
+            for panel, kind, radius in mine[["panel", "normalisation", "radius"]].itertuples(index=False)
         ],
-        cell=[tables.bracketed(v, lo, hi) for v, lo, hi in far[TOLD].itertuples(index=False)],
+        cell=[
+            "not read" if verdict == verdicts.UNREAD else tables.bracketed(*told, starred=p < verdicts.LEVEL)
+            for verdict, p, *told in mine[["verdict", "p_holm", *TOLD]].itertuples(index=False)
+        ],
     )
-    return cells.pivot_table(index="method", columns="where", values="cell", aggfunc="first", sort=False).reset_index()
+    return cells.pivot_table(index="pair", columns="where", values="cell", aggfunc="first", sort=False).reset_index()
 
 
 def caption(setting: Setting) -> str:
@@ -96,7 +136,10 @@ def caption(setting: Setting) -> str:
     return (
         f"Local flatness: {setting.words}, {setting.effort}\n"
         f"Held out in turn: {', '.join(setting.held_out)}; {images} images per domain (in split). "
-        "Mean over held-out domains; band: 95 % interval over seeds."
+        "Mean over held-out domains; bars: 95 % interval over seeds. Radii: where ERM's loss on the seen domains has "
+        f"risen by {', '.join(f'{rise:g}' for rise in setting.rises)} nats, and by {setting.beyond:g} for the look"
+        f"{' (raw: those of the paper)' if setting.radii else ''}. Dotted: {UP_TO} nats, where the mean on the right "
+        "ends. Grey: a method's loss is that of guessing; no verdict there. Right: filled where p < 0.05 after Holm."
     )
 
 
@@ -117,16 +160,49 @@ def _with_published(frame: pd.DataFrame, setting: Setting) -> pd.DataFrame:
 
 
 def draw(frame: pd.DataFrame, caption: str) -> Figure:
-    """Draw the published panels, and below them their filter-normalised twins."""
+    """Draw the published panels, below them their filter-normalised twins, and beside them what decides."""
     shown = frame[frame["over"] == "seeds"]
+    ends = limits(frame[frame["over"] == "directions"])
+    decisive = findings(frame)
     with plots.style():
-        figure, grid = plt.subplots(2, 2, figsize=(7.0, 5.4), layout="constrained")
+        figure, grid = plt.subplots(2, 3, figsize=(9.6, 5.6), layout="constrained", width_ratios=(1, 1, 0.8))
         for row, normalisation in zip(grid, AXES, strict=True):
-            for ax, panel in zip(row, TITLES, strict=True):
+            for ax, panel in zip(row[:2], TITLES, strict=True):
                 mine = shown[(shown["panel"] == panel) & (shown["normalisation"] == normalisation)]
-                plots.curves(ax, mine, x="radius", by="method", order=ORDER)
+                plots.bars(ax, mine, x="radius", by="method", order=ORDER)
+                _marks(ax, ends[(ends["panel"] == panel) & (ends["normalisation"] == normalisation)], mine)
                 ax.set(title=TITLES[panel], xlabel=AXES[normalisation], ylabel="Flatness $F(w)$ (nats)")
-        title, _, rest = caption.partition("\n")
-        plots.legend_above(figure, grid[0, 0], title)
-        figure.supxlabel(rest, fontsize=7, color="0.3")
+            _differences(row[2], decisive[(decisive["normalisation"] == normalisation) & (decisive["quantity"] != "at")])
+        plots.captioned(figure, grid[0, 0], caption)
     return figure
+
+
+def _marks(ax: Axes, ends: pd.DataFrame, mine: pd.DataFrame) -> None:
+    """Mark where the mean that decides ends, and from where on a method's loss is that of guessing."""
+    limit, met = ends[["limit", "met"]].iloc[0]
+    ax.axvline(limit, color="0.3", linewidth=0.8, linestyle=":")
+    right = mine["radius"].max() * 1.04
+    if met <= right:
+        before = mine.loc[mine["radius"] < met, "radius"].max()
+        ax.axvspan((before + met) / 2, right, color="0.9", zorder=0)
+        ax.annotate("chance", ((before + met) / 2, 1), xycoords=("data", "axes fraction"), fontsize=6, va="top")
+    ax.set_xlim(-0.02 * right, right)
+
+
+def _differences(ax: Axes, rows: pd.DataFrame) -> None:
+    """Draw the difference of each pair in the mean of F with its interval, the panels beside each other."""
+    names = [f"{method} − {baseline}" for method, baseline in PAIRS]
+    for index, (panel, word) in enumerate(SHORT.items()):
+        mine = rows[rows["panel"] == panel].set_index(["method", "baseline"]).loc[PAIRS]
+        heights = np.arange(len(PAIRS)) + 0.3 * (index - 0.5)
+        color = f"C{7 + index}"
+        ax.hlines(heights, mine["low"], mine["high"], color=color, linewidth=1.2)
+        ax.plot(mine["value"], heights, "o", color=color, markerfacecolor="white", label=word)
+        sure = (mine["p_holm"] < verdicts.LEVEL).to_numpy()
+        ax.plot(mine["value"][sure], heights[sure], "o", color=color)
+    ax.axvline(0, color="0.3", linewidth=0.8)
+    ax.set(yticks=range(len(PAIRS)), yticklabels=names, ylim=(len(PAIRS) - 0.5, -0.5))
+    ax.set(title=f"Difference in mean $F$ up to {SYMBOLS[rows['normalisation'].iloc[0]]} = {rows['radius'].max():g}")
+    ax.set_xlabel("nats (left of 0: the first is flatter)")
+    ax.grid(visible=False, axis="y")
+    ax.legend(fontsize=7, loc="lower right")

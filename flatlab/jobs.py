@@ -10,7 +10,7 @@ from pydantic import Field
 
 from flatlab.entries import Entry
 from flatlab.errors import UserError
-from flatlab.probespecs import AnyProbe, Probing, Sizes
+from flatlab.probespecs import AnyProbe, Probing, ReachSpec, Sizes
 from flatlab.quantspecs import OBCSpec
 from flatlab.runs import RunStore
 from flatlab.specs import Place, RunSpec, Spec
@@ -32,13 +32,20 @@ class Job(Spec):
     probes: tuple[AnyProbe, ...] = ()  # empty: train the runs
     forks: tuple[int, ...] = ()  # steps before which the trajectory's state is kept for others
     keep_every: int | None = Field(None, ge=1)  # steps between checkpoints that are kept along the trajectory
-    needs: tuple[str, ...] = ()  # digests of runs that must be done
+    needs: tuple[str, ...] = ()  # what must be done before: runs by digest, measurements by their path in the store
     passes: float  # cost, in images forwarded
 
     def entries(self, store: RunStore) -> list[Entry]:
         """Return the directories that the job fills."""
         runs = [store.run(spec) for spec in self.runs]
         return [runs[0].probe(probe) for probe in self.probes] if self.probes else list(runs)
+
+    @property
+    def fills(self) -> set[str]:
+        """What is done once the job is, as `needs` names it."""
+        if not self.probes:
+            return {spec.digest for spec in self.runs}
+        return {_measurement(self.runs[0].digest, probe) for probe in self.probes}
 
     def claims(self, store: RunStore) -> list[Entry]:
         """Return the directories that the job writes to: what is kept goes where the trajectory's own run is."""
@@ -53,7 +60,7 @@ class Job(Spec):
         return all(entry.done for entry in self.entries(store))
 
     def ready(self, store: RunStore) -> bool:
-        """Whether the runs that it needs are done."""
+        """Whether what it needs is done."""
         return all(map(store.finished, self.needs))
 
 
@@ -71,6 +78,8 @@ Wanted = Sequence[tuple[RunSpec, Probing]]
 def missing(store: RunStore, runs: Sequence[RunSpec], probes: Wanted, *, sizes: Sizes) -> list[Job]:
     """Return the jobs for what the store lacks: trajectories first, the longest first, then derived runs, then probes.
 
+    The pilots that probes rest on come before them.
+
     Args:
         store: what is there already.
         runs: wanted runs; those of one trajectory become one job.
@@ -78,8 +87,9 @@ def missing(store: RunStore, runs: Sequence[RunSpec], probes: Wanted, *, sizes: 
         sizes: images of each domain, for the costs.
 
     Raises:
-        UserError: where an imported run is lacking, which no training brings back.
+        UserError: where an imported run is lacking, which no training brings back, or a reference run is nowhere.
     """
+    before = pilots(store, [*runs, *(run for run, _ in probes)], probes)
     lacking = _lacking(store, [*runs, *(run for run, _ in probes)])
     if gone := next((spec for spec in lacking.values() if spec.source and not spec.members), None):
         raise UserError(
@@ -88,7 +98,28 @@ def missing(store: RunStore, runs: Sequence[RunSpec], probes: Wanted, *, sizes: 
         )
     training = _training([spec for spec in lacking.values() if not spec.made_from], sizes)
     making = [_making(spec, lacking, sizes) for spec in lacking.values() if spec.made_from]
-    return _told_apart([*training, *making, *_measuring(store, probes, set(lacking), sizes)])
+    measuring = [*_measuring(store, before, set(lacking), sizes), *_measuring(store, probes, set(lacking), sizes)]
+    return _told_apart([*training, *making, *measuring])
+
+
+def pilots(store: RunStore, runs: Sequence[RunSpec], probes: Wanted) -> list[tuple[RunSpec, Probing]]:
+    """Return the measurements of reference runs that others rest on, each once.
+
+    Args:
+        store: where reference runs are sought that are not among these.
+        runs: that are planned.
+        probes: wanted measurements, each with its run.
+
+    Raises:
+        UserError: where a reference run is in neither.
+    """
+    known = {spec.digest: spec for spec in runs}
+    wanted = dict.fromkeys(pair for _, probe in probes for pair in probe.pilots)
+    return [(known.get(digest) or store.find(digest).spec, pilot) for digest, pilot in wanted]
+
+
+def _measurement(digest: str, probe: Probing) -> str:
+    return f"{digest}/probes/{probe.digest}"
 
 
 def keeping(todo: Sequence[Job], store: RunStore, runs: Sequence[RunSpec], every: int) -> list[Job]:
@@ -169,16 +200,21 @@ def _measuring(store: RunStore, probes: Wanted, trained: set[str], sizes: Sizes)
     for run, probe in probes:
         if not store.run(run).probe(probe).done:
             asked.setdefault(run.digest, []).append((run, probe))
-    return [
-        Job(
-            name=f"measure {pairs[0][0].label} on {pairs[0][0].held_out}, seed {pairs[0][0].seed}",
-            runs=(pairs[0][0],),
-            probes=tuple(dict.fromkeys(probe for _, probe in pairs)),
-            needs=(digest,) if digest in trained else (),
-            passes=sum(probe.passes(sizes) for _, probe in pairs),
+    jobs = []
+    for digest, pairs in asked.items():
+        before = dict.fromkeys(_measurement(*pilot) for _, probe in pairs for pilot in probe.pilots)
+        lacking = [name for name in before if not store.finished(name)]
+        run, kind = pairs[0][0], "pilot" if isinstance(pairs[0][1], ReachSpec) else "measure"
+        jobs.append(
+            Job(
+                name=f"{kind} {run.label} on {run.held_out}, seed {run.seed}",
+                runs=(run,),
+                probes=tuple(dict.fromkeys(probe for _, probe in pairs)),
+                needs=(*([digest] if digest in trained else []), *lacking),
+                passes=sum(probe.passes(sizes) for _, probe in pairs),
+            )
         )
-        for digest, pairs in asked.items()
-    ]
+    return jobs
 
 
 def training_passes(spec: RunSpec, sizes: Sizes, *, forked: bool) -> float:

@@ -1,11 +1,12 @@
 """The paper's names as compositions: a method is a few fields of a run, never a class."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from flatlab.errors import choose
 from flatlab.quantspecs import AnyQuantizer, INQSpec, NoiseSpec, OBCSpec, QuantSpec, RTNSpec
+from flatlab.risespecs import ByRise
 from flatlab.settings import Setting
 from flatlab.specs import AverageSpec, MixSpec, RunSpec, StepSpec
 
@@ -172,3 +173,9 @@ def replicates(parts: Method, setting: Setting) -> list[RunSpec]:
         for target in setting.held_out
         for i in range(1 if parts.members else setting.seeds)
     ]
+
+
+def radii_by_rise(setting: Setting, rises: Sequence[float]) -> ByRise:
+    """Return radii at which ERM's loss rises by so many nats: of all its runs in a setting, for whatever method."""
+    references = sorted(run.digest for run in replicates(METHODS["ERM"], setting))
+    return ByRise.make(rises=tuple(rises), references=tuple(references))

@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, SerializeAsAny
 
 from flatlab.errors import UserError, choose
 from flatlab.probing import FORESEEN, PILOT, PRODUCT, Probing, Sizes
+from flatlab.risespecs import ByRise, Radii, ReachSpec, count_above_zero, pilots_of
 from flatlab.specs import RunSpec
 from flatlab.surveyspecs import AuditSpec, ConnectionSpec, SurfaceSpec, TriangleSpec
 
@@ -17,12 +18,14 @@ __all__ = [
     "KINDS",
     "AnyProbe",
     "AuditSpec",
+    "ByRise",
     "CamSpec",
     "ConnectionSpec",
     "ProbeSpec",
     "Probing",
     "QuantNoiseSpec",
     "RadiusSpec",
+    "ReachSpec",
     "SizeSpec",
     "Sizes",
     "SpectrumSpec",
@@ -42,7 +45,7 @@ class ProbeSpec(Probing):
     """Flatness on spheres (QT-DoG Eq. 5)."""
 
     metric: Literal["sphere"] = "sphere"
-    radii: tuple[float, ...] | Literal["auto"]  # absolute L2, or the share of each filter's norm
+    radii: Radii  # absolute L2, or the share of each filter's norm
     num_samples: int | None = Field(None, ge=2)  # directions on all images; None: as many as the accuracy needs
     rel_error: float = Field(0.02, ge=0)  # standard error / |F|
     abs_error: float = Field(1e-4, ge=0)  # nats
@@ -60,6 +63,11 @@ class ProbeSpec(Probing):
         """How much was sampled, in words for a caption."""
         return f"{self.num_samples} directions" if self.num_samples else f"directions for {self.rel_error:.0%} error"
 
+    @property
+    def pilots(self) -> tuple[tuple[str, Probing], ...]:
+        """The reference runs' measurements that the radii rest on."""
+        return pilots_of(self, self.radii, normalisation=self.normalisation)
+
     def passes(self, sizes: Sizes) -> float:
         """Return the images that are forwarded: for an accuracy a rule of thumb, since no pilot has flown.
 
@@ -67,7 +75,7 @@ class ProbeSpec(Probing):
             sizes: images of each domain.
         """
         images = self.count(sizes)
-        count = AUTO_RADII if self.radii == "auto" else sum(radius > 0 for radius in self.radii)
+        count = AUTO_RADII if isinstance(self.radii, str) else count_above_zero(self.radii)
         foreseen = max(LEAST, FORESEEN / max(self.rel_error, 1e-3) ** 2)
         each = images * self.num_samples if self.num_samples else min(foreseen, BUDGET * images)
         return float(each * count)
@@ -113,8 +121,13 @@ class CamSpec(Probing):
     layer: str | None = None  # a module's name; None finds it
     grid: tuple[int, int] | None = None  # of tokens, where it cannot be inferred
     num_shares: int = Field(10, ge=1)  # steps of the deletion and insertion curves
-    radii: tuple[float, ...] = ()  # absolute L2, at which the maps are drawn again
+    radii: tuple[float, ...] | ByRise = ()  # absolute L2, at which the maps are drawn again
     num_samples: int = Field(5, ge=1)  # directions
+
+    @property
+    def pilots(self) -> tuple[tuple[str, Probing], ...]:
+        """The reference runs' measurements that the radii rest on: of all their source images."""
+        return pilots_of(self, self.radii, images=None)
 
     def count(self, sizes: Sizes) -> int:
         """Return how many images are looked at: those of one domain."""
@@ -126,7 +139,7 @@ class CamSpec(Probing):
         Args:
             sizes: images of each domain.
         """
-        maps = 1 + len(self.radii) * self.num_samples
+        maps = 1 + count_above_zero(self.radii) * self.num_samples
         return float(self.count(sizes) * (3 * maps + 2 * (self.num_shares + 1)))
 
 
@@ -204,6 +217,7 @@ class SizeSpec(_OfWeights):
 
 KINDS: dict[str, type[Probing]] = {
     "sphere": ProbeSpec,
+    "reach": ReachSpec,
     "spectrum": SpectrumSpec,
     "surface": SurfaceSpec,
     "connection": ConnectionSpec,

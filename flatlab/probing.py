@@ -35,3 +35,8 @@ class Probing(Spec):
             sizes: images of each domain.
         """
         return float(self.count(sizes))
+
+    @property
+    def pilots(self) -> tuple[tuple[str, "Probing"], ...]:
+        """Measurements of other runs that must be there first, each with its run's digest."""
+        return ()

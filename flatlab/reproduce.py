@@ -197,7 +197,7 @@ def _page(module: ModuleType, setting: Setting, shown: tuple[pd.DataFrame, pd.Da
 def _facts(module: ModuleType, setting: Setting, store: RunStore) -> dict[str, Any]:
     runs, probes = module.plan(setting)
     here = [store.run(spec) for spec in runs]
-    measured = [store.run(run).probe(probe) for run, probe in probes]
+    measured = [store.run(run).probe(probe) for run, probe in [*jobs.pilots(store, runs, probes), *probes]]
     return {
         "figure": (module.__doc__ or "").splitlines()[0],
         "setting": setting.model_dump(mode="json"),

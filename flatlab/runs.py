@@ -179,9 +179,9 @@ class RunStore:
         """Return the run that a spec names, there or not."""
         return Run(self.root / spec.digest, spec)
 
-    def finished(self, digest: str) -> bool:
-        """Whether the run of that digest is finished."""
-        return (self.root / digest / "done").exists()
+    def finished(self, name: str) -> bool:
+        """Whether the run of that digest is finished, or the measurement at that path below the store."""
+        return (self.root / name / "done").exists()
 
     def runs(self) -> list[Run]:
         """Return the runs that exist, finished or not."""

@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from flatlab import files, plots, tables
-from flatlab.methods import METHODS, replicates
+from flatlab.methods import METHODS, radii_by_rise, replicates
 from flatlab.metrics.maps import agreement, energy
 from flatlab.probespecs import CamSpec
 from flatlab.runs import RunStore
@@ -40,6 +40,7 @@ COLUMNS = ["quantity", "method", "held_out", "seed", "share", "image", "label", 
 COLUMNS += ["value", "stderr", "low", "high", "over"]
 IMAGES = 24  # of each target: the numbers rest on all of them, the pictures show the first
 DIRECTIONS = 5
+RISES = (0.005, 0.02)  # nats on the seen domains, that name the radii; further out most maps are empty
 # This network's head reads the last grid cell by cell, where averaging gradients over cells leaves 7 maps of 10 empty
 # (measured on ERM and QT-DoG); one stage earlier none is.
 LAYERS = {"digits-cnn": "features.6"}
@@ -71,8 +72,8 @@ class CamFigure:
 
     def probe(self, setting: Setting) -> CamSpec:
         """Return the measurement: all figures share it."""
-        far = setting.radii[1:]
-        radii = tuple(dict.fromkeys((far[0], far[len(far) // 4])))  # further out most maps are empty
+        chosen = setting.replace(held_out=self.held_out(setting))
+        radii = setting.radii[1:5:3] if setting.radii else radii_by_rise(chosen, RISES)
         images = max(IMAGES if setting.images is None else min(IMAGES, setting.images), self.first + self.shown)
         return CamSpec(images=images, layer=LAYERS.get(setting.model), radii=radii, num_samples=DIRECTIONS)
 
@@ -106,13 +107,14 @@ class CamFigure:
     def caption(self, setting: Setting) -> str:
         """Say in a title and a line below which data, images and networks the picture shows."""
         probe = self.probe(setting)
-        radii = " and ".join(f"{radius:g}" for radius in probe.radii)
+        moved = " and ".join(f"{each:g}" for each in (setting.radii[1:5:3] if setting.radii else RISES))
+        moved = f"by γ = {moved}" if setting.radii else f"to where ERM's loss rises by {moved} nats on seen domains,"
         return (
             f"GradCAM (Figure {self.number}): {setting.words}\n"
             f"Evidence for the true class in images {self.first + 1} to {self.first + self.shown} of each held-out "
             f"domain's in split, shuffled by seed {probe.seed}, classes in turn; networks of seed {setting.seed}. Each "
             "map on its own scale, and below both networks' on one. Numbers: "
-            f"{probe.images} images, mean and 95 % interval over seeds; weights moved by γ = {radii} along "
+            f"{probe.images} images, mean and 95 % interval over seeds; weights moved {moved} along "
             f"{probe.num_samples} directions. Layer: {probe.layer or 'the last with a grid'}."
         )
 

@@ -5,7 +5,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from flatlab.errors import choose
-from flatlab.specs import Spec
+from flatlab.specs import RunSpec, Spec
 
 
 class Setting(Spec):
@@ -52,8 +52,8 @@ class Setting(Spec):
     trial_seed: int = Field(0, ge=0)
     seeds: int = Field(3, ge=1)
     members: int | None = Field(None, ge=1)  # of an ensemble; None: as many as the method has
-    radii: tuple[float, ...]
-    filter_radii: tuple[float, ...]
+    rises: tuple[float, ...] = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5)  # nats, of ERM on the seen domains: they name radii
+    beyond: float = 1.0  # nats: one radius more, for the look
     num_samples: int | None = Field(100, ge=2)  # directions, each on all images; None: as many as `rel_error` needs
     rel_error: float = 0.02
     block_size: int | None = None  # images that a direction sees, where no `num_samples` are asked for
@@ -84,6 +84,11 @@ class Setting(Spec):
         return round(self.switch_share * self.steps) if self.switch is None else self.switch
 
     @property
+    def radii(self) -> tuple[float, ...] | None:
+        """The paper's radii for the paper's network; None: they are chosen by rise."""
+        return papers_radii(self)
+
+    @property
     def inq_every(self) -> int:
         """INQ's steps between stages, such that its four end where 15 % are left (750 of 5,000; methods.md 3.1)."""
         return max(1, min(round(0.15 * self.steps), (self.steps - self.switch_step) // 3))
@@ -106,8 +111,7 @@ SMOKE = Setting(
     refresh_batches=2,
     seeds=2,
     members=2,
-    radii=(0.0, 1.0, 2.0),
-    filter_radii=(0.0, 0.2, 0.4),
+    rises=(0.02, 0.5),
     num_samples=3,
     images=20,
 )
@@ -124,8 +128,6 @@ QUICK = Setting(
     refresh_batches=50,
     seeds=3,
     members=5,  # of each ensemble alike, so that none wins by numbers
-    radii=(0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0),  # F reaches about 1 nat
-    filter_radii=(0.0, 0.1, 0.2, 0.3, 0.4, 0.5),
     num_samples=None,
     rel_error=0.1,  # of one checkpoint: the spread over seeds is larger
     block_size=16,  # fixed, so that all methods share their rays and no timing decides a number
@@ -145,9 +147,16 @@ PAPER = Setting(
     steps=5000,
     eval_every=300,
     lr=5e-5,
-    radii=tuple(float(radius) for radius in range(0, 61, 5)),
-    filter_radii=(0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6),
 )
+
+PAPERS_RADII = tuple(float(radius) for radius in range(0, 61, 5))  # QT-DoG's Figure 3, of one network alone
+
+
+def papers_radii(one: Setting | RunSpec) -> tuple[float, ...] | None:
+    """Return the radii of the paper's figure where the network is the paper's own; None where it is another."""
+    own = all(getattr(one, field) == getattr(PAPER, field) for field in ("dataset", "model", "weights", "image_size"))
+    return PAPERS_RADII if own else None
+
 
 SETTINGS = {setting.name: setting for setting in (SMOKE, QUICK, PAPER)}
 
@@ -159,7 +168,7 @@ BY_DATASET: dict[str, dict[str, Any]] = {  # where SWAD and QT-DoG depart from t
 
 
 def for_data(chosen: Setting, dataset: str, *, model: str | None = None, weights: str | None = None) -> Setting:
-    """Return a setting for a data set: the network, learning rates and radii that suit it, the chosen one's schedule.
+    """Return a setting for a data set: the network and learning rates that suit it, the chosen one's schedule.
 
     Photographs take the paper's, digits QUICK's. BatchNorm's statistics are frozen where the network starts from
     weights: frozen random ones mean nothing. The paper's learning rate is for pretrained weights: from scratch the
@@ -175,7 +184,7 @@ def for_data(chosen: Setting, dataset: str, *, model: str | None = None, weights
     start = weights or ("none" if model == QUICK.model else suiting.weights)
     changes: dict[str, Any] = {"dataset": dataset, "weights": start, "freeze_batchnorm": start != "none"}
     if (chosen.dataset == QUICK.dataset) != (dataset == QUICK.dataset):
-        fields = ["image_size", "model", "augment", "radii", "filter_radii"]
+        fields = ["image_size", "model", "augment"]
         if start != "none" or suiting is QUICK:
             fields += ["lr", "scale_lr"]
         changes |= {field: getattr(suiting, field) for field in fields}

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from flatlab import selection
+from flatlab import files, selection
 from flatlab.errors import UserError
 from flatlab.metrics import rounds
 from flatlab.metrics.results import Estimate, FloatArray, mean_of
-from flatlab.probespecs import ProbeSpec
-from flatlab.runs import Run, RunStore
+from flatlab.probespecs import ByRise, ProbeSpec
+from flatlab.runs import RunStore
 from flatlab.specs import RunSpec
 
 LEVEL = 0.95
@@ -26,17 +26,34 @@ def flatness(store: RunStore, wanted: Iterable[tuple[str, RunSpec, ProbeSpec]]) 
     """Return one row per run, panel and radius: the rise of the loss in nats, averaged over directions.
 
     The panel "train" is the mean over the seen domains, each weighing the same; "test" is the held-out domain.
+    `rise` is what a radius was chosen for (NaN where it was given), `base_loss` the loss at the checkpoint, `chance`
+    that of guessing, ln C; all in nats.
 
     Args:
         store: holds the finished measurements.
         wanted: method's name, run, probe.
+
+    Raises:
+        UserError: where measurements of common radii have others: a reference run was measured again in between.
     """
-    return pd.DataFrame([row for label, run, probe in wanted for row in _rises(store.run(run), probe, label)])
+    found: dict[ProbeSpec, tuple[str, FloatArray]] = {}
+    rows = []
+    for label, run, probe in wanted:
+        arrays, facts = store.run(run).measured(probe, label)
+        first, radii = found.setdefault(probe, (run.digest, arrays["radii"]))
+        if isinstance(probe.radii, ByRise) and not np.array_equal(radii, arrays["radii"]):
+            raise UserError(
+                f"The radii of runs {first} and {run.digest} must be the same, got {radii} and {arrays['radii']}: their "
+                f"reference runs were measured again in between. Remove {run.digest} (`flatlab runs rm`) and repeat."
+            )
+        rows += _rises(run, probe, label, (arrays, facts))
+    return pd.DataFrame(rows)
 
 
-def _rises(run: Run, probe: ProbeSpec, label: str) -> Iterable[dict[str, Any]]:
-    arrays, facts = run.measured(probe, label)
-    target = [name == run.spec.held_out for name in facts["strata"]]
+def _rises(run: RunSpec, probe: ProbeSpec, label: str, found: tuple[files.Arrays, Any]) -> Iterable[dict[str, Any]]:
+    arrays, facts = found
+    target = [name == run.held_out for name in facts["strata"]]
+    named = facts.get("rises", [float("nan")] * len(arrays["radii"]))
     for panel, mine in {"train": ~np.array(target), "test": np.array(target)}.items():
         for index, (radius, blocks) in enumerate(zip(arrays["radii"], facts["blocks"], strict=True)):
             rises = arrays[f"visits-{index:02d}"][:, mine].mean(axis=1)  # (J,)
@@ -44,11 +61,14 @@ def _rises(run: Run, probe: ProbeSpec, label: str) -> Iterable[dict[str, Any]]:
                 "panel": panel,
                 "normalisation": probe.normalisation,
                 "method": label,
-                "held_out": run.spec.held_out,
-                "seed": run.spec.seed,
+                "held_out": run.held_out,
+                "seed": run.seed,
                 "radius": float(radius),
                 **_told(rounds.estimate(rises, blocks)),
                 "over": "directions",
+                "rise": named[index],
+                "base_loss": float(arrays["base_loss"][mine].mean()),
+                "chance": facts["chance"],
             }
 
 
@@ -106,7 +126,8 @@ def _check_crossed(frame: pd.DataFrame, by: Sequence[str]) -> None:
 def paired(frame: pd.DataFrame, baseline: str, by: Sequence[str]) -> pd.DataFrame:
     """Return each method less the baseline, paired by held-out domain and seed, with intervals over seeds.
 
-    A column `verdict` says "lower", "higher" or "not distinguishable" as the interval lies.
+    A column `verdict` says "lower", "higher" or "not distinguishable" as the interval lies, and `p` is the two-sided
+    p-value of the paired t test, both of this test alone: `verdicts.corrected` looks at the family.
 
     Args:
         frame: rows with `method`, `held_out`, `seed` and `value`.
@@ -128,10 +149,26 @@ def paired(frame: pd.DataFrame, baseline: str, by: Sequence[str]) -> pd.DataFram
     joined = others.join(base, on=keys)
     joined["difference"] = joined["value"] - joined["base"]
     table = over_seeds(joined, ["method", *by], value="difference")
+    seeds = joined.groupby(["method", *by], sort=False)["seed"].nunique()
+    told = zip(table["value"], table["stderr"], seeds, strict=True)
+    table["p"] = [Estimate(value, stderr, max(1, count - 1)).p_value for value, stderr, count in told]
     table["verdict"] = np.select(
         [table["high"] < 0, table["low"] > 0], ["lower", "higher"], default="not distinguishable"
     )
     return table.assign(baseline=baseline)
+
+
+def paired_each(frame: pd.DataFrame, pairs: Iterable[tuple[str, str]], by: Sequence[str]) -> pd.DataFrame:
+    """Return the difference of each pair, as `paired` does.
+
+    Args:
+        frame: rows with `method`, `held_out`, `seed` and `value`.
+        pairs: method and the one that is subtracted.
+        by: the columns that name a group within a method.
+    """
+    return pd.concat(
+        [paired(frame[frame["method"].isin(pair)], pair[1], by) for pair in pairs], ignore_index=True
+    )
 
 
 def accuracies(store: RunStore, wanted: Iterable[Labelled]) -> pd.DataFrame:
@@ -191,11 +228,20 @@ def overview(store: RunStore) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
-def bracketed(value: float, low: float, high: float, *, digits: int = 3) -> str:
-    """Return "value [low, high]", with a star where the interval excludes zero; one seed has no interval."""
+def bracketed(value: float, low: float, high: float, *, digits: int = 3, starred: bool | None = None) -> str:
+    """Return "value [low, high]" and perhaps a star; one seed has no interval.
+
+    Args:
+        value: the number.
+        low: of its interval.
+        high: of its interval.
+        digits: behind the point.
+        starred: whether there is a star; None: where the interval excludes zero.
+    """
     if not np.isfinite([low, high]).all():
         return f"{value:+.{digits}f} (no interval)"
-    return f"{value:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]{'*' if low * high > 0 else ''}"
+    star = low * high > 0 if starred is None else starred
+    return f"{value:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]{'*' if star else ''}"
 
 
 def markdown(frame: pd.DataFrame) -> str:

@@ -53,8 +53,8 @@ def _settled(
     """Do a job, or give it up; False where others hold it, or what it needs is still to come."""
     if job.ready(store):
         return _attempt(job, store, place, emit, join=join)
-    coming = {spec.digest for other in pending if not other.probes for spec in other.runs}
-    if coming >= {digest for digest in job.needs if not store.finished(digest)}:
+    coming = {name for other in pending for name in other.fills}
+    if coming >= {name for name in job.needs if not store.finished(name)}:
         return False
     emit({"job": job.name, "error": "not tried: what it needs failed, or was removed."})
     return True

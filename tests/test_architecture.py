@@ -30,19 +30,24 @@ MAY_IMPORT = {
     "surfaceplots": "",
     "selection": "",
     "record": "errors",
+    "corrections": "errors",
     # what is asked for, without torch
     "quantspecs": "record",
     "specs": "record quantspecs errors",
     "probing": "record",
+    "risespecs": "probing record",
     "surveyspecs": "probing",
-    "probespecs": "surveyspecs probing specs errors",
+    "probespecs": "surveyspecs risespecs probing specs errors",
     "settings": "specs errors",
-    "methods": "settings specs quantspecs errors",
+    "methods": "settings specs quantspecs risespecs errors",
     "files": "errors jsontext",
     "entries": "specs files errors",
     "runs": "entries probespecs specs files errors jsontext",
+    "radii": "runs probespecs metrics.results errors",
     "metrics.blur": "",
     "tables": "runs probespecs specs selection files metrics.rounds metrics.results errors",
+    "areas": "",
+    "verdicts": "corrections tables",
     "jobs": "entries errors runs probespecs specs quantspecs",
     "executors": "jobs",
     "reproduce": "tables valleys executors jobs runs settings specs plots files machine data.catalog errors",
@@ -73,7 +78,7 @@ MAY_IMPORT = {
     "points": "blocks",
     "derivatives": "errors",
     "landscape": "blocks derivatives losses memory nests params probes seeds errors points",
-    "metrics": "blocks derivatives losses nests landscape params probes seeds errors points "
+    "metrics": "blocks corrections derivatives losses nests landscape params probes seeds errors points "
     "surfaceplots",  # the last inside plot() alone
     "golden": "landscape seeds",
     "selftest": "golden metrics",
@@ -86,11 +91,11 @@ MAY_IMPORT = {
     "export": "build checkpoints models quant runs specs quantspecs files errors",
     "latent": "checkpoints models quant runs specs errors",
     "shelf": "runs files metrics.results metrics.sampling",
-    "measures": "build checkpoints export latent shelf runs data landscape metrics models params quant.attach seeds "
+    "measures": "build checkpoints export latent radii shelf runs data landscape metrics models params quant.attach seeds "
     "probespecs specs files errors",
     "measure": "build runs probespecs specs machine errors",  # and, by name, the module of a metric in measures/
     # the paper
-    "analyses": "noisefigure rounding papertable orders surroundings surfaceplots saliency stability spectra "
+    "analyses": "areas verdicts noisefigure rounding papertable orders surroundings surfaceplots saliency stability spectra "
     "probespecs specs settings methods tables plots runs resources",
 }
 OPEN = ("api", "cli", "upkeep", "options", "words", "mistakes", "display", "doctor", "errands", "hessian", "noise")

@@ -18,9 +18,10 @@ from flatlab.landscape import Landscape
 from flatlab.metrics.gradcam import ClassMaps, ablation, explained_layer, gradcam, moved_agreement
 from flatlab.metrics.rays import draw_ray
 from flatlab.metrics.results import FloatArray
-from flatlab.probespecs import CamSpec
+from flatlab.probespecs import ByRise, CamSpec
 from flatlab.quant.attach import bake
-from flatlab.runs import Probe, Run
+from flatlab.radii import by_rise
+from flatlab.runs import Probe, Run, RunStore
 from flatlab.seeds import derive
 from flatlab.shelf import Shelf
 from flatlab.specs import Place
@@ -56,7 +57,7 @@ class _Cams:
         run.check_data(domains.data.fingerprint)
         domain = domains.data.domain(domains.target)
         split = (domains.inside if spec.split == "in" else domains.outside)[domains.target]
-        self.spec, self.target = spec, domains.target
+        self.spec, self.target, self.radii = spec, domains.target, _radii(run, spec)
         self.rows = choose_images(split, domain.labels.numpy()[split], spec.images or len(split), seed=spec.seed)
         self.images = domain.images[torch.from_numpy(self.rows)]
         self.labels: list[int] = domain.labels[torch.from_numpy(self.rows)].tolist()
@@ -81,7 +82,7 @@ class _Cams:
         landscape = Landscape(self.model, [(self.inputs, targets)], F.cross_entropy, params=self.spec.params)
         ray = draw_ray(landscape, self.spec.seed, index, normalisation="none")
         parts = [
-            moved_agreement(landscape, x, self._of(x, y), ray=ray, radii=self.spec.radii) for x, y in self._parts()
+            moved_agreement(landscape, x, self._of(x, y), ray=ray, radii=self.radii) for x, y in self._parts()
         ]
         return np.concatenate(parts, axis=1)
 
@@ -97,6 +98,11 @@ class _Cams:
     def _parts(self) -> list[tuple[Tensor, list[int]]]:
         starts = range(0, len(self.labels), CHUNK)
         return [(self.inputs[start : start + CHUNK], self.labels[start : start + CHUNK]) for start in starts]
+
+
+def _radii(run: Run, spec: CamSpec) -> list[float]:
+    found = by_rise(RunStore(run.path.parent), spec.radii, spec) if isinstance(spec.radii, ByRise) else spec.radii
+    return [float(radius) for radius in found]
 
 
 def choose_images(
@@ -130,5 +136,5 @@ def _write(probe: Probe, cams: _Cams, found: list[FloatArray]) -> None:
         arrays["moved"] = np.stack(moved)  # (K, R, N)
     if cams.inked:
         arrays["mask"] = (images.mean(axis=1) > INK * 255).astype(np.uint8)
-    facts = {"layer": cams.layer, "classes": list(cams.classes), "radii": list(cams.spec.radii)}
+    facts = {"layer": cams.layer, "classes": list(cams.classes), "radii": cams.radii}
     files.save_arrays(probe.result, arrays, {**facts, "held_out": cams.target, "seed": cams.spec.seed})

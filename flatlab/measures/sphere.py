@@ -7,13 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from flatlab import files
+from flatlab import build, files
 from flatlab.checkpoints import landscape
 from flatlab.metrics import planning
+from flatlab.metrics.results import FloatArray
 from flatlab.metrics.sampling import Sampler, Walk
 from flatlab.metrics.sphere import SphereFlatness, sample
-from flatlab.probespecs import ProbeSpec
-from flatlab.runs import Probe, Run
+from flatlab.probespecs import ByRise, ProbeSpec
+from flatlab.radii import by_rise
+from flatlab.runs import Probe, Run, RunStore
 from flatlab.shelf import Shelf
 from flatlab.specs import Place
 
@@ -27,7 +29,7 @@ def fill(probe: Probe, run: Run, place: Place, report: Report | None) -> None:
     sampler = Sampler([around], spec.seed, spec.normalisation, keep=Shelf(probe).units)
     (flatness,) = sample(
         sampler,
-        spec.radii if spec.radii == "auto" else np.array(spec.radii),
+        _radii(run, spec),
         spec.num_samples,
         (spec.rel_error, spec.abs_error),
         spec.budget,
@@ -36,7 +38,15 @@ def fill(probe: Probe, run: Run, place: Place, report: Report | None) -> None:
     )
     if "interrupted" in flatness.stopped:
         raise KeyboardInterrupt  # its units are kept: the next call goes on from them
-    _write(probe, flatness)
+    classes = len(build.domains(run.spec, place).data.classes)
+    rises = {"rises": [0.0, *spec.radii.rises]} if isinstance(spec.radii, ByRise) else {}
+    _write(probe, flatness, {"chance": float(np.log(classes)), **rises})
+
+
+def _radii(run: Run, spec: ProbeSpec) -> FloatArray | str:
+    if isinstance(spec.radii, ByRise):
+        return np.array([0.0, *by_rise(RunStore(run.path.parent), spec.radii, spec)])
+    return spec.radii if isinstance(spec.radii, str) else np.array(spec.radii)
 
 
 def foresee(probe: Probe, run: Run, place: Place) -> list[dict[str, Any]]:
@@ -51,7 +61,7 @@ def foresee(probe: Probe, run: Run, place: Place) -> list[dict[str, Any]]:
     probe.create()
     around = landscape(run, spec, place)
     sampler = Sampler([around], spec.seed, spec.normalisation, keep=Shelf(probe).units)
-    radii = planning.radii_of(sampler, spec.radii if spec.radii == "auto" else np.array(spec.radii))
+    radii = planning.radii_of(sampler, _radii(run, spec))
     goal = planning.goal_of(around, int((radii > 0).sum()), None, (spec.rel_error, spec.abs_error), spec.budget)
     plans = planning.plans_of(sampler, radii, goal)
     return [
@@ -78,8 +88,8 @@ def _tell(report: Report, sampler: Sampler, walks: Sequence[Walk]) -> None:
     report(made, max(foreseen, made), {"F": " ".join(shown)})
 
 
-def _write(probe: Probe, flatness: SphereFlatness) -> None:
-    """Write the assembled measurement, readable without torch."""
+def _write(probe: Probe, flatness: SphereFlatness, more: dict[str, Any]) -> None:
+    """Write the assembled measurement, readable without torch; more facts are the loss at chance (nats), the rises."""
     visits = {f"visits-{index:02d}": rises for index, rises in enumerate(flatness.visits)}
     facts = {
         "strata": list(flatness.strata),
@@ -90,6 +100,7 @@ def _write(probe: Probe, flatness: SphereFlatness) -> None:
         "norm": flatness.norm,
         "reach": flatness.reach,
         "images": flatness.cost.images,
+        **more,
     }
     if flatness.slopes is not None:
         visits["slopes"] = flatness.slopes

@@ -5,13 +5,15 @@ Its draws are not used again: what chooses the plan must not bias the number.
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
 
 from flatlab.blocks import Block, Gathered
+from flatlab.errors import UserError
 from flatlab.landscape import Landscape
 from flatlab.metrics.rays import Normalisation, draw_ray, reach
 from flatlab.metrics.results import FloatArray
@@ -153,6 +155,9 @@ def foresee(found: Components, size: int, blocks: int, tolerance: float, between
 
 LOW, HIGH, PLACES = 0.01, 2.0, 6  # nats that automatic radii span, and how many there are
 RAYS, STEPS = 8, 12  # pairs of rays that find them, each on a block, and steps of a bisection
+OCTAVES = (-10.0, 6.0)  # powers of 2 of the weights' norm that are searched
+BETWEEN = 9  # places between which the rise is interpolated
+Rise = Callable[[float], float]
 
 
 def span(sampler: Sampler) -> FloatArray:
@@ -160,6 +165,40 @@ def span(sampler: Sampler) -> FloatArray:
 
     Found by bisection on eight pairs of rays; where the loss never rises so far, where it stops being finite.
     """
+    with _rising(sampler) as rise:
+        return np.asarray(np.geomspace(*(_bisect(rise, target, _unit(sampler)) for target in (LOW, HIGH)), PLACES))
+
+
+def reached(sampler: Sampler, rises: Sequence[float]) -> FloatArray:
+    """Return the radii (R,) at which the loss rises by so many nats, found on eight pairs of rays.
+
+    The first and the last by bisection; between them the rise is interpolated in logarithms, where a quadratic one is
+    a straight line.
+
+    Args:
+        sampler: of the measurement.
+        rises: (R,) above zero, ascending.
+
+    Raises:
+        UserError: where the loss does not rise so far.
+    """
+    with _rising(sampler) as rise:
+        low, high = (_bisect(rise, target, _unit(sampler)) for target in (rises[0], rises[-1]))
+        high *= 2 ** ((OCTAVES[1] - OCTAVES[0]) / 2**STEPS)  # the next place of the bisection: the rise is reached
+        places = np.geomspace(low, high, BETWEEN)
+        found = np.array([rise(place) for place in places])
+    if not found[-1] >= rises[-1]:
+        raise UserError(
+            f"The loss must rise by {rises[-1]:g} nats around the reference runs, got {np.nanmax(found):.2g} within"
+            f" {2 ** OCTAVES[1]:g} times the length of the weights: name smaller rises, or radii."
+        )
+    known = np.log(np.maximum(np.maximum.accumulate(found), np.finfo(float).tiny))
+    return np.asarray(np.exp(np.interp(np.log(rises), known, np.log(places))))
+
+
+@contextmanager
+def _rising(sampler: Sampler) -> Iterator[Rise]:
+    """Yield the mean rise at a radius along eight pairs of rays, each on a block."""
     landscape = sampler.landscapes[0]
     gathered = [landscape.gather(block) for block in _spanned(sampler)]
     drawn = [draw_ray(landscape, sampler.seed, -1 - k, normalisation=sampler.normalisation) for k in range(RAYS)]
@@ -170,8 +209,12 @@ def span(sampler: Sampler) -> FloatArray:
             ends = [at(ray, [radius, -radius], block=each).mean() for ray, each in zip(drawn, gathered, strict=True)]
             return float(np.mean(ends) - np.mean(bases))
 
-        unit = landscape.norm / reach(landscape, sampler.normalisation)
-        return np.asarray(np.geomspace(_bisect(rise, LOW, unit), _bisect(rise, HIGH, unit), PLACES))
+        yield rise
+
+
+def _unit(sampler: Sampler) -> float:
+    """Return the radius whose Euclidean distance is the length of the weights."""
+    return sampler.landscapes[0].norm / reach(sampler.landscapes[0], sampler.normalisation)
 
 
 def span_price(sampler: Sampler) -> int:
@@ -179,13 +222,18 @@ def span_price(sampler: Sampler) -> int:
     return sum(block.size for block in _spanned(sampler)) * (1 + 2 * 2 * STEPS)
 
 
+def reached_price(sampler: Sampler) -> int:
+    """Return the images that finding where the loss rises so far forwards."""
+    return sum(block.size for block in _spanned(sampler)) * (1 + 2 * (2 * STEPS + BETWEEN))
+
+
 def _spanned(sampler: Sampler) -> list[Block]:
     blocks = sampler.landscapes[0].blocks(2 * IMAGES, seed=sampler.seed)
     return [blocks[k % len(blocks)] for k in range(RAYS)]
 
 
-def _bisect(rise: Callable[[float], float], target: float, unit: float) -> float:
-    low, high = -10.0, 6.0  # powers of 2 of the weights' norm
+def _bisect(rise: Rise, target: float, unit: float) -> float:
+    low, high = OCTAVES
     for _ in range(STEPS):
         middle = (low + high) / 2
         low, high = (middle, high) if rise(unit * 2**middle) < target else (low, middle)

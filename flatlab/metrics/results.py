@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import stdtrit
+from scipy.special import stdtr, stdtrit
 
 from flatlab.errors import UserError
 
@@ -52,6 +52,13 @@ class Estimate:
     value: float
     stderr: float
     freedom: int
+
+    @property
+    def p_value(self) -> float:
+        """Two-sided p-value of Student's t test against zero; NaN where the standard error is not known."""
+        if not self.stderr > 0:
+            return float("nan") if np.isnan(self.stderr) else float(self.value == 0)
+        return 2 * float(stdtr(self.freedom, -abs(self.value) / self.stderr))
 
     def half_width(self, level: float = 0.95) -> float:
         """Return half the length of Student's t interval.

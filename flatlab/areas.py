@@ -1,0 +1,63 @@
+"""Where the rise of the loss is read, and the area under it: up to ERM's rise of 0.5 nats, and below chance. Torch-free.
+
+The frames are those of `tables.flatness`: a row for each run, panel and radius.
+"""
+
+import numpy as np
+import pandas as pd
+
+UP_TO = 0.5  # nats that the baseline has risen by on the seen domains, where the area ends
+WHERE = ["panel", "normalisation"]
+RUN = [*WHERE, "method", "held_out", "seed"]
+
+
+def named_by_rise(frame: pd.DataFrame, baseline: str) -> pd.DataFrame:
+    """Return the frame with `rise` filled where radii were given as numbers: the baseline's on the seen domains there.
+
+    Args:
+        frame: rows of runs.
+        baseline: the method whose rise names a radius.
+    """
+    own = frame[(frame["method"] == baseline) & (frame["panel"] == "train")]
+    risen = own.groupby(["normalisation", "radius"])["value"].mean().rename("risen")
+    joined = frame.join(risen, on=["normalisation", "radius"])
+    return joined.assign(rise=joined["rise"].fillna(joined["risen"])).drop(columns="risen")
+
+
+def limits(each: pd.DataFrame) -> pd.DataFrame:
+    """Return for each panel and normalisation where the loss is read: a verdict needs a loss below that of guessing.
+
+    Columns: `limit`, the largest radius of at most 0.5 nats up to which no method's mean loss reaches chance (NaN:
+    there is none); `met`, the first radius at which one does (NaN: none), and `by`, which methods do.
+
+    Args:
+        each: rows of runs with `rise`, `base_loss` and `chance`.
+    """
+    loss = each.assign(loss=each["value"] + each["base_loss"])
+    means = loss.groupby([*WHERE, "radius", "method"], sort=False)[["loss", "chance", "rise"]].mean().reset_index()
+    means["reaches"] = ~(means["loss"] < means["chance"])  # a loss that is not finite does
+    rows = []
+    for keys, mine in means.groupby(WHERE, sort=False):
+        met = float(mine.loc[mine["reaches"], "radius"].min())
+        by = ", ".join(mine.loc[mine["reaches"] & (mine["radius"] == met), "method"])
+        readable = mine[(mine["radius"] > 0) & (mine["rise"] <= UP_TO) & ~(mine["radius"] >= met)]
+        found = {"limit": float(readable["radius"].max()), "met": met, "by": by, "chance": float(mine["chance"].max())}
+        rows.append({**dict(zip(WHERE, keys, strict=True)), **found})
+    return pd.DataFrame(rows)
+
+
+def areas(each: pd.DataFrame, ends: pd.DataFrame) -> pd.DataFrame:
+    """Return one row per run and panel: the mean of F over the radii from 0 to the limit, by the trapezoidal rule.
+
+    Args:
+        each: rows of runs, radius 0 among them.
+        ends: as `limits` returns them.
+    """
+    end = ends.set_index(WHERE)["limit"]
+    rows = []
+    for keys, curve in each.groupby(RUN, sort=False):
+        limit = float(end[keys[:2]])
+        inside = curve[curve["radius"] <= limit].sort_values("radius")
+        value = np.trapezoid(inside["value"], inside["radius"]) / limit if len(inside) else float("nan")
+        rows.append({**dict(zip(RUN, keys, strict=True)), "value": float(value)})
+    return pd.DataFrame(rows)
