@@ -33,7 +33,7 @@ app = typer.Typer(
 )
 app.add_typer(runs_app, name="runs")
 app.add_typer(data_app, name="data")
-ACCURACIES = {"validation": ".3f", "target": ".3f"}
+ACCURACIES = dict.fromkeys(("validation", "test", "target"), ".3f")
 
 
 @app.callback(invoke_without_command=True)
@@ -70,7 +70,7 @@ def reproduce(
         typer.echo(strict_json({"written": written, "findings": done.findings.to_dict("records")}))
         return
     display.frame(module.summary(done.findings), module.SUMMARY)
-    display.frame(done.accuracies, reproduce.ACCURACIES, formats=ACCURACIES)
+    display.frame(done.accuracies, reproduce.ACCURACIES, formats=dict.fromkeys(done.accuracies.columns, ".3f"))
     for remark in done.remarks:
         display.out.print(remark, soft_wrap=True)
     tell_written(done.written)
@@ -107,7 +107,7 @@ def train(chosen: Choices) -> None:
     if chosen.tensorboard:
         tell_written([tensorboard.write(store.run(spec), chosen.tensorboard) for spec in wanted])
     table = tables.accuracies(store, [(label, spec) for spec in wanted])
-    chosen.answer(table, "Accuracy on source validation and target, by selection rule", ACCURACIES)
+    chosen.answer(table, "Accuracy on source validation, in-domain test and target, by selection rule", ACCURACIES)
     for remark in valleys.remarks(map(store.run, wanted)):
         say(remark, mark="")
 

@@ -9,12 +9,12 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from flatlab import files, plots, selection, valleys
+from flatlab import files, plots, selection, tables, valleys
 from flatlab.runs import Run
 
 OWN = "as trained"
 SHOWN = {"run": "", "average": "", "held_out": "", "steps": "", "validation": ".3f", "validation_loss": ".4f"}
-SHOWN |= {"target": ".3f"}
+SHOWN |= {"test": ".3f", "target": ".3f"}
 
 
 def chart(found: Sequence[Run], replays: Sequence[Any], *, out: Path) -> tuple[pd.DataFrame, list[str], list[Path]]:
@@ -46,7 +46,7 @@ def _rows(run: Run, replay: Any) -> Iterator[dict[str, Any]]:
         yield {
             **{"run": run.name, "average": name, "held_out": run.spec.held_out, "seed": run.spec.seed, "steps": steps},
             **{field: row[field] for field in ("validation", "validation_loss")},
-            **{"target": row["target"]["in"]["accuracy"], **span},
+            **{"test": tables.tested(row), "target": row["target"]["in"]["accuracy"], **span},
         }
 
 

@@ -149,6 +149,15 @@ WORDS: dict[str, tuple[Any, Any, Any]] = {  # name -> type, default, option
             "--freeze-batchnorm/--train-batchnorm",
         ),
     ),
+    "test_share": (
+        float,
+        None,
+        _option(
+            _DATA,
+            "Share of each seen domain that neither trains nor selects, for in-domain numbers (0.2; paper 0: then "
+            "they are of the images that select).",
+        ),
+    ),
     "setting": (str, "quick", _option(_SCHEDULE, "smoke (seconds), quick (minutes) or paper (its own, days).")),
     "steps": (int, None, _option(_SCHEDULE, "Updates of a training (smoke 10, quick 300, paper 5000).")),
     "eval_every": (int, None, _option(_SCHEDULE, "Steps between two evaluations (smoke 3, quick 30, paper 300).")),
@@ -209,6 +218,6 @@ RUNNING = ("device", "workers", "cache", "store", "dry_run", "json", "debug")
 PARTS = ("objective", "mixing", "step", "average", "quantizer", "combine")  # of a method
 QUANTIZER = ("granularity", "inq_grid", "unsigned", "log_scale", "activations", "activation_bits", "noise_amplitude")
 DATA = ("dataset", "data_dir", "held_out", "image_size")
-TRAINING: tuple[str, ...] = ("swad_rule", "bits", "quantize_at", "model", "weights", "freeze_batchnorm")
+TRAINING: tuple[str, ...] = ("test_share", "swad_rule", "bits", "quantize_at", "model", "weights", "freeze_batchnorm")
 TRAINING += ("setting", "steps", "eval_every", "batch_size", "lr", "precision", "seed", "trial_seed")
 TRAINING += ("seeds",)

@@ -57,7 +57,7 @@ MAY_IMPORT = {
     "flatness": "tables plots runs settings probespecs files metrics.sentences metrics.results metrics.rounds errors",
     "stability": "tables plots selection runs specs files errors",
     "valleys": "runs",
-    "replays": "plots selection runs valleys files",
+    "replays": "plots selection tables runs valleys files",
     "spectra": "plots runs probespecs specs files metrics.blur metrics.results errors",
     "saliency": "tables plots methods metrics.maps metrics.results probespecs runs settings specs files errors",
     "noisefigure": "uniformity tables methods settings probespecs runs specs resources seeds",
