@@ -32,9 +32,9 @@ class Domains:
 
     data: DomainSet
     target: str
-    inside: Rows  # 80 %: trained on (sources), reported on (target)
+    inside: Rows  # trained on (sources); of the target all that is not outside, 80 %: reported on
     outside: Rows  # 20 %: validation
-    tested: Rows  # kept for an in-domain test; usually none
+    tested: Rows  # of the sources, kept for an in-domain test; may be none
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -60,12 +60,15 @@ def domains(spec: RunSpec, place: Place) -> Domains:
         name: split(len(data.domain(name).labels), index, trial_seed=spec.trial_seed, **shares)
         for index, name in enumerate(data.names)
     }
+    target = choose("held-out domain", spec.held_out, data.names)
+    seen = {name: part for name, part in splits.items() if name != target}
+    reported = np.concatenate([splits[target].inside, splits[target].tested])  # an in-domain test needs none of it
     return Domains(
         data=data,
-        target=choose("held-out domain", spec.held_out, data.names),
-        inside={name: part.inside for name, part in splits.items()},
+        target=target,
+        inside={name: seen[name].inside if name in seen else reported for name in splits},
         outside={name: part.outside for name, part in splits.items()},
-        tested={name: part.tested for name, part in splits.items() if len(part.tested)},
+        tested={name: part.tested for name, part in seen.items() if len(part.tested)},
     )
 
 

@@ -12,7 +12,7 @@ from flatlab import handover, surveys
 from flatlab.errands import carry_out, catalogue, everything, measured, price, tell_written
 from flatlab.hessian import hessian
 from flatlab.jsontext import strict_json
-from flatlab.mistakes import spoken
+from flatlab.mistakes import say, spoken
 from flatlab.noise import noise
 from flatlab.options import Choices, takes
 from flatlab.upkeep import data_app, runs_app
@@ -33,7 +33,7 @@ app = typer.Typer(
 )
 app.add_typer(runs_app, name="runs")
 app.add_typer(data_app, name="data")
-ACCURACIES = {"validation": ".3f", "target": ".3f"}
+ACCURACIES = dict.fromkeys(("validation", "test", "target"), ".3f")
 
 
 @app.callback(invoke_without_command=True)
@@ -70,7 +70,7 @@ def reproduce(
         typer.echo(strict_json({"written": written, "findings": done.findings.to_dict("records")}))
         return
     display.frame(module.summary(done.findings), module.SUMMARY)
-    display.frame(done.accuracies, reproduce.ACCURACIES, formats=ACCURACIES)
+    display.frame(done.accuracies, reproduce.ACCURACIES, formats=dict.fromkeys(done.accuracies.columns, ".3f"))
     for remark in done.remarks:
         display.out.print(remark, soft_wrap=True)
     tell_written(done.written)
@@ -83,7 +83,7 @@ def reproduce(
 @takes(*DATA, "method", *PARTS, *TRAINING, *QUANTIZER, *RUNNING, "keep_every", "tensorboard", seeds=1)
 def train(chosen: Choices) -> None:
     """Train a method, or any composition of parts, with each domain held out in turn or one of them."""
-    from flatlab import jobs, methods, tables
+    from flatlab import jobs, methods, tables, valleys
     from flatlab.data import catalog
     from flatlab.runs import check_data
 
@@ -109,7 +109,9 @@ def train(chosen: Choices) -> None:
     if chosen.tensorboard:
         tell_written([tensorboard.write(store.run(spec), chosen.tensorboard) for spec in wanted])
     table = tables.accuracies(store, [(label, spec) for spec in wanted])
-    chosen.answer(table, "Accuracy on source validation and target, by selection rule", ACCURACIES)
+    chosen.answer(table, "Accuracy on source validation, in-domain test and target, by selection rule", ACCURACIES)
+    for remark in valleys.remarks(map(store.run, wanted)):
+        say(remark, mark="")
 
 
 @app.command(epilog="Example: `flatlab flatness 3f2a 77c1 --radii 0:3:0.5 --samples 50 --split target`")
@@ -189,20 +191,18 @@ def stability(
     """Say how steady runs' out-of-domain accuracy is, whether validation follows it, and what selecting costs."""
     from flatlab.flatness import finished
     from flatlab.stability import SHOWN, chart, switch_of
+    from flatlab.valleys import sentence
+
+    if valley:
+        from flatlab.train.replay import valley as valley_of
 
     store = chosen.runs()
     found = finished(store, runs)
     first = switch_of([run.spec for run in found]) if since is None else since
-    valleys = _valleys(found) if valley else ()
+    valleys = [valley_of(run) for run in found] if valley else ()
     table, written = chart(store, found, since=first, out=chosen.out, valleys=valleys)
     chosen.answer(table, f"Stability of the out-of-domain accuracy from step {first} on (shares of 1)", SHOWN)
-    tell_written(written)
-
-
-def _valleys(found: Sequence[Any]) -> list[dict[str, Any]]:
-    from flatlab.train.replay import valley
-
-    return [valley(run) for run in found]
+    tell_written(written, [f"{run.name}: {sentence(each)}" for run, each in zip(found, valleys, strict=False)])
 
 
 app.command(

@@ -9,7 +9,7 @@ from flatlab import errands
 from flatlab.errors import UserError, choose
 from flatlab.options import Choices
 
-ACCURACIES = {"validation": ".3f", "target": ".3f"}
+ACCURACIES = dict.fromkeys(("validation", "test", "target"), ".3f")
 
 
 def import_(

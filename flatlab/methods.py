@@ -150,7 +150,7 @@ def _average(kind: Literal["last", "swa", "swad", "sma"], setting: Setting) -> A
                 every=setting.swad_every,
                 ratio=setting.swad_ratio,
                 refresh_batches=setting.refresh_batches,
-                exact_repo=setting.swad_exact_repo,
+                rule=setting.swad_rule,
             )
         case "sma":
             return AverageSpec(kind=kind, start=setting.sma_start)

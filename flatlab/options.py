@@ -28,7 +28,8 @@ if TYPE_CHECKING:  # imported where they are used: `--help` answers before numpy
 
 SETTING_FIELDS: tuple[str, ...] = ("image_size", "model", "freeze_batchnorm", "bits", "steps", "eval_every")
 SETTING_FIELDS += ("batch_size", "lr", "precision", "seed", "trial_seed", "seeds", "controls")
-SETTING_FIELDS += ("granularity", "inq_grid", "log_scale", "activations", "activation_bits", "noise_amplitude")
+SETTING_FIELDS += ("granularity", "inq_grid", "log_scale", "activations", "activation_bits", "noise_amplitude", "swad_rule")
+SETTING_FIELDS += ("test_share",)
 SHORT = 8  # digits of a digest on a screen
 
 Needs = tuple[Callable[["Method"], bool], str, str]
@@ -44,7 +45,7 @@ NEEDS: dict[str, Needs] = {  # option -> whether a composition uses it; what it 
     "activation_bits": _LSQ,
     "noise_amplitude": (lambda m: m.noise != "none", "noise on the weights", "take --method noise"),
     "quantize_at": (lambda m: m.switched, "a quantizer that trains", "add --quantizer lsq"),
-    "exact_repo": (lambda m: m.average == "swad", "SWAD", "add --average swad"),
+    "swad_rule": (lambda m: m.average == "swad", "SWAD", "add --average swad"),
     "combine": (lambda m: m.members > 0, "an ensemble", "take --method eoq"),
 }
 
@@ -121,7 +122,6 @@ class Choices:
             domains=catalog.domain_names(dataset, folder),
             held_out=catalog.held_out(dataset, folder, self.held_out),
             switch=self.quantize_at,
-            swad_exact_repo=self.exact_repo,
             signed=False if self.unsigned else None,
             **{**{f: self.given.get(f) for f in SETTING_FIELDS}, "model": self._model(), **self._known()},
         )
@@ -239,6 +239,9 @@ def check_numbers(given: dict[str, Any]) -> None:
         if value is not None and not least <= value <= (math.inf if most is None else most):
             span = f"from {least} on" if most is None else f"from {least} to {most}"
             raise UserError(f"--{name.replace('_', '-')} {value} does not do: give a whole number {span}.")
+    share = given.get("test_share")
+    if share is not None and not 0 <= share < 1:
+        raise UserError(f"--test-share must be at least 0 and below 1, got {share}.")
     for name in ("lr", "noise_amplitude"):
         value = given.get(name)
         if value is not None and not (math.isfinite(value) and value > 0):

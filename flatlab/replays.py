@@ -9,12 +9,12 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from flatlab import files, plots, selection
+from flatlab import files, plots, selection, tables, valleys
 from flatlab.runs import Run
 
 OWN = "as trained"
 SHOWN = {"run": "", "average": "", "held_out": "", "steps": "", "validation": ".3f", "validation_loss": ".4f"}
-SHOWN |= {"target": ".3f"}
+SHOWN |= {"test": ".3f", "target": ".3f"}
 
 
 def chart(found: Sequence[Run], replays: Sequence[Any], *, out: Path) -> tuple[pd.DataFrame, list[str], list[Path]]:
@@ -46,7 +46,7 @@ def _rows(run: Run, replay: Any) -> Iterator[dict[str, Any]]:
         yield {
             **{"run": run.name, "average": name, "held_out": run.spec.held_out, "seed": run.spec.seed, "steps": steps},
             **{field: row[field] for field in ("validation", "validation_loss")},
-            **{"target": row["target"]["in"]["accuracy"], **span},
+            **{"test": tables.tested(row), "target": row["target"]["in"]["accuracy"], **span},
         }
 
 
@@ -57,14 +57,8 @@ def _said(run: Run, replay: Any) -> Iterator[str]:
             "in training they would be of more."
         )
     for name, each in replay.averages.items():
-        if each.valley and each.valley["start"] is None:
-            yield f"{run.name}: {name} found no valley and hands over its last segment."
-        elif each.valley:
-            end = "before the end of training" if each.valley["dead"] else "with the training"
-            yield (
-                f"{run.name}: the valley of {name} begins at step {each.valley['start']} and ends at "
-                f"{each.valley['end']}, {end}; its threshold is {each.valley['threshold']:.4f} nats."
-            )
+        if each.valley:
+            yield f"{run.name}, {name}: {valleys.sentence(each.valley, each.rule)}"
 
 
 def _draw(pairs: Sequence[tuple[Run, Any]], table: pd.DataFrame) -> Figure:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from flatlab import executors, files, jobs, machine, plots, tables
+from flatlab import executors, files, jobs, machine, plots, tables, valleys
 from flatlab.data import catalog
 from flatlab.errors import UserError, WorkerError, choose
 from flatlab.jobs import Job, Plan
@@ -169,7 +169,7 @@ def write(module: ModuleType, setting: Setting, store: RunStore, *, out: Path, r
     facts = _facts(module, setting, store)
     pictures = plots.save(module.draw(frame, module.caption(setting)), stem)
     accuracies = _accuracies(module, setting, store, frame)
-    remarks = module.remarks(frame)
+    remarks = [*module.remarks(frame), *valleys.remarks(store.run(spec) for spec in module.plan(setting)[0])]
     page = _page(module, setting, (module.summary(findings), accuracies), [*remarks, f"Again: `{redo}`"])
     files.write_bytes(stem.with_suffix(".md"), page.encode())
     record = {**facts, "redo": redo, "caption": module.caption(setting), "remarks": remarks}

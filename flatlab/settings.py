@@ -1,6 +1,6 @@
 """SMOKE, QUICK and PAPER: how large a reproduction is, as one frozen record of numbers with their reasons."""
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -23,7 +23,7 @@ class Setting(Spec):
     freeze_batchnorm: bool = False
     augment: str = "none"
     precision: str = "fp32"
-    test_share: float = 0.0  # of each domain, for an in-domain test
+    test_share: float = 0.2  # of each domain, for in-domain numbers: what selects a checkpoint does not judge it
     steps: int = Field(ge=1)
     eval_every: int = Field(ge=1)
     batch_size: int = Field(32, ge=1)
@@ -45,7 +45,7 @@ class Setting(Spec):
     swa_every: int = Field(100, ge=1)
     swad_every: int = Field(100, ge=1)
     swad_ratio: float = 0.3
-    swad_exact_repo: bool = False  # the quirks of SWAD's released code
+    swad_rule: Literal["paper", "released"] = "paper"  # Algorithm 1, or what SWAD's released code does
     sma_start: int = Field(100, ge=0)
     refresh_batches: int = Field(500, ge=1)  # for BatchNorm statistics of SWA and SWAD, unless frozen
     seed: int = Field(0, ge=0)
@@ -143,6 +143,7 @@ PAPER = Setting(
     weights="imagenet",
     freeze_batchnorm=True,
     augment="domainbed",
+    test_share=0.0,  # the paper's split: its in-domain numbers are those of the images that select
     steps=5000,
     eval_every=300,
     lr=5e-5,

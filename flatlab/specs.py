@@ -37,7 +37,8 @@ class AverageSpec(Spec):
     """Which weights a run hands over: the trajectory's own, or an average of its iterates.
 
     `start` and `every` count steps. SWA: iterates from `start` on, each `every`. SMA: all from `start` on.
-    SWAD (Cha et al. 2021): `every` is its evaluation interval, `converge`, `tolerance` and `ratio` its N_s, N_e, r.
+    SWAD (Cha et al. 2021): `every` is its evaluation interval, `converge`, `tolerance` and `ratio` its N_s, N_e, r; its
+    rule is Algorithm 1 of the paper, or that of the released code (khanrc/swad), which is another one.
     """
 
     kind: Literal["last", "swa", "swad", "sma"] = "last"
@@ -47,7 +48,7 @@ class AverageSpec(Spec):
     tolerance: int = Field(6, ge=1)
     ratio: float = Field(0.3, ge=0)
     refresh_batches: int = Field(500, ge=1)  # training batches for the average's BatchNorm statistics, unless frozen
-    exact_repo: bool = False  # bug-compatible with khanrc/swad instead of the paper's plain rule
+    rule: Literal["paper", "released"] = "paper"  # SWAD's
 
 
 class MixSpec(Spec):

@@ -157,7 +157,7 @@ def chart(
         plots.legend_above(figure, axes[0], "")
     told = numbers(along, since)
     if valleys:
-        told = told.join(pd.DataFrame(list(valleys)).add_prefix("valley "))
+        told = told.join(pd.DataFrame(list(valleys)).drop(columns="span").add_prefix("valley "))
     return told, [*plots.save(figure, out / "stability"), out / "stability.csv"]
 
 

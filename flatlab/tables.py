@@ -19,6 +19,7 @@ from flatlab.runs import RunStore
 from flatlab.specs import RunSpec
 
 LEVEL = 0.95
+IN_DOMAIN = {"validation": "validation (selected on)", "test": "in-domain test"}
 Labelled = tuple[str, RunSpec]
 
 
@@ -170,7 +171,11 @@ def paired_each(frame: pd.DataFrame, pairs: Iterable[tuple[str, str]], by: Seque
 
 
 def accuracies(store: RunStore, wanted: Iterable[Labelled]) -> pd.DataFrame:
-    """Return one row per run and selection rule: step, source validation and target accuracy, looks at the target."""
+    """Return one row per run and selection rule: step, accuracies, looks at the target.
+
+    `validation` and `test` are means over the seen domains: of the images that select, and of those that do not (NaN
+    where a run keeps none). `target` is the held-out domain's.
+    """
     rows = []
     for label, spec in wanted:
         run = store.run(spec)
@@ -188,23 +193,24 @@ def accuracies(store: RunStore, wanted: Iterable[Labelled]) -> pd.DataFrame:
                     "selection": rule,
                     "step": row["step"],
                     "validation": row["validation"],
+                    "test": tested(row),
                     "target": row["target"]["in"]["accuracy"],
-                    **_tested(row),
                     "looks": len(log) if rule == "oracle" else 1,
                 }
             )
     return pd.DataFrame(rows)
 
 
-def _tested(row: selection.Row) -> dict[str, float]:
-    """Return the mean accuracy on the source domains' test images, where a run keeps such."""
+def tested(row: selection.Row) -> float:
+    """Return the mean accuracy on the source domains' test images; NaN where a run keeps none."""
     scores = [score["accuracy"] for score in row.get("test", {}).values()]
-    return {"test": float(np.mean(scores))} if scores else {}
+    return float(np.mean(scores)) if scores else float("nan")
 
 
 def overview(store: RunStore) -> pd.DataFrame:
     """Return one row per run of a store: what it is, how far it is, and what it reached."""
-    columns = ["run", "dataset", "model", "composition", "held_out", "seed", "state", "probes", "validation", "target"]
+    columns = ["run", "dataset", "model", "composition", "held_out", "seed", "state", "probes"]
+    columns += ["validation", "test", "target"]
     rows = []
     for run in store.runs():
         log = selection.candidates(run.rows(), run.spec.settled)
@@ -220,6 +226,7 @@ def overview(store: RunStore) -> pd.DataFrame:
                 "state": "done" if run.done else f"step {log[-1]['step']}" if log else "begun",
                 "probes": len([probe for probe in run.probes() if probe.done]),
                 "validation": best.get("validation", float("nan")),
+                "test": tested(best),
                 "target": best["target"]["in"]["accuracy"] if best else float("nan"),
             }
         )
@@ -252,12 +259,16 @@ def markdown(frame: pd.DataFrame) -> str:
 def reached(accuracies: pd.DataFrame, baseline: str) -> pd.DataFrame:
     """Return one row per method: mean accuracies over held-out domains and seeds, and the target's less a baseline's.
 
+    In domain it is that of the images that select nothing, where all runs keep such.
+
     Args:
         accuracies: as `accuracies` returns them; rows by training-domain validation count.
         baseline: the method that is subtracted, paired by held-out domain and seed.
     """
     chosen = accuracies[accuracies["selection"] == "training-domain"].rename(columns={"target": "value"})
-    each = chosen.groupby("method", sort=False)[["validation", "value"]].mean().rename(columns={"value": "target"})
+    inside = "validation" if chosen["test"].isna().any() else "test"
+    names = {inside: IN_DOMAIN[inside], "value": "target"}
+    each = chosen.groupby("method", sort=False)[list(names)].mean().rename(columns=names)
     less = paired(chosen.assign(target="target"), baseline, ["target"]).set_index("method")
     told = {
         name: bracketed(*row) for name, row in zip(less.index, less[["value", "low", "high"]].to_numpy(), strict=True)

@@ -25,16 +25,19 @@ def list_runs(chosen: Choices) -> None:
     if not store.runs() and not chosen.json:
         typer.echo(f"No runs in {store.root} yet: `flatlab train` makes some, and --store names another folder.")
         return
-    chosen.answer(tables.overview(store), f"Runs in {store.root}", {"validation": ".3f", "target": ".3f"})
+    chosen.answer(tables.overview(store), f"Runs in {store.root}", dict.fromkeys(("validation", "test", "target"), ".3f"))
 
 
 @runs_app.command(epilog="Example: `flatlab runs show 3f2a`")
 @takes("store", "json", "debug")
 def show(chosen: Choices, run: Digest) -> None:
     """Print a run's spec, provenance and log, always as JSON."""
+    from flatlab import valleys
+
     found = chosen.runs().find(run)
     told = {"spec": found.spec.model_dump(mode="json"), "done": found.done, "provenance": found.provenance}
     told["kept"] = list(found.kept())
+    told["remarks"] = valleys.remarks([found])
     told["probes"] = {probe.path.name: probe.spec.model_dump(mode="json") for probe in found.probes()}
     typer.echo(strict_json({**told, "log": found.rows()}, indent=1))
 

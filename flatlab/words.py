@@ -16,6 +16,7 @@ KNOWN = {  # words of the command line that name one of a few
     "granularity": ("channel", "tensor"),
     "inq_grid": ("uniform", "power-of-two"),
     "activations": ("none", "signed", "unsigned"),
+    "swad_rule": ("paper", "released"),
 }
 
 LIMITS: dict[str, tuple[int, int | None]] = {  # the whole numbers, wherever they are asked for
@@ -124,10 +125,10 @@ WORDS: dict[str, tuple[Any, Any, Any]] = {  # name -> type, default, option
         None,
         _option(_COMPOSITION, "Step at which quantization or freezing sets in (40 % of the steps)."),
     ),
-    "exact_repo": (
-        bool,
-        False,
-        _option(_COMPOSITION, "SWAD with the quirks of its released code.", "--exact-repo", default=False),
+    "swad_rule": (
+        str,
+        None,
+        _option(_COMPOSITION, "Where SWAD's valley lies: paper (its Algorithm 1) or released (its code) (paper)."),
     ),
     "model": (str, None, _option(_COMPOSITION, f"{', '.join(MODELS)} (digits: digits-cnn; photographs: resnet50).")),
     "weights": (
@@ -146,6 +147,15 @@ WORDS: dict[str, tuple[Any, Any, Any]] = {  # name -> type, default, option
             _COMPOSITION,
             "Keep BatchNorm's statistics (as the paper; with weights) or update them (without).",
             "--freeze-batchnorm/--train-batchnorm",
+        ),
+    ),
+    "test_share": (
+        float,
+        None,
+        _option(
+            _DATA,
+            "Share of each seen domain that neither trains nor selects, for in-domain numbers (0.2; paper 0: then "
+            "they are of the images that select).",
         ),
     ),
     "setting": (str, "quick", _option(_SCHEDULE, "smoke (seconds), quick (minutes) or paper (its own, days).")),
@@ -208,6 +218,6 @@ RUNNING = ("device", "workers", "cache", "store", "dry_run", "json", "debug")
 PARTS = ("objective", "mixing", "step", "average", "quantizer", "combine")  # of a method
 QUANTIZER = ("granularity", "inq_grid", "unsigned", "log_scale", "activations", "activation_bits", "noise_amplitude")
 DATA = ("dataset", "data_dir", "held_out", "image_size")
-TRAINING: tuple[str, ...] = ("exact_repo", "bits", "quantize_at", "model", "weights", "freeze_batchnorm")
+TRAINING: tuple[str, ...] = ("test_share", "swad_rule", "bits", "quantize_at", "model", "weights", "freeze_batchnorm")
 TRAINING += ("setting", "steps", "eval_every", "batch_size", "lr", "precision", "seed", "trial_seed")
 TRAINING += ("seeds",)

@@ -38,7 +38,7 @@ WORDS = {  # what the user writes -> what is said, before anything heavy is load
     "train --method qt-dog --bits 17": rf"--bits 17 {WHOLE} 2 to 16\.",
     "train --bits 4": r"--bits 4 does nothing without a quantizer; add --quantizer lsq, or leave it out\.",
     "train --quantize-at 4": r"--quantize-at 4 does nothing without a quantizer that trains; add --quantizer lsq",
-    "train --exact-repo": r"--exact-repo does nothing without SWAD; add --average swad, or leave it out\.",
+    "train --swad-rule released": r"--swad-rule released does nothing without SWAD; add --average swad, or leave it out\.",
     "train --method qt-dog --quantize-at 301": (
         r"The switch at step 301 lies beyond the end at 300; choose --quantize-at of at most --steps\."
     ),

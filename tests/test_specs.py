@@ -204,7 +204,7 @@ def test_the_papers_constants():
     lsq = {"kind": "lsq", "bits": 7, "granularity": "channel", "grad_scale": "shared", "scale_lr": 1e-5}
     assert paper("QT-DoG") == erm.replace(quantizer=QuantSpec(**lsq), switch=2000)
     assert paper("SAM") == erm.replace(step=StepSpec(kind="sam", rho=0.05))
-    swad = {"kind": "swad", "every": 100, "converge": 3, "tolerance": 6, "ratio": 0.3, "exact_repo": False}
+    swad = {"kind": "swad", "every": 100, "converge": 3, "tolerance": 6, "ratio": 0.3, "rule": "paper"}
     assert paper("SWAD") == erm.replace(average=AverageSpec(**swad, refresh_batches=500))
     assert paper("SMA") == erm.replace(average=AverageSpec(kind="sma", start=100))
     assert paper("SWA") == erm.replace(average=AverageSpec(kind="swa", start=3000, every=100))

@@ -3,8 +3,10 @@
 An ensemble's directory is a run's: its checkpoint holds the members' weights, quantized ones as they were trained, so
 that it is evaluated, measured and exported as any other. The members have splits of their own: the target's images are
 new to all of them, but some of the source images that validate the ensemble were trained on by some member. Its
-validation accuracy is therefore no fair one, and nothing is selected by it.
+validation accuracy is therefore no fair one, nothing is selected by it, and there is no in-domain test.
 """
+
+from dataclasses import replace
 
 from flatlab import build, files, machine
 from flatlab.errors import UserError
@@ -42,7 +44,7 @@ def join(spec: RunSpec, store: RunStore, place: Place) -> None:
     assert isinstance(network, Ensemble)
     build.load(network, weights)
     run.create()
-    row = Judge(domains, build.device(place)).row(network.eval(), spec.steps)
+    row = Judge(replace(domains, tested={}), build.device(place)).row(network.eval(), spec.steps)
     run.write_log([{**row, "looks": 1}])
     for name in ("selected", "last"):
         files.save_arrays(run.checkpoint(name), arrays(network.state_dict()), {"step": spec.steps})

@@ -17,9 +17,10 @@ from flatlab.runs import Run
 from flatlab.selection import Row, candidates, training_domain
 from flatlab.specs import AverageSpec, Place, RunSpec
 from flatlab.train import averages
-from flatlab.train.averages import SWAD, Running
+from flatlab.train.averages import Running
 from flatlab.train.evaluate import Judge, mean
 from flatlab.train.streams import refresh
+from flatlab.train.swad import SWAD
 
 Report = Callable[[int, int], None]  # checkpoints seen, checkpoints in all
 
@@ -29,20 +30,21 @@ def valley(run: Run, spec: AverageSpec | None = None) -> dict[str, Any]:
 
     Args:
         run: finished; its evaluations from the switch on count.
-        spec: N_s, N_e and r; SWAD's own by default. The interval is that of the run's evaluations.
+        spec: N_s, N_e, r and the rule; SWAD's own by default. The interval is that of the run's evaluations.
 
     Returns:
         start, end (steps), threshold (nats) and dead (whether it ended before training did); None where none began.
+        span: first and last step of what is averaged, with a valley or without.
     """
-    rule = SWAD((spec or AverageSpec()).replace(kind="swad", every=1))
+    rule = averages.build((spec or AverageSpec()).replace(kind="swad", every=1), switch=None)
     for row in candidates(run.rows(), run.spec.switch):
         rule.update({}, row["step"], partial(float, row["validation_loss"]))
     return _valley(rule)
 
 
-def _valley(rule: SWAD) -> dict[str, Any]:
+def _valley(rule: averages.Average) -> dict[str, Any]:
     found = rule.facts()["valley"]
-    return {name: found[name] for name in ("start", "end", "threshold", "dead")}
+    return {name: found[name] for name in ("start", "end", "threshold", "dead", "span")}
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class ReplayedAverage:
         first: the first step that is averaged.
         last: the last one.
         valley: as `valley` returns it, of SWAD; else empty.
+        rule: SWAD's, "paper" or "released".
     """
 
     weights: dict[str, Tensor]
@@ -64,6 +67,7 @@ class ReplayedAverage:
     first: int
     last: int
     valley: dict[str, Any]
+    rule: str
 
 
 @dataclass(frozen=True)
@@ -171,15 +175,14 @@ class _Replaying:
             observer.log(self.judge.row(self.shadow, self.spec.steps), self.shadow.state_dict())
         found = _valley(average) if isinstance(average, SWAD) else {}
         first, last = self._span(average, observer.best["step"])
-        return ReplayedAverage(observer.chosen, observer.best, observer.every, first, last, found)
+        rule = observer.spec.average.rule
+        return ReplayedAverage(observer.chosen, observer.best, observer.every, first, last, found, rule)
 
     def _span(self, average: averages.Average, until: int) -> tuple[int, int]:
         """Return the first and the last step that are averaged."""
         if isinstance(average, SWAD):
-            valley, newest = _valley(average), average.recent[-1] if average.recent else None
-            if valley["start"] is not None:
-                return valley["start"], valley["end"]
-            return (newest.start, newest.end) if newest else (min(self.kept), max(self.kept))
+            first, last = _valley(average)["span"]
+            return first, last
         seen = [step for step in self.kept if step <= until]
         inside = [step for step in seen if isinstance(average, Running) and step >= average.start] or seen[-1:]
         return inside[0], inside[-1]

@@ -1,0 +1,33 @@
+"""What averages are made of: a running mean of weights, and what is saved of an observer."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Weights = Mapping[str, Tensor]
+Saved = tuple[dict[str, Tensor], dict[str, Any]]  # tensors and JSON facts, for resuming
+
+
+@dataclass
+class Mean:
+    """The running mean of weights; integer entries follow the last."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    count: int = 0
+
+    @torch.no_grad()
+    def add(self, weights: Weights, count: int = 1) -> None:
+        """Take one more set of weights into the mean, or the mean of `count` sets."""
+        self.count += count
+        for name, value in weights.items():
+            if self.count == count or not value.is_floating_point():
+                self.tensors[name] = value.detach().clone()
+            else:
+                self.tensors[name].lerp_(value, count / self.count)
+
+    def copy(self) -> "Mean":
+        """Return a mean with tensors of its own."""
+        return Mean({name: value.clone() for name, value in self.tensors.items()}, self.count)
