@@ -1,22 +1,26 @@
-"""Blocks: a fixed, shuffled partition of a landscape's samples, in which each part holds its share of each stratum.
+"""Blocks: a fixed, shuffled partition of a landscape's samples, in which each block holds its share of each stratum.
 
 A direction that sees one block costs a part of a pass over the data. The mean over one visit to each block is the mean
-over all samples, whatever the sizes: a block's total of stratum s is scaled by (number of blocks) / (size of s).
+over all samples, whatever the sizes: a block's total of stratum s is scaled by (number of blocks) / (size of s). A
+stratum of fewer samples than there are blocks has one in each: a sample that n blocks hold counts 1 / n in each of
+them. Without it, most blocks would know nothing of a part of the loss, and visits to a few of them no error of it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch.utils._pytree import tree_structure
 
 from flatlab.errors import UserError
-from flatlab.nests import Batch, concatenate, pick, span
+from flatlab.nests import Batch, concatenate, pick, tensors
 
 Indices = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
+JOINED = 2**28  # bytes of all samples up to which a second copy of them is kept, as one batch
 
 
 class Part(NamedTuple):
@@ -30,9 +34,9 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Block:
-    """Some samples of each stratum, as rows of the landscape's batches: no second copy of the data is kept."""
+    """Some samples of each stratum, by number: no second copy of the data is kept."""
 
-    rows: tuple[tuple[int, int, Indices], ...]  # (stratum, batch, rows of that batch)
+    rows: Indices  # numbers among the samples of all strata, ascending
     parts: tuple[Part, ...]
     width: int  # entries of what a visit returns: one for each stratum
 
@@ -61,31 +65,6 @@ class Block:
             shares[:, part.row] += totals[:, column] * part.scale
         return shares
 
-    def gather(self, batches: Sequence[Sequence[Batch]]) -> Batch:
-        """Return the samples as one batch, stratum after stratum.
-
-        Args:
-            batches: of each stratum of the landscape.
-
-        Raises:
-            UserError: where samples differ in shape.
-        """
-        picked = [pick(batches[stratum][batch], torch.from_numpy(rows)) for stratum, batch, rows in self.rows]
-        try:
-            inputs, targets = concatenate([batch[:2] for batch in picked])
-        except (RuntimeError, ValueError) as error:
-            raise UserError(
-                f"Samples of different shapes cannot share a block; give num_samples, which uses whole batches: {error}"
-            ) from error
-        return Batch(inputs, targets, self.size)
-
-    def by_stratum(self, batches: Sequence[Sequence[Batch]]) -> dict[int, list[Batch]]:
-        """Return the samples as batches of each stratum that the block holds some of."""
-        whole, found = self.gather(batches), dict[int, list[Batch]]()
-        for part in self.parts:
-            found.setdefault(part.row, []).append(span(whole, part.start, part.stop))
-        return found
-
 
 class Gathered(NamedTuple):
     """A block's samples, ready to be evaluated at many points."""
@@ -95,41 +74,97 @@ class Gathered(NamedTuple):
     targets: list[Batch]  # of each part, cut once: a loss knows no inputs
 
 
-def partition(batches: Sequence[Sequence[Batch]], block_size: int, *, generator: torch.Generator) -> list[Block]:
-    """Cut the samples into blocks of about `block_size`, by a seeded shuffle within each stratum.
+class Samples:
+    """The samples of a landscape by number, stratum after stratum."""
 
-    Args:
-        batches: of each stratum.
-        block_size: samples of a block; their sizes, and their shares of each stratum, differ by one at most.
-        generator: of the shuffle.
-    """
-    sizes = [sum(batch.size for batch in stratum) for stratum in batches]
-    count = max(1, round(sum(sizes) / block_size))
-    homes = [_homes(stratum) for stratum in batches]
-    orders = [torch.randperm(size, generator=generator).numpy() for size in sizes]
-    dealt = np.cumsum([0, *sizes])
-    # Each stratum is dealt on from where the last one ended, so that no block is empty; who gets one more is drawn.
-    return [
-        _block(
-            [np.sort(o[(seat - d) % count :: count]) for o, d in zip(orders, dealt, strict=False)], homes, sizes, count
-        )
-        for seat in torch.randperm(count, generator=generator).tolist()
-    ]
+    def __init__(self, batches: Sequence[Sequence[Batch]]) -> None:
+        each = [batch for stratum in batches for batch in stratum]
+        # From many batches, a few samples take as long to pick as a small network to evaluate.
+        self._batches = [_join(each)] if len(each) > 1 and _bytes(each) <= JOINED and _alike(each) else each
+        self._ends = np.cumsum([batch.size for batch in self._batches])
+
+    def pick(self, rows: Indices) -> Batch:
+        """Return some samples as one batch.
+
+        Args:
+            rows: their numbers, ascending.
+
+        Raises:
+            UserError: where samples differ in shape.
+        """
+        if len(self._batches) == 1:
+            return pick(self._batches[0], torch.from_numpy(rows))
+        homes, starts = np.searchsorted(self._ends, rows, side="right"), np.append(0, self._ends)
+        picked = [pick(self._batches[h], torch.from_numpy(rows[homes == h] - starts[h])) for h in np.unique(homes)]
+        try:
+            return _join(picked)
+        except (RuntimeError, ValueError) as error:
+            raise UserError(
+                f"Samples of different shapes cannot share a block; give num_samples, which uses whole batches: {error}"
+            ) from error
 
 
-def _homes(stratum: Sequence[Batch]) -> Indices:
-    """Return (batch, row) of each sample of a stratum."""
-    sizes = [batch.size for batch in stratum]
-    return np.stack([np.repeat(np.arange(len(sizes)), sizes), np.concatenate([np.arange(size) for size in sizes])], 1)
+class Partition:
+    """Blocks of about equal size, cut when they are asked for."""
+
+    def __init__(self, sizes: Sequence[int], block_size: int, *, generator: torch.Generator) -> None:
+        """Shuffle the samples within each stratum.
+
+        Args:
+            sizes: samples of each stratum.
+            block_size: samples of a block; their sizes, and their shares of each stratum, differ by one at most. With
+                rare strata blocks are larger: they have a sample of each.
+            generator: of the shuffle.
+        """
+        self._count = max(1, round(sum(sizes) / block_size))
+        self._orders = [torch.randperm(size, generator=generator).numpy() for size in sizes]
+        self._starts = np.cumsum([0, *sizes])
+        self._seats: Indices = torch.randperm(self._count, generator=generator).numpy()  # who gets one more is drawn
+
+    def __len__(self) -> int:
+        """How many blocks there are."""
+        return self._count
+
+    def __iter__(self) -> Iterator[Block]:
+        """Cut one block after the other."""
+        return (self[index] for index in range(len(self)))
+
+    def __getitem__(self, index: int) -> Block:
+        """Cut a block."""
+        rows, parts, start = [], [], 0
+        for stratum, order in enumerate(self._orders):
+            place = int(self._places(stratum)[index])
+            share = order[place :: self._count] if place < len(order) else order[[place % len(order)]]
+            uses = (self._count - 1 - place % len(order)) // len(order) + 1  # by how many blocks
+            rows.append(self._starts[stratum] + np.sort(share))
+            parts.append(Part(stratum, start, start + len(share), self._count / (len(order) * uses)))
+            start += len(share)
+        return Block(np.concatenate(rows), tuple(parts), len(parts))
+
+    @property
+    def sizes(self) -> Indices:
+        """How many samples each block holds."""
+        shares = [-(-(len(o) - self._places(s)) // self._count) for s, o in enumerate(self._orders)]
+        return np.maximum(shares, 1).sum(axis=0)
+
+    def _places(self, stratum: int) -> Indices:
+        # Each stratum is dealt on from where the last one ended, so that sizes differ by one at most.
+        return np.asarray((self._seats - self._starts[stratum]) % self._count)
 
 
-def _block(shares: Sequence[Indices], homes: Sequence[Indices], sizes: Sequence[int], count: int) -> Block:
-    rows, parts, start = [], [], 0
-    for stratum, share in enumerate(shares):
-        if not len(share):
-            continue
-        home = homes[stratum][share]
-        rows += [(stratum, int(batch), home[home[:, 0] == batch, 1]) for batch in np.unique(home[:, 0])]
-        parts.append(Part(stratum, start, start + len(share), count / sizes[stratum]))
-        start += len(share)
-    return Block(tuple(rows), tuple(parts), len(shares))
+def _join(batches: Sequence[Batch]) -> Batch:
+    inputs, targets = concatenate([batch[:2] for batch in batches])
+    return Batch(inputs, targets, sum(batch.size for batch in batches))
+
+
+def _bytes(batches: Sequence[Batch]) -> int:
+    return sum(leaf.numel() * leaf.element_size() for batch in batches for leaf in tensors(batch[:2]))
+
+
+def _alike(batches: Sequence[Batch]) -> bool:
+    """Say whether samples are of one structure, shape and dtype."""
+    forms = {
+        (str(tree_structure(batch[:2])), *((leaf.shape[1:], leaf.dtype) for leaf in tensors(batch[:2])))
+        for batch in batches
+    }
+    return len(forms) == 1

@@ -17,12 +17,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from flatlab.blocks import Block, Gathered, partition
+from flatlab.blocks import Block, Gathered, Partition, Samples
 from flatlab.derivatives import hessian_product, refuse_rounding, second_order
 from flatlab.errors import UserError
 from flatlab.losses import Metric, total, total_and_hits, totals, wide
 from flatlab.memory import Halving
-from flatlab.nests import Batch, Data, part, read, recut, same
+from flatlab.nests import Batch, Data, part, read, recut, same, span
 from flatlab.params import flatten, refuse_overlap, select, split_like
 from flatlab.points import Evaluation, Move
 from flatlab.probes import alike, probe_mean, probe_model, refuse_parametrized, refuse_training, versions
@@ -79,6 +79,7 @@ class Landscape:
         self.sizes = np.array([sum(batch.size for batch in batches) for batches in self._batches])
         self._state = versions(model, self._tensors)
         self._base: FloatArray | None = None
+        self._samples: Samples | None = None
         if check:
             self._probe()
 
@@ -95,7 +96,7 @@ class Landscape:
     @property
     def num_samples(self) -> int:
         """How many samples one pass over the data evaluates."""
-        return int(self.sizes.sum())
+        return sum(batch.size for batch in chain.from_iterable(self._batches))
 
     @property
     def norm(self) -> float:
@@ -167,22 +168,25 @@ class Landscape:
         with self._visiting():
             yield at
 
-    def blocks(self, block_size: int, *, seed: int = 0) -> list[Block]:
+    def blocks(self, block_size: int, *, seed: int = 0) -> Partition:
         """Return a partition of the samples into blocks of about `block_size`, each with its share of each stratum."""
-        return partition(self._batches, block_size, generator=generator("landscape", "blocks", block_size, seed))
+        sizes, rng = self.sizes.tolist(), generator("landscape", "blocks", block_size, seed)
+        return Partition(sizes, block_size, generator=rng)
 
     def gather(self, block: Block) -> Gathered:
         """Return a block's samples, to be evaluated at several points."""
-        batch = block.gather(self._batches)
+        if self._samples is None:
+            self._samples = Samples(self._batches)
+        batch = self._samples.pick(block.rows)
         cut = [Batch(None, part(batch.targets, p.start, p.stop), p.stop - p.start) for p in block.parts]
         return Gathered(batch, block, cut)
 
     def on(self, block: Block) -> "Landscape":
-        """Return the landscape over a block's samples alone, around the same point."""
-        other, kept = copy(self), block.by_stratum(self._batches)
-        other._batches, other._base = list(kept.values()), None
-        other.strata = tuple(self.strata[row] for row in kept)
-        other.sizes = np.array([sum(batch.size for batch in batches) for batches in other._batches])
+        """Return a block's share of the landscape, around the same point: over a partition, the mean of these is it."""
+        other, whole = copy(self), self.gather(block).batch
+        other._batches = [[span(whole, p.start, p.stop)] for p in block.parts]
+        other._base = other._samples = None
+        other.sizes = np.array([1 / p.scale for p in block.parts])  # what a total is divided by, not a count
         return other
 
     def shares_data(self, other: "Landscape") -> bool:

@@ -73,6 +73,9 @@ def cut(batch: Batch, length: int) -> list[Batch]:
 
 def pick(batch: Batch, rows: Tensor) -> Batch:
     """Return some samples of a batch, in the memory format that they lie in."""
+    if isinstance(batch.inputs, Tensor) and isinstance(batch.targets, Tensor):  # as in `part`
+        where = rows.to(batch.inputs.device)
+        return Batch(batch.inputs[where], batch.targets[where], len(rows))
     return _map_batch(lambda leaf: leaf[rows.to(leaf.device)], batch)._replace(size=len(rows))
 
 

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as some
 from torch import nn
 
-from flatlab import seeds
-from flatlab.blocks import partition
+from flatlab import blocks, seeds
+from flatlab.blocks import Partition, Samples
 from flatlab.errors import UserError
 from flatlab.landscape import Landscape
 from flatlab.nests import Batch, concatenate
@@ -23,9 +23,13 @@ def numbered(*strata):
     ]
 
 
+def partition(strata, block_size, *, generator):
+    return Partition([sum(batch.size for batch in stratum) for stratum in strata], block_size, generator=generator)
+
+
 def picked(block, strata):
     """The numbers of a block's samples, for each stratum."""
-    batch = block.gather(strata)
+    batch = Samples(strata).pick(block.rows)
     found = {part.row: batch.inputs[part.start : part.stop].tolist() for part in block.parts}
     return [found.get(row, []) for row in range(len(strata))]
 
@@ -35,18 +39,25 @@ CUTS = some.lists(some.lists(some.integers(1, 9), min_size=1, max_size=4), min_s
 
 @settings(deadline=None, max_examples=60)
 @given(cuts=CUTS, block_size=some.integers(1, 40), seed=some.integers(0, 5))
-def test_a_partition_holds_each_sample_once_and_each_block_its_shares(cuts, block_size, seed):
+def test_a_partition_holds_each_sample_and_each_block_some_of_each_stratum(cuts, block_size, seed):
     strata, sizes = numbered(*cuts), np.array([sum(cut) for cut in cuts])
-    blocks = partition(strata, block_size, generator=seeds.generator("blocks", seed))
-    held = [picked(block, strata) for block in blocks]
-    assert len(blocks) == max(1, round(sizes.sum() / block_size))
+    parts = partition(strata, block_size, generator=seeds.generator("blocks", seed))
+    held = [picked(block, strata) for block in parts]
+    assert len(parts) == len(held) == max(1, round(sizes.sum() / block_size))
+    assert parts.sizes.tolist() == [block.size for block in parts]
     for row, size in enumerate(sizes):
-        assert sorted(sum((each[row] for each in held), [])) == list(range(size))
-        assert np.ptp([len(each[row]) for each in held]) <= 1
-    assert np.ptp([block.size for block in blocks]) <= 1 and min(block.size for block in blocks) >= 1
-    # A block's shares of losses 1 are its samples' weights: over the partition their mean is one in each stratum.
-    shares = [block.shares(np.array([[float(p.stop - p.start) for p in block.parts]]))[0] for block in blocks]
-    assert np.mean(shares, axis=0) == pytest.approx(np.ones(len(sizes)))
+        uses = np.bincount(np.concatenate([each[row] for each in held]).astype(int), minlength=size)
+        assert (uses == 1).all() if size >= len(parts) else np.ptp(uses) <= 1 and uses.min() >= 1
+        assert np.ptp([len(each[row]) for each in held]) <= 1 and min(len(each[row]) for each in held) >= 1
+    if (sizes >= len(parts)).all():
+        assert np.ptp([block.size for block in parts]) <= 1
+    # Over the partition, the mean of the shares is the mean over the samples, whatever these lose.
+    for row, size in enumerate(sizes):
+        shares = [
+            block.shares(np.array([[sum(each[p.row]) if p.row == row else 0.0 for p in block.parts]]))[0]
+            for block, each in zip(parts, held, strict=True)
+        ]
+        assert np.mean(shares, axis=0)[row] == pytest.approx(np.arange(size).mean())
 
 
 def test_the_shuffle_is_seeded_and_reaches_everywhere():
@@ -58,6 +69,28 @@ def test_the_shuffle_is_seeded_and_reaches_everywhere():
         for index, block in enumerate(partition(strata, 5, generator=seeds.generator(seed))):
             homes[np.array(picked(block, strata)[0], dtype=int), index] += 1
     assert np.abs(homes - 100).max() < 4.5 * np.sqrt(400 * 0.25 * 0.75)
+
+
+def test_partitions_are_those_of_earlier_versions():
+    """Rows of numbered samples by a plain rule: seat s gets each count-th of the shuffled samples, from s on."""
+    sizes, rng = [23, 17], seeds.generator("plain")
+    orders, dealt = [torch.randperm(size, generator=rng).tolist() for size in sizes], [0, 23]
+    seats = torch.randperm(8, generator=rng).tolist()
+    plain = [[sorted(o[(seat - d) % 8 :: 8]) for o, d in zip(orders, dealt, strict=True)] for seat in seats]
+    strata = numbered([10, 13], [17])
+    assert [picked(b, strata) for b in partition(strata, 5, generator=seeds.generator("plain"))] == plain
+
+
+@pytest.mark.parametrize("store", [0, 2**28])
+def test_samples_are_the_same_from_one_store_and_from_the_batches(store, monkeypatch):
+    monkeypatch.setattr(blocks, "JOINED", store)
+    strata = numbered([4, 1, 6], [3, 2])
+    samples = Samples(strata)
+    assert len(samples._batches) == (1 if store else 5)
+    for block in partition(strata, 4, generator=seeds.generator("store")):
+        batch = samples.pick(block.rows)
+        assert batch.size == block.size == len(batch.inputs)
+        assert batch.inputs.tolist() == [float(row if row < 11 else row - 11) for row in block.rows]
 
 
 def strata_of(case, cuts):
@@ -80,8 +113,8 @@ def test_the_mean_over_all_blocks_is_the_landscape(first, second, block_size):
     landscape = strata_of(case, [cut for cut in cuts if sum(cut)])
     ray = landscape.point.sign()
     with landscape.moving() as at:
-        blocks = [landscape.gather(block) for block in landscape.blocks(block_size)]
-        shares = np.array([at(ray, [0.0, 0.3], block=block) for block in blocks])
+        gathered = [landscape.gather(block) for block in landscape.blocks(block_size)]
+        shares = np.array([at(ray, [0.0, 0.3], block=block) for block in gathered])
     for index, radius in enumerate((0.0, 0.3)):
         whole = landscape.evaluate(landscape.point + radius * ray).losses
         assert shares[:, index].mean(axis=0) == pytest.approx(whole, rel=1e-6)
@@ -120,7 +153,7 @@ def test_images_keep_their_memory_format():
     images = torch.randn(10, 3, 4, 4, generator=seeds.generator("format")).to(memory_format=torch.channels_last)
     batches = [[Batch(part, part[:, 0, 0, 0], len(part)) for part in images.split([4, 6])]]
     for block in partition(batches, 5, generator=seeds.generator(0)):
-        assert block.gather(batches).inputs.is_contiguous(memory_format=torch.channels_last)
+        assert Samples(batches).pick(block.rows).inputs.is_contiguous(memory_format=torch.channels_last)
 
 
 class Pair(nn.Module):

@@ -170,17 +170,67 @@ def test_the_seed_bites(way):
     assert one == same != other
 
 
-def test_blocks_of_strata_are_landscapes_of_their_own():
+@pytest.mark.parametrize("cut", [(5, 12, 7), (1, 22, 1), (2, 2, 20)])
+@pytest.mark.parametrize("block_size", [3, 8, 24])
+def test_the_mean_of_the_blocks_landscapes_is_the_landscape(cut, block_size):
     case = cases.make("mlp").double()
-    batches = case.batches([5, 12, 7])
-    landscape = Landscape(case.model, {"few": batches[:1], "many": batches[1:]}, case.loss)
-    blocks = landscape.blocks(8, seed=0)
-    parts = [landscape.on(block) for block in blocks]
-    assert sum(part.num_samples for part in parts) == 24
-    sums = sum(part.base_loss * part.sizes for part in parts)
-    assert sums / landscape.sizes == pytest.approx(landscape.base_loss, rel=1e-12)
-    gradient = sum(part.gradient() for part in parts[:1])
-    assert gradient.isfinite().all() and landscape.strata == parts[0].strata
+    batches = case.batches(cut)
+    landscape = Landscape(case.model, {"few": batches[:1], "many": batches[1:2], "rest": batches[2:]}, case.loss)
+    parts = [landscape.on(block) for block in landscape.blocks(block_size, seed=0)]
+    there = landscape.point + 0.3 * normal("there", shape=(landscape.num_params,))
+    assert {part.strata for part in parts} == {landscape.strata}
+    assert np.mean([part.base_loss for part in parts], axis=0) == pytest.approx(landscape.base_loss, rel=1e-12)
+    assert np.mean([part.evaluate(there).loss for part in parts]) == pytest.approx(landscape.evaluate(there).loss)
+    slopes = torch.stack([part.gradient(there) for part in parts]).mean(0)
+    assert torch.allclose(slopes, landscape.gradient(there), rtol=1e-9, atol=1e-12)
+    assert [part.num_samples for part in parts] == landscape.blocks(block_size, seed=0).sizes.tolist()
+
+
+class Steep(nn.Module):
+    """The loss of a sample is its size times |w|^2 / 2."""
+
+    def __init__(self, size=1):
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(size, dtype=torch.float64))
+
+    def forward(self, x):
+        return x * self.w.square().sum() / 2
+
+
+def test_a_rare_stratum_weighs_as_much_as_a_common_one():
+    """One sample of curvature 16 beside 2,047 flat ones: worst 4 in the box of 1, mean 4/3, by closed form."""
+    data = {
+        "rare": [(torch.full((1, 1), 16.0, dtype=torch.float64), torch.zeros(1))],
+        "common": [(torch.zeros(2047, 1, dtype=torch.float64), torch.zeros(2047))],
+    }
+    landscape = Landscape(Steep().eval(), data, lambda outputs, _: outputs[:, 0])
+    worst = worst_sharpness(landscape, [1.0], norm="linf", adaptive=False)
+    average = average_sharpness(landscape, [1.0], norm="linf", adaptive=False)
+    low, high = average.interval(0.999)
+    assert worst.value[0] == pytest.approx(4.0) and low[0] < 4 / 3 < high[0]
+    assert average.value[0] == pytest.approx(4 / 3, rel=0.2)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+def test_worst_is_above_the_average_and_above_any_point(seed, norm):
+    rng = np.random.default_rng(seed)
+    cut = [int(size) for size in rng.choice([1, 2, 7, 40], size=3)]
+    case, radius = cases.make("mlp").double(), float(rng.uniform(0.05, 0.5))
+    inputs = normal("random problem", seed, shape=(sum(cut), 6)) * torch.tensor(rng.lognormal(0, 1, (sum(cut), 1)))
+    targets = torch.from_numpy(rng.integers(0, 3, sum(cut)))
+    data = {str(i): [pair] for i, pair in enumerate(zip(inputs.split(cut), targets.split(cut), strict=True))}
+    landscape = Landscape(case.model, data, case.loss)
+    given = {"norm": norm, "adaptive": bool(seed % 2)}
+    worst = worst_sharpness(landscape, [radius], block_size=8, restarts=3, seed=seed, **given).value[0]
+    scale = landscape.point.abs() if given["adaptive"] else torch.ones_like(landscape.point)
+    for k in range(30):
+        u = normal("any point", seed, k, shape=(landscape.num_params,))
+        u = u.clamp(-1, 1) if norm == "linf" else u / u.norm()
+        there = landscape.evaluate(landscape.point + radius * scale * u).loss
+        assert there - landscape.base_loss.mean() <= worst
+    if norm == "linf":  # normal noise leaves the ball
+        assert average_sharpness(landscape, [radius], num_samples=100, **given).value[0] <= worst
 
 
 def test_what_does_not_do_is_said():

@@ -97,7 +97,8 @@ def _losses(
     path: Landscape, step: Tensor, places: FloatArray, moved: "_Buffers", report: Report | None
 ) -> tuple[FloatArray, npt.NDArray[np.int64]]:
     """Return the loss (T, N) of each image at each place, and the images' strata (N,)."""
-    blocks = path.blocks(BLOCK)
+    blocks = list(path.blocks(BLOCK))
+    once = np.sort(np.unique(np.concatenate([block.rows for block in blocks]), return_index=True)[1])
     singles = [block.by_sample() for block in blocks]
     scales = np.concatenate([[part.scale for part in single.parts] for single in singles])
     table = []
@@ -107,7 +108,7 @@ def _losses(
             table.append(np.concatenate([at(step, place, block=path.gather(single)) for single in singles]) / scales)
             if report:
                 report(done, len(places))
-    return np.stack(table), np.concatenate([block.strata for block in blocks])
+    return np.stack(table)[:, once], np.concatenate([block.strata for block in blocks])[once]
 
 
 def _errors(excess: FloatArray, stratum: npt.NDArray[np.int64]) -> FloatArray:

@@ -8,11 +8,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 from torch import Tensor
 
-from flatlab.blocks import Block, Gathered
+from flatlab.blocks import Block, Partition
 from flatlab.errors import UserError
 from flatlab.landscape import Landscape
 from flatlab.metrics.rays import Normalisation, draw_ray, reach
@@ -37,6 +38,7 @@ class Pilot:
     alone: bool  # of one landscape: the images' share of a difference is not that of either
     mean: FloatArray  # (R,) rises
     seconds: dict[int, float]  # of evaluating a block, by its size
+    gathering: dict[int, float]  # seconds of cutting it and picking its images
     drawing: float  # seconds of a ray
 
 
@@ -66,7 +68,8 @@ def fly(
         paired=[components(table, strata) for table in both],
         alone=len(landscapes) == 1,
         mean=np.max([np.abs(table.mean(axis=(0, 2, 3, 4))) for table in tables], axis=0),
-        seconds={size: sum(each[size] for each in clocked) for size in clocked[0]},
+        seconds={size: sum(each[size][1] for each in clocked) for size in clocked[0]},
+        gathering={size: sum(each[size][0] for each in clocked) for size in clocked[0]},
         drawing=drawing,
     )
 
@@ -75,12 +78,13 @@ def price(landscapes: Sequence[Landscape], radii: int, *, seed: int) -> int:
     """Return the images that a pilot forwards."""
     blocks, directions = _groups(landscapes[0], seed)
     rises = sum(block.size for block in blocks) * (1 + 2 * radii * directions)
-    return len(landscapes) * (rises + TIMED * sum(_sizes(landscapes[0])))
+    sizes = [blocks.sizes for blocks in _clocked_on(landscapes[0], seed).values()]
+    return len(landscapes) * (rises + sum(int(each[turn % len(each)]) for each in sizes for turn in range(TIMED)))
 
 
 def _groups(landscape: Landscape, seed: int) -> tuple[list[Block], int]:
     """Return blocks, and how many directions each of them sees: 64 in all at least."""
-    blocks = landscape.blocks(IMAGES, seed=seed)[:GROUPS]
+    blocks = list(islice(landscape.blocks(IMAGES, seed=seed), GROUPS))
     return blocks, -(-GROUPS * DIRECTIONS // len(blocks))
 
 
@@ -110,18 +114,30 @@ def _sizes(landscape: Landscape) -> list[int]:
     return fitting or [landscape.num_samples]
 
 
-def _seconds(landscape: Landscape, seed: int) -> dict[int, float]:
-    """Return the seconds of one evaluation of a block, by its size; sizes take turns, so that a busy spell hits all."""
-    gathered = {size: landscape.gather(landscape.blocks(size, seed=seed)[0]) for size in _sizes(landscape)}
+def _seconds(landscape: Landscape, seed: int) -> dict[int, tuple[float, float]]:
+    """Return the seconds of picking and of evaluating a block, by its size.
+
+    Sizes take turns, so that a busy spell hits all.
+    """
+    partitions, still = _clocked_on(landscape, seed), landscape.point
     with landscape.moving() as at:
-        turns = [{size: _clocked(at, each, landscape.point) for size, each in gathered.items()} for _ in range(TIMED)]
-    return {size: min(turn[size] for turn in turns) for size in gathered}
+        turns = [
+            {size: _clocked(landscape, at, still, (blocks, turn)) for size, blocks in partitions.items()}
+            for turn in range(TIMED)
+        ]
+    return {size: (min(turn[size][0] for turn in turns), min(turn[size][1] for turn in turns)) for size in partitions}
 
 
-def _clocked(at: Move, gathered: Gathered, still: Tensor) -> float:
-    start = time.perf_counter()
+def _clocked_on(landscape: Landscape, seed: int) -> dict[int, Partition]:
+    return {size: landscape.blocks(size, seed=seed) for size in _sizes(landscape)}
+
+
+def _clocked(landscape: Landscape, at: Move, still: Tensor, which: tuple[Partition, int]) -> tuple[float, float]:
+    (blocks, turn), start = which, time.perf_counter()
+    gathered = landscape.gather(blocks[turn % len(blocks)])
+    ready = time.perf_counter()
     at(still, 0.0, block=gathered)
-    return time.perf_counter() - start
+    return ready - start, time.perf_counter() - ready
 
 
 def plan(pilot: Pilot, radii: FloatArray, goal: Goal, samples: int) -> list[Plan]:
@@ -134,7 +150,7 @@ def _best(pilot: Pilot, index: int, radius: float, goal: Goal, samples: int) -> 
     options = []
     for paired, found in ((False, pilot.single[index]), (True, pilot.paired[index])):
         for size, seconds in pilot.seconds.items():
-            price = pilot.drawing / len(pilot.mean) + seconds * (2 if paired else 1)
+            price = (pilot.drawing + pilot.gathering[size]) / len(pilot.mean) + seconds * (2 if paired else 1)
             between = found.between(size) if pilot.alone else 0.0
             visits = foresee(found, size, max(1, round(samples / size)), tolerance, between)
             foreseen = visits if visits < MOST else 0  # not finite, or out of reach: what is seen decides

@@ -12,7 +12,7 @@ from functools import partial
 import numpy as np
 from torch import Tensor
 
-from flatlab.blocks import Block
+from flatlab.blocks import Partition
 from flatlab.landscape import Landscape
 from flatlab.metrics.rays import Noise, Normalisation, draw_ray
 from flatlab.metrics.results import Estimate, FloatArray
@@ -131,7 +131,7 @@ class Sampler:
     noise: Noise = "sphere"
     like: Tensor | None = None
     spent: float = 0.0  # images forwarded, as one process alone would: a budget ends alike however work is shared
-    _partitions: dict[tuple[int, int], list[Block]] = field(default_factory=dict)
+    _partitions: dict[tuple[int, int], Partition] = field(default_factory=dict)
     _bases: dict[tuple[int, int, int], FloatArray] = field(default_factory=dict)
     _rested: dict[int, int] = field(default_factory=dict)  # visits at rest that are paid, by block size
 
@@ -246,9 +246,9 @@ class Sampler:
         """Return the images of each block."""
         if not block_size:
             return np.array([self.landscapes[0].num_samples], dtype=float)
-        return np.array([block.size for block in self._partition(0, block_size)], dtype=float)
+        return self._partition(0, block_size).sizes.astype(float)
 
-    def _partition(self, which: int, block_size: int) -> list[Block]:
+    def _partition(self, which: int, block_size: int) -> Partition:
         """Return a landscape's blocks; those of another hold the same images, however its batches are cut."""
         if (which, block_size) not in self._partitions:
             self._partitions[which, block_size] = self.landscapes[which].blocks(block_size, seed=self.seed)

@@ -200,7 +200,8 @@ def worst_sharpness(
         radii: (R,) rho, relative to |w| where adaptive.
         norm: of the ball.
         adaptive: scale perturbations by |w|.
-        block_size: images m that one perturbation meets; each block is weighed alike.
+        block_size: images m that one perturbation meets, a share of each stratum; the mean of the blocks' losses is that
+            of the landscape, so that no point of the ball, and no mean over it, is higher than the true maximum.
         steps: of an ascent; a step costs a gradient and a forward pass over the block.
         restarts: ascents from starts of their own.
         seed: names the starts and the blocks.

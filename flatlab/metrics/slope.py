@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from flatlab.blocks import Block
+from flatlab.blocks import Partition
 from flatlab.landscape import Landscape
 from flatlab.metrics.rays import Normalisation, draw_ray
 from flatlab.metrics.results import FloatArray
@@ -40,9 +40,9 @@ def slopes(landscape: Landscape, radius: float, *, seed: int, normalisation: Nor
 
 def price(landscape: Landscape, *, seed: int) -> int:
     """Return the images that the slopes forward."""
-    sizes = [block.size for block in _blocks(landscape, seed)]
-    return 2 * sum(sizes[k % len(sizes)] for k in range(2 * DIRECTIONS))
+    sizes = _blocks(landscape, seed).sizes
+    return 2 * int(sizes[np.arange(2 * DIRECTIONS) % len(sizes)].sum())
 
 
-def _blocks(landscape: Landscape, seed: int) -> list[Block]:
+def _blocks(landscape: Landscape, seed: int) -> Partition:
     return landscape.blocks(max(1, min(IMAGES, landscape.num_samples // 2)), seed=seed)
