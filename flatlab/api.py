@@ -47,7 +47,7 @@ from flatlab.metrics.worst import WorstRise, worst_rise
 from flatlab.models import Ensemble, Network, build_network
 from flatlab.points import Evaluation
 from flatlab.probespecs import ProbeSpec, QuantNoiseSpec, RadiusSpec
-from flatlab.quant.attach import attach, attach_activations, bake
+from flatlab.quant.attach import attach, attach_activations, bake, clamp_scales
 from flatlab.quant.calibration import second_moments
 from flatlab.quant.inq import INQ
 from flatlab.quant.lsq import LSQ
@@ -128,6 +128,7 @@ __all__ = [
     "attach",
     "attach_activations",
     "bake",
+    "clamp_scales",
     "obc",
     "second_moments",
     "export_run",

@@ -123,9 +123,10 @@ def quantize(built: Network, spec: RunSpec) -> list[nn.Parameter]:
                 attach.attach_activations(built, bits=q.activation_bits, signed=q.activations == "signed")
         case INQSpec() as q:
             grid = q.model_dump(include={"bits", "granularity", "grid"})
-            attach.attach_each(built, lambda _, weight: INQ(weight, **grid))
+            attach.attach_each(built, lambda _, weight, axis: INQ(weight, axis=axis, **grid))
         case q:
-            attach.attach_each(built, lambda _, weight: Fixed.empty(weight, bits=q.bits, granularity=q.granularity))
+            kind = {"bits": q.bits, "granularity": q.granularity}
+            attach.attach_each(built, lambda _, weight, axis: Fixed.empty(weight, axis=axis, **kind))
     return list(attach.scales(built).values())
 
 

@@ -91,13 +91,18 @@ def list_data(chosen: Choices) -> None:
 @data_app.command(epilog="Example: `flatlab data check PACS --data-dir /data`")
 @takes("data_dir", "json", "debug")
 def check(chosen: Choices, dataset: Annotated[str, typer.Argument(help="PACS, ..., or folder:PATH.")]) -> None:
-    """Compare a data set on disk with what is known of it: domains, classes, counts; exit with 1 where they differ."""
+    """Decode every image of a data set on disk, and compare its counts with the known; exit with 1 where it fails."""
     import pandas as pd
 
+    from flatlab import display
     from flatlab.data import folders
 
     named = Choices({**chosen.given, "dataset": dataset})
-    rows = folders.check(named.name(), named.folder())
-    chosen.answer(pd.DataFrame([{**row._asdict(), "ok": row.ok} for row in rows]), dataset)
+    with display.counter("reading images") as report:
+        rows = folders.check(named.name(), named.folder(), report=report)
+    table = pd.DataFrame([{**row._asdict(), "ok": row.ok} for row in rows])
+    chosen.answer(table if chosen.json else table.drop(columns="unreadable"), dataset)
+    if not chosen.json:
+        typer.echo("".join(f"{sentence}\n" for row in rows for sentence in row.unreadable), nl=False)
     if not all(row.ok for row in rows):
         raise typer.Exit(1)

@@ -68,7 +68,8 @@ MAY_IMPORT = {
     "work": "jobs runs specs errors measure train",  # the last two inside functions: workers alone load torch
     # things that take arguments, not specs
     "data": "seeds errors",
-    "data.catalog": "errors",
+    "data.trees": "errors",
+    "data.catalog": "data.trees errors",
     "models": "seeds errors",
     "quant": "errors",
     "nests": "errors",

@@ -376,7 +376,9 @@ def test_a_truncated_image_is_named(tree: Path, name: str) -> None:
 @pytest.mark.parametrize("content", [b"", b"<html>not found</html>"])
 def test_what_is_not_an_image_is_named(tree: Path, content: bytes) -> None:
     (tree / "photo" / "dog" / "bad.jpg").write_bytes(content)
-    with pytest.raises(UserError, match=r"photo/dog/bad\.jpg is empty or not an image; replace or remove it"):
+    with pytest.raises(
+        UserError, match=r"photo/dog/bad\.jpg is empty or not an image of a known format .*; replace or remove it"
+    ):
         load(tree)
 
 
@@ -411,11 +413,20 @@ def test_sizes_that_do_not_suit_are_refused(tree: Path) -> None:
         load(tree, size=0)
 
 
-def test_check_counts_without_decoding(tree: Path) -> None:
-    (tree / "photo" / "dog" / "bad.jpg").write_bytes(b"")
-    rows = folders.check("folder:animals", tree)
-    assert rows == [("photo", 2, 4, None, ""), ("sketch", 2, 2, None, "")]
-    assert all(row.ok for row in rows)
+def test_check_decodes_every_image_and_names_what_it_cannot(tree: Path) -> None:
+    folders_ = tree / "photo" / "dog"
+    (folders_ / "bad.jpg").write_bytes(b"")
+    (folders_ / "notes.png").write_text("not an image at all")
+    cut = picture(folders_ / "cut.jpg", size=(64, 64))
+    cut.write_bytes(cut.read_bytes()[:-200])
+    seen: list[tuple[int, int]] = []
+    photo, sketch = folders.check("folder:animals", tree, report=lambda done, of: seen.append((done, of)))
+    assert photo[:5] == ("photo", 2, 6, None, "3 images cannot be decoded") and not photo.ok
+    assert [sentence.partition(" ")[0] for sentence in photo.unreadable] == [
+        str(folders_ / name) for name in ("bad.jpg", "cut.jpg", "notes.png")
+    ]
+    assert sketch == ("sketch", 2, 2, None, "", ()) and sketch.ok
+    assert seen == [(done, 8) for done in range(1, 9)]
 
 
 def test_check_of_the_digits() -> None:
@@ -439,7 +450,7 @@ def test_check_tells_what_is_off(tmp_path: Path) -> None:
             picture(tmp_path / "PACS" / domain / each / "1.png")
     (tmp_path / "PACS" / "photo" / "dog" / "1.png").unlink()
     (tmp_path / "PACS" / "photo" / "zebra").mkdir()
-    assert folders.check("PACS", tmp_path) == [
+    assert [row[:5] for row in folders.check("PACS", tmp_path)] == [
         ("art_painting", 7, 7, 2048, "2,041 images fewer than 2,048"),
         ("cartoon", 0, 0, 2344, "there is no such folder"),
         ("photo", 6, 6, 1670, "no images of dog; unknown classes zebra; 1,664 images fewer than 1,670"),

@@ -73,11 +73,10 @@ def test_a_baked_vit_block_has_the_same_outputs_names_and_order(grad):
     assert type(case.model.block.self_attn) is nn.MultiheadAttention
 
 
-def test_tied_weights_get_a_step_size_at_each_place():
+def test_tied_weights_share_their_step_sizes():
     case = make("tied")
-    assert attach(case.model) == ["first", "second"]
-    latent = {id(each.latent) for each in quantized_layers(case.model).values()}
-    assert len(latent) == 1 and len(scales(case.model)) == 2
+    assert attach(case.model) == list(scales(case.model)) == ["first"]
+    assert case.model.first.parametrizations.weight[0] is case.model.second.parametrizations.weight[0]
 
 
 def test_what_is_left_out_can_be_named():
@@ -281,7 +280,7 @@ def test_inq_of_zeros_stays_zero_and_its_mistakes_are_sentences():
 
 def test_inq_can_stand_in_a_network_and_be_baked():
     case = make("vit")
-    assert attach_each(case.model, lambda _, weight: INQ(weight, bits=5)) == VIT
+    assert attach_each(case.model, lambda _, weight, axis: INQ(weight, bits=5, axis=axis)) == VIT
     for layer in quantized_layers(case.model).values():
         layer.quantizer.advance(layer.latent, 1.0)
     expected = case.model(case.inputs)

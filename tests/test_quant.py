@@ -254,7 +254,7 @@ def test_attach_quantizes_every_convolution_and_nothing_else():
 
 
 def test_nothing_to_quantize_is_refused():
-    with pytest.raises(UserError, match="^Nothing to quantize: the network holds no Conv2d or Linear layer outside"):
+    with pytest.raises(UserError, match="^Nothing to quantize: the network holds no convolution or linear map outside"):
         attach(nn.Sequential(OrderedDict(norm=nn.BatchNorm1d(3), head=nn.Linear(3, 2))))
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from flatlab.data.trees import images_below, subfolders
 from flatlab.errors import UserError, choose
 
 
@@ -121,12 +122,6 @@ def place(dataset: str, data_dir: Path | None) -> Path:
     return max(_candidates(dataset, data_dir), key=lambda root: sum((root / name).is_dir() for name in names))
 
 
-def subfolders(folder: Path) -> list[Path]:
-    """Return the folders in a folder, sorted by name; hidden ones and archive leftovers are no data."""
-    found = (each for each in folder.iterdir() if each.is_dir() and not each.name.startswith((".", "__")))
-    return sorted(found, key=lambda each: each.name)
-
-
 def domain_names(dataset: str, data_dir: Path | None) -> tuple[str, ...]:
     """Return the names of the domains in index order, read off the disk only for `folder:NAME`.
 
@@ -180,6 +175,5 @@ def sizes(dataset: str, data_dir: Path | None) -> dict[str, int]:
     known = facts(dataset)
     if known and all(known.domains.values()):
         return {name: count or 0 for name, count in known.domains.items()}
-    root = locate(dataset, data_dir)
-    names = domain_names(dataset, data_dir)
-    return {name: sum(1 for path in (root / name).glob("*/**/*") if path.is_file()) for name in names}
+    tree = images_below(locate(dataset, data_dir), domain_names(dataset, data_dir))
+    return {name: sum(map(len, classes.values())) for name, classes in tree.items()}

@@ -13,11 +13,17 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 
 from flatlab.errors import UserError
 
 Pixels = npt.NDArray[np.uint8]
 T = TypeVar("T")
+
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # no other decoder of Pillow's is started
+MOST_PIXELS = 89_478_485  # of an image, beyond which Pillow warns of a decompression bomb: 268 MB in RGB
+TIFF_BITS = 258  # the tag BitsPerSample
+MOST_BYTES = 2**30  # of a file: those pixels in 16 bits, uncompressed, and more
 
 # The smallest crop that DomainBed draws, 0.7 of the area with a ratio of 4/3, is 0.72 of a square's side: stored at
 # 1.4 times the wanted size it is not enlarged.
@@ -48,25 +54,84 @@ def stored_side(size: int) -> int:
 def decode(path: Path, size: int) -> Picture:
     """Decode an image: RGB, bilinear, not turned by its EXIF orientation (as ImageFolder).
 
+    Sixteen bits of grey are scaled to eight by their whole range, floating-point pixels from the range 0 to 1.
+
     Args:
-        path: the file.
+        path: the file, of one of `FORMATS`.
         size: pixels on a side.
 
     Raises:
-        UserError: where it is none; names the file.
+        UserError: where it is none, or larger than `MOST_PIXELS` or `MOST_BYTES`; names the file.
     """
-    content = path.read_bytes()
+    content = _content(path)
     try:
-        with Image.open(io.BytesIO(content)) as image:
-            # A palette by way of RGBA: the same colours, and Pillow does not warn of the transparency it drops.
-            plain = (image.convert("RGBA") if image.mode == "P" else image).convert("RGB")
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            _check_size(path, image)
+            plain = _rgb(path, image)
+    except UserError:
+        raise
     except UnidentifiedImageError as error:
-        raise UserError(f"{path} is empty or not an image; replace or remove it.") from error
+        known = ", ".join(FORMATS)
+        raise UserError(
+            f"{path} is empty or not an image of a known format ({known}); replace or remove it."
+        ) from error
     except Exception as error:  # decoders fail in many ways: OSError, SyntaxError, struct.error, ...
         raise UserError(f"{path} cannot be read as an image ({error}); replace or remove it.") from error
     share = min(1.0, stored_side(size) / min(plain.size))
     width, height = (round(side * share) for side in plain.size)
     return Picture(_resized(plain, size, size), _resized(plain, width, height), hashlib.sha256(content).digest())
+
+
+def _content(path: Path) -> bytes:
+    if not path.is_file():
+        raise UserError(f"{path} is not a regular file; replace or remove it.")
+    if path.stat().st_size > MOST_BYTES:
+        raise UserError(f"{path} holds {path.stat().st_size:,} bytes; an image file must hold at most {MOST_BYTES:,}.")
+    return path.read_bytes()
+
+
+def _check_size(path: Path, image: Image.Image) -> None:
+    width, height = image.size
+    if width * height > MOST_PIXELS:
+        raise UserError(
+            f"{path} has {width:,} x {height:,} pixels; an image must have at most {MOST_PIXELS:,}: scale it."
+        )
+
+
+def _rgb(path: Path, image: Image.Image) -> Image.Image:
+    """Return an image in RGB, its values scaled by the range of its mode."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        bits = image.tag_v2[TIFF_BITS][0] if isinstance(image, TiffImageFile) else 16
+        return _grey(np.asarray(image) * (255 / (2**bits - 1)))
+    if image.mode == "I":
+        raise UserError(f"{path} has pixels of signed or 32-bit integers, of no known range; convert it to 16 bits.")
+    if image.mode == "F":
+        values = np.asarray(image)
+        if not (values.min() >= 0 and values.max() <= 1):  # nor NaN
+            raise UserError(
+                f"{path} has floating-point pixels from {values.min():.4g} to {values.max():.4g}; they must lie "
+                f"between 0 and 1."
+            )
+        return _grey(values * 255)
+    # A palette by way of RGBA: the same colours, and Pillow does not warn of the transparency it drops.
+    return (image.convert("RGBA") if image.mode == "P" else image).convert("RGB")
+
+
+def _grey(values: npt.NDArray[np.floating]) -> Image.Image:
+    return Image.fromarray(np.rint(values).astype(np.uint8)).convert("RGB")
+
+
+def fault(path: Path) -> str:
+    """Return why a file cannot be decoded, in a sentence that names it; empty where it can.
+
+    Args:
+        path: the file.
+    """
+    try:
+        decode(path, 1)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def _resized(image: Image.Image, width: int, height: int) -> Pixels:

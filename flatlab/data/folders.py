@@ -1,7 +1,6 @@
-"""DomainBed's folders root/domain/class/image: what lies there, and what is off. No torch, and no image is opened."""
+"""DomainBed's folders root/domain/class/image: what lies there, and what is off. No torch."""
 
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -10,11 +9,11 @@ import numpy as np
 import numpy.typing as npt
 
 from flatlab.data import catalog
+from flatlab.data.decode import fault, in_order
+from flatlab.data.trees import Tree, check_regular, images_below, subfolders
 from flatlab.errors import UserError
 
-Tree = dict[str, dict[str, list[Path]]]  # domain -> class -> image files, each level in sorted order
-
-SUFFIXES = frozenset([".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"])
+Report = Callable[[int, int], None]  # images read so far, images in all
 
 
 @dataclass(frozen=True)
@@ -53,23 +52,13 @@ def listing(dataset: str, data_dir: Path | None) -> Listing:
         data_dir: where the folders lie; see `catalog.locate`.
 
     Raises:
-        UserError: the folder is not there, or a class is missing or unknown.
+        UserError: the folder is not there, a class is missing or unknown, or a file is not a regular one.
     """
     name = catalog.canonical(dataset)
     root, names = catalog.locate(name, data_dir), catalog.domain_names(name, data_dir)
-    tree = _tree(root, names)
+    tree = images_below(root, names)
+    check_regular(tree)
     return Listing(name, _classes(name, tree), tree)
-
-
-def _tree(root: Path, names: tuple[str, ...]) -> Tree:
-    return {name: {each.name: _images(each) for each in catalog.subfolders(root / name)} for name in names}
-
-
-def _images(folder: Path) -> list[Path]:
-    """Return the image files in a folder and below it, as ImageFolder sorts them; macOS hides `._photo.jpg` there."""
-    levels = sorted((Path(level), sorted(names)) for level, _, names in os.walk(folder, followlinks=True))
-    files = (level / name for level, names in levels for name in names if name[0] != ".")
-    return [file for file in files if file.suffix.lower() in SUFFIXES]
 
 
 def _count(files: Mapping[str, list[Path]]) -> int:
@@ -107,6 +96,7 @@ class Row(NamedTuple):
         images: number of images found.
         expected: number of images that the catalog gives; None where it gives none.
         off: what is not as it should be, in words; empty where nothing is.
+        unreadable: a sentence on each image that cannot be decoded.
     """
 
     domain: str
@@ -114,6 +104,7 @@ class Row(NamedTuple):
     images: int
     expected: int | None
     off: str = ""
+    unreadable: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -121,12 +112,15 @@ class Row(NamedTuple):
         return not self.off
 
 
-def check(dataset: str, data_dir: Path | None) -> list[Row]:
+def check(dataset: str, data_dir: Path | None, *, report: Report | None = None) -> list[Row]:
     """Return each domain's counts beside the catalog's, and what is off; an absent domain has no images.
+
+    Every image is decoded, as training would.
 
     Args:
         dataset: a catalog name, or `folder:NAME`.
         data_dir: where the folders lie; see `catalog.locate`.
+        report: called with (images read, images in all) after each image.
     """
     name, known = catalog.canonical(dataset), catalog.facts(dataset)
     if name == "digits":
@@ -138,11 +132,28 @@ def check(dataset: str, data_dir: Path | None) -> list[Row]:
     if not any((root / each).is_dir() for each in (known.domains if known else ("",))):
         root = catalog.locate(name, data_dir)  # refuses: nothing of it is there
     names = tuple(known.domains) if known else catalog.domain_names(name, data_dir)
-    tree = _tree(root, tuple(each for each in names if (root / each).is_dir()))
-    expected = _expected_classes(known, tree)
-    rows = [_row(each, tree.get(each), expected, known.domains[each] if known else None) for each in names]
-    strangers = [each.name for each in catalog.subfolders(root) if known and each.name not in names]
+    tree = images_below(root, [each for each in names if (root / each).is_dir()])
+    expected, faults = _expected_classes(known, tree), _undecodable(tree, report or (lambda done, of: None))
+    rows = [
+        _row(each, tree.get(each), expected, known.domains[each] if known else None, faults.get(each, ()))
+        for each in names
+    ]
+    strangers = [each.name for each in subfolders(root) if known and each.name not in names]
     return rows + [Row(each, 0, 0, 0, "no domain of this data set") for each in strangers]
+
+
+def _undecodable(tree: Tree, report: Report) -> dict[str, tuple[str, ...]]:
+    """Return, by domain, a sentence on each image that cannot be decoded."""
+    found: dict[str, tuple[str, ...]] = {}
+    done, of = 0, sum(map(_count, tree.values()))
+    for domain, classes in tree.items():
+        sentences = []
+        for sentence in in_order(fault, [path for files in classes.values() for path in files]):
+            sentences += [sentence] * bool(sentence)
+            done += 1
+            report(done, of)
+        found[domain] = tuple(sentences)
+    return found
 
 
 def _expected_classes(known: catalog.Facts | None, tree: Tree) -> tuple[str, ...]:
@@ -152,12 +163,20 @@ def _expected_classes(known: catalog.Facts | None, tree: Tree) -> tuple[str, ...
     return tuple(sorted({each for files in tree.values() for each, images in files.items() if images}))
 
 
-def _row(domain: str, files: Mapping[str, list[Path]] | None, classes: tuple[str, ...], count: int | None) -> Row:
+def _row(
+    domain: str,
+    files: Mapping[str, list[Path]] | None,
+    classes: tuple[str, ...],
+    count: int | None,
+    unreadable: tuple[str, ...],
+) -> Row:
     if files is None:
         return Row(domain, 0, 0, count, "there is no such folder")
     found = {each for each, images in files.items() if images}
-    off = "; ".join(_faults(found, set(files), set(classes), _count(files), count))
-    return Row(domain, len(found), _count(files), count, off)
+    off = [*_faults(found, set(files), set(classes), _count(files), count)]
+    if unreadable:
+        off.append(f"{len(unreadable):,} image{'s' * (len(unreadable) > 1)} cannot be decoded")
+    return Row(domain, len(found), _count(files), count, "; ".join(off), unreadable)
 
 
 def _faults(found: set[str], folders: set[str], classes: set[str], images: int, expected: int | None) -> Iterator[str]:

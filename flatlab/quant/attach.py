@@ -4,11 +4,14 @@ QT-DoG (arXiv 2410.06020, App. B) quantizes the weights of every layer but the l
 transformer, each linear map (qkv, projections, MLP, patch embedding), not the head.
 """
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from flatlab.errors import UserError
@@ -18,12 +21,23 @@ from flatlab.quant.inq import INQ
 from flatlab.quant.lsq import LSQ, Activations
 
 Quantizer = LSQ | INQ | Fixed
-KINDS = (nn.Conv2d, nn.Linear, nn.MultiheadAttention)
+Make = Callable[[str, Tensor, int], Quantizer]  # from a layer's name, its weight and the axis of its output channels
+KINDS = (_ConvNd, nn.Linear, nn.Bilinear, nn.MultiheadAttention)
+LOG = logging.getLogger("flatlab")
 
 
 def tensor_of(layer: nn.Module) -> str:
     """Return the name of the tensor that is quantized: attention keeps the weights of q, k and v in one."""
     return "in_proj_weight" if isinstance(layer, nn.MultiheadAttention) else "weight"
+
+
+def channel_axis(layer: nn.Module) -> int:
+    """Return the axis of the weight's output channels.
+
+    A transposed convolution has them second. In groups, channels at one place of their groups share an index there;
+    depthwise, each channel has its own index on the first axis.
+    """
+    return int(isinstance(layer, _ConvTransposeNd) and (layer.groups == 1 or layer.out_channels > layer.groups))
 
 
 class Quantized(NamedTuple):
@@ -44,7 +58,9 @@ class Quantized(NamedTuple):
 
 
 def layers(network: nn.Module, *, outside: str = "head") -> dict[str, nn.Module]:
-    """Return the layers that can be quantized, by name: convolutions, linear maps and attention outside of the head.
+    """Return the layers that can be quantized, by name: convolutions, linear maps and attention, outside of the head.
+
+    A weight that several of them hold counts once, by the first; one that the head holds, too, is the head's.
 
     Args:
         network: any module.
@@ -53,43 +69,92 @@ def layers(network: nn.Module, *, outside: str = "head") -> dict[str, nn.Module]
     Raises:
         UserError: there are none.
     """
+    named = network.named_parameters(remove_duplicate=False)
+    known = {id(each) for name, each in named if name.split(".")[0] == outside}
     found = {}
-    for name, layer in network.named_modules():
-        own = isinstance(layer, KINDS) and getattr(layer, tensor_of(layer)) is not None
-        if own and name.split(".")[0] != outside:
+    for name, layer in _places(network, outside):
+        if id(weight := _stored(layer)) not in known:
+            known.add(id(weight))
             found[name] = layer
     if not found:
-        raise UserError(f"Nothing to quantize: the network holds no Conv2d or Linear layer outside of its {outside!r}.")
+        raise UserError(
+            f"Nothing to quantize: the network holds no convolution or linear map outside of its {outside!r}."
+        )
     return found
 
 
-def attach_each(network: nn.Module, make: Callable[[str, Tensor], Quantizer], *, outside: str = "head") -> list[str]:
-    """Quantize the weight of each layer in place by what `make(name, weight)` returns; return the layers' names.
+def _places(network: nn.Module, outside: str) -> Iterator[tuple[str, nn.Module]]:
+    """Yield each layer of a kind that can be quantized, outside of the head; tied ones, too."""
+    for name, layer in network.named_modules():
+        if isinstance(layer, KINDS) and name.split(".")[0] != outside and _stored(layer) is not None:
+            yield name, layer
 
-    The latent weights stay the very parameters that they were, so an optimizer keeps their moments. The network is
-    left alone when this raises.
+
+def _stored(layer: nn.Module) -> nn.Parameter | None:
+    """Return the parameter that a layer stores, behind a parametrization where there is one."""
+    name = tensor_of(layer)
+    if parametrize.is_parametrized(layer, name):
+        return next(layer.parametrizations[name].parameters(recurse=False))
+    return cast("nn.Parameter | None", getattr(layer, name))
+
+
+def attach_each(network: nn.Module, make: Make, *, outside: str = "head") -> list[str]:
+    """Quantize the weight of each layer in place by what `make(name, weight, axis)` returns; return the layers' names.
+
+    The latent weights stay the very parameters that they were, so an optimizer keeps their moments. A weight that
+    several modules hold gets one quantizer, stays one weight, and goes by the first layer's name. Matrices that stay in
+    floating point outside of the head are named in a warning. The network is left alone when this raises.
 
     Raises:
         UserError: nothing to quantize, a weight that is parametrized already or not finite, or what `make` refuses.
     """
-    made = {}
+    made: dict[str, tuple[Quantizer, list[tuple[nn.Module, str]]]] = {}
+    left = {id(each): name for name, each in network.named_parameters() if not is_lazy(each) and each.dim() > 1}
     for name, layer in layers(network, outside=outside).items():
-        if parametrize.is_parametrized(layer):
-            raise UserError(f"{name} is parametrized already; call bake() on the network before attach()")
-        weight = cast("Tensor", getattr(layer, tensor_of(layer)))
+        weight = cast("nn.Parameter", _stored(layer))
+        holders = _holders(network, weight)
+        _check_free(name, layer, holders)
         check_finite(weight, f"{name}.{tensor_of(layer)}")
-        made[name] = layer, make(name, weight)
-    for layer, quantizer in made.values():
-        parametrize.register_parametrization(layer, tensor_of(layer), quantizer)
-        layer.train(layer.training)  # what was registered follows the layer's mode
+        made[name] = make(name, weight, channel_axis(layer)), holders
+        left.pop(id(weight), None)
+    for quantizer, holders in made.values():
+        for holder, tensor in holders:
+            parametrize.register_parametrization(holder, tensor, quantizer)
+            holder.train(holder.training)  # what was registered follows the layer's mode
+    if named := [name for name in left.values() if name.split(".")[0] != outside]:
+        LOG.warning("Quantization leaves %s in floating point.", ", ".join(named))
     return list(made)
+
+
+def _check_free(name: str, layer: nn.Module, holders: list[tuple[nn.Module, str]]) -> None:
+    """Refuse a layer whose weight is not there yet, or is not a parameter of its own."""
+    if is_lazy(_stored(layer)):
+        raise UserError(f"{name} has no weight before its first input; pass a batch through the network first.")
+    if any(_quantized_tensors(module) for module in (layer, *(holder for holder, _ in holders))):
+        raise UserError(f"{name} is parametrized already; call bake() on the network before attach()")
+    derived = any(isinstance(holder, parametrize.ParametrizationList) for holder, _ in holders)
+    if derived or not holders or any(parametrize.is_parametrized(holder) for holder, _ in holders):
+        raise UserError(
+            f"{name}.{tensor_of(layer)} is computed from other parameters, as under weight_norm; make it a plain one "
+            f"before attach(), for instance by torch.nn.utils.parametrize.remove_parametrizations."
+        )
+
+
+def _holders(network: nn.Module, weight: nn.Parameter) -> list[tuple[nn.Module, str]]:
+    """Return the modules that hold a weight, each with its name for it: more than one where layers are tied."""
+    return [(module, name) for module in network.modules() for name, own in module._parameters.items() if own is weight]
 
 
 def attach(network: nn.Module, *, outside: str = "head", **options: Any) -> list[str]:
     """Quantize the weight of each convolution and linear map in place by LSQ; return the layers' names.
 
+    Convolutions of any dimension, transposed ones, linear and bilinear maps, and the joint projection of attention are
+    quantized. Other matrices, such as those of embeddings and recurrent layers, stay in floating point, and a warning
+    names them. A weight that several modules hold stays one weight, and goes by the first layer's name.
+
     The latent weights stay the very parameters that they were, so an optimizer keeps their moments; the new step
-    sizes (`scales`) have to be given to it. The network is left alone when this raises.
+    sizes (`scales`) have to be given to it, and kept positive by `clamp_scales` after each of its steps. The network is
+    left alone when this raises.
 
     Args:
         network: any module.
@@ -99,21 +164,23 @@ def attach(network: nn.Module, *, outside: str = "head", **options: Any) -> list
     Raises:
         UserError: nothing to quantize, a weight that is parametrized already, or what LSQ refuses.
     """
-    return attach_each(network, lambda _, weight: LSQ(weight, **options), outside=outside)
+    return attach_each(network, lambda _, weight, axis: LSQ(weight, axis=axis, **options), outside=outside)
 
 
 def attach_activations(network: nn.Module, *, bits: int = 8, signed: bool = False, outside: str = "head") -> list[str]:
     """Quantize the inputs of convolutions and linear maps too, by LSQ; return the layers' names.
 
-    Inside of attention, inputs stay as they are: torch's fused kernels do not show them.
+    Inside of attention, inputs stay as they are: torch's fused kernels do not show them. So do those of bilinear maps,
+    which have two.
     """
+    layers(network, outside=outside)  # refuses where there are none
     inside = tuple(
         f"{name}." for name, layer in network.named_modules() if isinstance(layer, nn.MultiheadAttention) and name
     )
     chosen = {
         name: layer
-        for name, layer in layers(network, outside=outside).items()
-        if not isinstance(layer, nn.MultiheadAttention) and not name.startswith(inside or ("\0",))
+        for name, layer in _places(network, outside)
+        if not isinstance(layer, nn.MultiheadAttention | nn.Bilinear) and not name.startswith(inside or ("\0",))
     }
     for layer in chosen.values():
         layer.register_module("activations", Activations(bits=bits, signed=signed))
@@ -128,12 +195,13 @@ def _quantize_input(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tenso
 
 
 def quantized_layers(network: nn.Module) -> dict[str, Quantized]:
-    """Return each quantized layer and its quantizer, by the layer's name."""
-    found = {}
+    """Return each quantized layer and its quantizer, by the layer's name; tied ones once, by the first's."""
+    found: dict[str, Quantized] = {}
     for name, layer in network.named_modules():
         if isinstance(layer, KINDS) and parametrize.is_parametrized(layer, tensor_of(layer)):
             quantizer = layer.get_submodule(f"parametrizations.{tensor_of(layer)}.0")
-            if isinstance(quantizer, Quantizer):
+            known = any(quantizer is each.quantizer for each in found.values())
+            if isinstance(quantizer, Quantizer) and not known:
                 found[name] = Quantized(layer, quantizer)
     return found
 
@@ -157,25 +225,51 @@ def bake(network: nn.Module) -> None:
     """Turn a network with quantized weights into one with plain ones in place; step sizes of weights go.
 
     The outputs stay the same to the bit, and so do the order and the names of the parameters that the network had
-    before `attach`. The baked weights are new parameters: copies of the network and optimizers of the latent weights
-    are left alone. Quantized activations stay quantized, their step sizes frozen.
+    before `attach`, and which of them are tied. The baked weights are new parameters: copies of the network and
+    optimizers of the latent weights are left alone. Quantized activations stay quantized, their step sizes frozen.
+    A warning names step sizes that are not positive.
     """
-    for quantized in quantized_layers(network).values():
-        _bake(quantized)
+    _look_at_scales(network)
+    baked: dict[nn.Module, nn.Parameter] = {}
     for module in network.modules():
+        for tensor, quantizer in _quantized_tensors(module):
+            if quantizer not in baked:
+                weight = getattr(module, tensor).detach() + 0.0  # a copy; -0 becomes 0, as integer codes have it
+                baked[quantizer] = nn.Parameter(weight)
+            _bake(module, tensor, baked[quantizer])
         if isinstance(module, Activations):
             module.scale.requires_grad_(False)
 
 
-def _bake(quantized: Quantized) -> None:
+def _look_at_scales(network: nn.Module) -> None:
+    for name, (_, quantizer) in quantized_layers(network).items():
+        count = int((quantizer.scale <= 0).sum())
+        if count:
+            LOG.warning(
+                "%d of %d step sizes of %s are not positive: call clamp_scales() after each optimizer step, or attach "
+                "with log_scale=True.",
+                count,
+                quantizer.scale.numel(),
+                name,
+            )
+
+
+def _quantized_tensors(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return the quantized tensors of a module, by name, each with its quantizer."""
+    if not parametrize.is_parametrized(module):
+        return []
+    steps = {name: each[0] for name, each in module.parametrizations.items()}
+    return [(name, step) for name, step in steps.items() if isinstance(step, Quantizer)]
+
+
+def _bake(module: nn.Module, tensor: str, weight: nn.Parameter) -> None:
     # parametrize.remove_parametrizations deletes the property `weight` from the class, which copy.deepcopy shares
     # between copies: baking a copy would break the original. It also puts the weight behind the bias, and with it
     # each direction in the space of flat vectors.
-    layer, weight = quantized.layer, quantized.weight + 0.0  # a copy; -0 becomes 0, as integer codes have it
-    others = dict(layer._parameters)
-    del layer.parametrizations
-    layer.__class__ = type(layer).__bases__[0]
-    layer._parameters.clear()
-    layer.register_parameter(tensor_of(layer), nn.Parameter(weight))
+    others = dict(module._parameters)
+    del module.parametrizations
+    module.__class__ = type(module).__bases__[0]
+    module._parameters.clear()
+    module.register_parameter(tensor, weight)
     for name, parameter in others.items():
-        layer.register_parameter(name, parameter)
+        module.register_parameter(name, parameter)

@@ -13,14 +13,21 @@ from torch.overrides import TorchFunctionMode
 from flatlab.errors import UserError
 from flatlab.quant.attach import layers, tensor_of
 
-CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")  # torch.conv2d's arguments
+CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")  # torch's arguments
+TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
+CONVOLUTIONS: dict[Any, tuple[str, ...]] = {
+    **dict.fromkeys((torch.conv1d, torch.conv2d, torch.conv3d), CONVOLUTION),
+    **dict.fromkeys((torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d), TRANSPOSED),
+}
 COLUMNS = 2**24  # numbers unfolded at a time: a depthwise layer's inputs grow ninefold
 
 
 def second_moments(network: nn.Module, batches: Iterable[Tensor], *, outside: str = "head") -> dict[str, Tensor]:
     """Return H = 2 X X' / n of the inputs X of each layer that can be quantized, float64 (OBC, trueobs.py).
 
-    A convolution is the linear map that acts on unfolded patches. The network sees its own, unquantized activations.
+    A convolution is the linear map that acts on unfolded patches; of a transposed one, on those of the input with zeros
+    between, its columns in the order of the weight with output channels first. The network sees its own, unquantized
+    activations.
 
     Args:
         network: in eval mode; left as it is.
@@ -76,13 +83,19 @@ class _Watch(TorchFunctionMode):
         """Add up what a known weight is applied to, and let the call through."""
         if func is F.multi_head_attention_forward:
             return self._attend(inspect.signature(func).bind(*args, **(kwargs or {})))
-        given = dict(zip(CONVOLUTION, args, strict=False)) | (kwargs or {})
+        given = dict(zip(CONVOLUTIONS.get(func, CONVOLUTION), args, strict=False)) | (kwargs or {})
         if func is F.linear:
             self._see(given["weight"], given["input"])
-        elif func is torch.conv2d and id(given["weight"]) in self.known:
-            grown = math.prod(given["weight"].shape[2:]) * max(1, given["input"][0].numel())
-            for part in given["input"].split(max(1, COLUMNS // grown)):
-                self._sum(id(given["weight"]), _patches(part, given))
+        elif func is F.bilinear:
+            first, second, weight = args[:3]
+            self._see(weight, (first.unsqueeze(-1) * second.unsqueeze(-2)).flatten(-2))
+        elif func in CONVOLUTIONS and id(given["weight"]) in self.known:
+            kernel, inputs = given["weight"].shape[2:], given["input"]
+            inputs = inputs if inputs.dim() == len(kernel) + 2 else inputs.unsqueeze(0)
+            grown = math.prod(kernel) * max(1, inputs[0].numel())
+            for part in inputs.split(max(1, COLUMNS // grown)):
+                patches = _patches(part, given, transposed=CONVOLUTIONS[func] is TRANSPOSED)
+                self._sum(id(given["weight"]), patches)
         return func(*args, **(kwargs or {}))
 
     def _attend(self, call: inspect.BoundArguments) -> Any:
@@ -108,19 +121,40 @@ class _Watch(TorchFunctionMode):
         self.counts[weight] = self.counts.get(weight, 0) + columns.shape[-1]
 
 
-def _patches(inputs: Tensor, given: Mapping[str, Any]) -> Tensor:
+def _patches(inputs: Tensor, given: Mapping[str, Any], *, transposed: bool) -> Tensor:
     """Return what a convolution multiplies its weight with, shape (groups, columns, samples)."""
     kernel, groups = given["weight"].shape[2:], given.get("groups", 1)
-    stride, dilation, padding = (
-        given.get(name, usual) for name, usual in (("stride", 1), ("dilation", 1), ("padding", 0))
-    )
-    if isinstance(padding, str):
-        steps = dilation if isinstance(dilation, tuple | list) else (dilation, dilation)
-        total = [d * (k - 1) if padding == "same" else 0 for d, k in zip(steps, kernel, strict=True)]
-        inputs, padding = (
-            F.pad(inputs, [total[1] // 2, total[1] - total[1] // 2, total[0] // 2, total[0] - total[0] // 2]),
-            0,
-        )
-    unfolded = F.unfold(inputs, tuple(kernel), dilation=dilation, padding=padding, stride=stride)
-    apart = unfolded.reshape(len(inputs), groups, -1, unfolded.shape[-1])  # (N, groups, columns, places)
-    return apart.permute(1, 2, 0, 3).flatten(2)
+    usual = {"stride": 1, "dilation": 1, "padding": 0, "output_padding": 0}
+    stride, dilation, padding, extra = (_each(given.get(name, usual[name]), len(kernel)) for name in usual)
+    reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+    if given.get("padding") == "same":
+        pads = [(total // 2, total - total // 2) for total in reach]
+    elif transposed:
+        inputs, stride = _spread(inputs, stride), (1,) * len(kernel)
+        pads = [(total - p, total - p + e) for total, p, e in zip(reach, padding, extra, strict=True)]
+    else:
+        pads = [(p, p) for p in padding]
+    windows = F.pad(inputs, [side for pair in reversed(pads) for side in pair])
+    for axis, (total, s, d) in enumerate(zip(reach, stride, dilation, strict=True), start=2):
+        windows = windows.unfold(axis, total + 1, s)[..., ::d]
+    places, taps = range(3, 3 + len(kernel)), range(3 + len(kernel), 3 + 2 * len(kernel))
+    if transposed:
+        windows = windows.flip([axis - 1 for axis in taps])
+    apart = windows.unflatten(1, (groups, -1))  # (N, groups, channels, *places, *taps)
+    return apart.permute(1, 2, *taps, 0, *places).reshape(groups, inputs.shape[1] // groups * math.prod(kernel), -1)
+
+
+def _each(value: Any, dims: int) -> tuple[int, ...]:
+    """Return an argument of a convolution for each dimension; of a padding's name, none."""
+    if isinstance(value, str):
+        return (0,) * dims
+    several = tuple(value) if isinstance(value, tuple | list) else (value,)
+    return several * dims if len(several) == 1 else several
+
+
+def _spread(inputs: Tensor, stride: tuple[int, ...]) -> Tensor:
+    """Return inputs with zeros between them, as a transposed convolution with this stride reads them."""
+    size = [(n - 1) * s + 1 for n, s in zip(inputs.shape[2:], stride, strict=True)]
+    spread = inputs.new_zeros(*inputs.shape[:2], *size)
+    spread[(..., *(slice(None, None, s) for s in stride))] = inputs
+    return spread

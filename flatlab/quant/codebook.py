@@ -25,18 +25,30 @@ def levels(bits: int, *, signed: bool = True) -> tuple[int, int]:
     return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
 
 
-def initial_scale(weight: Tensor, high: int, *, granularity: str = "channel") -> Tensor:
+def shared_axes(weight: Tensor, granularity: str, axis: int) -> tuple[int, ...]:
+    """Return the axes of a weight along which a step size is shared.
+
+    Args:
+        weight: any shape.
+        granularity: "channel", all axes but that of the output channels, or "tensor", all.
+        axis: of the output channels.
+    """
+    each = choose("granularity", granularity, GRANULARITIES) == "channel"
+    return tuple(index for index in range(weight.dim()) if not (each and index == axis))
+
+
+def initial_scale(weight: Tensor, high: int, *, granularity: str = "channel", axis: int = 0) -> Tensor:
     """Return the step size 2 mean|w| / sqrt(Q_P) (LSQ, Esser et al. 2020, section 2.1), in the weight's dtype.
 
     Args:
-        weight: shape (C, ...), output channels first, at least two axes.
+        weight: at least two axes.
         high: the highest code Q_P.
         granularity: "channel" gives one step size per output channel, of shape (C, 1, ...);
             "tensor" gives a single one, of shape ().
+        axis: of the output channels; the shape is (1, C, 1, ...) for 1.
     """
-    granularity = choose("granularity", granularity, GRANULARITIES)
-    axes = range(1, weight.dim()) if granularity == "channel" else range(weight.dim())
-    size = weight.detach().abs().mean(tuple(axes), keepdim=granularity == "channel")
+    axes = shared_axes(weight, granularity, axis)
+    size = weight.detach().abs().mean(axes, keepdim=len(axes) < weight.dim())
     return (2 * size / math.sqrt(high)).clamp(min=SMALLEST_SCALE)
 
 
@@ -54,19 +66,20 @@ def decode(codes: Tensor, scale: Tensor, grid: str = "uniform") -> Tensor:
     return codes.sign() * torch.exp2(codes.abs() - 1) * scale
 
 
-def searched_scale(weight: Tensor, bits: int, *, granularity: str = "channel") -> Tensor:
+def searched_scale(weight: Tensor, bits: int, *, granularity: str = "channel", axis: int = 0) -> Tensor:
     """Return the step size whose rounding error sum |w_q - w|^2.4 is least (OBC, Frantar and Alistarh 2022, quant.py).
 
     81 step sizes are tried, from 2 max|w| / (2^b - 1) down to a fifth of it; a channel of zeros gets `SMALLEST_SCALE`.
 
     Args:
-        weight: shape (C, ...).
+        weight: at least two axes.
         bits: of a signed code.
         granularity: "channel", shape (C, 1, ...), or "tensor", shape ().
+        axis: of the output channels.
     """
     low, high = levels(bits)
-    each = choose("granularity", granularity, GRANULARITIES) == "channel"
-    axes = tuple(range(1 if each else 0, weight.dim()))
+    axes = shared_axes(weight, granularity, axis)
+    each = len(axes) < weight.dim()
     widest = weight.detach().abs().amax(axes, keepdim=each) * 2 / (high - low)
     best, least = widest.clamp(min=SMALLEST_SCALE), torch.full_like(widest, math.inf)
     for hundredths in range(100, 19, -1):

@@ -15,7 +15,7 @@ class Fixed(nn.Module):
 
     Args:
         codes: integers, in the weight's shape.
-        scale: step sizes, shape (C, 1, ...) or ().
+        scale: step sizes, which broadcast to the codes.
         levels: the lowest and highest code.
 
     Attributes:
@@ -34,10 +34,11 @@ class Fixed(nn.Module):
         self.register_buffer("scale", scale)
 
     @classmethod
-    def empty(cls, weight: Tensor, *, bits: int, granularity: str) -> Self:
+    def empty(cls, weight: Tensor, *, bits: int, granularity: str, axis: int = 0) -> Self:
         """Return one of the right shapes, all codes zero, to be settled or loaded."""
         span = levels(bits)
-        return cls(torch.zeros_like(weight), initial_scale(weight, span[1], granularity=granularity), span)
+        scale = initial_scale(weight, span[1], granularity=granularity, axis=axis)
+        return cls(torch.zeros_like(weight), scale, span)
 
     def settle(self, codes: Tensor, scale: Tensor) -> None:
         """Take codes and step sizes, in the shapes that are held."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from flatlab.errors import UserError, choose
-from flatlab.quant.codebook import GRANULARITIES, SMALLEST_SCALE, decode, levels
+from flatlab.quant.codebook import SMALLEST_SCALE, decode, levels, shared_axes
 
 GRIDS = ("uniform", "power-of-two")
 
@@ -19,14 +19,15 @@ class INQ(nn.Module):
     0 and +-2^n for n2 <= n <= n1, n1 = floor(log2(4 max|w| / 3)) and n2 = n1 + 1 - 2^(b-1) / 2 (Zhou et al., Eq. 1-3).
 
     Args:
-        weight: the weight to quantize, shape (C, ...).
+        weight: the weight to quantize.
         bits: 2 to 16; a grid of powers of two takes at most 8, beyond which float32 has no such small ones.
         granularity: whether max|w| is taken in each output channel ("channel") or in all ("tensor").
         grid: "uniform" or "power-of-two".
+        axis: of the output channels.
 
     Attributes:
         levels: the lowest and highest code; of powers of two, codes are sign(w) (n - n2 + 1).
-        scale: the step size, or the smallest power 2^n2; shape (C, 1, ...) or (), a buffer.
+        scale: the step size, or the smallest power 2^n2; broadcasts to the weight, a buffer.
         frozen: which weights are, bool, in the weight's shape.
 
     Raises:
@@ -37,16 +38,17 @@ class INQ(nn.Module):
     frozen: Tensor
     kept: Tensor
 
-    def __init__(self, weight: Tensor, *, bits: int = 7, granularity: str = "channel", grid: str = "uniform") -> None:
+    def __init__(
+        self, weight: Tensor, *, bits: int = 7, granularity: str = "channel", grid: str = "uniform", axis: int = 0
+    ) -> None:
         super().__init__()
         self.grid = choose("grid", grid, GRIDS)
         high = levels(bits)[1] if grid == "uniform" else 2 ** (bits - 2)
         if grid == "power-of-two" and bits > 8:
             raise UserError(f"A grid of powers of two has 2 to 8 bits, not {bits}: float32 has no smaller powers.")
         self.levels = (-high, high)
-        each = choose("granularity", granularity, GRANULARITIES) == "channel"
-        axes = tuple(range(1 if each else 0, weight.dim()))
-        widest = weight.detach().abs().amax(axes, keepdim=each).clamp(min=SMALLEST_SCALE)
+        axes = shared_axes(weight, granularity, axis)
+        widest = weight.detach().abs().amax(axes, keepdim=len(axes) < weight.dim()).clamp(min=SMALLEST_SCALE)
         scale = widest / high if grid == "uniform" else torch.exp2((4 * widest / 3).log2().floor() - (high - 1))
         self.register_buffer("scale", scale)
         self.register_buffer("frozen", torch.zeros_like(weight, dtype=torch.bool))

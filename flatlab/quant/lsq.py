@@ -91,17 +91,18 @@ class LSQ(nn.Module):
     """A parametrization of one weight by `Rounding`, with a learned step size s.
 
     Args:
-        weight: the weight to quantize, shape (C, ...); it is looked at, not kept.
+        weight: the weight to quantize; it is looked at, not kept.
         bits: 2 to 16.
         granularity: "channel", a step size per output channel, or "tensor", one for all.
         grad_scale: N in g = 1 / sqrt(N Q_P): "shared" counts the weights that share a step size, as the paper
             does; "tensor" counts the whole weight, as lsq-net and QT-DoG's code do; "none" sets g = 1.
         signed: whether codes have both signs.
         log_scale: learn the logarithm of the step size.
+        axis: of the output channels.
 
     Attributes:
         levels: the lowest and highest code (-Q_N, Q_P).
-        scale: the step size s, shape (C, 1, ...) or ().
+        scale: the step size s, shape (C, 1, ...), for `axis` 1 (1, C, 1, ...), or ().
         grad_factor: g.
 
     Raises:
@@ -119,12 +120,13 @@ class LSQ(nn.Module):
         grad_scale: str = "shared",
         signed: bool = True,
         log_scale: bool = False,
+        axis: int = 0,
     ) -> None:
         super().__init__()
         self.levels = levels(bits, signed=signed)
         check_finite(weight, "The weight")
         high = self.levels[1]
-        self.scale = nn.Parameter(initial_scale(weight, high, granularity=granularity))
+        self.scale = nn.Parameter(initial_scale(weight, high, granularity=granularity, axis=axis))
         sharing = {"shared": weight.numel() // self.scale.numel(), "tensor": weight.numel(), "none": 0}
         count = sharing[choose("gradient scale", grad_scale, GRAD_SCALES)]
         self.grad_factor = 1 / math.sqrt(count * high) if count else 1.0

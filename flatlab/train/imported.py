@@ -107,7 +107,7 @@ def _rebuilt(spec: RunSpec, file: Path, domains: build.Domains, place: Place) ->
     if spec.quantizer:
         codes = {key.rpartition(".")[0]: each for key, each in packed(arrays, facts).items()}
         span = levels(spec.quantizer.bits)
-        attach_each(baked, lambda name, _: Fixed(codes[name].codes, codes[name].scale, span))
+        attach_each(baked, lambda name, *_: Fixed(codes[name].codes, codes[name].scale, span))
     network = build.finished(spec, domains.data, place)
     assert isinstance(network, Network)
     build.load(network, arrays_of(baked.state_dict()))

@@ -1,0 +1,86 @@
+"""Folders root/domain/class and below: which files lie there, each real folder once. No image is opened."""
+
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from flatlab.errors import UserError
+
+Tree = dict[str, dict[str, list[Path]]]  # domain -> class -> image files, each level in sorted order
+
+SUFFIXES = frozenset([".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"])
+
+
+def subfolders(folder: Path) -> list[Path]:
+    """Return the folders in a folder, sorted by name.
+
+    Hidden ones and archive leftovers are no data; nor are links that lead back, to the folder itself or above it.
+    """
+    above = {folder.resolve(), *folder.resolve().parents}
+    found = (each for each in folder.iterdir() if each.is_dir() and not each.name.startswith((".", "__")))
+    return sorted((each for each in found if each.resolve() not in above), key=lambda each: each.name)
+
+
+def images_below(root: Path, domains: Iterable[str]) -> Tree:
+    """Return the image files in each class folder and below it, as ImageFolder sorts them; macOS hides `._photo.jpg`.
+
+    A real folder counts once, for the class whose own path leads to it: links to it, loops among them, add nothing.
+
+    Args:
+        root: the folder of the domains.
+        domains: their names.
+    """
+    classes = {(domain, each.name): each for domain in domains for each in subfolders(root / domain)}
+    levels: dict[tuple[str, str], list[tuple[Path, list[str]]]] = {owner: [] for owner in classes}
+    home = root.resolve()
+    seen = {home, *home.parents, *((root / domain).resolve() for domain in domains)}
+    # Links come last: what they lead to belongs to the class in which it really lies.
+    queue = deque(sorted(classes.items(), key=lambda item: item[1].resolve() != home.joinpath(*item[0])))
+    while queue:
+        owner, start = queue.popleft()
+        for level, names, links in _walk(start, seen):
+            levels[owner].append((level, names))
+            queue.extend((owner, link) for link in links)
+    tree: Tree = {domain: {} for domain in domains}
+    for (domain, each), found in levels.items():
+        tree[domain][each] = [level / name for level, names in sorted(found) for name in sorted(names)]
+    return tree
+
+
+def _walk(start: Path, seen: set[Path]) -> Iterator[tuple[Path, list[str], list[Path]]]:
+    """Yield each folder from `start` on that is not yet seen, its images' names, and the links to folders in it."""
+    for path, folders, names in os.walk(start):
+        level, real = Path(path), Path(path).resolve()
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        yield (
+            level,
+            [name for name in names if _is_image(name)],
+            [level / e for e in folders if (level / e).is_symlink()],
+        )
+
+
+def _is_image(name: str) -> bool:
+    return name[0] != "." and Path(name).suffix.lower() in SUFFIXES
+
+
+def irregular(files: Iterable[Path]) -> list[str]:
+    """Return a sentence on each file that cannot be read as one: a link to nothing, a pipe, a device."""
+    return [f"{file} is not a regular file; replace or remove it." for file in files if not file.is_file()]
+
+
+def check_regular(tree: Tree) -> None:
+    """Refuse files that are not regular, such as pipes, devices and links to nothing.
+
+    Args:
+        tree: the files.
+
+    Raises:
+        UserError: names the first.
+    """
+    every = (file for classes in tree.values() for files in classes.values() for file in files)
+    for sentence in irregular(every):
+        raise UserError(sentence)
