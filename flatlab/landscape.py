@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from flatlab.blocks import Block, Gathered, partition
-from flatlab.derivatives import hessian_product, refuse_rounding, second_order
+from flatlab.curvature.exact import attributes_restored
+from flatlab.curvature.operators import Hessian, Term
 from flatlab.errors import UserError
 from flatlab.losses import Metric, total, total_and_hits, totals, wide
 from flatlab.memory import Halving
@@ -29,8 +30,6 @@ from flatlab.probes import alike, probe_mean, probe_model, refuse_parametrized, 
 from flatlab.seeds import generator
 
 FloatArray = npt.NDArray[np.float64]
-Term = tuple[Any, Callable[[Any], Tensor], float]
-"""Inputs of a batch; from its outputs to the sum of its losses; what that sum is divided by in the loss."""
 
 
 class Landscape:
@@ -65,7 +64,7 @@ class Landscape:
         self._forward = Halving(model)
         self._total = partial(total, loss)
         self.named = select(model, params)
-        refuse_parametrized(self.named)
+        refuse_parametrized(model, self.named)
         self._tensors: list[Tensor] = alike(self.named)
         self._w0 = flatten(self._tensors)
         sources = data if isinstance(data, Mapping) else {"all": data}
@@ -79,6 +78,7 @@ class Landscape:
         self.sizes = np.array([sum(batch.size for batch in batches) for batches in self._batches])
         self._state = versions(model, self._tensors)
         self._base: FloatArray | None = None
+        self._hessian: Hessian | None = None
         if check:
             self._probe()
 
@@ -180,7 +180,7 @@ class Landscape:
     def on(self, block: Block) -> "Landscape":
         """Return the landscape over a block's samples alone, around the same point."""
         other, kept = copy(self), block.by_stratum(self._batches)
-        other._batches, other._base = list(kept.values()), None
+        other._batches, other._base, other._hessian = list(kept.values()), None, None
         other.strata = tuple(self.strata[row] for row in kept)
         other.sizes = np.array([sum(batch.size for batch in batches) for batches in other._batches])
         return other
@@ -200,15 +200,15 @@ class Landscape:
             return self._accumulate(derivative)
 
     def hvp(self, vector: Tensor) -> Tensor:
-        """Return the Hessian of the loss at the point times a vector (P,), by double backward.
+        """Return the Hessian of the loss at the point times a vector (P,): the product that `Hessian` makes.
 
         Raises:
             UserError: where the model cannot be differentiated twice, or rounds its weights.
         """
-        views = self.split(self.as_point(vector))
-        refuse_rounding(self.model, self._tensors)
-        with self._visiting(), second_order():
-            return self._accumulate(lambda loss: hessian_product(loss, self._tensors, views))
+        direction = self.as_point(vector)
+        if self._hessian is None:
+            self._hessian = Hessian(self)
+        return self._hessian @ direction
 
     def terms(self) -> list[Term]:
         """Return the batches: the loss is the sum of ``total(outputs) / count`` over them."""
@@ -218,12 +218,13 @@ class Landscape:
     @contextmanager
     def _visiting(self, vector: Tensor | None = None) -> Iterator[None]:
         self._refuse_changed()
-        try:
-            if vector is not None:
-                self._put(self.as_point(vector))
-            yield
-        finally:
-            self._put(self._w0)
+        with attributes_restored(self.model):
+            try:
+                if vector is not None:
+                    self._put(self.as_point(vector))
+                yield
+            finally:
+                self._put(self._w0)
 
     def _put(self, vector: Tensor) -> None:
         with torch.no_grad():

@@ -43,8 +43,9 @@ def flatten(tensors: Iterable[Tensor]) -> Tensor:
     """Return a copy of the tensors as one vector (P,), each in its logical (row-major) order.
 
     The order does not depend on strides, so that a ``channels_last`` model and its contiguous twin share one vector.
+    Sparse gradients (of embeddings) become dense.
     """
-    return torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
+    return torch.cat([tensor.detach().to_dense().reshape(-1) for tensor in tensors])
 
 
 def split_like(vector: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:

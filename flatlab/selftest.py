@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from flatlab import golden
+from flatlab.curvature.operators import Hessian
+from flatlab.curvature.outer import GGN
 from flatlab.golden import Golden
 from flatlab.metrics.audit import scale_audit
 from flatlab.metrics.compare import compare_flatness
@@ -20,7 +22,6 @@ from flatlab.metrics.connectivity import connect
 from flatlab.metrics.density import spectral_density
 from flatlab.metrics.directions import given_directions
 from flatlab.metrics.lanczos import hessian_spectrum
-from flatlab.metrics.operators import GGN, Hessian
 from flatlab.metrics.rays import draw_ray
 from flatlab.metrics.results import Estimate
 from flatlab.metrics.sphere import sphere_flatness

@@ -68,14 +68,15 @@ MAY_IMPORT = {
     "memory": "nests",
     "blocks": "nests errors",
     "losses": "nests errors",
-    "probes": "nests errors",
+    "probes": "derivatives nests errors",
     "points": "blocks",
-    "derivatives": "errors",
-    "landscape": "blocks derivatives losses memory nests params probes seeds errors points",
-    "metrics": "blocks derivatives losses nests landscape params probes seeds errors points "
+    "derivatives": "seeds errors",
+    "curvature": "derivatives nests params seeds errors",
+    "landscape": "blocks curvature losses memory nests params probes seeds errors points",
+    "metrics": "blocks curvature losses nests landscape params probes seeds errors points "
     "surfaceplots",  # the last inside plot() alone
     "golden": "landscape seeds",
-    "selftest": "golden metrics",
+    "selftest": "golden curvature metrics",
     # from specs to things, to runs, to measurements: `train` and `measure` meet on disk
     "build": "specs quantspecs data models quant files errors",
     "train": "build exported memory runs data models quant selection settings specs quantspecs files machine seeds "
@@ -85,8 +86,8 @@ MAY_IMPORT = {
     "export": "build checkpoints models quant runs specs quantspecs files errors",
     "latent": "checkpoints models quant runs specs errors",
     "shelf": "runs files metrics.results metrics.sampling",
-    "measures": "build checkpoints export latent shelf runs data landscape metrics models params quant.attach seeds "
-    "probespecs specs files errors",
+    "measures": "build checkpoints export latent shelf runs data curvature landscape metrics models params quant.attach "
+    "seeds probespecs specs files errors",
     "measure": "build runs probespecs specs machine errors",  # and, by name, the module of a metric in measures/
     # the paper
     "analyses": "noisefigure rounding papertable orders surroundings surfaceplots saliency stability spectra "

@@ -4,12 +4,12 @@ import cases
 import numpy as np
 import pytest
 
+from flatlab.curvature.operators import Hessian
 from flatlab.metrics import keeping
 from flatlab.metrics.audit import scale_audit
 from flatlab.metrics.density import spectral_density
 from flatlab.metrics.keeping import KeptHessian
 from flatlab.metrics.lanczos import hessian_spectrum
-from flatlab.metrics.operators import Hessian
 from flatlab.metrics.trace import hessian_trace
 from flatlab.metrics.triangle import triangle
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from stores import PLACE, content, spec, trained
 
 from flatlab import checkpoints, files, spectra
+from flatlab.curvature.operators import Hessian
 from flatlab.errors import UserError
 from flatlab.landscape import Landscape
 from flatlab.measure import measure
@@ -19,7 +20,6 @@ from flatlab.measures import spectrum
 from flatlab.metrics import keeping
 from flatlab.metrics.density import spectral_density
 from flatlab.metrics.lanczos import hessian_spectrum
-from flatlab.metrics.operators import Hessian
 from flatlab.metrics.trace import hessian_trace
 from flatlab.probespecs import SpectrumSpec, SurfaceSpec, parse_probe
 from flatlab.quant.attach import bake

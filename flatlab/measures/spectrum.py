@@ -11,12 +11,12 @@ from torch import Tensor
 
 from flatlab import files
 from flatlab.checkpoints import images, network
+from flatlab.curvature.operators import Hessian
 from flatlab.errors import UserError, choose
 from flatlab.landscape import Landscape
 from flatlab.metrics.density import SpectralDensity, quadrature
 from flatlab.metrics.keeping import KeptHessian
 from flatlab.metrics.lanczos import hessian_spectrum
-from flatlab.metrics.operators import Hessian
 from flatlab.metrics.results import Cost, FloatArray
 from flatlab.metrics.trace import Trace, hessian_trace
 from flatlab.params import select

@@ -9,11 +9,11 @@ from functools import cache
 
 import numpy as np
 
+from flatlab.curvature.operators import Hessian
 from flatlab.landscape import Landscape
 from flatlab.metrics.density import SpectralDensity, quadrature
 from flatlab.metrics.krylov import resolution
 from flatlab.metrics.lanczos import hessian_spectrum
-from flatlab.metrics.operators import Hessian
 from flatlab.metrics.results import Cost, FloatArray
 from flatlab.metrics.sampling import Keep
 from flatlab.metrics.trace import BUDGET, Trace, hessian_trace

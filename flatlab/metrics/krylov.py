@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flatlab.metrics.operators import Curvature
+from flatlab.curvature.operators import Curvature
 from flatlab.metrics.results import FloatArray
 from flatlab.seeds import generator
 

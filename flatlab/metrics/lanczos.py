@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flatlab.curvature.operators import Curvature, Hessian
 from flatlab.errors import UserError, choose
 from flatlab.landscape import Landscape
 from flatlab.metrics.krylov import Krylov, draw, resolution
-from flatlab.metrics.operators import Curvature, Hessian
 from flatlab.metrics.results import Cost, FloatArray
 from flatlab.seeds import base_seed
 

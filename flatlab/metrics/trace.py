@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flatlab.curvature.operators import Curvature, Hessian
 from flatlab.errors import UserError
 from flatlab.landscape import Landscape
 from flatlab.metrics.krylov import Krylov, draw
 from flatlab.metrics.lanczos import Spectrum
-from flatlab.metrics.operators import Curvature, Hessian
 from flatlab.metrics.results import Cost, Estimate, FloatArray, Sampled, mean_of
 from flatlab.seeds import base_seed
 
