@@ -86,8 +86,8 @@ MAY_IMPORT = {
     "export": "build checkpoints models quant runs specs quantspecs files errors",
     "latent": "checkpoints models quant runs specs errors",
     "shelf": "runs files metrics.results metrics.sampling",
-    "measures": "build checkpoints export latent shelf runs data curvature landscape metrics models params quant.attach "
-    "seeds probespecs specs files errors",
+    "measures": "build checkpoints export latent shelf runs data curvature landscape metrics models params "
+    "quant.attach seeds probespecs specs files errors",
     "measure": "build runs probespecs specs machine errors",  # and, by name, the module of a metric in measures/
     # the paper
     "analyses": "noisefigure rounding papertable orders surroundings surfaceplots saliency stability spectra "

@@ -98,9 +98,7 @@ class _Seen:
         layer = next((layer for layer, output in self.made if output is given), None)
         if layer is None:
             return "does not follow a convolution or linear layer directly"
-        if (
-            given.ndim != layer.weight.ndim
-        ):  # a linear layer's outputs lie along the last axis, BatchNorm's along axis 1
+        if given.ndim != layer.weight.ndim:  # outputs of a linear layer lie along the last axis, not along axis 1
             return "normalises another axis than that of the layer's outputs"
         if given.grad_fn is None:
             return "has nothing before it that varies"
