@@ -1,11 +1,12 @@
 """Second derivatives that mean something: refused where autograd's would silently be another function's."""
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.parametrize import ParametrizationList
 
@@ -21,6 +22,30 @@ STUCK = 0.5  # share of the entries that should move and do not, above which a f
 
 class OnceDifferentiableError(RuntimeError):
     """A path through the graph ends where autograd has no second derivative."""
+
+
+class Whole(nn.Module):
+    """A model and its loss as one module: a loss that reads the model's parameters then reads those of a call.
+
+    Args:
+        model: whose parameters are named ``model.*`` here.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.training = model.training
+
+    def forward(self, inputs: Any, total: Callable[[Any], Tensor]) -> Tensor:
+        """Return the sum of the losses of a batch."""
+        return total(self.model(inputs))
+
+
+def total_at(model: nn.Module, tensors: Mapping[str, Tensor], inputs: Any, total: Callable[[Any], Tensor]) -> Tensor:
+    """Return the sum of the losses of a batch, where these tensors stand for parameters and buffers of the model."""
+    named = {f"model.{name}": tensor for name, tensor in tensors.items()}
+    value: Tensor = functional_call(Whole(model), named, (inputs, total))
+    return value
 
 
 def pullback(values: Sequence[Tensor], tensors: Sequence[Tensor]) -> Apply:
@@ -42,14 +67,35 @@ def pullback(values: Sequence[Tensor], tensors: Sequence[Tensor]) -> Apply:
 
 
 @contextmanager
+def one_path() -> Iterator[None]:
+    """Compute values as derivatives are computed: without the fused path of torch's own Transformer layers.
+
+    That one is taken where nothing is differentiated, and is another function: it sets padded positions to zero.
+    """
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextmanager
+def twice_differentiable() -> Iterator[None]:
+    """Keep graphs, and take the attention kernels that have a second derivative: the fused ones have none."""
+    with torch.enable_grad(), one_path(), sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+@contextmanager
 def second_order() -> Iterator[None]:
-    """Differentiate twice: by the attention kernels that can be, and with one sentence where something cannot.
+    """Differentiate twice: by the kernels that can be, and with one sentence where something cannot.
 
     Raises:
         UserError: where a path has no second derivative.
     """
     try:
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
+        with twice_differentiable():
             yield
     except OnceDifferentiableError as error:
         raise UserError(f"The model cannot be differentiated twice, so it has no Hessian: {error}") from error

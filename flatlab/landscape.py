@@ -20,10 +20,12 @@ from torch import Tensor, nn
 from flatlab.blocks import Block, Gathered, partition
 from flatlab.curvature.exact import attributes_restored
 from flatlab.curvature.operators import Hessian, Term
+from flatlab.curvatureprobe import SAMPLED, probe_curvature
+from flatlab.derivatives import refuse_rounding
 from flatlab.errors import UserError
 from flatlab.losses import Metric, total, total_and_hits, totals, wide
 from flatlab.memory import Halving
-from flatlab.nests import Batch, Data, part, read, recut, same
+from flatlab.nests import Batch, Data, part, read, recut, same, spread
 from flatlab.params import flatten, refuse_overlap, select, split_like
 from flatlab.points import Evaluation, Move
 from flatlab.probes import alike, probe_mean, probe_model, refuse_parametrized, refuse_training, versions
@@ -79,6 +81,7 @@ class Landscape:
         self._state = versions(model, self._tensors)
         self._base: FloatArray | None = None
         self._hessian: Hessian | None = None
+        self._curved = not check
         if check:
             self._probe()
 
@@ -209,6 +212,20 @@ class Landscape:
         if self._hessian is None:
             self._hessian = Hessian(self)
         return self._hessian @ direction
+
+    def check_curvature(self) -> None:
+        """Refuse second derivatives that autograd gets wrong: by what is known of the model, then by a probe, once.
+
+        The probe costs a few products and gradients on a few samples; ``check=False`` leaves it out.
+
+        Raises:
+            UserError: where weights are rounded, or the Hessian is not symmetric, or not that of the gradient.
+        """
+        refuse_rounding(self.model, self._tensors)
+        if not self._curved:
+            few = [spread(batches, max(1, SAMPLED // len(self.strata))) for batches in self._batches]
+            probe_curvature(self.model, self.named, list(chain(*few)), self._total)
+        self._curved = True
 
     def terms(self) -> list[Term]:
         """Return the batches: the loss is the sum of ``total(outputs) / count`` over them."""

@@ -54,6 +54,18 @@ def split_like(vector: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
     return [piece.view(tensor.shape) for piece, tensor in zip(pieces, tensors, strict=True)]
 
 
+def scales_of(tensors: Sequence[Tensor]) -> Tensor:
+    """Return for each entry (P,) the size of its tensor, the root mean square; of all, where the tensor is zero.
+
+    Steps in these units mean alike to a layer of small weights and to one of large ones; where all are zero they are 1.
+    """
+    sizes = [float(tensor.detach().double().square().mean().sqrt()) if tensor.numel() else 0.0 for tensor in tensors]
+    counts = [tensor.numel() for tensor in tensors]
+    whole = sum(count * size**2 for count, size in zip(counts, sizes, strict=True)) / max(sum(counts), 1)
+    filled = [torch.full_like(t, size or whole**0.5 or 1.0).reshape(-1) for t, size in zip(tensors, sizes, strict=True)]
+    return torch.cat(filled).detach()
+
+
 def refuse_overlap(found: Tensor, written: Tensor) -> None:
     """Refuse parameters that do not hold what was written to them."""
     if not torch.equal(found, written):

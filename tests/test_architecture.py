@@ -72,7 +72,8 @@ MAY_IMPORT = {
     "points": "blocks",
     "derivatives": "seeds errors",
     "curvature": "derivatives nests params seeds errors",
-    "landscape": "blocks curvature losses memory nests params probes seeds errors points",
+    "curvatureprobe": "curvature.exact derivatives nests params probes seeds errors",
+    "landscape": "blocks curvature curvatureprobe derivatives losses memory nests params probes seeds errors points",
     "metrics": "blocks curvature losses nests landscape params probes seeds errors points "
     "surfaceplots",  # the last inside plot() alone
     "golden": "landscape seeds",

@@ -21,7 +21,7 @@ def uses_fused_weight_norm(outputs: Sequence[Tensor]) -> bool:
 
 
 @contextmanager
-def twice_differentiable(model: nn.Module, *, weight_norm: bool = True) -> Iterator[None]:
+def exact_derivatives(model: nn.Module, *, weight_norm: bool = True) -> Iterator[None]:
     """Let a model compute the same function by operations whose second derivatives are right.
 
     That is: attention by plain products; weight_norm from its definition; embeddings with dense gradients; modules of

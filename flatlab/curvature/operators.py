@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from flatlab.curvature.exact import twice_differentiable, uses_fused_weight_norm
+from flatlab.curvature.exact import exact_derivatives, uses_fused_weight_norm
 from flatlab.curvature.folding import Folds, find_folds
 from flatlab.curvature.modes import Choice, dual_numbers, measure, tangent_of
-from flatlab.derivatives import Apply, pullback, refuse_rounding
+from flatlab.derivatives import Apply, Whole, pullback
 from flatlab.errors import UserError, choose
 from flatlab.nests import part, tensors
 from flatlab.params import flatten
@@ -46,17 +46,7 @@ class Around(Protocol):
     def point(self) -> Tensor: ...  # noqa: D102
     def split(self, vector: Tensor) -> list[Tensor]: ...  # noqa: D102
     def terms(self) -> list[Term]: ...  # noqa: D102
-
-
-class _Whole(nn.Module):
-    """A model and what follows it, as one module: what replaces its parameters replaces them for the loss, too."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, inputs: Any, finish: Callable[[Any], Any]) -> Any:
-        return finish(self.model(inputs))
+    def check_curvature(self) -> None: ...  # noqa: D102
 
 
 class Curvature(ABC):
@@ -80,11 +70,11 @@ class Curvature(ABC):
     def __init__(self, landscape: Around, *, method: Method = "auto", fold: bool = True) -> None:
         self.landscape = landscape
         _refuse_parallel(landscape.model)
-        refuse_rounding(landscape.model, landscape.named.values())
+        landscape.check_curvature()
         self.shape = (landscape.num_params, landscape.num_params)
         self.products = 0
         self.watch: Callable[[int], None] | None = None  # called with `products` after each block of them
-        self._whole = _Whole(landscape.model)
+        self._whole = Whole(landscape.model)
         self._tensors: list[Tensor] = list(landscape.named.values())
         chosen = {id(p) for p in self._tensors}
         # What does not vary is detached: the derivatives of a head alone keep no graph of the features.
@@ -177,13 +167,13 @@ class Curvature(ABC):
 
     @contextmanager
     def _differentiating(self) -> Iterator[None]:
-        with twice_differentiable(self.landscape.model, weight_norm=self._fused), self._folds.applied():
+        with exact_derivatives(self.landscape.model, weight_norm=self._fused), self._folds.applied():
             yield
 
     def _look(self, fold: bool) -> None:
         """See on a few samples what the model computes: what can be folded, and what needs another way."""
         inputs, model = part(self.landscape.terms()[0][0], 0, PROBED), self.landscape.model
-        with twice_differentiable(model, weight_norm=False):
+        with exact_derivatives(model, weight_norm=False):
             self._fused = uses_fused_weight_norm(tensors(self._outputs(inputs)))
         if fold:
             with self._differentiating():
