@@ -26,8 +26,8 @@ TITLES = {"source": "seen domains", "target": "unseen domain"}
 TOP, TRACE, DENSITY = "top eigenvalue", "trace", "density"
 SUMMARY = "Difference to ERM in nats, paired by held-out domain and seed, 95 % intervals over seeds; * excludes 0"
 EFFORT = {  # few images and products, where a figure is to be had in minutes: the spread over seeds is larger
-    "smoke": {"images": 8, "k": 1, "tol": 0.1, "trace_budget": 2, "starts": 1, "steps": 3},
-    "quick": {"images": 100, "k": 3, "tol": 0.01, "trace_budget": 12, "starts": 1, "steps": 16},
+    "smoke": {"images": 8, "k": 1, "tol": 0.1, "trace_budget": 32, "starts": 1, "steps": 3},
+    "quick": {"images": 100, "k": 3, "tol": 0.01, "trace_budget": 32, "starts": 1, "steps": 16},
     "paper": {"images": 256, "k": 10, "tol": 0.01, "trace_budget": 64, "starts": 2, "steps": 40},
 }
 

@@ -5,6 +5,8 @@ No public name is that of a module: `flatlab.train` is the package, `flatlab.tra
 
 from flatlab.checkpoints import landscape as landscape_of
 from flatlab.checkpoints import network as network_of
+from flatlab.curvature.operators import Hessian
+from flatlab.curvature.outer import GGN, Fisher
 from flatlab.errors import UserError
 from flatlab.export import Exported
 from flatlab.export import export as export_run
@@ -29,7 +31,6 @@ from flatlab.metrics.gradcam import ClassMaps, ablation, explained_layer, gradca
 from flatlab.metrics.grids import Profile, Surface
 from flatlab.metrics.lanczos import Spectrum, hessian_spectrum
 from flatlab.metrics.noise import QuantizationNoise, quantization_noise
-from flatlab.metrics.operators import GGN, Fisher, Hessian
 from flatlab.metrics.sharpness import (
     AverageSharpness,
     WorstSharpness,

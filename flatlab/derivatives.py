@@ -1,15 +1,17 @@
 """Second derivatives that mean something: refused where autograd's would silently be another function's."""
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.parametrize import ParametrizationList
 
 from flatlab.errors import UserError
+from flatlab.seeds import generator
 
 Apply = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 """A batch's share of a product, from and to tensors with the shapes of the parameters."""
@@ -20,6 +22,30 @@ STUCK = 0.5  # share of the entries that should move and do not, above which a f
 
 class OnceDifferentiableError(RuntimeError):
     """A path through the graph ends where autograd has no second derivative."""
+
+
+class Whole(nn.Module):
+    """A model and its loss as one module: a loss that reads the model's parameters then reads those of a call.
+
+    Args:
+        model: whose parameters are named ``model.*`` here.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.training = model.training
+
+    def forward(self, inputs: Any, total: Callable[[Any], Tensor]) -> Tensor:
+        """Return the sum of the losses of a batch."""
+        return total(self.model(inputs))
+
+
+def total_at(model: nn.Module, tensors: Mapping[str, Tensor], inputs: Any, total: Callable[[Any], Tensor]) -> Tensor:
+    """Return the sum of the losses of a batch, where these tensors stand for parameters and buffers of the model."""
+    named = {f"model.{name}": tensor for name, tensor in tensors.items()}
+    value: Tensor = functional_call(Whole(model), named, (inputs, total))
+    return value
 
 
 def pullback(values: Sequence[Tensor], tensors: Sequence[Tensor]) -> Apply:
@@ -40,21 +66,36 @@ def pullback(values: Sequence[Tensor], tensors: Sequence[Tensor]) -> Apply:
     return apply
 
 
-def hessian_product(loss: Tensor, tensors: Sequence[Tensor], views: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Return the Hessian of a loss by the tensors, times views of a vector with their shapes, by double backward."""
-    grads = torch.autograd.grad(loss, tensors, create_graph=True, materialize_grads=True)
-    return pullback(grads, tensors)(views)
+@contextmanager
+def one_path() -> Iterator[None]:
+    """Compute values as derivatives are computed: without the fused path of torch's own Transformer layers.
+
+    That one is taken where nothing is differentiated, and is another function: it sets padded positions to zero.
+    """
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextmanager
+def twice_differentiable() -> Iterator[None]:
+    """Keep graphs, and take the attention kernels that have a second derivative: the fused ones have none."""
+    with torch.enable_grad(), one_path(), sdpa_kernel(SDPBackend.MATH):
+        yield
 
 
 @contextmanager
 def second_order() -> Iterator[None]:
-    """Differentiate twice: by the attention kernels that can be, and with one sentence where something cannot.
+    """Differentiate twice: by the kernels that can be, and with one sentence where something cannot.
 
     Raises:
         UserError: where a path has no second derivative.
     """
     try:
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
+        with twice_differentiable():
             yield
     except OnceDifferentiableError as error:
         raise UserError(f"The model cannot be differentiated twice, so it has no Hessian: {error}") from error
@@ -85,33 +126,45 @@ def refuse_rounding(model: nn.Module, moved: Collection[Tensor]) -> None:
                 " that of the loss; measure a network that quantizes its weights alone."
             )
         moves = isinstance(layer, ParametrizationList) and any(id(p) in ours for p in layer.parameters())
-        if moves and _is_staircase(layer):
+        if moves and is_staircase(layer):
             raise UserError(
                 f"{name.replace('parametrizations.', '')!r} is rounded ({type(layer[-1]).__name__}): autograd"
-                " differentiates straight through that, so its curvature is not that of the loss: bake(model) first,"
+                f" differentiates straight through that, so its curvature is not that of the loss: {_way_out(layer)},"
                 " or hold that weight still with requires_grad_(False)."
             )
 
 
-def _is_staircase(layer: ParametrizationList) -> bool:
-    """Say whether entries that autograd says depend on the original stay where they are when it moves."""
-    original = layer.original
-    if not isinstance(original, Tensor) or not original.is_floating_point():
+def _way_out(layer: ParametrizationList) -> str:
+    """Say how a parametrized weight becomes a plain one: ours by `bake`, others by torch's own function."""
+    ours = type(layer[0]).__module__.startswith("flatlab.")
+    return "bake(model) first" if ours else "torch.nn.utils.parametrize.remove_parametrizations(layer, name) first"
+
+
+def is_staircase(layer: ParametrizationList) -> bool:
+    """Say whether entries that autograd says depend on the originals stay where they are when those move a little.
+
+    Each entry moves up or down at random: a common factor would leave what is scale-invariant where it is.
+    """
+    originals = [p for name, p in layer.named_parameters(recurse=False) if name.startswith("original")]
+    if not all(original.is_floating_point() for original in originals):
         return False
+    rng = generator("derivatives", "staircase")
     with torch.enable_grad():
-        here = original.detach().clone().requires_grad_()
+        here = [original.detach().clone().requires_grad_() for original in originals]
         value = _through(layer, here)
-        (slope,) = torch.autograd.grad(value.sum(), here, materialize_grads=True)
+        weights = torch.randn(value.shape, generator=rng).to(value)
+        slopes = torch.autograd.grad((value * weights).sum(), here, materialize_grads=True)
+    signs = [2 * torch.randint(2, tensor.shape, generator=rng).to(tensor) - 1 for tensor in here]
     with torch.no_grad():
-        moved = _through(layer, here * (1 + STEP))
-    claimed = (slope != 0) & (here != 0)
-    if value.shape != here.shape or not claimed.any():
-        return False
-    return float((moved == value)[claimed].double().mean()) > STUCK
+        moved = _through(layer, [tensor * (1 + STEP * sign) for tensor, sign in zip(here, signs, strict=True)])
+    still = moved == value
+    claims = [(s != 0) & (w != 0) for s, w in zip(slopes, here, strict=True) if w.shape == value.shape]
+    return any(bool(claim.any()) and float(still[claim].double().mean()) > STUCK for claim in claims)
 
 
-def _through(layer: ParametrizationList, tensor: Tensor) -> Tensor:
-    for step in layer:
+def _through(layer: ParametrizationList, originals: Sequence[Tensor]) -> Tensor:
+    tensor: Tensor = layer[0](*originals)
+    for step in list(layer)[1:]:
         tensor = step(tensor)
     return tensor
 

@@ -18,19 +18,20 @@ import torch
 from torch import Tensor, nn
 
 from flatlab.blocks import Block, Gathered, Partition, Samples
-from flatlab.derivatives import hessian_product, refuse_rounding, second_order
+from flatlab.curvature.exact import attributes_restored
+from flatlab.curvature.operators import Hessian, Term
+from flatlab.curvatureprobe import SAMPLED, probe_curvature
+from flatlab.derivatives import refuse_rounding
 from flatlab.errors import UserError
 from flatlab.losses import Metric, total, total_and_hits, totals, wide
 from flatlab.memory import Halving
-from flatlab.nests import Batch, Data, part, read, recut, same, span
+from flatlab.nests import Batch, Data, part, read, recut, same, span, spread
 from flatlab.params import flatten, refuse_overlap, select, split_like
 from flatlab.points import Evaluation, Move
 from flatlab.probes import alike, probe_mean, probe_model, refuse_parametrized, refuse_training, versions
 from flatlab.seeds import generator
 
 FloatArray = npt.NDArray[np.float64]
-Term = tuple[Any, Callable[[Any], Tensor], float]
-"""Inputs of a batch; from its outputs to the sum of its losses; what that sum is divided by in the loss."""
 
 
 class Landscape:
@@ -65,7 +66,7 @@ class Landscape:
         self._forward = Halving(model)
         self._total = partial(total, loss)
         self.named = select(model, params)
-        refuse_parametrized(self.named)
+        refuse_parametrized(model, self.named)
         self._tensors: list[Tensor] = alike(self.named)
         self._w0 = flatten(self._tensors)
         sources = data if isinstance(data, Mapping) else {"all": data}
@@ -80,6 +81,8 @@ class Landscape:
         self._state = versions(model, self._tensors)
         self._base: FloatArray | None = None
         self._samples: Samples | None = None
+        self._hessian: Hessian | None = None
+        self._curved = not check
         if check:
             self._probe()
 
@@ -185,7 +188,7 @@ class Landscape:
         """Return a block's share of the landscape, around the same point: over a partition, the mean of these is it."""
         other, whole = copy(self), self.gather(block).batch
         other._batches = [[span(whole, p.start, p.stop)] for p in block.parts]
-        other._base = other._samples = None
+        other._base = other._samples = other._hessian = None
         other.sizes = np.array([1 / p.scale for p in block.parts])  # what a total is divided by, not a count
         return other
 
@@ -204,15 +207,29 @@ class Landscape:
             return self._accumulate(derivative)
 
     def hvp(self, vector: Tensor) -> Tensor:
-        """Return the Hessian of the loss at the point times a vector (P,), by double backward.
+        """Return the Hessian of the loss at the point times a vector (P,): the product that `Hessian` makes.
 
         Raises:
             UserError: where the model cannot be differentiated twice, or rounds its weights.
         """
-        views = self.split(self.as_point(vector))
+        direction = self.as_point(vector)
+        if self._hessian is None:
+            self._hessian = Hessian(self)
+        return self._hessian @ direction
+
+    def check_curvature(self) -> None:
+        """Refuse second derivatives that autograd gets wrong: by what is known of the model, then by a probe, once.
+
+        The probe costs a few products and gradients on a few samples; ``check=False`` leaves it out.
+
+        Raises:
+            UserError: where weights are rounded, or the Hessian is not symmetric, or not that of the gradient.
+        """
         refuse_rounding(self.model, self._tensors)
-        with self._visiting(), second_order():
-            return self._accumulate(lambda loss: hessian_product(loss, self._tensors, views))
+        if not self._curved:
+            few = [spread(batches, max(1, SAMPLED // len(self.strata))) for batches in self._batches]
+            probe_curvature(self.model, self.named, list(chain(*few)), self._total)
+        self._curved = True
 
     def terms(self) -> list[Term]:
         """Return the batches: the loss is the sum of ``total(outputs) / count`` over them."""
@@ -222,12 +239,13 @@ class Landscape:
     @contextmanager
     def _visiting(self, vector: Tensor | None = None) -> Iterator[None]:
         self._refuse_changed()
-        try:
-            if vector is not None:
-                self._put(self.as_point(vector))
-            yield
-        finally:
-            self._put(self._w0)
+        with attributes_restored(self.model):
+            try:
+                if vector is not None:
+                    self._put(self.as_point(vector))
+                yield
+            finally:
+                self._put(self._w0)
 
     def _put(self, vector: Tensor) -> None:
         with torch.no_grad():

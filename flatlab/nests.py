@@ -1,6 +1,6 @@
 """Batches of nested tensors, with samples along dimension 0: read into memory, compared, cut anew."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from flatlab.errors import UserError
 
 Data = Iterable[tuple[Any, Any]]
+MOST_SPREAD = 8  # batches that a few samples are taken from
 
 
 class Batch(NamedTuple):
@@ -77,6 +78,19 @@ def pick(batch: Batch, rows: Tensor) -> Batch:
         where = rows.to(batch.inputs.device)
         return Batch(batch.inputs[where], batch.targets[where], len(rows))
     return _map_batch(lambda leaf: leaf[rows.to(leaf.device)], batch)._replace(size=len(rows))
+
+
+def spread(batches: Sequence[Batch], count: int) -> list[Batch]:
+    """Return about `count` samples, at least one, that lie evenly over the batches and over the rows of each."""
+    number = min(count, len(batches), MOST_SPREAD)
+    chosen = [batches[index * len(batches) // number] for index in range(number)]
+    rows = [min(-(-count // number), batch.size) for batch in chosen]
+    return [pick(batch, torch.arange(n) * batch.size // n) for batch, n in zip(chosen, rows, strict=True)]
+
+
+def converted(batch: Batch, dtype: torch.dtype) -> Batch:
+    """Return a batch whose real numbers have this dtype; integers stay."""
+    return _map_batch(lambda leaf: leaf.to(dtype) if leaf.is_floating_point() else leaf, batch)
 
 
 def part(nest: Any, start: int, stop: int) -> Any:

@@ -43,14 +43,27 @@ def flatten(tensors: Iterable[Tensor]) -> Tensor:
     """Return a copy of the tensors as one vector (P,), each in its logical (row-major) order.
 
     The order does not depend on strides, so that a ``channels_last`` model and its contiguous twin share one vector.
+    Sparse gradients (of embeddings) become dense.
     """
-    return torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
+    return torch.cat([tensor.detach().to_dense().reshape(-1) for tensor in tensors])
 
 
 def split_like(vector: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return views of a vector (P,) with the shapes of these tensors."""
     pieces = torch.split_with_sizes(vector, [tensor.numel() for tensor in tensors])
     return [piece.view(tensor.shape) for piece, tensor in zip(pieces, tensors, strict=True)]
+
+
+def scales_of(tensors: Sequence[Tensor]) -> Tensor:
+    """Return for each entry (P,) the size of its tensor, the root mean square; of all, where the tensor is zero.
+
+    Steps in these units mean alike to a layer of small weights and to one of large ones; where all are zero they are 1.
+    """
+    sizes = [float(tensor.detach().double().square().mean().sqrt()) if tensor.numel() else 0.0 for tensor in tensors]
+    counts = [tensor.numel() for tensor in tensors]
+    whole = sum(count * size**2 for count, size in zip(counts, sizes, strict=True)) / max(sum(counts), 1)
+    filled = [torch.full_like(t, size or whole**0.5 or 1.0).reshape(-1) for t, size in zip(tensors, sizes, strict=True)]
+    return torch.cat(filled).detach()
 
 
 def refuse_overlap(found: Tensor, written: Tensor) -> None:

@@ -1,11 +1,14 @@
 """Probes that find out whether a loss is a function of the parameters alone, before anyone believes its value."""
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
+from flatlab.derivatives import is_staircase
 from flatlab.errors import UserError
 from flatlab.nests import Batch, concatenate, cut, near, tensors
 
@@ -26,11 +29,18 @@ def alike(named: Mapping[str, nn.Parameter]) -> list[Tensor]:
     return list(named.values())
 
 
-def refuse_parametrized(moved: Mapping[str, nn.Parameter]) -> None:
-    """Refuse to move what belongs to a parametrization itself, such as a step size: a tiny step there is a huge one."""
+def refuse_parametrized(model: nn.Module, moved: Mapping[str, nn.Parameter]) -> None:
+    """Refuse to move what a rounded weight is rounded by, such as a step size: a tiny step there is a huge one.
+
+    The parameters of a smooth parametrization (weight_norm, orthogonal, low rank) are weights like others.
+    """
     for name in moved:
         layer, _, rest = name.partition(".parametrizations.")
-        if rest and not rest.endswith(".original"):
+        tensor, _, rest = rest.partition(".")
+        if not rest or re.fullmatch(r"original\d*", rest):
+            continue
+        parametrized = model.get_submodule(f"{layer}.parametrizations.{tensor}")
+        if isinstance(parametrized, ParametrizationList) and is_staircase(parametrized):
             raise UserError(
                 f"{name!r} belongs to the parametrization of {layer!r}, and moving it means something else than moving "
                 "weights: bake(model) first, or hold it still with requires_grad_(False)."

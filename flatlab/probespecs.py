@@ -92,7 +92,7 @@ class SpectrumSpec(Probing):
     which: Literal["LA", "SA", "BE"] = "LA"
     tol: float = Field(1e-3, gt=0)  # residual over eigenvalue
     rel_error: float = Field(0.02, ge=0)  # of the trace
-    trace_budget: int = Field(500, ge=2)  # products for the trace, beyond those of the eigenvalues
+    trace_budget: int = Field(500, ge=32)  # products for the trace, beyond those of the eigenvalues
     starts: int = Field(5, ge=1)  # of the density
     steps: int = Field(60, ge=1)  # of Lanczos from each start
 

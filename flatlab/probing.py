@@ -9,7 +9,7 @@ from flatlab.record import Spec
 
 FORESEEN = 20  # images that one radius takes at a relative error of 1, whatever their number; the pilot knows better
 PRODUCT = 10  # forward passes that a Hessian-vector product costs
-PILOT = 32  # products that a trace takes at least, beyond its basis
+PILOT = 64  # products that a trace takes as a rule, beyond its basis
 Sizes = Mapping[str, int]  # images of each domain
 
 

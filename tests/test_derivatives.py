@@ -8,10 +8,11 @@ from spectra import double, normal
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
+from flatlab.curvature.operators import Hessian
+from flatlab.curvature.outer import GGN, Fisher
 from flatlab.errors import UserError
 from flatlab.landscape import Landscape
 from flatlab.metrics.lanczos import hessian_spectrum
-from flatlab.metrics.operators import GGN, Fisher, Hessian
 from flatlab.metrics.trace import hessian_trace
 from flatlab.quant.attach import attach, bake
 

@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from spectra import dense, double, landscape_of, normal
 from torch import nn
 
+from flatlab.curvature import folding
+from flatlab.curvature.operators import Hessian
+from flatlab.curvature.outer import GGN, Fisher
 from flatlab.landscape import Landscape
-from flatlab.metrics import folding
-from flatlab.metrics.operators import GGN, Fisher, Hessian
 
 
 class Wired(nn.Module):

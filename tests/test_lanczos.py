@@ -11,6 +11,8 @@ import scipy.sparse.linalg
 import torch
 from spectra import LAYOUTS, dense, double, landscape_of, normal, quadratic, softmax_regression
 
+from flatlab.curvature.operators import Hessian
+from flatlab.curvature.outer import GGN
 from flatlab.errors import UserError
 from flatlab.metrics import density as density_module
 from flatlab.metrics import krylov as krylov_module
@@ -18,7 +20,6 @@ from flatlab.metrics import lanczos
 from flatlab.metrics.density import spectral_density
 from flatlab.metrics.krylov import Krylov
 from flatlab.metrics.lanczos import EXTRA, hessian_spectrum
-from flatlab.metrics.operators import GGN, Hessian
 
 SPECTRA = {
     "uniform": np.linspace(-1.0, 5.0, 60),

@@ -8,9 +8,10 @@ import torch
 from spectra import LAYOUTS, dense, dense_outer, double, landscape_of, normal, softmax_regression
 from torch import nn
 
+from flatlab.curvature.operators import Hessian
+from flatlab.curvature.outer import GGN, Fisher
 from flatlab.errors import UserError
 from flatlab.landscape import Landscape
-from flatlab.metrics.operators import GGN, Fisher, Hessian
 
 METHODS = ("reverse", "forward", "auto")
 
@@ -176,13 +177,13 @@ def test_bad_input_is_refused():
     landscape = double("mlp").landscape()
     operator = Hessian(landscape)
     for wrong in (torch.ones(3), torch.ones(3, 53), torch.ones(())):
-        with pytest.raises(UserError, match=r"vectors of shape \(53,\) or blocks \(53, k\), but"):
+        with pytest.raises(UserError, match=r"vectors of shape \(53,\) or blocks \(53, k\), got"):
             operator @ wrong
     with pytest.raises(UserError, match="Unknown method 'sideways'"):
         Hessian(landscape, method="sideways")
     with pytest.raises(UserError, match="Unknown kind of Fisher matrix 'true'"):
         Fisher(landscape, kind="true")
-    with pytest.raises(UserError, match=r"needs logits of shape \(n, C\), but outputs \(2,\) came"):
+    with pytest.raises(UserError, match=r"needs logits of shape \(n, C\), got outputs \(2,\)"):
         Fisher(cases.Quadratic(torch.eye(3)).landscape())
 
 
@@ -194,7 +195,7 @@ def test_a_model_with_a_nest_of_outputs_has_no_ggn():
     x = normal("nest", shape=(4, 2))
     landscape = Landscape(Nest(2, 1).double().eval(), [(x, x)], lambda o, t: o["y"].square().mean())
     assert (Hessian(landscape) @ torch.ones(3)).any()
-    with pytest.raises(UserError, match="needs a model that returns one tensor, but a dict came"):
+    with pytest.raises(UserError, match="needs a model that returns one tensor, got a dict"):
         GGN(landscape)
 
 

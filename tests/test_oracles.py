@@ -8,7 +8,8 @@ from spectra import double, normal
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from flatlab.metrics.operators import GGN, Fisher, Hessian
+from flatlab.curvature.operators import Hessian
+from flatlab.curvature.outer import GGN, Fisher
 
 
 @pytest.mark.oracle

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from flatlab import golden, seeds, selftest
+from flatlab.curvature.operators import Curvature
 from flatlab.landscape import Landscape
 from flatlab.metrics import density, krylov, lanczos, rays, surfaces, trace
-from flatlab.metrics.operators import Curvature
 
 CPU = {"device": "cpu", "dtype": torch.float64}
 

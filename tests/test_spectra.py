@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from stores import PLACE, content, spec, trained
 
 from flatlab import checkpoints, files, spectra
+from flatlab.curvature.operators import Hessian
 from flatlab.errors import UserError
 from flatlab.landscape import Landscape
 from flatlab.measure import measure
@@ -19,13 +20,12 @@ from flatlab.measures import spectrum
 from flatlab.metrics import keeping
 from flatlab.metrics.density import spectral_density
 from flatlab.metrics.lanczos import hessian_spectrum
-from flatlab.metrics.operators import Hessian
 from flatlab.metrics.trace import hessian_trace
 from flatlab.probespecs import SpectrumSpec, SurfaceSpec, parse_probe
 from flatlab.quant.attach import bake
 from flatlab.runs import RunStore
 
-PROBE = SpectrumSpec(images=10, k=2, tol=0.05, trace_budget=6, starts=2, steps=6)
+PROBE = SpectrumSpec(images=10, k=2, tol=0.05, trace_budget=32, starts=2, steps=6)
 ERM, QT = spec(), spec("QT-DoG")
 
 
@@ -54,7 +54,7 @@ def test_what_is_written_is_what_the_library_says(store):
     arrays, facts = measured(store, PROBE)
     around = landscape(store, SEEN)
     found = hessian_spectrum(around, k=2, tol=0.05, vectors=True)
-    trace = hessian_trace(around, budget=6, deflate=found)
+    trace = hessian_trace(around, budget=32, deflate=found)
     density = spectral_density(around, num_vectors=2, steps=6)
     assert arrays["eigenvalues"] == pytest.approx(found.eigenvalues, rel=1e-3)
     assert facts["trace"][0] == pytest.approx(trace.trace.value, rel=1e-2)

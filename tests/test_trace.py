@@ -11,11 +11,12 @@ import torch
 from spectra import LAYOUTS, dense, double, landscape_of, quadratic, rotated, softmax_regression
 
 from flatlab import seeds
+from flatlab.curvature.operators import Hessian
+from flatlab.curvature.outer import GGN
 from flatlab.errors import UserError
 from flatlab.metrics import krylov as krylov_module
 from flatlab.metrics import trace as trace_module
 from flatlab.metrics.lanczos import hessian_spectrum
-from flatlab.metrics.operators import GGN, Hessian
 from flatlab.metrics.results import mean_of
 from flatlab.metrics.trace import hessian_trace
 

@@ -11,14 +11,14 @@ from torch import Tensor
 
 from flatlab import files
 from flatlab.checkpoints import images, network
+from flatlab.curvature.operators import Hessian
 from flatlab.errors import UserError, choose
 from flatlab.landscape import Landscape
 from flatlab.metrics.density import SpectralDensity, quadrature
 from flatlab.metrics.keeping import KeptHessian
 from flatlab.metrics.lanczos import hessian_spectrum
-from flatlab.metrics.operators import Hessian
 from flatlab.metrics.results import Cost, FloatArray
-from flatlab.metrics.trace import Trace, hessian_trace
+from flatlab.metrics.trace import COLUMNS, Trace, hessian_trace
 from flatlab.params import select
 from flatlab.probespecs import SpectrumSpec
 from flatlab.quant.attach import bake
@@ -116,7 +116,7 @@ def _write(probe: Probe, extremes: FloatArray, rules: list[FloatArray]) -> None:
     values, residuals, converged = found[: 3 * spec.k].reshape(3, spec.k)
     trace = Trace(
         exact=found[3 * spec.k : 3 * spec.k + 2],
-        probes=found[3 * spec.k + 2 :].reshape(-1, 2),
+        probes=found[3 * spec.k + 2 :].reshape(-1, COLUMNS),
         basis=spec.k,
         rel_error=spec.rel_error,
         stopped="accuracy" if reached else "budget",

@@ -14,11 +14,11 @@ import torch
 from scipy.special import stdtrit
 from torch import Tensor
 
+from flatlab.curvature.operators import Curvature, Hessian
 from flatlab.errors import UserError
 from flatlab.landscape import Landscape
 from flatlab.metrics.blur import blur
 from flatlab.metrics.krylov import Krylov, draw, resolution
-from flatlab.metrics.operators import Curvature, Hessian
 from flatlab.metrics.results import Cost, Estimate, FloatArray, Report, mean_of
 from flatlab.seeds import base_seed
 

@@ -9,14 +9,14 @@ from functools import cache
 
 import numpy as np
 
+from flatlab.curvature.operators import Hessian
 from flatlab.landscape import Landscape
 from flatlab.metrics.density import SpectralDensity, quadrature
 from flatlab.metrics.krylov import resolution
 from flatlab.metrics.lanczos import hessian_spectrum
-from flatlab.metrics.operators import Hessian
 from flatlab.metrics.results import Cost, FloatArray
 from flatlab.metrics.sampling import Keep
-from flatlab.metrics.trace import BUDGET, Trace, hessian_trace
+from flatlab.metrics.trace import BUDGET, COLUMNS, Trace, hessian_trace
 
 STOPS = ("accuracy", "budget", "exact")
 
@@ -47,7 +47,7 @@ class KeptHessian:
         basis, stopped, hvps = kept[:3].astype(int).tolist()
         return Trace(
             exact=kept[3:5],
-            probes=kept[5:].reshape(-1, 2),
+            probes=kept[5:].reshape(-1, COLUMNS),
             basis=basis,
             rel_error=rel_error,
             stopped=STOPS[stopped],

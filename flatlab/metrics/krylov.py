@@ -8,10 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flatlab.metrics.operators import Curvature
+from flatlab.curvature.operators import Curvature
 from flatlab.metrics.results import FloatArray
 from flatlab.seeds import generator
 
+_BLOCK = 32  # columns of a whole matrix that share the graph of a batch
 _SLAB = 1 << 16  # columns that are rotated together: a restart needs no second basis
 
 
@@ -26,6 +27,13 @@ def draw(operator: Curvature, kind: str, *names: object) -> Tensor:
     if kind == "normal":
         return torch.randn(operator.shape[0], generator=rng).to(operator.device, operator.dtype)
     return (2 * torch.randint(2, (operator.shape[0],), generator=rng) - 1).to(operator.device, operator.dtype)
+
+
+def matrix_of(operator: Curvature) -> Tensor:
+    """Form the whole matrix (P, P) by P products, in float64 on the host."""
+    eye = torch.eye(operator.shape[0], dtype=operator.dtype, device=operator.device)
+    matrix = torch.cat([operator @ columns for columns in eye.split(_BLOCK, dim=1)], dim=1).cpu().double()
+    return (matrix + matrix.T) / 2
 
 
 class Krylov:

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flatlab.curvature.operators import Curvature, Hessian
 from flatlab.errors import UserError, choose
 from flatlab.landscape import Landscape
-from flatlab.metrics.krylov import Krylov, draw, resolution
-from flatlab.metrics.operators import Curvature, Hessian
+from flatlab.metrics.krylov import Krylov, draw, matrix_of, resolution
 from flatlab.metrics.results import Cost, FloatArray
 from flatlab.seeds import base_seed
 
@@ -20,8 +20,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Which = Literal["LA", "SA", "BE"]
+Order = np.ndarray[tuple[int], np.dtype[np.intp]]
+Flags = np.ndarray[tuple[int], np.dtype[np.bool_]]
+_Found = tuple[FloatArray, FloatArray, Flags, Tensor | None]  # values, residuals, which are converged, vectors
 EXTRA = 14  # basis vectors beyond k; with those of a product, k + 20 vectors (P,) are held at most
 BUDGET = 50  # products for each eigenpair, where no budget is given
+SMALL = 1000  # parameters up to which the whole matrix is formed where the search has not ended within its budget
 # Products after convergence. A residual says that an eigenvalue is near, not which: one that the start hardly holds
 # comes up late. Of 600 searches (k = 2 and 10, tol 0.001 to 0.1; clusters, near copies) 158 were off by more than tol
 # without them, the worst by two thirds; with them none, and 2 of 680 others, the worst by a tenth.
@@ -40,8 +44,8 @@ class Spectrum:
             is over, and of 1,080 searches that trusted it 68 were off by more than tol (1 % asked for), against 19 by
             the residual.
         verified: whether the search went on, after the pairs had converged, until it was seen that no other eigenvalue
-            comes up (or the basis spans the space). False where the budget ended it: the pairs may be converged, and
-            yet not the outermost.
+            comes up (or the basis spans the space, or the whole matrix was solved). False where the budget ended it: the
+            pairs may be converged, and yet not the outermost.
         eigenvectors: (P, k) orthonormal, or None where they were not asked for.
         which: "LA" the largest, "SA" the smallest (most negative), "BE" from both ends.
         tol: the relative residual that was asked for.
@@ -52,7 +56,7 @@ class Spectrum:
 
     eigenvalues: FloatArray
     residuals: FloatArray
-    converged_each: np.ndarray[tuple[int], np.dtype[np.bool_]]
+    converged_each: Flags
     verified: bool
     eigenvectors: Tensor | None
     which: Which
@@ -107,15 +111,18 @@ def hessian_spectrum(
 ) -> Spectrum:
     """Find extreme eigenpairs of the Hessian of the mean loss, by Lanczos with thick restarts (Wu and Simon 2000).
 
-    It holds k + 20 vectors (P,) at most. Of an eigenvalue that is exactly multiple, copies may be missed, as by any
-    Krylov method from one start; where the basis breaks down a new direction is tried, which then finds them.
+    It holds k + 20 vectors (P,) at most. A small problem always ends: where P is at most 1,000 and the search is not
+    done within its budget, the whole matrix is formed by P products and solved exactly. Of an eigenvalue that is
+    exactly multiple, copies may be missed, as by any Krylov method from one start; where the basis breaks down a new
+    direction is tried, which then finds them.
 
     Args:
         landscape: whose Hessian; or an operator, such as GGN(landscape).
         k: how many eigenpairs.
         which: "LA" the largest, "SA" the smallest, "BE" half of them from each end (the odd one from the upper).
         tol: residual of each pair over its eigenvalue, as in SciPy's eigsh.
-        budget: products at most; 50 k by default.
+        budget: products at most; by default 50 k, and P more where P is at most 1,000. The last P of them are kept for
+            the whole matrix where it is that small.
         seed: names the starting vector.
         vectors: keep the eigenvectors.
 
@@ -127,23 +134,46 @@ def hessian_spectrum(
     operator = landscape if isinstance(landscape, Curvature) else Hessian(landscape)
     if not 1 <= k <= operator.shape[0]:
         raise UserError(f"k must lie between 1 and the {operator.shape[0]} parameters, but is {k}.")
-    search = _Search(operator, k, which, tol, name)
-    verified = search.run(BUDGET * k if budget is None else budget)
-    values, residuals = (each[search.order] for each in search.measured())
-    converged = search.reached()[search.order]
-    kept = search.eigenvectors() if vectors else None  # last: it rotates the basis
+    before, size = operator.products, operator.shape[0]
+    small = size <= SMALL
+    total = BUDGET * k + small * size if budget is None else budget
+    search, whole = _Search(operator, k, which, tol, name), small and total >= size
+    ended = search.run(total - size if whole else max(total, k))
+    found = _dense(operator, k, which, vectors=vectors) if whole and not ended else search.found(vectors=vectors)
+    values, residuals, converged, kept = found
     return Spectrum(
         eigenvalues=values,
         residuals=residuals,
         converged_each=converged,
-        verified=verified,
+        verified=ended or whole,
         eigenvectors=kept,
         which=which,
         tol=tol,
         seed=name,
-        cost=Cost(hvps=search.krylov.products, seconds=time.perf_counter() - start),
-        num_params=operator.shape[0],
+        cost=Cost(hvps=operator.products - before, seconds=time.perf_counter() - start),
+        num_params=size,
     )
+
+
+def _dense(operator: Curvature, k: int, which: Which, *, vectors: bool) -> _Found:
+    """Form the whole matrix and solve it."""
+    matrix = matrix_of(operator)
+    values, basis = torch.linalg.eigh(matrix)
+    order = torch.from_numpy(_ends(len(matrix), k, which).copy())
+    values, basis = values[order], basis[:, order]
+    residuals = torch.linalg.vector_norm(matrix @ basis - basis * values, dim=0)
+    kept = basis.to(operator.device, operator.dtype) if vectors else None
+    return values.numpy(), residuals.numpy(), np.ones(k, dtype=bool), kept
+
+
+def _ends(size: int, count: int, which: Which) -> Order:
+    """Return positions of the wanted among ascending values, from the end inwards."""
+    count = min(count, size)
+    if which == "LA":
+        return np.arange(size - 1, size - 1 - count, -1)
+    if which == "SA":
+        return np.arange(count)
+    return np.concatenate([np.arange(count // 2), np.arange(size - (count - count // 2), size)])
 
 
 class _Search:
@@ -165,13 +195,13 @@ class _Search:
         return min(self.k + beyond, self.operator.shape[0])
 
     @property
-    def order(self) -> "np.ndarray[tuple[int], np.dtype[np.intp]]":
+    def order(self) -> Order:
         """Positions of the wanted Ritz values, from the end inwards."""
         return self._ends(self.k)
 
     def run(self, budget: int) -> bool:
         """Extend the basis until the wanted pairs have converged and stay so; False where the products are spent."""
-        while self.krylov.products < max(budget, self.k):
+        while self.krylov.products < budget:
             self.krylov.extend()
             if self.krylov.exhausted:
                 return True
@@ -185,12 +215,18 @@ class _Search:
                 self._restart()
         return False
 
+    def found(self, *, vectors: bool) -> _Found:
+        """Return the wanted pairs."""
+        values, residuals = (each[self.order] for each in self.measured())
+        converged = self.reached()[self.order]
+        return values, residuals, converged, self.eigenvectors() if vectors else None  # last: it rotates the basis
+
     def measured(self) -> tuple[FloatArray, FloatArray]:
         """Return all Ritz values, ascending, with their residuals."""
         values, coefficients = self.krylov.ritz()
         return values, np.abs(self.krylov.beta * coefficients[-1]) * (not self.krylov.exhausted)
 
-    def reached(self) -> "np.ndarray[tuple[int], np.dtype[np.bool_]]":
+    def reached(self) -> Flags:
         """Say of each Ritz value whether it is as accurate as was asked for, or as numbers allow."""
         values, residuals = self.measured()
         return np.asarray(residuals <= self._allowed(values))
@@ -217,13 +253,8 @@ class _Search:
         self.krylov.restart(coefficients[:, self.order], values[self.order])
         return self.krylov.vectors.T
 
-    def _ends(self, count: int) -> "np.ndarray[tuple[int], np.dtype[np.intp]]":
-        size, count = self.krylov.size, min(count, self.krylov.size)
-        if self.which == "LA":
-            return np.arange(size - 1, size - 1 - count, -1)
-        if self.which == "SA":
-            return np.arange(count)
-        return np.concatenate([np.arange(count // 2), np.arange(size - (count - count // 2), size)])
+    def _ends(self, count: int) -> Order:
+        return _ends(self.krylov.size, count, self.which)
 
     def _restart(self) -> None:
         # Half of the room is kept beyond what is wanted: those that are nearly found would have to be found again.

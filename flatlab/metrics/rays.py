@@ -49,7 +49,8 @@ def scale_to_weights(
 
     A filter is a slice along the first axis of a tensor of more than one axis, a layer is such a tensor; BatchNorm
     and biases are held still. "parameter" multiplies each entry by |w|, of whatever tensor (Kwon et al. 2021).
-    A vector `like` (P,) stands in for the weights, such as a perturbation whose random twins are sought.
+    A vector `like` (P,) stands in for the weights, such as a perturbation whose random twins are sought. Where a
+    direction is zero it stays zero.
     """
     scaled = landscape.as_point(vector).clone()
     lengths = landscape.point if like is None else like
@@ -59,9 +60,9 @@ def scale_to_weights(
         elif w.ndim < 2:
             z.zero_()
         elif normalisation == "filter":
-            z.mul_(_lengths(w) / _lengths(z))
+            z.mul_(_ratios(_lengths(w), _lengths(z)))
         else:
-            z.mul_(w.norm() / z.norm())
+            z.mul_(_ratios(w.norm(), z.norm()))
     return scaled
 
 
@@ -105,3 +106,8 @@ def _lengths(tensor: Tensor) -> Tensor:
     """Return the length of each filter, in the widest floats the device has, shaped to scale the tensor."""
     flat = torch.linalg.vector_norm(tensor.flatten(1), dim=1, dtype=wide(tensor))
     return torch.reshape(flat, (-1, *[1] * (tensor.ndim - 1)))
+
+
+def _ratios(wanted: Tensor, lengths: Tensor) -> Tensor:
+    """Return the factors that give directions of some lengths those which are wanted; 0 for no direction."""
+    return torch.where(lengths > 0, wanted / lengths, 0.0)

@@ -98,6 +98,8 @@ class _Seen:
         layer = next((layer for layer, output in self.made if output is given), None)
         if layer is None:
             return "does not follow a convolution or linear layer directly"
+        if given.ndim != layer.weight.ndim:  # outputs of a linear layer lie along the last axis, not along axis 1
+            return "normalises another axis than that of the layer's outputs"
         if given.grad_fn is None:
             return "has nothing before it that varies"
         if self.calls[layer] != 1 or self.uses[given.grad_fn] != 1:
