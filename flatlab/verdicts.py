@@ -83,6 +83,8 @@ def statement(findings: pd.DataFrame, *, test: str = "paired t tests over seeds"
         test: its name.
     """
     tests = findings[findings["verdict"] != UNREAD]
+    if tests.empty:
+        return "Tests: none, so that there is no verdict."
     sizes = tests.groupby("family", sort=False).size()
     known = tests[tests["p"].notna()]
     excluding = int((known["low"] * known["high"] > 0).sum())
@@ -95,5 +97,5 @@ def statement(findings: pd.DataFrame, *, test: str = "paired t tests over seeds"
 
 
 def _counted(counts: list[int]) -> str:
-    span = f"{min(counts)}" if min(counts, default=0) == max(counts, default=0) else f"{min(counts)} to {max(counts)}"
+    span = f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
     return f"{len(counts)} {'family' if len(counts) == 1 else 'families'} of {span} tests"
