@@ -2,7 +2,6 @@
 
 import errno
 import os
-import shutil
 from functools import partial
 
 import numpy as np
