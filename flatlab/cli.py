@@ -72,7 +72,7 @@ def reproduce(
     display.frame(module.summary(done.findings), module.SUMMARY)
     display.frame(done.accuracies, reproduce.ACCURACIES, formats=dict.fromkeys(done.accuracies.columns, ".3f"))
     for remark in done.remarks:
-        display.out.print(remark, soft_wrap=True)
+        display.out.print(remark, soft_wrap=True, markup=False)
     tell_written(done.written)
 
 

@@ -18,7 +18,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
+from flatlab.errors import printable
 from flatlab.jobs import Job
 
 WIDE = 160  # columns where there is no terminal to ask
@@ -39,7 +41,7 @@ class Board:
     """Hears the workers' events and shows how far the jobs are, weighed by their cost."""
 
     def __init__(self, jobs: Sequence[Job], progress: Progress | None) -> None:
-        self.cost = {job.name: job.passes for job in jobs}
+        self.cost = {printable(job.name): job.passes for job in jobs}
         self.share = dict.fromkeys(self.cost, 0.0)
         self.progress = progress
         self.bars: dict[str, TaskID] = {}
@@ -49,9 +51,9 @@ class Board:
     def __call__(self, event: dict[str, Any]) -> None:
         """Take in an event, or a line that a worker has to say."""
         if "note" in event:
-            err.print(event["note"], soft_wrap=True, markup=False)
+            err.print(printable(event["note"]), soft_wrap=True, markup=False)
             return
-        name = event["job"]
+        name = printable(event["job"])
         over = bool(event.get("finished") or event.get("error"))
         self.share[name] = 1.0 if over else event.get("share", 0.0)
         if self.progress and self.total is not None:
@@ -59,7 +61,7 @@ class Board:
             self.progress.update(self.total, completed=self.done(), description=self._count())
         elif time.monotonic() - self.told > PLAIN_SECONDS:
             self.told = time.monotonic()
-            err.print(f"{self.done():4.0%}  {self._left()}  {name}{_numbers(event)}", soft_wrap=True)
+            err.print(f"{self.done():4.0%}  {self._left()}  {name}{_numbers(event)}", soft_wrap=True, markup=False)
 
     def done(self) -> float:
         """Return the share of the work that is done."""
@@ -90,7 +92,7 @@ def board(jobs: Sequence[Job]) -> Iterator[Board]:
     if not err.is_terminal:
         yield Board(jobs, None)
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
     with Progress(*columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=err) as progress:
         yield Board(jobs, progress)
 
@@ -98,7 +100,8 @@ def board(jobs: Sequence[Job]) -> Iterator[Board]:
 @contextmanager
 def counter(what: str) -> Iterator[Callable[[int, int], None]]:
     """Show how many of so many things are done, from the first report on: a bar, or a line each few seconds."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    what = printable(what)
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeRemainingColumn(), console=err, disable=not err.is_terminal) as progress:
         task = progress.add_task(what, total=None, visible=False)
         told = time.monotonic()
@@ -108,17 +111,23 @@ def counter(what: str) -> Iterator[Callable[[int, int], None]]:
             progress.update(task, completed=done, total=of, visible=True)
             if progress.disable and time.monotonic() - told > PLAIN_SECONDS:
                 told = time.monotonic()
-                err.print(f"{what}: {done:,} of {of:,}", soft_wrap=True)
+                err.print(f"{what}: {done:,} of {of:,}", soft_wrap=True, markup=False)
 
         yield report
 
 
 def frame(table: pd.DataFrame, title: str, *, formats: dict[str, str] | None = None) -> None:
     """Print a frame as a table."""
-    drawn = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    drawn = Table(
+        title=Text(printable(title)),
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
     for column in table.columns:
         numeric = pd.api.types.is_numeric_dtype(table[column])
-        drawn.add_column(str(column), justify="right" if numeric else "left")
+        drawn.add_column(Text(printable(str(column))), justify="right" if numeric else "left")
     for row in table.itertuples(index=False):
         drawn.add_row(*(_cell(v, (formats or {}).get(str(c))) for c, v in zip(table.columns, row, strict=True)))
     out.print(drawn)
@@ -150,8 +159,9 @@ def plan(jobs: Sequence[Job], seconds_per_pass: float, source: str, *, workers: 
     )
 
 
-def _cell(value: Any, form: str | None) -> str:
-    return format(value, form) if form and isinstance(value, float) else str(value)
+def _cell(value: Any, form: str | None) -> Text:
+    """Return a cell as it is: what looks like markup in a foreign name is none."""
+    return Text(format(value, form) if form and isinstance(value, float) else printable(str(value)))
 
 
 def _numbers(event: dict[str, Any]) -> str:

@@ -3,6 +3,8 @@
 `done` lists the hash of every file that counts; provenance (machine facts, seconds) and state are outside it.
 """
 
+import re
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -15,6 +17,7 @@ from flatlab import files
 from flatlab.errors import UserError
 from flatlab.specs import Spec
 
+_NAME = re.compile("[0-9a-f]{16}")  # of an entry's folder
 _UNCOUNTED = ("state", "kept", "probes", "provenance.json", "done", ".lock")  # outside the compared bytes
 
 
@@ -58,7 +61,10 @@ class Entry:
 
     @contextmanager
     def claim(self) -> Iterator[bool]:
-        """Try to lock the entry; yields whether it worked. The kernel releases the lock of a killed process."""
+        """Try to lock the entry; yields whether it worked. The kernel releases the lock of a killed process.
+
+        What a killed process has left is not removed here: others may be writing, to units and notes (leftovers.py).
+        """
         self.path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.path / ".lock")
         try:
@@ -67,9 +73,6 @@ class Entry:
             yield False
             return
         try:
-            # Of a process killed inside a write. Two levels deep only: a run's probes are claimed on their own.
-            for leftover in [*self.path.glob(".*.tmp"), *self.path.glob("*/.*.tmp")]:
-                leftover.unlink(missing_ok=True)
             self.create()
             yield True
         finally:
@@ -85,34 +88,48 @@ class Entry:
         return sorted(
             str(path.relative_to(self.path))
             for path in self.path.rglob("*")
-            if path.is_file()
-            and path.relative_to(self.path).parts[0] not in _UNCOUNTED
-            and path.suffix not in (".tmp", ".lock")
+            if path.is_file() and path.name[0] != "." and path.relative_to(self.path).parts[0] not in _UNCOUNTED
         )
 
-    def faults(self) -> list[str]:
-        """Compare the files with the hashes in `done`, tensors that it does not list (states, blocks) with their own.
+    @classmethod
+    def inspect(cls, folder: Path) -> list[str]:
+        """Compare spec, files and `done` of the entry in a folder with their hashes and with each other.
+
+        Args:
+            folder: of an entry, damaged or not.
 
         Returns:
             A sentence for each fault.
         """
-        if faults := complaints(self.hashes, lambda: self.provenance):
-            return faults
-        expected, present = self.hashes(), set(self.files())
-        faults = [f"{self.path / name} is missing." for name in sorted(set(expected) - present)]
-        for name in sorted(present & set(expected)):
-            if files.file_hash(self.path / name) != expected[name]:
-                faults.append(f"{self.path / name} is damaged: its hash is not the recorded one.")
-        tensors = sorted([*self.path.glob("*.safetensors"), *self.path.glob("*/*.safetensors")])
-        loose = [path for path in tensors if str(path.relative_to(self.path)) not in expected]
-        return faults + complaints(*(partial(files.load_arrays, path) for path in loose))
+        if not (folder / "spec.json").exists():
+            return [f"{folder} has no spec.json, so that it is no run or measurement: delete the folder."]
+        return complaints(partial(cls.read, folder)) + cls(folder, Spec()).faults()
+
+    def faults(self) -> list[str]:
+        """Compare the files with the hashes in `done`, and those that it does not list (states, kept) with their own.
+
+        Returns:
+            A sentence for each fault; of the spec, which its digest vouches for, `read` says it.
+        """
+        expected: dict[str, str] = {}
+        faults = complaints(lambda: expected.update(self.hashes()), lambda: self.provenance)
+        loose = [*self.path.glob("*.safetensors"), *self.path.glob("*/*.safetensors"), *self.path.glob("log.jsonl")]
+        present = {*self.files(), *(str(path.relative_to(self.path)) for path in loose)} - {"spec.json"}
+        lacking = set(expected) - present - {"spec.json"}
+        lacking |= {"provenance.json"} if self.done and not (self.path / "provenance.json").exists() else set()
+        faults += [f"{self.path / name} is missing." for name in sorted(lacking)]
+        for name in sorted(present):
+            faults += _fault(self.path / name, expected.get(name))
+        for name in sorted({*self.files()} - {*expected, "spec.json"}) if expected else []:
+            faults.append(f"{self.path / name} is not listed in `done`, so that nothing vouches for it. Move it away.")
+        return faults
 
     def hashes(self) -> dict[str, str]:
         """Return the hashes in `done`; none where the entry is not finished."""
         if not self.done:
             return {}
         hashes = files.read_record(self.path / "done").get("files")
-        if not isinstance(hashes, dict):
+        if not isinstance(hashes, dict) or not hashes:
             raise UserError(f"{self.path / 'done'} is damaged: it lists no files.")
         return hashes
 
@@ -123,8 +140,31 @@ class Entry:
         return files.read_record(path) if path.exists() else {}
 
     def note(self, **facts: Any) -> None:
-        """Add machine facts to provenance.json."""
-        files.write_record(self.path / "provenance.json", {**self.provenance, **facts})
+        """Add machine facts to provenance.json; others may be adding theirs, so that it is read under a lock."""
+        self.add_note(lambda _: facts)
+
+    def add_note(self, facts: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+        """Add to provenance.json what a function makes of what is there, under a lock."""
+        with FileLock(self.path / ".note.lock"):
+            known = self.provenance
+            files.write_record(self.path / "provenance.json", {**known, **facts(known)})
+
+
+def discard(folder: Path) -> None:
+    """Delete a folder, but nothing behind a symbolic link; another process may be deleting it, too."""
+    if folder.is_symlink():
+        folder.unlink()
+    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        shutil.rmtree(folder)
+
+
+def holds_entry(folder: Path) -> bool:
+    """Whether a folder is an entry's, damaged or not; one that holds a lock alone is not begun."""
+    if not folder.is_dir():
+        return False
+    named = _NAME.fullmatch(folder.name) is not None
+    return (folder / "spec.json").exists() or (named and any(path.name[0] != "." for path in folder.iterdir()))
 
 
 def complaints(*acts: Callable[[], Any]) -> list[str]:
@@ -136,3 +176,12 @@ def complaints(*acts: Callable[[], Any]) -> list[str]:
         except UserError as error:
             found.append(str(error))
     return found
+
+
+def _fault(path: Path, expected: str | None) -> list[str]:
+    """Read a file as its kind is read, and compare it with the hash that `done` has of it."""
+    readers: dict[str, Callable[[Path], Any]] = {".safetensors": files.load_arrays, ".jsonl": files.read_rows}
+    own = complaints(partial(readers[path.suffix], path)) if path.suffix in readers else []
+    if own or expected in (None, files.file_hash(path)):
+        return own
+    return [f"{path} is damaged: its hash is not the recorded one."]

@@ -176,7 +176,7 @@ def everything(chosen: Choices) -> None:
     title = f"Setting {setting.name}: {made} made in {time.monotonic() - started:.0f} s; costs in seconds"
     chosen.answer(pd.DataFrame(rows), title, {"trained": ".0f", "measured": ".0f", "drawn": ".1f"})
     if failed:
-        raise UserError("\n".join(failed))
+        raise UserError(*failed)
 
 
 def _made(chosen: Choices, name: str, module: Any) -> dict[str, Any]:

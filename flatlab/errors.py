@@ -5,7 +5,11 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend; the command line prints it as one sentence and exits with 2."""
+    """A mistake that the user can mend, or several; the command line prints a sentence each and exits with 2."""
+
+    def __str__(self) -> str:
+        """Return a line for each sentence: what a foreign name has of control characters is escaped."""
+        return "\n".join(printable(str(sentence)) for sentence in self.args)
 
 
 class WorkerError(Exception):
@@ -30,6 +34,11 @@ def choose(kind: str, name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(_plain(name), plain, n=1, cutoff=0.5)
     hint = f" Did you mean {plain[near[0]]}?" if near else ""
     raise UserError(f"Unknown {kind} {name!r}; known: {', '.join(names)}.{hint}")
+
+
+def printable(text: str) -> str:
+    """Return text with line feeds, escapes and other control characters written out: foreign names may hold some."""
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 
 def _plain(name: str) -> str:

@@ -6,7 +6,6 @@ import queue
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
+from flatlab import files
 from flatlab.jobs import Plan
 
 Event = dict[str, Any]
@@ -31,14 +31,15 @@ def run_locally(plan: Plan, *, workers: int, hear: Callable[[Event], None]) -> l
         hear: called with each event of each worker.
 
     Returns:
-        The errors, as events; a job that two workers met and failed is told once.
+        The errors, as events, one for each job that nobody finished, and one for each worker that died, unless others
+        finished all jobs without it.
     """
     heard: queue.Queue[Event] = queue.Queue()
-    with tempfile.TemporaryDirectory(prefix="flatlab-") as folder:
-        path = Path(folder) / "plan.json"
+    with files.scratch() as folder:
+        path = folder / "plan.json"
         path.write_text(plan.canonical())
         with _workers(path, workers, plan.place.threads, heard) as running:
-            return list(_errors(running, heard, hear))
+            return _errors(running, heard, hear, {job.name for job in plan.jobs})
 
 
 @contextmanager
@@ -46,7 +47,7 @@ def _workers(
     plan: Path, count: int, threads: int, heard: "queue.Queue[Event]"
 ) -> Iterator[list[subprocess.Popen[str]]]:
     environment = {**ALLOCATOR, **os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
-    command = [sys.executable, "-m", "flatlab.work", str(plan)]
+    command = [sys.executable, "-m", "flatlab.work", str(plan), "--end-with-input"]
     pipe = subprocess.PIPE
     start = partial(
         subprocess.Popen, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=environment, start_new_session=True
@@ -83,24 +84,32 @@ def _collect(stream: IO[str] | None, lines: list[str]) -> None:
 
 
 def _errors(
-    running: "list[subprocess.Popen[str]]", heard: "queue.Queue[Event]", hear: Callable[[Event], None]
-) -> Iterator[Event]:
-    told = set()
-    alive = len(running)
+    running: "list[subprocess.Popen[str]]", heard: "queue.Queue[Event]", hear: Callable[[Event], None], jobs: set[str]
+) -> list[Event]:
+    failed: dict[str, Event] = {}
+    died, finished, alive = list[Event](), set[str](), len(running)
     while alive:
         event = heard.get()
         if "ended" in event:
             alive -= 1
             if event["ended"]:
-                yield {"job": "worker", "error": _last_words(event), **event}
+                died.append({"job": "worker", "error": _last_words(event), **event})
             continue
         hear(event)
-        if "error" in event and event["job"] not in told:
-            told.add(event["job"])
-            yield event
+        if "error" in event:
+            failed.setdefault(event["job"], event)
+        if event.get("finished"):
+            finished.add(event["job"])
+    if jobs and finished >= jobs:
+        for event in died:
+            hear({"job": "worker", "note": f"A worker was lost: {event['error']} The others finished its jobs."})
+        return []
+    return [*died, *(event for job, event in failed.items() if job not in finished)]
 
 
 def _last_words(event: Event) -> str:
     if event["ended"] == -signal.SIGKILL:
         return "it was killed, perhaps for want of memory; take fewer --workers or a smaller --image-size, and go on."
+    if event["ended"] in (128 + signal.SIGTERM, -signal.SIGTERM):
+        return "it was stopped by SIGTERM; what is finished is kept: the same command goes on from there."
     return f"it ended with status {event['ended']}: {event['trace'].strip().rpartition(chr(10))[2]}"

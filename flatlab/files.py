@@ -10,18 +10,27 @@ import os
 import platform
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
+from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from flatlab.errors import UserError
 from flatlab.jsontext import strict_json
 
+if sys.platform != "win32":
+    import fcntl
+
 Arrays = dict[str, np.ndarray[Any, Any]]
+HOST = platform.node()
+SCRATCH, HELD = "flatlab-", ".flatlab.lock"  # of a folder for temporary files: how it begins, and what it holds
 _DIGEST = "[0-9a-f]{16}"  # below: what lies in a store (runs.py); an export that is written there has no owner
 _IN_STORE = re.compile(
     rf"(?:.*?/)?({_DIGEST}/(?:(?:checkpoints|state|kept|probes/{_DIGEST})/[^/]+|[a-z]+\.jsonl?|done))"
@@ -34,21 +43,51 @@ _REMEDY = (
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file whole or not at all: to a neighbour first, then by rename."""
-    neighbour = beside(path)
+    with aside(path) as neighbour, open(neighbour, "xb") as file:
+        _hold(file)
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def aside(path: Path) -> Iterator[Path]:
+    """Yield a neighbour to write to, which takes the file's place when the block ends well; else it is removed."""
+    # Process ids repeat between nodes and containers, tokens do not.
+    neighbour = path.with_name(f".{path.name}.{HOST}.{secrets.token_hex(8)}.tmp")
     try:
-        with open(neighbour, "xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        yield neighbour
         os.replace(neighbour, path)
-    except OSError:
+    except BaseException as error:
         neighbour.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = str(path)  # the name that its user knows
         raise
 
 
-def beside(path: Path) -> Path:
-    """Return a temporary name in a file's folder: process ids repeat between nodes and containers, tokens do not."""
-    return path.with_name(f".{path.name}.{platform.node()}.{secrets.token_hex(8)}.tmp")
+def _hold(file: IO[bytes]) -> None:
+    """Lock a file until it is closed, so that `free` says that somebody writes it."""
+    if sys.platform != "win32":
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def free(path: Path) -> bool:
+    """Whether nobody holds a temporary file; where files are not locked, nobody knows, and it counts as held."""
+    if sys.platform == "win32":
+        return False
+    try:
+        with open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # held, gone, or another user's
+        return False
+    return True
+
+
+@contextmanager
+def scratch() -> Iterator[Path]:
+    """Yield a folder for temporary files, held while the block runs: one of a killed process can be told apart."""
+    with tempfile.TemporaryDirectory(prefix=SCRATCH) as folder, FileLock(Path(folder) / HELD):
+        yield Path(folder)
 
 
 def write_json(path: Path, value: Any) -> None:

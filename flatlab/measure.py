@@ -5,7 +5,6 @@ from importlib import import_module
 from typing import Any
 
 from flatlab import build, machine
-from flatlab.errors import UserError
 from flatlab.probespecs import Probing
 from flatlab.runs import Run, check_data
 from flatlab.specs import Place
@@ -29,8 +28,7 @@ def measure(run: Run, spec: Probing, place: Place, *, report: Report | None = No
     check_data([run], place)
     if probe.done:
         return
-    if not run.done:
-        raise UserError(f"Run {run.spec.digest} is not finished, or was removed: train it before it is measured.")
+    run.require_done()
     place = place.replace(threads=probe.provenance.get("threads", place.threads))  # they order the sums
     with build.threads(place.threads):
         probe.create()

@@ -12,7 +12,7 @@ from typing import Any
 
 import typer
 
-from flatlab.errors import UserError, WorkerError, choose
+from flatlab.errors import UserError, WorkerError, choose, printable
 
 # typer brings click's exceptions along, since 0.16 under its own name: they are found by theirs.
 USAGE: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "UsageError")
@@ -131,4 +131,5 @@ def say(sentence: str, *, mark: str = "error: ") -> None:
     from rich.markup import escape
 
     colour = "red" if mark else "yellow"
-    Console(stderr=True, highlight=False).print(f"[{colour}]{mark}[/]{escape(sentence)}", soft_wrap=True)
+    told = "\n".join(map(printable, sentence.split("\n")))
+    Console(stderr=True, highlight=False).print(f"[{colour}]{mark}[/]{escape(told)}", soft_wrap=True)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flatlab.data import catalog
-from flatlab.errors import UserError, choose
+from flatlab.errors import UserError, choose, printable
 from flatlab.jsontext import strict_json
 from flatlab.mistakes import spoken
 from flatlab.words import DEVICES, KNOWN, LIMITS, MODELS, WORDS
@@ -202,7 +202,7 @@ class Choices:
 
     def answer_facts(self, facts: Any, sentence: str) -> None:
         """Print a sentence, or the facts behind it as JSON where that was asked for."""
-        typer.echo(strict_json(facts) if self.json else sentence)
+        typer.echo(strict_json(facts) if self.json else "\n".join(map(printable, sentence.split("\n"))))
 
 
 def _accelerated(device: str) -> bool:

@@ -15,6 +15,8 @@ from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from flatlab import files
+
 MARKERS = "oXsDPv^*<>"
 COLUMN = 3.4  # inches: the width of a paper's column
 LINES = ("-", "--", ":", "-.")  # where the ten colours are used up
@@ -113,9 +115,13 @@ def save(figure: Figure, stem: Path) -> list[Path]:
     stem.parent.mkdir(parents=True, exist_ok=True)
     paths = [stem.with_suffix(suffix) for suffix in (".pdf", ".png")]
     with style():  # resolution and fonts are chosen on writing
-        for path in paths:
-            figure.savefig(path, metadata={"CreationDate": None} if path.suffix == ".pdf" else None)
-    plt.close(figure)
+        try:
+            for path in paths:
+                kind, metadata = path.suffix[1:], {"CreationDate": None} if path.suffix == ".pdf" else None
+                with files.aside(path) as neighbour:
+                    figure.savefig(neighbour, format=kind, metadata=metadata)
+        finally:
+            plt.close(figure)
     return paths
 
 

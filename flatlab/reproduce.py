@@ -113,10 +113,10 @@ def carry_out(todo: list[Job], store: RunStore, place: Place, *, workers: int, h
     plan = Plan(store=str(store.root.resolve()), place=place, jobs=tuple(todo))
     errors = executors.run_locally(plan, workers=workers, hear=hear)
     if errors:
-        raise UserError(_told(errors)) from _traces(errors)
+        raise UserError(*_told(errors)) from _traces(errors)
 
 
-def _told(errors: list[dict[str, Any]]) -> str:
+def _told(errors: list[dict[str, Any]]) -> list[str]:
     """Say what went wrong once: for each sentence the first job that met it, and how many others."""
     jobs_by_sentence: dict[str, list[str]] = {}
     for event in errors:
@@ -125,7 +125,7 @@ def _told(errors: list[dict[str, Any]]) -> str:
     for sentence, names in jobs_by_sentence.items():
         others = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
         told.append(f"{names[0]}{others}: {sentence}")
-    return "\n".join(told)
+    return told
 
 
 def _traces(errors: list[dict[str, Any]]) -> WorkerError | None:

@@ -9,16 +9,17 @@ state and kept checkpoints are outside it.
 """
 
 import os
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from flatlab import files
 from flatlab.data import fingerprints
-from flatlab.entries import Entry, complaints
+from flatlab.entries import Entry, discard, holds_entry
 from flatlab.errors import UserError
 from flatlab.probespecs import Probing, parse_probe
 from flatlab.specs import Place, RunSpec
@@ -128,6 +129,15 @@ class Run(Entry):
         """Return the measurement of this run that a probe spec names."""
         return Probe(self.path / "probes" / spec.digest, spec)
 
+    def require_done(self) -> None:
+        """Refuse to measure a run that is not finished.
+
+        Raises:
+            UserError: where it is not.
+        """
+        if not self.done:
+            raise UserError(f"Run {self.spec.digest} is not finished, or was removed: train it before it is measured.")
+
     def measured(self, spec: Probing, label: str = "") -> tuple[files.Arrays, Any]:
         """Return the arrays and facts that a finished measurement of this run has left.
 
@@ -200,18 +210,41 @@ class RunStore:
 
     def runs(self) -> list[Run]:
         """Return the runs that exist, finished or not."""
-        return [Run.read(folder) for folder in self._folders()]
+        return [Run.read(folder) for folder in self.folders() if (folder / "spec.json").exists()]
 
-    def _folders(self, below: str = "[!.]*") -> list[Path]:  # hidden: a run that is being removed
-        return [path.parent for path in sorted(self.root.glob(f"{below}/spec.json"))]
+    def folders(self) -> list[Path]:
+        """Return the folders of runs, damaged or not; one that holds nothing is not begun."""
+        return [folder for folder in sorted(self.root.glob("[!.]*")) if holds_entry(folder)]
 
     def faults(self) -> list[str]:
-        """Return a sentence for each file of a run or probe that is damaged or missing."""
+        """Return a sentence for each file of a run or probe that is damaged, missing, or not vouched for.
+
+        Raises:
+            UserError: where the store's folder is not there.
+        """
+        if not self.root.is_dir():
+            raise UserError(f"There is no folder {self.root}; --store names the folder of the runs.")
         faults: list[str] = []
-        for kind, below in ((Run, "[!.]*"), (Probe, "[!.]*/probes/*")):
-            for folder in self._folders(below):
-                faults += complaints(partial(kind.read, folder)) or kind.read(folder).faults()
+        for run in self.folders():
+            faults += Run.inspect(run)
+            for probe in filter(holds_entry, sorted((run / "probes").glob("[!.]*"))):
+                faults += Probe.inspect(probe)
         return faults
+
+    def folder(self, prefix: str) -> Path:
+        """Return the folder of the one run whose digest begins so, damaged or not.
+
+        Args:
+            prefix: the digest or its beginning.
+
+        Raises:
+            UserError: where none or several runs do.
+        """
+        found = [folder for folder in self.folders() if folder.name.startswith(prefix)]
+        if len(found) != 1:
+            what = f"{len(found)} runs in {self.root} begin" if found else f"No run in {self.root} begins"
+            raise UserError(f"{what} with {prefix!r}; `flatlab runs list` shows them all.")
+        return found[0]
 
     def find(self, prefix: str) -> Run:
         """Return the one run whose digest begins so.
@@ -220,13 +253,9 @@ class RunStore:
             prefix: the digest or its beginning.
 
         Raises:
-            UserError: where none or several runs do.
+            UserError: where none or several runs do, or its spec is damaged.
         """
-        found = [folder for folder in self._folders() if folder.name.startswith(prefix)]
-        if len(found) != 1:
-            what = f"{len(found)} runs in {self.root} begin" if found else f"No run in {self.root} begins"
-            raise UserError(f"{what} with {prefix!r}; `flatlab runs list` shows them all.")
-        return Run.read(found[0])
+        return Run.read(self.folder(prefix))
 
     @contextmanager
     def claim(self, entries: Sequence[Entry]) -> Iterator[bool]:
@@ -234,63 +263,28 @@ class RunStore:
         with ExitStack() as stack:
             yield all(stack.enter_context(entry.claim()) for entry in entries)
 
-    def remove(self, run: Run) -> None:
-        """Delete a run and its probes; refused while a process works on it.
+    def remove(self, run: Run | Path) -> None:
+        """Delete a run and its probes, but nothing behind a symbolic link; refused while a process works on it.
 
         Args:
-            run: the run.
+            run: the run, or its folder, where its spec is damaged.
 
         Raises:
             UserError: where another process holds it.
         """
-        gone = self.root / f".removed-{run.path.name}"
-        shutil.rmtree(gone, ignore_errors=True)  # of a removal that was killed
-        with self.claim([run, *run.probes()]) as free:
-            if not free:
-                raise UserError(f"Run {run.path.name} is being worked on by another process; stop that first.")
-            run.path.rename(gone)  # at once: a half-deleted run must not look finished, nor get in a new one's way
-            shutil.rmtree(gone)
-
-    def merge(self, other: "RunStore") -> dict[str, int]:
-        """Copy the finished runs and probes of another store that are not finished here.
-
-        Args:
-            other: the store to read.
-
-        Returns:
-            Counts: runs and probes copied, entries that were here already, and runs whose bytes differ here (they were
-            trained on another machine, say): their probes are left out, being of another network.
-
-        Raises:
-            UserError: where `other` holds no run, or a run there is damaged.
-        """
-        counts = {"runs": 0, "probes": 0, "here already": 0, "differ here": 0}
-        theirs = other.runs()
-        if not theirs:
-            raise UserError(f"{other.root} holds no run; a store is a folder such as ./runs.")
-        for run in theirs:
-            ours = self.run(run.spec)
-            counts["runs" if _adopt(run, ours) else "here already"] += run.done
-            same = run.done and ours.done and run.hashes() == ours.hashes()
-            counts["differ here"] += run.done and not same
-            for probe in run.probes() if same else []:
-                counts["probes" if _adopt(probe, ours.probe(probe.spec)) else "here already"] += probe.done
-        return counts
-
-
-def _adopt(theirs: Entry, ours: Entry) -> bool:
-    """Copy a finished entry to where none is finished; `done` arrives last."""
-    if not theirs.done or ours.done:
-        return False
-    if faults := theirs.faults():
-        raise UserError(f"Not merged: {faults[0]}")
-    with ours.claim() as free:
-        if not free:
-            raise UserError(f"{ours.path} is being worked on by another process; merge when it is finished.")
-        for name in [*theirs.files(), "provenance.json"]:
-            target = ours.path / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if (theirs.path / name).exists():
-                files.write_bytes(target, (theirs.path / name).read_bytes())
-        files.write_bytes(ours.path / "done", (theirs.path / "done").read_bytes())
-    return True
+        path = run if isinstance(run, Path) else run.path
+        if path.is_symlink():
+            path.unlink()
+            return
+        gone = self.root / f".removed-{path.name}"
+        discard(gone)  # of a removal that was killed
+        holders = [path, *(each for each in (path / "probes").glob("[!.]*") if each.is_dir())]
+        inside = [each for each in holders if not (each.is_symlink() or each.parent.is_symlink())]
+        with ExitStack() as stack:
+            try:
+                for folder in inside:
+                    stack.enter_context(FileLock(folder / ".lock", timeout=0))
+            except Timeout:
+                raise UserError(f"Run {path.name} is being worked on by another process; stop that first.") from None
+            path.rename(gone)  # at once: a half-deleted run must not look finished, nor get in a new one's way
+            discard(gone)

@@ -42,5 +42,6 @@ class Shelf:
                 files.save_arrays(path, {"unit": compute()})
         except Timeout:
             return False
-        self.probe.note(seconds=round(self.probe.provenance.get("seconds", 0) + time.monotonic() - started, 3))
+        spent = time.monotonic() - started
+        self.probe.add_note(lambda known: {"seconds": round(known.get("seconds", 0) + spent, 3)})
         return True

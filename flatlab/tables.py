@@ -5,12 +5,15 @@ One observation is one row. `over` names the source of an interval: "directions"
 """
 
 from collections.abc import Iterable, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from flatlab import files, selection
+from flatlab.entries import complaints
 from flatlab.errors import UserError
 from flatlab.metrics import rounds
 from flatlab.metrics.results import Estimate, FloatArray, mean_of
@@ -207,30 +210,32 @@ def tested(row: selection.Row) -> float:
     return float(np.mean(scores)) if scores else float("nan")
 
 
-def overview(store: RunStore) -> pd.DataFrame:
-    """Return one row per run of a store: what it is, how far it is, and what it reached."""
+def overview(store: RunStore) -> tuple[pd.DataFrame, list[str]]:
+    """Return one row per run of a store: what it is, how far it is, and what it reached; and a sentence for each fault.
+
+    A run that is damaged has a row without what cannot be read of it.
+    """
     columns = ["run", "dataset", "model", "composition", "held_out", "seed", "state", "probes"]
     columns += ["validation", "test", "target"]
-    rows = []
-    for run in store.runs():
-        log = selection.candidates(run.rows(), run.spec.settled)
-        best = selection.training_domain(log) if log else {}
-        rows.append(
-            {
-                "run": run.spec.digest,
-                "dataset": run.spec.dataset,
-                "model": run.spec.model,
-                "composition": run.spec.label,
-                "held_out": run.spec.held_out,
-                "seed": run.spec.seed,
-                "state": "done" if run.done else f"step {log[-1]['step']}" if log else "begun",
-                "probes": len([probe for probe in run.probes() if probe.done]),
-                "validation": best.get("validation", float("nan")),
-                "test": tested(best),
-                "target": best["target"]["in"]["accuracy"] if best else float("nan"),
-            }
-        )
-    return pd.DataFrame(rows, columns=columns)
+    rows, faults = [], list[str]()
+    for folder in store.folders():
+        row: dict[str, Any] = {"run": folder.name, "state": "damaged"}
+        faults += complaints(partial(_describe, folder, row))
+        rows.append(row)
+    return pd.DataFrame(rows, columns=columns), faults
+
+
+def _describe(folder: Path, row: dict[str, Any]) -> None:
+    """Add to a row what a run is, as far as it can be read."""
+    run = Run.read(folder)
+    row |= {"dataset": run.spec.dataset, "model": run.spec.model, "composition": run.spec.label}
+    row |= {"held_out": run.spec.held_out, "seed": run.spec.seed}
+    row["probes"] = len([probe for probe in run.probes() if probe.done])
+    log = selection.candidates(run.rows(), run.spec.settled)
+    if log:
+        best = selection.training_domain(log)
+        row |= {"validation": best["validation"], "test": tested(best), "target": best["target"]["in"]["accuracy"]}
+    row["state"] = "done" if run.done else f"step {log[-1]['step']}" if log else "begun"
 
 
 def bracketed(value: float, low: float, high: float, *, digits: int = 3, starred: bool | None = None) -> str:

@@ -5,7 +5,9 @@ from typing import Annotated
 
 import typer
 
+from flatlab.errors import printable
 from flatlab.jsontext import strict_json
+from flatlab.mistakes import say
 from flatlab.options import Choices, takes
 
 runs_app = typer.Typer(help="Look at the runs of a store, and keep it in order.", no_args_is_help=True)
@@ -18,14 +20,19 @@ Digests = Annotated[list[str], typer.Argument(help="Digests of runs, or their be
 @runs_app.command("list", epilog="Example: `flatlab runs list --store runs`")
 @takes("store", "json", "debug")
 def list_runs(chosen: Choices) -> None:
-    """List the runs of a store."""
+    """List the runs of a store; exit with 1 where one is damaged."""
     from flatlab import tables
 
     store = chosen.runs()
-    if not store.runs() and not chosen.json:
+    if not store.folders() and not chosen.json:
         typer.echo(f"No runs in {store.root} yet: `flatlab train` makes some, and --store names another folder.")
         return
-    chosen.answer(tables.overview(store), f"Runs in {store.root}", dict.fromkeys(("validation", "test", "target"), ".3f"))
+    table, faults = tables.overview(store)
+    chosen.answer(table, f"Runs in {store.root}", dict.fromkeys(("validation", "test", "target"), ".3f"))
+    for fault in faults:
+        say(fault)
+    if faults:
+        raise typer.Exit(1)
 
 
 @runs_app.command(epilog="Example: `flatlab runs show 3f2a`")
@@ -44,12 +51,23 @@ def show(chosen: Choices, run: Digest) -> None:
 
 @runs_app.command(epilog="Example: `flatlab runs verify --store runs`")
 @takes("store", "json", "debug")
-def verify(chosen: Choices) -> None:
-    """Compare every finished file with its recorded hash; exit with 1 where one is damaged or missing."""
+def verify(
+    chosen: Choices,
+    clean: Annotated[bool, typer.Option("--clean", help="Remove what killed processes have left.")] = False,
+) -> None:
+    """Compare every file with its recorded hash and owner; exit with 1 where one is damaged or missing."""
+    from flatlab import leftovers
+
     store = chosen.runs()
-    faults, count = store.faults(), len(store.runs())
-    sentence = "\n".join([*faults, f"{count} runs in {store.root}, {len(faults)} faults."])
-    chosen.answer_facts({"runs": count, "faults": faults}, sentence)
+    faults, count = store.faults(), len(store.folders())
+    left = leftovers.clean(store) if clean else list(leftovers.leftovers(store))
+    sentences = [*faults, f"{count} runs in {store.root}, {len(faults)} faults."]
+    if clean:
+        sentences.append(f"{len(left)} leftovers of killed processes removed.")
+    elif left:
+        sentences.append(f"{len(left)} leftovers of killed processes; `flatlab runs verify --clean` removes them.")
+    facts = {"runs": count, "faults": faults, "removed" if clean else "leftovers": list(map(str, left))}
+    chosen.answer_facts(facts, "\n".join(map(printable, sentences)))
     if faults:
         raise typer.Exit(1)
 
@@ -59,21 +77,27 @@ def verify(chosen: Choices) -> None:
 def rm(chosen: Choices, runs: Digests) -> None:
     """Delete runs with their measurements."""
     store = chosen.runs()
-    found = {run.path: run for run in map(store.find, runs)}
-    for run in found.values():
-        store.remove(run)
+    found = list(dict.fromkeys(map(store.folder, runs)))
+    for folder in found:
+        store.remove(folder)
     removed = list(map(str, found))
     chosen.answer_facts({"removed": removed}, f"Removed {', '.join(removed)}.")
 
 
-@runs_app.command(epilog="Example: `flatlab runs merge /elsewhere/runs`")
+@runs_app.command("merge", epilog="Example: `flatlab runs merge /elsewhere/runs`")
 @takes("store", "json", "debug")
-def merge(chosen: Choices, other: Annotated[Path, typer.Argument(help="Folder of the other store.")]) -> None:
-    """Copy the finished runs and measurements of another store into this one."""
+def merge_(chosen: Choices, other: Annotated[Path, typer.Argument(help="Folder of the other store.")]) -> None:
+    """Copy the finished runs and measurements of another store into this one; exit with 1 where some are left out."""
+    from flatlab.merging import merge
     from flatlab.runs import RunStore
 
-    counts = chosen.runs().merge(RunStore(other))
-    chosen.answer_facts(counts, ", ".join(f"{count} {what}" for what, count in counts.items()) + ".")
+    counts, refused = merge(RunStore(other), chosen.runs())
+    sentence = ", ".join(f"{count} {what}" for what, count in counts.items()) + "."
+    chosen.answer_facts({**counts, "not merged": refused}, sentence)
+    for each in refused:
+        say(each)
+    if refused:
+        raise typer.Exit(1)
 
 
 @data_app.command("list", epilog="Example: `flatlab data list`")

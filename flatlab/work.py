@@ -1,12 +1,14 @@
 """A worker: does the jobs of a plan, sharing them with whoever else does, by locks that die with their process.
 
-`python -m flatlab.work PLAN` writes one JSON event a line, and ends when its standard input is closed: a worker does
-not outlive the command that started it, even where that was killed.
+`python -m flatlab.work PLAN` writes one JSON event a line. With `--end-with-input` it ends, with code 1, when its
+standard input is closed: a worker does not outlive the command that started it, even where that was killed. On SIGTERM,
+which batch systems send, it saves the state of a training after the step that it is at, and ends with code 143.
 """
 
 import json
 import logging
 import os
+import signal
 import sys
 import threading
 import time
@@ -25,6 +27,8 @@ Event = dict[str, Any]
 Emit = Callable[[Event], None]
 IDLE_SECONDS = 0.1  # between two looks at jobs that others hold
 EVENT_SECONDS = 0.2  # between two progress events of one job
+STOPPED = 128 + signal.SIGTERM  # exit code, as a shell gives for SIGTERM
+_training, _asked_to_stop = threading.Event(), threading.Event()
 
 
 def work(jobs: Sequence[Job], store: RunStore, place: Place, *, emit: Emit) -> None:
@@ -38,6 +42,8 @@ def work(jobs: Sequence[Job], store: RunStore, place: Place, *, emit: Emit) -> N
     """
     pending = list(jobs)
     while pending:
+        if _asked_to_stop.is_set():  # while a training ended
+            raise KeyboardInterrupt
         # The first jobs first: what was waiting may be ready now. Who finds none free joins a measurement.
         tries = ((job, join) for join in (False, True) for job in pending)
         settled = next((job for job, join in tries if _settled(job, pending, store, place, emit, join=join)), None)
@@ -65,6 +71,8 @@ def _attempt(job: Job, store: RunStore, place: Place, emit: Emit, *, join: bool 
     try:
         with ExitStack() as held:
             if not job.done(store):
+                if job.probes:  # before anything is claimed: a claim makes a folder
+                    store.run(job.runs[0]).require_done()
                 if not held.enter_context(store.claim(job.claims(store))) and not (join and job.probes):
                     return False
                 _do(job, store, place, emit)
@@ -101,7 +109,11 @@ def _do(job: Job, store: RunStore, place: Place, emit: Emit) -> None:
     else:
         from flatlab.train.loop import train
 
-        train(job.runs, store, place, forks=job.forks, keep_every=job.keep_every, report=report)
+        _training.set()
+        try:
+            train(job.runs, store, place, forks=job.forks, keep_every=job.keep_every, report=report)
+        finally:
+            _training.clear()
         store.run(job.runs[0]).note(passes=job.passes)
 
 
@@ -113,7 +125,9 @@ class _Reporter:
         self.told = 0.0
 
     def __call__(self, made: int, of: int, shown: dict[str, Any]) -> None:
-        """Report a part's progress, and numbers to show beside it."""
+        """Report a part's progress, and numbers to show beside it; a training can be stopped here."""
+        if _asked_to_stop.is_set():
+            raise KeyboardInterrupt
         if time.monotonic() - self.told > EVENT_SECONDS:
             self.told = time.monotonic()
             share = (self.part + made / of) / self.parts
@@ -125,8 +139,20 @@ def main() -> None:
     plan = Plan.parse(Path(sys.argv[1]).read_text())
     sys.stdout = sys.stderr  # what a library prints must not come between the events
     logging.getLogger("flatlab").addHandler(_Notes())
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    work(plan.jobs, RunStore(plan.store), plan.place, emit=_print)
+    if "--end-with-input" in sys.argv[2:]:
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        work(plan.jobs, RunStore(plan.store), plan.place, emit=_print)
+    except KeyboardInterrupt:
+        sys.exit(STOPPED if _asked_to_stop.is_set() else 128 + signal.SIGINT)
+
+
+def _stop(*_: Any) -> None:
+    """End after the step that a training is at; else at once: what is on disk is whole at any instant."""
+    if not _training.is_set():
+        os._exit(STOPPED)
+    _asked_to_stop.set()
 
 
 class _Notes(logging.Handler):

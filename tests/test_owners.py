@@ -131,7 +131,8 @@ def test_the_machine_is_recorded(made):
     assert {"processor", "instructions", "cpu_capability", "torch", "commit"} <= facts.keys()
     assert facts["processor"] not in ("", machine.platform.machine()) or not files.Path("/proc/cpuinfo").exists()
     assert made.run(RUN).probe(PROBE).provenance["machine"] == facts
-    code = "import json, sys; from flatlab import machine; print(json.dumps(machine.facts())); assert 'torch' not in sys.modules"
+    code = "import json, sys; from flatlab import machine; print(json.dumps(machine.facts()))"
+    code += "; assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     bare = json.loads(done.stdout)
     assert bare == {name: value for name, value in facts.items() if name != "cpu_capability"}

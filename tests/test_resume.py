@@ -150,7 +150,7 @@ def test_training_killed_anywhere_goes_on_from_its_last_state(tmp_path, specs, e
 def test_a_measurement_killed_anywhere_goes_on_from_its_last_unit(tmp_path):
     run = spec()
     tally, whole, store = tmp_path / "tally", trained(tmp_path / "whole", run), RunStore(tmp_path / "killed")
-    store.merge(whole)
+    merge(whole, store)
     measure(whole.run(run), PROBE, PLACE)
     probe = store.run(run).probe(PROBE)
     deaths = _deaths(1, ray=range(2, 11), sync=range(1, 6), rename=range(1, 6))

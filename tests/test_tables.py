@@ -186,12 +186,13 @@ def test_accuracies_by_selection_rule_count_the_looks_at_the_target(tmp_path):
 
 def test_an_overview_says_how_far_each_run_is(tmp_path):
     store = RunStore(tmp_path)
-    assert tables.overview(store).empty and "composition" in tables.overview(store)
+    frame, faults = tables.overview(store)
+    assert frame.empty and "composition" in frame and faults == []
     fresh, going = RUN.replace(seed=1), RUN.replace(seed=2, quantizer=QuantSpec(), switch=4)
     logged(store, RUN)
     logged(store, going, done=False)
     store.run(fresh).create()
-    frame = tables.overview(store).set_index("run")
+    frame = tables.overview(store)[0].set_index("run")
     assert dict(frame["state"]) == {RUN.digest: "done", going.digest: "step 15", fresh.digest: "begun"}
     assert frame.loc[going.digest, ["composition", "validation", "target"]].tolist() == ["lsq", 0.8, 0.3]
     assert frame.loc[fresh.digest, ["validation", "target"]].isna().all()

@@ -2,10 +2,10 @@
 
     <cache>/<data set>-<size>-<key>/index.json  squares.bin  originals.bin
 
-The key is made of the files' names, sizes and times, so that a changed folder has another entry. The time of the last
-change of a file's facts (`ctime`) is among them: a program that writes in place and sets the old time cannot set that. An entry is whole or
-absent: it is built under a lock that dies with its process, in a neighbouring folder, and renamed. The fingerprint is
-of the files' own bytes: it is the same on each machine, whatever decodes them, stored or not. No torch.
+The key is made of the files' names, sizes and times, so that a changed folder has another entry; `ctime` is among them,
+since a program that writes in place can set a file's other times, but not that one. An entry is whole or absent: it is
+built under a lock that dies with its process, in a neighbouring folder, and renamed. The fingerprint is of the files'
+own bytes: it is the same on each machine, whatever decodes them, stored or not. No torch.
 """
 
 import hashlib

@@ -1,7 +1,6 @@
 """The bytes of a run's network as a file: what its export takes, quantized or not."""
 
 from collections.abc import Callable
-from tempfile import TemporaryDirectory
 
 import numpy as np
 
@@ -18,6 +17,6 @@ Report = Callable[[int, int, dict[str, float]], None]
 def fill(probe: Probe, run: Run, place: Place, report: Report | None) -> None:
     """Write the network to a file that is thrown away, and keep its size."""
     spec: SizeSpec = probe.spec
-    with TemporaryDirectory() as folder:
-        told = write(network(run, spec.checkpoint, place).cpu(), run.spec, f"{folder}/export", place)
+    with files.scratch() as folder:
+        told = write(network(run, spec.checkpoint, place).cpu(), run.spec, folder / "export", place)
     files.save_arrays(probe.result, {"bytes": np.array(told.bytes), "float_bytes": np.array(told.float_bytes)}, {})

@@ -121,8 +121,16 @@ class Training:
                 self._evaluate(step, sources())
             self._keep(step)
             if report:
-                report(step + 1, spec.steps + 1, self._shown())
+                self._report(report, step)
         self._finish()
+
+    def _report(self, report: Report, step: int) -> None:
+        """Report a step; who stops the training here finds its state saved."""
+        try:
+            report(step + 1, self.spec.steps + 1, self._shown())
+        except KeyboardInterrupt:
+            self._save()
+            raise
 
     def _update(self, rule: Step, loss: Callable[[], Tensor]) -> Tensor:
         """Make one update in the spec's precision; a batch that does not fit into memory is never made smaller."""
@@ -236,9 +244,12 @@ class Training:
         if step + 1 in self.forks:
             self.trajectory.save(self.lineage.state(f"fork-{step + 1}"), members=[])
         if step % self.spec.eval_every == 0 or time.monotonic() - self.saved > SAVE_SECONDS:
-            self._write_logs()
-            self.trajectory.save(self.runs[0].state("resume"), members=self.trajectory.members)
-            self.saved = time.monotonic()
+            self._save()
+
+    def _save(self) -> None:
+        self._write_logs()
+        self.trajectory.save(self.runs[0].state("resume"), members=self.trajectory.members)
+        self.saved = time.monotonic()
 
     def _write_logs(self) -> None:
         for member in self.trajectory.members:
