@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analyses import table1
-from analyses.table1 import BASELINE, SUMMARY, TABLE, findings, labelled, remarks, sheet, summary
+from analyses.table1 import BASELINE, SUMMARY, TABLE, as_published, findings, labelled, remarks, sheet, summary
 from flatlab import plots
 from flatlab.papertable import AVERAGE
 from flatlab.probespecs import SizeSpec
@@ -21,7 +21,7 @@ from flatlab.runs import RunStore
 from flatlab.settings import Setting
 from flatlab.specs import RunSpec
 
-__all__ = ["BASELINE", "SUMMARY", "caption", "draw", "findings", "labelled", "plan", "remarks", "sheet"]
+__all__ = ["BASELINE", "SUMMARY", "as_published", "caption", "draw", "findings", "labelled", "plan", "remarks", "sheet"]
 __all__ += ["summary", "table"]
 
 AREA = 60  # square points for the memory of one network

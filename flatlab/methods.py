@@ -7,7 +7,7 @@ from typing import Any, Literal
 from flatlab.errors import choose
 from flatlab.quantspecs import AnyQuantizer, INQSpec, NoiseSpec, OBCSpec, QuantSpec, RTNSpec
 from flatlab.risespecs import ByRise
-from flatlab.settings import Setting
+from flatlab.settings import PAPER, Setting, for_data
 from flatlab.specs import AverageSpec, MixSpec, RunSpec, StepSpec
 
 
@@ -173,6 +173,19 @@ def replicates(parts: Method, setting: Setting) -> list[RunSpec]:
         for target in setting.held_out
         for i in range(1 if parts.members else setting.seeds)
     ]
+
+
+def is_papers(parts: Method, ours: Setting, changes: Mapping[str, Any] | None = None) -> bool:
+    """Return whether the runs of a composition are the paper's own: equal specs, but for seeds and held-out domains.
+
+    Args:
+        parts: the composition.
+        ours: the setting; its data set says which of the paper's is meant.
+        changes: fields of the setting that this line of a table has otherwise, the paper's as well as ours.
+    """
+    at: dict[str, Any] = {"held_out": ours.held_out[0], "seed": 0, "trial_seed": 0}
+    mine, theirs = (each.replace(**(changes or {})) for each in (ours, for_data(PAPER, ours.dataset)))
+    return compose(parts, mine, **at) == compose(parts, theirs, **at)
 
 
 def radii_by_rise(setting: Setting, rises: Sequence[float]) -> ByRise:

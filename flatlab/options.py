@@ -28,7 +28,15 @@ if TYPE_CHECKING:  # imported where they are used: `--help` answers before numpy
 
 SETTING_FIELDS: tuple[str, ...] = ("image_size", "model", "freeze_batchnorm", "bits", "steps", "eval_every")
 SETTING_FIELDS += ("batch_size", "lr", "precision", "seed", "trial_seed", "seeds", "controls")
-SETTING_FIELDS += ("granularity", "inq_grid", "log_scale", "activations", "activation_bits", "noise_amplitude", "swad_rule")
+SETTING_FIELDS += (
+    "granularity",
+    "inq_grid",
+    "log_scale",
+    "activations",
+    "activation_bits",
+    "noise_amplitude",
+    "swad_rule",
+)
 SETTING_FIELDS += ("test_share",)
 SHORT = 8  # digits of a digest on a screen
 

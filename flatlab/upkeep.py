@@ -25,7 +25,9 @@ def list_runs(chosen: Choices) -> None:
     if not store.runs() and not chosen.json:
         typer.echo(f"No runs in {store.root} yet: `flatlab train` makes some, and --store names another folder.")
         return
-    chosen.answer(tables.overview(store), f"Runs in {store.root}", dict.fromkeys(("validation", "test", "target"), ".3f"))
+    chosen.answer(
+        tables.overview(store), f"Runs in {store.root}", dict.fromkeys(("validation", "test", "target"), ".3f")
+    )
 
 
 @runs_app.command(epilog="Example: `flatlab runs show 3f2a`")

@@ -52,8 +52,9 @@ MAY_IMPORT = {
     "executors": "jobs",
     "reproduce": "tables valleys executors jobs runs settings specs plots files machine data.catalog errors",
     "surroundings": "surfaceplots plots runs probespecs metrics.barrier metrics.grids metrics.results files errors",
-    "orders": "tables",
-    "papertable": "orders tables plots runs methods settings specs resources",
+    "percent": "tables runs specs",
+    "orders": "percent tables verdicts",
+    "papertable": "percent verdicts orders tables plots runs methods settings specs resources",
     "flatness": "tables plots runs settings probespecs files metrics.sentences metrics.results metrics.rounds errors",
     "stability": "tables plots selection runs specs files errors",
     "valleys": "runs",
@@ -95,7 +96,7 @@ MAY_IMPORT = {
     "probespecs specs files errors",
     "measure": "build runs probespecs specs machine errors",  # and, by name, the module of a metric in measures/
     # the paper
-    "analyses": "areas verdicts noisefigure rounding papertable orders surroundings surfaceplots saliency stability spectra "
+    "analyses": "percent areas verdicts noisefigure rounding papertable orders surroundings surfaceplots saliency stability spectra "
     "probespecs specs settings methods tables plots runs resources",
 }
 OPEN = ("api", "cli", "upkeep", "options", "words", "mistakes", "display", "doctor", "errands", "hessian", "noise")
