@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from analyses import fig3
 from flatlab import percent, plots, stability, tables, verdicts
 from flatlab.areas import UP_TO, areas, limits, named_by_rise
-from flatlab.methods import METHODS, replicates
+from flatlab.methods import METHODS, RELEASED, replicates
 from flatlab.probespecs import ProbeSpec
 from flatlab.runs import RunStore
 from flatlab.settings import Setting
@@ -112,7 +112,7 @@ def summary(findings: pd.DataFrame) -> pd.DataFrame:
 
 def remarks(frame: pd.DataFrame) -> list[str]:
     """Say of each measure whether quantization-aware training moves it, and which control does the same."""
-    return words(findings(frame))
+    return [*words(findings(frame)), RELEASED]
 
 
 def words(findings: pd.DataFrame) -> list[str]:
@@ -150,8 +150,8 @@ def caption(setting: Setting) -> str:
     """Say in a title and a line below which data and seeds the picture shows."""
     return (
         f"Controls, less {BASELINE}: {setting.words}\n"
-        f"Held out in turn: {', '.join(setting.held_out)}; paired by held-out domain and seed, 95 % intervals over "
-        f"seeds. Unrest: of the accuracy out of domain from step {setting.switch_step} on. F: rise of the loss, "
+        f"Held out in turn: {', '.join(setting.held_out)}; paired by held-out domain and seed. Bars: "
+        f"{setting.interval}. Unrest: of the accuracy out of domain from step {setting.switch_step} on. F: rise of the loss, "
         f"up to radii where ERM's is {UP_TO} nats on the seen domains, {setting.effort}. RTN: no training."
     )
 

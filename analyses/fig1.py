@@ -60,7 +60,7 @@ def table(store: RunStore, setting: Setting) -> pd.DataFrame:
 
 def caption(setting: Setting) -> str:
     """Say in a title and a line below what the picture shows."""
-    area = "Bars: 95 % intervals over seeds; ensembles have none. Area, and number: the exported file over one network "
+    area = f"Bars: {setting.interval}; ensembles have none. Area, and number: the exported file over one network "
     area += "in float32; in brackets the nominal memory, bits times members over 32, which is the area below."
     return f"Accuracy and memory: {setting.words}\n{TABLE.protocol(setting)} {area}"
 

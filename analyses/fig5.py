@@ -43,12 +43,12 @@ def remarks(frame: pd.DataFrame) -> list[str]:
 
 def caption(setting: Setting) -> str:
     """Say in a title and a line below which data and seeds the picture shows."""
-    band = "Band: 95 % interval over seeds, paired by held-out domain and seed."
+    band = f"Band: {setting.interval}; differences are paired by held-out domain and seed."
     return f"Gain out of domain by bit width: {setting.words}\n{TABLE.protocol(setting)} {band}"
 
 
 def draw(frame: pd.DataFrame, caption: str) -> Figure:
-    """Draw the difference to ERM against the bits: a line for each data set, bands over seeds."""
+    """Draw the difference to ERM against the bits: a line for each data set, bands over seeds where there are several."""
     less = findings(frame[frame["panel"] == "out"])
     less = less[less["baseline"] == BASELINE]
     less = less.assign(bits=less["method"].str.split().str[0].astype(int))

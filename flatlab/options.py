@@ -54,6 +54,7 @@ NEEDS: dict[str, Needs] = {  # option -> whether a composition uses it; what it 
     "noise_amplitude": (lambda m: m.noise != "none", "noise on the weights", "take --method noise"),
     "quantize_at": (lambda m: m.switched, "a quantizer that trains", "add --quantizer lsq"),
     "swad_rule": (lambda m: m.average == "swad", "SWAD", "add --average swad"),
+    "select": (lambda m: m.switched, "a switch", "add --quantizer lsq"),
     "combine": (lambda m: m.members > 0, "an ensemble", "take --method eoq"),
 }
 

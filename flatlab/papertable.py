@@ -231,7 +231,7 @@ class PaperTable:
 
     def caption(self, setting: Setting) -> str:
         """Say in a title and a line below which data and seeds the picture shows."""
-        bars = f"Bars: 95 % intervals over seeds. Right: less {self.baseline}, paired by held-out domain and seed."
+        bars = f"Bars: {setting.interval}. Right: less {self.baseline}, paired by held-out domain and seed."
         return f"Table {self.number}: {setting.words}\n{self.protocol(setting)} {bars}"
 
     def draw(self, frame: pd.DataFrame, caption: str) -> Figure:
