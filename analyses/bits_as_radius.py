@@ -122,7 +122,7 @@ def caption(setting: Setting) -> str:
     return (
         f"What a bit width is worth as a radius: {setting.words}\n"
         f"Seen domains, {chosen.images} images of each; {chosen.num_samples} random directions beside each bit width. "
-        "Means over held-out domains, bars and bands: 95 % intervals over seeds. Grey: 95 % of random directions. "
+        f"Means over held-out domains; bars and bands: {setting.interval}. Grey: 95 % of random directions. "
         "own: the run's own quantizer."
     )
 

@@ -9,9 +9,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from analyses import fig3
-from flatlab import papertable, plots, stability, tables
+from flatlab import percent, plots, stability, tables, verdicts
 from flatlab.areas import UP_TO, areas, limits, named_by_rise
-from flatlab.methods import METHODS, replicates
+from flatlab.methods import METHODS, RELEASED, replicates
 from flatlab.probespecs import ProbeSpec
 from flatlab.runs import RunStore
 from flatlab.settings import Setting
@@ -33,7 +33,8 @@ CONTRASTS = {  # question -> of which two methods the difference answers it
     "Training with quantization rather than rounding after": ("QT-DoG", "RTN"),
 }
 MEASURES = {
-    "in": "Accuracy in domain (points)",
+    "validation": "Validation, selected on (points)",
+    "test": "In-domain test (points)",
     "out": "Accuracy out of domain (points)",
     "spread": "Unrest: std (points)",
     "change": "Unrest: mean change (points)",
@@ -43,7 +44,10 @@ MEASURES = {
     "unseen, filter": "Mean of F over ρ, unseen (nats)",
 }
 KEYS = ["measure", "method", "held_out", "seed"]
-SUMMARY = "Differences paired by held-out domain and seed, 95 % intervals over seeds; * excludes 0"
+SUMMARY = (
+    "Differences paired by held-out domain and seed, 95 % intervals over seeds, each alone; * p < 0.05 after Holm over "
+    "the questions of a column"
+)
 
 
 def labelled(setting: Setting) -> list[tuple[str, RunSpec]]:
@@ -60,7 +64,8 @@ def plan(setting: Setting) -> tuple[list[RunSpec], list[tuple[RunSpec, ProbeSpec
 def table(store: RunStore, setting: Setting) -> pd.DataFrame:
     """Return each measure of each run, and of each method over seeds."""
     runs = labelled(setting)
-    accuracy = papertable.accuracies(store, runs, ["in", "out"]).rename(columns={"panel": "measure"})
+    inside = "test" if setting.test_share else "validation"
+    accuracy = percent.accuracies(store, runs, [inside, "out"]).rename(columns={"panel": "measure"})
     parts = [accuracy, _unrest(store, runs, setting.switch_step), _flatness(store, runs, setting)]
     each = pd.concat([part[[*KEYS, "value"]] for part in parts], ignore_index=True).dropna()
     return pd.concat([each.assign(over="run"), tables.over_seeds(each, ["measure", "method"])], ignore_index=True)
@@ -80,21 +85,25 @@ def _flatness(store: RunStore, runs: list[tuple[str, RunSpec]], setting: Setting
 
 
 def findings(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return the differences that answer the questions, in each measure."""
+    """Return the differences that answer the questions; a family of tests for each measure."""
     each = frame[frame["over"] == "run"]
-    told = []
+    found = []
     for question, (method, base) in CONTRASTS.items():
         both = each[each["method"].isin((method, base))]
         held = both.groupby("measure")["method"].transform("nunique") == 2  # a derived run has no log of its own
-        told.append(tables.paired(both[held], base, ["measure"]).assign(question=question))
-    return pd.concat(told, ignore_index=True)
+        found.append(tables.paired(both[held], base, ["measure"]).assign(question=question))
+    told = pd.concat(found, ignore_index=True)
+    return verdicts.corrected(told, told["measure"].map(MEASURES))
 
 
 def summary(findings: pd.DataFrame) -> pd.DataFrame:
     """Return a line for each question and a column for each measure."""
     cells = findings.assign(
         question=findings["question"] + ": " + findings["method"] + " less " + findings["baseline"],
-        cell=[tables.bracketed(*row, digits=2) for row in findings[fig3.TOLD].itertuples(index=False)],
+        cell=[
+            tables.bracketed(*row, digits=2, starred=p < verdicts.LEVEL)
+            for p, *row in findings[["p_holm", *fig3.TOLD]].itertuples(index=False)
+        ],
         measure=findings["measure"].map(MEASURES),
     )
     wide = cells.pivot_table(index="question", columns="measure", values="cell", aggfunc="first", sort=False)
@@ -103,22 +112,21 @@ def summary(findings: pd.DataFrame) -> pd.DataFrame:
 
 def remarks(frame: pd.DataFrame) -> list[str]:
     """Say of each measure whether quantization-aware training moves it, and which control does the same."""
-    return words(findings(frame))
+    return [*words(findings(frame)), RELEASED]
 
 
 def words(findings: pd.DataFrame) -> list[str]:
     """Return a sentence for each measure, from the verdicts; one in all where there are no intervals."""
-    known = findings["low"].notna()
-    if not known.any():
+    if findings["p"].isna().all():
         return ["One seed gives no interval: no effect can be told from chance, nor its absence."]
-    verdicts = findings.set_index(["measure", "method", "baseline"])["verdict"]
+    found = findings.set_index(["measure", "method", "baseline"])["verdict"]
     said = []
-    for measure, name in MEASURES.items():
-        whole = verdicts[measure, QUANTIZED, BASELINE]
-        against = verdicts[measure].xs(BASELINE, level="baseline").drop(QUANTIZED)
+    for measure, name in _shown(findings).items():
+        whole = found[measure, QUANTIZED, BASELINE]
+        against = found[measure].xs(BASELINE, level="baseline").drop(QUANTIZED)
         alike = [str(method) for method, verdict in against.items() if verdict == whole]
-        moved = {str(method): verdict for method, verdict in against.items() if verdict != "not distinguishable"}
-        if whole == "not distinguishable":
+        moved = {str(method): verdict for method, verdict in against.items() if verdict != verdicts.NONE}
+        if whole == verdicts.NONE:
             others = "; ".join(f"{method} is {verdict}" for method, verdict in moved.items())
             said.append(f"{name}: no effect of {QUANTIZED} shows{f', while {others}' if others else ''}.")
         elif alike:
@@ -129,20 +137,21 @@ def words(findings: pd.DataFrame) -> list[str]:
             said.append(
                 f"{name}: {QUANTIZED} is {whole}, and no control here is: an effect of quantization is possible."
             )
-    told = findings["verdict"].ne("not distinguishable").sum()
-    chance = (1 - tables.LEVEL) * known.sum()
-    return [
-        *said,
-        f"{told} of {known.sum()} intervals exclude zero; {chance:.0f} would by chance, were nothing there.",
-    ]
+    return [*said, verdicts.statement(findings)]
+
+
+def _shown(frame: pd.DataFrame) -> dict[str, str]:
+    """Return the measures that there are, with their names."""
+    there = set(frame["measure"])
+    return {measure: name for measure, name in MEASURES.items() if measure in there}
 
 
 def caption(setting: Setting) -> str:
     """Say in a title and a line below which data and seeds the picture shows."""
     return (
         f"Controls, less {BASELINE}: {setting.words}\n"
-        f"Held out in turn: {', '.join(setting.held_out)}; paired by held-out domain and seed, 95 % intervals over "
-        f"seeds. Unrest: of the accuracy out of domain from step {setting.switch_step} on. F: rise of the loss, "
+        f"Held out in turn: {', '.join(setting.held_out)}; paired by held-out domain and seed. Bars: "
+        f"{setting.interval}. Unrest: of the accuracy out of domain from step {setting.switch_step} on. F: rise of the loss, "
         f"up to radii where ERM's is {UP_TO} nats on the seen domains, {setting.effort}. RTN: no training."
     )
 
@@ -152,10 +161,11 @@ def draw(frame: pd.DataFrame, caption: str) -> Figure:
     less = findings(frame)
     less = less[less["baseline"] == BASELINE].assign(comparable=False, published=float("nan"))
     with plots.style():
-        rows = (len(MEASURES) + 1) // 2
+        shown = _shown(less)
+        rows = (len(shown) + 1) // 2
         size = (plots.COLUMN, 0.9 + rows * (0.65 + 0.13 * len(ORDER)))
         figure, grid = plt.subplots(rows, 2, figsize=size, layout="constrained", sharey=True)
-        for ax, (measure, name) in zip(grid.flat, MEASURES.items(), strict=True):
+        for ax, (measure, name) in zip(grid.flat, shown.items(), strict=True):
             plots.dots(ax, less[less["measure"] == measure], ORDER[1:])
             ax.axvline(0, color="0.3", linewidth=0.8)
             ax.set_title(name.replace(" (", "\n("), fontsize=7)

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analyses import table1
-from analyses.table1 import BASELINE, SUMMARY, TABLE, findings, labelled, remarks, sheet, summary
+from analyses.table1 import BASELINE, SUMMARY, TABLE, as_published, findings, labelled, remarks, sheet, summary
 from flatlab import plots
 from flatlab.papertable import AVERAGE
 from flatlab.probespecs import SizeSpec
@@ -21,7 +21,7 @@ from flatlab.runs import RunStore
 from flatlab.settings import Setting
 from flatlab.specs import RunSpec
 
-__all__ = ["BASELINE", "SUMMARY", "caption", "draw", "findings", "labelled", "plan", "remarks", "sheet"]
+__all__ = ["BASELINE", "SUMMARY", "as_published", "caption", "draw", "findings", "labelled", "plan", "remarks", "sheet"]
 __all__ += ["summary", "table"]
 
 AREA = 60  # square points for the memory of one network
@@ -60,7 +60,7 @@ def table(store: RunStore, setting: Setting) -> pd.DataFrame:
 
 def caption(setting: Setting) -> str:
     """Say in a title and a line below what the picture shows."""
-    area = "Bars: 95 % intervals over seeds; ensembles have none. Area, and number: the exported file over one network "
+    area = f"Bars: {setting.interval}; ensembles have none. Area, and number: the exported file over one network "
     area += "in float32; in brackets the nominal memory, bits times members over 32, which is the area below."
     return f"Accuracy and memory: {setting.words}\n{TABLE.protocol(setting)} {area}"
 

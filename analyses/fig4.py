@@ -1,4 +1,4 @@
-"""Figure 4: validation and out-of-domain accuracy along the training, ERM against QT-DoG, on two targets.
+"""Figure 4: in-domain and out-of-domain accuracy along the training, ERM against QT-DoG, on two targets.
 
 The paper shows TerraIncognita's location_100 and location_46, and a line where quantization sets in. Beside the curves
 stand the numbers that the word "stable" is short for, over the evaluations from the switch on, the same for all
@@ -9,8 +9,8 @@ released code trains.
 import pandas as pd
 from matplotlib.figure import Figure
 
-from flatlab import stability, tables
-from flatlab.methods import METHODS, replicates
+from flatlab import stability, tables, verdicts
+from flatlab.methods import METHODS, RELEASED, replicates
 from flatlab.probespecs import Probing
 from flatlab.resources import published
 from flatlab.runs import RunStore
@@ -21,7 +21,10 @@ BASELINE = "ERM"
 ORDER = ("ERM", "QT-DoG")
 CONTROLS = ("freeze", "release-parity")
 COLUMNS = ["quantity", "method", "held_out", "seed", "step", "value", "stderr", "low", "high", "over", "switch"]
-SUMMARY = "Less ERM, paired by held-out domain and seed, 95 % intervals over seeds; * excludes 0"
+SUMMARY = (
+    "Less ERM in points (the correlation as such), paired by held-out domain and seed, 95 % intervals over seeds, each "
+    "alone; * p < 0.05 after Holm over the numbers and methods"
+)
 
 
 def order(setting: Setting) -> tuple[str, ...]:
@@ -55,38 +58,50 @@ def table(store: RunStore, setting: Setting) -> pd.DataFrame:
     for target in targets(setting):
         for frame, by in ((along, ["quantity", "method", "step"]), (told, ["quantity", "method"])):
             mine = frame[frame["held_out"] == target]
-            parts.append(tables.over_seeds(mine, by).assign(held_out=target))
-    parts.append(tables.over_seeds(told, ["quantity", "method"]))
+            parts.append(stability.over_seeds(mine, by).assign(held_out=target))
+    parts.append(stability.over_seeds(told, ["quantity", "method"]))
     return pd.concat(parts, ignore_index=True).assign(switch=setting.switch_step).reindex(columns=COLUMNS)
 
 
 def findings(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return each method's numbers less ERM's, paired by held-out domain and seed."""
-    return tables.paired(frame[(frame["over"] == "run") & frame["step"].isna()], BASELINE, ["quantity"])
+    """Return each method's numbers less ERM's in points, paired by held-out domain and seed; one family of tests."""
+    each = frame[(frame["over"] == "run") & frame["step"].isna()]
+    percent = each["quantity"].ne(stability.UNITLESS).map({True: 100.0, False: 1.0})
+    found = tables.paired(each.assign(value=percent * each["value"]), BASELINE, ["quantity"])
+    since = int(frame["switch"].iloc[0])
+    return verdicts.corrected(found, pd.Series(f"Stability from step {since} on", found.index))
 
 
 def summary(findings: pd.DataFrame) -> pd.DataFrame:
     """Return the findings, a line per method."""
     cells = findings.assign(
         where=findings["quantity"].map(stability.NUMBERS),
-        cell=[tables.bracketed(v, lo, hi) for v, lo, hi in findings[["value", "low", "high"]].itertuples(index=False)],
+        cell=[
+            tables.bracketed(*told, digits=2, starred=p < verdicts.LEVEL)
+            for p, *told in findings[["p_holm", "value", "low", "high"]].itertuples(index=False)
+        ],
     )
     return cells.pivot_table(index="method", columns="where", values="cell", aggfunc="first", sort=False).reset_index()
 
 
 def remarks(frame: pd.DataFrame) -> list[str]:
     """Say whether QT-DoG is steadier than ERM in each of the numbers."""
-    found = findings(frame).query("method == 'QT-DoG'").set_index("quantity")["verdict"]
+    tested = findings(frame)
+    found = tested.query("method == 'QT-DoG'").set_index("quantity")["verdict"]
     said = "; ".join(f"{stability.NUMBERS[str(name)]}: {verdict}" for name, verdict in found.items())
-    return [f"QT-DoG against ERM from step {int(frame['switch'].iloc[0])} on: {said} (the paper says: more stable)."]
+    told = [f"QT-DoG against ERM from step {int(frame['switch'].iloc[0])} on: {said} (the paper says: more stable)."]
+    shown = set(frame["method"])
+    return [*told, verdicts.statement(tested), *([RELEASED] if "release-parity" in shown else [])]
 
 
 def caption(setting: Setting) -> str:
     """Say in a title and a line below which data and seeds the picture shows."""
     return (
         f"Stability along training: {setting.words}\n"
-        f"Means and 95 % intervals over seeds; out-of-domain accuracy on the target's in split. Right: from step "
-        f"{setting.switch_step} on, over both targets. The first evaluations lie below the axes."
+        f"Means over seeds; bands and bars: {setting.interval}, on scales that end where accuracies and deviations do. "
+        "Out-of-domain accuracy on the target's in split, in-domain accuracy on images that "
+        f"{'select nothing' if setting.test_share else 'also select'}. Right: from step {setting.switch_step} on, over "
+        "both targets. The first evaluations lie below the axes."
     )
 
 

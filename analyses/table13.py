@@ -16,3 +16,4 @@ TABLE = PaperTable(
 SUMMARY, BASELINE = papertable.SUMMARY, TABLE.baseline
 labelled, plan, table, sheet, caption = TABLE.labelled, TABLE.plan, TABLE.table, TABLE.sheet, TABLE.caption
 findings, summary, remarks, draw = TABLE.findings, TABLE.summary, TABLE.remarks, TABLE.draw
+as_published = TABLE.as_published

@@ -28,6 +28,7 @@ TABLE = PaperTable(
 SUMMARY, BASELINE = papertable.SUMMARY, TABLE.baseline
 labelled, plan, sheet, caption = TABLE.labelled, TABLE.plan, TABLE.sheet, TABLE.caption
 findings, summary, draw = TABLE.findings, TABLE.summary, TABLE.draw
+as_published = TABLE.as_published
 
 
 def table(store: RunStore, setting: Setting) -> pd.DataFrame:

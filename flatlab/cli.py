@@ -10,6 +10,7 @@ import typer
 
 from flatlab import handover, surveys
 from flatlab.errands import carry_out, catalogue, everything, measured, price, tell_written
+from flatlab.errors import choose
 from flatlab.hessian import hessian
 from flatlab.jsontext import strict_json
 from flatlab.mistakes import say, spoken
@@ -80,7 +81,7 @@ def reproduce(
     epilog="Examples: `flatlab train --method qt-dog --held-out rot45`, "
     "`flatlab train --method sam --average swad --quantizer lsq --bits 4 --held-out 0`"
 )
-@takes(*DATA, "method", *PARTS, *TRAINING, *QUANTIZER, *RUNNING, "keep_every", "tensorboard", seeds=1)
+@takes(*DATA, "method", *PARTS, *TRAINING, *QUANTIZER, *RUNNING, "select", "keep_every", "tensorboard", seeds=1)
 def train(chosen: Choices) -> None:
     """Train a method, or any composition of parts, with each domain held out in turn or one of them."""
     from flatlab import jobs, methods, tables, valleys
@@ -88,6 +89,7 @@ def train(chosen: Choices) -> None:
     from flatlab.runs import check_data
 
     setting, store = chosen.setting(), chosen.runs()
+    among_all = choose("selection", chosen.select or "settled", ("settled", "all")) == "all"
     label, parts = methods.method(chosen.method)
     changes = {part: chosen.given[part] for part in PARTS if chosen.given[part] is not None}
     parts = methods.vary(parts, changes)
@@ -108,7 +110,7 @@ def train(chosen: Choices) -> None:
     carry_out(chosen, todo)
     if chosen.tensorboard:
         tell_written([tensorboard.write(store.run(spec), chosen.tensorboard) for spec in wanted])
-    table = tables.accuracies(store, [(label, spec) for spec in wanted])
+    table = tables.accuracies(store, [(label, spec) for spec in wanted], among_all=among_all)
     chosen.answer(table, "Accuracy on source validation, in-domain test and target, by selection rule", ACCURACIES)
     for remark in valleys.remarks(map(store.run, wanted)):
         say(remark, mark="")
@@ -201,7 +203,7 @@ def stability(
     first = switch_of([run.spec for run in found]) if since is None else since
     valleys = [valley_of(run) for run in found] if valley else ()
     table, written = chart(store, found, since=first, out=chosen.out, valleys=valleys)
-    chosen.answer(table, f"Stability of the out-of-domain accuracy from step {first} on (shares of 1)", SHOWN)
+    chosen.answer(table, f"Stability of the out-of-domain accuracy from step {first} on (percent)", SHOWN)
     tell_written(written, [f"{run.name}: {sentence(each)}" for run, each in zip(found, valleys, strict=False)])
 
 

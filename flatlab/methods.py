@@ -7,7 +7,7 @@ from typing import Any, Literal
 from flatlab.errors import choose
 from flatlab.quantspecs import AnyQuantizer, INQSpec, NoiseSpec, OBCSpec, QuantSpec, RTNSpec
 from flatlab.risespecs import ByRise
-from flatlab.settings import Setting
+from flatlab.settings import PAPER, Setting, for_data
 from flatlab.specs import AverageSpec, MixSpec, RunSpec, StepSpec
 
 
@@ -44,7 +44,7 @@ METHODS = {
     "RTN": Method(quantizer="rtn", note="ERM's checkpoint, each weight rounded to the nearest level, as OBC's grid"),
     "freeze": Method(frozen=True, note="control: full precision, convolutions frozen at the switch"),
     "release-parity": Method(
-        quantizer="lsq", frozen=True, note="control: what QT-DoG's released code trains, only norms and head"
+        quantizer="lsq", frozen=True, note="control: what QT-DoG's released code (e9d55eb) trains, only norms and head"
     ),
     "noise": Method(noise="fresh", note="control: uniform noise of the quantizer's norm in each step's gradient"),
     "noise-kept": Method(noise="kept", note="control: such noise added at each step and kept, of that norm in all"),
@@ -56,6 +56,15 @@ METHODS = {
     "EoA": Method(average="sma", members=6, note="ensemble of averages: SMA networks"),
     "EoQ": Method(quantizer="lsq", members=5, note="ensemble of quantized networks: QT-DoG's (Eq. 6)"),
 }
+
+
+RELEASED = (
+    "release-parity trains what QT-DoG's released code trains (github.com/saqibjaved1/QT-DoG, commit e9d55eb): after the "
+    "switch neither convolutions nor step sizes, since its optimizer holds neither. Whether the paper's numbers come "
+    "from that code is not known. Not modelled: with torch before 2.0 Adam's momentum goes on moving the convolutions "
+    "for some hundred steps after the switch. Two more of its habits are options: it selects among the checkpoints "
+    "before the switch, too (--select all), and it averages by SWAD (--average swad --swad-rule released)."
+)
 
 
 def method(name: str) -> tuple[str, Method]:
@@ -173,6 +182,19 @@ def replicates(parts: Method, setting: Setting) -> list[RunSpec]:
         for target in setting.held_out
         for i in range(1 if parts.members else setting.seeds)
     ]
+
+
+def is_papers(parts: Method, ours: Setting, changes: Mapping[str, Any] | None = None) -> bool:
+    """Return whether the runs of a composition are the paper's own: equal specs, but for seeds and held-out domains.
+
+    Args:
+        parts: the composition.
+        ours: the setting; its data set says which of the paper's is meant.
+        changes: fields of the setting that this line of a table has otherwise, the paper's as well as ours.
+    """
+    at: dict[str, Any] = {"held_out": ours.held_out[0], "seed": 0, "trial_seed": 0}
+    mine, theirs = (each.replace(**(changes or {})) for each in (ours, for_data(PAPER, ours.dataset)))
+    return compose(parts, mine, **at) == compose(parts, theirs, **at)
 
 
 def radii_by_rise(setting: Setting, rises: Sequence[float]) -> ByRise:

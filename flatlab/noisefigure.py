@@ -104,7 +104,7 @@ class NoiseFigure:
             shares.append(f"{null_shares(kl, PROBE.bins).median():.0%}")
         return (
             f"Quantization noise at {setting.bits} bits: {setting.dataset}, {setting.model}, {METHOD}\n"
-            f"{setting.held_out[0]} held out, seed {setting.seed}. In brackets: 95 % of symmetric samples. Published, "
+            f"{setting.held_out[0]} held out, seed {setting.seed}. {uniformity.NULL} Published, "
             f"for layers of ResNet-50 not named: KL {', '.join(kls)}; so much give uniform samples of N = "
             f"{', '.join(counts)} in {PROBE.bins} bins, explaining {', '.join(shares)} in its median layer."
         )

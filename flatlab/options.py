@@ -28,7 +28,15 @@ if TYPE_CHECKING:  # imported where they are used: `--help` answers before numpy
 
 SETTING_FIELDS: tuple[str, ...] = ("image_size", "model", "freeze_batchnorm", "bits", "steps", "eval_every")
 SETTING_FIELDS += ("batch_size", "lr", "precision", "seed", "trial_seed", "seeds", "controls")
-SETTING_FIELDS += ("granularity", "inq_grid", "log_scale", "activations", "activation_bits", "noise_amplitude", "swad_rule")
+SETTING_FIELDS += (
+    "granularity",
+    "inq_grid",
+    "log_scale",
+    "activations",
+    "activation_bits",
+    "noise_amplitude",
+    "swad_rule",
+)
 SETTING_FIELDS += ("test_share",)
 SHORT = 8  # digits of a digest on a screen
 
@@ -46,6 +54,7 @@ NEEDS: dict[str, Needs] = {  # option -> whether a composition uses it; what it 
     "noise_amplitude": (lambda m: m.noise != "none", "noise on the weights", "take --method noise"),
     "quantize_at": (lambda m: m.switched, "a quantizer that trains", "add --quantizer lsq"),
     "swad_rule": (lambda m: m.average == "swad", "SWAD", "add --average swad"),
+    "select": (lambda m: m.switched, "a switch", "add --quantizer lsq"),
     "combine": (lambda m: m.members > 0, "an ensemble", "take --method eoq"),
 }
 

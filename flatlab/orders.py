@@ -11,17 +11,17 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from flatlab import tables
-
-PANELS = {"in": "in domain", "test": "in-domain test", "out": "out of domain"}
-BY = ["dataset", "panel"]
+from flatlab import tables, verdicts
+from flatlab.percent import BY, PANELS
 
 
 def pairs(frame: pd.DataFrame, order: Sequence[str]) -> pd.DataFrame:
-    """Return the differences of all pairs of lines, paired by held-out domain and seed; and the paper's beside.
+    """Return the differences of all pairs of lines, paired by held-out domain and seed; the paper's where comparable.
 
-    `agrees` says whether the order is the paper's: "yes", "no", or "not distinguishable" as the interval lies; it is
-    empty where the paper tells no difference.
+    The verdict is Holm's within a family: in each panel the pairs with the first line, and the others. `agrees` says
+    whether the order is the paper's: "yes", "no", or "not distinguishable"; empty where nothing is comparable, or the
+    paper tells no difference. Where one line has other seeds than the other, as an ensemble has, the means over all
+    seeds are compared, and there is no interval.
 
     Args:
         frame: rows of single runs (`over` is "run") and of lines over seeds ("seeds").
@@ -29,14 +29,20 @@ def pairs(frame: pd.DataFrame, order: Sequence[str]) -> pd.DataFrame:
     """
     each = frame[frame["over"] == "run"]
     printed = frame[(frame["over"] == "seeds") & (frame["held_out"] == "all")].set_index([*BY, "method"])
-    found = [_pair(each, first, second) for first, second in itertools.combinations(order, 2)]
-    return _agreement(pd.concat(found, ignore_index=True), printed)
+    found = pd.concat([_pair(each, *pair) for pair in itertools.combinations(order, 2)], ignore_index=True)
+    where = found["dataset"] + ", " + found["panel"].map(PANELS)
+    family = where + np.where(found["baseline"] == order[0], f", less {order[0]}", ", other pairs")
+    known = found["p"].notna()
+    read = known | ~known.groupby(family).transform("any")  # an ensemble has no p-value, and counts in no family
+    return _agreement(verdicts.corrected(found, family, read=read), printed)
 
 
 def _pair(each: pd.DataFrame, first: str, second: str) -> pd.DataFrame:
-    """Return the second line less the first, over the seeds that both have."""
-    shared = set(each[each["method"] == first]["seed"]) & set(each[each["method"] == second]["seed"])
-    both = each[each["method"].isin((first, second)) & each["seed"].isin(shared)]
+    """Return the second line less the first: by seed, or of means over all seeds where they have not the same."""
+    both = each[each["method"].isin((first, second))]
+    one, other = (set(both[both["method"] == method]["seed"]) for method in (first, second))
+    if one != other:
+        both = both.groupby(["method", *BY, "held_out"], sort=False)["value"].mean().reset_index().assign(seed="all")
     return tables.paired(both, first, BY)
 
 
@@ -52,8 +58,7 @@ def _agreement(pairs: pd.DataFrame, printed: pd.DataFrame) -> pd.DataFrame:
     said = np.select(
         [np.isnan(theirs) | (theirs == 0), ours == 0, ours == np.sign(theirs)], ["", "not distinguishable", "yes"], "no"
     )
-    on = mine["published_on"].to_numpy()
-    return pairs.assign(published=theirs, published_stderr=spread, published_on=on, agrees=said)
+    return pairs.assign(published=theirs, published_stderr=spread, agrees=said)
 
 
 def sentence(frame: pd.DataFrame, found: pd.DataFrame, dataset: str, panel: str) -> str:
@@ -63,7 +68,7 @@ def sentence(frame: pd.DataFrame, found: pd.DataFrame, dataset: str, panel: str)
         frame: as `pairs` takes it.
         found: what `pairs` returned.
         dataset: of the panel.
-        panel: "in" or "out".
+        panel: of `PANELS`.
     """
     mine = found[(found["dataset"] == dataset) & (found["panel"] == panel) & (found["agrees"] != "")]
     if mine.empty:
@@ -71,8 +76,8 @@ def sentence(frame: pd.DataFrame, found: pd.DataFrame, dataset: str, panel: str)
     same, other = (mine[mine["agrees"] == said] for said in ("yes", "no"))
     return (
         f"{dataset}, {PANELS[panel]}: of {len(mine)} pairs of lines {_named(same)} lie distinguishably in the order of "
-        f"the paper ({mine['published_on'].iloc[0]}), {_named(other)} in the opposite one, and "
-        f"{len(mine) - len(same) - len(other)} are not distinguishable (intervals not corrected for their number). "
+        f"the paper, {_named(other)} in the opposite one, and {len(mine) - len(same) - len(other)} are not "
+        f"distinguishable (p < {verdicts.LEVEL} after Holm's correction). "
         f"Kendall's tau with the printed order: {_bounds(kendall(frame, dataset, panel))}."
     )
 

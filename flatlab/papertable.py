@@ -1,11 +1,11 @@
-"""A table of accuracies as the paper prints it: our runs line by line, the printed numbers beside them, and the order.
+"""A table of accuracies as the paper prints it: our runs line by line, the printed numbers beside comparable ones.
 
 A module of `analyses/` declares lines and columns, and takes everything else from here. Torch-free. Accuracies are
 percent, at the checkpoint that training-domain validation selects; intervals are over seeds.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -13,27 +13,28 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from flatlab import orders, plots, tables
-from flatlab.methods import METHODS, replicates
+from flatlab import orders, plots, tables, verdicts
+from flatlab.methods import METHODS, is_papers, replicates
+from flatlab.percent import BY, PANELS, accuracies, ensembles, over_datasets, over_members, over_seeds
 from flatlab.resources import published
 from flatlab.runs import RunStore
-from flatlab.settings import PAPER, Setting, for_data
+from flatlab.settings import Setting
 from flatlab.specs import RunSpec
 
-SUMMARY = "Difference to the first line in points, paired by held-out domain and seed, 95 % intervals; * excludes 0"
+SUMMARY = (
+    "Difference to the first line in points, paired by held-out domain and seed, 95 % intervals, each alone; "
+    "* p < 0.05 after Holm over the lines of a column"
+)
 AVERAGE = "Avg"
-READ = {"in": "validation", "test": "test", "out": "target"}  # panel -> what of a log's row
-COLUMNS = [*orders.BY, "method", "held_out", "seed", "value", "stderr", "low", "high", "over"]
-COLUMNS += ["published", "published_stderr", "published_on", "comparable"]
-PROTOCOL = ("model", "weights", "freeze_batchnorm", "image_size", "augment", "steps", "eval_every", "batch_size", "lr")
+COLUMNS = [*BY, "method", "held_out", "seed", "value", "stderr", "low", "high", "over"]
+COLUMNS += ["published", "published_stderr", "comparable"]
 
 
 class Printed(NamedTuple):
-    """A number of the paper: mean and standard error over its trials, and the data set that it is of."""
+    """A number of the paper: mean and standard error over its trials."""
 
     value: float = float("nan")
     stderr: float = float("nan")
-    dataset: str = ""
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,8 @@ class PaperTable:
     Attributes:
         number: as in published.json.
         lines: the first one is what the others are compared with.
-        columns: data set -> panel ("in", "out") -> the paper's column. The first data set stands in for one that the
-            paper lacks: the order of its lines is what ours is held against.
+        columns: data set -> panel -> the paper's column. Panels: "out", "test" (images kept for it), and "in", which
+            is of test images where the runs keep such, else of those that select.
         domains: whether the paper prints a column for each held-out domain.
         average: the paper's column of the mean over all data sets, where it prints one.
     """
@@ -101,89 +102,119 @@ class PaperTable:
         return [run for _, run in self.labelled(setting)], []
 
     def table(self, store: RunStore, setting: Setting) -> pd.DataFrame:
-        """Return accuracies in percent: of each run, and over seeds of each held-out domain and of their mean."""
-        each = accuracies(store, self.labelled(setting), list(self._panels()))
+        """Return accuracies in percent: of each run, over seeds of each held-out domain and of their mean.
+
+        Of an ensemble also the mean over its members, each alone (`over` is "members").
+        """
+        wanted, panels = self.labelled(setting), self._panels(setting)
+        each = accuracies(store, wanted, panels)
         if self.average and each["dataset"].nunique() > 1:
-            each = pd.concat([each, _over_datasets(each, self._average(setting))], ignore_index=True)
-        whole = pd.concat([each.assign(over="run"), *_over_seeds(each)], ignore_index=True)
-        return self._with_published(whole, setting)[COLUMNS]
+            each = pd.concat([each, over_datasets(each, self._average(setting))], ignore_index=True)
+        parts = [each.assign(over="run"), *over_seeds(each), *over_members(store, wanted, panels)]
+        return self._with_published(pd.concat(parts, ignore_index=True), setting)[COLUMNS]
 
     def _average(self, setting: Setting) -> str:
         """Return the name of the mean over the data sets at hand: the paper's, where they are all there."""
         there = [one.dataset for one in setting.each]
         return f"{AVERAGE}." if {*there} == {*self.columns} else f"{AVERAGE} of {', '.join(there)}"
 
-    def _panels(self) -> dict[str, None]:
-        return dict.fromkeys(panel for panels in self.columns.values() for panel in panels)
+    def _panels(self, setting: Setting) -> list[str]:
+        """Return what of the logs is shown; in domain, images that select nothing wherever the runs keep such."""
+        declared = dict.fromkeys(panel for panels in self.columns.values() for panel in panels)
+        inside = "test" if setting.test_share else "validation"
+        return [inside if panel == "in" else panel for panel in declared]
 
     def printed(self, label: str, dataset: str, panel: str, held_out: str) -> Printed:
-        """Return the paper's number beside one of ours; none where it printed none."""
+        """Return the paper's number for one of ours; none where it printed none."""
         line = next(line for line in self.lines if line.label == label)
-        columns = {**self.columns, f"{AVERAGE}.": {"out": self.average}}  # of all; of some the paper prints none
-        ours = dataset in columns or dataset.startswith(AVERAGE)
-        known = dataset if ours else next(iter(columns))
-        column = held_out if self.domains and held_out != "all" else columns.get(known, {}).get(panel, "")
+        columns = {**self.columns, f"{AVERAGE}.": {"out": self.average}}.get(dataset, {})
+        of_domain = self.domains and held_out != "all"
+        if not columns or (held_out != "all" and not self.domains):
+            return Printed()
+        column = held_out if of_domain else columns.get("in" if panel == "validation" else panel, "")
         rows = [row for row in self.facts["rows"] if line.printed and line.printed.items() <= row.items()]
-        found = rows[0].get(column) if rows and (held_out == "all" or self.domains) else None
+        found = rows[0].get(column) if rows else None
         if not isinstance(found, dict):
             return Printed()
-        return Printed(found["mean"], np.nan if found["std"] is None else found["std"], known)
+        return Printed(found["mean"], np.nan if found["std"] is None else found["std"])
 
     def _with_published(self, frame: pd.DataFrame, setting: Setting) -> pd.DataFrame:
-        """Fill in what the paper printed, and say where it did the same as we: on the same data, by its protocol."""
-        same = {one.dataset: is_papers(one) for one in setting.each}
-        same[self._average(setting)] = all(same.values())
-        told = [
-            self.printed(method, dataset, panel, held_out) if over == "seeds" else Printed()
-            for dataset, panel, method, held_out, over in frame[[*orders.BY, "method", "held_out", "over"]].itertuples(
+        """Fill in what the paper printed, but only where it did the same as we: on the same data, by its protocol."""
+        same = self._same(setting)
+        beside = [
+            self.printed(method, dataset, panel, held_out)
+            if over == "seeds" and (method, dataset, held_out == "all") in same
+            else Printed()
+            for dataset, panel, method, held_out, over in frame[[*BY, "method", "held_out", "over"]].itertuples(
                 index=False
             )
         ]
-        beside = pd.DataFrame(told, columns=["published", "published_stderr", "published_on"], index=frame.index)
-        comparable = (beside["published_on"] == frame["dataset"]) & frame["dataset"].map(same)
-        return frame.join(beside).assign(comparable=comparable)
+        told = pd.DataFrame(beside, columns=["published", "published_stderr"], index=frame.index)
+        return frame.join(told).assign(comparable=told["published"].notna())
+
+    def _same(self, setting: Setting) -> set[tuple[str, str, bool]]:
+        """Return method, data set, and whether it is the mean over held-out domains, where the paper did the same."""
+        same = set()
+        for line in self.lines:
+            alike = {one.dataset: is_papers(METHODS[line.method], one, line.changes) for one in setting.each}
+            whole = {one.dataset: {*one.held_out} == {*one.domains} for one in setting.each}
+            same |= {(line.label, name, False) for name in alike if alike[name]}
+            same |= {(line.label, name, True) for name in alike if alike[name] and whole[name]}
+            if all(alike.values()) and all(whole.values()):
+                same.add((line.label, self._average(setting), True))
+        return same
+
+    def as_published(self) -> pd.DataFrame:
+        """Return the lines as the paper prints them, in a table of their own."""
+        rows: dict[str, dict[str, str]] = {}
+        for line in self.lines:
+            for row in [row for row in self.facts["rows"] if line.printed and line.printed.items() <= row.items()][:1]:
+                cells = {name: cell for name, cell in row.items() if isinstance(cell, dict)}
+                rows[line.label] = {
+                    name: plus_minus(cell["mean"], np.nan if cell["std"] is None else cell["std"])
+                    for name, cell in cells.items()
+                }
+        return _laid_out(rows)
 
     def findings(self, frame: pd.DataFrame) -> pd.DataFrame:
-        """Return the differences of all pairs of lines in points, and whether their order is the paper's."""
+        """Return the differences of all pairs of lines in points; where the paper did the same, whether they agree.
+
+        Families, in each panel: the differences to the first line, and those of the other pairs.
+        """
         return orders.pairs(frame, self.order)
 
     def summary(self, findings: pd.DataFrame) -> pd.DataFrame:
-        """Return each line's difference to the baseline, a column for each panel, and the paper's beside it."""
+        """Return each line's difference to the baseline, a column for each panel."""
         rows: dict[str, dict[str, str]] = {}
         for row in findings[findings["baseline"] == self.baseline].to_dict("records"):
-            cells = rows.setdefault(row["method"], {})
-            told = tables.bracketed(row["value"], row["low"], row["high"], digits=2)
-            cells[f"{row['dataset']}, {orders.PANELS[row['panel']]}"] = told
+            cells, where = rows.setdefault(row["method"], {}), f"{row['dataset']}, {PANELS[row['panel']]}"
+            starred = row["p_holm"] < verdicts.LEVEL
+            cells[where] = tables.bracketed(row["value"], row["low"], row["high"], digits=2, starred=starred)
             if row["agrees"]:
-                cells[f"published ({row['published_on']}, {row['panel']})"] = f"{row['published']:+.1f}"
-                cells[f"order agrees ({row['dataset']}, {row['panel']})"] = row["agrees"]
+                cells[f"published ({where})"] = f"{row['published']:+.1f}"
+                cells[f"order agrees ({where})"] = row["agrees"]
         return _laid_out(rows)
 
     def sheet(self, frame: pd.DataFrame) -> pd.DataFrame:
-        """Return the table as the paper prints one: mean and standard error over seeds, the published ones beside."""
+        """Return the table as the paper prints one: mean and standard error over seeds; published where comparable."""
         shown = frame[(frame["over"] == "seeds") & ((frame["held_out"] == "all") | (frame["panel"] == "out"))]
         rows: dict[str, dict[str, str]] = {label: {} for label in self.order}
         for row in shown.to_dict("records"):
-            where = f"{row['panel']}, {'mean' if row['held_out'] == 'all' else row['held_out']}"
+            where = f"{PANELS[row['panel']]}, {'mean' if row['held_out'] == 'all' else row['held_out']}"
             rows[row["method"]][f"{row['dataset']} {where}"] = plus_minus(row["value"], row["stderr"])
-            if not np.isnan(row["published"]):
+            if row["comparable"]:
                 beside = plus_minus(row["published"], row["published_stderr"])
-                rows[row["method"]][f"published ({row['published_on']} {where})"] = beside
+                rows[row["method"]][f"published ({row['dataset']} {where})"] = beside
         return _laid_out(rows)
 
     def remarks(self, frame: pd.DataFrame) -> list[str]:
-        """Say whether the order of the lines is the paper's, and what is odd about the printed numbers."""
+        """Say what the tests say, what was tested, what ensembles gain, and what is odd about the printed numbers."""
         found = self.findings(frame)
-        panels = found[orders.BY].drop_duplicates().itertuples(index=False)
-        told = [orders.sentence(frame, found, *panel) for panel in panels]
-        return [sentence for sentence in [*told, self._lone(frame)] if sentence] + self.notes()
-
-    def _lone(self, frame: pd.DataFrame) -> str:
-        """Name the lines with fewer seeds than the baseline: their means stand beside others than their differences."""
-        seeds = frame[frame["over"] == "run"].groupby("method")["seed"].nunique()
-        fewer = [label for label in self.order if seeds[label] < seeds[self.baseline]]
-        how = "compared with the others at the seeds that both have, not with their means over all seeds"
-        return f"{', '.join(fewer)}: {how}." if fewer else ""
+        first = found[found["baseline"] == self.baseline]
+        said = [*verdicts.sentences(first, unit="points", digits=2), verdicts.statement(first)]
+        panels = found[BY].drop_duplicates().itertuples(index=False)
+        said += [orders.sentence(frame, found, *panel) for panel in panels]
+        return [sentence for sentence in [*said, *ensembles(frame)] if sentence] + self.notes()
 
     def notes(self) -> list[str]:
         """Return the printed lines that are not made here, and the known misprints and contradictions of the table."""
@@ -200,14 +231,14 @@ class PaperTable:
 
     def caption(self, setting: Setting) -> str:
         """Say in a title and a line below which data and seeds the picture shows."""
-        bars = f"Bars: 95 % intervals over seeds. Right: less {self.baseline}, paired by held-out domain and seed."
+        bars = f"Bars: {setting.interval}. Right: less {self.baseline}, paired by held-out domain and seed."
         return f"Table {self.number}: {setting.words}\n{self.protocol(setting)} {bars}"
 
     def draw(self, frame: pd.DataFrame, caption: str) -> Figure:
         """Draw a row of two panels for each column of the table: accuracies, and differences to the baseline."""
         whole = frame[(frame["over"] == "seeds") & (frame["held_out"] == "all")]
         less = self.findings(frame)
-        less = less[less["baseline"] == self.baseline].merge(whole[[*orders.BY, "method", "comparable"]])
+        less = less[less["baseline"] == self.baseline].assign(comparable=lambda each: each["published"].notna())
         return plots.forest(
             whole.assign(row=_titles(whole)),
             less.assign(row=_titles(less)),
@@ -217,52 +248,13 @@ class PaperTable:
         )
 
 
-def accuracies(store: RunStore, wanted: list[tuple[str, RunSpec]], panels: list[str]) -> pd.DataFrame:
-    """Return a row for each run and panel: the accuracy in percent.
-
-    Args:
-        store: holds the finished runs.
-        wanted: line's name, run.
-        panels: "in" (source validation) and "out" (the held-out domain).
-    """
-    found = tables.accuracies(store, wanted)
-    found = found[found["selection"] == "training-domain"]
-    found = found.assign(dataset=found["run"].map({run.digest: run.dataset for _, run in wanted}))
-    shared = ["dataset", "method", "held_out", "seed"]
-    return pd.concat(
-        [found[shared].assign(panel=panel, value=100 * found[READ[panel]]) for panel in panels], ignore_index=True
-    )
-
-
-def _over_datasets(each: pd.DataFrame, name: str) -> pd.DataFrame:
-    """Return the mean over data sets, each the mean over its held-out domains, as that of one more data set."""
-    keys = ["panel", "method", "seed"]
-    means = each.groupby([*keys, "dataset"], sort=False)["value"].mean()
-    return means.groupby(level=keys, sort=False).mean().reset_index().assign(dataset=name, held_out="all")
-
-
 def _laid_out(rows: Mapping[str, Mapping[str, str]]) -> pd.DataFrame:
     """Return a row for each method, with empty cells where there is nothing to tell."""
     return pd.DataFrame([{"method": method, **cells} for method, cells in rows.items()]).fillna("")
 
 
-def _over_seeds(each: pd.DataFrame) -> Iterator[pd.DataFrame]:
-    """Return mean and interval over seeds of each line: the mean over held-out domains, and each of them."""
-    yield tables.over_seeds(each, [*orders.BY, "method"])
-    for target, mine in each[each["held_out"] != "all"].groupby("held_out", sort=False):
-        yield tables.over_seeds(mine, [*orders.BY, "method"]).assign(held_out=target)
-
-
-def is_papers(setting: Setting) -> bool:
-    """Whether a setting is the paper's own for its data set, but for seeds and held-out domains."""
-    theirs = for_data(PAPER, setting.dataset)
-    return all(getattr(setting, name) == getattr(theirs, name) for name in PROTOCOL)
-
-
 def _titles(frame: pd.DataFrame) -> list[str]:
-    return [
-        f"{dataset}, {orders.PANELS[panel]}" for dataset, panel in zip(*(frame[by] for by in orders.BY), strict=True)
-    ]
+    return [f"{dataset}, {PANELS[panel]}" for dataset, panel in zip(*(frame[by] for by in BY), strict=True)]
 
 
 def plus_minus(value: float, stderr: float) -> str:

@@ -20,6 +20,7 @@ from flatlab.settings import QUICK, Setting
 from flatlab.specs import Place
 
 Hear = Callable[[dict[str, Any]], None]
+PUBLISHED = "As published: other data or another protocol than ours, so that neither values nor order are compared"
 ACCURACIES = "Accuracies by training-domain validation, means over targets and seeds"
 
 
@@ -170,7 +171,8 @@ def write(module: ModuleType, setting: Setting, store: RunStore, *, out: Path, r
     pictures = plots.save(module.draw(frame, module.caption(setting)), stem)
     accuracies = _accuracies(module, setting, store, frame)
     remarks = [*module.remarks(frame), *valleys.remarks(store.run(spec) for spec in module.plan(setting)[0])]
-    page = _page(module, setting, (module.summary(findings), accuracies), [*remarks, f"Again: `{redo}`"])
+    page = _page(module, setting, (module.summary(findings), accuracies), [*remarks, *_published(module, frame)])
+    page += f"\nAgain: `{redo}`\n"
     files.write_bytes(stem.with_suffix(".md"), page.encode())
     record = {**facts, "redo": redo, "caption": module.caption(setting), "remarks": remarks}
     record |= {"findings": findings.to_dict("records"), "accuracies": accuracies.to_dict("records")}
@@ -193,6 +195,13 @@ def _page(module: ModuleType, setting: Setting, shown: tuple[pd.DataFrame, pd.Da
     parts = [f"# {title}", (module.__doc__ or "").splitlines()[0], rest, f"## {module.SUMMARY}", summary]
     parts += [f"## {ACCURACIES}", accuracies, *told]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _published(module: ModuleType, frame: pd.DataFrame) -> list[str]:
+    """Return a block of the paper's numbers, where they stand beside ours nowhere: other data, or another protocol."""
+    if not hasattr(module, "as_published") or frame["comparable"].any():
+        return []
+    return [f"## {PUBLISHED}", tables.markdown(module.as_published())]
 
 
 def _facts(module: ModuleType, setting: Setting, store: RunStore) -> dict[str, Any]:

@@ -114,7 +114,7 @@ class CamFigure:
             f"Evidence for the true class in images {self.first + 1} to {self.first + self.shown} of each held-out "
             f"domain's in split, shuffled by seed {probe.seed}, classes in turn; networks of seed {setting.seed}. Each "
             "map on its own scale, and below both networks' on one. Numbers: "
-            f"{probe.images} images, mean and 95 % interval over seeds; weights moved {moved} along "
+            f"{probe.images} images; bands and bars: {setting.interval}; weights moved {moved} along "
             f"{probe.num_samples} directions. Layer: {probe.layer or 'the last with a grid'}."
         )
 
@@ -213,15 +213,17 @@ def _pictures(found: Found, indices: Iterable[int], seed: int) -> Iterable[dict[
 
 
 def _pairs(part: Any, shown: pd.DataFrame, *, common: bool) -> None:
-    """Draw a row for each target, with ERM and QT-DoG side by side for each image (the paper's Figure 6)."""
+    """Draw a row for each target: each image, and beside it ERM's and QT-DoG's map (the paper's Figure 6)."""
     targets, images = list(dict.fromkeys(shown["held_out"])), sorted(shown["image"].unique())
-    grid = part.subplots(len(targets), 2 * len(images), squeeze=False)
+    grid = part.subplots(len(targets), 3 * len(images), squeeze=False)
     for row, target in zip(grid, targets, strict=True):
         row[0].set_ylabel(target)
         for place, image in enumerate(images):
             mine = shown[(shown["held_out"] == target) & (shown["image"] == image)]
-            _explained(row[2 * place : 2 * place + 2], mine, common=common)
-    for ax, name in zip(grid[0], METHODS_SHOWN * len(images), strict=True):
+            original, _ = _arrays(mine["path"].iloc[0], int(image))
+            _show(row[3 * place], original, " ")
+            _explained(row[3 * place + 1 : 3 * place + 3], mine, common=common)
+    for ax, name in zip(grid[0], ("image", *METHODS_SHOWN) * len(images), strict=True):
         ax.set_title(name, fontsize=7)
 
 
@@ -237,7 +239,7 @@ def _triples(part: Any, shown: pd.DataFrame, *, common: bool) -> None:
         _explained(cells[1:], mine, common=common)
     for ax in grid.ravel()[len(images) * 3 :]:
         ax.set_axis_off()
-    for ax, name in zip(grid[0], ("original", *METHODS_SHOWN) * 3, strict=True):
+    for ax, name in zip(grid[0], ("image", *METHODS_SHOWN) * 3, strict=True):
         ax.set_title(name, fontsize=7)
 
 
@@ -275,6 +277,7 @@ def _charts(part: Any, whole: pd.DataFrame) -> None:
         mine = whole[(whole["quantity"] == quantity) & whole["share"].notna()]
         plots.curves(ax, mine, x="share", by="method", order=METHODS_SHOWN)
         ax.set(title=quantity.capitalize(), xlabel="Share of pixels", ylim=(0, 1))
+        ax.locator_params(axis="x", nbins=3)
     axes[0].set_ylabel("Probability of the true class")
     plots.legend_above(left, axes[0], "")
     told = whole[whole["share"].isna()]
@@ -292,4 +295,6 @@ def _charts(part: Any, whole: pd.DataFrame) -> None:
             ax.axvline(told[told["quantity"] == "area"]["value"].mean(), color="0.3", linewidth=0.8, linestyle=":")
         ax.set(yticks=[], ylim=(1.6, -0.6))
         ax.set_title(NUMBERS[quantity], fontsize=5.5)
+        ax.locator_params(axis="x", nbins=3)
+        ax.tick_params(axis="x", labelsize=6)
         ax.grid(visible=False, axis="y")

@@ -79,6 +79,11 @@ class Setting(Spec):
         return f"{data}, {'1 seed' if self.seeds == 1 else f'{self.seeds} seeds'}"
 
     @property
+    def interval(self) -> str:
+        """What bars and bands show, in words for a caption: one seed has no interval."""
+        return "95 % intervals over seeds" if self.seeds > 1 else "none, since one seed has no interval"
+
+    @property
     def switch_step(self) -> int:
         """The step at which quantization or freezing sets in."""
         return round(self.switch_share * self.steps) if self.switch is None else self.switch

@@ -5,7 +5,7 @@ accuracy moves, `correlation` whether validation follows it, and `regret` what s
 """
 
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from flatlab.errors import UserError
 from flatlab.runs import Run, RunStore
 from flatlab.specs import RunSpec
 
-QUANTITIES = {"validation": "In-domain validation", "target": "Out of domain"}
+QUANTITIES = {"test": "In-domain test", "validation": "Validation (selected on)", "target": "Out of domain"}
 NUMBERS = {
     "spread": "Standard deviation",
     "change": "Mean absolute change",
@@ -33,7 +33,8 @@ NUMBERS = {
 }
 SETTLED = 0.1  # of the steps: before, accuracies rise from chance, and would flatten all that follows
 KEYS = ["quantity", "method", "held_out", "seed", "step"]
-SHOWN = {"method": "", "held_out": "", "seed": "", "points": "", **dict.fromkeys(NUMBERS, ".4f")}
+SHOWN = {"method": "", "held_out": "", "seed": "", "points": "", **dict.fromkeys(NUMBERS, ".2f")}
+UNITLESS = "correlation"  # the other numbers are shares of 1, told in percent
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,9 @@ def stability(validation: npt.ArrayLike, target: npt.ArrayLike) -> Stability:
 
 
 def curves(store: RunStore, wanted: Iterable[tables.Labelled]) -> pd.DataFrame:
-    """Return one row per run, evaluation and quantity ("validation", "target"): accuracy, from the runs' logs.
+    """Return one row per run, evaluation and quantity: accuracy (shares of 1), from the runs' logs.
+
+    Quantities are "validation", "target" and, where the run keeps images for it, "test".
 
     Args:
         store: holds the finished runs.
@@ -98,8 +101,11 @@ def _points(run: Run, label: str) -> Iterable[dict[str, Any]]:
     if not run.done:
         raise UserError(f"Run {run.spec.digest} ({label}, {run.spec.held_out}) is not trained yet.")
     for row in run.rows():
-        values = {"validation": row["validation"], "target": row["target"]["in"]["accuracy"]}
+        values = {"test": tables.tested(row), "validation": row["validation"]}
+        values["target"] = row["target"]["in"]["accuracy"]
         for quantity, value in values.items():
+            if np.isnan(value):
+                continue
             keys = (quantity, label, run.spec.held_out, run.spec.seed, row["step"])
             yield {**dict(zip(KEYS, keys, strict=True)), "value": value}
 
@@ -118,6 +124,38 @@ def numbers(curves: pd.DataFrame, since: int) -> pd.DataFrame:
         found = stability(series["validation"], series["target"])
         rows.append({**dict(zip(["method", "held_out", "seed"], keys, strict=True)), **vars(found)})
     return pd.DataFrame(rows)
+
+
+def over_seeds(frame: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
+    """Return mean and interval over seeds, as `tables.over_seeds` does, but within the bounds of each quantity.
+
+    The interval is that of a scale on which the bounds are far or known: the angle whose squared sine is the share for
+    accuracies, the angle whose sine it is for correlations, the root for what cannot be negative.
+
+    Args:
+        frame: rows with `quantity`, `held_out`, `seed` and `value`.
+        by: the columns that name a group, `quantity` among them.
+    """
+    whole = tables.over_seeds(frame, by)
+    each = frame.groupby([*by, "seed"], sort=False)["value"].agg(lambda values: values.mean(skipna=False)).reset_index()
+    scaled = [_scale(name)[0](value) for name, value in each[["quantity", "value"]].itertuples(index=False)]
+    ends = tables.over_seeds(each.assign(value=scaled, held_out="all"), by)
+    for end, inner in (("low", np.fmin), ("high", np.fmax)):
+        back = [_scale(name)[1](value) for name, value in ends[["quantity", end]].itertuples(index=False)]
+        whole[end] = np.where(np.isnan(back), np.nan, inner(back, whole["value"]))
+    return whole
+
+
+Scale = Callable[[float], float]
+
+
+def _scale(quantity: str) -> tuple[Scale, Scale]:
+    """Return the scale of a quantity's interval, and the way back, which ends at the bounds."""
+    if quantity in QUANTITIES:
+        return lambda share: float(np.arcsin(np.sqrt(share))), lambda a: float(np.sin(np.clip(a, 0, np.pi / 2)) ** 2)
+    if quantity == UNITLESS:
+        return lambda r: float(np.arcsin(r)), lambda a: float(np.sin(np.clip(a, -np.pi / 2, np.pi / 2)))
+    return lambda size: float(np.sqrt(size)), lambda root: float(np.maximum(root, 0) ** 2)
 
 
 def switch_of(runs: Sequence[RunSpec]) -> int:
@@ -156,6 +194,7 @@ def chart(
             _valleys(axes[2], found, valleys)
         plots.legend_above(figure, axes[0], "")
     told = numbers(along, since)
+    told[list(NUMBERS)] *= [1 if name == UNITLESS else 100 for name in NUMBERS]
     if valleys:
         told = told.join(pd.DataFrame(list(valleys)).drop(columns="span").add_prefix("valley "))
     return told, [*plots.save(figure, out / "stability"), out / "stability.csv"]
@@ -170,7 +209,7 @@ def _valleys(ax: Axes, found: Sequence[Run], valleys: Sequence[dict[str, Any]]) 
 
 
 def panels(axes: Sequence[Axes], frame: pd.DataFrame, order: Sequence[str], since: int) -> None:
-    """Draw validation above and out-of-domain accuracy below against the step, the switch marked.
+    """Draw in-domain accuracy above and that out of domain below against the step, the switch marked.
 
     Args:
         axes: two, from top to bottom.
@@ -178,11 +217,13 @@ def panels(axes: Sequence[Axes], frame: pd.DataFrame, order: Sequence[str], sinc
         order: the methods.
         since: the step of the switch; 0 is not marked.
     """
-    for ax, (quantity, name) in zip(axes, QUANTITIES.items(), strict=True):
+    there = [name for name in QUANTITIES if name in set(frame["quantity"])]
+    for ax, quantity in zip(axes, (there[0], "target"), strict=True):  # in domain of images that select nothing, if any
+        name = QUANTITIES[quantity]
         mine = frame[frame["quantity"] == quantity]
         plots.curves(ax, mine, x="step", by="method", order=order)
         settled = mine[mine["step"] >= SETTLED * mine["step"].max()]
-        ax.set_ylim(bottom=max(0.0, settled["low"].min() - 0.02), top=min(1.0, settled["high"].max()) + 0.02)
+        ax.set_ylim(bottom=max(0.0, settled["low"].min() - 0.02), top=min(1.0, settled["high"].max() + 0.02))
         if since:
             ax.axvline(since, color="0.3", linewidth=0.8, linestyle=":")
         ax.set(ylabel=f"{name} (%)")

@@ -61,6 +61,7 @@ def relief(ax: Any, places: tuple[FloatArray, FloatArray], values: FloatArray, *
     x, y = np.meshgrid(*places, indexing="ij")
     ax.plot_surface(x, y, np.where(np.isfinite(height), height, np.nan), cmap="viridis", vmin=ends[0], vmax=ends[1])
     ax.set_zlim(*ends)
+    ax.set_zlabel("loss (nats)", fontsize=7)
     if log:
         ax.zaxis.set_major_formatter(lambda z, _: f"{10**z:.2g}")
 

@@ -173,11 +173,16 @@ def paired_each(frame: pd.DataFrame, pairs: Iterable[tuple[str, str]], by: Seque
     return pd.concat([paired(frame[frame["method"].isin(pair)], pair[1], by) for pair in pairs], ignore_index=True)
 
 
-def accuracies(store: RunStore, wanted: Iterable[Labelled]) -> pd.DataFrame:
+def accuracies(store: RunStore, wanted: Iterable[Labelled], *, among_all: bool = False) -> pd.DataFrame:
     """Return one row per run and selection rule: step, accuracies, looks at the target.
 
     `validation` and `test` are means over the seen domains: of the images that select, and of those that do not (NaN
     where a run keeps none). `target` is the held-out domain's.
+
+    Args:
+        store: holds the finished runs.
+        wanted: method's name, run.
+        among_all: adds what training-domain validation selects before the switch, too, where there is one.
     """
     rows = []
     for label, spec in wanted:
@@ -185,8 +190,10 @@ def accuracies(store: RunStore, wanted: Iterable[Labelled]) -> pd.DataFrame:
         if not run.done:
             raise UserError(f"Run {spec.digest} ({label}, {spec.held_out}, seed {spec.seed}) is not trained yet.")
         log = selection.candidates(run.rows(), spec.settled)
-        for rule, choose in selection.RULES.items():
-            row = choose(log)
+        chosen = {rule: choose(log) for rule, choose in selection.RULES.items()}
+        if among_all and spec.settled:
+            chosen["training-domain, all steps"] = selection.training_domain(run.rows())
+        for rule, row in chosen.items():
             rows.append(
                 {
                     "run": spec.digest,

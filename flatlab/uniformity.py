@@ -31,6 +31,7 @@ UNITS = {"normalised": "Noise $(w_q - w)/s$ (steps)", "raw": "Noise $w_q - w$", 
 SHOWN = {"method": "", "layer": "", "mode": "", "count": ",d", "bins": "d", "kl": ".4g", "kl_null": ".4g"}
 SHOWN |= {"kl_corrected": ".4g", "kl_pvalue": ".3f", "ks_pvalue": ".3f", "clipped": ".2%", "bowley": "+.3f"}
 SHOWN |= {"departure_pvalue": ".3f"}
+NULL = "Right: quartile skewness, and the range of 95 % of symmetric samples of as many weights."
 WIDE = 112  # characters of a line below a picture
 MOST = 6  # layers of a picture, unless a pattern names more
 REJECTED = 0.05  # p-values below it
@@ -109,6 +110,7 @@ def draw(rows: pd.DataFrame, caption: str) -> Figure:
 def _histogram(ax: Axes, arrays: files.Arrays, name: str, color: str) -> None:
     counts, edges = arrays[name], arrays[f"edges-{name}"]
     ax.stairs(counts / counts.sum() / np.diff(edges), edges, fill=True, color=color, alpha=0.75)
+    ax.locator_params(axis="x", nbins=5)
 
 
 def _noise(ax: Axes, edges: FloatArray, row: Row) -> None:
@@ -116,6 +118,7 @@ def _noise(ax: Axes, edges: FloatArray, row: Row) -> None:
     numbers = f"KL {row['kl']:.2g}, uniform sample {row['kl_null']:.2g}"
     ax.set(title=f"{numbers}\nN = {row['count']:,}, {row['bins']} bins", xlabel=UNITS[str(row["mode"])])
     ax.margins(y=0.1)
+    ax.locator_params(axis="x", nbins=5)
 
 
 def _mirror(ax: Axes, lower: FloatArray, upper: FloatArray, row: Row) -> None:
@@ -124,9 +127,10 @@ def _mirror(ax: Axes, lower: FloatArray, upper: FloatArray, row: Row) -> None:
     ax.plot([0, far], [0, far], "k--", linewidth=1)
     low, high = row["bowley_null_low"], row["bowley_null_high"]
     ax.set_title(
-        f"Skewness {row['bowley']:+.3f} ({low:+.3f} to {high:+.3f})\nsymmetric: p = {row['departure_pvalue']:.2g}"
+        f"Skewness {row['bowley']:+.3f}, symmetric {low:+.3f} to {high:+.3f}\np of symmetry {row['departure_pvalue']:.2g}"
     )
     ax.set(xlabel="Median − lower half", ylabel="Upper half − median")
+    ax.locator_params(nbins=5)
 
 
 def probe_of(
@@ -170,5 +174,7 @@ def chart(
     out.mkdir(parents=True, exist_ok=True)
     files.write_bytes(out / "noise.csv", frame.to_csv(index=False).encode())
     bits = "/".join(str(each) for each in dict.fromkeys(frame["bits"]))
-    caption = f"Quantization noise, {bits} bits: {', '.join(dict.fromkeys(frame['method']))}\n{MODES['normalised']}"
+    caption = (
+        f"Quantization noise, {bits} bits: {', '.join(dict.fromkeys(frame['method']))}\n{MODES['normalised']}. {NULL}"
+    )
     return frame, [*plots.save(draw(rows, caption), out / "noise"), out / "noise.csv"]

@@ -6,7 +6,7 @@ from typing import Any
 from flatlab.runs import Run
 
 NONE = {  # rule -> what is handed over where no valley begins
-    "paper": "the mean of all iterates (Algorithm 1 of the paper)",
+    "paper": "the mean of all iterates (Algorithm 1)",
     "released": "the mean of the last segment alone (as the released code does)",
 }
 

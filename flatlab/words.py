@@ -130,6 +130,15 @@ WORDS: dict[str, tuple[Any, Any, Any]] = {  # name -> type, default, option
         None,
         _option(_COMPOSITION, "Where SWAD's valley lies: paper (its Algorithm 1) or released (its code) (paper)."),
     ),
+    "select": (
+        str,
+        None,
+        _option(
+            _OUTPUT,
+            "settled: selects among the checkpoints from the switch on; all: says beside that what selecting among all "
+            "would give, as QT-DoG's released code does, though that network may not be quantized (settled).",
+        ),
+    ),
     "model": (str, None, _option(_COMPOSITION, f"{', '.join(MODELS)} (digits: digits-cnn; photographs: resnet50).")),
     "weights": (
         str,

@@ -24,8 +24,8 @@ PROBE = ProbeSpec(radii=(0.0, 1.0))
 def test_digests_stay_what_they_were():
     """A change here renames every run and probe in every store: it must be deliberate, and said in the CHANGELOG."""
     whole = RUN.replace(step=StepSpec(kind="sam"), average=AverageSpec(kind="swad"), quantizer=QuantSpec(), switch=4)
-    # Renewed for `augment` and `precision` of runs, and for the engine's fields of probes.
-    assert [spec.digest for spec in (RUN, whole, PROBE)] == ["aa8d77973a95ef76", "4d877838786a9d05", "6c43c1ac4a4deb8b"]
+    # Renewed for `augment`, `precision` and SWAD's `rule` of runs, and for the engine's fields of probes.
+    assert [spec.digest for spec in (RUN, whole, PROBE)] == ["7f6e9dfe05725dcb", "baee3fb207c26b3e", "6c43c1ac4a4deb8b"]
 
 
 def test_canonical_json_is_sorted_bare_and_complete():

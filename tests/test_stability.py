@@ -53,7 +53,7 @@ def test_only_evaluations_from_the_switch_on_count():
     found = numbers(frame, 30).set_index(["method", "held_out", "seed"])
     assert len(found) == 12 and (found["points"] == 4).all()
     mine = frame[(frame.method == "QT-DoG") & (frame.held_out == "b") & (frame.seed == 2) & (frame.step >= 30)]
-    inside, outside = (mine[mine.quantity == name].sort_values("step").value for name in module.QUANTITIES)
+    inside, outside = (mine[mine.quantity == name].sort_values("step").value for name in ("validation", "target"))
     row = found.loc[("QT-DoG", "b", 2)]
     assert row.spread == pytest.approx(np.std(outside, ddof=1))
     assert row.correlation == pytest.approx(stats.spearmanr(inside, outside).statistic)
@@ -90,9 +90,59 @@ def test_figure_4_shows_what_the_logs_say(tmp_path):
     ]
     for method, row in band.set_index("method").iterrows():
         told = tables.estimate(draws[draws.method == method].value.to_numpy())
-        assert (row.value, row.low, row.high) == (told["value"], told["low"], told["high"])
+        assert row.value == told["value"] and 0 <= row.low <= row.value <= row.high <= 1
+    tested = frame[(frame.quantity == "test") & (frame.over == "run") & frame.step.notna()]
+    assert len(tested) == len(frame[(frame.quantity == "target") & (frame.over == "run") & frame.step.notna()])
+    last = tested[(tested.method == "QT-DoG") & (tested.held_out == "rot45") & (tested.seed == 1)].value.iloc[-1]
+    assert last == tables.tested(rows[-1])
+    figure = fig4.draw(frame, fig4.caption(chosen))
+    labels = [ax.get_ylabel() for ax in figure.axes]
+    assert "In-domain test (%)" in labels and "Out of domain (%)" in labels
+    assert all(
+        ax.get_ylim()[1] <= 1 for ax in figure.axes if ax.get_ylabel() in ("In-domain test (%)", "Out of domain (%)")
+    )
+    told = fig4.findings(frame).set_index(["method", "quantity"])
+    spreads = mine_of(frame, "spread")
+    assert told.loc[("QT-DoG", "spread"), "value"] == pytest.approx(100 * (spreads["QT-DoG"] - spreads["ERM"]))
+    assert set(told["family_size"]) == {len(told)} and any("Tests: 1 family" in each for each in fig4.remarks(frame))
     both = fig4.labelled(chosen.replace(controls=True))
     assert {name for name, _ in both} == {"ERM", "QT-DoG", "freeze", "release-parity"}
+
+
+def mine_of(frame, quantity):
+    return frame[(frame.quantity == quantity) & (frame.over == "run")].groupby("method").value.mean()
+
+
+@pytest.mark.parametrize(
+    ("quantity", "draws", "least", "most"),
+    [
+        ("target", [0.99, 1.0, 0.95], 0, 1),
+        ("test", [0.0, 0.01, 0.3], 0, 1),
+        ("validation", [1.0, 1.0, 1.0], 0, 1),
+        ("spread", [0.001, 0.02, 0.0], 0, np.inf),
+        ("change", [0.0, 0.0, 0.0], 0, np.inf),
+        ("regret", [0.0, 0.05, 0.0], 0, np.inf),
+        ("correlation", [0.9, 1.0, 0.1], -1, 1),
+    ],
+)
+def test_no_band_leaves_the_bounds_of_what_it_is_of(quantity, draws, least, most):
+    frame = pd.DataFrame({"quantity": quantity, "method": "a", "held_out": "rot0", "seed": range(3), "value": draws})
+    (row,) = module.over_seeds(frame, ["quantity", "method"]).itertuples()
+    assert row.value == pytest.approx(np.mean(draws))
+    assert least <= row.low <= row.value <= row.high <= most
+    plain = tables.estimate(draws)
+    if np.ptp(draws):
+        assert not least <= plain["low"] <= plain["high"] <= most  # where the plain interval does
+    alone = module.over_seeds(frame[frame.seed == 0], ["quantity", "method"])
+    assert alone["low"].isna().all() and alone["value"].notna().all()
+
+
+def test_within_the_bounds_a_band_is_nearly_the_plain_one():
+    draws = np.array([0.50, 0.51, 0.52, 0.49])
+    frame = pd.DataFrame({"quantity": "target", "method": "a", "held_out": "rot0", "seed": range(4), "value": draws})
+    (row,) = module.over_seeds(frame, ["quantity", "method"]).itertuples()
+    plain = tables.estimate(draws)
+    assert (row.low, row.high) == pytest.approx((plain["low"], plain["high"]), abs=1e-4)
 
 
 def test_the_command_compares_runs_from_the_latest_switch_on(tmp_path, capsys):

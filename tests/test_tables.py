@@ -180,6 +180,9 @@ def test_accuracies_by_selection_rule_count_the_looks_at_the_target(tmp_path):
         ["QT-DoG", "oracle", 15, 0.6, 0.4, 3],
         ["QT-DoG", "last", 15, 0.6, 0.4, 1],
     ]
+    both = tables.accuracies(store, [("ERM", RUN), ("QT-DoG", quantized)], among_all=True)
+    more = both[~both["selection"].isin(frame["selection"])]
+    assert more[columns].to_numpy().tolist() == [["QT-DoG", "training-domain, all steps", 0, 0.9, 0.1, 1]]
     with pytest.raises(UserError, match=r"\(SAM, rot15, seed 3\) is not trained yet\.$"):
         tables.accuracies(store, [("ERM", RUN), ("SAM", RUN.replace(seed=3))])
 
