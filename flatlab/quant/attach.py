@@ -94,7 +94,7 @@ def _stored(layer: nn.Module) -> nn.Parameter | None:
     """Return the parameter that a layer stores, behind a parametrization where there is one."""
     name = tensor_of(layer)
     if parametrize.is_parametrized(layer, name):
-        return next(layer.parametrizations[name].parameters(recurse=False))
+        return next(layer.get_submodule(f"parametrizations.{name}").parameters(recurse=False))
     return cast("nn.Parameter | None", getattr(layer, name))
 
 
@@ -258,7 +258,7 @@ def _quantized_tensors(module: nn.Module) -> list[tuple[str, nn.Module]]:
     """Return the quantized tensors of a module, by name, each with its quantizer."""
     if not parametrize.is_parametrized(module):
         return []
-    steps = {name: each[0] for name, each in module.parametrizations.items()}
+    steps = {name: next(each.children()) for name, each in module.get_submodule("parametrizations").named_children()}
     return [(name, step) for name, step in steps.items() if isinstance(step, Quantizer)]
 
 
