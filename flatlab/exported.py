@@ -38,8 +38,8 @@ class Grid(Spec):
     def high(self) -> int:
         """The highest code: on either grid as far from zero as the lowest, or one less; unsigned, all bits."""
         if self.low == 0:
-            return 2**self.bits - 1
-        return min(-self.low, 2 ** (self.bits - 1) - 1) if self.grid == "uniform" else -self.low
+            return (1 << self.bits) - 1
+        return min(-self.low, (1 << self.bits - 1) - 1) if self.grid == "uniform" else -self.low
 
 
 class ExportedActivations(Spec):
@@ -107,12 +107,11 @@ def opened(path: Path) -> tuple[files.Arrays, Export | JointExport]:
         UserError: where it is missing, damaged, or no export.
     """
     arrays, facts = files.load_arrays(path)
-    kinds = {"quantized": Export, "members": JointExport}
-    kind = next((kinds[mark] for mark in kinds if isinstance(facts, dict) and mark in facts), None)
-    if kind is None:
+    if not _marked(facts):
         raise UserError(f"{path} is no export of a quantized network; `flatlab export RUN` writes one.")
     with _naming(path):
-        found: Export | JointExport = kind.parse(json.dumps(facts))
+        text = json.dumps(facts)
+        found = JointExport.parse(text) if "members" in facts else Export.parse(text)
         _check(arrays, found)
     return arrays, found
 
@@ -132,7 +131,11 @@ def is_export(path: Path) -> bool:
             note = json.loads(json.loads((file.metadata() or {})["flatlab"])["meta"])
     except (SafetensorError, KeyError, ValueError, TypeError, RecursionError):
         return False
-    return isinstance(note, dict) and bool({"quantized", "members"} & note.keys())
+    return _marked(note)
+
+
+def _marked(facts: object) -> bool:
+    return isinstance(facts, dict) and bool({"quantized", "members"} & facts.keys())
 
 
 def packed(arrays: files.Arrays, facts: Export) -> dict[str, Packed]:

@@ -156,7 +156,7 @@ def fitted(
         if not faults[-1]:
             break
     if faults[-1]:
-        raise UserError(f"{source} is not a checkpoint of {name}, of {len(wanted)} tensors: {faults[0]}.")
+        raise UserError(f"{source} does not fit {name}, which has {len(wanted)} tensors: {faults[0]}.")
     found: dict[str, str] = {}
     for key, ours in names.items():
         if fault := _impossible(state[key], ours):

@@ -209,7 +209,7 @@ def test_weights_that_lack_tensors_are_refused_by_name(tmp_path):
     torch.save(state, tmp_path / "part.pth")
     with pytest.raises(
         UserError,
-        match=r"part\.pth is not a checkpoint of digits-cnn, of 18 tensors: 1 missing \(first features\.5",
+        match=r"part\.pth does not fit digits-cnn, which has 18 tensors: 1 missing \(first features\.5",
     ):
         digits_network(weights=tmp_path / "part.pth")
 
@@ -217,7 +217,7 @@ def test_weights_that_lack_tensors_are_refused_by_name(tmp_path):
 def test_weights_of_another_shape_are_refused(tmp_path):
     torch.save(digits_network().state_dict(), tmp_path / "grey.pth")
     sentence = (
-        r"grey\.pth is not a checkpoint of digits-cnn, of 18 tensors: 1 of another shape \(first features\.0\.weight, "
+        r"grey\.pth does not fit digits-cnn, which has 18 tensors: 1 of another shape \(first features\.0\.weight, "
         r"shape \(16, 1, 3, 3\) where \(16, 3, 3, 3\) is expected"
     )
     with pytest.raises(UserError, match=sentence):
@@ -236,7 +236,7 @@ def test_the_real_weights_load():
 
 @needs_weights
 def test_the_real_weights_do_not_fit_another_architecture():
-    sentence = r"is not a checkpoint of resnet18, of 120 tensors: .* unexpected \(first features\.0\.0\.weight, shape"
+    sentence = r"does not fit resnet18, which has 120 tensors: 100 missing .*; 260 unexpected \(first features\.0"
     with pytest.raises(UserError, match=sentence):
         build_network("resnet18", num_classes=7, weights=WEIGHTS)
 

@@ -128,7 +128,7 @@ def attach_each(network: nn.Module, make: Make, *, outside: str = "head") -> lis
 
 def _check_free(name: str, layer: nn.Module, holders: list[tuple[nn.Module, str]]) -> None:
     """Refuse a layer whose weight is not there yet, or is not a parameter of its own."""
-    if is_lazy(_stored(layer)):
+    if is_lazy(getattr(layer, tensor_of(layer))):
         raise UserError(f"{name} has no weight before its first input; pass a batch through the network first.")
     if any(_quantized_tensors(module) for module in (layer, *(holder for holder, _ in holders))):
         raise UserError(f"{name} is parametrized already; call bake() on the network before attach()")
