@@ -125,7 +125,7 @@ def quantize(built: Network, spec: RunSpec) -> list[nn.Parameter]:
             grid = q.model_dump(include={"bits", "granularity", "grid"})
             attach.attach_each(built, lambda _, weight, axis: INQ(weight, axis=axis, **grid))
         case q:
-            kind = {"bits": q.bits, "granularity": q.granularity}
+            kind = q.model_dump(include={"bits", "granularity"})
             attach.attach_each(built, lambda _, weight, axis: Fixed.empty(weight, axis=axis, **kind))
     return list(attach.scales(built).values())
 

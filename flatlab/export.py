@@ -93,7 +93,7 @@ def write(network: nn.Module, spec: RunSpec, path: str | Path, place: Place) -> 
         bits=bits,
         nominal=FLOAT_BITS / bits,
         bytes=path.stat().st_size,
-        float_bytes=sum(value.numel() for value in network.state_dict().values()) * FLOAT_BITS // 8,
+        float_bytes=sum(each.numel() for each in set(network.state_dict(keep_vars=True).values())) * FLOAT_BITS // 8,
         quantized_share=inside / sum(p.numel() for p in network.parameters()),
     )
 

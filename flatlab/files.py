@@ -223,12 +223,13 @@ def load_arrays(path: Path) -> tuple[Arrays, Any]:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
             header = json.loads((file.metadata() or {})["flatlab"])
         intact = header["sha256"] == _content_hash(arrays, header)
-    except (SafetensorError, KeyError, ValueError, TypeError):
+        meta = json.loads(header["meta"])
+    except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, RecursionError):
         intact = False
     if not intact:
         raise UserError(f"{path} is damaged: its content does not match its own hash. {_REMEDY}")
     check_owner(path, header["owner"])
-    return arrays, json.loads(header["meta"])
+    return arrays, meta
 
 
 def _content_hash(arrays: Mapping[str, np.ndarray[Any, Any]], header: Mapping[str, str]) -> str:

@@ -1,28 +1,19 @@
-"""Networks by name: features that end in a flat vector, and a linear head; weights from files of many origins."""
+"""Networks by name: features that end in a flat vector, and a linear head."""
 
 import itertools
 import math
-import pickle
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.error import URLError
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from flatlab.errors import UserError, choose
+from flatlab.foreign import fitted, read_foreign
 from flatlab.seeds import derive
-
-WRAPPERS = re.compile(r"(?:module|algorithm|model)\.")  # DataParallel, AveragedModel, a trainer that holds a model
-# DomainBed holds each tensor twice: under `featurizer`, and in `network`, the Sequential of featurizer and classifier.
-DOMAINBED_FEATURES = re.compile(r"(?:featurizer|network\.0)\.(?:network\.)?")
-HEAD = re.compile(r"(?:head|fc|classifier|classifier\.1|network\.1)\.(?=(?:weight|bias)$)")
-COUNTER = "num_batches_tracked"  # BatchNorm's; older checkpoints lack it, and nothing here reads it
 
 
 class Network(nn.Module):
@@ -104,69 +95,6 @@ def frozen_statistics(network: nn.Module) -> Iterator[None]:
             layer.track_running_stats = tracked
 
 
-def read_foreign(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a checkpoint: .safetensors, or a file of torch.save that needs no pickled code.
-
-    Raises:
-        UserError: no such file, no tensors in it, or a file that only unpickling could read.
-    """
-    if not path.is_file():
-        raise UserError(f'No file {path}; weights are "none", "imagenet", or the path of a .safetensors or .pth file')
-    try:
-        stored = safetensors.torch.load_file(path) if path.suffix == ".safetensors" else _load_torch(path)
-    except (safetensors.SafetensorError, RuntimeError, EOFError) as error:
-        reason, _, _ = str(error).partition("\n")
-        raise UserError(f"{path} cannot be read as a checkpoint: {reason}") from error
-    for key in ("state_dict", "model_dict", "model"):
-        if isinstance(stored, Mapping) and isinstance(stored.get(key), Mapping):
-            stored = stored[key]
-    tensors = {}
-    if isinstance(stored, Mapping):
-        tensors = {key: value for key, value in stored.items() if isinstance(value, Tensor)}
-    if not tensors:
-        raise UserError(f"{path} holds no tensors by name; expected a state_dict, alone or under 'model_dict'")
-    return tensors
-
-
-def translate_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename a foreign state_dict's tensors to ours, `features.*` and `head.*`.
-
-    Known are torchvision's names, DomainBed's and SWAD's, under any of the `WRAPPERS`, and our own. The result loads
-    strictly; BatchNorm's counters may be missing.
-    """
-    bare = {_unwrap(key): tensor for key, tensor in state.items()}
-    bare.pop("n_averaged", None)  # AveragedModel's counter
-    # Only plain torchvision names leave the features without a prefix. MobileNet calls a part of its own `features`,
-    # so the prefix alone cannot tell our names from torchvision's.
-    prefixed = any(key.startswith("head.") or DOMAINBED_FEATURES.match(key) for key in bare)
-    return {_rename(key, prefixed=prefixed): tensor for key, tensor in bare.items()}
-
-
-def _unwrap(key: str) -> str:
-    while found := WRAPPERS.match(key):
-        key = key[found.end() :]
-    return key
-
-
-def _rename(key: str, *, prefixed: bool) -> str:
-    if found := HEAD.match(key):
-        return "head." + key[found.end() :]
-    if found := DOMAINBED_FEATURES.match(key):
-        return "features." + key[found.end() :]
-    return key if prefixed else "features." + key
-
-
-def _load_torch(path: Path) -> object:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{path} cannot be read without unpickling Python objects, which runs code, so flatlab refuses; "
-            f"if you trust the file, convert it once, with the key that its tensors lie under: "
-            f"torch.save(torch.load({path.name!r}, weights_only=False)['model_dict'], '{path.stem}-tensors.pth')"
-        ) from error
-
-
 def _imagenet(name: str) -> dict[str, Tensor]:
     from torchvision.models import get_model_weights, list_models
 
@@ -181,25 +109,8 @@ def _imagenet(name: str) -> dict[str, Tensor]:
 
 
 def _load_features(network: Network, state: Mapping[str, Tensor], *, name: str, source: str) -> None:
-    given = {key: tensor for key, tensor in translate_keys(state).items() if not key.startswith("head.")}
-    expected = {key: tensor for key, tensor in network.state_dict().items() if not key.startswith("head.")}
-    misfits = sorted(key for key in given if key not in expected or given[key].shape != expected[key].shape)
-    if misfits:
-        raise UserError(
-            f"{source} holds {len(state)} tensors of which {len(misfits)} do not fit {name}: first mismatch "
-            f"{_mismatch(misfits[0], given, expected)}"
-        )
-    missing = [key for key in expected if key not in given and not key.endswith(COUNTER)]
-    if missing:
-        shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
-        raise UserError(f"{source} lacks {len(missing)} of the {len(expected)} tensors of {name}'s features: {shown}")
+    given = fitted(state, network.state_dict(), name=name, source=source, but="head.")
     network.load_state_dict(given, strict=False)  # what is absent is the head, and counters; copying casts fp16 to fp32
-
-
-def _mismatch(key: str, given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
-    if key not in expected:
-        return f"{key}, a name that it does not have"
-    return f"{key}, shape {tuple(given[key].shape)} where {tuple(expected[key].shape)} is expected"
 
 
 def batchnorms(network: nn.Module) -> list[_BatchNorm]:

@@ -4,6 +4,7 @@ A spec is frozen, strict and complete: its canonical JSON names everything that 
 of that JSON is the name of the run. Machine facts (folders, device, threads) live in `Place` and never in a digest.
 """
 
+from collections import Counter
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -130,14 +131,18 @@ class RunSpec(Spec):
 
     @property
     def label(self) -> str:
-        """The composition in a word or two, such as "sam-swad"; "erm" where nothing is unusual."""
+        """The composition in a word or two, such as "sam-swad"; "erm" where nothing is unusual; "erm + 2 x lsq"."""
+        if self.members:
+            counts = Counter(f"({each.label})" if each.members else each.label for each in self.members)
+            return " + ".join(
+                f"{count} x {label}" if count > 1 or len(counts) == 1 else label for label, count in counts.items()
+            )
         mixed = "" if self.mixing is None else "mixstyle-across" if self.mixing.across else "mixstyle"
         parts = [self.objective, mixed, self.step.kind]
         parts += [self.quantizer.kind if self.quantizer else "", "frozen" if self.frozen else ""]
         parts += ["noise" if self.noise else "", self.average.kind]
         unusual = [part for part in parts if part not in ("", "erm", "plain", "last")]
-        label = "imported" if self.source else "-".join(unusual) or "erm"
-        return f"{len(self.members)} x {label}" if self.members else label
+        return "imported" if self.source else "-".join(unusual) or "erm"
 
     @property
     def trajectory(self) -> "RunSpec":

@@ -70,7 +70,8 @@ MAY_IMPORT = {
     "data": "seeds errors",
     "data.trees": "errors",
     "data.catalog": "data.trees errors",
-    "models": "seeds errors",
+    "foreign": "errors",
+    "models": "foreign seeds errors",
     "quant": "errors",
     "nests": "errors",
     "memory": "nests",
@@ -86,10 +87,10 @@ MAY_IMPORT = {
     "selftest": "golden metrics",
     # from specs to things, to runs, to measurements: `train` and `measure` meet on disk
     "build": "specs quantspecs data models quant files errors",
-    "train": "build exported memory runs data models quant selection settings specs quantspecs files machine seeds "
-    "errors",
+    "train": "build exported foreign memory runs data models quant selection settings specs quantspecs files machine "
+    "seeds errors",
     "checkpoints": "build runs data landscape models nests quant probespecs specs seeds files errors",
-    "exported": "build models quant files errors",
+    "exported": "build foreign models quant record files errors",
     "export": "build checkpoints models quant runs specs quantspecs files errors",
     "latent": "checkpoints models quant runs specs errors",
     "shelf": "runs files metrics.results metrics.sampling",

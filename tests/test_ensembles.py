@@ -117,6 +117,22 @@ def test_members_are_trained_first_and_shared_with_who_else_wants_them(tmp_path)
     assert done.stat().st_mtime_ns == stamp
 
 
+@pytest.mark.parametrize(
+    ("members", "label"),
+    [
+        ((ERM, QT), "erm + lsq"),
+        ((QT, ERM), "lsq + erm"),
+        ((ERM, QT, spec("SMA", seed=1)), "erm + lsq + sma"),
+        ((ERM, QT, QT.replace(seed=1)), "erm + 2 x lsq"),
+        ((QT, QT.replace(seed=1)), "2 x lsq"),
+        ((QT,), "1 x lsq"),
+        ((QT.replace(members=(QT, ERM)), QT), "(lsq + erm) + lsq"),
+    ],
+)
+def test_an_ensemble_is_labelled_by_its_members(members, label):
+    assert members[0].replace(members=members).label == label
+
+
 def test_an_ensemble_of_what_is_not_trained_is_refused(tmp_path):
     refuses(lambda: join(MIXED, RunStore(tmp_path), PLACE), ERM.digest, "not finished", "train it")
 

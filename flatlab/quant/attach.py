@@ -94,7 +94,7 @@ def _stored(layer: nn.Module) -> nn.Parameter | None:
     """Return the parameter that a layer stores, behind a parametrization where there is one."""
     name = tensor_of(layer)
     if parametrize.is_parametrized(layer, name):
-        return next(layer.parametrizations[name].parameters(recurse=False))
+        return next(layer.get_submodule(f"parametrizations.{name}").parameters(recurse=False))
     return cast("nn.Parameter | None", getattr(layer, name))
 
 
@@ -128,7 +128,7 @@ def attach_each(network: nn.Module, make: Make, *, outside: str = "head") -> lis
 
 def _check_free(name: str, layer: nn.Module, holders: list[tuple[nn.Module, str]]) -> None:
     """Refuse a layer whose weight is not there yet, or is not a parameter of its own."""
-    if is_lazy(_stored(layer)):
+    if is_lazy(getattr(layer, tensor_of(layer))):
         raise UserError(f"{name} has no weight before its first input; pass a batch through the network first.")
     if any(_quantized_tensors(module) for module in (layer, *(holder for holder, _ in holders))):
         raise UserError(f"{name} is parametrized already; call bake() on the network before attach()")
@@ -258,7 +258,7 @@ def _quantized_tensors(module: nn.Module) -> list[tuple[str, nn.Module]]:
     """Return the quantized tensors of a module, by name, each with its quantizer."""
     if not parametrize.is_parametrized(module):
         return []
-    steps = {name: each[0] for name, each in module.parametrizations.items()}
+    steps = {name: next(each.children()) for name, each in module.get_submodule("parametrizations").named_children()}
     return [(name, step) for name, step in steps.items() if isinstance(step, Quantizer)]
 
 

@@ -140,8 +140,9 @@ def _patches(inputs: Tensor, given: Mapping[str, Any], *, transposed: bool) -> T
     places, taps = range(3, 3 + len(kernel)), range(3 + len(kernel), 3 + 2 * len(kernel))
     if transposed:
         windows = windows.flip([axis - 1 for axis in taps])
-    apart = windows.unflatten(1, (groups, -1))  # (N, groups, channels, *places, *taps)
-    return apart.permute(1, 2, *taps, 0, *places).reshape(groups, inputs.shape[1] // groups * math.prod(kernel), -1)
+    channels = inputs.shape[1] // groups
+    apart = windows.reshape(len(inputs), groups, channels, *windows.shape[2:])  # (N, groups, channels, *places, *taps)
+    return apart.permute(1, 2, *taps, 0, *places).reshape(groups, channels * math.prod(kernel), -1)
 
 
 def _each(value: Any, dims: int) -> tuple[int, ...]:
@@ -156,5 +157,8 @@ def _spread(inputs: Tensor, stride: tuple[int, ...]) -> Tensor:
     """Return inputs with zeros between them, as a transposed convolution with this stride reads them."""
     size = [(n - 1) * s + 1 for n, s in zip(inputs.shape[2:], stride, strict=True)]
     spread = inputs.new_zeros(*inputs.shape[:2], *size)
-    spread[(..., *(slice(None, None, s) for s in stride))] = inputs
+    among = spread
+    for axis, step in enumerate(stride, start=2):
+        among = among[(slice(None),) * axis + (slice(None, None, step),)]
+    among.copy_(inputs)
     return spread

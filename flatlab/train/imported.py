@@ -1,16 +1,13 @@
 """A run from a checkpoint that was trained elsewhere, or from an exported file: to measure what one already has."""
 
 from pathlib import Path
-from textwrap import shorten
-from typing import Any
-
-import torch
 
 from flatlab import build, files, machine
 from flatlab.errors import UserError
-from flatlab.exported import is_export, load_exported, opened, packed
-from flatlab.models import Network, read_foreign, translate_keys
-from flatlab.quant.attach import attach_each
+from flatlab.exported import Export, JointExport, is_export, load_exported, opened, packed
+from flatlab.foreign import COUNTER, fitted, read_foreign
+from flatlab.models import Network
+from flatlab.quant.attach import attach_each, layers
 from flatlab.quant.codebook import levels
 from flatlab.quant.fixed import Fixed
 from flatlab.quantspecs import RTNSpec
@@ -52,7 +49,13 @@ def import_checkpoint(file: Path, setting: Setting, store: RunStore, place: Plac
         network = _rebuilt(spec, file, domains, place)
     else:
         network = build.network(spec, domains.data, place)
-        _load(network, translate_keys(read_foreign(file)), file, setting.model)
+        expected = network.state_dict()
+        network.load_state_dict(
+            {
+                **{name: value for name, value in expected.items() if name.endswith(COUNTER)},
+                **fitted(read_foreign(file), expected, name=setting.model, source=file.name),
+            }
+        )
     with run.claim() as free:
         if not free:
             raise UserError(f"Run {spec.digest} is being imported by another process; wait for that.")
@@ -79,34 +82,40 @@ def hand_in(run: Run, network: Network, domains: build.Domains, place: Place, *,
     run.note(**place.model_dump(), data_fingerprint=domains.data.fingerprint, machine=machine.facts())
 
 
-def _as_exported(spec: RunSpec, arrays: files.Arrays, facts: dict[str, Any]) -> RunSpec:
+def _as_exported(spec: RunSpec, arrays: files.Arrays, facts: Export | JointExport) -> RunSpec:
     """Return the spec of an exported network: what a signed uniform grid holds stays codes, others floats."""
-    if "members" in facts:
+    if isinstance(facts, JointExport):
         raise UserError("This file holds an ensemble: export its members, import those, and put them together again.")
-    if "activations" in facts["network"]:
+    if facts.network.activations:
         raise UserError("This file's network quantizes its activations, too, which an imported run cannot; train it.")
     weights = packed(arrays, facts).values()
-    bits = max(grid["bits"] for grid in facts["quantized"].values())
-    low, high = levels(bits)
-    ours = all(
-        each.grid == "uniform" and low <= int(each.codes.min()) and int(each.codes.max()) <= high for each in weights
-    )
+    bits = max((grid.bits for grid in facts.quantized.values()), default=0)
+    ours = bits > 0
+    if ours:
+        low, high = levels(bits)
+        ours = all(
+            each.grid == "uniform" and low <= int(each.codes.min()) and int(each.codes.max()) <= high
+            for each in weights
+        )
     granularity = "channel" if all(each.scale.ndim for each in weights) else "tensor"
     quantizer = RTNSpec.make(bits=bits, granularity=granularity) if ours else None
-    return spec.replace(model=facts["network"]["name"], quantizer=quantizer)
+    return spec.replace(model=facts.network.name, quantizer=quantizer)
 
 
 def _rebuilt(spec: RunSpec, file: Path, domains: build.Domains, place: Place) -> Network:
     """Return the network of an exported file, its codes settled in the quantizers that its spec names."""
     arrays, facts = opened(file)
+    assert isinstance(facts, Export)
     own = {"num_classes": len(domains.data.classes), "in_channels": domains.data.domains[0].images.shape[1]}
-    theirs = {name: facts["network"][name] for name in own}
+    theirs = facts.network.model_dump(include=set(own))
     if theirs != own:
         raise UserError(f"{file.name} is of other data: it has {theirs}, and {spec.dataset} {own}.")
     baked = load_exported(file)
     if spec.quantizer:
         codes = {key.rpartition(".")[0]: each for key, each in packed(arrays, facts).items()}
         span = levels(spec.quantizer.bits)
+        if layers(baked).keys() != codes.keys():
+            raise UserError(f"{file.name} holds codes of some layers only, which an imported run cannot have.")
         attach_each(baked, lambda name, *_: Fixed(codes[name].codes, codes[name].scale, span))
     network = build.finished(spec, domains.data, place)
     assert isinstance(network, Network)
@@ -126,18 +135,3 @@ def _spec(file: Path, setting: Setting) -> RunSpec:
         lr=setting.lr,
         source=f"sha256:{files.file_hash(file)}",
     )
-
-
-def _load(network: torch.nn.Module, tensors: dict[str, torch.Tensor], file: Path, model: str) -> None:
-    if any("parametrizations" in name or "quan_w_fn" in name for name in tensors):
-        raise UserError(
-            f"{file.name} holds a quantized network's latent weights and step sizes; bake() it, then import."
-        )
-    expected = network.state_dict()
-    given = {name: value for name, value in tensors.items() if name in expected or not name.endswith("tracked")}
-    counters = {name: value for name, value in expected.items() if name.endswith("num_batches_tracked")}
-    try:
-        network.load_state_dict({**counters, **given})
-    except RuntimeError as error:
-        reason = shorten(str(error).splitlines()[1].strip(), 120)
-        raise UserError(f"{file.name} is not a checkpoint of {model} with {len(expected)} tensors: {reason}") from None

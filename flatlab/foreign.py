@@ -1,0 +1,202 @@
+"""Checkpoints of other code bases: read without running code, their names turned into ours, their values checked."""
+
+import logging
+import os
+import pickle
+import re
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from flatlab.errors import UserError
+
+LOG = logging.getLogger("flatlab")
+CONTAINERS = ("state_dict", "model_state_dict", "model_dict", "model", "net", "network")
+AVERAGES = ("state_dict_ema", "ema_state_dict", "model_ema", "ema")  # taken where none of the former is there
+# DataParallel, torch.compile, AveragedModel, a trainer that holds a model
+WRAPPERS = re.compile(r"(?:module|_orig_mod|algorithm|model|net|backbone|encoder|student|ema_model)\.")
+# DomainBed holds each tensor twice: under `featurizer`, and in `network`, the Sequential of featurizer and classifier.
+DOMAINBED_FEATURES = re.compile(r"(?:featurizer|network\.0)\.(?:network\.)?")
+BACKBONE = re.compile(r"(?:(?:module|_orig_mod|model|net)\.)*(?:backbone|encoder|feature_extractor)\.")
+HEAD = re.compile(r"(?:head|fc|classifier|classifier\.1|network\.1)\.(?=(?:weight|bias)$)")
+COUNTER = "num_batches_tracked"  # BatchNorm's; older checkpoints lack it, and nothing here reads it
+LATENT = ("parametrizations", "quan_w_fn")  # names of a quantized network's latent weights
+
+
+def read_foreign(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a checkpoint: .safetensors, or a file of torch.save that needs no pickled code.
+
+    Raises:
+        UserError: no such file, no tensors in it, or a file that only unpickling could read.
+    """
+    if not path.is_file():
+        raise UserError(f'No file {path}; weights are "none", "imagenet", or the path of a .safetensors or .pth file')
+    stored = _read(path)
+    while inside := _container(stored, path):
+        stored = inside
+    tensors = {}
+    if isinstance(stored, Mapping):
+        tensors = {key: each for key, each in stored.items() if isinstance(key, str) and isinstance(each, Tensor)}
+    if not tensors:
+        raise UserError(f"{path} holds no tensors by name; expected a state_dict, alone or under 'model_dict'")
+    return tensors
+
+
+def _read(path: Path) -> object:
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        _check_archive(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path} cannot be read without unpickling Python objects, which runs code, so flatlab refuses; "
+            f"if you trust the file, convert it once, with the key that its tensors lie under: "
+            f"torch.save(torch.load({path.name!r}, weights_only=False)['model_dict'], '{path.stem}-tensors.pth')"
+        ) from error
+    except Exception as error:  # damaged files fail in many ways: RuntimeError, EOFError, KeyError, struct.error, ...
+        reason, _, _ = str(error).partition("\n")
+        raise UserError(f"{path} cannot be read as a checkpoint: {reason or type(error).__name__}") from error
+
+
+def _check_archive(path: Path) -> None:
+    """Refuse an archive whose entries claim more bytes than the file has: torch would take the memory first."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        claimed = sum(entry.file_size for entry in archive.infolist())
+    if claimed > path.stat().st_size:
+        raise UserError(
+            f"{path} cannot be read as a checkpoint: its entries claim {claimed:,} bytes, and the file has "
+            f"{path.stat().st_size:,}"
+        )
+
+
+def _container(stored: object, path: Path) -> Mapping[object, object] | None:
+    """Return the mapping that a checkpoint keeps its weights in, or None where they lie at the top."""
+    if not isinstance(stored, Mapping):
+        return None
+    there = [key for key in (*CONTAINERS, *AVERAGES) if isinstance(stored.get(key), Mapping)]
+    if there and there[0] in CONTAINERS and there[-1] in AVERAGES:
+        LOG.warning("%s holds %s and %s: taking %s.", path, there[0], there[-1], there[0])
+    return stored[there[0]] if there else None
+
+
+def translate_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename a foreign state_dict's tensors to ours, `features.*` and `head.*`.
+
+    Known are torchvision's names, DomainBed's and SWAD's, under any of the `WRAPPERS`, and our own. The result loads
+    strictly; BatchNorm's counters may be missing.
+    """
+    return {ours: state[key] for key, ours in next(_readings(state)).items()}
+
+
+def _readings(state: Mapping[str, Tensor]) -> Iterator[dict[str, str]]:
+    """Yield our names of a file's, in several ways; the first is the likeliest."""
+    keys = [key for key in state if not key.endswith("n_averaged")]  # AveragedModel's counter
+    yield _ours({key: _unwrap(key) for key in keys})
+    beside = {key: BACKBONE.sub("features.", key, count=1) for key in keys if BACKBONE.match(key)}  # a head without
+    yield {key: beside.get(key) or _rename(_unwrap(key), prefixed=True) for key in keys}
+    parts = {key: key.split(".") for key in keys}
+    shared = len(os.path.commonprefix(list(parts.values())))  # of any name, such as `resnet.`
+    for depth in range(1, min(shared + 1, *map(len, parts.values()))):
+        yield _ours({key: _unwrap(".".join(each[depth:])) for key, each in parts.items()})
+
+
+def _ours(bare: Mapping[str, str]) -> dict[str, str]:
+    # Only plain torchvision names leave the features without a prefix. MobileNet calls a part of its own `features`,
+    # so the prefix alone cannot tell our names from torchvision's.
+    prefixed = any(name.startswith("head.") or DOMAINBED_FEATURES.match(name) for name in bare.values())
+    return {key: _rename(name, prefixed=prefixed) for key, name in bare.items()}
+
+
+def _unwrap(key: str) -> str:
+    while found := WRAPPERS.match(key):
+        key = key[found.end() :]
+    return key
+
+
+def _rename(key: str, *, prefixed: bool) -> str:
+    if found := HEAD.match(key):
+        return "head." + key[found.end() :]
+    if found := DOMAINBED_FEATURES.match(key):
+        return "features." + key[found.end() :]
+    return key if prefixed else "features." + key
+
+
+def fitted(
+    state: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, name: str, source: str, but: str | None = None
+) -> dict[str, Tensor]:
+    """Return a foreign checkpoint's tensors by our names, once names, shapes and values are as a network's must be.
+
+    Args:
+        state: of the file.
+        expected: the network's.
+        name: the network's, for errors.
+        source: the file's name, for errors.
+        but: the beginning of names that are left out on both sides.
+
+    Raises:
+        UserError: names the first tensors that are missing, unexpected, of another shape, or of impossible values.
+    """
+    if any(mark in key for key in state for mark in LATENT):
+        raise UserError(f"{source} holds a quantized network's latent weights and step sizes; bake() it, then import.")
+    wanted = {key: each for key, each in expected.items() if not (but and key.startswith(but))}
+    faults = []
+    for reading in _readings(state):
+        named = {key: ours for key, ours in reading.items() if not (but and ours.startswith(but))}
+        names = {key: ours for key, ours in named.items() if ours in wanted or not ours.endswith(COUNTER)}
+        faults.append(_misfit(names, state, wanted))
+        if not faults[-1]:
+            break
+    if faults[-1]:
+        raise UserError(f"{source} does not fit {name}, which has {len(wanted)} tensors: {faults[0]}.")
+    found: dict[str, str] = {}
+    for key, ours in names.items():
+        if fault := _impossible(state[key], ours):
+            raise UserError(f"{source}: {key} {fault}.")
+        if not torch.equal(state[found.setdefault(ours, key)], state[key]):
+            raise UserError(f"{source} holds {found[ours]} and {key}, which differ and are both {name}'s {ours}.")
+    return {ours: state[key] for ours, key in found.items()}
+
+
+def _misfit(names: Mapping[str, str], state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
+    """Return what of a file does not fit, in words; empty where all does."""
+    given = set(names.values())
+    missing = [
+        f"{key}, shape {_shape(each)}" for key, each in wanted.items() if key not in given and COUNTER not in key
+    ]
+    strange = [f"{key}, shape {_shape(state[key])}" for key, ours in names.items() if ours not in wanted]
+    other = [
+        f"{key}, shape {_shape(state[key])} where {_shape(wanted[ours])} is expected"
+        for key, ours in names.items()
+        if ours in wanted and state[key].shape != wanted[ours].shape
+    ]
+    kinds = {"missing": missing, "unexpected": strange, "of another shape": other}
+    return "; ".join(f"{len(found)} {kind} (first {found[0]})" for kind, found in kinds.items() if found)
+
+
+def _shape(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(tensor.shape)
+
+
+def _impossible(tensor: Tensor, name: str) -> str:
+    """Return why a tensor cannot be what its name says, in words; empty where it can."""
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+        return "is not a dense tensor"
+    if name.endswith(COUNTER):
+        return "" if not tensor.is_complex() and bool((tensor >= 0).all()) else "is not a count"
+    if not tensor.is_floating_point():
+        return f"holds {str(tensor.dtype).removeprefix('torch.')} values; floating-point ones are expected"
+    values = tensor.float()
+    if broken := int((~torch.isfinite(values)).sum()):
+        return f"holds {broken:,} of {values.numel():,} values that are not finite"
+    if name.endswith("running_var") and bool((values < 0).any()):
+        return f"holds a variance below zero, {float(values.min()):.4g}"
+    return ""
