@@ -8,8 +8,8 @@ are drawn independently; otherwise the estimate would be biased.
 Probes z are uniform on the sphere of radius sqrt(P') in the P' dimensions outside of Q. With B what A is there,
 z'Bz - tr(B) is a spherical harmonic of degree two, so that Var(z'Bz) = 2 E|Bz - (z'Bz / P') z|^2: the products tell the
 variance themselves, for any spectrum. Where few large eigenvalues are left, draws are skewed, and their spread is small
-whenever their mean is; this number is not, and its interval holds with few probes. For |Az|^2 = z'Cz, with C = (1 - QQ')
-A^2 (1 - QQ'), the same needs A(Az), a second product, which the pilot's probes have.
+whenever their mean is; this number is not, and its interval holds with few probes. For |Az|^2 = z'Cz, with
+C = (1 - QQ') A^2 (1 - QQ'), the same needs A(Az), a second product, which the pilot's probes have.
 """
 
 import time
