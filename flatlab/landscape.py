@@ -213,7 +213,7 @@ class Landscape:
         return self._hessian @ direction
 
     def check_curvature(self) -> None:
-        """Refuse weights that are rounded and, once, by a probe on a few samples, derivatives that autograd gets wrong."""
+        """Refuse weights that are rounded and, once, by a probe on a few samples, derivatives that are wrong."""
         refuse_rounding(self.model, self._tensors)
         if not self._curved:
             few = [spread(batches, max(1, SAMPLED // len(self.strata))) for batches in self._batches]

@@ -124,6 +124,10 @@ def by_differences(landscape, eps=1e-5):
 @pytest.mark.parametrize("kind", NORMS)
 def test_normed_weights_have_the_curvature_of_their_gradient(kind, method):
     landscape = normed(kind).landscape([20, 4])
+    if (kind, method) == ("orthogonal", "forward"):  # of torch.linalg.solve
+        with pytest.raises(UserError, match="has no Hessian: forward: its product is another one, by"):
+            Hessian(landscape, method=method)
+        method = "auto"
     found = Hessian(landscape, method=method) @ torch.eye(landscape.num_params, dtype=torch.float64)
     torch.testing.assert_close(found, by_differences(landscape), rtol=0, atol=1e-8)
     torch.testing.assert_close(found, found.T, rtol=0, atol=1e-12)
@@ -205,10 +209,11 @@ def test_sparse_embeddings_have_gradient_and_curvature():
         model = Sparse().double().eval()
         case = cases.Case(model, torch.randint(0, 11, (24, 5)), torch.arange(24) % 3)
     landscape = case.landscape()
-    slope = torch.func.grad(case.functional())(landscape.point)
-    torch.testing.assert_close(landscape.gradient(), slope)
-    torch.testing.assert_close(landscape.hvp(slope), case.dense_hessian(landscape.point) @ slope)
+    slope, product = landscape.gradient(), landscape.hvp(landscape.point)
     assert model.words.sparse
+    model.words.sparse = False
+    torch.testing.assert_close(slope, torch.func.grad(case.functional())(landscape.point))
+    torch.testing.assert_close(product, case.dense_hessian(landscape.point) @ landscape.point)
 
 
 @pytest.mark.parametrize("wrap", [lambda m: torch.compile(m, backend="aot_eager"), nn.DataParallel, torch.jit.script])

@@ -74,7 +74,9 @@ class _PlainWeightNorm(TorchFunctionMode):  # type: ignore[no-untyped-call]
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    return v * (g / torch.norm_except_dim(v, 2, dim))
+    others = [axis for axis in range(v.ndim) if axis != dim]
+    squares = v.square().sum() if dim == -1 else v.square().sum(others, keepdim=True)  # -1 is torch's word for "all"
+    return v * (g / squares.sqrt())
 
 
 @contextmanager
