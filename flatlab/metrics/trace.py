@@ -123,9 +123,9 @@ def hessian_trace(
 
     Nothing stops when it looks accurate, since luck looks like accuracy. 32 pilot probes say once how many are needed,
     and the interval rests on them, whatever the others say (Stein 1945). Of 95 % intervals, 93 to 97 % held the truth
-    at each budget from the least on, on flat, decaying and indefinite spectra and on one with outliers, deflated or
-    not (`benchmarks/coverage.py`). Up to 84 parameters the matrix is formed by P products, and nothing is sampled; so
-    it is with more of them where sampling would cost more than that.
+    from the least budget on, on flat, decaying and indefinite spectra and on ones with outliers, deflated or not. Up to
+    84 parameters the matrix is formed by P products, and nothing is sampled; so it is with more of them where sampling
+    would cost more than that.
 
     Args:
         landscape: whose Hessian; or an operator.
