@@ -14,6 +14,7 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
+from flatlab.curvature.exact import exact_derivatives
 from flatlab.derivatives import pullback, total_at, twice_differentiable
 from flatlab.errors import UserError
 from flatlab.nests import Batch, converted
@@ -59,7 +60,7 @@ def probe_curvature(model: nn.Module, moved: Mapping[str, Tensor], batches: Sequ
     own = next(iter(moved.values())).dtype
     for dtype in dict.fromkeys((torch.float64, own)):
         # Where the model fails in its own precision too, it has no second derivative: the product itself says why.
-        with suppress(RuntimeError, TypeError):
+        with suppress(RuntimeError, TypeError), exact_derivatives(model):
             return _refuse_faults(*_function(model, moved, batches, total, dtype), list(moved))
 
 

@@ -199,12 +199,12 @@ class Landscape:
 
     def gradient(self, vector: Tensor | None = None) -> Tensor:
         """Return the gradient (P,) of the loss at a flat vector, by default at the point itself."""
-
-        def derivative(loss: Tensor) -> Iterable[Tensor]:
-            return torch.autograd.grad(loss, self._tensors, materialize_grads=True)
-
-        with self._visiting(vector):
-            return self._accumulate(derivative)
+        result = torch.zeros_like(self._w0)
+        with self._visiting(vector), torch.enable_grad():
+            for inputs, total, count in self._terms():
+                loss = total(self.model(inputs)) / count
+                result += flatten(torch.autograd.grad(loss, self._tensors, materialize_grads=True))
+        return result
 
     def hvp(self, vector: Tensor) -> Tensor:
         """Return the Hessian of the loss at the point times a vector (P,): the product that `Hessian` makes.
@@ -213,18 +213,11 @@ class Landscape:
             UserError: where the model cannot be differentiated twice, or rounds its weights.
         """
         direction = self.as_point(vector)
-        if self._hessian is None:
-            self._hessian = Hessian(self)
+        self._hessian = self._hessian or Hessian(self)
         return self._hessian @ direction
 
     def check_curvature(self) -> None:
-        """Refuse second derivatives that autograd gets wrong: by what is known of the model, then by a probe, once.
-
-        The probe costs a few products and gradients on a few samples; ``check=False`` leaves it out.
-
-        Raises:
-            UserError: where weights are rounded, or the Hessian is not symmetric, or not that of the gradient.
-        """
+        """Refuse weights that are rounded and, once, by a probe on a few samples, derivatives that are wrong."""
         refuse_rounding(self.model, self._tensors)
         if not self._curved:
             few = [spread(batches, max(1, SAMPLED // len(self.strata))) for batches in self._batches]
@@ -261,13 +254,6 @@ class Landscape:
         outputs = self._forward(batch.inputs)
         pairs = zip(block.parts, targets, strict=True)
         return torch.stack([self._total(part(outputs, p.start, p.stop), each) for p, each in pairs])
-
-    def _accumulate(self, derivative: Callable[[Tensor], Iterable[Tensor]]) -> Tensor:
-        result = torch.zeros_like(self._w0)
-        with torch.enable_grad():
-            for inputs, total, count in self._terms():
-                result += flatten(derivative(total(self.model(inputs)) / count))
-        return result
 
     def _terms(self) -> Iterator[Term]:
         for batches, size in zip(self._batches, self.sizes.tolist(), strict=True):

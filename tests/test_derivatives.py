@@ -1,5 +1,7 @@
 """Curvature that autograd would get wrong in silence is refused, with the reason; what it gets right is not."""
 
+import warnings
+
 import cases
 import pytest
 import torch
@@ -8,6 +10,7 @@ from spectra import double, normal
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
+from flatlab.curvature import operators
 from flatlab.curvature.operators import Hessian
 from flatlab.curvature.outer import GGN, Fisher
 from flatlab.errors import UserError
@@ -67,7 +70,7 @@ def test_another_straight_through_estimator_is_refused_too():
 
 
 @pytest.mark.parametrize("kind", ["orthogonal", "masked"])
-def test_smooth_parametrizations_are_not(kind):
+def test_smooth_parametrizations_are_not_rounded(kind):
     class Masked(nn.Module):
         """Most of the weights lie on a grid for good, as INQ's do; the others are themselves."""
 
@@ -89,6 +92,166 @@ def test_smooth_parametrizations_are_not(kind):
     torch.testing.assert_close(landscape.hvp(v), (slopes[0] - slopes[1]) / (2 * eps), rtol=1e-6, atol=1e-8)
 
 
+NORMS = {
+    "weight_norm by hooks": lambda layer: nn.utils.weight_norm(layer),
+    "weight_norm by hooks, whole": lambda layer: nn.utils.weight_norm(layer, dim=None),
+    "weight_norm": parametrizations.weight_norm,
+    "weight_norm by columns": lambda layer: parametrizations.weight_norm(layer, dim=1),
+    "spectral_norm by hooks": lambda layer: nn.utils.spectral_norm(layer),
+    "spectral_norm": parametrizations.spectral_norm,
+    "orthogonal": lambda layer: parametrizations.orthogonal(layer, orthogonal_map="cayley"),
+}
+
+
+def normed(kind, seed=0, dtype=torch.float64):
+    """A network whose first layer is normed."""
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(seed)
+        model = nn.Sequential(NORMS[kind](nn.Linear(6, 5)), nn.Tanh(), nn.Linear(5, 3)).to(dtype).eval()
+    case = cases.make("mlp")
+    return cases.Case(model, case.inputs.to(dtype), case.targets)
+
+
+def by_differences(landscape, eps=1e-5):
+    """The Hessian by differences of the gradient."""
+    eye = torch.eye(landscape.num_params, dtype=torch.float64)
+    ends = [[landscape.gradient(landscape.point + sign * eps * e) for sign in (1, -1)] for e in eye]
+    return torch.stack([(up - down) / (2 * eps) for up, down in ends], dim=1)
+
+
+@pytest.mark.parametrize("method", ["reverse", "forward"])
+@pytest.mark.parametrize("kind", NORMS)
+def test_normed_weights_have_the_curvature_of_their_gradient(kind, method):
+    landscape = normed(kind).landscape([20, 4])
+    if (kind, method) == ("orthogonal", "forward"):  # of torch.linalg.solve
+        with pytest.raises(UserError, match="has no Hessian: forward: its product is another one, by"):
+            Hessian(landscape, method=method)
+        method = "auto"
+    found = Hessian(landscape, method=method) @ torch.eye(landscape.num_params, dtype=torch.float64)
+    torch.testing.assert_close(found, by_differences(landscape), rtol=0, atol=1e-8)
+    torch.testing.assert_close(found, found.T, rtol=0, atol=1e-12)
+    torch.testing.assert_close(landscape.hvp(landscape.point), found @ landscape.point)
+
+
+def test_the_fused_weight_norm_would_be_wrong(monkeypatch):
+    monkeypatch.setattr(operators, "uses_fused_weight_norm", lambda outputs: False)
+    landscape = normed("weight_norm").landscape(check=False)
+    found = Hessian(landscape) @ torch.eye(landscape.num_params, dtype=torch.float64)
+    assert (found - by_differences(landscape)).abs().max() > 0.01  # once this fails, torch is mended
+
+
+@pytest.mark.parametrize("kind", ["weight_norm", "spectral_norm", "orthogonal"])
+def test_no_draw_of_smooth_weights_looks_rounded(kind):
+    for seed in range(24):
+        Hessian(normed(kind, seed, torch.float32).landscape(check=False))
+
+
+@pytest.mark.parametrize("kind", ["weight_norm by hooks", "spectral_norm by hooks"])
+def test_derived_weights_stay_where_they_are(kind):
+    case = normed(kind)
+    landscape, derived = case.landscape(), case.model[0]
+    case.model(case.inputs)
+    before, bits = derived.weight, derived.weight.detach().clone()
+
+    def same():
+        return derived.weight is before and torch.equal(before, bits)
+
+    for ask in (landscape.evaluate, landscape.gradient, landscape.hvp, lambda v: Hessian(landscape) @ v):
+        ask(landscape.point + 1.0)
+        assert same()
+    with pytest.raises(KeyError), landscape.moving() as at:
+        at(landscape.point)
+        raise KeyError
+    assert same()
+
+
+def test_a_penalty_that_reads_the_parameters_is_differentiated():
+    case = double("mlp")
+    held = list(case.model.parameters())
+    for read in (case.model.parameters, lambda: held):
+        for cut in ([24], [5, 19]):
+            landscape = cases.Case(
+                case.model,
+                case.inputs,
+                case.targets,
+                lambda o, t, read=read: F.cross_entropy(o, t) + 0.3 * sum(p.square().sum() for p in read()),
+            ).landscape(cut)
+            v = normal("penalty", shape=(landscape.num_params,))
+            expected = case.dense_hessian(landscape.point) @ v + 0.6 * v
+            torch.testing.assert_close(Hessian(landscape) @ v, expected)
+            torch.testing.assert_close(landscape.hvp(v), expected)
+
+
+def test_a_kept_graph_ends_when_the_model_was_moved():
+    case = double("mlp")
+    landscape, v = case.landscape(), normal("kept", shape=(53,))
+    operator, expected = Hessian(landscape), case.dense_hessian(landscape.point) @ v
+    for _ in range(2):
+        torch.testing.assert_close(operator @ v, expected)
+        landscape.evaluate(2 * landscape.point)
+
+
+class Sparse(nn.Module):
+    """A bag of words with sparse gradients."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.head = nn.Embedding(11, 6, sparse=True), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.words(x)).mean(1))
+
+
+def test_sparse_embeddings_have_gradient_and_curvature():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Sparse().double().eval()
+        case = cases.Case(model, torch.randint(0, 11, (24, 5)), torch.arange(24) % 3)
+    landscape = case.landscape()
+    slope, product = landscape.gradient(), landscape.hvp(landscape.point)
+    assert model.words.sparse
+    model.words.sparse = False
+    torch.testing.assert_close(slope, torch.func.grad(case.functional())(landscape.point))
+    torch.testing.assert_close(product, case.dense_hessian(landscape.point) @ landscape.point)
+
+
+@pytest.mark.parametrize("wrap", [lambda m: torch.compile(m, backend="aot_eager"), nn.DataParallel, torch.jit.script])
+def test_wrapped_models_have_the_curvature_of_what_they_wrap(wrap):
+    case = double("mlp")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wrapped = wrap(cases.make("mlp").double().model).eval()
+    landscape = cases.Case(wrapped, case.inputs, case.targets).landscape()
+    expected = case.dense_hessian(landscape.point)
+    for method in ("reverse", "forward"):
+        found = Hessian(landscape, method=method) @ torch.eye(53, dtype=torch.float64)
+        torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(landscape.hvp(landscape.point), expected @ landscape.point)
+
+
+def test_replicas_on_several_devices_are_refused():
+    case = cases.make("mlp")
+    wrapped = nn.DataParallel(case.model).eval()
+    landscape = cases.Case(wrapped, case.inputs, case.targets).landscape()
+    wrapped.device_ids = [0, 1]
+    with pytest.raises(UserError, match=r"is a DataParallel on 2: hand in its `.module`"):
+        Hessian(landscape)
+
+
+def test_a_loss_without_second_derivative_is_refused_in_a_sentence():
+    def loss(outputs, lengths):
+        targets = torch.ones(len(lengths), 3, dtype=torch.long)
+        scores = outputs.log_softmax(-1).transpose(0, 1)
+        return F.ctc_loss(scores, targets, torch.full_like(lengths, 9), lengths, reduction="none")
+
+    data = [(normal("ctc", shape=(6, 9, 6)), torch.full((6,), 3))]
+    landscape = Landscape(nn.Linear(6, 5).double().eval(), data, loss)
+    for ask in (landscape.hvp, lambda v: hessian_spectrum(landscape, k=1)):
+        with pytest.raises(UserError, match="has no Hessian: reverse: .*ctc_loss"):
+            ask(landscape.point)
+
+
 def test_a_second_derivative_that_torch_would_call_zero_is_refused():
     class Sine(torch.autograd.Function):
         @staticmethod
@@ -107,7 +270,9 @@ def test_a_second_derivative_that_torch_would_call_zero_is_refused():
 
     x = normal("sine", shape=(8, 3))
     landscape = Landscape(Model(3, 2).double().eval(), [(x, torch.ones(8, 2))], F.mse_loss)
-    with pytest.raises(UserError, match="has no Hessian: a function in it is marked with @once_differentiable"):
+    with pytest.raises(
+        UserError, match="has no Hessian: reverse: a function in it is marked with @once_differentiable"
+    ):
         landscape.hvp(landscape.point)
 
 

@@ -117,6 +117,26 @@ def test_linear_layers_and_convolutions_of_other_axes_fold(axes):
     torch.testing.assert_close(folded @ vector, Hessian(landscape, fold=False) @ vector, rtol=1e-10, atol=1e-13)
 
 
+@pytest.mark.parametrize("features", [4, 7])
+def test_batchnorm_over_the_tokens_of_a_linear_layer_is_left_alone(features):
+    """BatchNorm1d normalises axis 1 of (n, 7, features), the layer's outputs lie along axis 2."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        tokens = [nn.Linear(5, features), nn.BatchNorm1d(7), nn.Tanh(), nn.Flatten(), nn.Linear(7 * features, 4)]
+        model = nn.Sequential(*tokens, nn.BatchNorm1d(4)).double().eval()
+        for norm in (model[1], model[5]):
+            norm.running_mean.normal_(), norm.running_var.uniform_(0.5, 2.0)
+    case = cases.Case(model, normal("tokens", shape=(6, 7, 5)), torch.arange(6) % 4)
+    operator = Hessian(case.landscape([6]))
+    assert (
+        operator.folding == "1 of 2 BatchNorm layers folded; 1 normalises another axis than that of the layer's outputs"
+    )
+    vector = normal("tokens", shape=(operator.shape[0],))
+    expected = torch.func.jvp(torch.func.grad(case.functional()), (operator.landscape.point,), (vector,))[1]
+    torch.testing.assert_close(operator @ vector, expected, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(operator.landscape.hvp(vector), expected, rtol=1e-9, atol=1e-12)
+
+
 def test_what_does_not_vary_is_not_folded():
     operator = Hessian(double("conv_bn").landscape(params="7.*"))
     assert operator.folding == "0 of 2 BatchNorm layers folded; 1 has nothing before it that varies"

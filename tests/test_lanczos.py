@@ -147,6 +147,23 @@ def test_converged_pairs_are_not_verified_before_the_search_is_seen_to_its_end()
     assert hessian_spectrum(quadratic([3.0, 2.0, 1.0]), k=1, tol=1e-9).verified  # the basis spans the space
 
 
+@pytest.mark.parametrize("which", ["LA", "SA", "BE"])
+def test_a_small_problem_is_solved_exactly_where_the_search_does_not_end(which):
+    values = np.r_[np.geomspace(1e-4, 30.0, 200), -np.geomspace(1e-4, 1e-2, 121)]
+    operator = Hessian(quadratic(values))
+    spectrum = hessian_spectrum(operator, k=2, which=which, tol=1e-4, vectors=True)
+    assert spectrum.converged and spectrum.cost.hvps == operator.products <= 2 * lanczos.BUDGET + 321
+    assert spectrum.eigenvalues == pytest.approx(wanted(values, 2, which), rel=1e-4)
+    assert spectrum.eigenvalues != pytest.approx(wanted(values, 4, which)[-2:], rel=1e-4)
+    products = operator @ spectrum.eigenvectors
+    assert torch.linalg.vector_norm(products - spectrum.eigenvectors * torch.tensor(spectrum.eigenvalues)) < 2e-3
+    exact = hessian_spectrum(operator, k=2, which=which, budget=321)
+    assert exact.converged and exact.cost.hvps == 321
+    assert exact.eigenvalues == pytest.approx(wanted(values, 2, which), rel=1e-10)
+    short = hessian_spectrum(operator, k=2, which="SA", tol=1e-9, budget=100)
+    assert short.cost.hvps == 100 and not short.converged
+
+
 def test_the_seed_names_the_start():
     landscape = double("mlp").landscape()
     first, second, other = (hessian_spectrum(landscape, k=2, seed=seed) for seed in (0, 0, 1))

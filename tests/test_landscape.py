@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, TensorDataset
 
 from flatlab import params, seeds
+from flatlab.curvature.operators import Hessian
 from flatlab.errors import UserError
 from flatlab.landscape import Landscape
 from flatlab.quant.attach import attach, bake, scales
@@ -67,6 +68,23 @@ def test_hvp_is_the_dense_hessian_of_an_mlp():
     dense = case.dense_hessian(landscape.point)
     columns = torch.stack([landscape.hvp(e) for e in torch.eye(landscape.num_params, dtype=torch.float64)])
     torch.testing.assert_close(columns, dense, rtol=1e-9, atol=1e-12)
+
+
+def test_hvp_is_the_product_of_the_operator_and_costs_the_same():
+    case, passes = cases.make("conv_bn").double(), []
+    case.model.register_forward_pre_hook(lambda *_: passes.append(1))
+    for cut in ([24], [20, 4]):
+        landscape = case.landscape(cut)
+        operator, v = Hessian(landscape, method="reverse"), direction(landscape, "hvp")
+        torch.testing.assert_close(landscape.hvp(v), operator @ v, rtol=1e-12, atol=1e-14)
+        counts = []
+        for product in (landscape.hvp, operator.__matmul__):
+            passes.clear()
+            product(v)
+            counts.append(len(passes))
+        assert counts == [0, 0] if len(cut) == 1 else counts == [2, 2]
+    part = landscape.on(landscape.blocks(8)[0])
+    assert not torch.equal(part.hvp(v), landscape.hvp(v))
 
 
 def test_hvp_of_a_loss_without_curvature_is_zero():

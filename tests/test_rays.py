@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from flatlab import seeds
+from flatlab.metrics.directions import given_directions
 from flatlab.metrics.rays import draw_ray, reach, scale_to_weights
 from flatlab.metrics.sphere import sphere_flatness
 
@@ -139,3 +140,22 @@ def test_a_pattern_restricts_what_moves():
     flatness = sphere_flatness(landscape, [2.0], num_samples=3)
     assert flatness.num_params == 18 and flatness.value[0] != 0.0
     assert all(torch.equal(each, case.model[0].weight) for each in moved)
+
+
+@pytest.mark.parametrize("normalisation", ["filter", "layer", "parameter"])
+def test_where_a_direction_is_zero_it_stays_zero(normalisation):
+    landscape = cases.make("mlp").landscape()
+    vector = torch.ones(53)
+    still = [(0, 6), (35, 53)] if normalisation != "layer" else [(0, 30)]  # one filter and a head, or one matrix
+    for start, stop in still:
+        vector[start:stop] = 0.0
+    found = given_directions(landscape, [vector], normalisation=normalisation).vectors[0]
+    assert torch.isfinite(found).all() and found.any()
+    for start, stop in still:
+        assert not found[start:stop].any()
+    moved = landscape.split(found)[0][1:] if normalisation == "filter" else landscape.split(found)[2]
+    wanted = (
+        landscape.split(landscape.point)[0][1:] if normalisation == "filter" else landscape.split(landscape.point)[2]
+    )
+    if normalisation != "parameter":
+        torch.testing.assert_close(moved.norm(), wanted.norm())

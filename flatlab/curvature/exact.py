@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from flatlab.derivatives import nodes_behind, second_order
+from flatlab.derivatives import nodes_behind, twice_differentiable
 
 FUSED = "WeightNormInterfaceBackward"  # its second derivative takes the norms for constants
 
@@ -32,7 +32,7 @@ def exact_derivatives(model: nn.Module, *, weight_norm: bool = True) -> Iterator
         weight_norm: replace weight_norm; it makes each operation slower by some microseconds.
     """
     with ExitStack() as stack:
-        stack.enter_context(second_order())
+        stack.enter_context(twice_differentiable())
         stack.enter_context(_dense_embeddings(model))
         stack.enter_context(attributes_restored(model))
         if weight_norm:
@@ -74,7 +74,9 @@ class _PlainWeightNorm(TorchFunctionMode):  # type: ignore[no-untyped-call]
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    return v * (g / torch.norm_except_dim(v, 2, dim))
+    others = [axis for axis in range(v.ndim) if axis != dim]
+    squares = v.square().sum() if dim == -1 else v.square().sum(others, keepdim=True)  # -1 is torch's word for "all"
+    return v * (g / squares.sqrt())
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 
@@ -81,19 +81,22 @@ def measure(
     """Try what `method` allows on one batch.
 
     With a `single` batch the graph is kept and nothing is faster, so forward mode is tried only where backwards fails.
+    Forward mode is always held against the other way, even where it is asked for: some of torch's formulas are wrong.
 
     Returns:
         the choice, and the graph where one was built.
     """
     rounds = 1 if single else 2  # the first round also warms up the machine
     reverse = ahead = Trial("", failure="not asked for")
-    if method != "forward":
+    with suppress(*([torch.OutOfMemoryError] if method == "forward" else [])):
         reverse = _try("reverse", build, views, rounds)
     if method == "forward" or (method == "auto" and not (single and reverse.product is not None)):
         ahead = _try("forward", lambda: forward, views, rounds)
     if reverse.product is not None and ahead.product is not None:
         off = float((reverse.product - ahead.product).norm() / reverse.product.norm().clamp_min(1e-30))
         ahead = ahead if off < AGREE else Trial("forward", failure=f"its product is another one, by {off:.1e}")
+    if method == "forward":
+        reverse = Trial("", failure="not asked for")
     tried = [trial for trial in (reverse, ahead) if trial.name]
     choice = Choice(_reason(tried, method, single), reverse.build, reverse.each, ahead.each, _failure(tried))
     return choice, reverse.graph

@@ -18,7 +18,7 @@ from torch.func import functional_call
 from flatlab.curvature.exact import exact_derivatives, uses_fused_weight_norm
 from flatlab.curvature.folding import Folds, find_folds
 from flatlab.curvature.modes import Choice, dual_numbers, measure, tangent_of
-from flatlab.derivatives import Apply, Whole, pullback
+from flatlab.derivatives import Apply, Whole, pullback, second_order
 from flatlab.errors import UserError, choose
 from flatlab.nests import part, tensors
 from flatlab.params import flatten
@@ -167,7 +167,7 @@ class Curvature(ABC):
 
     @contextmanager
     def _differentiating(self) -> Iterator[None]:
-        with exact_derivatives(self.landscape.model, weight_norm=self._fused), self._folds.applied():
+        with second_order(), exact_derivatives(self.landscape.model, weight_norm=self._fused), self._folds.applied():
             yield
 
     def _look(self, fold: bool) -> None:

@@ -44,8 +44,8 @@ class Spectrum:
             is over, and of 1,080 searches that trusted it 68 were off by more than tol (1 % asked for), against 19 by
             the residual.
         verified: whether the search went on, after the pairs had converged, until it was seen that no other eigenvalue
-            comes up (or the basis spans the space, or the whole matrix was solved). False where the budget ended it: the
-            pairs may be converged, and yet not the outermost.
+            comes up (or the basis spans the space, or the whole matrix was solved). False where the budget ended it:
+            the pairs may be converged, and yet not the outermost.
         eigenvectors: (P, k) orthonormal, or None where they were not asked for.
         which: "LA" the largest, "SA" the smallest (most negative), "BE" from both ends.
         tol: the relative residual that was asked for.

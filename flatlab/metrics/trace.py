@@ -8,8 +8,8 @@ are drawn independently; otherwise the estimate would be biased.
 Probes z are uniform on the sphere of radius sqrt(P') in the P' dimensions outside of Q. With B what A is there,
 z'Bz - tr(B) is a spherical harmonic of degree two, so that Var(z'Bz) = 2 E|Bz - (z'Bz / P') z|^2: the products tell the
 variance themselves, for any spectrum. Where few large eigenvalues are left, draws are skewed, and their spread is small
-whenever their mean is; this number is not, and its interval holds with few probes. For |Az|^2 = z'Cz, with C = (1 - QQ')
-A^2 (1 - QQ'), the same needs A(Az), a second product, which the pilot's probes have.
+whenever their mean is; this number is not, and its interval holds with few probes. For |Az|^2 = z'Cz, with
+C = (1 - QQ') A^2 (1 - QQ'), the same needs A(Az), a second product, which the pilot's probes have.
 """
 
 import time
@@ -123,9 +123,9 @@ def hessian_trace(
 
     Nothing stops when it looks accurate, since luck looks like accuracy. 32 pilot probes say once how many are needed,
     and the interval rests on them, whatever the others say (Stein 1945). Of 95 % intervals, 93 to 97 % held the truth
-    at each budget from the least on, on flat, decaying and indefinite spectra and on one with outliers, deflated or
-    not (`benchmarks/coverage.py`). Up to 84 parameters the matrix is formed by P products, and nothing is sampled; so
-    it is with more of them where sampling would cost more than that.
+    from the least budget on, on flat, decaying and indefinite spectra and on ones with outliers, deflated or not. Up to
+    84 parameters the matrix is formed by P products, and nothing is sampled; so it is with more of them where sampling
+    would cost more than that.
 
     Args:
         landscape: whose Hessian; or an operator.
