@@ -1,27 +1,28 @@
 """GradCAM (Selvaraju et al. 2017): where in an image a network finds evidence for a class, and numbers beside it.
 
-The maps are those of the `grad-cam` library, taken before it scales each by itself: two networks can then be shown on
-one scale.
+The maps are those of the `grad-cam` library before it scales each by itself: two networks can then be shown on one
+scale. A layer's outputs are kept from what works on them in place, and of a layer that runs twice one run is chosen.
 """
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from flatlab.arguments import whole
 from flatlab.errors import UserError
 from flatlab.landscape import Landscape
+from flatlab.metrics.cells import as_grid, inside_attention
 from flatlab.metrics.maps import agreement, ratio
 from flatlab.metrics.results import FloatArray
 from flatlab.probes import refuse_training
-
-PREFIXES = range(6)  # tokens before the patches: none, a class token, DeiT's two, registers
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,71 +59,66 @@ def gradcam(
 
     Args:
         model: in eval mode, with logits (N, num_classes); a quantized one is baked first. It is left bit-identical.
+            Of outputs in a tuple the first tensor is taken, of a mapping or dataclass the entry `logits`. One logit
+            (N, 1) speaks for class 1, and with the other sign for class 0.
         inputs: (N, C, H, W).
         classes: (N,) which class is explained; the true one where two networks are compared.
-        layer: name of a module; None finds the last one that has a grid with a gradient (`explained_layer`).
-        grid: height and width, where a layer gives tokens (N, T, D) of which a square one cannot be inferred.
+        layer: name of a module; None finds the last one that has a grid with a gradient (`explained_layer`). Where it
+            runs several times, the last time counts that has a gradient in several cells.
+        grid: height and width, where a layer gives tokens (N, T, D) of which none can be inferred.
 
     Raises:
-        UserError: where the model trains, or no layer does.
+        UserError: where the model trains, or layer, classes or the model's outputs are not of this kind.
     """
-    from pytorch_grad_cam import GradCAM
-    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
-
     refuse_training(model)
-    name = explained_layer(model, inputs[:1], classes[0]) if layer is None else layer
-    modules = dict(model.named_modules())
-    if name not in modules:
+    labels = _labels(inputs, classes)
+    name = explained_layer(model, inputs[:1], labels[0]) if layer is None else layer
+    if name not in dict(model.named_modules()):
         raise UserError(f"The model has no layer {name!r}; its layers are those of model.named_modules().")
-    seen: list[tuple[int, int]] = []
-
-    def spread(outputs: Tensor) -> Tensor:
-        cells = _as_grid(outputs, name, grid)
-        seen.append((cells.shape[2], cells.shape[3]))
-        return cells
-
-    layers, targets = [modules[name]], [ClassifierOutputTarget(each) for each in classes]
-    with _left_alone(model), torch.enable_grad(), ExitStack() as stack:
-        cam = GradCAM(model, layers, reshape_transform=spread)
-        held = cam.activations_and_grads
-        stack.callback(held.release)  # not `with cam`, which swallows an IndexError
-        cam(inputs.detach().clone().requires_grad_(), targets)
-        weighed = cam.get_cam_image(inputs, layers[0], targets, held.activations[0].numpy(), held.gradients[0].numpy())
+    with _left_alone(model), torch.enable_grad():
+        seen = _trace(model, inputs, lambda each, _: each == name)
+        spread = [as_grid(each, _sides(inputs), grid=grid, trailing=seen.trailing) for _, each in seen.ran]
+        if not spread or any(each is None for each in spread):
+            raise UserError(_no_grid(name, seen.ran, grid))
+        gradients = torch.autograd.grad(_picked(seen.scores, labels), [each for _, each in seen.ran], allow_unused=True)
+    grids = [as_grid(each, _sides(inputs), grid=grid, trailing=seen.trailing) for each in gradients if each is not None]
+    used = [cells for cells, gradient in zip(spread, gradients, strict=True) if gradient is not None]
+    if not used:
+        raise UserError(f"The logits do not depend on the outputs of layer {name!r}: name another layer.")
+    several = [index for index, each in enumerate(grids) if each is not None and _several(each)]
+    chosen = several[-1] if several else -1
+    activations, slopes = _array(used[chosen]), _array(grids[chosen])
+    weighed = (slopes.mean(axis=(2, 3))[:, :, None, None] * activations).sum(axis=1)
     rough = torch.from_numpy(np.maximum(weighed, 0)).double().unsqueeze(1)
-    maps = F.interpolate(rough, size=inputs.shape[-2:], mode="bilinear", align_corners=False)
-    return ClassMaps(maps.squeeze(1).numpy(), tuple(map(int, classes)), name, seen[0])
+    maps = F.interpolate(rough, size=_sides(inputs), mode="bilinear", align_corners=False)
+    return ClassMaps(maps.squeeze(1).numpy(), tuple(labels), name, activations.shape[2:])
 
 
 def explained_layer(model: nn.Module, inputs: Tensor, label: int) -> str:
     """Return the name of the last module to run whose outputs form a grid of which several cells have a gradient.
 
     Of ResNets this is the last stage, of MobileNetV2 the last convolution with its norm, of a ViT that reads its class
-    token the norm before the last attention: behind that, patches no longer reach the logits.
+    token the norm before the last attention: behind that, patches no longer reach the logits. Modules within an
+    attention do not count.
 
     Args:
         model: in eval mode.
         inputs: (1, C, H, W).
         label: the class whose logit is differentiated.
+
+    Raises:
+        UserError: where there is no such module, or the label is not a class of the model.
     """
-    ran: list[tuple[str, Tensor]] = []
-
-    def note(name: str) -> Any:
-        def hook(module: nn.Module, arguments: Any, outputs: Any) -> None:
-            del module, arguments
-            if isinstance(outputs, Tensor) and outputs.requires_grad and _cells(outputs):
-                ran.append((name, outputs))
-
-        return hook
-
-    with _left_alone(model), torch.enable_grad(), ExitStack() as stack:
-        for name, module in model.named_modules():
-            if name and "Pool" not in type(module).__name__:
-                stack.callback(module.register_forward_hook(note(name)).remove)
-        logits = model(inputs.detach().clone().requires_grad_())
-        outputs = [each for _, each in ran]
-        gradients = torch.autograd.grad(logits[0, label], outputs, allow_unused=True) if outputs else ()
+    labels, inside = _labels(inputs, [label]), inside_attention(model)
+    with _left_alone(model), torch.enable_grad():
+        seen = _trace(model, inputs, lambda name, outputs: isinstance(outputs, Tensor) and name not in inside)
+        image = _sides(inputs)
+        ran = [each for each in seen.ran if as_grid(each[1], image, trailing=seen.trailing) is not None]
+        score = _picked(seen.scores, labels)
+        gradients = torch.autograd.grad(score, [each for _, each in ran], allow_unused=True) if ran else ()
     for (name, _), gradient in reversed(list(zip(ran, gradients, strict=True))):
-        if gradient is not None and int((_flat(gradient).abs().sum(1) > 0).sum()) > 1:
+        cells = None if gradient is None else as_grid(gradient, image, trailing=seen.trailing)
+        if cells is not None and _several(cells[:1]):
             return name
     raise UserError(
         "No layer of the model gives a grid (N, C, H, W), or tokens (N, T, D), of several cells that the logits depend "
@@ -130,57 +126,120 @@ def explained_layer(model: nn.Module, inputs: Tensor, label: int) -> str:
     )
 
 
-def _cells(outputs: Tensor) -> bool:
-    """Whether outputs are a grid of several cells, or tokens of a square one."""
-    if outputs.ndim == 4:
-        return outputs.shape[2] * outputs.shape[3] > 1
-    return outputs.ndim == 3 and _square(outputs.shape[1]) is not None
+@dataclass
+class _Trace:
+    """A forward pass: what was wanted of the outputs of modules, in the order in which they ran, and the logits."""
+
+    ran: list[tuple[str, Tensor]]
+    trailing: bool = False  # a layer works on the last axis of four
+    scores: Tensor = field(default_factory=lambda: torch.zeros(0))
 
 
-def _square(tokens: int) -> tuple[int, int] | None:
-    """Return how many tokens come before the patches, and the side of the square that these form."""
-    for prefix in PREFIXES:
-        side = math.isqrt(max(0, tokens - prefix))
-        if side > 1 and side * side == tokens - prefix:
-            return prefix, side
-    return None
+def _trace(model: nn.Module, inputs: Tensor, wanted: Callable[[str, Any], bool]) -> _Trace:
+    seen = _Trace([])
+
+    def note(name: str) -> Any:
+        def hook(module: nn.Module, arguments: Any, outputs: Any) -> Any:
+            del arguments
+            leaves, structure = tree_flatten(outputs)
+            place = next((index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)), None)
+            if place is None:
+                return None
+            found = leaves[place]
+            seen.trailing |= found.ndim == 4 and isinstance(module, nn.Linear | nn.LayerNorm)
+            if not found.requires_grad or not wanted(name, outputs):
+                return None
+            seen.ran.append((name, found))
+            leaves[place] = found.clone()  # what comes next may work in place
+            return tree_unflatten(leaves, structure)
+
+        return hook
+
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            if name and "Pool" not in type(module).__name__:
+                stack.callback(module.register_forward_hook(note(name)).remove)
+        seen.scores = _scores(model(inputs.detach().clone().requires_grad_()), len(inputs))
+    return seen
 
 
-def _flat(gradient: Tensor) -> Tensor:
-    """Return a gradient's patch cells (cells, channels) of the first image."""
-    if gradient.ndim == 4:
-        return gradient[0].flatten(1).T
-    square = _square(gradient.shape[1])
-    return gradient[0, square[0] if square else 0 :]
+def _labels(inputs: Tensor, classes: Sequence[int]) -> list[int]:
+    """Return the classes, one for each image."""
+    if inputs.ndim != 4 or not inputs.numel():
+        raise UserError(f"inputs must be images (N, C, H, W), got shape {tuple(inputs.shape)}.")
+    if len(classes) != len(inputs):
+        raise UserError(f"classes must name one class for each image, got {len(classes)} for {len(inputs)} images.")
+    return [whole("a class", each, least=0) for each in classes]
 
 
-def _as_grid(outputs: Tensor, name: str, grid: tuple[int, int] | None) -> Tensor:
-    """Return outputs as (N, C, H, W)."""
-    if outputs.ndim == 4:
-        return outputs
-    square = _square(outputs.shape[1]) if outputs.ndim == 3 else None
-    sides = grid or (square and (square[1], square[1]))
-    if outputs.ndim != 3 or sides is None or sides[0] * sides[1] > outputs.shape[1]:
+def _picked(scores: Tensor, labels: list[int]) -> Tensor:
+    """Return the sum over images of the logits of their classes."""
+    if max(labels) >= scores.shape[1]:
+        raise UserError(f"classes must be below {scores.shape[1]}, the number of logits, got {max(labels)}.")
+    return scores[torch.arange(len(labels)), labels].sum()
+
+
+def _scores(outputs: Any, images: int, *, one: float = 1.0) -> Tensor:
+    """Return logits (N, num_classes) from the outputs of a model; of one logit z those of two classes, -z and z.
+
+    Args:
+        outputs: of the model.
+        images: how many there are.
+        one: what a single logit is multiplied by: with 1/2, the softmax over the two is its sigmoid.
+    """
+    logits = outputs
+    if isinstance(outputs, Mapping):
+        logits = outputs.get("logits")
+    elif isinstance(outputs, tuple | list):
+        logits = next((each for each in outputs if isinstance(each, Tensor)), None)
+    elif not isinstance(outputs, Tensor):
+        logits = getattr(outputs, "logits", None)
+    if isinstance(logits, Tensor) and logits.shape == (images,):
+        logits = logits.unsqueeze(1)
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != images:
+        came = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(outputs).__name__} without"
         raise UserError(
-            f"The outputs of {name!r} have shape {tuple(outputs.shape)}, which is neither (N, C, H, W) nor tokens "
-            "(N, T, D) of a square grid: name another layer, or give grid=(height, width)."
+            f"GradCAM needs a model that returns logits (N, num_classes), got {came}: wrap it in a module that does."
         )
-    patches = outputs[:, outputs.shape[1] - sides[0] * sides[1] :]
-    return patches.reshape(len(patches), *sides, -1).permute(0, 3, 1, 2)
+    return torch.cat([-one * logits, one * logits], dim=1) if logits.shape[1] == 1 else logits
+
+
+def _sides(inputs: Tensor) -> tuple[int, int]:
+    return inputs.shape[-2], inputs.shape[-1]
+
+
+def _several(cells: Tensor) -> bool:
+    """Whether several cells of an image have a gradient (N, C, H, W)."""
+    return bool(((cells.abs().sum(1) > 0).flatten(1).sum(1) > 1).any())
+
+
+def _array(cells: Tensor | None) -> npt.NDArray[Any]:
+    assert cells is not None
+    narrow = cells.dtype in (torch.bfloat16, torch.float16)
+    return np.asarray((cells.float() if narrow else cells).detach().cpu().numpy())
+
+
+def _no_grid(name: str, ran: list[tuple[str, Tensor]], grid: tuple[int, int] | None) -> str:
+    if not ran:
+        return f"Layer {name!r} does not run, or returns no tensor with a gradient: name another layer."
+    given = "" if grid is None else f" with grid={grid}"
+    return (
+        f"The outputs of {name!r} have shape {tuple(ran[-1][1].shape)}, which is not clearly (N, C, H, W), (N, H, W, C)"
+        f" or tokens (N, T, D) of a grid{given}: name another layer, or give grid=(height, width)."
+    )
 
 
 @contextmanager
 def _left_alone(model: nn.Module) -> Iterator[None]:
-    """Keep parameters out of the graph, and put their flags and gradients back: the library clears them."""
-    before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    """Keep parameters out of the graph, and put their flags back."""
+    before = [(p, p.requires_grad) for p in model.parameters()]
     try:
-        for parameter, _, _ in before:
+        for parameter, _ in before:
             parameter.requires_grad_(False)
         yield
     finally:
-        for parameter, flag, gradient in before:
+        for parameter, flag in before:
             parameter.requires_grad_(flag)
-            parameter.grad = gradient
 
 
 def moved_agreement(
@@ -244,6 +303,6 @@ def ablation(
     for count in np.rint(np.linspace(0, pixels, num_shares + 1)):
         first = order < count
         for curve, kept in ((deleted, ~first), (inserted, first)):
-            probabilities = model(torch.where(kept, inputs, fill)).double().softmax(1)
+            probabilities = _scores(model(torch.where(kept, inputs, fill)), len(inputs), one=0.5).double().softmax(1)
             curve.append(probabilities[rows, classes].cpu().numpy())
     return np.stack(deleted, axis=1), np.stack(inserted, axis=1)

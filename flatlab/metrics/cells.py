@@ -1,0 +1,71 @@
+"""How the outputs of a layer lie over an image: (N, C, H, W), (N, H, W, C), or tokens (N, T, D) of a grid."""
+
+import math
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+
+PREFIXES = range(6)  # tokens before the patches: none, a class token, DeiT's two, registers
+INSIDE = ("attention", "attn")  # in the name of a type
+PROJECTIONS = ("qkv", "to_qkv", "q_norm", "k_norm", "query", "key", "q_proj", "k_proj")  # children of an attention
+Sides = tuple[int, int]
+
+
+def as_grid(outputs: Tensor, image: Sides, *, grid: Sides | None = None, trailing: bool = False) -> Tensor | None:
+    """Return outputs as a view (N, C, h, w); None where they are no grid, or one that cannot be told from another.
+
+    The grid has the aspect of the image: of (N, 7, 7, 768) over a square one, channels come last.
+
+    Args:
+        outputs: of a layer.
+        image: height and width of the inputs.
+        grid: height and width of the cells, where they are known.
+        trailing: whether the network has layers that work on the last axis of four. Only then do channels come last.
+    """
+    if outputs.ndim == 3:
+        sides = grid or _patches(outputs.shape[1], image)
+        if sides is None or sides[0] * sides[1] > outputs.shape[1]:
+            return None
+        patches = outputs[:, outputs.shape[1] - sides[0] * sides[1] :]
+        return patches.reshape(len(patches), *sides, -1).permute(0, 3, 1, 2)
+    if outputs.ndim != 4:
+        return None
+    first, last = tuple(outputs.shape[2:]), tuple(outputs.shape[1:3])
+    if grid is not None:
+        return outputs if first == grid else outputs.permute(0, 3, 1, 2) if last == grid else None
+    off, other = _off(first, image), _off(last, image)
+    if math.isclose(off, other, abs_tol=1e-9):
+        return None if trailing else outputs
+    if off < other:
+        return outputs
+    return outputs.permute(0, 3, 1, 2) if trailing else None
+
+
+def inside_attention(model: nn.Module) -> set[str]:
+    """Return the names of the modules within an attention: their outputs are parts of tokens, not places."""
+    names = set[str]()
+    for name, module in model.named_modules():
+        if _is_attention(module):
+            names |= {f"{name}.{each}".lstrip(".") for each, _ in module.named_modules() if each}
+    return names
+
+
+def _is_attention(module: nn.Module) -> bool:
+    children: Iterable[str] = (name for name, _ in module.named_children())
+    return any(word in type(module).__name__.lower() for word in INSIDE) or any(each in PROJECTIONS for each in children)
+
+
+def _patches(tokens: int, image: Sides) -> Sides | None:
+    """Return the sides of the grid, of the image's aspect, that tokens form behind a few that are no patches."""
+    for prefix in PREFIXES:
+        count = max(0, tokens - prefix)
+        height = round(math.sqrt(count * image[0] / image[1]))
+        width = count // height if height else 0
+        if count > 1 and height * width == count and abs(width - height * image[1] / image[0]) < 1:
+            return height, width
+    return None
+
+
+def _off(sides: tuple[int, ...], image: Sides) -> float:
+    """Return how far the aspect of a grid is from that of the image."""
+    return abs(math.log(sides[0] / sides[1]) - math.log(image[0] / image[1]))
