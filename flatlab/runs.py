@@ -152,6 +152,11 @@ class Run(Entry):
         """Return the measurements that exist, finished or not."""
         return [Probe.read(path.parent) for path in sorted((self.path / "probes").glob("*/spec.json"))]
 
+    def check_done(self) -> None:
+        """Refuse a run that is not finished."""
+        if not self.done:
+            raise UserError(f"Run {self.spec.digest} is not finished; repeat the command that began it, then measure.")
+
     def check_data(self, fingerprint: str) -> None:
         """Refuse data that differ from what the run was trained on.
 

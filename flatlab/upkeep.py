@@ -1,18 +1,18 @@
 """`flatlab runs` and `flatlab data`: looking after a store and its data sets."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from flatlab.jsontext import strict_json
+from flatlab.mistakes import Commands
 from flatlab.options import Choices, takes
+from flatlab.words import NAMED, OneRun, Runs
 
-runs_app = typer.Typer(help="Look at the runs of a store, and keep it in order.", no_args_is_help=True)
-data_app = typer.Typer(help="Look at data sets.", no_args_is_help=True)
-
-Digest = Annotated[str, typer.Argument(help="Digest of a run, or its beginning (`flatlab runs list`).")]
-Digests = Annotated[list[str], typer.Argument(help="Digests of runs, or their beginnings (`flatlab runs list`).")]
+runs_app = Commands(help="Look at the runs of a store, and keep it in order.", no_args_is_help=True)
+data_app = Commands(help="Look at data sets.", no_args_is_help=True)
 
 
 @runs_app.command("list", epilog="Example: `flatlab runs list --store runs`")
@@ -29,10 +29,10 @@ def list_runs(chosen: Choices) -> None:
 
 
 @runs_app.command(epilog="Example: `flatlab runs show 3f2a`")
-@takes("store", "json", "debug")
-def show(chosen: Choices, run: Digest) -> None:
+@takes(*NAMED, "store", "json", "debug")
+def show(chosen: Choices, run: OneRun) -> None:
     """Print a run's spec, provenance and log, always as JSON."""
-    found = chosen.runs().find(run)
+    (found,) = chosen.named([run])
     told = {"spec": found.spec.model_dump(mode="json"), "done": found.done, "provenance": found.provenance}
     told["kept"] = list(found.kept())
     told["probes"] = {probe.path.name: probe.spec.model_dump(mode="json") for probe in found.probes()}
@@ -52,14 +52,14 @@ def verify(chosen: Choices) -> None:
 
 
 @runs_app.command(epilog="Example: `flatlab runs rm 3f2a 77c1`")
-@takes("store", "json", "debug")
-def rm(chosen: Choices, runs: Digests) -> None:
+@takes(*NAMED, "store", "json", "debug")
+def rm(chosen: Choices, runs: Runs) -> None:
     """Delete runs with their measurements."""
     store = chosen.runs()
-    found = {run.path: run for run in map(store.find, runs)}
-    for run in found.values():
+    found = chosen.named(runs)
+    for run in found:
         store.remove(run)
-    removed = list(map(str, found))
+    removed = [str(run.path) for run in found]
     chosen.answer_facts({"removed": removed}, f"Removed {', '.join(removed)}.")
 
 
@@ -93,7 +93,7 @@ def check(chosen: Choices, dataset: Annotated[str, typer.Argument(help="PACS, ..
 
     from flatlab.data import folders
 
-    named = Choices({**chosen.given, "dataset": dataset})
+    named = replace(chosen, given={**chosen.given, "dataset": dataset})
     rows = folders.check(named.name(), named.folder())
     chosen.answer(pd.DataFrame([{**row._asdict(), "ok": row.ok} for row in rows]), dataset)
     if not all(row.ok for row in rows):

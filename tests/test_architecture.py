@@ -58,6 +58,7 @@ MAY_IMPORT = {
     "uniformity": "tables plots runs probespecs specs files metrics.results errors",
     "rounding": "tables plots runs probespecs specs files metrics.results errors",
     "tensorboard": "runs errors",
+    "names": "methods runs specs errors data.catalog",
     "work": "jobs runs specs errors measure train",  # the last two inside functions: workers alone load torch
     # things that take arguments, not specs
     "data": "seeds errors",
@@ -93,7 +94,7 @@ MAY_IMPORT = {
     "probespecs specs settings methods tables plots runs resources",
 }
 OPEN = ("api", "cli", "upkeep", "options", "words", "mistakes", "display", "doctor", "errands", "hessian", "noise")
-OPEN += ("surveys", "handover", "__main__", "__init__")
+OPEN += ("surveys", "handover", "checks", "idle", "__main__", "__init__")
 TORCH_FREE = [
     "specs",
     "probespecs",
@@ -107,6 +108,9 @@ TORCH_FREE = [
     "papertable",
     "reproduce",
     "options",
+    "names",
+    "checks",
+    "idle",
     "cli",
 ]
 
