@@ -6,6 +6,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flatlab.data import catalog
 from flatlab.errors import UserError, choose
 from flatlab.words import DEVICES, FOLDERS, LIMITS, NUMBERS, flag
 
@@ -115,3 +116,19 @@ def start(todo: "Sequence[Job]", place: "Place") -> None:
 
         if weights == "imagenet" or place.weights_file:
             build_network(model, num_classes=2, weights=weights if weights == "imagenet" else str(place.weights_file))
+
+
+def domains(splits: "Iterable[str]", place: "Place", dataset: str) -> None:
+    """Refuse domains that the data do not have; "source" and "target" are always there."""
+    names = [name.strip() for each in splits if each not in ("source", "target") for name in each.split(",")]
+    if names:
+        known = catalog.domain_names(dataset, Path(place.data_dir) if place.data_dir else None)
+        for name in names:
+            choose("domain", name, known)
+
+
+def target(path: Path) -> None:
+    """Refuse a file to be written that is a folder, or lies in none."""
+    if path.is_dir() or not path.parent.is_dir():
+        what = "is a folder" if path.is_dir() else f"lies in {path.parent}, which is no folder"
+        raise UserError(f"--file must name a file in an existing folder, got {path}, which {what}.")

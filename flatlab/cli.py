@@ -11,6 +11,7 @@ import typer
 
 from flatlab import checks, handover, surveys
 from flatlab.errands import carry_out, catalogue, everything, measured, price, tell_written
+from flatlab.errors import UserError
 from flatlab.hessian import hessian
 from flatlab.idle import refuse_idle, refuse_without_effect
 from flatlab.jsontext import strict_json
@@ -89,6 +90,8 @@ def train(chosen: Choices) -> None:
     from flatlab.data import catalog
 
     setting, store = chosen.setting(), chosen.runs()
+    if chosen.keep_every and chosen.keep_every > setting.steps:
+        raise UserError(f"--keep-every must be at most --steps, got {chosen.keep_every} > {setting.steps}.")
     label, parts = methods.method(chosen.method)
     changes = {part: chosen.given[part] for part in PARTS if chosen.given[part] is not None}
     parts = methods.vary(parts, changes)

@@ -34,8 +34,8 @@ def carry_out(chosen: Choices, todo: Sequence[Any], place: Any = None) -> None:
             if folder:  # before the work: a folder that cannot be made would end it without its pictures
                 folder.mkdir(parents=True, exist_ok=True)
     _decode({(spec.dataset, spec.image_size) for job in todo for spec in job.runs}, place)
-    with display.board(todo) as hear:
-        processes = chosen.processes(len(todo))
+    processes = chosen.processes(len(todo))
+    with display.board(todo, workers=processes) as hear:
         reproduce.carry_out(list(todo), chosen.runs(), place, workers=processes, hear=hear)
 
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from flatlab import errands
+from flatlab import checks, errands
 from flatlab.errors import UserError, choose
 from flatlab.options import Choices
 from flatlab.words import OneRun, Runs
@@ -36,6 +36,7 @@ def export(
 
     found = chosen.found([run])[0]
     path = file or Path(f"{found.spec.digest}.safetensors")
+    checks.target(path)
     done = write(found, path, chosen.place(), checkpoint=choose("checkpoint", checkpoint, ("selected", "last")))
     sentence = (
         f"{done.path}: {done.bytes:,} bytes instead of {done.float_bytes:,}, {done.compression:.2f} times smaller; "

@@ -39,9 +39,10 @@ def hessian(
     start_seed: Annotated[int, typer.Option(help="Of all random starts.")] = 0,
 ) -> None:  # the options of a measurement are its own, hence so many
     """Measure the Hessian around trained runs: top eigenvalues within bounds, trace with interval, density."""
-    from flatlab import spectra
+    from flatlab import checks, reproduce, spectra
 
     store, found = chosen.runs(), chosen.found(runs)
+    checks.domains(split or (), *reproduce.place_of(found, chosen.place()))
     fields = {"k": k, "which": which, "tol": tol, "rel_error": rel_error, "trace_budget": trace_budget}
     fields |= {"starts": starts, "steps": lanczos_steps, "checkpoint": checkpoint, "params": params}
     probes = spectra.probes_of(split or ["source"], engine, images=images, seed=start_seed, **fields)

@@ -28,14 +28,14 @@ class Strict(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Check the words as they were written, then convert them."""
-        order: list[Any]
         values, _, order = self.make_parser(ctx).parse_args(args=list(args))
         for param in order:
-            if order.count(param) > 1 and not param.multiple:
-                raise typer.BadParameter("it is given twice; give it once.", ctx=ctx, param=param)
-            value = values.get(param.name or "")
-            if any(isinstance(each, str) and not each.strip() for each in _each(value)):
-                raise typer.BadParameter("it must not be empty.", ctx=ctx, param=param)
+            hint: dict[str, Any] = {"ctx": ctx, "param": param}
+            given = _each(values.get(param.name))
+            if len(set(given)) < len(given) or (order.count(param) > 1 and not param.multiple):
+                raise typer.BadParameter("it is given twice; give it once.", **hint)
+            if any(isinstance(each, str) and not each.strip() for each in given):
+                raise typer.BadParameter("it must not be empty.", **hint)
         return super().parse_args(ctx, args)
 
 

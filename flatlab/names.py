@@ -25,7 +25,7 @@ def named(store: RunStore, words: Sequence[str], *, held_out: str = "all", seed:
     Raises:
         UserError: where a word names no run, or several.
     """
-    runs = store.runs()
+    runs = [run for run in store.runs() if not run.lends]
     labels = {_plain(run.spec.label) for run in runs} | {_plain(name) for name in METHODS}
     digests = [word for word in words if _plain(word) not in labels]
     for word in digests:

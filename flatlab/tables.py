@@ -172,6 +172,8 @@ def overview(store: RunStore) -> pd.DataFrame:
     columns = ["run", "dataset", "model", "composition", "held_out", "seed", "state", "probes", "validation", "target"]
     rows = []
     for run in store.runs():
+        if run.lends:
+            continue
         log = selection.candidates(run.rows(), run.spec.settled)
         best = selection.training_domain(log) if log else {}
         rows.append(

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from flatlab.errors import UserError
 from flatlab.jsontext import strict_json
 from flatlab.mistakes import Commands
 from flatlab.options import Choices, takes
@@ -69,6 +70,8 @@ def merge(chosen: Choices, other: Annotated[Path, typer.Argument(help="Folder of
     """Copy the finished runs and measurements of another store into this one."""
     from flatlab.runs import RunStore
 
+    if other.resolve() == chosen.runs().root.resolve():
+        raise UserError(f"{other} is this store; name another one to merge, or another --store.")
     counts = chosen.runs().merge(RunStore(other))
     chosen.answer_facts(counts, ", ".join(f"{count} {what}" for what, count in counts.items()) + ".")
 

@@ -45,6 +45,7 @@ MAY_IMPORT = {
     "tables": "runs probespecs specs selection files metrics.rounds metrics.results errors",
     "jobs": "entries errors runs probespecs specs quantspecs",
     "executors": "jobs",
+    "timeleft": "jobs",
     "reproduce": "tables executors jobs runs settings specs plots files machine data.catalog errors",
     "surroundings": "surfaceplots plots runs probespecs metrics.barrier metrics.grids metrics.results files errors",
     "orders": "tables",
@@ -94,7 +95,7 @@ MAY_IMPORT = {
     "probespecs specs settings methods tables plots runs resources",
 }
 OPEN = ("api", "cli", "upkeep", "options", "words", "mistakes", "display", "doctor", "errands", "hessian", "noise")
-OPEN += ("surveys", "handover", "checks", "idle", "__main__", "__init__")
+OPEN += ("surveys", "handover", "checks", "idle", "bars", "__main__", "__init__")
 TORCH_FREE = [
     "specs",
     "probespecs",
