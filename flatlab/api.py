@@ -3,6 +3,7 @@
 No public name is that of a module: `flatlab.train` is the package, `flatlab.train_runs` the function.
 """
 
+from flatlab.bars import counted
 from flatlab.checkpoints import landscape as landscape_of
 from flatlab.checkpoints import network as network_of
 from flatlab.curvature.operators import Hessian
@@ -41,7 +42,7 @@ from flatlab.metrics.sharpness import (
 from flatlab.metrics.sphere import SphereFlatness, sphere_flatness
 from flatlab.metrics.surfaces import line, plane
 from flatlab.metrics.symmetry import Symmetry
-from flatlab.metrics.trace import Trace, hessian_trace
+from flatlab.metrics.trace import DEFLATE, PILOT, Trace, hessian_trace
 from flatlab.metrics.triangle import Triangle, triangle
 from flatlab.metrics.typical import TypicalRise, typical_rise
 from flatlab.metrics.worst import WorstRise, worst_rise
@@ -62,6 +63,23 @@ from flatlab.stability import stability as accuracy_stability
 from flatlab.train.loop import train as train_runs
 from flatlab.train.replay import Replay
 from flatlab.train.replay import replay as replay_averages
+
+# What can last longer than two seconds shows a bar.
+sphere_flatness = counted(sphere_flatness)
+compare_flatness = counted(compare_flatness)
+worst_rise = counted(worst_rise)
+average_sharpness = counted(average_sharpness)
+worst_sharpness = counted(worst_sharpness)
+spectral_density = counted(spectral_density)
+typical_rise = counted(typical_rise)
+line = counted(line)
+plane = counted(plane)
+connect = counted(connect)
+scale_audit = counted(scale_audit)
+triangle = counted(triangle)
+gradcam = counted(gradcam)
+hessian_spectrum = counted(hessian_spectrum, products=lambda given: 3 * int(given.get("k", 10)))
+hessian_trace = counted(hessian_trace, products=lambda given: DEFLATE + PILOT)
 
 __all__ = [
     # landscapes and their measures

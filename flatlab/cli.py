@@ -4,27 +4,29 @@ import dataclasses
 import shlex
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import Annotated, Any
 
 import typer
 
-from flatlab import handover, surveys
+from flatlab import checks, handover, surveys
 from flatlab.errands import carry_out, catalogue, everything, measured, price, tell_written
-from flatlab.errors import choose
+from flatlab.errors import UserError, choose
 from flatlab.hessian import hessian
+from flatlab.idle import refuse_idle, refuse_without_effect
 from flatlab.jsontext import strict_json
-from flatlab.mistakes import say, spoken
+from flatlab.mistakes import Commands, say, spoken
 from flatlab.noise import noise
 from flatlab.options import Choices, takes
 from flatlab.upkeep import data_app, runs_app
-from flatlab.words import DATA, PARTS, QUANTIZER, RUNNING, TRAINING
+from flatlab.words import DATA, NAMED, PARTS, QUANTIZER, RUNNING, TRAINING, Runs
 
 HELP = """How flat is this minimum, is that one flatter, and does it matter out of domain?
 
 Begin with `flatlab reproduce fig3`: it trains five methods on embedded data, measures how flat their minima are, and
 draws Figure 3 of QT-DoG (arXiv 2410.06020) with error bands. Every command can be stopped and called again."""
 
-app = typer.Typer(
+app = Commands(
     help=HELP,
     context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
@@ -59,8 +61,8 @@ def reproduce(
         everything(chosen)
         return
     module = reproduce.analysis(name)
-    chosen.refuse_controls(name, has_some=hasattr(module, "CONTROLS"))
     todo = reproduce.missing(module, setting, store, place)
+    refuse_without_effect(chosen, module.plan, name)
     if chosen.dry_run:
         price(chosen, todo, setting)
         return
@@ -90,10 +92,13 @@ def train(chosen: Choices) -> None:
 
     setting, store = chosen.setting(), chosen.runs()
     among_all = choose("selection", chosen.select or "settled", ("settled", "all")) == "all"
+    if chosen.keep_every and chosen.keep_every > setting.steps:
+        raise UserError(f"--keep-every must be at most --steps, got {chosen.keep_every} > {setting.steps}.")
     label, parts = methods.method(chosen.method)
     changes = {part: chosen.given[part] for part in PARTS if chosen.given[part] is not None}
     parts = methods.vary(parts, changes)
-    chosen.refuse_idle(parts)
+    refuse_idle(chosen, parts)
+    refuse_without_effect(chosen, partial(methods.replicates, parts), "this method")
     wanted = methods.replicates(parts, setting)
     label += "".join(f", {part} {value}" for part, value in changes.items())
     check_data(map(store.run, wanted), chosen.place())
@@ -116,11 +121,11 @@ def train(chosen: Choices) -> None:
         say(remark, mark="")
 
 
-@app.command(epilog="Example: `flatlab flatness 3f2a 77c1 --radii 0:3:0.5 --samples 50 --split target`")
-@takes("data_dir", *RUNNING, "out")
+@app.command(epilog="Example: `flatlab flatness ERM QT-DoG --held-out rot45 --radii 0:3:0.5 --split target`")
+@takes(*NAMED, "data_dir", *RUNNING, "out")
 def flatness(
     chosen: Choices,
-    runs: Annotated[list[str], typer.Argument(help="Digests of runs, or their beginnings (`flatlab runs list`).")],
+    runs: Runs,
     radii: Annotated[
         str | None,
         typer.Option(
@@ -146,14 +151,19 @@ def flatness(
     direction_seed: Annotated[int, typer.Option(help="Of the directions.")] = 0,
 ) -> None:  # the options of a measurement are its own, hence so many
     """Measure how fast the loss rises around trained runs: F on spheres (QT-DoG Eq. 5), with intervals."""
-    from flatlab.flatness import SHOWN, chart, finished, panel_of, probe_of, said
+    from flatlab import reproduce
+    from flatlab.flatness import SHOWN, chart, panel_of, probe_of, said
 
     store, panel = chosen.runs(), panel_of(split)
-    found = finished(store, runs)
+    if samples is not None:
+        chosen.refuse(("rel_error", "abs_error", "budget", "block_size"), "with --samples")
+    found = chosen.found(runs)
+    reproduce.place_of(found, chosen.place())
     fields: dict[str, Any] = {"space": space, "checkpoint": checkpoint, "params": params, "images": images}
     fields |= {"rel_error": rel_error, "abs_error": abs_error, "budget": budget, "block_size": block_size}
     fields |= {"seed": direction_seed, "num_samples": samples, "normalisation": normalisation}
     probe = probe_of(radii, found[0].spec, **fields)
+    checks.space(found, probe.space)
     if not measured(chosen, found, [probe]):
         return
     table, written = chart(store, found, probe, panel=panel, out=chosen.out)
@@ -163,26 +173,28 @@ def flatness(
 
 
 app.command(epilog="Examples: `flatlab noise 3f2a`, `flatlab noise 3f2a 77c1 --radius --samples 50`")(
-    takes("data_dir", *RUNNING, "out")(noise)
+    takes(*NAMED, "data_dir", *RUNNING, "out")(noise)
 )
 app.command(epilog="Example: `flatlab hessian 3f2a --split source --split target -k 5 --images 200`")(
-    takes("data_dir", *RUNNING, "out")(hessian)
+    takes(*NAMED, "data_dir", *RUNNING, "out")(hessian)
 )
 app.command(
     epilog="Examples: `flatlab landscape 3f2a --grid 25 --images 200`, `flatlab landscape 3f2a 77c1 --axes line`"
-)(takes("data_dir", *RUNNING, "out")(surveys.landscape))
-app.command(epilog="Example: `flatlab audit 3f2a --images 200`")(takes("data_dir", *RUNNING, "out")(surveys.audit))
+)(takes(*NAMED, "data_dir", *RUNNING, "out")(surveys.landscape))
+app.command(epilog="Example: `flatlab audit 3f2a --images 200`")(
+    takes(*NAMED, "data_dir", *RUNNING, "out")(surveys.audit)
+)
 app.command(epilog="Example: `flatlab train --keep-every 10 --held-out rot45`, then `flatlab replay 3f2a`")(
-    takes("setting", "data_dir", "device", "cache", "store", "out", "json", "debug")(surveys.replay)
+    takes(*NAMED, "setting", "data_dir", "device", "cache", "store", "out", "json", "debug")(surveys.replay)
 )
 app.command(epilog="Example: `flatlab selftest`")(takes("json", "debug")(surveys.selftest))
 
 
 @app.command(epilog="Example: `flatlab stability 3f2a 77c1 --since 120`")
-@takes("store", "out", "json", "debug")
+@takes(*NAMED, "store", "out", "json", "debug")
 def stability(
     chosen: Choices,
-    runs: Annotated[list[str], typer.Argument(help="Digests of runs, or their beginnings (`flatlab runs list`).")],
+    runs: Runs,
     valley: Annotated[
         bool, typer.Option("--valley", help="Replay SWAD's rule on the logs, and draw its valley.")
     ] = False,
@@ -191,15 +203,13 @@ def stability(
     ] = None,
 ) -> None:
     """Say how steady runs' out-of-domain accuracy is, whether validation follows it, and what selecting costs."""
-    from flatlab.flatness import finished
     from flatlab.stability import SHOWN, chart, switch_of
     from flatlab.valleys import sentence
 
     if valley:
         from flatlab.train.replay import valley as valley_of
 
-    store = chosen.runs()
-    found = finished(store, runs)
+    store, found = chosen.runs(), chosen.found(runs)
     first = switch_of([run.spec for run in found]) if since is None else since
     valleys = [valley_of(run) for run in found] if valley else ()
     table, written = chart(store, found, since=first, out=chosen.out, valleys=valleys)
@@ -212,10 +222,10 @@ app.command(
     epilog="Example: `flatlab import erm.pth --model resnet50 --dataset PACS --data-dir data --held-out sketch`",
 )(takes(*DATA, "model", "trial_seed", "device", "store", "json", "debug")(handover.import_))
 app.command(epilog="Example: `flatlab export 3f2a --file qt-dog.safetensors`")(
-    takes("data_dir", "device", "cache", "store", "json", "debug")(handover.export)
+    takes(*NAMED, "data_dir", "device", "cache", "store", "json", "debug")(handover.export)
 )
 app.command(epilog="Example: `flatlab ensemble 3f2a 77c1 90ab --combine probabilities`")(
-    takes("combine", "data_dir", *RUNNING)(handover.ensemble)
+    takes(*NAMED, "combine", "data_dir", *RUNNING)(handover.ensemble)
 )
 
 
@@ -262,7 +272,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _run(words: list[str]) -> int:
     try:
-        with spoken(debug="--debug" in words, arguments=words):
+        with spoken(debug="--debug" in words):
             return app(words, prog_name="flatlab", standalone_mode=False) or 0
     except typer.Exit as end:
         return end.exit_code

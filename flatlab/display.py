@@ -22,59 +22,47 @@ from rich.text import Text
 
 from flatlab.errors import printable
 from flatlab.jobs import Job
+from flatlab.timeleft import TimeLeft
 
-WIDE = 160  # columns where there is no terminal to ask
-
-
-def _console(*, stderr: bool) -> Console:
-    console = Console(stderr=stderr, highlight=False)
-    return console if console.is_terminal else Console(stderr=stderr, highlight=False, width=WIDE)
-
-
-out = _console(stderr=False)
-err = _console(stderr=True)
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+WIDEST = 100_000  # columns of a table in a pipe
 PLAIN_SECONDS = 5.0  # between two lines where there is no terminal
-FIRST_SHARE = 0.03  # of the work, before a time left is told: workers are still loading
 
 
 class Board:
     """Hears the workers' events and shows how far the jobs are, weighed by their cost."""
 
-    def __init__(self, jobs: Sequence[Job], progress: Progress | None) -> None:
-        self.cost = {printable(job.name): job.passes for job in jobs}
-        self.share = dict.fromkeys(self.cost, 0.0)
+    def __init__(self, jobs: Sequence[Job], progress: Progress | None, *, workers: int = 1) -> None:
+        self.time = TimeLeft(jobs, workers=workers)
         self.progress = progress
         self.bars: dict[str, TaskID] = {}
-        self.started = self.told = time.monotonic()
-        self.total = progress.add_task(f"{len(jobs)} jobs", total=1.0) if progress else None
+        self.told = time.monotonic()
+        self.total = progress.add_task(f"{len(jobs)} jobs", total=1.0, left="") if progress else None
 
     def __call__(self, event: dict[str, Any]) -> None:
         """Take in an event, or a line that a worker has to say."""
         if "note" in event:
             err.print(printable(event["note"]), soft_wrap=True, markup=False)
             return
-        name = printable(event["job"])
+        name = event["job"]
         over = bool(event.get("finished") or event.get("error"))
-        self.share[name] = 1.0 if over else event.get("share", 0.0)
+        self.time.hear(name, event.get("share", 0.0), over=over)
         if self.progress and self.total is not None:
             self._bar(name, event, over)
-            self.progress.update(self.total, completed=self.done(), description=self._count())
+            self.progress.update(self.total, completed=self.time.done(), description=self._count(), left=self._left())
         elif time.monotonic() - self.told > PLAIN_SECONDS:
             self.told = time.monotonic()
-            err.print(f"{self.done():4.0%}  {self._left()}  {name}{_numbers(event)}", soft_wrap=True, markup=False)
-
-    def done(self) -> float:
-        """Return the share of the work that is done."""
-        whole = sum(self.cost.values()) or 1.0
-        return sum(self.cost[name] * self.share.get(name, 0.0) for name in self.cost) / whole
+            line = f"{self.time.done():4.0%}  {self._left()}  {printable(name)}{_numbers(event)}"
+            err.print(line, soft_wrap=True, markup=False)
 
     def _left(self) -> str:
-        if self.done() < FIRST_SHARE:
-            return "beginning"
-        return f"{_clock((time.monotonic() - self.started) * (1 - self.done()) / self.done())} left"
+        left = self.time.left()
+        return "beginning" if left is None else f"{_clock(left)} left"
 
     def _count(self) -> str:
-        return f"{sum(share == 1 for share in self.share.values())} of {len(self.cost)} jobs"
+        shares = self.time.share.values()
+        return f"{sum(share == 1 for share in shares)} of {len(shares)} jobs"
 
     def _bar(self, name: str, event: dict[str, Any], over: bool) -> None:
         assert self.progress
@@ -82,19 +70,19 @@ class Board:
             self.progress.remove_task(self.bars.pop(name))
         elif not over:
             if name not in self.bars:
-                self.bars[name] = self.progress.add_task(name, total=1.0)
-            self.progress.update(self.bars[name], completed=self.share[name], description=name + _numbers(event))
+                self.bars[name] = self.progress.add_task(name, total=1.0, left="")
+            self.progress.update(self.bars[name], completed=self.time.share[name], description=name + _numbers(event))
 
 
 @contextmanager
-def board(jobs: Sequence[Job]) -> Iterator[Board]:
-    """Show the jobs' progress on standard error while the block runs."""
+def board(jobs: Sequence[Job], *, workers: int) -> Iterator[Board]:
+    """Show the progress of jobs that so many workers share, on standard error, while the block runs."""
     if not err.is_terminal:
-        yield Board(jobs, None)
+        yield Board(jobs, None, workers=workers)
         return
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
-    with Progress(*columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=err) as progress:
-        yield Board(jobs, progress)
+    with Progress(*columns, TimeElapsedColumn(), TextColumn("{task.fields[left]}"), console=err) as progress:
+        yield Board(jobs, progress, workers=workers)
 
 
 @contextmanager
@@ -127,10 +115,11 @@ def frame(table: pd.DataFrame, title: str, *, formats: dict[str, str] | None = N
     )
     for column in table.columns:
         numeric = pd.api.types.is_numeric_dtype(table[column])
-        drawn.add_column(Text(printable(str(column))), justify="right" if numeric else "left")
+        drawn.add_column(Text(printable(str(column))), justify="right" if numeric else "left", overflow="fold")
     for row in table.itertuples(index=False):
         drawn.add_row(*(_cell(v, (formats or {}).get(str(c))) for c, v in zip(table.columns, row, strict=True)))
-    out.print(drawn)
+    whole = None if out.is_terminal else out.measure(drawn, options=out.options.update(max_width=WIDEST)).maximum
+    out.print(drawn, width=whole, crop=False)  # a pipe gets each cell in one line, a terminal folds what is too long
 
 
 def plan(jobs: Sequence[Job], seconds_per_pass: float, source: str, *, workers: int) -> None:

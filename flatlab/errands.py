@@ -10,6 +10,7 @@ from typing import Any
 
 import typer
 
+from flatlab import checks
 from flatlab.errors import UserError
 from flatlab.jsontext import strict_json
 from flatlab.mistakes import say
@@ -27,9 +28,14 @@ def carry_out(chosen: Choices, todo: Sequence[Any], place: Any = None) -> None:
     from flatlab import display, reproduce
 
     place = place or chosen.place()
+    if todo:
+        checks.start(todo, place)
+        for folder in (chosen.out, chosen.tensorboard):
+            if folder:  # before the work: a folder that cannot be made would end it without its pictures
+                folder.mkdir(parents=True, exist_ok=True)
     _decode({(spec.dataset, spec.image_size) for job in todo for spec in job.runs}, place)
-    with display.board(todo) as hear:
-        processes = chosen.processes(len(todo))
+    processes = chosen.processes(len(todo))
+    with display.board(todo, workers=processes) as hear:
         reproduce.carry_out(list(todo), chosen.runs(), place, workers=processes, hear=hear)
 
 
@@ -45,6 +51,7 @@ def measured(chosen: Choices, found: Sequence[Any], probes: Sequence[Any]) -> bo
     from flatlab.data import catalog
     from flatlab.runs import check_data
 
+    checks.parameters(found, probes)
     place, dataset = reproduce.place_of(list(found), chosen.place())
     check_data(found, place)
     sizes = catalog.sizes(dataset, Path(place.data_dir) if place.data_dir else None)

@@ -32,8 +32,8 @@ def choose(kind: str, name: str, known: Iterable[str]) -> str:
     if _plain(name) in plain:
         return plain[_plain(name)]
     near = difflib.get_close_matches(_plain(name), plain, n=1, cutoff=0.5)
-    hint = f" Did you mean {plain[near[0]]}?" if near else ""
-    raise UserError(f"Unknown {kind} {name!r}; known: {', '.join(names)}.{hint}")
+    hint = f"did you mean {plain[near[0]]}? Known" if near else "known"
+    raise UserError(f"Unknown {kind} {name!r}; {hint}: {', '.join(names)}.")
 
 
 def printable(text: str) -> str:

@@ -1,6 +1,5 @@
 """`flatlab flatness`: from words to a probe, and from measured runs to a table and a picture."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +24,7 @@ WHICH = {panel: f"{split}" for split, panel in PANELS.items()}
 SHOWN = {"method": "", "held_out": "", "seed": "", "radius": ".4g", "value": ".4g", "low": ".4g", "high": ".4g"}
 SHOWN |= {"l2": ".4g", "share": ".3f", "rms": ".2e"}  # what a screen has room for
 NORMALISATIONS = ("none", "filter", "layer", "parameter")
+LARGEST = 1e9
 MOST = 10_000  # radii: more are a slip of the keyboard
 
 
@@ -40,10 +40,10 @@ def parse_radii(text: str) -> tuple[float, ...] | Literal["auto"]:
     if text.strip().lower() == "auto":
         return "auto"
     radii = _numbers(text)
-    if not radii or not all(np.isfinite(radius) and radius >= 0 for radius in radii):
+    if not radii or not all(0 <= radius <= LARGEST for radius in radii):
         raise UserError(
-            f"--radii {text} does not do: write start:stop:step such as 0:60:5, or 0,0.5,1, or auto; "
-            "radii are finite and not negative."
+            f"--radii must be auto, start:stop:step such as 0:60:5, or numbers such as 0,0.5,1, all from 0 to "
+            f"{LARGEST:g}, got {text}."
         )
     return tuple(sorted(set(radii)))
 
@@ -60,23 +60,6 @@ def _numbers(text: str) -> list[float]:
     if count > MOST:
         raise UserError(f"--radii {text} names {count:,} radii; at most {MOST:,} are taken.")
     return [float(np.round(start + i * step, 12)) for i in range(count)]
-
-
-def finished(store: RunStore, digests: Sequence[str]) -> list[Run]:
-    """Return the runs that the digests name, each once.
-
-    Args:
-        store: holds them.
-        digests: or their beginnings.
-
-    Raises:
-        UserError: where there is no such run, or it is not finished.
-    """
-    found = {run.spec.digest: run for run in map(store.find, digests)}
-    for digest, run in found.items():
-        if not run.done:
-            raise UserError(f"Run {digest} is not finished; repeat the command that began it, then measure.")
-    return list(found.values())
 
 
 def panel_of(split: str) -> str:

@@ -5,9 +5,10 @@ from typing import Annotated
 
 import typer
 
-from flatlab import errands
+from flatlab import checks, errands
 from flatlab.errors import UserError, choose
 from flatlab.options import Choices
+from flatlab.words import OneRun, Runs
 
 ACCURACIES = dict.fromkeys(("validation", "test", "target"), ".3f")
 
@@ -26,15 +27,16 @@ def import_(
 
 def export(
     chosen: Choices,
-    run: Annotated[str, typer.Argument(help="Digest of a quantized run, or its beginning (`flatlab runs list`).")],
+    run: OneRun,
     file: Annotated[Path | None, typer.Option(help="The file to write (DIGEST.safetensors).")] = None,
     checkpoint: Annotated[str, typer.Option(help="selected (by source validation) or last.")] = "selected",
 ) -> None:
     """Write a quantized run with packed integer weights, and say what that saves in truth."""
     from flatlab.export import export as write
 
-    found = chosen.runs().find(run)
+    found = chosen.found([run])[0]
     path = file or Path(f"{found.spec.digest}.safetensors")
+    checks.target(path)
     done = write(found, path, chosen.place(), checkpoint=choose("checkpoint", checkpoint, ("selected", "last")))
     sentence = (
         f"{done.path}: {done.bytes:,} bytes instead of {done.float_bytes:,}, {done.compression:.2f} times smaller; "
@@ -46,17 +48,16 @@ def export(
 
 def ensemble(
     chosen: Choices,
-    runs: Annotated[list[str], typer.Argument(help="Digests of its members, finished; `flatlab import` takes files.")],
+    runs: Runs,
 ) -> None:
     """Put finished runs together to an ensemble, a run of its own (QT-DoG, Eq. 6)."""
     from flatlab import jobs, reproduce, tables
     from flatlab.data import catalog
-    from flatlab.flatness import finished
     from flatlab.methods import KNOWN
     from flatlab.runs import check_data
 
     store = chosen.runs()
-    found = finished(store, runs)
+    found = chosen.found(runs)
     members = [run.spec for run in found]
     if len(members) < 2:
         raise UserError("An ensemble has two members or more, and they are different runs; name another one.")

@@ -6,6 +6,7 @@ import typer
 
 from flatlab.errands import measured, tell_written
 from flatlab.options import Choices
+from flatlab.words import Runs
 
 SHOWN = {"run": "", "split": "", "engine": "", "number": "", "index": "", "value": ".4g", "low": ".4g", "high": ".4g"}
 SHOWN |= {"converged": ""}
@@ -14,7 +15,7 @@ CITE = "PyHessian's numbers have no interval: its trace stops when the running m
 
 def hessian(
     chosen: Choices,
-    runs: Annotated[list[str], typer.Argument(help="Digests of runs, or their beginnings (`flatlab runs list`).")],
+    runs: Runs,
     k: Annotated[int, typer.Option("-k", help="How many eigenvalues.")] = 10,
     which: Annotated[str, typer.Option(help="LA the largest, SA the most negative, BE from both ends.")] = "LA",
     tol: Annotated[float, typer.Option(help="Residual over eigenvalue at which one is found.")] = 1e-3,
@@ -38,10 +39,10 @@ def hessian(
     start_seed: Annotated[int, typer.Option(help="Of all random starts.")] = 0,
 ) -> None:  # the options of a measurement are its own, hence so many
     """Measure the Hessian around trained runs: top eigenvalues within bounds, trace with interval, density."""
-    from flatlab import spectra
-    from flatlab.flatness import finished
+    from flatlab import checks, reproduce, spectra
 
-    store, found = chosen.runs(), finished(chosen.runs(), runs)
+    store, found = chosen.runs(), chosen.found(runs)
+    checks.domains(split or (), *reproduce.place_of(found, chosen.place()))
     fields = {"k": k, "which": which, "tol": tol, "rel_error": rel_error, "trace_budget": trace_budget}
     fields |= {"starts": starts, "steps": lanczos_steps, "checkpoint": checkpoint, "params": params}
     probes = spectra.probes_of(split or ["source"], engine, images=images, seed=start_seed, **fields)

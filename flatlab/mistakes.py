@@ -6,29 +6,57 @@ Exit codes: 2 a mistake that the user can mend, 1 a fault of flatlab's own, 130 
 import errno
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import typer
+from typer.core import TyperCommand
 
-from flatlab.errors import UserError, WorkerError, choose, printable
+from flatlab.errors import UserError, WorkerError, printable
 
 # typer brings click's exceptions along, since 0.16 under its own name: they are found by theirs.
 USAGE: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "UsageError")
 ABORTED = 130  # as a shell gives for SIGINT
 UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS}
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-KINDS = {"integer": "a whole number", "number": "a number", "float": "a number"}
+Command = Callable[..., None]
+
+
+class Strict(TyperCommand):
+    """A command that refuses an option given twice and an empty value: the last of two would win in silence."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Check the words as they were written, then convert them."""
+        values, _, order = self.make_parser(ctx).parse_args(args=list(args))
+        for param in order:
+            hint: dict[str, Any] = {"ctx": ctx, "param": param}
+            given = _each(values.get(param.name))
+            if len(set(given)) < len(given) or (order.count(param) > 1 and not param.multiple):
+                raise typer.BadParameter("it is given twice; give it once.", **hint)
+            if any(isinstance(each, str) and not each.strip() for each in given):
+                raise typer.BadParameter("it must not be empty.", **hint)
+        return super().parse_args(ctx, args)
+
+
+def _each(value: Any) -> list[Any] | tuple[Any, ...]:
+    return value if isinstance(value, list | tuple) else [value]
+
+
+class Commands(typer.Typer):
+    """A group of such commands."""
+
+    def command(self, name: str | None = None, **more: Any) -> Callable[[Command], Command]:  # type: ignore[override]
+        """Return the decorator of a command."""
+        return super().command(name, cls=Strict, **more)
 
 
 @contextmanager
-def spoken(*, debug: bool, arguments: Sequence[str] = ()) -> Iterator[None]:
+def spoken(*, debug: bool) -> Iterator[None]:
     """Turn an exception into one sentence and an exit code.
 
     Args:
         debug: let a mistake or a bug through with its traceback.
-        arguments: what the user wrote, for mistakes in the words themselves.
     """
     try:
         yield
@@ -41,7 +69,7 @@ def spoken(*, debug: bool, arguments: Sequence[str] = ()) -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(1) from None
     except USAGE as error:
-        if sentence := of_usage(error, arguments):
+        if sentence := of_usage(error):
             say(sentence)
         raise typer.Exit(2 if sentence else 0) from None
     except Exception as error:
@@ -76,53 +104,18 @@ def of_system(error: OSError) -> str:
     return f"{what}; check the paths given (--store, --out, --data-dir)."
 
 
-def of_usage(error: Any, arguments: Sequence[str]) -> str:
-    """Return our sentence for an unknown word or a value of the wrong kind; none where the help was printed.
+def of_usage(error: Any) -> str:
+    """Return the sentence for an unknown word or a value of the wrong kind; none where the help was printed.
 
     Args:
         error: a `USAGE`.
-        arguments: what the user wrote.
     """
     if type(error).__name__ == "NoArgsIsHelpError":  # the help is printed by now
         return ""
-    context, kind, message = getattr(error, "ctx", None), type(error).__name__, error.format_message()
-    command = f"`{context.command_path} --help`" if context else "`flatlab --help`"
-    if kind == "NoSuchOption" and context:
-        options = [name for param in context.command.params for name in (*param.opts, *param.secondary_opts)]
-        return _unknown("option", error.option_name, [name for name in options if name.startswith("--")])
-    if message.startswith("No such command") and context:
-        return _unknown("command", message.split("'")[1], list(context.command.commands))
-    if kind == "MissingParameter" and error.param is not None:
-        return (
-            f"{error.param.name.upper()} is missing: {error.param.help or 'see the help'} {command} shows an example."
-        )
-    if kind == "BadParameter" and error.param is not None:
-        return _wrong_kind(error, message, arguments)
-    return f"{message.rstrip('.')}; {command} shows what it takes."
-
-
-def _unknown(kind: str, name: str, known: list[str]) -> str:
-    try:
-        choose(kind, name, known)
-    except UserError as error:
-        return str(error)
-    return f"{kind.capitalize()} {name!r} must be written as in the help."  # only by case or `-` against `_`
-
-
-def _wrong_kind(error: Any, message: str, arguments: Sequence[str]) -> str:
-    option = next((name for name in error.param.opts if name.startswith("--")), error.param.name)
-    came = next((value for name, value in _given(arguments) if name == option), None)
-    expected = next((words for word, words in KINDS.items() if word in message), None)
-    if came is None or expected is None:
-        return message
-    return f"{option} {came} does not do: {expected} is expected."
-
-
-def _given(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Yield each option with its value, written `--steps 5` or `--steps=5`."""
-    for name, following in zip(arguments, [*arguments[1:], ""], strict=True):
-        option, equals, value = name.partition("=")
-        yield option, value if equals else following
+    near = getattr(error, "possibilities", None)  # of an option, the nearest first
+    sentence = f"{error.message.rstrip('.')}. Did you mean {near[0]}?" if near else error.format_message()
+    command = error.ctx.command_path if error.ctx else "flatlab"
+    return f"{sentence} See `{command} --help`."
 
 
 def say(sentence: str, *, mark: str = "error: ") -> None:

@@ -6,11 +6,12 @@ import typer
 
 from flatlab.errands import measured, tell_written
 from flatlab.options import Choices
+from flatlab.words import Runs
 
 
 def noise(
     chosen: Choices,
-    runs: Annotated[list[str], typer.Argument(help="Digests of runs, or their beginnings (`flatlab runs list`).")],
+    runs: Runs,
     radius: Annotated[bool, typer.Option("--radius", help="What 8 to 2 bits do to the loss, of any run.")] = False,
     layers: Annotated[
         str | None, typer.Option(help="Only weights that match, as 'features.0*' (some are drawn, all are rounded).")
@@ -20,10 +21,10 @@ def noise(
     images: Annotated[int | None, typer.Option(help="At most so many of each domain (all), with --radius.")] = None,
 ) -> None:
     """Is quantization noise uniform and symmetric (QT-DoG Figs. 2, 8), is it a typical direction (--radius)?"""
-    from flatlab import flatness, rounding, uniformity
+    from flatlab import rounding, uniformity
 
     store, room = chosen.runs(), rounding if radius else uniformity
-    found = flatness.finished(store, runs)
+    found = chosen.found(runs)
     probe = room.probe_of(found, layers=layers, checkpoint=checkpoint, samples=samples, images=images)
     if not measured(chosen, found, [probe]):
         return

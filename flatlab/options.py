@@ -1,28 +1,28 @@
 """What the user chose: the words of a command become a setting, a store and a place, each mistake one sentence."""
 
 import inspect
-import math
 import os
 import platform
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from flatlab import checks
 from flatlab.data import catalog
 from flatlab.errors import UserError, choose, printable
 from flatlab.jsontext import strict_json
 from flatlab.mistakes import spoken
-from flatlab.words import DEVICES, KNOWN, LIMITS, MODELS, WORDS
+from flatlab.words import KNOWN, MODELS, WORDS, flag
 
 if TYPE_CHECKING:  # imported where they are used: `--help` answers before numpy is there
     import pandas as pd
 
-    from flatlab.methods import Method
-    from flatlab.runs import RunStore
+    from flatlab.runs import Run, RunStore
     from flatlab.settings import Setting
     from flatlab.specs import Place
 
@@ -40,36 +40,50 @@ SETTING_FIELDS += (
 SETTING_FIELDS += ("test_share",)
 SHORT = 8  # digits of a digest on a screen
 
-Needs = tuple[Callable[["Method"], bool], str, str]
-_GRID: Needs = (lambda m: m.quantizer != "none" or m.noise != "none", "a quantizer", "add --quantizer lsq")
-_LSQ: Needs = (lambda m: m.quantizer == "lsq", "LSQ", "add --quantizer lsq")
-NEEDS: dict[str, Needs] = {  # option -> whether a composition uses it; what it lacks else; how to get that
-    "bits": _GRID,
-    "granularity": _GRID,
-    "inq_grid": (lambda m: m.quantizer == "inq", "INQ", "add --quantizer inq"),
-    "unsigned": _LSQ,
-    "log_scale": _LSQ,
-    "activations": _LSQ,
-    "activation_bits": _LSQ,
-    "noise_amplitude": (lambda m: m.noise != "none", "noise on the weights", "take --method noise"),
-    "quantize_at": (lambda m: m.switched, "a quantizer that trains", "add --quantizer lsq"),
-    "swad_rule": (lambda m: m.average == "swad", "SWAD", "add --average swad"),
-    "select": (lambda m: m.switched, "a switch", "add --quantizer lsq"),
-    "combine": (lambda m: m.members > 0, "an ensemble", "take --method eoq"),
-}
-
 
 @dataclass(frozen=True)
 class Choices:
-    """What the user chose, by the names of the options."""
+    """What the user chose, by the names of the options; `written` are those that stand on the command line."""
 
     given: dict[str, Any]
+    written: frozenset[str] = frozenset()
 
     def __getattr__(self, name: str) -> Any:
         """Return the value of an option; None where the command does not have it."""
-        if name.startswith("_"):
-            raise AttributeError(name)
+        if name not in WORDS:
+            raise AttributeError(f"{name!r} is not an option")
         return self.given.get(name)
+
+    def without(self, name: str) -> "Choices":
+        """Return the choices with an option as if it had not been written."""
+        return replace(self, given={**self.given, name: WORDS[name][1]}, written=self.written - {name})
+
+    def refuse(self, names: Iterable[str], why: str) -> None:
+        """Refuse options that were written and have no effect.
+
+        Args:
+            names: of the options.
+            why: such as "with --axes line".
+
+        Raises:
+            UserError: names the first of them.
+        """
+        for name in names:
+            if name in self.written:
+                raise UserError(f"{flag(name)} does nothing {why}; leave it out.")
+
+    def named(self, words: Sequence[str]) -> "list[Run]":
+        """Return the runs that words name, among those that `--held-out` and `--seed` leave."""
+        from flatlab.names import named
+
+        return named(self.runs(), words, held_out=self.held_out, seed=self.seed)
+
+    def found(self, words: Sequence[str]) -> "list[Run]":
+        """Return such runs, of which none may be unfinished."""
+        found = self.named(words)
+        for run in found:
+            run.check_done()
+        return found
 
     def runs(self) -> "RunStore":
         """Return the store."""
@@ -86,6 +100,8 @@ class Choices:
         kind, _, path = str(self.dataset).partition(":")
         if kind.strip().lower() != "folder":
             return None
+        if self.data_dir is not None:
+            raise UserError("--data-dir does nothing with --dataset folder:PATH, which names the folder; leave it out.")
         if not path.strip():
             raise UserError(
                 "A data set of your own goes by its folder: --dataset folder:PATH, PATH/DOMAIN/CLASS/IMAGE."
@@ -109,12 +125,14 @@ class Choices:
 
     def setting(self) -> "Setting":
         """Return the setting with everything that the user changed; of several data sets, the first with the others."""
-        names = [name.strip() for name in (self.datasets or "").split(",") if name.strip()]
-        if names and self.dataset:
-            raise UserError("Give --dataset or --datasets, not both.")
-        if not names:
+        if self.datasets is None:
             return self._setting()
-        first, *others = (Choices({**self.given, "dataset": name})._setting() for name in names)
+        names = [name.strip() for name in self.datasets.split(",")]
+        if self.dataset:
+            raise UserError("Give --dataset or --datasets, not both.")
+        if len({catalog.canonical(name) for name in names}) < len(names):
+            raise UserError(f"--datasets must name each data set once, got {self.datasets}.")
+        first, *others = (replace(self, given={**self.given, "dataset": name})._setting() for name in names)
         return first.replace(others=tuple(others))
 
     def _setting(self) -> "Setting":
@@ -123,9 +141,9 @@ class Choices:
         dataset, folder = self.name(), self.folder()
         self._check_model(dataset)
         known = catalog.facts(dataset)
-        if known is None or known.folder:
+        if known is None or known.folder or folder is not None:  # of embedded data, a folder is refused
             catalog.locate(dataset, folder)
-        weights = _weights(self.weights) if self.weights else None
+        weights = checks.weights(self.weights) if self.weights else None
         return setting(
             for_data(self._chosen(), dataset, model=self._model(), weights=weights),
             domains=catalog.domain_names(dataset, folder),
@@ -156,40 +174,23 @@ class Choices:
         if self.image_size not in (None, 16):
             raise UserError(f"digits are 16 x 16 pixels; leave --image-size {self.image_size} out.")
 
-    def refuse_idle(self, parts: "Method") -> None:
-        """Refuse options that would do nothing in the composition at hand: a typo would go unseen."""
-        sized = self.noise_amplitude is not None and parts.quantizer == "none"
-        if sized and (self.bits or self.granularity):
-            raise UserError("--noise-amplitude says how large the noise is; leave --bits and --granularity out.")
-        for word, (used, needed, remedy) in NEEDS.items():
-            value = self.given.get(word)
-            if value is not None and value is not False and not used(parts):
-                said = f"--{word.replace('_', '-')}" + f" {value}" * (value is not True)
-                raise UserError(f"{said} does nothing without {needed}; {remedy}, or leave it out.")
-        if self.activation_bits is not None and self.activations in (None, "none"):
-            raise UserError(
-                f"--activation-bits {self.activation_bits} does nothing without quantized activations; add "
-                "--activations unsigned (or signed), or leave it out."
-            )
-
-    def refuse_controls(self, name: str, *, has_some: bool) -> None:
-        """Refuse `--controls` where a figure or table has none."""
-        if self.controls and not has_some:
-            raise UserError(f"--controls does nothing for {name}; leave it out (fig4 has some).")
-
     def place(self) -> "Place":
         """Return the machine facts."""
         from flatlab.specs import Place
 
-        choose("device", self.device.partition(":")[0], DEVICES)
         folder = self.folder()
         file = self.weights if self.weights not in (None, "none", "imagenet") else None
-        return Place(
+        place = Place(
             data_dir=str(folder.resolve()) if folder else None,
-            weights_file=str(Path(file).resolve()) if file else None,
+            weights_file=str(Path(file).expanduser().resolve()) if file else None,
             cache=str(self.cache.resolve()) if self.cache else None,
-            device=self.device,
+            device=checks.device(self.device),
         )
+        if place.device.partition(":")[0] not in ("auto", "cpu"):
+            from flatlab import build
+
+            build.device(place)  # refuses one that is absent, before the work; torch is loaded for that alone
+        return place
 
     def processes(self, jobs: int) -> int:
         """Return how many workers share so many jobs."""
@@ -223,40 +224,6 @@ def _accelerated(device: str) -> bool:
     return nvidia or (sys.platform, platform.machine()) == ("darwin", "arm64")
 
 
-def _weights(weights: str) -> str:
-    """Return the setting's name for `--weights`: a file goes by its hash."""
-    if weights in ("none", "imagenet"):
-        return weights
-    if not Path(weights).is_file():
-        raise UserError(f"--weights {weights}: no such file; give none, imagenet, or a .safetensors or .pth file.")
-    from flatlab.files import file_hash
-
-    return f"sha256:{file_hash(Path(weights))}"
-
-
-def check_numbers(given: dict[str, Any]) -> None:
-    """Refuse numbers out of their range, in the words that the user wrote.
-
-    Args:
-        given: values by the names of options.
-
-    Raises:
-        UserError: says what was expected.
-    """
-    for name, (least, most) in LIMITS.items():
-        value = given.get(name)
-        if value is not None and not least <= value <= (math.inf if most is None else most):
-            span = f"from {least} on" if most is None else f"from {least} to {most}"
-            raise UserError(f"--{name.replace('_', '-')} {value} does not do: give a whole number {span}.")
-    share = given.get("test_share")
-    if share is not None and not 0 <= share < 1:
-        raise UserError(f"--test-share must be at least 0 and below 1, got {share}.")
-    for name in ("lr", "noise_amplitude"):
-        value = given.get(name)
-        if value is not None and not (math.isfinite(value) and value > 0):
-            raise UserError(f"--{name.replace('_', '-')} {value} does not do: give a number above 0, such as 0.001.")
-
-
 def takes(*words: str, **defaults: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command these options; it receives them as one `Choices`, before its own parameters.
 
@@ -266,14 +233,17 @@ def takes(*words: str, **defaults: Any) -> Callable[[Callable[..., None]], Calla
     """
 
     def wrap(command: Callable[..., None]) -> Callable[..., None]:
-        def run(**given: Any) -> None:
+        def run(context: typer.Context, **given: Any) -> None:
             with spoken(debug=given["debug"]):
-                check_numbers(given)
+                given = checks.check(given)
+                written = frozenset(filter(partial(_is_written, context), given))
                 own = {name: given.pop(name) for name in list(given) if name not in words}
-                command(Choices(given), **own)
+                command(Choices(given, written), **own)
 
+        only = inspect.Parameter.KEYWORD_ONLY
         own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
-        parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
+        parameters = [inspect.Parameter("context", only, annotation=typer.Context)]
+        parameters += [p.replace(kind=only) for p in own]
         parameters += [_parameter(word, defaults.get(word, WORDS[word][1])) for word in words]
         run.__name__, run.__doc__ = command.__name__, command.__doc__
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -281,6 +251,11 @@ def takes(*words: str, **defaults: Any) -> Callable[[Callable[..., None]], Calla
         return run
 
     return wrap
+
+
+def _is_written(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def _parameter(word: str, default: Any) -> inspect.Parameter:

@@ -237,7 +237,7 @@ def parse_probe(text: str) -> Probing:
         text: JSON as `canonical` writes it.
 
     Raises:
-        UserError: where the metric is unknown, or a field does not do.
+        UserError: where the metric is unknown, or a field is wrong.
     """
     metric = json.loads(text).get("metric")
     if not isinstance(metric, str):

@@ -18,7 +18,7 @@ class Spec(BaseModel):
 
     @classmethod
     def make(cls, **fields: Any) -> Self:
-        """Return a spec, with one sentence where a field does not do.
+        """Return a spec, with one sentence where a field is wrong.
 
         Args:
             fields: by name.
@@ -69,7 +69,7 @@ class Spec(BaseModel):
 
 
 _BOUNDS = {  # pydantic's kinds of error -> what it should have said, with the bound's name
-    "greater_than": "more than {gt}",
+    "greater_than": "greater than {gt}",
     "greater_than_equal": "at least {ge}",
     "less_than": "less than {lt}",
     "less_than_equal": "at most {le}",
@@ -90,5 +90,5 @@ def _sentence(kind: type[BaseModel], error: ValidationError) -> str:
     if first["type"] == "missing":
         return f"{kind.__name__} needs the field {where!r}, and it is missing."
     expected = _BOUNDS.get(first["type"], "").format(**first.get("ctx", {}))
-    tail = f"it must be {expected}" if expected else f"{what[0].lower()}{what[1:]}"
-    return f"{kind.__name__}: {where}={reprlib.repr(first['input'])} does not do: {tail}."
+    rule = f"must be {expected}" if expected else what.replace("Input should be", "must be")
+    return f"{kind.__name__}: {where} {rule}, got {reprlib.repr(first['input'])}."

@@ -147,6 +147,8 @@ def place_of(found: list[Run], asked: Place) -> tuple[Place, str]:
     datasets = sorted({run.spec.dataset for run in found})
     if len(datasets) > 1:
         raise UserError(f"These runs are of several data sets ({', '.join(datasets)}); measure those of one at a time.")
+    if asked.data_dir:
+        catalog.locate(datasets[0], Path(asked.data_dir))
     folder = asked.data_dir or found[0].provenance.get("data_dir")
     return asked.replace(data_dir=folder), datasets[0]
 

@@ -66,6 +66,12 @@ class Run(Entry):
         spec = self.spec.trajectory
         return Run(self.path.parent / spec.digest, spec)
 
+    @property
+    def lends(self) -> bool:
+        """Whether its own training has not begun: it only keeps states or checkpoints for runs of its trajectory."""
+        kept = any(self.path.glob("kept/step-*")) or any(self.path.glob("state/fork-*"))
+        return kept and not self.done and not (self.path / "log.jsonl").exists()
+
     def kept(self) -> dict[int, Path]:
         """Return the checkpoints that were kept along the trajectory, by step (`train --keep-every`)."""
         found = self.lineage.path.glob("kept/step-*.safetensors")
@@ -159,6 +165,11 @@ class Run(Entry):
     def probes(self) -> list[Probe]:
         """Return the measurements that exist, finished or not."""
         return [Probe.read(path.parent) for path in sorted((self.path / "probes").glob("*/spec.json"))]
+
+    def check_done(self) -> None:
+        """Refuse a run that is not finished."""
+        if not self.done:
+            raise UserError(f"Run {self.spec.digest} is not finished; repeat the command that began it, then measure.")
 
     def check_data(self, fingerprint: str | None) -> None:
         """Refuse data that differ from what the run was trained on.

@@ -8,8 +8,8 @@ from flatlab import errands
 from flatlab.errors import choose
 from flatlab.jsontext import strict_json
 from flatlab.options import Choices
+from flatlab.words import Runs
 
-Runs = Annotated[list[str], typer.Argument(help="Digests of runs, or their beginnings (`flatlab runs list`).")]
 Checkpoint = Annotated[str, typer.Option(help="selected (by source validation) or last.")]
 Images = Annotated[int | None, typer.Option(help="At most so many images of each domain (all).")]
 Params = Annotated[str | None, typer.Option(help="Only parameters that match, as 'features.0*' (all).")]
@@ -57,13 +57,18 @@ def landscape(
     With --axes line: the loss from one run straight to another, and the height of the barrier between them.
     """
     from flatlab import surroundings
-    from flatlab.flatness import finished
     from flatlab.probespecs import ConnectionSpec, SurfaceSpec, TriangleSpec
 
-    found = finished(chosen.runs(), runs)
+    found = chosen.found(runs)
     shared: dict[str, Any] = {"checkpoint": choose("checkpoint", checkpoint, ("selected", "last"))}
     shared |= {"params": params, "images": images, "seed": direction_seed}
     kind = choose("pair of axes", axes, AXES)
+    if kind == "line":
+        chosen.refuse(("extent", "refine", "triangle", "rel_error"), "with --axes line")
+    elif kind != "random" and kind != "hessian":
+        chosen.refuse(("extent",), f"with --axes {kind}, whose runs set it")
+    if not triangle:
+        chosen.refuse(("rel_error",), "with --no-triangle")
     centres, through = surroundings.centres(found, kind)
     steps = surroundings.steps_between(found, kind, every)
     if kind == "line":
@@ -112,10 +117,9 @@ def audit(
 ) -> None:
     """Rescale layers by factors that the function does not feel, and rank the measures of flatness by how they move."""
     from flatlab import surroundings
-    from flatlab.flatness import finished
     from flatlab.probespecs import AuditSpec
 
-    found, kept = finished(chosen.runs(), runs), choose("checkpoint", checkpoint, ("selected", "last"))
+    found, kept = chosen.found(runs), choose("checkpoint", checkpoint, ("selected", "last"))
     probe = AuditSpec.make(most=most, num_samples=samples, checkpoint=kept, images=images, seed=direction_seed)
     if not errands.measured(chosen, found, [probe]):
         return
@@ -131,10 +135,9 @@ def replay(
 ) -> None:
     """Apply the rules of SWA, SMA and SWAD to the checkpoints that `train --keep-every` kept, and draw the valley."""
     from flatlab import display, methods, replays, reproduce, settings
-    from flatlab.flatness import finished
     from flatlab.train.replay import replay as replayed
 
-    found = finished(chosen.runs(), runs)
+    found = chosen.found(runs)
     for run in found:
         run.kept_each()
     place, dataset = reproduce.place_of(found, chosen.place())

@@ -228,13 +228,15 @@ def overview(store: RunStore) -> tuple[pd.DataFrame, list[str]]:
     for folder in store.folders():
         row: dict[str, Any] = {"run": folder.name, "state": "damaged"}
         faults += complaints(partial(_describe, folder, row))
-        rows.append(row)
+        if not row.pop("lends", False):
+            rows.append(row)
     return pd.DataFrame(rows, columns=columns), faults
 
 
 def _describe(folder: Path, row: dict[str, Any]) -> None:
     """Add to a row what a run is, as far as it can be read."""
     run = Run.read(folder)
+    row["lends"] = run.lends
     row |= {"dataset": run.spec.dataset, "model": run.spec.model, "composition": run.spec.label}
     row |= {"held_out": run.spec.held_out, "seed": run.spec.seed}
     row["probes"] = len([probe for probe in run.probes() if probe.done])

@@ -1,20 +1,20 @@
 """`flatlab runs` and `flatlab data`: looking after a store and its data sets."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from flatlab.errors import printable
+from flatlab.errors import UserError, printable
 from flatlab.jsontext import strict_json
-from flatlab.mistakes import say
+from flatlab.mistakes import Commands, say
+from flatlab.names import HEX
 from flatlab.options import Choices, takes
+from flatlab.words import NAMED, OneRun, Runs
 
-runs_app = typer.Typer(help="Look at the runs of a store, and keep it in order.", no_args_is_help=True)
-data_app = typer.Typer(help="Look at data sets.", no_args_is_help=True)
-
-Digest = Annotated[str, typer.Argument(help="Digest of a run, or its beginning (`flatlab runs list`).")]
-Digests = Annotated[list[str], typer.Argument(help="Digests of runs, or their beginnings (`flatlab runs list`).")]
+runs_app = Commands(help="Look at the runs of a store, and keep it in order.", no_args_is_help=True)
+data_app = Commands(help="Look at data sets.", no_args_is_help=True)
 
 
 @runs_app.command("list", epilog="Example: `flatlab runs list --store runs`")
@@ -36,12 +36,12 @@ def list_runs(chosen: Choices) -> None:
 
 
 @runs_app.command(epilog="Example: `flatlab runs show 3f2a`")
-@takes("store", "json", "debug")
-def show(chosen: Choices, run: Digest) -> None:
+@takes(*NAMED, "store", "json", "debug")
+def show(chosen: Choices, run: OneRun) -> None:
     """Print a run's spec, provenance and log, always as JSON."""
     from flatlab import valleys
 
-    found = chosen.runs().find(run)
+    (found,) = chosen.named([run])
     told = {"spec": found.spec.model_dump(mode="json"), "done": found.done, "provenance": found.provenance}
     told["kept"] = list(found.kept())
     told["remarks"] = valleys.remarks([found])
@@ -73,11 +73,12 @@ def verify(
 
 
 @runs_app.command(epilog="Example: `flatlab runs rm 3f2a 77c1`")
-@takes("store", "json", "debug")
-def rm(chosen: Choices, runs: Digests) -> None:
+@takes(*NAMED, "store", "json", "debug")
+def rm(chosen: Choices, runs: Runs) -> None:
     """Delete runs with their measurements."""
     store = chosen.runs()
-    found = list(dict.fromkeys(map(store.folder, runs)))
+    named = [store.folder(word) if set(word) <= HEX else chosen.named([word])[0].path for word in runs]
+    found = list(dict.fromkeys(named))
     for folder in found:
         store.remove(folder)
     removed = list(map(str, found))
@@ -91,6 +92,8 @@ def merge_(chosen: Choices, other: Annotated[Path, typer.Argument(help="Folder o
     from flatlab.merging import merge
     from flatlab.runs import RunStore
 
+    if other.resolve() == chosen.runs().root.resolve():
+        raise UserError(f"{other} is this store; name another one to merge, or another --store.")
     counts, refused = merge(RunStore(other), chosen.runs())
     sentence = ", ".join(f"{count} {what}" for what, count in counts.items()) + "."
     chosen.answer_facts({**counts, "not merged": refused}, sentence)
@@ -121,7 +124,7 @@ def check(chosen: Choices, dataset: Annotated[str, typer.Argument(help="PACS, ..
     from flatlab import display
     from flatlab.data import folders
 
-    named = Choices({**chosen.given, "dataset": dataset})
+    named = replace(chosen, given={**chosen.given, "dataset": dataset})
     with display.counter("reading images") as report:
         rows = folders.check(named.name(), named.folder(), report=report)
     table = pd.DataFrame([{**row._asdict(), "ok": row.ok} for row in rows])

@@ -1,9 +1,13 @@
 """The words of the command line: each option is written once, here, and means the same thing in every command."""
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
+
+_RUN = "a method (QT-DoG) or composition (sam-swad), with --held-out and --seed, or a digest's beginning"
+Runs = Annotated[list[str], typer.Argument(help=f"Runs: each {_RUN} (`flatlab runs list`).")]
+OneRun = Annotated[str, typer.Argument(help=f"A run: {_RUN} (`flatlab runs list`).")]
 
 _DATA, _COMPOSITION, _SCHEDULE, _PLACE, _OUTPUT = "Data", "Composition", "Schedule and seeds", "Place", "Output"
 _PARTS = "; instead of the method's own."
@@ -19,24 +23,52 @@ KNOWN = {  # words of the command line that name one of a few
     "swad_rule": ("paper", "released"),
 }
 
-LIMITS: dict[str, tuple[int, int | None]] = {  # the whole numbers, wherever they are asked for
-    "image_size": (1, None),
+MOST = 10**9
+LIMITS: dict[str, tuple[int, int | None]] = {  # the integers, wherever they are asked for: least, most
+    "image_size": (1, 4096),
     "bits": (2, 16),
     "activation_bits": (2, 16),
-    "quantize_at": (0, None),
-    "steps": (1, None),
-    "eval_every": (1, None),
-    "batch_size": (1, None),
-    "seed": (0, None),
-    "trial_seed": (0, None),
-    "seeds": (1, None),
-    "workers": (1, None),
-    "keep_every": (1, None),
-    "samples": (2, None),  # one direction has no interval
-    "images": (1, None),
-    "direction_seed": (0, None),
-    "since": (0, None),
+    "quantize_at": (0, MOST),
+    "steps": (1, MOST),
+    "eval_every": (1, MOST),
+    "batch_size": (1, 10**6),
+    "seed": (0, 2**31 - 1),
+    "trial_seed": (0, 2**31 - 1),
+    "seeds": (1, 1000),
+    "workers": (1, 1024),
+    "keep_every": (1, MOST),
+    "samples": (2, 10**6),  # one direction has no interval
+    "images": (1, MOST),
+    "budget": (1, 10**15),
+    "block_size": (1, MOST),
+    "direction_seed": (0, 2**31 - 1),
+    "start_seed": (0, 2**31 - 1),
+    "since": (0, MOST),
+    "k": (1, 10**4),
+    "trace_budget": (2, MOST),
+    "starts": (1, 10**4),
+    "lanczos_steps": (1, 10**4),
+    "grid": (2, 1000),
+    "recompute": (2, MOST),
+    "every": (1, MOST),
 }
+NUMBERS: dict[str, tuple[str, float, float]] = {  # the others: how the least binds, least, most
+    "lr": (">", 0, 1e30),
+    "test_share": (">=", 0, 0.9),
+    "noise_amplitude": (">", 0, 1e30),
+    "rel_error": (">=", 0, 1),
+    "abs_error": (">=", 0, 1e30),
+    "tol": (">", 0, 1),
+    "extent": (">", 0, 1e9),
+    "refine": (">=", 0, 1),
+    "most": (">", 1, 1e6),
+}
+FOLDERS = ("store", "out", "cache", "tensorboard", "data_dir")
+
+
+def flag(name: str) -> str:
+    """Return an option as it is written."""
+    return f"-{name}" if len(name) == 1 else f"--{name.replace('_', '-')}"
 
 
 def _option(panel: str, help: str, *names: str, default: bool = True, **more: Any) -> Any:
@@ -58,7 +90,7 @@ WORDS: dict[str, tuple[Any, Any, Any]] = {  # name -> type, default, option
     "held_out": (
         str,
         "all",
-        _option(_DATA, "Domains held out, each in turn: names or indices, as sketch,photo, or all."),
+        _option(_DATA, "Domains held out, a run for each: names or indices, as sketch,photo, or all."),
     ),
     "image_size": (int, None, _option(_DATA, "Height and width of the images, in pixels (digits 16, else 224).")),
     "method": (str, "ERM", _option(_COMPOSITION, "erm, sam, swa, swad, sma, qt-dog, ... (`flatlab methods`).")),
@@ -181,7 +213,11 @@ WORDS: dict[str, tuple[Any, Any, Any]] = {  # name -> type, default, option
         None,
         _option(_SCHEDULE, "fp32, or bf16 for the forward passes of training (fp32); measurements are fp32."),
     ),
-    "seed": (int, None, _option(_SCHEDULE, "First seed of initialisation and batches (0).")),
+    "seed": (
+        int,
+        None,
+        _option(_SCHEDULE, "Seed of initialisation and batches; of several the first (0)."),
+    ),
     "trial_seed": (int, None, _option(_SCHEDULE, "First seed of the split (0).")),
     "seeds": (
         int,
@@ -223,6 +259,7 @@ WORDS: dict[str, tuple[Any, Any, Any]] = {  # name -> type, default, option
     "json": (bool, False, _option(_OUTPUT, "Print the result as JSON.", "--json", default=False)),
     "debug": (bool, False, _option(_OUTPUT, "Show the traceback of an error.", "--debug", default=False)),
 }
+NAMED = ("held_out", "seed")  # narrow down which runs a method's name means
 RUNNING = ("device", "workers", "cache", "store", "dry_run", "json", "debug")
 PARTS = ("objective", "mixing", "step", "average", "quantizer", "combine")  # of a method
 QUANTIZER = ("granularity", "inq_grid", "unsigned", "log_scale", "activations", "activation_bits", "noise_amplitude")

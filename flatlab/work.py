@@ -75,6 +75,7 @@ def _attempt(job: Job, store: RunStore, place: Place, emit: Emit, *, join: bool 
                     store.run(job.runs[0]).require_done()
                 if not held.enter_context(store.claim(job.claims(store))) and not (join and job.probes):
                     return False
+                emit({"job": job.name, "share": 0.0})
                 _do(job, store, place, emit)
         emit({"job": job.name, "finished": True})
     except Exception as error:

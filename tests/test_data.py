@@ -98,7 +98,7 @@ def test_canonical_is_blind_to_case(written: str, meant: str) -> None:
 
 @pytest.mark.parametrize("unknown", ["PASC", "folder:", "file:animals"])
 def test_unknown_data_set_is_refused_with_the_known_ones(unknown: str) -> None:
-    with pytest.raises(UserError, match=r"Unknown dataset .*known: digits, PACS, .*folder:NAME"):
+    with pytest.raises(UserError, match=r"Unknown dataset .*nown: digits, PACS, .*folder:NAME"):
         catalog.canonical(unknown)
 
 
@@ -120,7 +120,7 @@ def test_held_out_by_name_by_index_or_all(which: str, names: tuple[str, ...]) ->
     ("which", "sentence"),
     [
         ("4", "PACS has no domain 4; its domains are 0 art_painting, 1 cartoon, 2 photo, 3 sketch"),
-        ("skech", "Unknown held-out domain 'skech'; known: .* Did you mean sketch?"),
+        ("skech", "Unknown held-out domain 'skech'; did you mean sketch?"),
         ("-1", "Unknown held-out domain '-1'"),
     ],
 )
@@ -226,7 +226,7 @@ def test_split_refuses_an_empty_part(n: int, fraction: float) -> None:
 def test_domains_are_found_by_name(embedded: DomainSet) -> None:
     assert embedded.index("ROT30") == 2
     assert embedded.domain("rot30") is embedded.domains[2]
-    with pytest.raises(UserError, match="Unknown domain 'rot60'; known: rot0, rot15, rot30, rot45"):
+    with pytest.raises(UserError, match="Unknown domain 'rot60'.*: rot0, rot15, rot30, rot45"):
         embedded.domain("rot60")
 
 

@@ -247,7 +247,7 @@ def test_bad_input_is_refused():
     for k in (0, 54):
         with pytest.raises(UserError, match=f"k must lie between 1 and the 53 parameters, but is {k}"):
             hessian_spectrum(landscape, k=k)
-    with pytest.raises(UserError, match="Unknown end of the spectrum 'LM'; known: LA, SA, BE"):
+    with pytest.raises(UserError, match="Unknown end of the spectrum 'LM'.*: LA, SA, BE"):
         hessian_spectrum(landscape, which="LM")
     for wrong in ({"num_vectors": 0}, {"steps": 0}):
         with pytest.raises(UserError, match="num_vectors and steps must be at least 1"):

@@ -71,7 +71,7 @@ def test_photographs_are_augmented_and_digits_are_not():
     assert for_data(PAPER, "digits").augment == "none"
     assert spec_of().augment == "domainbed" and spec_of().precision == "fp32"
     assert setting("paper", precision="bf16").precision == "bf16"
-    with pytest.raises(UserError, match=r"precision='fp16' does not do: it must be 'fp32' or 'bf16'"):
+    with pytest.raises(UserError, match=r"precision must be 'fp32' or 'bf16', got 'fp16'"):
         spec_of(precision="fp16")
 
 

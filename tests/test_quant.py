@@ -107,7 +107,7 @@ def test_a_weight_that_is_not_finite_is_refused_and_nothing_is_attached(broken):
 
 @pytest.mark.parametrize("option", [{"granularity": "row"}, {"grad_scale": "chanel"}])
 def test_unknown_options_are_refused(option):
-    with pytest.raises(UserError, match="known: "):
+    with pytest.raises(UserError, match="nown: "):
         LSQ(gaussian(2, 3), **option)
 
 

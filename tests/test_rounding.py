@@ -181,7 +181,7 @@ def test_the_command_writes_a_picture_and_a_table(store, tmp_path, capsys):
         (("--samples", "5"), "--samples 5 does nothing here"),
         (("--images", "5"), "add --radius"),
         (("--layers", "nothing*"), "No quantized layer matches 'nothing*'"),
-        (("--checkpoint", "lst"), "Did you mean last"),
+        (("--checkpoint", "lst"), "did you mean last"),
         (("--radius", "--samples", "1"), "--samples 1"),
     ],
 )

@@ -94,12 +94,12 @@ def test_a_trajectory_is_all_but_the_average_and_a_parent_all_before_the_switch(
     ("changes", "sentence"),
     [
         ({"bits": 7}, r"^RunSpec has no field 'bits'; it has dataset, held_out, .*, combine\.$"),
-        ({"steps": "10"}, r"^RunSpec: steps='10' does not do: input should be a valid integer\.$"),
-        ({"steps": 10.0}, r"^RunSpec: steps=10\.0 does not do: input should be a valid integer\.$"),
-        ({"steps": 0}, r"^RunSpec: steps=0 does not do: it must be at least 1\.$"),
-        ({"lr": 0.0}, r"^RunSpec: lr=0\.0 does not do: it must be more than 0\.0\.$"),
-        ({"lr": float("nan")}, r"^RunSpec: lr=nan does not do: it must be a finite number\.$"),
-        ({"objective": "irm"}, r"^RunSpec: objective='irm' does not do: it must be 'erm' or 'coral'\.$"),
+        ({"steps": "10"}, r"^RunSpec: steps must be a valid integer, got '10'\.$"),
+        ({"steps": 10.0}, r"^RunSpec: steps must be a valid integer, got 10\.0\.$"),
+        ({"steps": 0}, r"^RunSpec: steps must be at least 1, got 0\.$"),
+        ({"lr": 0.0}, r"^RunSpec: lr must be greater than 0\.0, got 0\.0\.$"),
+        ({"lr": float("nan")}, r"^RunSpec: lr must be a finite number, got nan\.$"),
+        ({"objective": "irm"}, r"^RunSpec: objective must be 'erm' or 'coral', got 'irm'\.$"),
         ({"switch": 4}, r"^A switch step goes with a quantizer, noise or freezing in training, and they with it\.$"),
         ({"frozen": True}, r"^A switch step goes with a quantizer, noise or freezing in training, and they with it\.$"),
         (
@@ -128,7 +128,7 @@ def test_what_does_not_do_is_one_sentence(changes, sentence):
             lambda: INQSpec.make(every=2, bits=9, grid="power-of-two"),
             r"^A grid of powers of two has 2 to 8 bits, not 9",
         ),
-        (lambda: OBCSpec.make(bits=1), r"^OBCSpec: bits=1 does not do: it must be at least 2\.$"),
+        (lambda: OBCSpec.make(bits=1), r"^OBCSpec: bits must be at least 2, got 1\.$"),
         (NoiseSpec.make, r"^Noise has either an amplitude or the bits whose rounding it equals in norm; give one\.$"),
         (lambda: NoiseSpec.make(amplitude=0.1, bits=7), r"^Noise has either an amplitude or the bits"),
         (
@@ -162,7 +162,7 @@ def test_a_derived_run_is_made_from_the_run_without_its_quantizer():
 
 @pytest.mark.parametrize(("bits", "bound"), [(1, "at least 2"), (17, "at most 16")])
 def test_bits_are_2_to_16(bits, bound):
-    with pytest.raises(UserError, match=rf"^QuantSpec: bits={bits} does not do: it must be {bound}\.$"):
+    with pytest.raises(UserError, match=rf"^QuantSpec: bits must be {bound}, got {bits}\.$"):
         QuantSpec.make(bits=bits)
 
 
@@ -228,10 +228,10 @@ def test_methods_are_compositions_of_independent_parts():
 
 def test_methods_go_by_their_names():
     assert method("qt_dog") == ("QT-DoG", METHODS["QT-DoG"])
-    with pytest.raises(UserError, match=r"^Unknown method 'swat'; known: ERM, SAM, .*\. Did you mean SWA"):
+    with pytest.raises(UserError, match=r"^Unknown method 'swat'; did you mean SWA.*\? Known: ERM, SAM, "):
         method("swat")
     assert vary(METHODS["SAM"], {"average": "SWAD"}).average == "swad"
-    with pytest.raises(UserError, match=r"^Unknown step 'sagn'; known: plain, sam\."):
+    with pytest.raises(UserError, match=r"^Unknown step 'sagn'.*: plain, sam\."):
         vary(METHODS["ERM"], {"step": "sagn"})
 
 
@@ -260,9 +260,9 @@ def test_settings_change_by_name_and_scale_with_their_steps():
     assert setting("Quick", steps=1000, lr=None) == QUICK.replace(steps=1000)
     assert (QUICK.replace(steps=1000).switch_step, QUICK.replace(steps=1000).swa_start) == (400, 600)
     assert QUICK.replace(switch=7).switch_step == 7
-    with pytest.raises(UserError, match=r"^Unknown setting 'paepr'; known: .* Did you mean paper\?$"):
+    with pytest.raises(UserError, match=r"^Unknown setting 'paepr'; did you mean paper\? Known: "):
         setting("paepr")
-    with pytest.raises(UserError, match=r"^Setting: bits=17 does not do"):
+    with pytest.raises(UserError, match=r"^Setting: bits must be at most 16, got 17"):
         setting("smoke", bits=17)
 
 
@@ -279,9 +279,9 @@ def test_every_method_composes_in_every_setting(chosen):
 
 @pytest.mark.parametrize("fields", [{"images": 5}, {"params": "head.*"}, {"space": "latent"}, {"split": "out"}])
 def test_what_no_measurement_of_the_weights_alone_would_heed_is_refused(fields):
-    with pytest.raises(UserError, match="does not do"):
+    with pytest.raises(UserError, match=" must be .*, got "):
         QuantNoiseSpec.make(**fields)
     assert QuantNoiseSpec().digest == "90c011c76cb5da16"  # as it was named before
     if "space" in fields:
-        with pytest.raises(UserError, match="does not do"):
+        with pytest.raises(UserError, match=" must be .*, got "):
             RadiusSpec.make(**fields)

@@ -192,7 +192,7 @@ def test_the_command_prints_and_draws(store, tmp_path, capsys):
         (("--engine", "hessianpy"), "Unknown engine 'hessianpy'"),
         (("--which", "LM"), "Unknown end of the spectrum 'LM'"),
         (("--params", "nothing*"), "No trainable parameter matches 'nothing*'"),
-        (("--tol", "0"), "tol=0.0 does not do"),
+        (("--tol", "0"), "--tol must be a number > 0, got 0.0"),
     ],
 )
 def test_mistakes_are_one_sentence(store, tmp_path, capsys, words, sentence):

@@ -141,7 +141,7 @@ def test_strata_weigh_equally_and_can_be_chosen():
     assert sources.strata == ("c", "a")
     assert sources.value == pytest.approx(flatness.samples[:, :, [2, 0]].mean(axis=(0, 2)))
     assert flatness.of("b").base_loss == flatness.base_loss[1]
-    with pytest.raises(UserError, match="Unknown stratum 'd'; known: a, b, c"):
+    with pytest.raises(UserError, match="Unknown stratum 'd'.*: a, b, c"):
         flatness.of(["a", "d"])
     with pytest.raises(UserError, match="No stratum was named"):
         flatness.of([])
@@ -182,7 +182,7 @@ def test_requests_without_meaning_are_refused():
     landscape = cases.make("mlp").landscape()
     with pytest.raises(UserError, match="num_samples must be at least 2"):
         sphere_flatness(landscape, [1.0], num_samples=1)
-    with pytest.raises(UserError, match="Unknown normalisation 'row'; known: none, filter, layer, parameter"):
+    with pytest.raises(UserError, match="Unknown normalisation 'row'.*: none, filter, layer, parameter"):
         sphere_flatness(landscape, [1.0], normalisation="row")
     with pytest.raises(UserError, match="the landscape has none"):
         sphere_flatness(cases.make("mlp").landscape(params="*.bias"), [1.0], normalisation="filter")

@@ -230,7 +230,7 @@ def test_mistakes_are_one_sentence(flatlab, store):
     erm, sam = names["erm"], names["sam"]
     for words, told in [
         (("landscape", erm, "--grid", 1), "grid"),
-        (("landscape", erm, "--axes", "sideways"), "Did you mean"),
+        (("landscape", erm, "--axes", "sideways"), "did you mean"),
         (("landscape", erm, "--axes", "runs"), "three runs or more"),
         (("landscape", erm, "--extent", -1), "extent"),
         (("landscape", erm, "--axes", "line"), "name two"),

@@ -128,7 +128,7 @@ def test_a_frame_has_a_row_for_each_perturbation_and_a_plot_its_points():
         ({"perturbations": {"e": torch.zeros(53)}}, "'e' must be finite and not zero"),
         ({"perturbations": {"e": torch.full((53,), float("nan"))}}, "'e' must be finite"),
         ({"perturbations": {"e": torch.zeros(5)}}, "(53,), but (5,) came"),
-        ({"normalisation": "flter"}, "Did you mean filter"),
+        ({"normalisation": "flter"}, "did you mean filter"),
     ],
 )
 def test_a_mistake_is_one_sentence(change, words):

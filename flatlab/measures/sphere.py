@@ -11,7 +11,7 @@ from flatlab import build, files
 from flatlab.checkpoints import landscape
 from flatlab.metrics import planning
 from flatlab.metrics.results import FloatArray
-from flatlab.metrics.sampling import Sampler, Walk
+from flatlab.metrics.sampling import Sampler, Walk, visits
 from flatlab.metrics.sphere import SphereFlatness, sample
 from flatlab.probespecs import ByRise, ProbeSpec
 from flatlab.radii import by_rise
@@ -79,13 +79,10 @@ def foresee(probe: Probe, run: Run, place: Place) -> list[dict[str, Any]]:
 
 def _tell(report: Report, sampler: Sampler, walks: Sequence[Walk]) -> None:
     """Report the share of the visits that are foreseen, and F at each radius with its standard error so far."""
-    made = sum(walk.visits.shape[1] for walk in walks)
-    foreseen = sum(
-        seen if walk.stopped else max(walk.plan.visits, seen + 1) for walk in walks for seen in walk.visits.shape[1:2]
-    )
+    made, foreseen = visits(walks)
     found = [sampler.estimate(walk) for walk in walks if walk.visits.shape[1] > 1]
     shown = [f"{e.value:.2g}±{e.stderr / abs(e.value):.0%}" for e in found if e.value and np.isfinite(e.stderr)]
-    report(made, max(foreseen, made), {"F": " ".join(shown)})
+    report(made, foreseen, {"F": " ".join(shown)})
 
 
 def _write(probe: Probe, flatness: SphereFlatness, more: dict[str, Any]) -> None:

@@ -52,7 +52,9 @@ def inside_attention(model: nn.Module) -> set[str]:
 
 def _is_attention(module: nn.Module) -> bool:
     children: Iterable[str] = (name for name, _ in module.named_children())
-    return any(word in type(module).__name__.lower() for word in INSIDE) or any(each in PROJECTIONS for each in children)
+    return any(word in type(module).__name__.lower() for word in INSIDE) or any(
+        each in PROJECTIONS for each in children
+    )
 
 
 def _patches(tokens: int, image: Sides) -> Sides | None:

@@ -259,3 +259,10 @@ class Sampler:
 def _moving(landscapes: Sequence[Landscape]) -> Iterator[list[Move]]:
     with ExitStack() as stack:
         yield [stack.enter_context(landscape.moving()) for landscape in landscapes]
+
+
+def visits(walks: Sequence[Walk]) -> tuple[int, int]:
+    """Return how many visits these walks have made, and how many are foreseen."""
+    seen = [(walk, walk.visits.shape[1]) for walk in walks]
+    made = sum(count for _, count in seen)
+    return made, max(made, sum(count if walk.stopped else max(walk.plan.visits, count + 1) for walk, count in seen))
