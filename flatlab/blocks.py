@@ -107,7 +107,14 @@ class Samples:
 class Partition:
     """Blocks of about equal size, cut when they are asked for."""
 
-    def __init__(self, sizes: Sequence[int], block_size: int, *, generator: torch.Generator) -> None:
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        block_size: int,
+        *,
+        generator: torch.Generator,
+        weights: Sequence[float] | None = None,
+    ) -> None:
         """Shuffle the samples within each stratum.
 
         Args:
@@ -115,7 +122,9 @@ class Partition:
             block_size: samples of a block; their sizes, and their shares of each stratum, differ by one at most. With
                 rare strata blocks are larger: they have a sample of each.
             generator: of the shuffle.
+            weights: what the samples of each stratum weigh together; None: as much as there are.
         """
+        self._weights = sizes if weights is None else weights
         self._count = max(1, round(sum(sizes) / block_size))
         self._orders = [torch.randperm(size, generator=generator).numpy() for size in sizes]
         self._starts = np.cumsum([0, *sizes])
@@ -137,7 +146,7 @@ class Partition:
             share = order[place :: self._count] if place < len(order) else order[[place % len(order)]]
             uses = (self._count - 1 - place % len(order)) // len(order) + 1  # by how many blocks
             rows.append(self._starts[stratum] + np.sort(share))
-            parts.append(Part(stratum, start, start + len(share), self._count / (len(order) * uses)))
+            parts.append(Part(stratum, start, start + len(share), self._count / (self._weights[stratum] * uses)))
             start += len(share)
         return Block(np.concatenate(rows), tuple(parts), len(parts))
 

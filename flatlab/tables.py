@@ -18,7 +18,7 @@ from flatlab.errors import UserError
 from flatlab.metrics import rounds
 from flatlab.metrics.results import Estimate, FloatArray, mean_of
 from flatlab.probespecs import ByRise, ProbeSpec
-from flatlab.runs import RunStore
+from flatlab.runs import Run, RunStore
 from flatlab.specs import RunSpec
 
 LEVEL = 0.95

@@ -230,8 +230,9 @@ def _rising(sampler: Sampler) -> Iterator[Rise]:
 
 
 def _unit(sampler: Sampler) -> float:
-    """Return the radius whose Euclidean distance is the length of the weights."""
-    return sampler.landscapes[0].norm / reach(sampler.landscapes[0], sampler.normalisation)
+    """Return the radius whose Euclidean distance is the length of the weights; of zeros, a step of 1 in each."""
+    landscape, length = sampler.landscapes[0], sampler.landscapes[0].norm
+    return length / reach(landscape, sampler.normalisation) if length else landscape.num_params**0.5
 
 
 def span_price(sampler: Sampler) -> int:
