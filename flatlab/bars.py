@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from flatlab.metrics.operators import Curvature, Hessian
+from flatlab.curvature.operators import Curvature, Hessian
 from flatlab.metrics.sampling import visits
 
 SECONDS = 2.0  # before a bar appears
