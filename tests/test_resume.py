@@ -14,6 +14,7 @@ from stores import GROUP, LAST, PLACE, PROBE, SIZES, SWITCH, content, forkserver
 from flatlab import files, jobs
 from flatlab.errors import UserError
 from flatlab.measure import measure
+from flatlab.merging import merge
 from flatlab.metrics.sampling import UNIT
 from flatlab.runs import Run, RunStore
 from flatlab.train import loop

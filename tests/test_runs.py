@@ -159,7 +159,7 @@ def test_merge_names_what_it_cannot_take_and_goes_on(store, tmp_path):
         assert not fresh.run(RUN).done
         path.write_bytes(whole)
     (store.run(OTHER).path / "provenance.json").write_text("{}")
-    _merged(store, RunStore(tmp_path / "last"), runs=1, refused=[store.run(OTHER).path, probe.result])
+    _merged(store, RunStore(tmp_path / "last"), runs=1, refused=[probe.result, store.run(OTHER).path])
 
 
 def test_nothing_follows_a_symbolic_link(store, tmp_path):
