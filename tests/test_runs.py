@@ -167,6 +167,10 @@ def test_nothing_follows_a_symbolic_link(store, tmp_path):
     run.path.rename(outside)
     run.path.symlink_to(outside)
     _merged(store, ours, runs=1, refused=[run.path])
+    before = sorted(outside.rglob("*"))
+    for entry in (run, run.probe(PROBE), run.probe(PROBE.replace(seed=7))):
+        refuses(lambda entry=entry: entry.claim().__enter__(), run.path, "is a symbolic link")
+    assert sorted(outside.rglob("*")) == before
     store.remove(run)
     assert not run.path.is_symlink() and (outside / "done").exists()
     outside.rename(run.path)
