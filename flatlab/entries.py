@@ -25,6 +25,7 @@ class Entry:
     """A directory with a spec, files, and a `done` that is written last."""
 
     parse: Callable[[str], Spec]  # its spec, from JSON
+    depth = 1  # folders from the store's on
 
     def __init__(self, path: Path, spec: Spec) -> None:
         self.path, self.spec = path, spec
@@ -64,7 +65,16 @@ class Entry:
         """Try to lock the entry; yields whether it worked. The kernel releases the lock of a killed process.
 
         What a killed process has left is not removed here: others may be writing, to units and notes (leftovers.py).
+
+        Raises:
+            UserError: where the entry lies behind a symbolic link.
         """
+        for folder in [self.path, *self.path.parents][: self.depth]:
+            if folder.is_symlink():
+                raise UserError(
+                    f"{folder} is a symbolic link, and nothing behind one is written: put the folder in its place, or "
+                    "let --store name where it lies."
+                )
         self.path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.path / ".lock")
         try:

@@ -29,6 +29,7 @@ class Probe(Entry):
     """A measurement of a run."""
 
     parse = staticmethod(parse_probe)
+    depth = 3
     spec: Any  # a `Probing`; of which kind, its metric says
 
     def unit(self, name: str) -> Path:

@@ -9,9 +9,10 @@ import pytest
 from stores import GROUP, PLACE, PROBE, content, copied, flip, refuses, spec, trained
 
 from flatlab import files, seeds
+from flatlab.errors import UserError
 from flatlab.measure import measure
 from flatlab.merging import merge
-from flatlab.runs import RunStore
+from flatlab.runs import Probe, Run, RunStore
 from flatlab.train.loop import train
 
 RUN, OTHER = GROUP[0], GROUP[3]
@@ -112,6 +113,53 @@ def test_damage_is_named(store, name, how):
         refuses(store.run(RUN).rows, path, "is damaged")
     else:
         refuses(lambda: [run.probes() for run in store.runs()], path, "is damaged")
+
+
+def _readers(store):
+    """What is read of each file of the run and its measurement, by the file's path."""
+    run = store.run(RUN)
+    probe = run.probe(PROBE)
+    return {
+        run.path / "spec.json": lambda: Run.read(run.path).spec,
+        run.path / "done": run.hashes,
+        run.path / "provenance.json": lambda: run.provenance,
+        run.path / "log.jsonl": run.rows,
+        run.checkpoint("last"): lambda: _plain(files.load_arrays(run.checkpoint("last"))),
+        run.checkpoint("selected"): lambda: _plain(files.load_arrays(run.checkpoint("selected"))),
+        probe.path / "spec.json": lambda: Probe.read(probe.path).spec,
+        probe.path / "done": probe.hashes,
+        probe.path / "provenance.json": lambda: probe.provenance,
+        probe.path / UNIT: lambda: _plain(files.load_arrays(probe.path / UNIT)),
+        probe.result: lambda: _plain(run.measured(PROBE)),
+    }
+
+
+def _plain(loaded):
+    arrays, facts = loaded
+    return {name: (array.dtype, array.tolist()) for name, array in arrays.items()}, facts
+
+
+def test_a_flipped_byte_anywhere_is_right_or_one_sentence(store):
+    """Some forty bytes of each kind of file, the head most densely: a read is what it was, or is refused by name."""
+    for path, read in _readers(store).items():
+        right, whole = read(), path.read_bytes()
+        head = min(len(whole), 400)
+        places = [*range(0, head, 16), *range(head, len(whole), max(1, (len(whole) - head) // 16))]
+        for place in places:
+            for mask in (0x01, 0x20, 0xFF):
+                path.write_bytes(whole[:place] + bytes([whole[place] ^ mask]) + whole[place + 1 :])
+                try:
+                    assert read() == right, (path, place, mask)
+                except UserError as error:
+                    assert str(path) in str(error) and "\n" not in str(error), (path, place, mask)
+        for length in (0, 1, len(whole) // 2, len(whole) - 1):
+            path.write_bytes(whole[:length])
+            try:
+                assert read() == right, (path, length)
+            except UserError as error:
+                assert str(path) in str(error) and "\n" not in str(error), (path, length)
+        path.write_bytes(whole)
+    assert store.faults() == []
 
 
 @pytest.mark.parametrize("garbage", [b"", b"{", b"\xff\xfe", b"[]", b"{}", b'{"files": 3}'])

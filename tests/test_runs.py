@@ -159,7 +159,7 @@ def test_merge_names_what_it_cannot_take_and_goes_on(store, tmp_path):
         assert not fresh.run(RUN).done
         path.write_bytes(whole)
     (store.run(OTHER).path / "provenance.json").write_text("{}")
-    _merged(store, RunStore(tmp_path / "last"), runs=1, refused=[store.run(OTHER).path, probe.result])
+    _merged(store, RunStore(tmp_path / "last"), runs=1, refused=[probe.result, store.run(OTHER).path])
 
 
 def test_nothing_follows_a_symbolic_link(store, tmp_path):
@@ -167,6 +167,10 @@ def test_nothing_follows_a_symbolic_link(store, tmp_path):
     run.path.rename(outside)
     run.path.symlink_to(outside)
     _merged(store, ours, runs=1, refused=[run.path])
+    before = sorted(outside.rglob("*"))
+    for entry in (run, run.probe(PROBE), run.probe(PROBE.replace(seed=7))):
+        refuses(lambda entry=entry: entry.claim().__enter__(), run.path, "is a symbolic link")
+    assert sorted(outside.rglob("*")) == before
     store.remove(run)
     assert not run.path.is_symlink() and (outside / "done").exists()
     outside.rename(run.path)

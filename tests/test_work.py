@@ -132,6 +132,56 @@ def test_a_worker_ends_when_its_input_is_closed(store, tmp_path):
         assert process.wait(30) == 1
 
 
+def test_a_worker_needs_no_terminal_and_ends_on_a_term_signal_with_its_state_saved(store, tmp_path):
+    endless = _endless(store, tmp_path / "plan")
+    command = [sys.executable, "-m", "flatlab.work", str(tmp_path / "plan")]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() and process.stdout.readline()  # it goes on: two events
+        process.terminate()
+        process.stdout.read()
+        assert process.wait(60) == 143
+    run = store.run(endless)
+    assert files.load_arrays(run.state("resume"))[1]["next_step"] > 1
+    (session,) = run.provenance["sessions"]
+    assert session["to_step"] == files.load_arrays(run.state("resume"))[1]["next_step"]
+    with run.claim() as free:
+        assert free
+
+
+def test_a_worker_without_a_terminal_finishes_its_plan(store, tmp_path):
+    short = ERM.replace(steps=1, eval_every=1)
+    todo = jobs.missing(store, [short], [], sizes=SIZES)
+    (tmp_path / "plan").write_text(Plan(store=str(store.root), place=PLACE, jobs=tuple(todo)).canonical())
+    command = [sys.executable, "-m", "flatlab.work", str(tmp_path / "plan")]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert done.returncode == 0 and '"finished": true' in done.stdout
+    assert store.run(short).done
+
+
+LOSING = """#!/bin/sh
+if mkdir "{folder}/first" 2> /dev/null; then kill -9 $$; fi
+while [ ! -d "{folder}/first" ]; do sleep 0.1; done
+echo '{{"job": "{job}", "finished": {finished}}}'
+"""
+
+
+@pytest.mark.parametrize("finished", ["true", "false"])
+def test_a_lost_worker_is_no_error_where_others_finished_its_jobs(store, tmp_path, monkeypatch, finished):
+    todo = jobs.missing(store, [ERM], [], sizes=SIZES)
+    script = tmp_path / "python"
+    script.write_text(LOSING.format(folder=tmp_path, job=todo[0].name, finished=finished))
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+    heard = []
+    plan = Plan(store=str(store.root), place=PLACE, jobs=tuple(todo))
+    errors = executors.run_locally(plan, workers=2, hear=heard.append)
+    notes = [event["note"] for event in heard if "note" in event]
+    if finished == "true":
+        assert errors == [] and len(notes) == 1 and "A worker was lost: it was killed" in notes[0]
+    else:
+        assert len(errors) == 1 and "it was killed" in errors[0]["error"] and notes == []
+
+
 def test_workers_end_with_the_command_that_started_them(store, tmp_path):
     endless = _endless(store, tmp_path / "plan")
     command = [sys.executable, "-c", COMMAND, str(tmp_path / "plan")]
