@@ -106,6 +106,8 @@ def opened(path: Path) -> tuple[files.Arrays, Export | JointExport]:
     Raises:
         UserError: where it is missing, damaged, or no export.
     """
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is not a regular file; name one that `flatlab export RUN` has written.")
     arrays, facts = files.load_arrays(path)
     if not _marked(facts):
         raise UserError(f"{path} is no export of a quantized network; `flatlab export RUN` writes one.")

@@ -88,24 +88,18 @@ def _container(stored: object, path: Path) -> Mapping[object, object] | None:
     return stored[there[0]] if there else None
 
 
-def translate_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename a foreign state_dict's tensors to ours, `features.*` and `head.*`.
-
-    Known are torchvision's names, DomainBed's and SWAD's, under any of the `WRAPPERS`, and our own. The result loads
-    strictly; BatchNorm's counters may be missing.
-    """
-    return {ours: state[key] for key, ours in next(_readings(state)).items()}
-
-
 def _readings(state: Mapping[str, Tensor]) -> Iterator[dict[str, str]]:
-    """Yield our names of a file's, in several ways; the first is the likeliest."""
+    """Yield our names of a file's, in several ways; the first is the likeliest.
+
+    Known are torchvision's names, DomainBed's and SWAD's, under any of the `WRAPPERS`, and our own.
+    """
     keys = [key for key in state if not key.endswith("n_averaged")]  # AveragedModel's counter
     yield _ours({key: _unwrap(key) for key in keys})
     beside = {key: BACKBONE.sub("features.", key, count=1) for key in keys if BACKBONE.match(key)}  # a head without
     yield {key: beside.get(key) or _rename(_unwrap(key), prefixed=True) for key in keys}
     parts = {key: key.split(".") for key in keys}
     shared = len(os.path.commonprefix(list(parts.values())))  # of any name, such as `resnet.`
-    for depth in range(1, min(shared + 1, *map(len, parts.values()))):
+    for depth in range(1, min([shared + 1, *map(len, parts.values())])):
         yield _ours({key: _unwrap(".".join(each[depth:])) for key, each in parts.items()})
 
 
@@ -161,7 +155,8 @@ def fitted(
     for key, ours in names.items():
         if fault := _impossible(state[key], ours):
             raise UserError(f"{source}: {key} {fault}.")
-        if not torch.equal(state[found.setdefault(ours, key)], state[key]):
+        twin = state[found.setdefault(ours, key)]
+        if twin.dtype != state[key].dtype or not torch.equal(twin, state[key]):
             raise UserError(f"{source} holds {found[ours]} and {key}, which differ and are both {name}'s {ours}.")
     return {ours: state[key] for ours, key in found.items()}
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from flatlab.errors import UserError
-from flatlab.foreign import read_foreign, translate_keys
+from flatlab.foreign import fitted, read_foreign
 from flatlab.models import MODELS, build_network, frozen_statistics, set_training
 
 WEIGHTS = Path(__file__).parents[2] / "shared" / "data" / "weights" / "mobilenet_v2-imagenet-fp16.safetensors"
@@ -158,7 +158,7 @@ def test_foreign_names_become_ours(name, naming, counters):
     if not counters:
         state = {key: tensor for key, tensor in state.items() if not key.endswith("num_batches_tracked")}
     fresh = build_network(name, num_classes=3, seed=1)
-    fresh.load_state_dict(translate_keys(state), strict=True)
+    fresh.load_state_dict(fitted(state, fresh.state_dict(), name=name, source=naming), strict=True)
     assert same(network.state_dict(), fresh.state_dict())
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from flatlab import build, files, machine
 from flatlab.errors import UserError
 from flatlab.exported import Export, JointExport, is_export, load_exported, opened, packed
-from flatlab.foreign import COUNTER, fitted, read_foreign
+from flatlab.foreign import fitted, read_foreign
 from flatlab.models import Network
 from flatlab.quant.attach import attach_each, layers
 from flatlab.quant.codebook import levels
@@ -49,13 +49,8 @@ def import_checkpoint(file: Path, setting: Setting, store: RunStore, place: Plac
         network = _rebuilt(spec, file, domains, place)
     else:
         network = build.network(spec, domains.data, place)
-        expected = network.state_dict()
-        network.load_state_dict(
-            {
-                **{name: value for name, value in expected.items() if name.endswith(COUNTER)},
-                **fitted(read_foreign(file), expected, name=setting.model, source=file.name),
-            }
-        )
+        tensors = fitted(read_foreign(file), network.state_dict(), name=setting.model, source=file.name)
+        network.load_state_dict(tensors)
     with run.claim() as free:
         if not free:
             raise UserError(f"Run {spec.digest} is being imported by another process; wait for that.")
