@@ -152,7 +152,8 @@ def is_staircase(layer: ParametrizationList) -> bool:
 
     Each entry moves up or down at random: a common factor would leave what is scale-invariant where it is.
     """
-    originals = [p for name, p in layer.named_parameters(recurse=False) if name.startswith("original")]
+    names = ["original"] if layer.is_tensor else [f"original{index}" for index in range(layer.ntensors)]
+    originals: list[Tensor] = [getattr(layer, name) for name in names]
     if not all(original.is_floating_point() for original in originals):
         return False
     rng = generator("derivatives", "staircase")

@@ -10,6 +10,7 @@ from copy import copy
 from functools import partial
 from itertools import chain
 from typing import Any
+from weakref import proxy
 
 import numpy as np
 import numpy.typing as npt
@@ -226,7 +227,7 @@ class Landscape:
             UserError: where the model cannot be differentiated twice, or rounds its weights.
         """
         direction = self.as_point(vector)
-        self._hessian = self._hessian or Hessian(self)
+        self._hessian = self._hessian or Hessian(proxy(self))  # not self: its graph would outlive the landscape
         return self._hessian @ direction
 
     def check_curvature(self) -> None:

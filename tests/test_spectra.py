@@ -173,7 +173,7 @@ def test_tables_are_tidy_and_densities_integrate_to_one(store):
 
 def test_the_command_prints_and_draws(store, tmp_path, capsys):
     words = ["hessian", ERM.digest[:8], "-k", 1, "--images", 8, "--starts", 1, "--lanczos-steps", 4, "--tol", 0.1]
-    words += ["--trace-budget", 3, "--split", "source", "--split", "rot0,rot45", "--store", store.root]
+    words += ["--trace-budget", 32, "--split", "source", "--split", "rot0,rot45", "--store", store.root]
     assert commandline.call(*words, "--out", tmp_path, "--json") == 0
     rows = json.loads(capsys.readouterr().out)
     assert {row["split"] for row in rows} == {"source", "rot0,rot45"}
