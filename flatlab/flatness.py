@@ -125,11 +125,11 @@ def said(found: list[Run], probe: ProbeSpec, *, panel: str) -> list[str]:
     told = [
         f"{name}: {sentence}"
         for name, each in seen.items()
-        for sentence in sentences.remarks(each.radii, each.rises, each.blocks, each.slopes)
+        for sentence in sentences.remarks(each.radii, each.rises, each.slopes)
     ]
     first, *others = seen
     return told + [
-        f"{sentences.verdict(*_difference(seen[first], seen[other]), seen[first].radii, (first, other))}."
+        f"{sentences.verdict(_difference(seen[first], seen[other]), seen[first].radii, (first, other))}."
         for other in others
         if np.array_equal(seen[first].radii, seen[other].radii)
     ]
@@ -155,21 +155,19 @@ def _seen(run: Run, probe: ProbeSpec, panel: str) -> Seen:
     return Seen(arrays["radii"], rises, facts["blocks"], plans, slopes)
 
 
-def _difference(a: Seen, b: Seen) -> tuple[FloatArray, FloatArray]:
-    """Return intervals (low, high) of a less b: along the rays that both walked by one plan, else of each alone."""
-    low, high = [], []
+def _difference(a: Seen, b: Seen) -> list[Estimate]:
+    """Return estimates of a less b: along the rays that both walked by one plan, else of each alone."""
+    found = []
     for index in range(len(a.radii)):
         one, two, blocks = a.rises[index], b.rises[index], a.blocks[index]
         if a.plans[index] == b.plans[index] and blocks == b.blocks[index]:
             common = min(len(one), len(two))
-            found = estimate(one[:common] - two[:common], blocks)
+            found.append(estimate(one[:common] - two[:common], blocks))
         else:
             each = [estimate(one, blocks), estimate(two, b.blocks[index])]
             spread, freedom = np.hypot(each[0].stderr, each[1].stderr), min(e.freedom for e in each)
-            found = Estimate(each[0].value - each[1].value, float(spread), freedom)
-        low.append(found.value - found.half_width())
-        high.append(found.value + found.half_width())
-    return np.array(low), np.array(high)
+            found.append(Estimate(each[0].value - each[1].value, float(spread), freedom))
+    return found
 
 
 def _lengths(found: list[Run], probe: ProbeSpec, shown: pd.DataFrame) -> dict[str, list[float]]:
