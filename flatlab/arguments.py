@@ -67,12 +67,8 @@ def distances(name: str, values: npt.ArrayLike, *, above: float | None = None) -
         row = row.astype(np.float64) if row.dtype.kind in "iuf" else np.full(1, np.nan)
     except (TypeError, ValueError, RuntimeError):
         row = np.full(1, np.nan)
-    if (
-        row.ndim != 1
-        or not row.size
-        or not np.isfinite(row).all()
-        or (row <= above if above is not None else row < 0).any()
-    ):
+    low = (row < 0) if above is None else (row <= above)
+    if row.ndim != 1 or not row.size or not np.isfinite(row).all() or low.any():
         bound = ">= 0" if above is None else f"> {above:g}"
         raise UserError(f"{name} must be one or more finite numbers {bound}, got {values!r}.")
     return row

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 from torch.utils._pytree import tree_structure
 
+from flatlab.arguments import whole
 from flatlab.errors import UserError
 from flatlab.nests import Batch, concatenate, pick, tensors
 
@@ -125,7 +126,7 @@ class Partition:
             weights: what the samples of each stratum weigh together; None: as much as there are.
         """
         self._weights = sizes if weights is None else weights
-        self._count = max(1, round(sum(sizes) / block_size))
+        self._count = max(1, round(sum(sizes) / whole("block_size", block_size)))
         self._orders = [torch.randperm(size, generator=generator).numpy() for size in sizes]
         self._starts = np.cumsum([0, *sizes])
         self._seats: Indices = torch.randperm(self._count, generator=generator).numpy()  # who gets one more is drawn

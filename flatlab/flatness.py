@@ -114,7 +114,7 @@ def said(found: list[Run], probe: ProbeSpec, *, panel: str) -> list[str]:
     told = [
         f"{name}: {sentence}"
         for name, each in seen.items()
-        for sentence in sentences.remarks(each.radii, each.rises, each.blocks, each.slopes)
+        for sentence in sentences.remarks(each.radii, each.rises, each.slopes)
     ]
     for name, each in seen.items():
         if each.guessing.any():
@@ -126,8 +126,8 @@ def said(found: list[Run], probe: ProbeSpec, *, panel: str) -> list[str]:
     for other in others:
         read = ~(np.logical_or.accumulate(seen[first].guessing | seen[other].guessing))
         if np.array_equal(seen[first].radii, seen[other].radii) and (seen[first].radii[read] > 0).any():
-            low, high = _difference(seen[first], seen[other])
-            told.append(f"{sentences.verdict(low[read], high[read], seen[first].radii[read], (first, other))}.")
+            found = [each for each, kept in zip(_difference(seen[first], seen[other]), read, strict=True) if kept]
+            told.append(f"{sentences.verdict(found, seen[first].radii[read], (first, other))}.")
     return told
 
 
@@ -160,21 +160,19 @@ def _seen(run: Run, probe: ProbeSpec, panel: str) -> Seen:
     return Seen(arrays["radii"], rises, facts["blocks"], plans, slopes, base_loss, facts["chance"])
 
 
-def _difference(a: Seen, b: Seen) -> tuple[FloatArray, FloatArray]:
-    """Return intervals (low, high) of a less b: along the rays that both walked by one plan, else of each alone."""
-    low, high = [], []
+def _difference(a: Seen, b: Seen) -> list[Estimate]:
+    """Return estimates of a less b: along the rays that both walked by one plan, else of each alone."""
+    found = []
     for index in range(len(a.radii)):
         one, two, blocks = a.rises[index], b.rises[index], a.blocks[index]
         if a.plans[index] == b.plans[index] and blocks == b.blocks[index]:
             common = min(len(one), len(two))
-            found = estimate(one[:common] - two[:common], blocks)
+            found.append(estimate(one[:common] - two[:common], blocks))
         else:
             each = [estimate(one, blocks), estimate(two, b.blocks[index])]
             spread, freedom = np.hypot(each[0].stderr, each[1].stderr), min(e.freedom for e in each)
-            found = Estimate(each[0].value - each[1].value, float(spread), freedom)
-        low.append(found.value - found.half_width())
-        high.append(found.value + found.half_width())
-    return np.array(low), np.array(high)
+            found.append(Estimate(each[0].value - each[1].value, float(spread), freedom))
+    return found
 
 
 def _lengths(found: list[Run], probe: ProbeSpec, shown: pd.DataFrame) -> dict[str, list[float]]:

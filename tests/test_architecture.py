@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "surfaceplots": "",
     "selection": "",
     "record": "errors",
+    "arguments": "errors",
     "corrections": "errors",
     # what is asked for, without torch
     "quantspecs": "record",
@@ -75,13 +76,13 @@ MAY_IMPORT = {
     "quant": "errors",
     "nests": "errors",
     "memory": "nests",
-    "blocks": "nests errors",
+    "blocks": "arguments nests errors",
     "losses": "nests errors",
     "probes": "nests errors",
     "points": "blocks",
     "derivatives": "errors",
     "landscape": "blocks derivatives losses memory nests params probes seeds errors points",
-    "metrics": "blocks corrections derivatives losses nests landscape params probes seeds errors points "
+    "metrics": "arguments blocks corrections derivatives losses nests landscape params probes seeds errors points "
     "surfaceplots",  # the last inside plot() alone
     "golden": "landscape seeds",
     "selftest": "golden metrics",

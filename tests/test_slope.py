@@ -10,6 +10,8 @@ from torch import nn
 from flatlab import seeds
 from flatlab.landscape import Landscape
 from flatlab.metrics import slope
+from flatlab.metrics.compare import paired_difference
+from flatlab.metrics.results import Estimate, mean_of
 from flatlab.metrics.sentences import remarks, verdict
 from flatlab.metrics.sphere import sphere_flatness
 
@@ -92,12 +94,87 @@ def test_a_subset_of_strata_speaks_for_itself():
 
 def test_what_is_not_finite_is_told_with_its_share():
     rises = [np.zeros(4), np.array([1.0, np.inf, 2.0, np.nan]), np.ones(4), np.full(4, np.inf)]
-    (sentence,) = remarks(RADII, rises, [1] * 4, None)
+    (sentence,) = remarks(RADII, rises, None)
     assert sentence == "Not finite is the loss of 50.0% at radius 0.5, 100.0% at radius 2: F is not defined there."
 
 
+def differences(values, stderr=0.01):
+    return [Estimate(value, stderr, 60) for value in values]
+
+
 def test_a_verdict_names_radii():
-    low, high = np.array([0.0, -2.0, -1.0, 1.0]), np.array([0.0, -1.0, 1.0, 2.0])
-    assert verdict(low, high, RADII, ("A", "B")) == (
-        "A is flatter up to radius 0.5; not distinguishable from 1 to 1; B is flatter from radius 2 on"
+    assert verdict(differences([0.0, -1.5, 0.0, 1.5]), RADII, ("A", "B")) == (
+        "A is flatter up to radius 0.5; not distinguishable at radius 1; B is flatter from radius 2 on"
     )
+    assert verdict(differences([0.0]), RADII[:1], ("A", "B")) == "nothing was measured above radius 0"
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_verdict_does_not_depend_on_the_order_of_the_radii(seed):
+    found, radii = differences([0.0, -1.5, 0.0, 1.5, 1.5]), np.array([0.0, 0.5, 1.0, 2.0, 2.0])
+    order = np.random.default_rng(seed).permutation(5)
+    assert verdict([found[i] for i in order], radii[order], ("A", "B")) == verdict(found, radii, ("A", "B"))
+
+
+def test_a_difference_that_one_radius_alone_would_show_is_not_named_among_eight():
+    values = [2.5, *[0.0] * 7]
+    one = verdict([Estimate(values[0], 1.0, 60)], np.ones(1), ("A", "B"))
+    eight = verdict([Estimate(value, 1.0, 60) for value in values], np.arange(1.0, 9.0), ("A", "B"))
+    assert one == "B is flatter at all radii measured" and eight == "not distinguishable at all radii measured"
+
+
+@pytest.mark.parametrize("shared", [0.0, 0.7, 1.0])
+def test_of_two_that_are_equally_flat_one_in_twenty_sentences_names_one(shared):
+    """2,000 comparisons at 8 radii, along rays of their own or (in part) the same at each."""
+    rng, repeats, named = np.random.default_rng(0), 2000, 0
+    for _ in range(repeats):
+        one, other = (
+            np.sqrt(shared) * rng.chisquare(3, size=(60, 1)) + np.sqrt(1 - shared) * rng.chisquare(3, size=(60, 8))
+            for _ in range(2)
+        )
+        found = [mean_of(column) for column in (one - other).T]
+        named += "flatter" in verdict(found, np.arange(1.0, 9.0), ("A", "B"))
+    assert named / repeats <= 0.05 + 2 * np.sqrt(0.05 * 0.95 / repeats)
+
+
+# --- what the remark on the slope sees ----------------------------------------------------------------------------
+
+
+class Top(nn.Module):
+    """The loss falls in all directions: w = 0 is an exact maximum."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(5))
+
+    def forward(self, x):
+        return -x * self.w.square().sum() / 2
+
+
+@pytest.mark.parametrize("way", [{"num_samples": 20}, {"rel_error": 0.1}])
+def test_at_an_exact_maximum_no_slope_is_blamed(way):
+    landscape = Landscape(Top().eval(), [(torch.ones(64, 1), torch.zeros(64))], lambda outputs, _: outputs[:, 0])
+    found = sphere_flatness(landscape, [0.5, 1.0], **way)
+    assert found.value == pytest.approx([-0.125, -0.5]) and found.remarks == []
+
+
+def test_both_ways_of_sampling_see_the_same_slope():
+    """Where the slope outweighs the curvature, and where it does not, over 20 seeds each."""
+    for tilt, expected in ((0.0, 0), (8.0, 20)):
+        landscape = tilted(tilt)
+        for way in ({"num_samples": 20}, {"rel_error": 0.2}):
+            told = [sphere_flatness(landscape, [1.0], seed=seed, **way).remarks for seed in range(20)]
+            assert sum(any("slope outweighs" in each for each in remarks) for remarks in told) == expected
+
+
+def test_an_accuracy_that_is_missed_is_told_and_stands_in_the_table():
+    landscape = network()
+    found = sphere_flatness(landscape, [0.5, 2.0], rel_error=1e-4, budget=20_000)
+    assert found.stopped == ("budget", "budget") and not found.converged
+    (sentence,) = [each for each in found.remarks if "accuracy" in each]
+    assert "radius 0.5 (standard error " in sentence and "the budget was spent" in sentence
+    assert found.to_frame()["reached"].tolist() == [False, False]
+    pair = paired_difference(found, found)
+    assert pair.to_frame()["reached"].tolist() == [False, False] and "accuracy" in " ".join(pair.remarks)
+    crossed = sphere_flatness(landscape, [0.5], num_samples=5)
+    assert crossed.to_frame()["reached"].tolist() == [True] and "accuracy" not in " ".join(crossed.remarks)

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from flatlab import seeds
-from flatlab.errors import UserError
 from flatlab.metrics.sphere import sphere_flatness
 from flatlab.metrics.worst import worst_rise
 
@@ -45,9 +44,3 @@ def test_the_seed_names_the_starts():
     landscape = cases.Quadratic(matrix()).landscape()
     one, same, other = (worst_rise(landscape, 1.0, restarts=3, steps=2, seed=seed).rises for seed in (0, 0, 1))
     assert np.array_equal(one, same) and not np.array_equal(one, other)
-
-
-@pytest.mark.parametrize("given", [{"radii": [0.0]}, {"radii": [1.0], "restarts": 0}, {"radii": [1.0], "steps": 0}])
-def test_what_does_not_do_is_said(given):
-    with pytest.raises(UserError, match="worst_rise needs radii above zero"):
-        worst_rise(cases.Quadratic(matrix()).landscape(), **given)

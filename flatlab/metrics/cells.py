@@ -1,7 +1,6 @@
 """How the outputs of a layer lie over an image: (N, C, H, W), (N, H, W, C), or tokens (N, T, D) of a grid."""
 
 import math
-from collections.abc import Iterable
 
 from torch import Tensor, nn
 
@@ -51,10 +50,8 @@ def inside_attention(model: nn.Module) -> set[str]:
 
 
 def _is_attention(module: nn.Module) -> bool:
-    children: Iterable[str] = (name for name, _ in module.named_children())
-    return any(word in type(module).__name__.lower() for word in INSIDE) or any(
-        each in PROJECTIONS for each in children
-    )
+    named = any(word in type(module).__name__.lower() for word in INSIDE)
+    return named or any(name in PROJECTIONS for name, _ in module.named_children())
 
 
 def _patches(tokens: int, image: Sides) -> Sides | None:

@@ -12,8 +12,8 @@ from flatlab.metrics.rays import Normalisation, check_normalisation
 from flatlab.metrics.results import Estimate, FloatArray, Sampled
 from flatlab.metrics.rounds import estimate
 from flatlab.metrics.sampling import Report, Sampler
-from flatlab.metrics.sentences import verdict
-from flatlab.metrics.sphere import SphereFlatness, sample
+from flatlab.metrics.sentences import missed, verdict
+from flatlab.metrics.sphere import MISSED, SphereFlatness, sample
 from flatlab.seeds import base_seed
 
 
@@ -48,8 +48,19 @@ class PairedDifference(Sampled):
 
     @property
     def converged(self) -> bool:
-        """Whether both measurements are."""
-        return self.a.converged and self.b.converged
+        """Whether both measurements are, at all radii."""
+        return all(self.reached)
+
+    @property
+    def reached(self) -> list[bool]:
+        """Whether both measurements are as accurate as was asked for, at each radius."""
+        return [a and b for a, b in zip(self.a.reached, self.b.reached, strict=True)]
+
+    @property
+    def remarks(self) -> list[str]:
+        """Sentences on the radii at which the accuracy that was asked for is not reached; often none."""
+        stopped = [one if one in MISSED else two for one, two in zip(self.a.stopped, self.b.stopped, strict=True)]
+        return missed(self.radii, stopped, self.stderr)
 
     def ratio(self, level: float = 0.95) -> tuple[FloatArray, FloatArray, FloatArray]:
         """Return F_a / F_b at each radius with its interval (value, low, high), by the delta method.
@@ -69,8 +80,12 @@ class PairedDifference(Sampled):
         return value, low, high
 
     def verdict(self, a: str = "the first", b: str = "the second", level: float = 0.95) -> str:
-        """Say in a sentence which of the two checkpoints is flatter, and up to which radius; of these images only."""
-        return verdict(*self.interval(level), self.radii, (a, b))
+        """Say in a sentence which of the two checkpoints is flatter, and up to which radius; of these images only.
+
+        The level is that of the sentence as a whole, by Holm's method over the radii: it names one of two checkpoints
+        that are equally flat with a probability of 1 - level at most, however many radii there are.
+        """
+        return verdict(self.estimates, self.radii, (a, b), level=level)
 
 
 def compare_flatness(

@@ -7,6 +7,7 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
+from flatlab.arguments import distances, finite, whole
 from flatlab.errors import UserError
 from flatlab.landscape import Landscape
 from flatlab.metrics import pilot, slope
@@ -33,14 +34,13 @@ def goal_of(
         UserError: where a number does not do.
     """
     if num_samples is not None:
-        if num_samples < 2:
-            raise UserError(f"num_samples must be at least 2, since an interval needs a spread, but is {num_samples}.")
-        return Goal(visits=num_samples)
-    if not (min(errors) >= 0 and max(errors) > 0):
-        raise UserError(f"rel_error and abs_error must not be negative, nor both zero, but are {errors}.")
-    if budget is not None and not budget > 0:
-        raise UserError(f"The budget must be a positive number of images, but is {budget}.")
-    return Goal(*errors, BUDGET * landscape.num_samples * count if budget is None else budget)
+        return Goal(visits=whole("num_samples", num_samples, least=2))  # an interval needs a spread
+    relative, absolute = finite("rel_error", errors[0], least=0.0), finite("abs_error", errors[1], least=0.0)
+    if not relative + absolute > 0:
+        raise UserError("rel_error and abs_error must not both be 0: give one of them, or num_samples.")
+    if budget is None:
+        return Goal(relative, absolute, BUDGET * landscape.num_samples * count)
+    return Goal(relative, absolute, float("inf") if budget == float("inf") else finite("budget", budget, above=0.0))
 
 
 def plans_of(sampler: Sampler, radii: FloatArray, goal: Goal) -> list[Plan]:
@@ -54,7 +54,7 @@ def plans_of(sampler: Sampler, radii: FloatArray, goal: Goal) -> list[Plan]:
     Raises:
         UserError: where the budget does not reach beyond the pilot.
     """
-    above, samples = radii[radii > 0], sampler.landscapes[0].num_samples
+    above, samples = above_zero(radii), sampler.landscapes[0].num_samples
     if goal.visits or not len(above) or samples < pilot.FEWEST:
         return [Plan(float(radius), 0, visits=goal.visits or 0) for radius in above]
     sampler.spent += pilot.price(sampler.landscapes, len(above), seed=sampler.seed)
@@ -75,14 +75,14 @@ def plans_of(sampler: Sampler, radii: FloatArray, goal: Goal) -> list[Plan]:
 
 
 def slopes_of(sampler: Sampler, plans: Sequence[Plan], goal: Goal) -> Sequence[FloatArray | None]:
-    """Return the slopes of each landscape at the smallest radius; none where each ray meets all images.
+    """Return the slopes of each landscape at the smallest radius; none without a radius above zero.
 
     Args:
         sampler: of the measurement.
         plans: of the radii above zero.
         goal: whose budget may not reach so far.
     """
-    if not any(plan.block_size for plan in plans):
+    if not plans:
         return [None] * len(sampler.landscapes)
     radius = min(plan.radius for plan in plans)
     priced = sum(slope.price(each, seed=sampler.seed) for each in sampler.landscapes)
@@ -95,6 +95,11 @@ def slopes_of(sampler: Sampler, plans: Sequence[Plan], goal: Goal) -> Sequence[F
         return np.stack([found(each) for each in sampler.landscapes])
 
     return list(next(iter(sampler.keep([(f"slopes-{derive(radius):016x}", make)]))))
+
+
+def above_zero(radii: FloatArray) -> FloatArray:
+    """Return the radii that are sampled, each once, in the order in which they were given."""
+    return np.array(list(dict.fromkeys(radii[radii > 0].tolist())))
 
 
 def radii_of(sampler: Sampler, radii: npt.ArrayLike | str) -> FloatArray:
@@ -112,7 +117,4 @@ def radii_of(sampler: Sampler, radii: npt.ArrayLike | str) -> FloatArray:
             raise UserError(f'radii must be numbers or "auto", but are {radii!r}.')
         sampler.spent += pilot.span_price(sampler)
         return next(iter(sampler.keep([("radii", lambda: pilot.span(sampler))])))
-    places = np.atleast_1d(np.asarray(radii, dtype=np.float64))
-    if places.ndim != 1 or not places.size or not np.isfinite(places).all() or (places < 0).any():
-        raise UserError(f"The radii must be finite numbers of at least 0, one or more, but {radii} came.")
-    return places
+    return distances("radii", radii)

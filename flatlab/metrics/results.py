@@ -69,9 +69,18 @@ class Estimate:
         Raises:
             UserError: if it does not lie strictly between 0 and 1.
         """
-        if not 0.0 < level < 1.0:
-            raise UserError(f"The level of an interval must lie strictly between 0 and 1, but is {level}: write 0.95.")
-        return float(stdtrit(self.freedom, (1.0 + level) / 2.0)) * self.stderr
+        return float(stdtrit(self.freedom, (1.0 + check_level(level)) / 2.0)) * self.stderr
+
+
+def check_level(level: float) -> float:
+    """Return the level of an interval or a test, a probability.
+
+    Raises:
+        UserError: if it does not lie strictly between 0 and 1.
+    """
+    if isinstance(level, bool | str) or not 0.0 < level < 1.0:
+        raise UserError(f"The level of an interval must lie strictly between 0 and 1, but is {level}: write 0.95.")
+    return float(level)
 
 
 def mean_of(draws: FloatArray) -> Estimate:
@@ -143,14 +152,19 @@ class Sampled(ABC):
         """Whether the accuracy that was asked for is reached; true where none is asked for."""
         return True
 
+    @property
+    def reached(self) -> list[bool]:
+        """Whether it is reached at each place on the axis."""
+        return [self.converged] * len(self.estimates)
+
     def to_frame(self) -> "pd.DataFrame":
-        """Return a tidy table, one row for each place on the axis."""
+        """Return a tidy table, one row for each place on the axis; `reached` says where the accuracy is as asked."""
         import pandas as pd
 
         name, places = self.axis
         low, high = self.interval()
         columns = {name: places, "value": self.value, "stderr": self.stderr, "low": low, "high": high}
-        return pd.DataFrame(columns).assign(over=self.over)
+        return pd.DataFrame(columns).assign(over=self.over, reached=self.reached)
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Draw the value as a line with its 95 % interval as a band."""

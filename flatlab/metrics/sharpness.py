@@ -16,13 +16,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from flatlab.errors import UserError, choose
+from flatlab.arguments import distances, whole
+from flatlab.errors import choose
 from flatlab.landscape import Landscape
 from flatlab.metrics.rays import draw_ray
 from flatlab.metrics.results import Cost, Estimate, FloatArray, Sampled, mean_of
 from flatlab.metrics.rounds import estimate
 from flatlab.metrics.sampling import Sampler
-from flatlab.metrics.sphere import sample
+from flatlab.metrics.sentences import missed, remarks
+from flatlab.metrics.sphere import MISSED, sample
 from flatlab.metrics.worst import BACKWARD
 from flatlab.seeds import base_seed
 
@@ -88,8 +90,19 @@ class AverageSharpness(Sampled):
 
     @property
     def converged(self) -> bool:
+        """Whether all radii did."""
+        return all(self.reached)
+
+    @property
+    def reached(self) -> list[bool]:
         """Whether each radius reached what was asked for."""
-        return set(self.stopped) <= {"accuracy", "samples"}
+        return [stopped not in MISSED for stopped in self.stopped]
+
+    @property
+    def remarks(self) -> list[str]:
+        """Sentences on what is not finite, or not as accurate as was asked for; often none."""
+        told = remarks(self.radii, [rises.mean(axis=1) for rises in self.visits], None)
+        return [*told, *missed(self.radii, self.stopped, self.stderr)]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -200,8 +213,8 @@ def worst_sharpness(
         radii: (R,) rho, relative to |w| where adaptive.
         norm: of the ball.
         adaptive: scale perturbations by |w|.
-        block_size: images m that one perturbation meets, a share of each stratum; the mean of the blocks' losses is that
-            of the landscape, so that no point of the ball, and no mean over it, is higher than the true maximum.
+        block_size: images m that one perturbation meets, a share of each stratum. The mean of the blocks' losses is
+            the loss, so that no point of the ball, and no mean over it, lies above the true maximum.
         steps: of an ascent; a step costs a gradient and a forward pass over the block.
         restarts: ascents from starts of their own.
         seed: names the starts and the blocks.
@@ -210,8 +223,8 @@ def worst_sharpness(
         UserError: if a number or word does not do.
     """
     begin, name, places = time.perf_counter(), base_seed(seed), _places(radii, norm)
-    if min(steps, restarts) < 1:
-        raise UserError(f"worst_sharpness needs at least one step and one restart, but {steps} and {restarts} came.")
+    whole("steps", steps)
+    whole("restarts", restarts)
     scale = landscape.point.abs() if adaptive else torch.ones_like(landscape.point)
     blocks = [landscape.on(block) for block in landscape.blocks(block_size, seed=name)]
     rises = np.array(
@@ -288,7 +301,4 @@ def _checkpoints(steps: int) -> set[int]:
 
 def _places(radii: npt.ArrayLike, norm: str) -> FloatArray:
     choose("norm", norm, NORMS)
-    places = np.atleast_1d(np.asarray(radii, dtype=np.float64))
-    if places.ndim != 1 or not places.size or not (np.isfinite(places) & (places >= 0)).all():
-        raise UserError(f"The radii must be finite numbers of at least 0, one or more, but {radii!r} came.")
-    return places
+    return distances("radii", radii)

@@ -8,7 +8,8 @@ from flatlab.metrics.rays import Normalisation, draw_ray
 from flatlab.metrics.results import FloatArray
 from flatlab.seeds import derive
 
-DIRECTIONS, IMAGES = 32, 16  # each ray meets two blocks of so many images
+DIRECTIONS = 32  # each ray meets two blocks of images
+FEWEST, MOST = 16, 64  # images of a block: a 32nd of them within these, four passes in all
 
 
 def slopes(landscape: Landscape, radius: float, *, seed: int, normalisation: Normalisation = "none") -> FloatArray:
@@ -45,4 +46,5 @@ def price(landscape: Landscape, *, seed: int) -> int:
 
 
 def _blocks(landscape: Landscape, seed: int) -> Partition:
-    return landscape.blocks(max(1, min(IMAGES, landscape.num_samples // 2)), seed=seed)
+    size = min(max(landscape.num_samples // DIRECTIONS, FEWEST), MOST)
+    return landscape.blocks(max(1, min(size, landscape.num_samples // 2)), seed=seed)

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from flatlab.arguments import whole
 from flatlab.errors import UserError, choose
 from flatlab.landscape import Landscape
 from flatlab.metrics import planning
@@ -16,11 +17,13 @@ from flatlab.metrics.rays import Normalisation, check_normalisation, reach
 from flatlab.metrics.results import Cost, Estimate, FloatArray, Sampled
 from flatlab.metrics.rounds import estimate
 from flatlab.metrics.sampling import Plan, Report, Sampler, Walk
-from flatlab.metrics.sentences import remarks
+from flatlab.metrics.sentences import missed, remarks
 from flatlab.seeds import base_seed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+MISSED = ("budget", "nonfinite", "interrupted")  # why a radius ends without what was asked for
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -42,8 +45,8 @@ class SphereFlatness(Sampled):
         num_params: P, the dimension of the sphere's space.
         norm: Euclidean length of w.
         reach: Euclidean distance at radius 1: one, or the length of the weights that are scaled to.
-        slopes: (K, S, S) products of the strata's slopes along rays (`slope.slopes`); None in the crossed design,
-            whose visits show themselves along how many rays the loss falls.
+        slopes: (K, S, S) products of the strata's slopes along rays (`slope.slopes`); None where the budget did not
+            reach so far.
         notes: what was found on opening the landscape, such as parameters that do not move the loss.
     """
 
@@ -99,8 +102,13 @@ class SphereFlatness(Sampled):
 
     @property
     def converged(self) -> bool:
+        """Whether all radii did."""
+        return all(self.reached)
+
+    @property
+    def reached(self) -> list[bool]:
         """Whether each radius reached the accuracy, or the number of samples, that was asked for."""
-        return set(self.stopped) <= {"accuracy", "samples"}
+        return [stopped not in MISSED for stopped in self.stopped]
 
     @property
     def relative_radii(self) -> FloatArray:
@@ -135,9 +143,10 @@ class SphereFlatness(Sampled):
 
     @property
     def remarks(self) -> list[str]:
-        """Sentences on the landscape, on what is not finite, and where the slope outweighs the curvature; often none."""
+        """Sentences on the landscape, on what is not finite or not as accurate as asked, and on the slope at w."""
         slopes = None if self.slopes is None else self.slopes.mean(axis=(1, 2))
-        return [*self.notes, *remarks(self.radii, [rises.mean(axis=1) for rises in self.visits], self.blocks, slopes)]
+        found = remarks(self.radii, [rises.mean(axis=1) for rises in self.visits], slopes)
+        return [*self.notes, *found, *missed(self.radii, self.stopped, self.stderr)]
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Draw F over the radius, with its 95 % interval over directions as a band."""
@@ -197,11 +206,12 @@ def sample(
     """
     start = time.perf_counter()
     places = planning.radii_of(sampler, radii)
-    count = len(sampler.landscapes) * int((places > 0).sum())
+    above = planning.above_zero(places)
+    count = len(sampler.landscapes) * len(above)
     goal = planning.goal_of(sampler.landscapes[0], count, num_samples, errors, budget)
-    if block_size and num_samples is None:
+    if block_size is not None and whole("block_size", block_size) and num_samples is None:
         size = block_size if block_size < sampler.landscapes[0].num_samples else 0
-        plans = [Plan(float(radius), size, paired=True) for radius in places[places > 0]]
+        plans = [Plan(float(radius), size, paired=True) for radius in above]
     else:
         plans = planning.plans_of(sampler, places, goal)
     tilts = planning.slopes_of(sampler, plans, goal)

@@ -8,7 +8,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from flatlab.errors import UserError
+from flatlab.arguments import distances, whole
 from flatlab.landscape import Landscape
 from flatlab.metrics.rays import draw_ray
 from flatlab.metrics.results import Cost, FloatArray
@@ -71,12 +71,9 @@ def worst_rise(
     Raises:
         UserError: if a radius is not positive, or there is nothing to do.
     """
-    places = np.atleast_1d(np.asarray(radii, dtype=np.float64))
-    if places.ndim != 1 or not (np.isfinite(places) & (places > 0)).all() or min(restarts, steps) < 1:
-        raise UserError(
-            "worst_rise needs radii above zero, and at least one restart and step, but "
-            f"{radii!r}, {restarts} and {steps} came."
-        )
+    places = distances("radii", radii, above=0.0)
+    whole("restarts", restarts)
+    whole("steps", steps)
     start, named = time.perf_counter(), base_seed(seed)
     rises = np.array([[_climb(landscape, gamma, steps, named, k) for k in range(restarts)] for gamma in places])
     passes = len(places) * restarts * (1 + steps * (BACKWARD + 1))
