@@ -127,7 +127,7 @@ def _mirror(ax: Axes, lower: FloatArray, upper: FloatArray, row: Row) -> None:
     ax.plot([0, far], [0, far], "k--", linewidth=1)
     low, high = row["bowley_null_low"], row["bowley_null_high"]
     ax.set_title(
-        f"Skewness {row['bowley']:+.3f}, symmetric {low:+.3f} to {high:+.3f}\np of symmetry {row['departure_pvalue']:.2g}"
+        f"Skewness {row['bowley']:+.3f}\nif symmetric: {low:+.3f} to {high:+.3f}, p = {row['departure_pvalue']:.2g}"
     )
     ax.set(xlabel="Median − lower half", ylabel="Upper half − median")
     ax.locator_params(nbins=5)

@@ -40,7 +40,7 @@ WORDS = {  # what the user writes -> what is said, before anything heavy is load
     "train --quantize-at 4": r"--quantize-at 4 does nothing without a quantizer that trains; add --quantizer lsq",
     "train --select all": r"--select all does nothing without a switch; add --quantizer lsq, or leave it out\.",
     "train --test-share 1.0": r"--test-share must be at least 0 and below 1, got 1\.0\.",
-    "train --swad-rule released": r"--swad-rule released does nothing without SWAD; add --average swad, or leave it out\.",
+    "train --swad-rule released": r"--swad-rule released does nothing without SWAD; add --average swad, or leave",
     "train --method qt-dog --quantize-at 301": (
         r"The switch at step 301 lies beyond the end at 300; choose --quantize-at of at most --steps\."
     ),
