@@ -32,8 +32,8 @@ GROUP = ["panel", "normalisation", "method", "radius"]
 TITLES = {"train": "Average train flatness (seen domains)", "test": "Average test flatness (unseen domain)"}
 SHORT = {"train": "seen", "test": "unseen"}
 SUMMARY = (
-    f"Mean of F up to ERM's rise of {UP_TO} nats: differences in nats, paired by held-out domain and seed; 95 % "
-    "intervals over seeds, each alone; * p < 0.05 after Holm over the pairs of a column"
+    f"Mean of F up to ERM's rise of {UP_TO} nats, below chance: differences in nats, paired by held-out domain and "
+    "seed; 95 % intervals over seeds, each alone; * p < 0.05 after Holm over the pairs of a column"
 )
 TOLD = ["value", "low", "high"]
 SAMPLING = ("num_samples", "rel_error", "block_size", "images")
@@ -85,10 +85,12 @@ def findings(frame: pd.DataFrame) -> pd.DataFrame:
     limit = both.join(ends, on=["panel", "normalisation"])["limit"]
     both["radius"] = both["radius"].fillna(limit)
     named = each.groupby(["normalisation", "radius"])["rise"].first()
-    where = both["panel"].map(SHORT) + " domains, " + both["normalisation"].map(SYMBOLS)
-    told = both.join(named, on=["normalisation", "radius"]).assign(at=both["radius"].map("{:g}".format))
-    kind = np.where(both["quantity"] == "at", "F at single radii", f"Mean of F up to ERM's rise of {UP_TO} nats")
-    return verdicts.corrected(told, kind + ", " + where, read=both["radius"] <= limit)
+    told = both.join(named, on=["normalisation", "radius"])
+    told["at"] = told["normalisation"].map(SYMBOLS) + " = " + told["radius"].map("{:g}".format)
+    upto = "Mean of F up to " + told["at"] + " (ERM's rise: " + told["rise"].map("{:.2g}".format) + " nats)"
+    kind = upto.where(told["quantity"] != "at", "F at single radii " + told["normalisation"].map(SYMBOLS))
+    family = kind + ", " + told["panel"].map(SHORT) + " domains"
+    return verdicts.corrected(told, family, read=told["radius"] <= limit)
 
 
 def remarks(frame: pd.DataFrame) -> list[str]:
@@ -96,8 +98,10 @@ def remarks(frame: pd.DataFrame) -> list[str]:
     found = findings(frame)
     words: dict[str, Any] = {"words": ("flatter", "sharper"), "unit": "nats"}
     single = found["quantity"] == "at"
-    said = [*verdicts.sentences(found[~single].drop(columns="at"), **words), verdicts.statement(found[~single])]
-    said += [*verdicts.sentences(found[single], **words), verdicts.statement(found[single])]
+    said = verdicts.sentences(found[~single].drop(columns="at"), **words)
+    said.append(verdicts.statement(found[~single], name="Tests of the mean of F (primary)"))
+    said += verdicts.sentences(found[single], **words)
+    said.append(verdicts.statement(found[single], name="Tests at single radii (secondary)"))
     return [*said, *_chance(limits(frame[frame["over"] == "directions"]))]
 
 
@@ -109,7 +113,9 @@ def _chance(ends: pd.DataFrame) -> list[str]:
         if np.isnan(row["met"]):
             said.append(f"Chance ({guess}), {where}: the loss stays below at all radii.")
         else:
-            said.append(f"Chance ({guess}), {where}: reached at {row['met']:g} by {row['by']}; no verdict from there on.")
+            said.append(
+                f"Chance ({guess}), {where}: reached at {row['met']:g} by {row['by']}; no verdict from there on."
+            )
     return said
 
 
@@ -138,8 +144,9 @@ def caption(setting: Setting) -> str:
         f"Held out in turn: {', '.join(setting.held_out)}; {images} images per domain (in split). "
         "Mean over held-out domains; bars: 95 % interval over seeds. Radii: where ERM's loss on the seen domains has "
         f"risen by {', '.join(f'{rise:g}' for rise in setting.rises)} nats, and by {setting.beyond:g} for the look"
-        f"{' (raw: those of the paper)' if setting.radii else ''}. Dotted: {UP_TO} nats, where the mean on the right "
-        "ends. Grey: a method's loss is that of guessing; no verdict there. Right: filled where p < 0.05 after Holm."
+        f"{' (raw: those of the paper)' if setting.radii else ''}. Dotted: where the mean on the right ends, {UP_TO} "
+        "nats or before chance. Grey: a method's loss is that of guessing; no verdict there. Right: 95 % intervals of "
+        "each difference alone, filled where p < 0.05 after Holm."
     )
 
 
@@ -163,7 +170,7 @@ def draw(frame: pd.DataFrame, caption: str) -> Figure:
     """Draw the published panels, below them their filter-normalised twins, and beside them what decides."""
     shown = frame[frame["over"] == "seeds"]
     ends = limits(frame[frame["over"] == "directions"])
-    decisive = findings(frame)
+    decisive = findings(frame).query("quantity != 'at'")
     with plots.style():
         figure, grid = plt.subplots(2, 3, figsize=(9.6, 5.6), layout="constrained", width_ratios=(1, 1, 0.8))
         for row, normalisation in zip(grid, AXES, strict=True):
@@ -172,7 +179,7 @@ def draw(frame: pd.DataFrame, caption: str) -> Figure:
                 plots.bars(ax, mine, x="radius", by="method", order=ORDER)
                 _marks(ax, ends[(ends["panel"] == panel) & (ends["normalisation"] == normalisation)], mine)
                 ax.set(title=TITLES[panel], xlabel=AXES[normalisation], ylabel="Flatness $F(w)$ (nats)")
-            _differences(row[2], decisive[(decisive["normalisation"] == normalisation) & (decisive["quantity"] != "at")])
+            _differences(row[2], decisive[decisive["normalisation"] == normalisation])
         plots.captioned(figure, grid[0, 0], caption)
     return figure
 
@@ -195,14 +202,14 @@ def _differences(ax: Axes, rows: pd.DataFrame) -> None:
     for index, (panel, word) in enumerate(SHORT.items()):
         mine = rows[rows["panel"] == panel].set_index(["method", "baseline"]).loc[PAIRS]
         heights = np.arange(len(PAIRS)) + 0.3 * (index - 0.5)
-        color = f"C{7 + index}"
+        color = ("0.1", "C0")[index]
         ax.hlines(heights, mine["low"], mine["high"], color=color, linewidth=1.2)
         ax.plot(mine["value"], heights, "o", color=color, markerfacecolor="white", label=word)
         sure = (mine["p_holm"] < verdicts.LEVEL).to_numpy()
         ax.plot(mine["value"][sure], heights[sure], "o", color=color)
     ax.axvline(0, color="0.3", linewidth=0.8)
-    ax.set(yticks=range(len(PAIRS)), yticklabels=names, ylim=(len(PAIRS) - 0.5, -0.5))
+    ax.set(yticks=range(len(PAIRS)), yticklabels=names, ylim=(len(PAIRS) + 0.3, -0.5))
     ax.set(title=f"Difference in mean $F$ up to {SYMBOLS[rows['normalisation'].iloc[0]]} = {rows['radius'].max():g}")
     ax.set_xlabel("nats (left of 0: the first is flatter)")
     ax.grid(visible=False, axis="y")
-    ax.legend(fontsize=7, loc="lower right")
+    ax.legend(fontsize=7, loc="lower center", ncols=2)

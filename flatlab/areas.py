@@ -1,6 +1,6 @@
-"""Where the rise of the loss is read, and the area under it: up to ERM's rise of 0.5 nats, and below chance. Torch-free.
+"""Where the rise of the loss is read, and the area under it: up to ERM's rise of 0.5 nats, and below chance.
 
-The frames are those of `tables.flatness`: a row for each run, panel and radius.
+Torch-free. The frames are those of `tables.flatness`: a row for each run, panel and radius.
 """
 
 import numpy as np
@@ -53,7 +53,7 @@ def areas(each: pd.DataFrame, ends: pd.DataFrame) -> pd.DataFrame:
         each: rows of runs, radius 0 among them.
         ends: as `limits` returns them.
     """
-    end = ends.set_index(WHERE)["limit"]
+    end = ends.set_index(WHERE)["limit"].to_dict()
     rows = []
     for keys, curve in each.groupby(RUN, sort=False):
         limit = float(end[keys[:2]])

@@ -88,10 +88,16 @@ def foresee(chosen: Choices, todo: Sequence[Any], place: Any) -> None:
     import pandas as pd
 
     from flatlab import jobs
+    from flatlab.measure import measure
     from flatlab.measures.sphere import foresee
+    from flatlab.probespecs import ReachSpec
 
     store = chosen.runs()
     wanted = [(store.run(job.runs[0]), probe) for job in todo for probe in job.probes]
+    for run, probe in wanted:
+        if isinstance(probe, ReachSpec):
+            measure(run, probe, place)
+    wanted = [(run, probe) for run, probe in wanted if not isinstance(probe, ReachSpec)]
     rows = [row for run, probe in wanted for row in foresee(run.probe(probe), run, place)]
     first = wanted[0][0].spec if wanted else None
     seconds, source = jobs.seconds_per_pass(store, first.model, first.image_size) if first else (0.0, "")

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import matplotlib.pyplot as plt
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from flatlab import files, plots, tables
@@ -14,9 +15,10 @@ from flatlab.errors import UserError, choose
 from flatlab.metrics import sentences
 from flatlab.metrics.results import Estimate, FloatArray
 from flatlab.metrics.rounds import estimate
-from flatlab.probespecs import ProbeSpec
+from flatlab.probespecs import ByRise, ProbeSpec
 from flatlab.runs import Run, RunStore
-from flatlab.settings import QUICK, for_data
+from flatlab.settings import QUICK, papers_radii
+from flatlab.specs import RunSpec
 
 PANELS = {"source": "train", "target": "test"}
 WHICH = {panel: f"{split}" for split, panel in PANELS.items()}
@@ -82,14 +84,18 @@ def panel_of(split: str) -> str:
     return PANELS[choose("split", split, PANELS)]
 
 
-def probe_of(radii: str | None, dataset: str, **fields: Any) -> ProbeSpec:
-    """Return the probe that the command's words mean; radii that are not given are those of the paper's figure."""
+def probe_of(radii: str | None, first: RunSpec, **fields: Any) -> ProbeSpec:
+    """Return the probe that the command's words mean.
+
+    Radii that are not given are those where the first run's loss rises by so many nats on its source domains, for all
+    runs alike; of the paper's own network they are the paper's.
+    """
     fields["normalisation"] = choose("normalisation", fields["normalisation"], NORMALISATIONS)
     fields["space"] = choose("space", fields["space"], ("baked", "latent"))
     fields["checkpoint"] = choose("checkpoint", fields["checkpoint"], ("selected", "last"))
-    usual = for_data(QUICK, dataset)
-    figure = usual.radii if fields["normalisation"] == "none" else usual.filter_radii
-    return ProbeSpec.make(radii=figure if radii is None else parse_radii(radii), **fields)
+    usual = papers_radii(first) if fields["normalisation"] == "none" else None
+    risen = ByRise(rises=(*QUICK.rises, QUICK.beyond), references=(first.digest,))
+    return ProbeSpec.make(radii=parse_radii(radii) if radii is not None else usual or risen, **fields)
 
 
 def chart(
@@ -127,12 +133,19 @@ def said(found: list[Run], probe: ProbeSpec, *, panel: str) -> list[str]:
         for name, each in seen.items()
         for sentence in sentences.remarks(each.radii, each.rises, each.blocks, each.slopes)
     ]
+    for name, each in seen.items():
+        if each.guessing.any():
+            where = (
+                f"the loss reaches that of guessing ({each.chance:.2f} nats) at radius {each.radii[each.guessing][0]:g}"
+            )
+            told.append(f"{name}: {where}: no verdict from there on.")
     first, *others = seen
-    return told + [
-        f"{sentences.verdict(*_difference(seen[first], seen[other]), seen[first].radii, (first, other))}."
-        for other in others
-        if np.array_equal(seen[first].radii, seen[other].radii)
-    ]
+    for other in others:
+        read = ~(np.logical_or.accumulate(seen[first].guessing | seen[other].guessing))
+        if np.array_equal(seen[first].radii, seen[other].radii) and (seen[first].radii[read] > 0).any():
+            low, high = _difference(seen[first], seen[other])
+            told.append(f"{sentences.verdict(low[read], high[read], seen[first].radii[read], (first, other))}.")
+    return told
 
 
 @dataclass(frozen=True)
@@ -144,6 +157,14 @@ class Seen:
     blocks: list[int]
     plans: list[tuple[int, bool]]  # block size, pairs
     slopes: FloatArray | None
+    base_loss: float
+    chance: float  # the loss of guessing, ln C
+
+    @property
+    def guessing(self) -> npt.NDArray[np.bool_]:
+        """At which radii (R,) the loss is that of guessing, or not finite."""
+        means = np.array([rises.mean() for rises in self.rises])
+        return np.asarray(~(self.base_loss + means < self.chance))
 
 
 def _seen(run: Run, probe: ProbeSpec, panel: str) -> Seen:
@@ -152,7 +173,8 @@ def _seen(run: Run, probe: ProbeSpec, panel: str) -> Seen:
     rises = [arrays[f"visits-{index:02d}"][:, mine].mean(axis=1) for index in range(len(arrays["radii"]))]
     slopes = arrays["slopes"][:, mine][:, :, mine].mean(axis=(1, 2)) if "slopes" in arrays else None
     plans = [(plan["block_size"], plan["paired"]) for plan in facts["plans"]]
-    return Seen(arrays["radii"], rises, facts["blocks"], plans, slopes)
+    base_loss = float(arrays["base_loss"][mine].mean())
+    return Seen(arrays["radii"], rises, facts["blocks"], plans, slopes, base_loss, facts["chance"])
 
 
 def _difference(a: Seen, b: Seen) -> tuple[FloatArray, FloatArray]:

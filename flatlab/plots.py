@@ -65,7 +65,7 @@ def curves(ax: Axes, frame: pd.DataFrame, *, x: str, by: str, order: Sequence[st
 
 
 def bars(ax: Axes, frame: pd.DataFrame, *, x: str, by: str, order: Sequence[str]) -> None:
-    """Draw one thin line with markers and staggered error bars for each value of a column: bands would cover each other.
+    """Draw a thin line with markers and staggered error bars for each value of a column: bands cover each other.
 
     Args:
         ax: the axes.

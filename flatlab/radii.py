@@ -1,4 +1,4 @@
-"""From rises to radii: what the pilots on reference runs have found, as one list for all runs beside them. Torch-free."""
+"""From rises to radii: what the pilots on reference runs found, as one list for all runs beside them. Torch-free."""
 
 import numpy as np
 

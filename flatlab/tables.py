@@ -38,13 +38,13 @@ def flatness(store: RunStore, wanted: Iterable[tuple[str, RunSpec, ProbeSpec]]) 
         UserError: where measurements of common radii have others: a reference run was measured again in between.
     """
     found: dict[ProbeSpec, tuple[str, FloatArray]] = {}
-    rows = []
+    rows: list[dict[str, Any]] = []
     for label, run, probe in wanted:
         arrays, facts = store.run(run).measured(probe, label)
         first, radii = found.setdefault(probe, (run.digest, arrays["radii"]))
         if isinstance(probe.radii, ByRise) and not np.array_equal(radii, arrays["radii"]):
             raise UserError(
-                f"The radii of runs {first} and {run.digest} must be the same, got {radii} and {arrays['radii']}: their "
+                f"The radii of runs {first} and {run.digest} must be the same, got {radii} and {arrays['radii']}: "
                 f"reference runs were measured again in between. Remove {run.digest} (`flatlab runs rm`) and repeat."
             )
         rows += _rises(run, probe, label, (arrays, facts))
@@ -167,9 +167,7 @@ def paired_each(frame: pd.DataFrame, pairs: Iterable[tuple[str, str]], by: Seque
         pairs: method and the one that is subtracted.
         by: the columns that name a group within a method.
     """
-    return pd.concat(
-        [paired(frame[frame["method"].isin(pair)], pair[1], by) for pair in pairs], ignore_index=True
-    )
+    return pd.concat([paired(frame[frame["method"].isin(pair)], pair[1], by) for pair in pairs], ignore_index=True)
 
 
 def accuracies(store: RunStore, wanted: Iterable[Labelled], *, among_all: bool = False) -> pd.DataFrame:

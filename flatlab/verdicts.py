@@ -14,7 +14,9 @@ LEVEL = 0.05
 NONE, UNREAD = "not distinguishable", "not read"
 
 
-def corrected(findings: pd.DataFrame, family: "pd.Series[str]", *, read: "pd.Series[bool] | None" = None) -> pd.DataFrame:
+def corrected(
+    findings: pd.DataFrame, family: "pd.Series[str]", *, read: "pd.Series[bool] | None" = None
+) -> pd.DataFrame:
     """Return the findings with `family`, `family_size`, `correction`, `p_holm`, and the `verdict` that follows.
 
     Args:
@@ -63,34 +65,38 @@ def _clauses(tests: pd.DataFrame, words: tuple[str, str], unit: str, digits: int
         if "at" in rows:
             how = f"at {', '.join(rows['at'])}"
         else:
-            value, low, high, p = rows[["value", "low", "high", "p_holm"]].iloc[0]
-            how = f"({bracketed(value, low, high, digits=digits, starred=False)} {unit}, p = {p:.2g})".replace(" ,", ",")
+            *told, p = rows[["value", "low", "high", "p_holm"]].iloc[0]
+            how = f"({bracketed(*told, digits=digits, starred=False)}{unit and f' {unit}'}, p = {p:.2g})"
         clauses.append(f"{method} is {named[str(verdict)]} than {baseline} {how}")
     count, left = len(tests[pairs].drop_duplicates()), len(sure[pairs].drop_duplicates())
     if left == count:
         return clauses
-    return [*clauses, f"of the {'other ' if left else ''}{count - left} pairs nothing can be told".replace(" 1 pairs", " 1 pair")]
+    others = f"{'other ' if left else ''}{f'{count - left} pairs' if count - left > 1 else 'pair'}"
+    return [*clauses, f"of the {others} nothing can be told"]
 
 
-def statement(findings: pd.DataFrame, *, test: str = "paired t tests over seeds") -> str:
+def statement(findings: pd.DataFrame, *, name: str = "Tests", test: str = "paired t tests over seeds") -> str:
     """Return what was tested, how it was corrected, and what chance alone would give.
 
     Args:
         findings: as `corrected` returns them.
-        test: its name.
+        name: what the tests are called, where a page has several kinds.
+        test: of which kind they are.
     """
     tests = findings[findings["verdict"] != UNREAD]
+    if tests.empty:
+        return f"{name}: none, so that there is no verdict."
     sizes = tests.groupby("family", sort=False).size()
     known = tests[tests["p"].notna()]
     excluding = int((known["low"] * known["high"] > 0).sum())
     return (
-        f"Tests: {_counted(sizes.tolist())}, {test}, corrected by Holm's method within each family: were there no difference at "
-        f"all, a family would hold a false verdict with a probability of at most {LEVEL:.0%}, which is "
-        f"{LEVEL * len(sizes):.2g} of these {len(sizes)} families. Intervals are of each difference alone, "
-        f"{1 - LEVEL:.0%}: {excluding} of {len(known)} exclude zero, {LEVEL * len(known):.2g} would by chance."
+        f"{name}: {_counted(sizes.tolist())}, {test}, corrected by Holm's method within each family: were there no "
+        f"difference at all, a family would hold a false verdict with a probability of at most {LEVEL:.0%}, which is "
+        f"{LEVEL * len(sizes):.2g} of {len(sizes)}. Intervals are of each difference alone, {1 - LEVEL:.0%}: "
+        f"{excluding} of {len(known)} exclude zero, {LEVEL * len(known):.2g} would by chance."
     )
 
 
 def _counted(counts: list[int]) -> str:
-    span = f"{min(counts)}" if min(counts, default=0) == max(counts, default=0) else f"{min(counts)} to {max(counts)}"
+    span = f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
     return f"{len(counts)} {'family' if len(counts) == 1 else 'families'} of {span} tests"

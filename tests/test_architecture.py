@@ -55,7 +55,8 @@ MAY_IMPORT = {
     "percent": "tables runs specs",
     "orders": "percent tables verdicts",
     "papertable": "percent verdicts orders tables plots runs methods settings specs resources",
-    "flatness": "tables plots runs settings probespecs files metrics.sentences metrics.results metrics.rounds errors",
+    "flatness": "tables plots runs settings specs probespecs files metrics.sentences metrics.results metrics.rounds "
+    "errors",
     "stability": "tables plots selection runs specs files errors",
     "valleys": "runs",
     "replays": "plots selection tables runs valleys files",
@@ -92,8 +93,8 @@ MAY_IMPORT = {
     "export": "build checkpoints models quant runs specs quantspecs files errors",
     "latent": "checkpoints models quant runs specs errors",
     "shelf": "runs files metrics.results metrics.sampling",
-    "measures": "build checkpoints export latent radii shelf runs data landscape metrics models params quant.attach seeds "
-    "probespecs specs files errors",
+    "measures": "build checkpoints export latent radii shelf runs data landscape metrics models params quant.attach "
+    "seeds probespecs specs files errors",
     "measure": "build runs probespecs specs machine errors",  # and, by name, the module of a metric in measures/
     # the paper
     "analyses": "percent areas verdicts noisefigure rounding papertable orders surroundings surfaceplots saliency stability "
@@ -245,10 +246,12 @@ matplotlib.use("Agg")
 import pandas as pd
 from analyses import fig3
 from flatlab import plots
-columns = ["panel", "normalisation", "method", "radius"]
-cells = itertools.product(fig3.TITLES, fig3.AXES, fig3.ORDER, (0.0, 1.0, 2.0))
-frame = pd.DataFrame(list(cells), columns=columns).assign(over="seeds", published=float("nan"))
+columns = ["panel", "normalisation", "method", "radius", "seed", "over"]
+seeds = [(0, "directions"), (1, "directions"), ("all", "seeds")]
+cells = itertools.product(fig3.TITLES, fig3.AXES, fig3.ORDER, (0.0, 0.5, 2.0), seeds)
+frame = pd.DataFrame([(*cell, *seed) for *cell, seed in cells], columns=columns).assign(held_out="all")
 frame = frame.assign(value=frame["radius"], low=frame["radius"] - 0.1, high=frame["radius"] + 0.1)
+frame = frame.assign(rise=frame["radius"], base_loss=0.1, chance=2.3)
 print(*plots.save(fig3.draw(frame, "by hand"), pathlib.Path(sys.argv[1]) / "fig3"))
 """
 

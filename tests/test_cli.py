@@ -94,7 +94,7 @@ def test_defaults_that_the_help_names_are_the_true_ones():
     assert (quick.batch_size, paper.batch_size, smoke.batch_size, quick.bits) == (32, 32, 8, 7)
     assert (smoke.seeds, quick.seeds, paper.seeds) == (2, 3, 3)
     assert set(words.MODELS) == set(models.MODELS)
-    assert (quick.radii, quick.filter_radii) == ((0, 1, 2, 3, 4, 5, 6), (0, 0.1, 0.2, 0.3, 0.4, 0.5))
+    assert (quick.rises[0], quick.beyond, paper.radii) == (0.02, 1.0, tuple(range(0, 61, 5)))  # of `flatness --radii`
 
 
 def test_train_prints_a_table_and_json_alone_on_stdout(flatlab, store):
@@ -205,7 +205,7 @@ def test_what_suits_the_data():
     assert suit(quick, "digits") == quick and suit(paper, "PACS") == paper
     photos = suit(quick, "VLCS")
     assert (photos.model, photos.weights, photos.freeze_batchnorm, photos.lr) == ("resnet50", "imagenet", True, 5e-5)
-    assert (photos.steps, photos.radii) == (quick.steps, paper.radii)
+    assert (photos.steps, photos.radii) == (quick.steps, None)  # the paper's are of its own network on PACS
     for scratch in (suit(quick, "VLCS", weights="none"), suit(quick, "VLCS", model="digits-cnn")):
         assert (scratch.weights, scratch.freeze_batchnorm, scratch.lr) == ("none", False, quick.lr)
     digits = suit(paper, "digits")

@@ -10,10 +10,10 @@ import pytest
 from analyses import table4
 from flatlab import reproduce
 from flatlab.resources import published
-from flatlab.settings import PAPER
+from flatlab.settings import PAPER, SMOKE
 
 COLUMNS = ["panel", "normalisation", "method", "held_out", "seed", "radius"]
-COLUMNS += ["value", "stderr", "low", "high", "over", "published"]
+COLUMNS += ["value", "stderr", "low", "high", "over", "published", "rise", "base_loss", "chance"]
 
 
 @pytest.fixture(scope="module")
@@ -63,14 +63,17 @@ def test_figure_3_is_tidy(smoke):
     assert not frame.duplicated(keys).any()
     each, whole = frame[frame.over == "directions"], frame[frame.over == "seeds"]
     assert set(whole.held_out) == set(whole.seed) == {"all"}
-    assert len(each) == 5 * 4 * 2 * 2 * 2 * 3 and len(whole) == 5 * 2 * 2 * 3  # methods, targets, seeds, ...
+    assert len(each) == 5 * 4 * 2 * 2 * 2 * 4 and len(whole) == 5 * 2 * 2 * 4  # methods, targets, seeds, ...
+    assert set(each.rise) == {0.0, *SMOKE.rises, SMOKE.beyond} and set(each.chance.round(3)) == {2.303}
+    radii = each.groupby(["normalisation", "rise"]).radius.unique()
+    assert radii.map(len).eq(1).all() and all(radius == float(f"{radius:.1e}") for (radius,) in radii)
     assert (frame[frame.radius == 0][["value", "stderr"]] == 0).all(axis=None)
     assert frame.published.isna().all()
     assert ((frame.low <= frame.value) & (frame.value <= frame.high)).all()
-    one = each[(each.panel == "test") & (each.method == "SAM") & (each.normalisation == "none") & (each.radius == 2)]
+    one = each[(each.panel == "test") & (each.method == "SAM") & (each.normalisation == "none") & (each.rise == 0.5)]
     means = one.groupby("seed").value.mean()
     same = whole[(whole.panel == "test") & (whole.method == "SAM") & (whole.normalisation == "none")]
-    assert same[same.radius == 2].value.item() == pytest.approx(means.mean())
+    assert same[same.radius == one.radius.iloc[0]].value.item() == pytest.approx(means.mean())
 
 
 def test_table_4_counts_the_rows_that_obc_serves_worse_than_rounding(smoke):
@@ -87,11 +90,18 @@ def test_table_4_counts_the_rows_that_obc_serves_worse_than_rounding(smoke):
 def test_the_json_says_how_it_came_about(smoke):
     root, _, _ = smoke
     record = json.loads((root / "figures" / "fig3.json").read_text())
-    assert len(record["runs"]) == 40 and len(record["probes"]) == 2 and len(record["data_fingerprint"]) == 1
+    assert len(record["runs"]) == 40 and len(record["probes"]) == 4 and len(record["data_fingerprint"]) == 1
     assert record["setting"]["name"] == "smoke" and record["redo"].startswith("flatlab")
     assert "digits" in record["caption"] and "2 seeds" in record["caption"] and "3 directions" in record["caption"]
     assert record["cost"]["training_seconds"] > 0 and record["machine"]["torch"]
-    assert {row["verdict"] for row in record["findings"]} <= {"lower", "higher", "not distinguishable"}
+    verdicts = {"lower", "higher", "not distinguishable", "not read"}
+    assert {row["verdict"] for row in record["findings"]} <= verdicts
+    assert {row["correction"] for row in record["findings"]} == {"Holm"}
+    pairs = {(row["method"], row["baseline"]) for row in record["findings"]}
+    assert pairs == {("QT-DoG", other) for other in ("ERM", "SAM", "SWA", "SWAD")} | {
+        (other, "ERM") for other in ("SAM", "SWA", "SWAD")
+    }
+    assert any("Holm" in remark for remark in record["remarks"])
 
 
 def test_published_numbers_stand_beside_ours_where_the_setting_is_the_papers():

@@ -123,8 +123,9 @@ def measured(store, spec, samples):
     probe = run.probe(PROBE)
     probe.create()
     visits = {f"visits-{index:02d}": samples[:, index] for index in range(len(PROBE.radii))}
-    facts = {"strata": DOMAINS, "blocks": [1] * len(PROBE.radii)}
-    files.save_arrays(probe.result, {**visits, "radii": np.array(PROBE.radii)}, facts)
+    facts = {"strata": DOMAINS, "blocks": [1] * len(PROBE.radii), "chance": 2.3}
+    losses = {"radii": np.array(PROBE.radii), "base_loss": np.arange(4.0)}
+    files.save_arrays(probe.result, {**visits, **losses}, facts)
     probe.finish()
 
 
@@ -134,6 +135,8 @@ def test_flatness_has_a_panel_of_seen_and_one_of_unseen_domains(tmp_path):
     frame = tables.flatness(RunStore(tmp_path), [("ERM", RUN, PROBE)])
     assert list(frame["panel"]) == ["train"] * 3 + ["test"] * 3
     assert list(frame["radius"]) == [0.0, 1.0, 2.0] * 2
+    assert list(frame["base_loss"]) == [5 / 3] * 3 + [1.0] * 3 and set(frame["chance"]) == {2.3}
+    assert frame["rise"].isna().all()
     draws = {"train": samples[:, :, [0, 2, 3]].mean(axis=2), "test": samples[:, :, 1]}
     for row in frame.itertuples():
         expected = draws[row.panel][:, PROBE.radii.index(row.radius)]

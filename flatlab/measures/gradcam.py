@@ -81,9 +81,7 @@ class _Cams:
         targets = torch.tensor(self.labels, device=self.inputs.device)
         landscape = Landscape(self.model, [(self.inputs, targets)], F.cross_entropy, params=self.spec.params)
         ray = draw_ray(landscape, self.spec.seed, index, normalisation="none")
-        parts = [
-            moved_agreement(landscape, x, self._of(x, y), ray=ray, radii=self.radii) for x, y in self._parts()
-        ]
+        parts = [moved_agreement(landscape, x, self._of(x, y), ray=ray, radii=self.radii) for x, y in self._parts()]
         return np.concatenate(parts, axis=1)
 
     def probabilities(self) -> FloatArray:

@@ -166,7 +166,8 @@ def span(sampler: Sampler) -> FloatArray:
     Found by bisection on eight pairs of rays; where the loss never rises so far, where it stops being finite.
     """
     with _rising(sampler) as rise:
-        return np.asarray(np.geomspace(*(_bisect(rise, target, _unit(sampler)) for target in (LOW, HIGH)), PLACES))
+        low, high = (_bisect(rise, target, _unit(sampler)) for target in (LOW, HIGH))
+        return np.asarray(np.geomspace(low, high, PLACES))
 
 
 def reached(sampler: Sampler, rises: Sequence[float]) -> FloatArray:

@@ -1,0 +1,160 @@
+"""What decides in Figure 3, and the one rule from tests to sentences: closed forms, simulated families, exact words."""
+
+import itertools
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from analyses import fig3
+from flatlab import tables, verdicts
+from flatlab.areas import areas, limits, named_by_rise
+from flatlab.metrics.results import Estimate
+
+RADII, RISES = [0.0, 1.0, 2.0, 3.0, 4.0], [0.0, 0.1, 0.3, 0.5, 1.0]
+SCALE = {"ERM": 1.0, "SAM": 0.5, "SWA": 1.0, "SWAD": 0.9, "QT-DoG": 0.8}
+
+
+def frame(*, seeds=4, base=0.1, noise=0.01, radii=RADII, rises=RISES):
+    """Return what Figure 3's table holds of runs: rises are SCALE times the nominal ones, but for noise by seed."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for kind, method, held_out, seed in itertools.product(("none", "filter"), SCALE, ("a", "b"), range(seeds)):
+        for panel in ("train", "test"):
+            own = SCALE[method] + noise * rng.normal()
+            for radius, rise in zip(radii, rises, strict=True):
+                where = {"panel": panel, "normalisation": kind, "method": method, "held_out": held_out, "seed": seed}
+                rows.append({**where, "radius": radius, "rise": rise, "value": own * rise})
+    return pd.DataFrame(rows).assign(over="directions", base_loss=base, chance=np.log(10))
+
+
+# --- areas
+
+
+def test_the_mean_of_f_is_the_trapezoid_over_the_radius():
+    each = frame(noise=0.0)
+    found = areas(each, limits(each)).set_index(["panel", "normalisation", "method", "held_out", "seed"])["value"]
+    own = (0.05 * 1 + 0.2 * 1 + 0.4 * 1) / 3  # between 0, 0.1, 0.3 and 0.5 nats
+    for method, scale in SCALE.items():
+        assert found["train", "none", method, "a", 0] == pytest.approx(own * scale)
+    fine = np.linspace(0, 1, 301)
+    curve = frame(noise=0.0, radii=list(2 * fine), rises=list(0.5 * fine**2))
+    assert areas(curve, limits(curve))["value"].iloc[0] == pytest.approx(0.5 / 3, rel=1e-4)  # of c r^2: c R^2 / 3
+
+
+def test_nothing_is_read_beyond_half_a_nat_or_where_guessing_is_reached():
+    ends = limits(frame(noise=0.0))
+    assert (ends["limit"] == 3.0).all() and ends["met"].isna().all()
+    late = frame(noise=0.0, base=np.log(10) - 0.4)  # ERM's and SWA's 0.5 reach it, SWAD's 0.45, and QT-DoG's 0.4
+    ends = limits(late)
+    assert (ends["limit"] == 2.0).all() and (ends["met"] == 3.0).all() and set(ends["by"]) == {"ERM, SWA, SWAD, QT-DoG"}
+    late.loc[(late["method"] == "SAM") & (late["radius"] == 1.0), "value"] = np.inf
+    assert limits(late)["limit"].isna().all() and set(limits(late)["by"]) == {"SAM"}
+    assert areas(late, limits(late))["value"].isna().all()
+
+
+def test_radii_that_were_given_are_named_by_the_baselines_rise():
+    given = frame(noise=0.0).assign(rise=np.nan)
+    given.loc[given["panel"] == "test", "value"] *= 2
+    named = named_by_rise(given, "ERM")
+    assert named.groupby("radius")["rise"].unique().apply(list).to_dict() == {
+        radius: [pytest.approx(rise)] for radius, rise in zip(RADII, RISES, strict=True)
+    }
+    kept = frame()
+    pd.testing.assert_series_equal(named_by_rise(kept, "ERM")["rise"], kept["rise"])
+
+
+# --- Figure 3
+
+
+def test_each_pair_is_tested_in_families_of_a_panel_and_a_normalisation():
+    each = frame()
+    found = fig3.findings(each)
+    primary, single = found[found["quantity"] != "at"], found[found["quantity"] == "at"]
+    assert len(primary) == 4 * 7 and primary["family"].nunique() == 4 and set(primary["family_size"]) == {7}
+    assert set(zip(primary["method"], primary["baseline"], strict=True)) == set(fig3.PAIRS)
+    assert len(single) == 4 * 7 * 4 and set(single["family_size"]) == {0, 21}  # three radii of at most 0.5 nats
+    assert (single[single["radius"] == 4.0]["verdict"] == verdicts.UNREAD).all()
+    assert set(found["correction"]) == {"Holm"} and (primary["p_holm"] >= primary["p"]).all()
+    row = primary.set_index(["panel", "normalisation", "method", "baseline"]).loc[("train", "none", "SAM", "ERM")]
+    at = areas(each, limits(each)).query("panel == 'train' and normalisation == 'none'")
+    less = at.pivot_table(index="seed", columns="method", values="value")
+    assert row["value"] == pytest.approx((less["SAM"] - less["ERM"]).mean()) and row["verdict"] == "lower"
+    assert (row["radius"], row["rise"]) == (3.0, 0.5)
+
+
+def test_the_page_has_every_pair_and_says_which_corrections():
+    each = frame()
+    shown = fig3.summary(fig3.findings(each))
+    assert shown["pair"].tolist() == [f"{a} less {b}" for a, b in fig3.PAIRS]
+    assert list(shown.columns[1:]) == ["seen, γ ≤ 3", "unseen, γ ≤ 3", "seen, ρ ≤ 3", "unseen, ρ ≤ 3"]
+    assert shown.set_index("pair").loc["SAM less ERM", "seen, γ ≤ 3"].endswith("]*")
+    told = fig3.remarks(each)
+    start = "Mean of F up to γ = 3 (ERM's rise: 0.5 nats), seen domains: "
+    assert told[0].startswith(start) and "SAM is flatter than ERM (-0.1" in told[0] and "SWA is" not in told[0]
+    assert told[0].endswith("of the other pair nothing can be told.")  # SWA and ERM are alike
+    assert "4 families of 7 tests" in told[4] and "Holm" in told[4] and "0.2 of 4" in told[4]
+    assert "SAM is flatter than ERM at γ = 1, γ = 2, γ = 3" in told[5]
+    assert told[-1] == "Chance (2.30 nats), unseen domains, ρ: the loss stays below at all radii."
+
+
+def test_past_chance_and_with_one_seed_no_verdict_is_read():
+    beyond = frame(base=2.4)
+    assert set(fig3.findings(beyond)["verdict"]) == {verdicts.UNREAD}
+    assert set(fig3.summary(fig3.findings(beyond)).iloc[:, 1:].to_numpy().ravel()) == {"not read"}
+    told = fig3.remarks(beyond)
+    assert told[0].endswith("seen domains: no verdict is read.") and "reached at 0 by ERM" in told[-1]
+    alone = fig3.remarks(frame(seeds=1))
+    assert alone[0].endswith("one seed gives no interval, so that no difference can be told from chance.")
+
+
+# --- the rule
+
+
+def test_families_of_nothing_hold_a_verdict_in_at_most_one_of_twenty():
+    """2,000 families of the figure's pairs, whose methods differ by chance alone, with three seeds."""
+    families, seeds = 2000, 3
+    drawn = dict(zip(fig3.ORDER, np.random.default_rng(3).normal(size=(5, families, seeds)), strict=True))
+    rows = []
+    for method, baseline in fig3.PAIRS:
+        less = drawn[method] - drawn[baseline]
+        for family, (value, spread) in enumerate(zip(less.mean(axis=1), less.std(axis=1, ddof=1), strict=True)):
+            p = Estimate(value, spread / np.sqrt(seeds), seeds - 1).p_value
+            rows.append({"method": method, "baseline": baseline, "value": value, "p": p, "family": f"{family}"})
+    found = pd.DataFrame(rows)
+    alone = (found["p"] < 0.05).groupby(found["family"]).any().mean()
+    told = verdicts.corrected(found, found["family"])
+    share = (told["verdict"] != verdicts.NONE).groupby(told["family"]).any().mean()
+    assert alone > 0.15  # what uncorrected intervals would claim
+    assert 0.01 < share <= 0.05 + 2 * np.sqrt(0.05 * 0.95 / families)
+
+
+def test_a_paired_p_value_and_the_interval_say_the_same():
+    found = tables.paired(frame(noise=0.3), "ERM", ["panel", "normalisation", "radius"])
+    known = found[found["p"].notna() & (found["radius"] > 0)]
+    assert len(known) and ((known["p"] < 0.05) == (known["low"] * known["high"] > 0)).all()
+
+
+def test_sentences_follow_from_the_family_and_nothing_else():
+    rows = [
+        ("A", "ERM", -0.2, -0.3, -0.1, 0.001, "F"),
+        ("B", "ERM", 0.1, 0.01, 0.2, 0.04, "F"),
+        ("C", "ERM", 0.3, 0.2, 0.4, 0.001, "G"),
+    ]
+    bare = pd.DataFrame(rows, columns=["method", "baseline", "value", "low", "high", "p", "family"])
+    found = verdicts.corrected(bare, bare["family"])
+    assert found["p_holm"].tolist() == pytest.approx([0.002, 0.04, 0.001]) and found["family_size"].tolist() == [
+        2,
+        2,
+        1,
+    ]
+    assert verdicts.sentences(found, unit="points", digits=1) == [
+        "F: A is lower than ERM (-0.2 [-0.3, -0.1] points, p = 0.002); B is higher than ERM (+0.1 [+0.0, +0.2] points, "
+        "p = 0.04).",
+        "G: C is higher than ERM (+0.3 [+0.2, +0.4] points, p = 0.001).",
+    ]
+    larger = verdicts.corrected(bare.assign(p=[0.001, 0.06, 0.001]), bare["family"].replace("G", "F"))
+    assert larger["verdict"].tolist() == ["lower", verdicts.NONE, "higher"]
+    assert verdicts.sentences(larger.iloc[1:2]) == ["F: of the pair nothing can be told."]
+    assert verdicts.statement(larger).startswith("Tests: 1 family of 3 tests, paired t tests over seeds, corrected by")
+    assert "3 of 3 exclude zero, 0.15 would by chance." in verdicts.statement(larger)
