@@ -97,8 +97,8 @@ MAY_IMPORT = {
     "seeds probespecs specs files errors",
     "measure": "build runs probespecs specs machine errors",  # and, by name, the module of a metric in measures/
     # the paper
-    "analyses": "percent areas verdicts noisefigure rounding papertable orders surroundings surfaceplots saliency stability "
-    "spectra probespecs specs settings methods tables plots runs resources",
+    "analyses": "percent areas verdicts noisefigure rounding papertable orders surroundings surfaceplots saliency "
+    "stability spectra probespecs specs settings methods tables plots runs resources",
 }
 OPEN = ("api", "cli", "upkeep", "options", "words", "mistakes", "display", "doctor", "errands", "hessian", "noise")
 OPEN += ("surveys", "handover", "__main__", "__init__")
