@@ -151,8 +151,8 @@ def caption(setting: Setting) -> str:
     return (
         f"Controls, less {BASELINE}: {setting.words}\n"
         f"Held out in turn: {', '.join(setting.held_out)}; paired by held-out domain and seed. Bars: "
-        f"{setting.interval}. Unrest: of the accuracy out of domain from step {setting.switch_step} on. F: rise of the loss, "
-        f"up to radii where ERM's is {UP_TO} nats on the seen domains, {setting.effort}. RTN: no training."
+        f"{setting.interval}. Unrest: of the accuracy out of domain from step {setting.switch_step} on. F: rise of the "
+        f"loss, up to radii where ERM's is {UP_TO} nats on the seen domains, {setting.effort}. RTN: no training."
     )
 
 

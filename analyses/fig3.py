@@ -98,8 +98,10 @@ def remarks(frame: pd.DataFrame) -> list[str]:
     found = findings(frame)
     words: dict[str, Any] = {"words": ("flatter", "sharper"), "unit": "nats"}
     single = found["quantity"] == "at"
-    said = [*verdicts.sentences(found[~single].drop(columns="at"), **words), verdicts.statement(found[~single])]
-    said += [*verdicts.sentences(found[single], **words), verdicts.statement(found[single])]
+    said = verdicts.sentences(found[~single].drop(columns="at"), **words)
+    said.append(verdicts.statement(found[~single], name="Tests of the mean of F (primary)"))
+    said += verdicts.sentences(found[single], **words)
+    said.append(verdicts.statement(found[single], name="Tests at single radii (secondary)"))
     return [*said, *_chance(limits(frame[frame["over"] == "directions"]))]
 
 

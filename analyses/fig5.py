@@ -48,7 +48,7 @@ def caption(setting: Setting) -> str:
 
 
 def draw(frame: pd.DataFrame, caption: str) -> Figure:
-    """Draw the difference to ERM against the bits: a line for each data set, bands over seeds where there are several."""
+    """Draw the difference to ERM against the bits: a line for each data set, and bands where there are seeds."""
     less = findings(frame[frame["panel"] == "out"])
     less = less[less["baseline"] == BASELINE]
     less = less.assign(bits=less["method"].str.split().str[0].astype(int))

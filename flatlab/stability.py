@@ -130,7 +130,7 @@ def over_seeds(frame: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     """Return mean and interval over seeds, as `tables.over_seeds` does, but within the bounds of each quantity.
 
     The interval is that of a scale on which the bounds are far or known: the angle whose squared sine is the share for
-    accuracies, the angle whose sine it is for correlations, the root for what cannot be negative.
+    accuracies, their deviations and differences, and the angle whose sine it is for correlations.
 
     Args:
         frame: rows with `quantity`, `held_out`, `seed` and `value`.
@@ -151,11 +151,9 @@ Scale = Callable[[float], float]
 
 def _scale(quantity: str) -> tuple[Scale, Scale]:
     """Return the scale of a quantity's interval, and the way back, which ends at the bounds."""
-    if quantity in QUANTITIES:
-        return lambda share: float(np.arcsin(np.sqrt(share))), lambda a: float(np.sin(np.clip(a, 0, np.pi / 2)) ** 2)
     if quantity == UNITLESS:
         return lambda r: float(np.arcsin(r)), lambda a: float(np.sin(np.clip(a, -np.pi / 2, np.pi / 2)))
-    return lambda size: float(np.sqrt(size)), lambda root: float(np.maximum(root, 0) ** 2)
+    return lambda share: float(np.arcsin(np.sqrt(share))), lambda a: float(np.sin(np.clip(a, 0, np.pi / 2)) ** 2)
 
 
 def switch_of(runs: Sequence[RunSpec]) -> int:

@@ -110,7 +110,7 @@ def draw(rows: pd.DataFrame, caption: str) -> Figure:
 def _histogram(ax: Axes, arrays: files.Arrays, name: str, color: str) -> None:
     counts, edges = arrays[name], arrays[f"edges-{name}"]
     ax.stairs(counts / counts.sum() / np.diff(edges), edges, fill=True, color=color, alpha=0.75)
-    ax.locator_params(axis="x", nbins=5)
+    ax.locator_params(axis="x", nbins=3)
 
 
 def _noise(ax: Axes, edges: FloatArray, row: Row) -> None:
@@ -118,7 +118,6 @@ def _noise(ax: Axes, edges: FloatArray, row: Row) -> None:
     numbers = f"KL {row['kl']:.2g}, uniform sample {row['kl_null']:.2g}"
     ax.set(title=f"{numbers}\nN = {row['count']:,}, {row['bins']} bins", xlabel=UNITS[str(row["mode"])])
     ax.margins(y=0.1)
-    ax.locator_params(axis="x", nbins=5)
 
 
 def _mirror(ax: Axes, lower: FloatArray, upper: FloatArray, row: Row) -> None:
@@ -127,10 +126,10 @@ def _mirror(ax: Axes, lower: FloatArray, upper: FloatArray, row: Row) -> None:
     ax.plot([0, far], [0, far], "k--", linewidth=1)
     low, high = row["bowley_null_low"], row["bowley_null_high"]
     ax.set_title(
-        f"Skewness {row['bowley']:+.3f}, symmetric {low:+.3f} to {high:+.3f}\np of symmetry {row['departure_pvalue']:.2g}"
+        f"Skewness {row['bowley']:+.3f}\nif symmetric: {low:+.3f} to {high:+.3f}, p = {row['departure_pvalue']:.2g}"
     )
     ax.set(xlabel="Median − lower half", ylabel="Upper half − median")
-    ax.locator_params(nbins=5)
+    ax.locator_params(nbins=4)
 
 
 def probe_of(

@@ -75,21 +75,22 @@ def _clauses(tests: pd.DataFrame, words: tuple[str, str], unit: str, digits: int
     return [*clauses, f"of the {others} nothing can be told"]
 
 
-def statement(findings: pd.DataFrame, *, test: str = "paired t tests over seeds") -> str:
+def statement(findings: pd.DataFrame, *, name: str = "Tests", test: str = "paired t tests over seeds") -> str:
     """Return what was tested, how it was corrected, and what chance alone would give.
 
     Args:
         findings: as `corrected` returns them.
-        test: its name.
+        name: what the tests are called, where a page has several kinds.
+        test: of which kind they are.
     """
     tests = findings[findings["verdict"] != UNREAD]
     if tests.empty:
-        return "Tests: none, so that there is no verdict."
+        return f"{name}: none, so that there is no verdict."
     sizes = tests.groupby("family", sort=False).size()
     known = tests[tests["p"].notna()]
     excluding = int((known["low"] * known["high"] > 0).sum())
     return (
-        f"Tests: {_counted(sizes.tolist())}, {test}, corrected by Holm's method within each family: were there no "
+        f"{name}: {_counted(sizes.tolist())}, {test}, corrected by Holm's method within each family: were there no "
         f"difference at all, a family would hold a false verdict with a probability of at most {LEVEL:.0%}, which is "
         f"{LEVEL * len(sizes):.2g} of {len(sizes)}. Intervals are of each difference alone, {1 - LEVEL:.0%}: "
         f"{excluding} of {len(known)} exclude zero, {LEVEL * len(known):.2g} would by chance."

@@ -63,8 +63,8 @@ WORDS = {  # what the user writes -> what the answer names, before anything heav
     "train --method swa --keep-every 301": r"--keep-every .*301.*300",
     "train --method eoq --seeds 4": r"--seeds does nothing",
     "reproduce fig3 --datasets ,": r"dataset ''",
-    "reproduce fig3 --exact-repo --controls": r"--controls does nothing for fig3",
-    "reproduce fig2 --exact-repo": r"--exact-repo does nothing for fig2",
+    "reproduce fig3 --swad-rule released --controls": r"--controls does nothing for fig3",
+    "reproduce fig2 --swad-rule released": r"--swad-rule does nothing for fig2",
     "train --model resnet18": (
         r"resnet18 takes images of 3 channels, and digits have 1; take --model digits-cnn, or another --dataset\."
     ),

@@ -398,11 +398,6 @@ def test_controls_say_what_the_data_allow(shifts, said):
     assert len(told) == len(MEASURES) + 1 and told[-1].startswith(f"Tests: {len(MEASURES)} families of 10 tests")
 
 
-def test_the_released_codes_commit_is_named_and_what_is_not_modelled():
-    for said in ("e9d55eb", "is not known", "momentum", "--select all", "--average swad --swad-rule released"):
-        assert said in RELEASED
-
-
 def test_one_seed_says_nothing_of_the_controls():
     frame = controlled(**{"QT-DoG": -1.0})
     assert controls.remarks(frame[frame["seed"] == 0]) == [
