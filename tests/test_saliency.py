@@ -145,7 +145,7 @@ def test_the_table_says_what_the_arrays_say(made):
     assert one.loc[("vanished", "ERM"), "value"] == pytest.approx(np.isnan(ours["moved"][:, :, inside >= 0]).mean())
     assert one.loc[("empty", "ERM"), "value"] == pytest.approx(np.isnan(inside).mean())
     record = json.loads((made / "figures" / "fig9.json").read_text())
-    assert "correlate by" in record["remarks"][0] and len(record["probes"]) == 1
+    assert "correlate by" in record["remarks"][0] and len(record["probes"]) == 2  # with the pilot
 
 
 def test_a_figure_without_its_measurements_is_refused(store):

@@ -143,11 +143,8 @@ def test_sentences_follow_from_the_family_and_nothing_else():
     ]
     bare = pd.DataFrame(rows, columns=["method", "baseline", "value", "low", "high", "p", "family"])
     found = verdicts.corrected(bare, bare["family"])
-    assert found["p_holm"].tolist() == pytest.approx([0.002, 0.04, 0.001]) and found["family_size"].tolist() == [
-        2,
-        2,
-        1,
-    ]
+    assert found["p_holm"].tolist() == pytest.approx([0.002, 0.04, 0.001])
+    assert found["family_size"].tolist() == [2, 2, 1]
     assert verdicts.sentences(found, unit="points", digits=1) == [
         "F: A is lower than ERM (-0.2 [-0.3, -0.1] points, p = 0.002); B is higher than ERM (+0.1 [+0.0, +0.2] points, "
         "p = 0.04).",
