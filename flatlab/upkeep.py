@@ -94,9 +94,11 @@ def check(chosen: Choices, dataset: Annotated[str, typer.Argument(help="PACS, ..
     """Compare a data set on disk with what is known of it: domains, classes, counts; exit with 1 where they differ."""
     import pandas as pd
 
-    from flatlab.data import folders
+    from flatlab.data import catalog, folders
 
     named = replace(chosen, given={**chosen.given, "dataset": dataset})
+    if chosen.data_dir:
+        catalog.place(named.name(), chosen.data_dir)  # embedded data have no folder
     rows = folders.check(named.name(), named.folder())
     chosen.answer(pd.DataFrame([{**row._asdict(), "ok": row.ok} for row in rows]), dataset)
     if not all(row.ok for row in rows):
