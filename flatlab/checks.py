@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 
 SHOWN = 5  # parameters in a message
+QUANTIZED = r"\.parametrizations\.(\w+)\.original"
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -95,17 +96,33 @@ def space(found: "Sequence[Run]", wanted: str) -> None:
 
 def parameters(found: "Iterable[Run]", probes: "Iterable[Probing]") -> None:
     """Refuse patterns that no parameter of a run matches."""
+    for pattern, checkpoint in {(probe.params, probe.checkpoint) for probe in probes}:
+        for run in found if pattern is not None else ():
+            _some_match(pattern or "", list(_weights(run, checkpoint)), "trainable parameter")
+
+
+def layers(found: "Iterable[Run]", pattern: str | None, checkpoint: str) -> None:
+    """Refuse a pattern that no layer of a run matches."""
+    for run in found if pattern is not None else ():
+        names = [name.rpartition(".")[0] for name, axes in _weights(run, checkpoint).items() if axes > 1]
+        _some_match(pattern or "", names, "layer")
+
+
+def _weights(run: "Run", checkpoint: str) -> dict[str, int]:
+    """Return the names of a checkpoint's parameters with the numbers of their axes, as if nothing were quantized."""
     from flatlab import files
 
-    patterns = {(probe.params, probe.checkpoint) for probe in probes if probe.params is not None}
-    for pattern, checkpoint in patterns:
-        for run in found:
-            arrays, _ = files.load_arrays(run.checkpoint(checkpoint))
-            names = sorted({name.replace("parametrizations.weight.original", "weight") for name in arrays})
-            names = [name for name in names if not name.endswith(BUFFERS) and ".parametrizations." not in name]
-            if not any(fnmatchcase(name, pattern or "") for name in names):
-                shown = ", ".join(names[:SHOWN]) + ", ..." * (len(names) > SHOWN)
-                raise UserError(f"No trainable parameter matches {pattern!r}; there are {shown}.")
+    arrays, _ = files.load_arrays(run.checkpoint(checkpoint))
+    plain = {name.replace(QUANTIZED, ".weight"): array.ndim for name, array in sorted(arrays.items())}
+    return {
+        name: axes for name, axes in plain.items() if not name.endswith(BUFFERS) and ".parametrizations." not in name
+    }
+
+
+def _some_match(pattern: str, names: list[str], what: str) -> None:
+    if not any(fnmatchcase(name, pattern) for name in names):
+        shown = ", ".join(names[:SHOWN]) + ", ..." * (len(names) > SHOWN)
+        raise UserError(f"No {what} matches {pattern!r}; there are {shown}.")
 
 
 def start(todo: "Sequence[Job]", place: "Place") -> None:

@@ -40,7 +40,7 @@ def parse_radii(text: str) -> tuple[float, ...] | Literal["auto"]:
     if text.strip().lower() == "auto":
         return "auto"
     radii = _numbers(text)
-    if not radii or not all(0 <= radius <= LARGEST for radius in radii):
+    if not any(radii) or not all(0 <= radius <= LARGEST for radius in radii):
         raise UserError(
             f"--radii must be auto, start:stop:step such as 0:60:5, or numbers such as 0,0.5,1, all from 0 to "
             f"{LARGEST:g}, got {text}."

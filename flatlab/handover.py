@@ -32,12 +32,14 @@ def export(
     checkpoint: Annotated[str, typer.Option(help="selected (by source validation) or last.")] = "selected",
 ) -> None:
     """Write a quantized run with packed integer weights, and say what that saves in truth."""
+    from flatlab import reproduce
     from flatlab.export import export as write
 
     found = chosen.found([run])[0]
     path = file or Path(f"{found.spec.digest}.safetensors")
     checks.target(path)
-    done = write(found, path, chosen.place(), checkpoint=choose("checkpoint", checkpoint, ("selected", "last")))
+    place, _ = reproduce.place_of([found], chosen.place())
+    done = write(found, path, place, checkpoint=choose("checkpoint", checkpoint, ("selected", "last")))
     sentence = (
         f"{done.path}: {done.bytes:,} bytes instead of {done.float_bytes:,}, {done.compression:.2f} times smaller; "
         f"nominally {done.nominal:.2f} times, 32 bits to {done.bits}. {done.quantized_share:.1%} of the parameters are "

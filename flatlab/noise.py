@@ -21,11 +21,13 @@ def noise(
     images: Annotated[int | None, typer.Option(help="At most so many of each domain (all), with --radius.")] = None,
 ) -> None:
     """Is quantization noise uniform and symmetric (QT-DoG Figs. 2, 8), is it a typical direction (--radius)?"""
-    from flatlab import rounding, uniformity
+    from flatlab import checks, rounding, uniformity
 
     store, room = chosen.runs(), rounding if radius else uniformity
     found = chosen.found(runs)
     probe = room.probe_of(found, layers=layers, checkpoint=checkpoint, samples=samples, images=images)
+    if not radius:
+        checks.layers(found, layers, probe.checkpoint)
     if not measured(chosen, found, [probe]):
         return
     table, written = room.chart(store, found, probe, layers=layers, out=chosen.out)

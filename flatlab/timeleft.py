@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from statistics import median
 
 from flatlab.jobs import Job
 
@@ -25,13 +26,19 @@ class TimeLeft:
         self.cost = {job.name: job.passes for job in jobs}
         self.share = dict.fromkeys(self.cost, 0.0)
         self.begun: dict[str, tuple[float, float]] = {}  # when, and from which share on
+        self.warming: set[str] = set()  # first jobs of the workers, which load libraries and data: timed from then on
         self.seconds: dict[str, float] = {}  # of finished jobs
 
     def hear(self, name: str, share: float, *, over: bool) -> None:
         """Take in how far a job is."""
         if name not in self.share:
             return
-        start, _ = self.begun.setdefault(name, (self.now(), share))
+        if name not in self.begun and len(self.begun) < self.workers:
+            self.warming.add(name)
+        start, first = self.begun.setdefault(name, (self.now(), share))
+        if name in self.warming and share > first and not over:
+            self.warming.remove(name)
+            self.begun[name] = (self.now(), share)
         self.share[name] = 1.0 if over else share
         if over:
             self.seconds.setdefault(name, self.now() - start)
@@ -57,7 +64,7 @@ class TimeLeft:
             alike = [each for each in alike if each in self.seconds] or alike
             if alike:
                 break
-        return sum(map(self._spent, alike)) / sum(map(self._passes, alike))
+        return median(self._spent(each) / self._passes(each) for each in alike)
 
     def _spent(self, name: str) -> float:
         return self.seconds.get(name, self.now() - self.begun[name][0])

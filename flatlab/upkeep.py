@@ -122,9 +122,11 @@ def check(chosen: Choices, dataset: Annotated[str, typer.Argument(help="PACS, ..
     import pandas as pd
 
     from flatlab import display
-    from flatlab.data import folders
+    from flatlab.data import catalog, folders
 
     named = replace(chosen, given={**chosen.given, "dataset": dataset})
+    if chosen.data_dir:
+        catalog.place(named.name(), chosen.data_dir)  # embedded data have no folder
     with display.counter("reading images") as report:
         rows = folders.check(named.name(), named.folder(), report=report)
     table = pd.DataFrame([{**row._asdict(), "ok": row.ok} for row in rows])

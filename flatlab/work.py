@@ -75,7 +75,6 @@ def _attempt(job: Job, store: RunStore, place: Place, emit: Emit, *, join: bool 
                     store.run(job.runs[0]).require_done()
                 if not held.enter_context(store.claim(job.claims(store))) and not (join and job.probes):
                     return False
-                emit({"job": job.name, "share": 0.0})
                 _do(job, store, place, emit)
         emit({"job": job.name, "finished": True})
     except Exception as error:
@@ -100,16 +99,19 @@ def _do(job: Job, store: RunStore, place: Place, emit: Emit) -> None:
     if job.probes:
         from flatlab.measure import measure
 
+        report.begin()
         for probe in job.probes:
             measure(store.run(job.runs[0]), probe, place, report=report)
             report.part += 1
     elif job.runs[0].members:
         from flatlab.train.ensembles import join
 
+        report.begin()
         join(job.runs[0], store, place)
     else:
         from flatlab.train.loop import train
 
+        report.begin()
         _training.set()
         try:
             train(job.runs, store, place, forks=job.forks, keep_every=job.keep_every, report=report)
@@ -124,6 +126,10 @@ class _Reporter:
     def __init__(self, name: str, emit: Emit, *, parts: int) -> None:
         self.name, self.emit, self.parts, self.part = name, emit, parts, 0
         self.told = 0.0
+
+    def begin(self) -> None:
+        """Report that the job begins: what was loaded until now is no part of its seconds."""
+        self.emit({"job": self.name, "share": 0.0})
 
     def __call__(self, made: int, of: int, shown: dict[str, Any]) -> None:
         """Report a part's progress, and numbers to show beside it; a training can be stopped here."""

@@ -1,0 +1,71 @@
+"""Runs by the name of their method: which they are, and what is said where that is not one."""
+
+import re
+
+import pytest
+
+from flatlab.errors import UserError
+from flatlab.methods import METHODS, compose
+from flatlab.names import means, named
+from flatlab.options import Choices
+from flatlab.runs import RunStore
+from flatlab.settings import SMOKE
+
+
+def spec_of(name, held_out="rot0", seed=0):
+    return compose(METHODS[name], SMOKE, held_out=held_out, seed=seed, trial_seed=seed)
+
+
+@pytest.fixture
+def store(tmp_path):
+    """A store of finished runs, as far as a look at their specs goes."""
+    found = RunStore(tmp_path)
+    for name in ("ERM", "QT-DoG"):
+        for held_out in ("rot0", "rot45"):
+            for seed in (0, 1):
+                run = found.run(spec_of(name, held_out, seed))
+                run.create()
+                (run.path / "done").write_text("{}")
+    return found
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_s_name_means_its_runs_alone(name):
+    assert [other for other in METHODS if means(name, spec_of(other))] == [name]
+    assert means(name.upper(), spec_of(name)) and means(spec_of(name).label, spec_of(name))
+
+
+def test_names_narrowed_down(store):
+    found = named(store, ["ERM", "qt-dog"], held_out="rot45", seed=1)
+    assert [run.spec for run in found] == [spec_of("ERM", "rot45", 1), spec_of("QT-DoG", "rot45", 1)]
+    assert named(store, ["ERM"], held_out="3", seed=1)[0].path == found[0].path
+    digest = spec_of("ERM").digest
+    assert [run.spec.digest for run in named(store, [digest[:10]])] == [digest]
+
+
+def test_what_is_not_one_run_is_refused(store):
+    with pytest.raises(UserError, match=r"ERM names 4 runs .*rot0, seed 0.*--held-out, --seed") as told:
+        named(store, ["ERM"])
+    assert len(re.findall(r"[0-9a-f]{8} \(", str(told.value))) == 4
+    with pytest.raises(UserError, match=r"No run of SAM"):
+        named(store, ["SAM"])
+    with pytest.raises(UserError, match=r"'QT-DGo'; did you mean QT-DoG"):
+        named(store, ["QT-DGo"])
+    with pytest.raises(UserError, match=r"--held-out and --seed .* digests"):
+        named(store, [spec_of("ERM").digest], seed=1)
+
+
+def test_a_run_that_only_keeps_things_for_others_is_none(store):
+    run = store.run(spec_of("ERM", "rot15"))
+    run.create()
+    (run.path / "kept").mkdir()
+    (run.path / "kept" / "step-0.safetensors").write_text("")
+    assert run.lends
+    with pytest.raises(UserError, match="No run of ERM"):
+        named(store, ["ERM"], held_out="rot15")
+
+
+def test_a_misspelt_option_fails():
+    assert Choices({"dry_run": True}).dry_run and Choices({}).dry_run is None
+    with pytest.raises(AttributeError, match="dryrun"):
+        Choices({}).dryrun  # noqa: B018
