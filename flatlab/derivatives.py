@@ -113,7 +113,13 @@ def nodes_behind(ends: Sequence[Any]) -> set[Any]:
 
 
 def refuse_rounding(model: nn.Module, moved: Collection[Tensor]) -> None:
-    """Refuse curvature by weights that are rounded on the way, or through rounded activations (straight-through).
+    """Refuse curvature by weights that are rounded on the way, or through rounded activations (straight-through)."""
+    if sentence := rounding(model, moved):
+        raise UserError(sentence)
+
+
+def rounding(model: nn.Module, moved: Collection[Tensor]) -> str:
+    """Say which weights, or activations, are rounded on the way, where any are.
 
     The loss is a staircase in them, whose derivatives are zero almost everywhere; autograd's belong to the function
     behind the rounding. So each parametrized weight that moves is moved by a little, to see whether it does.
@@ -121,17 +127,18 @@ def refuse_rounding(model: nn.Module, moved: Collection[Tensor]) -> None:
     ours = {id(tensor) for tensor in moved}
     for name, layer in model.named_modules():
         if getattr(layer, "straight_through", False):
-            raise UserError(
+            return (
                 f"{name!r} rounds activations: autograd differentiates straight through that, so the curvature is not"
                 " that of the loss; measure a network that quantizes its weights alone."
             )
         moves = isinstance(layer, ParametrizationList) and any(id(p) in ours for p in layer.parameters())
         if moves and is_staircase(layer):
-            raise UserError(
+            return (
                 f"{name.replace('parametrizations.', '')!r} is rounded ({type(layer[-1]).__name__}): autograd"
                 f" differentiates straight through that, so its curvature is not that of the loss: {_way_out(layer)},"
                 " or hold that weight still with requires_grad_(False)."
             )
+    return ""
 
 
 def _way_out(layer: ParametrizationList) -> str:

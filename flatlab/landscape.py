@@ -1,8 +1,7 @@
 """A landscape: the mean loss of a model over fixed data, as a function of one flat vector of parameters.
 
-Two things make such a function lie. The first is the data: batches that weigh alike though they differ in size,
-or that change between two readings. The second is the model: dropout, or statistics taken over the batch. So data
-are read once and weighed by samples, and everything that would break this is looked for before the first number.
+Data may weigh batches alike that differ in size, or change between two readings; a model may draw at random, or mix the
+samples of a batch. So data are kept and weighed by samples, and the function itself is probed before the first number.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -22,14 +21,15 @@ from flatlab.blocks import Block, Gathered, partition
 from flatlab.curvature.exact import attributes_restored
 from flatlab.curvature.operators import Hessian, Term
 from flatlab.curvatureprobe import SAMPLED, probe_curvature
-from flatlab.derivatives import refuse_rounding
+from flatlab.derivatives import one_path, refuse_rounding
 from flatlab.errors import UserError
-from flatlab.losses import Metric, total, total_and_hits, totals, wide
+from flatlab.losses import Metric, total, total_and_hits, totals, weight, wide
 from flatlab.memory import Halving
-from flatlab.nests import Batch, Data, part, read, recut, same, spread
-from flatlab.params import flatten, refuse_overlap, select, split_like
+from flatlab.nests import Batch, Data, part, read_strata, recut, same, spread
+from flatlab.opening import Opening
+from flatlab.params import flatten, select, split_like
 from flatlab.points import Evaluation, Move
-from flatlab.probes import alike, probe_mean, probe_model, refuse_parametrized, refuse_training, versions
+from flatlab.probes import alike, refuse_changed, refuse_parametrized, refuse_training, versions
 from flatlab.seeds import generator
 
 FloatArray = npt.NDArray[np.float64]
@@ -44,9 +44,12 @@ class Landscape:
         model: any module, in eval mode; it is called as ``model(inputs)``.
         data: ``(inputs, targets)`` batches that can be read twice, any nests of tensors; or a mapping from the names
             of strata (domains) to such batches, which then weigh equally whatever their sizes.
-        loss: ``loss(outputs, targets)``, the mean over the samples or a vector of per-sample losses.
+        loss: ``loss(outputs, targets)``, the mean over the samples or a vector of per-sample losses; or a pair of
+            vectors, each sample's sum and its weight, whose quotient of sums is the loss (a mean over tokens).
         params: shell patterns of the parameters that vary; all that require a gradient by default.
-        check: probe model, data and loss first, which costs two passes over the data.
+        check: read the data twice, and probe the loss as a function: its values by joined and by cut batches, its
+            gradient against differences, and its Hessian before the first use. Opening costs 2 forward passes over the
+            data and at most 2 more in all, the backward pass of a tenth of the samples included.
         batch_size: cut the data anew into batches of this size; the value does not depend on it.
 
     Raises:
@@ -57,7 +60,7 @@ class Landscape:
         self,
         model: nn.Module,
         data: Data | Mapping[str, Data],
-        loss: Callable[[Any, Any], Tensor],
+        loss: Metric,
         *,
         params: str | Iterable[str] | None = None,
         check: bool = True,
@@ -75,14 +78,16 @@ class Landscape:
             raise UserError("The data hold no stratum: hand in {name: batches} with at least one name.")
         # A DataLoader draws from torch's global generator each time it is read: nobody else's draws should move.
         with torch.random.fork_rng(devices=[]):
-            kept = [read(name, source, self._w0.device, check=check) for name, source in sources.items()]
+            kept = read_strata(sources, self._w0.device, check=check)
         self.strata = tuple(str(name) for name in sources)
         self._batches = [recut(batches, batch_size) for batches in kept]
         self.sizes = np.array([sum(batch.size for batch in batches) for batches in self._batches])
         self._state = versions(model, self._tensors)
         self._base: FloatArray | None = None
         self._hessian: Hessian | None = None
+        self._weights: FloatArray | None = None
         self._curved = not check
+        self.remarks = tuple[str, ...]()
         if check:
             self._probe()
 
@@ -114,6 +119,13 @@ class Landscape:
             self._base.flags.writeable = False
         return self._base
 
+    @property
+    def weights(self) -> FloatArray:
+        """What the samples of each stratum weigh together (S,): how many there are, unless the loss gives weights."""
+        if self._weights is None:
+            self._weights = self._weigh(self.loss)
+        return self._weights
+
     def as_point(self, vector: Tensor) -> Tensor:
         """Return a flat vector (P,) in the dtype and on the device of the point."""
         if vector.shape != self._w0.shape:
@@ -129,13 +141,13 @@ class Landscape:
 
     def evaluate(self, vector: Tensor | None = None) -> Evaluation:
         """Return loss and accuracy at a flat vector (P,), by default at the point itself."""
-        with self._visiting(vector), torch.inference_mode():
+        weights = self.weights
+        with self._visiting(vector), torch.no_grad():
             sums = self._sums(partial(total_and_hits, self.loss)).cpu().double().numpy()
-        means = sums / self.sizes[:, None]
-        losses, accuracies = means[:, 0].copy(), means[:, 1].copy()
-        if np.isnan(accuracies).any():
-            return Evaluation(float(losses.mean()), None, losses, None)
-        return Evaluation(float(losses.mean()), float(accuracies.mean()), losses, accuracies)
+        losses, accuracies = sums[:, 0] / weights, sums[:, 1] / self.sizes
+        known = not np.isnan(accuracies).any()
+        shares = accuracies if known else None
+        return Evaluation(float(losses.mean()), float(accuracies.mean()) if known else None, losses, shares)
 
     def around(self, model: nn.Module, *, check: bool = True) -> "Landscape":
         """Return the landscape of the same data and loss around another model, of the same choice of parameters."""
@@ -153,10 +165,10 @@ class Landscape:
         """
         flat = torch.empty_like(self._w0)
         measured = partial(totals, metrics) if metrics else self._total
-        sizes = self.sizes[:, None] if metrics else self.sizes
+        sizes = np.stack([self._weigh(each) for each in metrics], axis=1) if metrics else self.weights
         views = self.split(flat)
 
-        @torch.inference_mode()
+        @torch.no_grad()
         def at(direction: Tensor, radius: npt.ArrayLike = 1.0, *, block: Gathered | None = None) -> FloatArray:
             sums = []
             for each in np.ravel(radius).tolist():
@@ -173,7 +185,10 @@ class Landscape:
 
     def blocks(self, block_size: int, *, seed: int = 0) -> list[Block]:
         """Return a partition of the samples into blocks of about `block_size`, each with its share of each stratum."""
-        return partition(self._batches, block_size, generator=generator("landscape", "blocks", block_size, seed))
+        rng = generator("landscape", "blocks", block_size, seed)
+        return [
+            each.weighted(self.sizes / self.weights) for each in partition(self._batches, block_size, generator=rng)
+        ]
 
     def gather(self, block: Block) -> Gathered:
         """Return a block's samples, to be evaluated at several points."""
@@ -184,7 +199,7 @@ class Landscape:
     def on(self, block: Block) -> "Landscape":
         """Return the landscape over a block's samples alone, around the same point."""
         other, kept = copy(self), block.by_stratum(self._batches)
-        other._batches, other._base, other._hessian = list(kept.values()), None, None
+        other._batches, other._base, other._hessian, other._weights = list(kept.values()), None, None, None
         other.strata = tuple(self.strata[row] for row in kept)
         other.sizes = np.array([sum(batch.size for batch in batches) for batches in other._batches])
         return other
@@ -196,11 +211,12 @@ class Landscape:
 
     def gradient(self, vector: Tensor | None = None) -> Tensor:
         """Return the gradient (P,) of the loss at a flat vector, by default at the point itself."""
-        result = torch.zeros_like(self._w0)
+        result, terms = torch.zeros_like(self._w0), self.terms()
         with self._visiting(vector), torch.enable_grad():
-            for inputs, total, count in self._terms():
+            for inputs, total, count in terms:
                 loss = total(self.model(inputs)) / count
-                result += flatten(torch.autograd.grad(loss, self._tensors, materialize_grads=True))
+                if loss.requires_grad:  # else it does not depend on the parameters
+                    result += flatten(torch.autograd.grad(loss, self._tensors, materialize_grads=True))
         return result
 
     def hvp(self, vector: Tensor) -> Tensor:
@@ -229,7 +245,7 @@ class Landscape:
     @contextmanager
     def _visiting(self, vector: Tensor | None = None) -> Iterator[None]:
         self._refuse_changed()
-        with attributes_restored(self.model):
+        with attributes_restored(self.model), one_path():
             try:
                 if vector is not None:
                     self._put(self.as_point(vector))
@@ -237,12 +253,25 @@ class Landscape:
             finally:
                 self._put(self._w0)
 
+    def _weigh(self, metric: Metric) -> FloatArray:
+        first = spread(self._batches[0], 1)[0]
+        with self._visiting(), torch.no_grad():
+            plain = weight(metric, self._forward(first.inputs), first) is None
+            return self.sizes.astype(float) if plain else self._sums(partial(weight, metric)).cpu().double().numpy()
+
+    def _probe(self) -> None:
+        looks = self._forward, self._total, partial(weight, self.loss), self._visiting
+        opening = Opening(self.model, self.named, self._state, self.strata, self._batches, *looks)
+        sums, self._weights = opening.values()
+        self._base = sums / self._weights
+        self._base.flags.writeable = False
+        self.remarks = tuple(opening.slopes(sums))
+
     def _put(self, vector: Tensor) -> None:
         with torch.no_grad():
             torch._foreach_copy_(self._tensors, self.split(vector))
 
     def _sums(self, total: Callable[[Any, Batch], Tensor]) -> Tensor:
-        # They stay on the device: nothing waits for it between two batches.
         sums = [torch.stack([total(self._forward(b.inputs), b) for b in each]).sum(0) for each in self._batches]
         return torch.stack(sums)
 
@@ -253,47 +282,10 @@ class Landscape:
         return torch.stack([self._total(part(outputs, p.start, p.stop), each) for p, each in pairs])
 
     def _terms(self) -> Iterator[Term]:
-        for batches, size in zip(self._batches, self.sizes.tolist(), strict=True):
-            yield from ((b.inputs, partial(self._total, batch=b), size * len(self.strata)) for b in batches)
+        for batches, each in zip(self._batches, self.weights.tolist(), strict=True):
+            yield from ((b.inputs, partial(self._total, batch=b), each * len(self.strata)) for b in batches)
 
     def _refuse_changed(self) -> None:
-        """Refuse a model that is no longer where the landscape was built: its values would be a mixture."""
-        here = all(tensor.device == self._w0.device for tensor in self._tensors)
-        # Bits are compared, not numbers: NaN is NaN, and -0.0 is not 0.0.
-        if not (here and torch.equal(flatten(self._tensors).view(torch.uint8), self._w0.view(torch.uint8))):
-            raise UserError(
-                "The weights are not those that the landscape was built on (trained since, or moved by an open"
-                " `moving`): build a new Landscape."
-            )
-        if changed := self._changed():
-            raise UserError(f"{changed!r} has changed since the landscape was built: build a new Landscape.")
+        refuse_changed(self.model, self._tensors, self._w0, self._state)
         if self._check:
             refuse_training(self.model)
-
-    def _changed(self) -> str | None:
-        differing = versions(self.model, self._tensors).items() ^ self._state.items()
-        return min((name for name, _ in differing), default=None)
-
-    def _probe(self) -> None:
-        refuse_training(self.model)
-        self._probe_writing()
-        # Not inference_mode: what a model caches in its first pass (rotary tables) must stay usable in training.
-        with torch.no_grad():
-            for batches in self._batches:
-                probe_model(self._forward, max(batches, key=lambda batch: batch.size), self._total)
-        if changed := self._changed():
-            raise UserError(
-                f"A forward pass changes {changed!r} of the model, so that its loss depends on what was evaluated"
-                " before: freeze it."
-            )
-        if not np.isfinite(self.base_loss).all():
-            losses = dict(zip(self.strata, self.base_loss.tolist(), strict=True))
-            raise UserError(f"The loss at the point itself must be finite, but is {losses}: no flatness is defined.")
-        with torch.no_grad():
-            for batch in chain.from_iterable(self._batches):
-                probe_mean(self._forward, batch, self._total)
-
-    def _probe_writing(self) -> None:
-        noise = torch.randn(self.num_params, generator=generator("landscape", "probe")).to(self._w0)
-        with self._visiting(noise):
-            refuse_overlap(flatten(self._tensors), noise)

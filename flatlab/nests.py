@@ -1,6 +1,6 @@
 """Batches of nested tensors, with samples along dimension 0: read into memory, compared, cut anew."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
@@ -22,7 +22,15 @@ class Batch(NamedTuple):
     size: int
 
 
-def read(name: object, source: Data, device: torch.device, *, check: bool = True) -> list[Batch]:
+def read_strata(sources: Mapping[Any, Data], device: torch.device, *, check: bool = True) -> list[list[Batch]]:
+    """Read all batches of each stratum into memory, as `read` does, also where their loaders refill one buffer."""
+    kept = [read(name, source, device, check=check) for name, source in sources.items()]
+    if len(kept) > 1 and _overlap([batch for batches in kept for batch in batches]):
+        return [read(name, source, device, check=check, copy=True) for name, source in sources.items()]
+    return kept
+
+
+def read(name: object, source: Data, device: torch.device, *, check: bool = True, copy: bool = False) -> list[Batch]:
     """Read all batches of a stratum into memory; with ``check`` once more, to see whether they are the same.
 
     Raises:
@@ -32,9 +40,8 @@ def read(name: object, source: Data, device: torch.device, *, check: bool = True
         raise UserError(
             f"The data of {name!r} are a one-shot iterator, but must be read twice: hand in a list or a DataLoader."
         )
-    batches = list(_pairs(source, device))
-    starts = [leaf.data_ptr() for batch in batches for leaf in tensors(batch.inputs)]
-    if len(set(starts)) < len(starts):  # A loader that refills one buffer would leave us its last batch many times.
+    batches = [] if copy else list(_pairs(source, device))
+    if copy or _overlap(batches):  # A loader that refills one buffer would leave us its last batch many times.
         batches = [_map_batch(torch.clone, batch) for batch in _pairs(source, device)]
     if not batches:
         raise UserError(f"The data of {name!r} hold no sample: hand in at least one batch that is not empty.")
@@ -46,6 +53,22 @@ def read(name: object, source: Data, device: torch.device, *, check: bool = True
                     " augments (shuffle=False, the test transform) and can be read again."
                 )
     return batches
+
+
+def _overlap(batches: list[Batch]) -> bool:
+    """Say whether inputs or targets of two batches lie in the same memory."""
+    spans = []
+    for index, batch in enumerate(batches):
+        for leaf in tensors(batch[:2]):
+            if leaf.layout == torch.strided and leaf.numel():
+                reach = sum((size - 1) * stride for size, stride in zip(leaf.shape, leaf.stride(), strict=True))
+                spans.append((leaf.data_ptr(), leaf.data_ptr() + (reach + 1) * leaf.element_size(), index))
+    furthest, owner = 0, -1
+    for start, end, index in sorted(spans):
+        if start < furthest and owner != index:
+            return True
+        furthest, owner = max((furthest, owner), (end, index))
+    return False
 
 
 def recut(batches: list[Batch], batch_size: int | None) -> list[Batch]:
@@ -81,8 +104,9 @@ def spread(batches: Sequence[Batch], count: int) -> list[Batch]:
     """Return about `count` samples, at least one, that lie evenly over the batches and over the rows of each."""
     number = min(count, len(batches), MOST_SPREAD)
     chosen = [batches[index * len(batches) // number] for index in range(number)]
-    rows = [min(-(-count // number), batch.size) for batch in chosen]
-    return [pick(batch, torch.arange(n) * batch.size // n) for batch, n in zip(chosen, rows, strict=True)]
+    rows = [count * (index + 1) // number - count * index // number for index in range(number)]
+    counts = [min(row, batch.size) for row, batch in zip(rows, chosen, strict=True)]
+    return [pick(batch, torch.arange(n) * batch.size // n) for batch, n in zip(chosen, counts, strict=True)]
 
 
 def converted(batch: Batch, dtype: torch.dtype) -> Batch:
@@ -120,6 +144,14 @@ def near(first: Any, second: Any, tolerance: float = 0.0) -> bool:
     return all(_near(a, b, tolerance) for a, b in pairs)
 
 
+def distance(first: Any, second: Any) -> float:
+    """Return how far two nests of equal shapes lie apart: the largest difference, as a share of the largest entry.
+
+    Integers either agree or differ by 1; what is not finite on both sides is left out.
+    """
+    return max((_distance(a, b) for a, b in zip(tensors(first), tensors(second), strict=True)), default=0.0)
+
+
 def same(first: list[Batch], second: list[Batch]) -> bool:
     """Say whether two lists of batches hold the same samples, however they are cut."""
     if sum(batch.size for batch in first) != sum(batch.size for batch in second):
@@ -131,19 +163,23 @@ def same(first: list[Batch], second: list[Batch]) -> bool:
 
 
 def _near(a: Tensor, b: Tensor, tolerance: float) -> bool:
-    if torch.equal(a, b):
-        return True
-    same = (a == b) | ((a != a) & (b != b))
-    if tolerance == 0.0 or not a.is_floating_point():
-        return bool(same.all())
-    slack = tolerance * float(a.nan_to_num(0.0, 0.0, 0.0).abs().max())
-    return bool((same | ((a - b).abs() <= slack)).all())
+    return torch.equal(a, b) or _distance(a, b) <= tolerance
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    differs = ~((a == b) | ((a != a) & (b != b)))
+    if not differs.any():
+        return 0.0
+    if not (a.is_floating_point() or a.is_complex()):
+        return 1.0
+    off = float((a - b)[differs].abs().max().nan_to_num(torch.inf))
+    return off / max(float(a.nan_to_num(0.0, 0.0, 0.0).abs().max()), torch.finfo(a.dtype).tiny)
 
 
 def _pairs(source: Data, device: torch.device) -> Iterator[Batch]:
     for pair in source:
         if not isinstance(pair, tuple | list) or len(pair) != 2:
-            raise UserError(f"Each batch must be a pair (inputs, targets), but a {type(pair).__name__} came.")
+            raise UserError(f"Each batch must be a pair (inputs, targets), but {_came(pair)}.")
         leaves = [leaf for leaf in tree_leaves(list(pair)) if leaf is not None]
         sizes = {leaf.shape[:1] if isinstance(leaf, Tensor) else None for leaf in leaves}
         if len(sizes) != 1 or not sizes.isdisjoint({None, ()}):
@@ -154,6 +190,19 @@ def _pairs(source: Data, device: torch.device) -> Iterator[Batch]:
             )
         if size := len(leaves[0]):
             yield _map_batch(lambda leaf: leaf.detach().to(device), Batch(pair[0], pair[1], size))
+
+
+def _came(batch: Any) -> str:
+    """Say what came instead of a pair, and how to make pairs of it."""
+    if isinstance(batch, tuple | list) and len(batch) > 2:
+        rest = ", ".join("_" * (len(batch) - 2))
+        return f"{len(batch)} things came: hand in [(inputs, targets) for inputs, targets, {rest} in loader]"
+    if isinstance(batch, Mapping):
+        return (
+            f"a {type(batch).__name__} with {', '.join(map(repr, batch))} came: hand in pairs of what the model takes"
+            ' and what the loss takes, such as [(batch, batch["labels"]) for batch in loader]'
+        )
+    return f"a {type(batch).__name__} came"
 
 
 def _map_batch(change: Callable[[Tensor], Tensor], batch: Batch) -> Batch:

@@ -5,6 +5,7 @@ from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from flatlab.errors import UserError
 
@@ -26,6 +27,8 @@ def select(model: nn.Module, pattern: str | Iterable[str] | None = None) -> dict
             f"{type(model).__name__} has no parameter that requires a gradient, but a landscape needs one:"
             " call .requires_grad_(True) on what should vary."
         )
+    if lazy := next((name for name, p in named if isinstance(p, UninitializedParameter)), ""):
+        raise UserError(f"{lazy!r} has no shape yet: run one batch through the model before its landscape is opened.")
     patterns = ["*"] if pattern is None else [pattern] if isinstance(pattern, str) else list(pattern)
     for each in patterns:
         if not any(fnmatchcase(name, each) for name, _ in named):

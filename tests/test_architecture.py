@@ -68,12 +68,16 @@ MAY_IMPORT = {
     "memory": "nests",
     "blocks": "nests errors",
     "losses": "nests errors",
-    "probes": "derivatives nests errors",
+    "probes": "derivatives nests params errors",
+    "valueprobes": "memory nests probes errors",
+    "slopeprobe": "losses params seeds errors",
+    "opening": "derivatives nests params probes seeds slopeprobe valueprobes errors",
     "points": "blocks",
     "derivatives": "seeds errors",
     "curvature": "derivatives nests params seeds errors",
     "curvatureprobe": "curvature.exact derivatives nests params probes seeds errors",
-    "landscape": "blocks curvature curvatureprobe derivatives losses memory nests params probes seeds errors points",
+    "landscape": "blocks opening curvature curvatureprobe derivatives losses memory nests params probes seeds errors "
+    "points",
     "metrics": "blocks curvature losses nests landscape params probes seeds errors points "
     "surfaceplots",  # the last inside plot() alone
     "golden": "landscape seeds",

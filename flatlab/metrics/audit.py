@@ -166,7 +166,7 @@ def _deviation(landscape: Landscape, twin: Landscape) -> float:
         UserError: where that is more than rounding.
     """
     off = size = 0.0
-    with torch.inference_mode():
+    with torch.no_grad():
         for inputs, _, _ in landscape.terms():
             for a, b in zip(tree_leaves(landscape.model(inputs)), tree_leaves(twin.model(inputs)), strict=True):
                 off, size = max(off, float((a - b).abs().max())), max(size, float(a.abs().max()))

@@ -112,7 +112,9 @@ def plane_through(
     Raises:
         UserError: where a checkpoint is of another model, or the three lie on a line.
     """
-    steps = [checked(landscape, each).to(wide(each)) - landscape.point.to(wide(each)) for each in (second, third)]
+    steps = [
+        checked(landscape, each, zero=True).to(wide(each)) - landscape.point.to(wide(each)) for each in (second, third)
+    ]
     u = steps[0] / _length(steps[0], "The second checkpoint is the first one: three points span a plane.", steps)
     rest = steps[1] - (steps[1] @ u) * u
     rest -= (rest @ u) * u  # twice is enough
@@ -138,7 +140,7 @@ def trajectory_directions(
     """
     if len(points) <= count:
         raise UserError(f"{count} principal directions need at least {count + 1} checkpoints, but {len(points)} came.")
-    rows = torch.stack([checked(landscape, point).to(wide(point)) for point in points])
+    rows = torch.stack([checked(landscape, point, zero=True).to(wide(point)) for point in points])
     rows = rows - rows.mean(dim=0)
     # The Gram matrix (T, T) has the same spectrum as the covariance (P, P), and fits.
     values, vectors = torch.linalg.eigh(rows @ rows.T)
@@ -167,15 +169,15 @@ def _bare(vectors: Tensor, labels: Sequence[str]) -> Directions:
 def _marked(landscape: Landscape, plane: Directions, points: Sequence[Tensor], names: Sequence[str]) -> Directions:
     """Attach points to a plane with orthonormal axes, each at its nearest place."""
     basis = plane.vectors.to(wide(plane.vectors))
-    steps = torch.stack([checked(landscape, p).to(basis) - landscape.point.to(basis) for p in points])
+    steps = torch.stack([checked(landscape, p, zero=True).to(basis) - landscape.point.to(basis) for p in points])
     coordinates = steps @ basis.T
     away = torch.linalg.vector_norm(steps - coordinates @ basis, dim=1)
     marks, distances = (each.cpu().numpy().astype(np.float64) for each in (coordinates, away))
     return Directions(**{**vars(plane), "marks": marks, "mark_labels": tuple(names), "distances": distances})
 
 
-def checked(landscape: Landscape, vector: Tensor) -> Tensor:
-    """Return a direction or a checkpoint (P,) in the dtype and on the device of the landscape's point.
+def checked(landscape: Landscape, vector: Tensor, *, zero: bool = False) -> Tensor:
+    """Return a direction, or a checkpoint, which may be zero, as (P,) in the dtype and on the device of the point.
 
     Raises:
         UserError: where it is of another model, zero throughout, or not finite.
@@ -187,8 +189,10 @@ def checked(landscape: Landscape, vector: Tensor) -> Tensor:
             f"A direction or checkpoint of shape {tuple(vector.shape)} is not of this landscape's model, whose points"
             f" have shape ({landscape.num_params},): take those of the same architecture and `params`."
         ) from None
-    if not torch.isfinite(flat).all() or not flat.any():
-        raise UserError("A direction or checkpoint must be finite and not zero throughout: look at what was loaded.")
+    if not torch.isfinite(flat).all() or not (zero or flat.any()):
+        raise UserError(
+            "A direction or checkpoint must be finite, and a direction not zero throughout: look at what was loaded."
+        )
     return flat
 
 

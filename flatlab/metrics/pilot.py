@@ -170,7 +170,9 @@ def span(sampler: Sampler) -> FloatArray:
             ends = [at(ray, [radius, -radius], block=each).mean() for ray, each in zip(drawn, gathered, strict=True)]
             return float(np.mean(ends) - np.mean(bases))
 
-        unit = landscape.norm / reach(landscape, sampler.normalisation)
+        # Weights that are all zero have no length; one step of 1 in each of them stands for it.
+        length = landscape.norm
+        unit = length / reach(landscape, sampler.normalisation) if length else landscape.num_params**0.5
         return np.asarray(np.geomspace(_bisect(rise, LOW, unit), _bisect(rise, HIGH, unit), PLACES))
 
 
@@ -185,7 +187,7 @@ def _spanned(sampler: Sampler) -> list[Block]:
 
 
 def _bisect(rise: Callable[[float], float], target: float, unit: float) -> float:
-    low, high = -10.0, 6.0  # powers of 2 of the weights' norm
+    low, high = -10.0, 6.0  # powers of 2 of the unit
     for _ in range(STEPS):
         middle = (low + high) / 2
         low, high = (middle, high) if rise(unit * 2**middle) < target else (low, middle)

@@ -44,6 +44,7 @@ class SphereFlatness(Sampled):
         reach: Euclidean distance at radius 1: one, or the length of the weights that are scaled to.
         slopes: (K, S, S) products of the strata's slopes along rays (`slope.slopes`); None in the crossed design,
             whose visits show themselves along how many rays the loss falls.
+        notes: what was found on opening the landscape, such as parameters that do not move the loss.
     """
 
     radii: FloatArray
@@ -59,6 +60,7 @@ class SphereFlatness(Sampled):
     norm: float
     reach: float = 1.0
     slopes: FloatArray | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def estimates(self) -> list[Estimate]:
@@ -102,7 +104,9 @@ class SphereFlatness(Sampled):
 
     @property
     def relative_radii(self) -> FloatArray:
-        """The Euclidean distances (R,) as shares of the length of w."""
+        """The Euclidean distances (R,) as shares of the length of w; infinite where w is zero."""
+        if not self.norm:
+            return np.where(self.radii * self.reach > 0, np.inf, 0.0)
         return self.radii * (self.reach / self.norm)
 
     @property
@@ -131,9 +135,9 @@ class SphereFlatness(Sampled):
 
     @property
     def remarks(self) -> list[str]:
-        """Sentences on what is not finite, and on where the slope at w outweighs the curvature; often none."""
+        """Sentences on the landscape, what is not finite, and where the slope outweighs the curvature; often none."""
         slopes = None if self.slopes is None else self.slopes.mean(axis=(1, 2))
-        return remarks(self.radii, [rises.mean(axis=1) for rises in self.visits], self.blocks, slopes)
+        return [*self.notes, *remarks(self.radii, [rises.mean(axis=1) for rises in self.visits], self.blocks, slopes)]
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Draw F over the radius, with its 95 % interval over directions as a band."""
@@ -227,4 +231,5 @@ def assemble(sampler: Sampler, which: int, radii: FloatArray, walks: Sequence[Wa
         num_params=landscape.num_params,
         norm=landscape.norm,
         reach=reach(landscape, sampler.normalisation),
+        notes=landscape.remarks,
     )
