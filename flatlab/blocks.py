@@ -59,6 +59,10 @@ class Block:
             singles += [Part(i, i, i + 1, scale) for i in range(part.start, part.stop)]
         return replace(self, parts=tuple(singles), width=self.size)
 
+    def weighted(self, by: FloatArray) -> "Block":
+        """Return the same block with the parts of each stratum scaled by a factor (S,)."""
+        return replace(self, parts=tuple(p._replace(scale=p.scale * float(by[p.row])) for p in self.parts))
+
     def shares(self, totals: FloatArray) -> FloatArray:
         """Return shares (K, width) from totals (K, parts): over a partition, their mean is the stratum mean."""
         shares = np.zeros((len(totals), self.width))

@@ -76,7 +76,13 @@ def _function(
     def loss(tensors: Sequence[Tensor]) -> Tensor:
         state = {**fixed, **dict(zip(moved, tensors, strict=True))}
         sums = [total_at(model, state, b.inputs, partial(total, batch=b)) for b in few]
-        return torch.stack(sums).sum() / sum(batch.size for batch in few)
+        value = torch.stack(sums).sum() / sum(batch.size for batch in few)
+        if not value.requires_grad:
+            raise UserError(
+                f"The loss does not depend on the parameters that vary ({', '.join(list(moved)[:4])}), so it has no"
+                " curvature by them: choose others with params=."
+            )
+        return value
 
     return loss, [tensor.detach().to(dtype) for tensor in moved.values()]
 

@@ -212,9 +212,9 @@ class Landscape:
 
     def gradient(self, vector: Tensor | None = None) -> Tensor:
         """Return the gradient (P,) of the loss at a flat vector, by default at the point itself."""
-        result = torch.zeros_like(self._w0)
+        result, terms = torch.zeros_like(self._w0), self.terms()
         with self._visiting(vector), torch.enable_grad():
-            for inputs, total, count in self._terms():
+            for inputs, total, count in terms:
                 loss = total(self.model(inputs)) / count
                 if loss.requires_grad:  # else it does not depend on the parameters
                     result += flatten(torch.autograd.grad(loss, self._tensors, materialize_grads=True))

@@ -87,6 +87,13 @@ def _run(model: Forward, batch: Batch) -> Any:
             f"The model is called as model(inputs) with one argument, a {kind}, and fails ({error}): wrap it in a"
             f" module whose forward(self, inputs) returns self.model({call})."
         ) from error
+    except ValueError as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"The model fails on {batch.size} samples alone ({error}): if samples mix in the model, use statistics that"
+            " do not come from the batch (BatchNorm with track_running_stats=True)."
+        ) from error
     sizes = [tuple(leaf.shape) for leaf in tensors(outputs)]
     if {shape[:1] for shape in sizes} != {(batch.size,)}:
         raise UserError(
