@@ -126,8 +126,8 @@ def said(found: list[Run], probe: ProbeSpec, *, panel: str) -> list[str]:
     for other in others:
         read = ~(np.logical_or.accumulate(seen[first].guessing | seen[other].guessing))
         if np.array_equal(seen[first].radii, seen[other].radii) and (seen[first].radii[read] > 0).any():
-            found = [each for each, kept in zip(_difference(seen[first], seen[other]), read, strict=True) if kept]
-            told.append(f"{sentences.verdict(found, seen[first].radii[read], (first, other))}.")
+            differences = [each for each, kept in zip(_difference(seen[first], seen[other]), read, strict=True) if kept]
+            told.append(f"{sentences.verdict(differences, seen[first].radii[read], (first, other))}.")
     return told
 
 
