@@ -29,8 +29,9 @@ SAMPLED = 8  # samples that it looks at
 DRAWS = 2  # what fails must fail along new directions from another point too
 AWAY = 1e-3  # of each tensor's size: how far the point is moved
 STEPS = (1e-5, 1e-7, 1e-8)  # of each tensor's size; 1e7 activations change sides 0.1 times at the last
-SLACK = {torch.float64: 1e-3, torch.float32: 5e-2}  # a wrong formula is off by far more, rounding by far less
-ROUNDINGS = 1e3  # a number of nats below so many roundings is zero
+SLACK = {torch.float64: 2e-2, torch.float32: 5e-2}  # a wrong formula is off by far more, rounding by far less
+# Nats below which a number is zero: where a network is sure of its answers, softmax less one is rounded to nothing.
+FLOOR = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def _fault(loss: Loss, point: Sequence[Tensor], draw: int) -> str:
         value, grads, leaves = gradient(there, graph=True)
         apply = pullback(grads, leaves)
         hu, hv = (scales * flatten(apply(split_like(scales * each, point))) for each in (u, v))
-    floor = ROUNDINGS * torch.finfo(scales.dtype).eps * (1 + abs(float(value.detach())))
+    floor = FLOOR.get(scales.dtype, 1.0) * (1 + abs(float(value.detach())))
     found = Products((u, v), (hu, hv), floor)
     if not all(bool(torch.isfinite(each).all()) for each in found.products):
         return ""  # which the product itself is refused for
