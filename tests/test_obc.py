@@ -240,3 +240,10 @@ def test_calibration_data_that_do_not_do(batch, sentence, untouched):
 def test_without_data_there_is_no_calibration():
     with pytest.raises(UserError, match=r"^patches saw no calibration input: "):
         second_moments(make("vit").model, [])
+
+
+def test_moments_that_are_not_finite_are_refused():
+    moments = torch.eye(4, dtype=torch.float64)[None].clone()
+    moments[0, 0, 0] = math.nan
+    with pytest.raises(UserError, match="calibration moment"):
+        obc(gaussian(2, 4), moments)

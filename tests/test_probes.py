@@ -182,7 +182,7 @@ def test_rounding_by_detach_has_values_but_no_curvature(params, dtype):
     landscape = Landscape(model, [(X.to(dtype), Y)], F.cross_entropy, params=params)
     assert landscape.evaluate().loss == pytest.approx(F.cross_entropy(model(X.to(dtype)), Y).item(), rel=1e-6)
     for way in (Hessian, hessian_trace, lambda each: each.hvp(each.point)):
-        with pytest.raises(UserError, match=r"not the derivative of the gradient: .* differ by \d+%, .*'0.weight'"):
+        with pytest.raises(UserError, match=r"not the derivative of the gradient: .* differ by \d+%"):
             way(landscape)
 
 
@@ -355,7 +355,12 @@ class Complex(nn.Linear):
         ),
         (lambda: nn.Linear(6, 3), [[X, Y, Y]], F.cross_entropy, r"3 things came.*for inputs, targets, _ in loader\]"),
         (lambda: nn.Linear(6, 3), [{"x": X, "labels": Y}], F.cross_entropy, "a dict with 'x', 'labels' came"),
-        (lambda: nn.Linear(6, 1), [(X, X[:, 0])], F.mse_loss, r"\(24, 1\) and targets \(24,\) are broadcast"),
+        (
+            lambda: nn.Linear(6, 1),
+            [(X, X[:, 0])],
+            lambda o, t: (o - t).square().mean(),
+            r"\(24, 1\) and targets \(24,\) are broadcast",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_with_the_way_out(model, data, loss, sentence):

@@ -66,9 +66,10 @@ def obc(
         exact_columns: with more columns, GPTQ's fixed order is taken: the exact one costs rows x columns^3.
 
     Raises:
-        UserError: moments that do not fit the weight, or a weight that is not finite.
+        UserError: moments that do not fit the weight, or moments or a weight that are not finite.
     """
     check_finite(weight, "The weight")
+    check_finite(moments, "Each calibration moment")
     groups, columns = moments.shape[0], weight[0].numel()
     if moments.shape != (groups, columns, columns) or len(weight) % groups:
         raise UserError(
