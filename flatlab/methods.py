@@ -63,8 +63,8 @@ RELEASED = (
     "the switch neither convolutions nor step sizes, since its optimizer holds neither. Whether the paper's "
     "numbers come from that code is not known. Not modelled: with torch before 2.0 Adam's momentum goes on moving "
     "the convolutions for some hundred steps after the switch. Two more of its habits are options: it selects "
-    "among the checkpoints before the switch, too (--select all), and it averages by SWAD (--average swad --swad- "
-    "rule released)."
+    "among the checkpoints before the switch, too (--select all), and it averages by SWAD (--average swad "
+    "--swad-rule released)."
 )
 
 
