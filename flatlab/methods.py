@@ -60,10 +60,11 @@ METHODS = {
 
 RELEASED = (
     "release-parity trains what QT-DoG's released code does (saqibjaved1/QT-DoG on GitHub, commit e9d55eb): after "
-    "the switch neither convolutions nor step sizes, since its optimizer holds neither. Whether the paper's numbers "
-    "come from that code is not known. Not modelled: with torch before 2.0 Adam's momentum goes on moving the convolutions "
-    "for some hundred steps after the switch. Two more of its habits are options: it selects among the checkpoints "
-    "before the switch, too (--select all), and it averages by SWAD (--average swad --swad-rule released)."
+    "the switch neither convolutions nor step sizes, since its optimizer holds neither. Whether the paper's "
+    "numbers come from that code is not known. Not modelled: with torch before 2.0 Adam's momentum goes on moving "
+    "the convolutions for some hundred steps after the switch. Two more of its habits are options: it selects "
+    "among the checkpoints before the switch, too (--select all), and it averages by SWAD (--average swad "
+    "--swad-rule released)."
 )
 
 

@@ -60,10 +60,11 @@ def ensembles(frame: pd.DataFrame) -> Iterator[str]:
     """Say what each ensemble gains over the mean of its members; it takes up their seeds, and has no interval."""
     mine = frame[(frame["held_out"] == "all") & (frame["panel"] == "out")]
     keys = [*BY, "method"]
-    members = mine[mine["over"] == "members"].set_index(keys)["value"]
-    whole = mine[mine["over"] == "seeds"].set_index(keys)["value"]
-    for dataset, rows in members.groupby(level="dataset", sort=False):
-        gains = ", ".join(f"{key[-1]} {whole[key] - value:+.2f}" for key, value in rows.items() if key in whole)
+    members, whole = (mine[mine["over"] == over][[*keys, "value"]] for over in ("members", "seeds"))
+    both = members.merge(whole, on=keys, suffixes=("_members", ""))
+    for dataset, rows in both.groupby("dataset", sort=False):
+        less = zip(rows["method"], rows["value"] - rows["value_members"], strict=True)
+        gains = ", ".join(f"{method} {gain:+.2f}" for method, gain in less)
         yield (
             f"{dataset}, out of domain, ensembles less the mean of their members, in points, without an interval: "
             f"{gains}. Above, an ensemble is compared with the mean of the other line over all its seeds."

@@ -125,7 +125,7 @@ class CamFigure:
         blocks = {"Each map on its own scale": False, "One scale for both networks": True}
         targets = list(dict.fromkeys(shown["held_out"]))
         rows = len(targets) if pairs else -(-self.shown // 3)
-        height = 2 * (rows * (1.05 if pairs else 0.75) + 0.35)
+        height = 2 * (rows * 0.8 + 0.35)
         with plots.style():
             figure = plt.figure(figsize=(7.0, height + 3.4), layout="constrained")
             above, below = list(figure.subfigures(2, 1, height_ratios=[height, 2.6]))  # type: ignore[arg-type]
