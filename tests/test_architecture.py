@@ -76,6 +76,7 @@ MAY_IMPORT = {
     "landscape": "blocks derivatives losses memory nests params probes seeds errors points",
     "metrics": "blocks derivatives losses nests landscape params probes seeds errors points "
     "surfaceplots",  # the last inside plot() alone
+    "bars": "metrics",
     "golden": "landscape seeds",
     "selftest": "golden metrics",
     # from specs to things, to runs, to measurements: `train` and `measure` meet on disk
@@ -95,7 +96,7 @@ MAY_IMPORT = {
     "probespecs specs settings methods tables plots runs resources",
 }
 OPEN = ("api", "cli", "upkeep", "options", "words", "mistakes", "display", "doctor", "errands", "hessian", "noise")
-OPEN += ("surveys", "handover", "checks", "idle", "bars", "__main__", "__init__")
+OPEN += ("surveys", "handover", "checks", "idle", "__main__", "__init__")
 TORCH_FREE = [
     "specs",
     "probespecs",
