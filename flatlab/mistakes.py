@@ -115,7 +115,7 @@ def of_usage(error: Any) -> str:
     near = getattr(error, "possibilities", None)  # of an option, the nearest first
     sentence = f"{error.message.rstrip('.')}. Did you mean {near[0]}?" if near else error.format_message()
     command = error.ctx.command_path if error.ctx else "flatlab"
-    return f"{sentence} See `{command} --help`."
+    return f"{sentence if sentence[-1] in '.?' else f'{sentence}.'} See `{command} --help`."
 
 
 def say(sentence: str, *, mark: str = "error: ") -> None:

@@ -47,10 +47,10 @@ def named(store: RunStore, words: Sequence[str], *, held_out: str = "all", seed:
 
 def means(word: str, spec: RunSpec) -> bool:
     """Whether a word is the name of a run's method or composition."""
-    if _plain(word) == _plain(spec.label):
-        return True
     parts = next((parts for name, parts in METHODS.items() if _plain(name) == _plain(word)), None)
-    if parts is None or spec.source:
+    if parts is None:
+        return _plain(word) == _plain(spec.label)
+    if spec.source:
         return False
     return bool(parts.members) == bool(spec.members) and replace(parts, note="", members=0) == _parts(spec)
 

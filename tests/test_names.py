@@ -32,7 +32,13 @@ def store(tmp_path):
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_s_name_means_its_runs_alone(name):
     assert [other for other in METHODS if means(name, spec_of(other))] == [name]
-    assert means(name.upper(), spec_of(name)) and means(spec_of(name).label, spec_of(name))
+    assert means(name.upper(), spec_of(name))
+
+
+def test_a_composition_s_name_means_it():
+    spec = compose(METHODS["SAM"], SMOKE, held_out="rot0", seed=0, trial_seed=0)
+    both = spec.replace(average=spec_of("SWAD").average)
+    assert means("SAM-SWAD", both) and not means("SAM", both) and not means("sam-swad", spec)
 
 
 def test_names_narrowed_down(store):
