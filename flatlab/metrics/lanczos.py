@@ -122,11 +122,10 @@ def hessian_spectrum(
         which: "LA" the largest, "SA" the smallest, "BE" half of them from each end (the odd one from the upper).
         tol: residual of each pair over its eigenvalue, as in SciPy's eigsh.
         budget: products at most; by default 50 k, and P more where P is at most 1,000.
-        seed: names the starting vector.
-        vectors: keep the eigenvectors.
+        seed, vectors: names the starting vector; whether to keep the eigenvectors.
 
     Raises:
-        UserError: if k is not between 1 and P, or `which` is none of the three.
+        UserError: if k is not between 1 and P, or `which` is unknown.
     """
     start, name = time.perf_counter(), base_seed(seed)
     choose("end of the spectrum", which, ("LA", "SA", "BE"))
