@@ -113,8 +113,7 @@ def hessian_spectrum(
     """Find extreme eigenpairs of the Hessian of the mean loss, by Lanczos with thick restarts (Wu and Simon 2000).
 
     It holds k + 20 vectors (P,) at most. Up to 1,000 parameters, the last P products of the budget are kept for the
-    whole matrix, which is solved exactly where the search has not ended. Copies of an eigenvalue that is exactly
-    multiple may be missed, as by any Krylov method; where the basis breaks down a new direction is tried.
+    whole matrix, solved exactly where the search has not ended. Copies of a multiple eigenvalue may be missed.
 
     Args:
         landscape: whose Hessian; or an operator, such as GGN(landscape).
@@ -122,7 +121,8 @@ def hessian_spectrum(
         which: "LA" the largest, "SA" the smallest, "BE" half of them from each end (the odd one from the upper).
         tol: residual of each pair over its eigenvalue, as in SciPy's eigsh.
         budget: products at most; by default 50 k, and P more where P is at most 1,000.
-        seed, vectors: names the starting vector; whether to keep the eigenvectors.
+        seed: names the starting vector.
+        vectors: keep the eigenvectors.
 
     Raises:
         UserError: if k is not between 1 and P, or `which` is unknown.
@@ -130,9 +130,9 @@ def hessian_spectrum(
     start, name = time.perf_counter(), base_seed(seed)
     choose("end of the spectrum", which, ("LA", "SA", "BE"))
     operator = landscape if isinstance(landscape, Curvature) else Hessian(landscape)
-    if not 1 <= k <= operator.shape[0]:
-        raise UserError(f"k must lie between 1 and the {operator.shape[0]} parameters, but is {k}.")
     before, size = operator.products, operator.shape[0]
+    if not 1 <= k <= size:
+        raise UserError(f"k must lie between 1 and the {size} parameters, but is {k}.")
     total = BUDGET * k + (size if size <= SMALL else 0) if budget is None else budget
     search, whole = _Search(operator, k, which, tol, name), size <= SMALL and total >= size
     ended = search.run(total - size if whole else max(total, k))
