@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -111,36 +112,32 @@ def hessian_spectrum(
 ) -> Spectrum:
     """Find extreme eigenpairs of the Hessian of the mean loss, by Lanczos with thick restarts (Wu and Simon 2000).
 
-    It holds k + 20 vectors (P,) at most. A small problem always ends: where P is at most 1,000 and the search is not
-    done within its budget, the whole matrix is formed by P products and solved exactly. Of an eigenvalue that is
-    exactly multiple, copies may be missed, as by any Krylov method from one start; where the basis breaks down a new
-    direction is tried, which then finds them.
+    It holds k + 20 vectors (P,) at most. Up to 1,000 parameters, the last P products of the budget are kept for the
+    whole matrix, solved exactly where the search has not ended. Copies of a multiple eigenvalue may be missed.
 
     Args:
         landscape: whose Hessian; or an operator, such as GGN(landscape).
         k: how many eigenpairs.
         which: "LA" the largest, "SA" the smallest, "BE" half of them from each end (the odd one from the upper).
         tol: residual of each pair over its eigenvalue, as in SciPy's eigsh.
-        budget: products at most; by default 50 k, and P more where P is at most 1,000. The last P of them are kept for
-            the whole matrix where it is that small.
+        budget: products at most; by default 50 k, and P more where P is at most 1,000.
         seed: names the starting vector.
         vectors: keep the eigenvectors.
 
     Raises:
-        UserError: if k is not between 1 and P, or `which` is none of the three.
+        UserError: if k is not between 1 and P, or `which` is unknown.
     """
     start, name = time.perf_counter(), base_seed(seed)
     choose("end of the spectrum", which, ("LA", "SA", "BE"))
     operator = landscape if isinstance(landscape, Curvature) else Hessian(landscape)
-    if not 1 <= k <= operator.shape[0]:
-        raise UserError(f"k must lie between 1 and the {operator.shape[0]} parameters, but is {k}.")
     before, size = operator.products, operator.shape[0]
-    small = size <= SMALL
-    total = BUDGET * k + small * size if budget is None else budget
-    search, whole = _Search(operator, k, which, tol, name), small and total >= size
+    if not 1 <= k <= size:
+        raise UserError(f"k must lie between 1 and the {size} parameters, but is {k}.")
+    total = BUDGET * k + (size if size <= SMALL else 0) if budget is None else budget
+    search, whole = _Search(operator, k, which, tol, name), size <= SMALL and total >= size
     ended = search.run(total - size if whole else max(total, k))
-    found = _dense(operator, k, which, vectors=vectors) if whole and not ended else search.found(vectors=vectors)
-    values, residuals, converged, kept = found
+    solve = search.found if ended or not whole else partial(_dense, operator, k, which)
+    values, residuals, converged, kept = solve(vectors=vectors)
     return Spectrum(
         eigenvalues=values,
         residuals=residuals,
