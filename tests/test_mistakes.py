@@ -147,7 +147,9 @@ def test_a_corrupt_image_is_named(mistake, tmp_path):
     tree = pets(tmp_path / "pets")
     (tree / "photo" / "cat" / "3.jpg").write_bytes(b"no picture")
     sentence = mistake("train", *PETS, "--dataset", f"folder:{tree}", "--store", tmp_path / "runs")
-    assert re.search(r"photo/cat/3\.jpg is empty or not an image of a known format .*; replace or remove it\.", sentence), sentence
+    assert re.search(
+        r"photo/cat/3\.jpg is empty or not an image of a known format .*; replace or remove it\.", sentence
+    ), sentence
 
 
 def test_a_class_missing_in_one_domain(mistake, tmp_path):
