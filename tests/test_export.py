@@ -193,6 +193,7 @@ def test_a_file_that_cannot_come_in_is_a_sentence(tmp_path):
     refuses(lambda: import_checkpoint(tmp_path / "file", setting, again, PLACE), "quantizes its activations, too")
     arrays, facts = files.load_arrays(tmp_path / "file")
     facts["network"] = {"name": "digits-cnn", "num_classes": 7, "in_channels": 1}
+    arrays = {name: each[:7] if "head" in name else each for name, each in arrays.items() if "activations" not in name}
     files.save_arrays(tmp_path / "other", arrays, facts)
     refuses(lambda: import_checkpoint(tmp_path / "other", setting, again, PLACE), "is of other data", "7", "digits")
     flip(tmp_path / "other", 8 * ((tmp_path / "other").stat().st_size - 50))

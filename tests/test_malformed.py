@@ -98,7 +98,7 @@ STATES = {  # what is wrong with a state_dict -> the change, and what the senten
     ),
     "missing": (lambda s: {n: t for n, t in s.items() if n != FIRST}, r"1 missing \(first features\.0\.weight, shape"),
     "twins of two types": (lambda s: {**s, f"module.{FIRST}": s[FIRST].half()}, "which differ and are both"),
-    "a counter alone": (lambda s: {"n_averaged": torch.tensor(3)}, "17 missing .first features.0.weight"),
+    "a counter alone": (lambda s: {"n_averaged": torch.tensor(3)}, "missing .first features.0.weight"),
     "extra": (lambda s: {**s, "features.99.weight": torch.ones(3)}, r"1 unexpected \(first features\.99\.weight, sha"),
     "metric beside it": (
         lambda s: {**{f"net.{n}": t for n, t in s.items()}, "acc.sum": torch.ones(1)},

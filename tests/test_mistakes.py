@@ -161,7 +161,9 @@ def test_a_corrupt_image_is_named(mistake, tmp_path):
     tree = pets(tmp_path / "pets")
     (tree / "photo" / "cat" / "3.jpg").write_bytes(b"no picture")
     sentence = mistake("train", *PETS, "--dataset", f"folder:{tree}", "--store", tmp_path / "runs")
-    assert re.search(r"photo/cat/3\.jpg is empty or not an image; replace or remove it\.", sentence), sentence
+    assert re.search(
+        r"photo/cat/3\.jpg is empty or not an image of a known format .*; replace or remove it\.", sentence
+    ), sentence
 
 
 def test_a_class_missing_in_one_domain(mistake, tmp_path):
@@ -181,7 +183,7 @@ def test_weights_that_are_no_checkpoint_or_another_network_s(mistake, tree, tmp_
     (tmp_path / "torn.safetensors").write_bytes(b"\x00" * 40)
     assert "torn.safetensors cannot be read as a checkpoint" in mistake(*given, tmp_path / "torn.safetensors")
     torch.save({"encoder.w": torch.ones(3)}, tmp_path / "alien.pth")
-    assert re.search(r"alien\.pth .*do not fit digits-cnn", mistake(*given, tmp_path / "alien.pth"))
+    assert re.search(r"alien\.pth does not fit digits-cnn", mistake(*given, tmp_path / "alien.pth"))
     assert "has no ImageNet weights" in mistake(*given, "imagenet")
 
 
