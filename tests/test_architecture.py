@@ -66,7 +66,7 @@ MAY_IMPORT = {
     "data.catalog": "errors",
     "models": "seeds errors",
     "quant": "errors",
-    "nests": "errors",
+    "nests": "arguments errors",
     "memory": "nests",
     "blocks": "arguments nests errors",
     "losses": "nests errors",

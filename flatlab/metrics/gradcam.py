@@ -293,6 +293,7 @@ def ablation(
     Returns:
         (N, num_shares + 1) each: the class's probability after a share of the pixels has been taken away, or is there.
     """
+    whole("num_shares", num_shares)
     ranks = np.argsort(np.argsort(-maps.maps.reshape(len(maps.maps), -1), axis=1, kind="stable"), axis=1)
     order = torch.from_numpy(ranks).reshape(maps.maps.shape).unsqueeze(1).to(inputs.device)
     pixels = ranks.shape[1]
