@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from flatlab.arguments import whole
 from flatlab.errors import UserError
 
 Data = Iterable[tuple[Any, Any]]
@@ -75,8 +76,7 @@ def recut(batches: list[Batch], batch_size: int | None) -> list[Batch]:
     """Cut the same samples into batches of another size."""
     if batch_size is None:
         return batches
-    if batch_size < 1:
-        raise UserError(f"batch_size must be at least 1, but is {batch_size}.")
+    whole("batch_size", batch_size)
     try:
         inputs, targets = concatenate([batch[:2] for batch in batches])
     except (RuntimeError, ValueError) as error:

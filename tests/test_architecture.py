@@ -74,7 +74,7 @@ MAY_IMPORT = {
     "foreign": "errors",
     "models": "foreign seeds errors",
     "quant": "errors",
-    "nests": "errors",
+    "nests": "arguments errors",
     "memory": "nests",
     "blocks": "arguments nests errors",
     "losses": "nests errors",

@@ -1,6 +1,7 @@
 """GradCAM: class activation maps in closed form, the library's own maps, every architecture, and the numbers."""
 
 import warnings
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -123,10 +124,8 @@ def test_hooks_are_gone_and_gradients_as_they_were_after_a_failure(untouched):
     model.head.bias.requires_grad_(False)
     with untouched(model):
         gradcam(model, inputs, (0, 1))
-        with pytest.raises(IndexError):
-            gradcam(model, inputs, (0, 7), layer="body")
-        with pytest.raises(IndexError):
-            explained_layer(model, inputs[:1], 7)
+        refuses(lambda: gradcam(model, inputs, (0, 7), layer="body"), "classes must be below 3", "got 7")
+        refuses(lambda: explained_layer(model, inputs[:1], 7), "classes must be below 3", "got 7")
 
 
 def test_a_baked_network_gives_the_maps_of_the_quantized_one():
@@ -144,6 +143,211 @@ def test_mistakes_are_sentences():
     refuses(lambda: gradcam(model.train(), inputs, (0,)), "eval mode")
     flat = nn.Sequential(nn.Flatten(), nn.Linear(128, 3)).eval()
     refuses(lambda: gradcam(flat, inputs, (0,)), "No layer", "layer=")
+
+
+# --- networks of other people --------------------------------------------------------------------------------------
+
+
+class Stages(nn.Module):
+    """Two stages, and what lies behind a layer."""
+
+    def __init__(self, *, shared=False, in_place=False, classes=4):
+        super().__init__()
+        self.c1, self.c2 = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.a1 = nn.ReLU(inplace=in_place)
+        self.a2 = self.a1 if shared else nn.ReLU(inplace=in_place)
+        self.head = nn.Linear(8, classes)
+        with torch.no_grad():
+            for p in self.parameters():
+                p.copy_(random(*p.shape, name=p.numel()))
+
+    def forward(self, inputs):
+        first = nn.functional.max_pool2d(self.a1(self.c1(inputs)), 2)
+        return self.head(self.a2(self.c2(first)).mean((2, 3)))
+
+
+IMAGES = random(3, 3, 16, 16)
+
+
+def test_of_a_layer_that_runs_twice_the_run_that_was_chosen_is_mapped():
+    one, two = Stages(shared=True).eval(), Stages().eval()
+    found, own = gradcam(one, IMAGES, (0, 1, 2)), gradcam(two, IMAGES, (0, 1, 2))
+    assert (found.layer, own.layer) == ("a1", "a2") and found.grid == own.grid == (8, 8)
+    assert own.maps.max() > 0 and np.array_equal(found.maps, own.maps)
+    assert np.array_equal(gradcam(one, IMAGES, (0, 1, 2), layer="a1").maps, own.maps)
+
+
+def test_what_works_in_place_behind_a_layer_does_not_change_its_map():
+    plain, in_place = (Stages(in_place=each).eval() for each in (False, True))
+    maps = [gradcam(model, IMAGES, (0, 1, 2), layer="c2").maps for model in (plain, in_place)]
+    assert maps[0].max() > 0 and np.array_equal(*maps)
+
+
+class Norm(nn.LayerNorm):
+    """As those of other libraries, of a type of its own."""
+
+
+class TokenBlock(nn.Module):
+    """A block as timm writes it: norms of queries and keys are modules of their own."""
+
+    def __init__(self, width, heads=2):
+        super().__init__()
+        self.norm1, self.norm2 = Norm(width), Norm(width)
+        self.attn = nn.Module()
+        self.attn.qkv, self.attn.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.attn.q_norm, self.attn.k_norm, self.attn.attn_drop = nn.Identity(), nn.Identity(), nn.Dropout(0.0)
+        self.attn.forward = self.attend
+        self.mlp, self.heads = nn.Linear(width, width), heads
+
+    def attend(self, x):
+        n, tokens, width = x.shape
+        q, k, v = self.attn.qkv(x).reshape(n, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        q, k = self.attn.q_norm(q), self.attn.k_norm(k)
+        weights = self.attn.attn_drop((q @ k.mT / width**0.5).softmax(-1))
+        return self.attn.proj((weights @ v).mT.reshape(n, width, tokens).mT)
+
+    def forward(self, x):
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class Tokens(nn.Module):
+    """A ViT in timm's names, with some tokens before the patches; it reads the first one."""
+
+    def __init__(self, prefix):
+        super().__init__()
+        self.patches, self.blocks = nn.Conv2d(3, 8, 4, stride=4), nn.Sequential(TokenBlock(8), TokenBlock(8))
+        self.prefix, self.norm, self.head = nn.Parameter(random(1, prefix, 8)), Norm(8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        patches = self.patches(x).flatten(2).mT
+        tokens = torch.cat([self.prefix.expand(len(x), -1, -1), patches], dim=1)
+        return self.head(self.norm(self.blocks(tokens))[:, 0])
+
+
+@pytest.mark.parametrize("prefix", [1, 2])
+@pytest.mark.parametrize("sides", [(32, 32), (16, 64)])
+def test_of_a_vit_in_timm_s_names_it_is_the_norm_before_the_last_attention(prefix, sides):
+    model = Tokens(prefix).eval()
+    inputs = random(2, 3, *sides)
+    found = gradcam(model, inputs, (0, 2))
+    assert found.layer == "blocks.1.norm1" and found.grid == (sides[0] // 4, sides[1] // 4)
+    kept = {}
+    hook = model.blocks[1].norm1.register_forward_hook(lambda module, _, outputs: kept.update(out=outputs))
+    logits = model(inputs)
+    hook.remove()
+    (slope,) = torch.autograd.grad(logits[0, 0] + logits[1, 2], kept["out"])
+    activations, slopes = (t[:, prefix:].mT.unflatten(2, found.grid) for t in (kept["out"], slope))
+    by_hand = (slopes.mean((2, 3), keepdim=True) * activations).sum(1, keepdim=True).clamp(min=0)
+    shown = nn.functional.interpolate(by_hand.double(), size=sides, mode="bilinear")[:, 0]
+    np.testing.assert_allclose(found.maps, shown.detach().numpy(), rtol=1e-4, atol=1e-8)
+
+
+class Trailing(nn.Module):
+    """Channels come last, as in Swin."""
+
+    def __init__(self, width, *, known=True):
+        super().__init__()
+        self.patches, self.body, self.head = nn.Conv2d(3, width, 4, stride=4), nn.Identity(), nn.Linear(width, 3)
+        self.norm = nn.LayerNorm(width) if known else nn.Identity()
+
+    def forward(self, x):
+        return self.head(self.norm(self.body(self.patches(x).permute(0, 2, 3, 1))).tanh().mean((1, 2)))
+
+
+def test_channels_that_come_last_are_seen_or_refused():
+    inputs = random(2, 3, 32, 32)
+    model = Trailing(12).eval()
+    found = gradcam(model, inputs, (0, 2))
+    assert found.layer == "norm" and found.grid == (8, 8)
+    first = model.norm(model.patches(inputs).permute(0, 2, 3, 1)).detach().requires_grad_()
+    (slope,) = torch.autograd.grad(model.head(first.tanh().mean((1, 2)))[[0, 1], [0, 2]].sum(), first)
+    by_hand = (slope.mean((1, 2), keepdim=True) * first).sum(3).clamp(min=0)[:, None].double()
+    shown = nn.functional.interpolate(by_hand, size=(32, 32), mode="bilinear")[:, 0]
+    np.testing.assert_allclose(found.maps, shown.detach().numpy(), rtol=1e-4, atol=1e-8)
+    refuses(lambda: gradcam(Trailing(8).eval(), inputs, (0, 2), layer="body"), "(2, 8, 8, 8)", "not clearly")
+    refuses(
+        lambda: gradcam(Trailing(12, known=False).eval(), inputs, (0, 2), layer="body"), "(2, 8, 8, 12)", "not clearly"
+    )
+    assert gradcam(Trailing(12).eval(), inputs, (0, 2), layer="body", grid=(8, 8)).grid == (8, 8)
+
+
+class Returning(Stages):
+    """Returns its logits in some form."""
+
+    def __init__(self, form, **given):
+        super().__init__(**given)
+        self.form = form
+
+    def forward(self, inputs):
+        return self.form(super().forward(inputs))
+
+
+@dataclass
+class Output:
+    """What the models of some libraries return."""
+
+    loss: None
+    logits: torch.Tensor
+
+
+def test_logits_are_found_in_what_a_model_returns():
+    plain = gradcam(Stages().eval(), IMAGES, (0, 1, 2)).maps
+    for form in (lambda z: (z, None), lambda z: {"logits": z}, lambda z: Output(None, z)):
+        assert np.array_equal(gradcam(Returning(form).eval(), IMAGES, (0, 1, 2)).maps, plain)
+    refuses(lambda: gradcam(Returning(lambda z: z[..., None]).eval(), IMAGES, (0, 1, 2)), "got shape (1, 4, 1)")
+    refuses(lambda: gradcam(Returning(lambda z: {"x": z}).eval(), IMAGES, (0, 1, 2)), "logits (N, num_classes)")
+
+
+def test_one_logit_speaks_for_both_classes():
+    one, two = Stages(classes=1).eval(), Stages(classes=2).eval()
+    with torch.no_grad():
+        two.head.weight.copy_(torch.cat([-one.head.weight, one.head.weight]))
+        two.head.bias.copy_(torch.cat([-one.head.bias, one.head.bias]))
+    found, maps = gradcam(one, IMAGES, (1, 0, 1)), gradcam(two, IMAGES, (1, 0, 1)).maps
+    np.testing.assert_allclose(found.maps, maps, rtol=1e-6)
+    flat = gradcam(Returning(lambda z: z[:, 0], classes=1).eval(), IMAGES, (1, 0, 1)).maps
+    np.testing.assert_allclose(flat, maps, rtol=1e-6)
+    refuses(lambda: gradcam(one, IMAGES, (1, 0, 2)), "classes must be below 2")
+    whole = ablation(one, IMAGES, found, num_shares=2)[0][:, 0]
+    z = one(IMAGES)[:, 0].detach().double()
+    assert whole == pytest.approx(torch.sigmoid(torch.where(torch.tensor([True, False, True]), z, -z)).numpy())
+
+
+class Paired(nn.Module):
+    """Its layer returns a tuple, as attentions do."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Module(), nn.Linear(8, 4)
+        self.body.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.body.forward = lambda x: (self.body.conv(x), None)
+
+    def forward(self, x):
+        return self.head(self.body(x)[0].relu().mean((2, 3)))
+
+
+def test_a_layer_that_returns_a_tuple_and_bfloat16_work():
+    model = Paired().eval()
+    own = gradcam(model, IMAGES, (0, 1, 2), layer="body.conv").maps
+    assert np.array_equal(gradcam(model, IMAGES, (0, 1, 2), layer="body").maps, own)
+    narrow = gradcam(Paired().eval().bfloat16(), IMAGES.bfloat16(), (0, 1, 2)).maps
+    assert narrow.dtype == np.float64 and np.isfinite(narrow).all()
+
+
+@pytest.mark.parametrize(
+    ("classes", "words"),
+    [((0,), "one class for each image, got 1 for 3"), ((0, 1, -1), "integer >= 0, got -1"), ((0, 1, 1.5), "got 1.5")],
+)
+def test_classes_that_are_none_are_refused(classes, words):
+    refuses(lambda: gradcam(Stages().eval(), IMAGES, classes), words)
+
+
+def test_a_layer_that_the_logits_do_not_see_is_refused():
+    model = Stages().eval()
+    model.spare = nn.Conv2d(3, 2, 3).eval()
+    refuses(lambda: gradcam(model, IMAGES, (0, 1, 2), layer="spare"), "'spare' does not run")
+    refuses(lambda: gradcam(model, IMAGES[0], (0, 1, 2)), "inputs must be images (N, C, H, W)")
 
 
 # --- numbers -----------------------------------------------------------------------------------------------------

@@ -92,15 +92,9 @@ NONE = Components(0.0, 0.0, 0.0)
 
 
 def planned(single, paired, *, alone=True, seconds=None, gathering=None, drawing=0.0, goal=None, samples=10_000):
-    flown = Pilot(
-        [single],
-        [paired],
-        alone,
-        np.array([1.0]),
-        seconds or SECONDS,
-        gathering or dict.fromkeys(seconds or SECONDS, 0.0),
-        drawing,
-    )
+    seconds = seconds or SECONDS
+    gathering = gathering or dict.fromkeys(seconds, 0.0)
+    flown = Pilot([single], [paired], alone, np.array([1.0]), seconds, gathering, drawing)
     (plan,) = pilot.plan(flown, np.array([1.0]), goal or Goal(0.1, 0.0), samples)
     return plan
 

@@ -67,6 +67,10 @@ def test_what_is_spent_on_slopes_is_what_was_forwarded():
     assert sum(seen) == slope.price(landscape, seed=0) == 4 * 16 * slope.DIRECTIONS
 
 
+def blamed(found):
+    return [sentence for sentence in found.remarks if "slope outweighs" in sentence]
+
+
 @pytest.mark.parametrize("measure", ["blocks", "crossed", "piloted"])
 def test_a_slope_that_dominates_is_told_and_a_minimum_is_not_slandered(measure):
     def measured(landscape):
@@ -76,8 +80,8 @@ def test_a_slope_that_dominates_is_told_and_a_minimum_is_not_slandered(measure):
             landscape, RADII, **({"num_samples": 60} if measure == "crossed" else {"rel_error": 0.1})
         )
 
-    assert measured(tilted(0.0)).remarks == []
-    (sentence,) = measured(tilted(8.0)).remarks
+    assert blamed(measured(tilted(0.0))) == []
+    (sentence,) = blamed(measured(tilted(8.0)))
     assert sentence.startswith("w is not near a minimum of these data: up to radius 1 the slope outweighs")
 
 
@@ -89,7 +93,7 @@ def test_a_subset_of_strata_speaks_for_itself():
     flat, steep = noise - noise.mean(0), noise - noise.mean(0) + 1.0  # a gradient of length sqrt(40)
     data = {"seen": [(flat, torch.zeros(128))], "unseen": [(steep, torch.zeros(128))]}
     found = in_blocks(Landscape(model, data, lambda outputs, _: outputs), RADII, 8, errors=(0.2, 0), budget=1e6)
-    assert found.of("seen").remarks == [] and len(found.of("unseen").remarks) == 1
+    assert blamed(found.of("seen")) == [] and len(blamed(found.of("unseen"))) == 1
 
 
 def test_what_is_not_finite_is_told_with_its_share():
@@ -163,8 +167,8 @@ def test_both_ways_of_sampling_see_the_same_slope():
     for tilt, expected in ((0.0, 0), (8.0, 20)):
         landscape = tilted(tilt)
         for way in ({"num_samples": 20}, {"rel_error": 0.2}):
-            told = [sphere_flatness(landscape, [1.0], seed=seed, **way).remarks for seed in range(20)]
-            assert sum(any("slope outweighs" in each for each in remarks) for remarks in told) == expected
+            told = [blamed(sphere_flatness(landscape, [1.0], seed=seed, **way)) for seed in range(20)]
+            assert sum(map(bool, told)) == expected
 
 
 def test_an_accuracy_that_is_missed_is_told_and_stands_in_the_table():
@@ -172,7 +176,7 @@ def test_an_accuracy_that_is_missed_is_told_and_stands_in_the_table():
     found = sphere_flatness(landscape, [0.5, 2.0], rel_error=1e-4, budget=20_000)
     assert found.stopped == ("budget", "budget") and not found.converged
     (sentence,) = [each for each in found.remarks if "accuracy" in each]
-    assert "radius 0.5 (standard error " in sentence and "the budget was spent" in sentence
+    assert sentence.startswith("The budget was spent before") and "radius 0.5 (standard error " in sentence
     assert found.to_frame()["reached"].tolist() == [False, False]
     pair = paired_difference(found, found)
     assert pair.to_frame()["reached"].tolist() == [False, False] and "accuracy" in " ".join(pair.remarks)

@@ -1,8 +1,13 @@
-"""How the outputs of a layer lie over an image: (N, C, H, W), (N, H, W, C), or tokens (N, T, D) of a grid."""
+"""How the outputs of a layer lie over an image: (N, C, H, W), (N, H, W, C), or tokens (N, T, D); a model's logits."""
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+from flatlab.errors import UserError
 
 PREFIXES = range(6)  # tokens before the patches: none, a class token, DeiT's two, registers
 INSIDE = ("attention", "attn")  # in the name of a type
@@ -38,6 +43,31 @@ def as_grid(outputs: Tensor, image: Sides, *, grid: Sides | None = None, trailin
     if off < other:
         return outputs
     return outputs.permute(0, 3, 1, 2) if trailing else None
+
+
+def scores_of(outputs: Any, images: int, *, one: float = 1.0) -> Tensor:
+    """Return logits (N, num_classes) from the outputs of a model; of one logit z those of two classes, -z and z.
+
+    Args:
+        outputs: of the model.
+        images: how many there are.
+        one: what a single logit is multiplied by: with 1/2, the softmax over the two is its sigmoid.
+    """
+    logits = outputs
+    if isinstance(outputs, Mapping):
+        logits = outputs.get("logits")
+    elif isinstance(outputs, tuple | list):
+        logits = next((each for each in outputs if isinstance(each, Tensor)), None)
+    elif not isinstance(outputs, Tensor):
+        logits = getattr(outputs, "logits", None)
+    if isinstance(logits, Tensor) and logits.shape == (images,):
+        logits = logits.unsqueeze(1)
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != images:
+        came = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(outputs).__name__} without"
+        raise UserError(
+            f"GradCAM needs a model that returns logits (N, num_classes), got {came}: wrap it in a module that does."
+        )
+    return torch.cat([-one * logits, one * logits], dim=1) if logits.shape[1] == 1 else logits
 
 
 def inside_attention(model: nn.Module) -> set[str]:

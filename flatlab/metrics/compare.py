@@ -9,11 +9,11 @@ import torch
 from flatlab.errors import UserError
 from flatlab.landscape import Landscape
 from flatlab.metrics.rays import Normalisation, check_normalisation
-from flatlab.metrics.results import Estimate, FloatArray, Sampled
+from flatlab.metrics.results import MISSED, Estimate, FloatArray, Sampled
 from flatlab.metrics.rounds import estimate
 from flatlab.metrics.sampling import Report, Sampler
 from flatlab.metrics.sentences import missed, verdict
-from flatlab.metrics.sphere import MISSED, SphereFlatness, sample
+from flatlab.metrics.sphere import SphereFlatness, sample
 from flatlab.seeds import base_seed
 
 

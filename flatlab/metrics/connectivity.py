@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from flatlab.arguments import whole
 from flatlab.errors import UserError
 from flatlab.landscape import Landscape
 from flatlab.losses import wide
@@ -87,8 +88,7 @@ def _check(first: Landscape, second: Landscape, grid: int) -> None:
         )
     if not first.shares_data(second):
         raise UserError("A line between two checkpoints needs the same data in the same order: hand in the same.")
-    if grid < 3:
-        raise UserError(f"A barrier lies between the ends, so that the grid needs at least 3 places, but has {grid}.")
+    whole("grid", grid, least=3)  # a barrier lies between the ends
     if first.sizes.min() < FEWEST:
         raise UserError(f"Each stratum is cut in halves, and needs at least {FEWEST} images, but one has fewer.")
 

@@ -4,7 +4,7 @@ The maps are those of the `grad-cam` library before it scales each by itself: tw
 scale. A layer's outputs are kept from what works on them in place, and of a layer that runs twice one run is chosen.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from flatlab.arguments import whole
 from flatlab.errors import UserError
 from flatlab.landscape import Landscape
-from flatlab.metrics.cells import as_grid, inside_attention
+from flatlab.metrics.cells import as_grid, inside_attention, scores_of
 from flatlab.metrics.maps import agreement, ratio
 from flatlab.metrics.results import FloatArray
 from flatlab.probes import refuse_training
@@ -159,7 +159,7 @@ def _trace(model: nn.Module, inputs: Tensor, wanted: Callable[[str, Any], bool])
         for name, module in model.named_modules():
             if name and "Pool" not in type(module).__name__:
                 stack.callback(module.register_forward_hook(note(name)).remove)
-        seen.scores = _scores(model(inputs.detach().clone().requires_grad_()), len(inputs))
+        seen.scores = scores_of(model(inputs.detach().clone().requires_grad_()), len(inputs))
     return seen
 
 
@@ -177,31 +177,6 @@ def _picked(scores: Tensor, labels: list[int]) -> Tensor:
     if max(labels) >= scores.shape[1]:
         raise UserError(f"classes must be below {scores.shape[1]}, the number of logits, got {max(labels)}.")
     return scores[torch.arange(len(labels)), labels].sum()
-
-
-def _scores(outputs: Any, images: int, *, one: float = 1.0) -> Tensor:
-    """Return logits (N, num_classes) from the outputs of a model; of one logit z those of two classes, -z and z.
-
-    Args:
-        outputs: of the model.
-        images: how many there are.
-        one: what a single logit is multiplied by: with 1/2, the softmax over the two is its sigmoid.
-    """
-    logits = outputs
-    if isinstance(outputs, Mapping):
-        logits = outputs.get("logits")
-    elif isinstance(outputs, tuple | list):
-        logits = next((each for each in outputs if isinstance(each, Tensor)), None)
-    elif not isinstance(outputs, Tensor):
-        logits = getattr(outputs, "logits", None)
-    if isinstance(logits, Tensor) and logits.shape == (images,):
-        logits = logits.unsqueeze(1)
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != images:
-        came = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(outputs).__name__} without"
-        raise UserError(
-            f"GradCAM needs a model that returns logits (N, num_classes), got {came}: wrap it in a module that does."
-        )
-    return torch.cat([-one * logits, one * logits], dim=1) if logits.shape[1] == 1 else logits
 
 
 def _sides(inputs: Tensor) -> tuple[int, int]:
@@ -293,6 +268,7 @@ def ablation(
     Returns:
         (N, num_shares + 1) each: the class's probability after a share of the pixels has been taken away, or is there.
     """
+    whole("num_shares", num_shares)
     ranks = np.argsort(np.argsort(-maps.maps.reshape(len(maps.maps), -1), axis=1, kind="stable"), axis=1)
     order = torch.from_numpy(ranks).reshape(maps.maps.shape).unsqueeze(1).to(inputs.device)
     pixels = ranks.shape[1]
@@ -303,6 +279,6 @@ def ablation(
     for count in np.rint(np.linspace(0, pixels, num_shares + 1)):
         first = order < count
         for curve, kept in ((deleted, ~first), (inserted, first)):
-            probabilities = _scores(model(torch.where(kept, inputs, fill)), len(inputs), one=0.5).double().softmax(1)
+            probabilities = scores_of(model(torch.where(kept, inputs, fill)), len(inputs), one=0.5).double().softmax(1)
             curve.append(probabilities[rows, classes].cpu().numpy())
     return np.stack(deleted, axis=1), np.stack(inserted, axis=1)

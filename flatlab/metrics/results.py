@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 FloatArray = npt.NDArray[np.float64]
+MISSED = ("budget", "nonfinite", "interrupted")  # why sampling ends without what was asked for
 Report = Callable[[int, int], None]
 """Called as ``report(done, total)`` while a metric samples."""
 
@@ -176,3 +177,24 @@ class Sampled(ABC):
         axes.fill_between(places, *self.interval(), color=line.get_color(), alpha=0.25, linewidth=0)
         axes.set_xlabel(name)
         return axes
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Stopped(Sampled):
+    """Means that are sampled until something ends it.
+
+    Attributes:
+        stopped: for each place on the axis "samples", "accuracy", "budget", "nonfinite" or "interrupted".
+    """
+
+    stopped: tuple[str, ...]
+
+    @property
+    def converged(self) -> bool:
+        """Whether all places reached the accuracy, or the number of samples, that was asked for."""
+        return all(self.reached)
+
+    @property
+    def reached(self) -> list[bool]:
+        """Whether each place did."""
+        return [stopped not in MISSED for stopped in self.stopped]

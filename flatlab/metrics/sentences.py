@@ -60,7 +60,7 @@ def remarks(radii: FloatArray, rises: Sequence[FloatArray], slopes: FloatArray |
 
 
 def missed(radii: FloatArray, stopped: Sequence[str], errors: FloatArray) -> list[str]:
-    """Say at which radii the accuracy that was asked for is not reached.
+    """Say at which radii sampling ended before the accuracy that was asked for was established.
 
     Args:
         radii: (R,).
@@ -68,14 +68,14 @@ def missed(radii: FloatArray, stopped: Sequence[str], errors: FloatArray) -> lis
         errors: (R,) standard errors.
     """
     told = []
-    for reason, why in (("budget", "the budget was spent"), ("interrupted", "sampling was interrupted")):
+    for reason, why in (("budget", "The budget was spent"), ("interrupted", "Sampling was interrupted")):
         where = [
             f"{radius:g} (standard error {error:.2g})"
             for radius, stop, error in zip(radii, stopped, errors, strict=True)
             if stop == reason
         ]
         if where:
-            told.append(f"The accuracy asked for is not reached at radius {', '.join(where)}: {why} before.")
+            told.append(f"{why} before the accuracy asked for was established at radius {', '.join(where)}.")
     return told
 
 

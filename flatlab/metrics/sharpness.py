@@ -20,11 +20,11 @@ from flatlab.arguments import distances, whole
 from flatlab.errors import choose
 from flatlab.landscape import Landscape
 from flatlab.metrics.rays import draw_ray
-from flatlab.metrics.results import Cost, Estimate, FloatArray, Sampled, mean_of
+from flatlab.metrics.results import Cost, Estimate, FloatArray, Sampled, Stopped, mean_of
 from flatlab.metrics.rounds import estimate
 from flatlab.metrics.sampling import Sampler
 from flatlab.metrics.sentences import missed, remarks
-from flatlab.metrics.sphere import MISSED, sample
+from flatlab.metrics.sphere import sample
 from flatlab.metrics.worst import BACKWARD
 from flatlab.seeds import base_seed
 
@@ -52,7 +52,7 @@ def normalised_logits(loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Ten
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class AverageSharpness(Sampled):
+class AverageSharpness(Stopped):
     """The mean rise E L(w + rho c z) - L(w) of the loss under random perturbations, in nats.
 
     Attributes:
@@ -87,16 +87,6 @@ class AverageSharpness(Sampled):
     def axis(self) -> tuple[str, FloatArray]:
         """The radii."""
         return "radius", self.radii
-
-    @property
-    def converged(self) -> bool:
-        """Whether all radii did."""
-        return all(self.reached)
-
-    @property
-    def reached(self) -> list[bool]:
-        """Whether each radius reached what was asked for."""
-        return [stopped not in MISSED for stopped in self.stopped]
 
     @property
     def remarks(self) -> list[str]:

@@ -14,7 +14,7 @@ from flatlab.errors import UserError, choose
 from flatlab.landscape import Landscape
 from flatlab.metrics import planning
 from flatlab.metrics.rays import Normalisation, check_normalisation, reach
-from flatlab.metrics.results import Cost, Estimate, FloatArray, Sampled
+from flatlab.metrics.results import Cost, Estimate, FloatArray, Stopped
 from flatlab.metrics.rounds import estimate
 from flatlab.metrics.sampling import Plan, Report, Sampler, Walk
 from flatlab.metrics.sentences import missed, remarks
@@ -23,11 +23,9 @@ from flatlab.seeds import base_seed
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-MISSED = ("budget", "nonfinite", "interrupted")  # why a radius ends without what was asked for
-
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class SphereFlatness(Sampled):
+class SphereFlatness(Stopped):
     """F_gamma(w) = E L(w + gamma u) - L(w) over unit vectors u, in nats (arXiv 2410.06020, Eq. 5).
 
     Attributes:
@@ -99,16 +97,6 @@ class SphereFlatness(Sampled):
     def paired(self) -> tuple[bool, ...]:
         """For each radius whether each ray was walked with its antithesis."""
         return tuple(plan.paired for plan in self.plans)
-
-    @property
-    def converged(self) -> bool:
-        """Whether all radii did."""
-        return all(self.reached)
-
-    @property
-    def reached(self) -> list[bool]:
-        """Whether each radius reached the accuracy, or the number of samples, that was asked for."""
-        return [stopped not in MISSED for stopped in self.stopped]
 
     @property
     def relative_radii(self) -> FloatArray:

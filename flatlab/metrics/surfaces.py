@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from flatlab.arguments import whole
 from flatlab.errors import UserError
 from flatlab.landscape import Landscape
 from flatlab.losses import Metric
@@ -163,11 +164,11 @@ def _metrics(landscape: Landscape, metrics: Mapping[str, Metric] | None) -> dict
 
 def _axis(grid: int | npt.ArrayLike, ends: tuple[float, float]) -> FloatArray:
     """Return places: those given, or so many between two ends; the middle one of an odd number is exact."""
-    if isinstance(grid, int):
-        low, high = ends
-        places = low + (high - low) * np.arange(grid) / max(grid - 1, 1)
-    else:
-        places = np.asarray(grid, dtype=np.float64)
+    if np.ndim(grid) == 0:
+        count, (low, high) = whole("grid", grid, least=2), ends
+        return np.asarray(low + (high - low) * np.arange(count) / (count - 1))
+    places = np.asarray(grid)
+    places = places.astype(np.float64) if places.dtype.kind in "iuf" else np.zeros(0)
     if places.ndim != 1 or len(places) < 2 or not np.isfinite(places).all() or len(np.unique(places)) < len(places):
         raise UserError(
             f"A grid needs at least two places along each axis, finite and each once, but {grid!r} came: write 51, or"
@@ -177,9 +178,9 @@ def _axis(grid: int | npt.ArrayLike, ends: tuple[float, float]) -> FloatArray:
 
 
 def _axes(grid: int | tuple[npt.ArrayLike, npt.ArrayLike], marks: FloatArray) -> tuple[FloatArray, FloatArray]:
-    if not isinstance(grid, int):
+    if isinstance(grid, tuple | list | np.ndarray):
         if len(grid) != 2:
-            raise UserError(f"The grid of a plane is a number, or two arrays of places, but {len(grid)} came.")
+            raise UserError(f"The grid of a plane must be a number, or two arrays of places, got {len(grid)}.")
         x, y = grid
         return _axis(x, (-1.0, 1.0)), _axis(y, (-1.0, 1.0))
     if not len(marks):

@@ -15,6 +15,7 @@ import torch
 from scipy.special import stdtrit
 from torch import nn
 
+from flatlab.arguments import distances
 from flatlab.errors import UserError
 from flatlab.landscape import Landscape
 from flatlab.metrics.density import SpectralDensity
@@ -140,9 +141,7 @@ def triangle(
     name, hessian = base_seed(seed), KeptHessian(landscape, keep)
     trace = hessian.trace(rel_error=rel_error, seed=name)
     spectrum = hessian.density(num_vectors=density[0], steps=density[1], seed=name)
-    places = _radii(landscape, trace) if radii is None else np.sort(np.atleast_1d(np.asarray(radii, dtype=float)))
-    if not (places > 0).all():
-        raise UserError(f"The radii of the triangle must be positive, but {places} came.")
+    places = _radii(landscape, trace) if radii is None else np.sort(distances("radii", radii, above=0.0))
     sampler = Sampler([landscape], name, "none", keep=keep)
     (flatness,) = sample(sampler, places, None, (rel_error, 0.0), None)
     return Triangle(

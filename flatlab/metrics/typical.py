@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flatlab.arguments import whole
 from flatlab.errors import UserError
 from flatlab.landscape import Landscape
 from flatlab.losses import wide
@@ -115,11 +116,9 @@ def typical_rise(
     Raises:
         UserError: where a perturbation is not a point of the landscape, not finite or zero, or K is below 2.
     """
-    if num_samples < 2 or not perturbations:
-        raise UserError(
-            f"typical_rise needs a perturbation and num_samples of at least 2, but {len(perturbations)} and "
-            f"{num_samples} came."
-        )
+    whole("num_samples", num_samples, least=2)
+    if not perturbations:
+        raise UserError("perturbations must be a mapping from names to vectors, with one at least, got none.")
     start = time.perf_counter()
     sampler = Sampler([landscape], base_seed(seed), check_normalisation(normalisation, landscape), keep=keep)
     vectors = {name: _checked(name, landscape.as_point(each)) for name, each in perturbations.items()}
