@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -76,7 +77,7 @@ def _function(
 
     def loss(tensors: Sequence[Tensor]) -> Tensor:
         state = {**fixed, **dict(zip(moved, tensors, strict=True))}
-        sums = [total_at(model, state, b.inputs, partial(total, batch=b)) for b in few]
+        sums = [total_at(model, state, b.inputs, partial(_of, total, b)) for b in few]
         value = torch.stack(sums).sum() / sum(batch.size for batch in few)
         if not value.requires_grad:
             raise UserError(
@@ -86,6 +87,10 @@ def _function(
         return value
 
     return loss, [tensor.detach().to(dtype) for tensor in moved.values()]
+
+
+def _of(total: Total, batch: Batch, outputs: Any) -> Tensor:
+    return total(outputs, batch)
 
 
 def _refuse_faults(loss: Loss, point: Sequence[Tensor]) -> None:

@@ -272,7 +272,7 @@ class Landscape:
         with torch.no_grad():
             torch._foreach_copy_(self._tensors, self.split(vector))
 
-    def _sums(self, total: Callable[[Any, Batch], Tensor]) -> Tensor:
+    def _sums(self, total: Callable[[Any, Batch], Any]) -> Tensor:
         sums = [torch.stack([total(self._forward(b.inputs), b) for b in each]).sum(0) for each in self._batches]
         return torch.stack(sums)
 

@@ -54,7 +54,7 @@ def probe_values(model: Forward, batches: Sequence[Batch], total: Total, weigh: 
             weights.append(weigh(each, batch))
             across += spread([whole], 2) if len(sums) % every == 0 else []
     if len(across) > 1 and (joined := _joined([batch[:2] for batch in across])) is not None:
-        whole = Batch(*joined, sum(batch.size for batch in across))
+        whole = Batch(joined[0], joined[1], sum(batch.size for batch in across))
         _refuse_weighing(whole, across, total, "samples of several batches")
     found = [each for each in weights if each is not None]
     return torch.stack(sums).sum(0), torch.stack(found).sum(0) if found else None
@@ -154,7 +154,7 @@ def _otherwise(group: list[Batch]) -> list[Batch]:
     if len(group) == 1:
         return cut(group[0], -(-group[0].size // 2)) if group[0].size > 1 else []
     joined = _joined([batch[:2] for batch in group])
-    return [] if joined is None else [Batch(*joined, len(group))]
+    return [] if joined is None else [Batch(joined[0], joined[1], len(group))]
 
 
 def _joined(nests: list[Any]) -> Any:

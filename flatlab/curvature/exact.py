@@ -62,7 +62,7 @@ def attributes_restored(model: nn.Module) -> Iterator[None]:
                 setattr(module, name, value)  # not through vars: recurrent layers keep a second reference
 
 
-class _PlainWeightNorm(TorchFunctionMode):  # type: ignore[no-untyped-call]
+class _PlainWeightNorm(TorchFunctionMode):
     """Computes weight_norm as v g / |v| by operations that can be differentiated as often as one likes."""
 
     def __torch_function__(

@@ -32,7 +32,7 @@ def draw(operator: Curvature, kind: str, *names: object) -> Tensor:
 def matrix_of(operator: Curvature) -> Tensor:
     """Form the whole matrix (P, P) by P products, in float64 on the host."""
     eye = torch.eye(operator.shape[0], dtype=operator.dtype, device=operator.device)
-    matrix = torch.cat([operator @ columns for columns in eye.split(_BLOCK, dim=1)], dim=1).cpu().double()
+    matrix = torch.cat([operator @ columns for columns in torch.split(eye, _BLOCK, dim=1)], dim=1).cpu().double()
     return (matrix + matrix.T) / 2
 
 
