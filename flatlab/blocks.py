@@ -146,7 +146,7 @@ class Partition:
     def sizes(self) -> Indices:
         """How many samples each block holds."""
         shares = [-(-(len(o) - self._places(s)) // self._count) for s, o in enumerate(self._orders)]
-        return np.maximum(shares, 1).sum(axis=0)
+        return np.asarray(np.maximum(shares, 1).sum(axis=0))
 
     def _places(self, stratum: int) -> Indices:
         # Each stratum is dealt on from where the last one ended, so that sizes differ by one at most.
