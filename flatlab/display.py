@@ -24,9 +24,16 @@ from flatlab.errors import printable
 from flatlab.jobs import Job
 from flatlab.timeleft import TimeLeft
 
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
-WIDEST = 100_000  # columns of a table in a pipe
+WIDEST = 100_000  # columns where there is no terminal: a pipe gets each row in one line, a terminal folds long cells
+
+
+def _console(*, stderr: bool) -> Console:
+    console = Console(stderr=stderr, highlight=False)
+    return console if console.is_terminal else Console(stderr=stderr, highlight=False, width=WIDEST)
+
+
+out = _console(stderr=False)
+err = _console(stderr=True)
 PLAIN_SECONDS = 5.0  # between two lines where there is no terminal
 
 
@@ -118,8 +125,7 @@ def frame(table: pd.DataFrame, title: str, *, formats: dict[str, str] | None = N
         drawn.add_column(Text(printable(str(column))), justify="right" if numeric else "left", overflow="fold")
     for row in table.itertuples(index=False):
         drawn.add_row(*(_cell(v, (formats or {}).get(str(c))) for c, v in zip(table.columns, row, strict=True)))
-    whole = None if out.is_terminal else out.measure(drawn, options=out.options.update(max_width=WIDEST)).maximum
-    out.print(drawn, width=whole, crop=False)  # a pipe gets each cell in one line, a terminal folds what is too long
+    out.print(drawn)
 
 
 def plan(jobs: Sequence[Job], seconds_per_pass: float, source: str, *, workers: int) -> None:
