@@ -11,12 +11,12 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from flatlab import rounding, tables
-from flatlab.methods import METHODS, replicates
-from flatlab.probespecs import RadiusSpec
-from flatlab.runs import RunStore
-from flatlab.settings import Setting
-from flatlab.specs import RunSpec
+from flatlab.report import rounding, tables
+from flatlab.specs.measurements import RadiusSpec
+from flatlab.specs.methods import METHODS, replicates
+from flatlab.specs.run import RunSpec
+from flatlab.specs.settings import Setting
+from flatlab.store.runs import RunStore
 
 BASELINE = "ERM"
 ORDER = ("ERM", "QT-DoG")

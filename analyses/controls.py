@@ -9,13 +9,14 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from analyses import fig3
-from flatlab import percent, plots, stability, tables, verdicts
-from flatlab.areas import UP_TO, areas, limits, named_by_rise
-from flatlab.methods import METHODS, RELEASED, replicates
-from flatlab.probespecs import ProbeSpec
-from flatlab.runs import RunStore
-from flatlab.settings import Setting
-from flatlab.specs import RunSpec
+from flatlab import plots
+from flatlab.report import percent, stability, tables, verdicts
+from flatlab.report.areas import UP_TO, areas, limits, named_by_rise
+from flatlab.specs.measurements import ProbeSpec
+from flatlab.specs.methods import METHODS, RELEASED, replicates
+from flatlab.specs.run import RunSpec
+from flatlab.specs.settings import Setting
+from flatlab.store.runs import RunStore
 
 BASELINE = "ERM"
 QUANTIZED = "QT-DoG"

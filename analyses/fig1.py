@@ -12,14 +12,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analyses import table1
+from analyses._accuracy_table import AVERAGE
 from analyses.table1 import BASELINE, SUMMARY, TABLE, as_published, findings, labelled, remarks, sheet, summary
 from flatlab import plots
-from flatlab.papertable import AVERAGE
-from flatlab.probespecs import SizeSpec
 from flatlab.resources import published
-from flatlab.runs import RunStore
-from flatlab.settings import Setting
-from flatlab.specs import RunSpec
+from flatlab.specs.measurements import SizeSpec
+from flatlab.specs.run import RunSpec
+from flatlab.specs.settings import Setting
+from flatlab.store.runs import RunStore
 
 __all__ = ["BASELINE", "SUMMARY", "as_published", "caption", "draw", "findings", "labelled", "plan", "remarks", "sheet"]
 __all__ += ["summary", "table"]

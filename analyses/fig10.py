@@ -1,10 +1,10 @@
 """Figure 10: GradCAM of ERM and QT-DoG beside the original, TerraIncognita's location 46 unseen."""
 
-from flatlab import saliency
-from flatlab.saliency import CamFigure
+from analyses import _gradcam_figure
+from analyses._gradcam_figure import CamFigure
 
 FIGURE = CamFigure("10", "triples", targets={"location_46": 3}, shown=6)
 
-BASELINE, SUMMARY = saliency.BASELINE, saliency.SUMMARY
+BASELINE, SUMMARY = _gradcam_figure.BASELINE, _gradcam_figure.SUMMARY
 labelled, plan, table, caption, draw = FIGURE.labelled, FIGURE.plan, FIGURE.table, FIGURE.caption, FIGURE.draw
-findings, summary, remarks = saliency.findings, saliency.summary, saliency.remarks
+findings, summary, remarks = _gradcam_figure.findings, _gradcam_figure.summary, _gradcam_figure.remarks

@@ -4,11 +4,11 @@ The layer is that of a weight drawn by lot. The three lines are three ways to po
 raw, and for one step size in the whole layer; raw noise of channels with steps of their own is a mixture.
 """
 
-from flatlab import noisefigure
-from flatlab.noisefigure import NoiseFigure
+from analyses import _noise_figure
+from analyses._noise_figure import NoiseFigure
 
 FIGURE = NoiseFigure("2", layers=1, modes=("normalised", "raw", "tensor"))
 
-SUMMARY, BASELINE = noisefigure.SUMMARY, noisefigure.BASELINE
+SUMMARY, BASELINE = _noise_figure.SUMMARY, _noise_figure.BASELINE
 labelled, plan, table, caption = FIGURE.labelled, FIGURE.plan, FIGURE.table, FIGURE.caption
 findings, summary, remarks, draw = FIGURE.findings, FIGURE.summary, FIGURE.remarks, FIGURE.draw

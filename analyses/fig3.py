@@ -14,14 +14,15 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from flatlab import plots, tables, verdicts
-from flatlab.areas import UP_TO, areas, limits, named_by_rise
-from flatlab.methods import METHODS, radii_by_rise, replicates
-from flatlab.probespecs import ProbeSpec
+from flatlab import plots
+from flatlab.report import tables, verdicts
+from flatlab.report.areas import UP_TO, areas, limits, named_by_rise
 from flatlab.resources import published
-from flatlab.runs import RunStore
-from flatlab.settings import PAPER, Setting
-from flatlab.specs import RunSpec
+from flatlab.specs.measurements import ProbeSpec
+from flatlab.specs.methods import METHODS, radii_by_rise, replicates
+from flatlab.specs.run import RunSpec
+from flatlab.specs.settings import PAPER, Setting
+from flatlab.store.runs import RunStore
 
 BASELINE = "ERM"
 ORDER = ("ERM", "SAM", "SWA", "SWAD", "QT-DoG")

@@ -9,13 +9,13 @@ released code trains.
 import pandas as pd
 from matplotlib.figure import Figure
 
-from flatlab import stability, tables, verdicts
-from flatlab.methods import METHODS, RELEASED, replicates
-from flatlab.probespecs import Probing
+from flatlab.report import stability, tables, verdicts
 from flatlab.resources import published
-from flatlab.runs import RunStore
-from flatlab.settings import Setting
-from flatlab.specs import RunSpec
+from flatlab.specs.measurement import Probing
+from flatlab.specs.methods import METHODS, RELEASED, replicates
+from flatlab.specs.run import RunSpec
+from flatlab.specs.settings import Setting
+from flatlab.store.runs import RunStore
 
 BASELINE = "ERM"
 ORDER = ("ERM", "QT-DoG")

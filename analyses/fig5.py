@@ -18,7 +18,7 @@ from analyses.table9 import (
     table,
 )
 from flatlab import plots
-from flatlab.settings import Setting
+from flatlab.specs.settings import Setting
 
 __all__ = [
     "BASELINE",

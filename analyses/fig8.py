@@ -3,11 +3,11 @@
 The paper does not name its layers; here they are evenly spread over the network, or all where it has no more.
 """
 
-from flatlab import noisefigure
-from flatlab.noisefigure import NoiseFigure
+from analyses import _noise_figure
+from analyses._noise_figure import NoiseFigure
 
 FIGURE = NoiseFigure("8", layers=4, modes=("normalised",))
 
-SUMMARY, BASELINE = noisefigure.SUMMARY, noisefigure.BASELINE
+SUMMARY, BASELINE = _noise_figure.SUMMARY, _noise_figure.BASELINE
 labelled, plan, table, caption = FIGURE.labelled, FIGURE.plan, FIGURE.table, FIGURE.caption
 findings, summary, remarks, draw = FIGURE.findings, FIGURE.summary, FIGURE.remarks, FIGURE.draw

@@ -13,11 +13,12 @@ from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from analyses import fig3
 from analyses.fig3 import BASELINE, ORDER, labelled
-from flatlab import plots, spectra, tables
-from flatlab.probespecs import SpectrumSpec
-from flatlab.runs import RunStore
-from flatlab.settings import Setting
-from flatlab.specs import RunSpec
+from flatlab import plots
+from flatlab.report import spectrum, tables
+from flatlab.specs.measurements import SpectrumSpec
+from flatlab.specs.run import RunSpec
+from flatlab.specs.settings import Setting
+from flatlab.store.runs import RunStore
 
 __all__ = ["BASELINE", "labelled"]
 COLUMNS = ["panel", "number", "method", "held_out", "seed", "place", "value", "stderr", "low", "high", "over"]
@@ -46,10 +47,10 @@ def plan(setting: Setting) -> tuple[list[RunSpec], list[tuple[RunSpec, SpectrumS
 def table(store: RunStore, setting: Setting) -> pd.DataFrame:
     """Return top eigenvalue and trace of each run, and the mean density of each method over seeds and targets."""
     wanted = [(name, run, probe) for name, run in labelled(setting) for probe in probes(setting)]
-    each = spectra.numbers(store, wanted)
+    each = spectrum.numbers(store, wanted)
     each = each[(each["index"] == 0) & each["number"].isin(["eigenvalue", TRACE])]
     each = each.assign(number=each["number"].replace("eigenvalue", TOP))
-    curves = spectra.densities(store, wanted)
+    curves = spectrum.densities(store, wanted)
     mean = curves.groupby(["panel", "method", "place"], sort=False)["value"].mean().reset_index()
     mean = mean.assign(number=DENSITY, held_out="all", seed="all", over="seeds")
     frame = pd.concat([each, tables.over_seeds(each, GROUP), mean], ignore_index=True)
@@ -102,7 +103,7 @@ def draw(frame: pd.DataFrame, caption: str) -> Figure:
         figure, grid = plt.subplots(2, 3, figsize=(7.0, 4.8), layout="constrained")
         for row, (panel, title) in zip(grid, TITLES.items(), strict=True):
             mine = frame[frame["panel"] == panel]
-            spectra.lines(row[0], mine[mine["number"] == DENSITY], ORDER)
+            spectrum.lines(row[0], mine[mine["number"] == DENSITY], ORDER)
             row[0].set(title=f"Density, {title}")
             for ax, number in zip(row[1:], (TOP, TRACE), strict=True):
                 _pairs(ax, _each(mine)[_each(mine)["number"] == number])

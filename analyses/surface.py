@@ -13,17 +13,18 @@ from matplotlib.figure import Figure
 
 from analyses import fig3
 from analyses.fig3 import BASELINE, ORDER, labelled
-from flatlab import plots, surfaceplots, surroundings, tables
-from flatlab.probespecs import SurfaceSpec
-from flatlab.runs import RunStore
-from flatlab.settings import Setting
-from flatlab.specs import RunSpec
+from flatlab import plots
+from flatlab.report import surface, tables
+from flatlab.specs.measurements import SurfaceSpec
+from flatlab.specs.run import RunSpec
+from flatlab.specs.settings import Setting
+from flatlab.store.runs import RunStore
 
 __all__ = ["BASELINE", "labelled"]
 COLUMNS = ["panel", "number", "method", "held_out", "seed", "x", "y", "value", "stderr", "low", "high", "over"]
 Values = npt.NDArray[np.float64]
 GROUP = ["panel", "number", "method"]
-TITLES = surroundings.PANELS
+TITLES = surface.PANELS
 LOSS, RISE = "loss", "mean rise"
 SUMMARY = (
     "Mean rise of the loss over the plane, difference to ERM in nats, paired by held-out domain and seed, 95 %"
@@ -53,9 +54,9 @@ def table(store: RunStore, setting: Setting) -> pd.DataFrame:
     sums: dict[tuple[str, str], Values] = {}
     counts: dict[tuple[str, str], int] = {}
     for name, spec in labelled(setting):
-        found = surroundings.surface(store.run(spec), probe(setting))
+        found = surface.surface(store.run(spec), probe(setting))
         for panel in TITLES:
-            values = surroundings.of_panel(found, panel, spec.held_out)
+            values = surface.of_panel(found, panel, spec.held_out)
             middle = len(found.x) // 2
             rows.append(_row(name, panel, spec, float((values - values[middle, middle]).mean())))
             sums[name, panel] = sums.get((name, panel), np.zeros(values.shape)) + values
@@ -120,7 +121,7 @@ def caption(setting: Setting) -> str:
 def draw(frame: pd.DataFrame, caption: str) -> Figure:
     """Draw the mean surfaces, methods side by side, the seen domains above the unseen one, on common levels."""
     shown = frame[frame["number"] == LOSS]
-    levels = surfaceplots.contour_levels([shown["value"].to_numpy(float)], 10)
+    levels = plots.contour_levels([shown["value"].to_numpy(float)], 10)
     with plots.style():
         figure, grid = plt.subplots(2, len(ORDER), figsize=(9.0, 4.3), layout="constrained", sharex=True, sharey=True)
         for row, (panel, title) in zip(grid, TITLES.items(), strict=True):
@@ -128,7 +129,7 @@ def draw(frame: pd.DataFrame, caption: str) -> Figure:
                 mine = shown[(shown["panel"] == panel) & (shown["method"] == method)]
                 wide = mine.pivot_table(index="x", columns="y", values="value", dropna=False)
                 places = (wide.index.to_numpy(float), wide.columns.to_numpy(float))
-                filled = surfaceplots.contours(ax, places, wide.to_numpy(float), levels=levels)
+                filled = plots.contours(ax, places, wide.to_numpy(float), levels=levels)
                 ax.plot(0, 0, "+", color="white", markersize=5)
                 ax.set(title=method if panel == "source" else "", aspect="equal")
             row[0].set(ylabel=f"{title}\ndirection 2")

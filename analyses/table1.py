@@ -5,8 +5,8 @@ five alone. SAM and SMA are ours: the paper does not print them here. An ensembl
 interval.
 """
 
-from flatlab import papertable
-from flatlab.papertable import Line, PaperTable
+from analyses import _accuracy_table
+from analyses._accuracy_table import Line, PaperTable
 
 SINGLE = ("ERM", "SAM", "SMA", "CORAL", "MixStyle", "SWAD", "QT-DoG")
 ENSEMBLES = {"ERM Ens.": "ERM-ensemble", "EoA": "EoA", "EoQ": "EoQ"}
@@ -18,7 +18,7 @@ TABLE = PaperTable(
     average="Avg",
 )
 
-SUMMARY, BASELINE = papertable.SUMMARY, TABLE.baseline
+SUMMARY, BASELINE = _accuracy_table.SUMMARY, TABLE.baseline
 labelled, plan, table, sheet, caption = TABLE.labelled, TABLE.plan, TABLE.table, TABLE.sheet, TABLE.caption
 findings, summary, remarks, draw = TABLE.findings, TABLE.summary, TABLE.remarks, TABLE.draw
 as_published = TABLE.as_published

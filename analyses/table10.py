@@ -3,8 +3,8 @@
 The runs differ in the number of bits alone: they share split, initialisation, batches, and the state at the switch.
 """
 
-from flatlab import papertable
-from flatlab.papertable import Line, PaperTable
+from analyses import _accuracy_table
+from analyses._accuracy_table import Line, PaperTable
 
 BITS = (7, 6, 5, 4, 3, 2)
 TABLE = PaperTable(
@@ -16,7 +16,7 @@ TABLE = PaperTable(
     columns={"PACS": {"out": "PACS_out"}},
 )
 
-SUMMARY, BASELINE = papertable.SUMMARY, TABLE.baseline
+SUMMARY, BASELINE = _accuracy_table.SUMMARY, TABLE.baseline
 labelled, plan, table, sheet, caption = TABLE.labelled, TABLE.plan, TABLE.table, TABLE.sheet, TABLE.caption
 findings, summary, remarks, draw = TABLE.findings, TABLE.summary, TABLE.remarks, TABLE.draw
 as_published = TABLE.as_published

@@ -3,8 +3,8 @@
 Each domain is split 60/20/20: its runs are not those of the other tables. Out-of-domain accuracies stand beside.
 """
 
-from flatlab import papertable
-from flatlab.papertable import Line, PaperTable
+from analyses import _accuracy_table
+from analyses._accuracy_table import Line, PaperTable
 
 METHODS = ("ERM", "SAM", "SWA", "SMA", "SWAD", "QT-DoG")
 TABLE = PaperTable(
@@ -13,7 +13,7 @@ TABLE = PaperTable(
     columns={"PACS": {"test": "PACS", "out": ""}, "TerraIncognita": {"test": "TerraIncognita", "out": ""}},
 )
 
-SUMMARY, BASELINE = papertable.SUMMARY, TABLE.baseline
+SUMMARY, BASELINE = _accuracy_table.SUMMARY, TABLE.baseline
 labelled, plan, table, sheet, caption = TABLE.labelled, TABLE.plan, TABLE.table, TABLE.sheet, TABLE.caption
 findings, summary, remarks, draw = TABLE.findings, TABLE.summary, TABLE.remarks, TABLE.draw
 as_published = TABLE.as_published

@@ -1,7 +1,7 @@
 """Table 13: one step size for a layer, or one for each of its channels, at 7 bits (QT-DoG, Table 13)."""
 
-from flatlab import papertable
-from flatlab.papertable import Line, PaperTable
+from analyses import _accuracy_table
+from analyses._accuracy_table import Line, PaperTable
 
 TABLE = PaperTable(
     number="13",
@@ -13,7 +13,7 @@ TABLE = PaperTable(
     columns={"PACS": {"out": "PACS_out"}},
 )
 
-SUMMARY, BASELINE = papertable.SUMMARY, TABLE.baseline
+SUMMARY, BASELINE = _accuracy_table.SUMMARY, TABLE.baseline
 labelled, plan, table, sheet, caption = TABLE.labelled, TABLE.plan, TABLE.table, TABLE.sheet, TABLE.caption
 findings, summary, remarks, draw = TABLE.findings, TABLE.summary, TABLE.remarks, TABLE.draw
 as_published = TABLE.as_published

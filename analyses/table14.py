@@ -3,9 +3,9 @@
 The paper's steps 1,000 to 4,000 of 5,000 are shares of the schedule here.
 """
 
-from flatlab import papertable
-from flatlab.papertable import Line, PaperTable
-from flatlab.settings import PAPER
+from analyses import _accuracy_table
+from analyses._accuracy_table import Line, PaperTable
+from flatlab.specs.settings import PAPER
 
 STEPS = (1000, 2000, 3000, 4000)  # the paper's
 
@@ -22,7 +22,7 @@ TABLE = PaperTable(
     columns={"PACS": {"out": "PACS_out"}},
 )
 
-SUMMARY, BASELINE = papertable.SUMMARY, TABLE.baseline
+SUMMARY, BASELINE = _accuracy_table.SUMMARY, TABLE.baseline
 labelled, plan, table, sheet, caption = TABLE.labelled, TABLE.plan, TABLE.table, TABLE.sheet, TABLE.caption
 findings, summary, remarks, draw = TABLE.findings, TABLE.summary, TABLE.remarks, TABLE.draw
 as_published = TABLE.as_published

@@ -5,9 +5,9 @@ printed numbers stand beside the noise that is kept, since one draw of theirs is
 the paper's as multiples of its learning rate: noise stands to a step of Adam as it does there.
 """
 
-from flatlab import papertable
-from flatlab.papertable import Line, PaperTable
-from flatlab.settings import PAPER
+from analyses import _accuracy_table
+from analyses._accuracy_table import Line, PaperTable
+from flatlab.specs.settings import PAPER
 
 WIDTHS = (5e-6, 1e-5, 5e-5, 1e-4)  # the paper's
 
@@ -29,7 +29,7 @@ TABLE = PaperTable(
     columns={"PACS": {"out": "PACS_out"}},
 )
 
-SUMMARY, BASELINE = papertable.SUMMARY, TABLE.baseline
+SUMMARY, BASELINE = _accuracy_table.SUMMARY, TABLE.baseline
 labelled, plan, table, sheet, caption = TABLE.labelled, TABLE.plan, TABLE.table, TABLE.sheet, TABLE.caption
 findings, summary, remarks, draw = TABLE.findings, TABLE.summary, TABLE.remarks, TABLE.draw
 as_published = TABLE.as_published

@@ -1,7 +1,7 @@
 """Table 2: QT-DoG on top of CORAL and of MixStyle, at 7 bits (QT-DoG, Table 2)."""
 
-from flatlab import papertable
-from flatlab.papertable import Line, PaperTable
+from analyses import _accuracy_table
+from analyses._accuracy_table import Line, PaperTable
 
 LINES = {"CORAL": "CORAL", "CORAL + QT-DoG": "CORAL+QT-DoG", "MixStyle": "MixStyle"}
 LINES |= {"MixStyle + QT-DoG": "MixStyle+QT-DoG"}
@@ -11,7 +11,7 @@ TABLE = PaperTable(
     columns={"PACS": {"out": "PACS"}, "TerraIncognita": {"out": "TerraIncognita"}},
 )
 
-SUMMARY, BASELINE = papertable.SUMMARY, TABLE.baseline
+SUMMARY, BASELINE = _accuracy_table.SUMMARY, TABLE.baseline
 labelled, plan, table, sheet, caption = TABLE.labelled, TABLE.plan, TABLE.table, TABLE.sheet, TABLE.caption
 findings, summary, remarks, draw = TABLE.findings, TABLE.summary, TABLE.remarks, TABLE.draw
 as_published = TABLE.as_published

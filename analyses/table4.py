@@ -6,10 +6,10 @@ Round-to-nearest is ours: the paper does not print it.
 
 import pandas as pd
 
-from flatlab import papertable
-from flatlab.papertable import Line, PaperTable
-from flatlab.runs import RunStore
-from flatlab.settings import Setting
+from analyses import _accuracy_table
+from analyses._accuracy_table import Line, PaperTable
+from flatlab.specs.settings import Setting
+from flatlab.store.runs import RunStore
 
 POST = "OBC"
 ERRORS = ["error", "error_nearest", "rows", "rows_worse"]  # that OBC notes of each layer
@@ -25,7 +25,7 @@ TABLE = PaperTable(
     columns={"PACS": {"in": "in_domain", "out": "out_domain"}},
 )
 
-SUMMARY, BASELINE = papertable.SUMMARY, TABLE.baseline
+SUMMARY, BASELINE = _accuracy_table.SUMMARY, TABLE.baseline
 labelled, plan, sheet, caption = TABLE.labelled, TABLE.plan, TABLE.sheet, TABLE.caption
 findings, summary, draw = TABLE.findings, TABLE.summary, TABLE.draw
 as_published = TABLE.as_published

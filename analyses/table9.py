@@ -4,8 +4,8 @@ The runs differ in the number of bits alone: they share split, initialisation, b
 In domain means the source domains' held-back images, which also select the checkpoint.
 """
 
-from flatlab import papertable
-from flatlab.papertable import Line, PaperTable
+from analyses import _accuracy_table
+from analyses._accuracy_table import Line, PaperTable
 
 BITS = (8, 7, 6, 5)
 TABLE = PaperTable(
@@ -20,7 +20,7 @@ TABLE = PaperTable(
     },
 )
 
-SUMMARY, BASELINE = papertable.SUMMARY, TABLE.baseline
+SUMMARY, BASELINE = _accuracy_table.SUMMARY, TABLE.baseline
 labelled, plan, table, sheet, caption = TABLE.labelled, TABLE.plan, TABLE.table, TABLE.sheet, TABLE.caption
 findings, summary, remarks, draw = TABLE.findings, TABLE.summary, TABLE.remarks, TABLE.draw
 as_published = TABLE.as_published

@@ -19,11 +19,11 @@ import numpy as np
 import problems
 import torch
 
-from flatlab import machine
-from flatlab.metrics.compare import compare_flatness, paired_difference
-from flatlab.metrics.results import Sampled
-from flatlab.metrics.sampling import Sampler
-from flatlab.metrics.sphere import sample, sphere_flatness
+from flatlab import environment
+from flatlab.metrics.flatness.compare import compare_flatness, paired_difference
+from flatlab.metrics.flatness.sampler import Sampler
+from flatlab.metrics.flatness.sphere import sample, sphere_flatness
+from flatlab.results.estimate import Sampled
 
 HERE = Path(__file__).parent
 CHUNK = 25  # repetitions kept in one file
@@ -208,7 +208,7 @@ def write(rows: list[dict[str, object]], out: Path) -> None:
     ]
     out.mkdir(parents=True, exist_ok=True)
     (out / "coverage.md").write_text("\n".join(text) + "\n")
-    facts = {"machine": machine.facts(), "threads": 1, "rows": rows}
+    facts = {"machine": environment.facts(), "threads": 1, "rows": rows}
     (out / "coverage.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 
@@ -218,7 +218,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="part of a case's name")
     parser.add_argument("--work", type=Path, default=HERE / ".work" / "coverage")
     parser.add_argument("--out", type=Path, default=HERE / "results")
-    parser.add_argument("--processes", type=int, default=machine.cores())
+    parser.add_argument("--processes", type=int, default=environment.cores())
     parser.add_argument("--quick", action="store_true", help="50 repetitions of the quadratics: a smoke check")
     given = parser.parse_args()
     start, cases = time.monotonic(), [case for case in CASES if given.only in case.name]

@@ -19,8 +19,8 @@ import peers
 import subjects
 import torch
 
-from flatlab import machine
-from flatlab.executors import ALLOCATOR
+from flatlab import environment as flatlab_environment
+from flatlab.jobs.local import ALLOCATOR
 
 HERE = Path(__file__).parent
 COUNTS = {"samples": 512, "batch": 128, "few": 64, "steps": 400, "repeats": 7, "seeds": 3, "products": 40}
@@ -60,7 +60,7 @@ def measure(given):
     made = None if problem == "resnet50" else networks.PROBLEMS[problem](given)
     found = contests.PARTS[part](made, given)
     counts = {name: getattr(given, name) for name in COUNTS}
-    facts = {"machine": machine.facts(), "peers": peers.versions(), **counts, "load": os.getloadavg()[0]}
+    facts = {"machine": flatlab_environment.facts(), "peers": peers.versions(), **counts, "load": os.getloadavg()[0]}
     given.child.write_text(json.dumps({"problem": problem, "part": part, **found, "facts": facts}, indent=1))
 
 

@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from plain import Plain
 from report import write
 
-from flatlab import Landscape, machine, sphere_flatness
-from flatlab.executors import ALLOCATOR
+from flatlab import Landscape, environment, sphere_flatness
+from flatlab.jobs.local import ALLOCATOR
 
 HERE = Path(__file__).parent
 RISES = (0.01, 0.1, 0.5, 2.0)  # nats
@@ -194,7 +194,7 @@ def main() -> None:
     for arena, effort in chosen:
         arena.measure(**effort)
     out = given.out or (given.work / "quick" if given.quick else HERE / "results")
-    facts = {"machine": machine.facts(), "threads": given.threads, "allocator": ALLOCATOR, "rel_error": REL_ERROR}
+    facts = {"machine": environment.facts(), "threads": given.threads, "allocator": ALLOCATOR, "rel_error": REL_ERROR}
     print(write([arena for arena, _ in chosen], facts, out))
 
 

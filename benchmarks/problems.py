@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from flatlab import Landscape
-from flatlab.params import split_like
 from flatlab.seeds import derive, generator
+from flatlab.tensors.flat import split_like
 
 RISES = (0.01, 0.1, 0.5, 2.0)  # nats, that the radii are chosen for
 DIRECTIONS = 100_000

@@ -30,9 +30,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flatlab import machine
-from flatlab.executors import ALLOCATOR
-from flatlab.models import build_network, set_training
+from flatlab import environment
+from flatlab.jobs.local import ALLOCATOR
+from flatlab.models.networks import build_network, set_training
 from flatlab.quant.attach import attach, clamp_scales, layers
 from flatlab.quant.codebook import initial_scale, levels
 
@@ -254,7 +254,7 @@ def main() -> None:
     args = parsed()
     torch.set_num_threads(args.threads)
     asked = {name: value for name, value in vars(args).items() if name not in ("out", "rounds", "image_size")}
-    facts = {"asked": asked, "allocator": ALLOCATOR, "machine": machine.facts(), "goal": GOAL}
+    facts = {"asked": asked, "allocator": ALLOCATOR, "machine": environment.facts(), "goal": GOAL}
     path = args.out / "quantizers.json" if args.out else None
     kept = json.loads(path.read_text()) if path and path.exists() else {}
     rounds: dict[str, Taken] = kept["rounds"] if kept.get("facts", {}).get("asked") == asked else {}

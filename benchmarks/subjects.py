@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from flatlab import Place, Run, RunStore, build, network_of
+from flatlab import Place, Run, RunStore, network_of
 from flatlab.data.batches import evaluation_batches
+from flatlab.loading import data as loading_data
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -43,7 +44,7 @@ class Subject:
         """Return the network and about `count` training images, the same number of each seen domain, or all of them."""
         run = self.run()
         place = Place(device="cpu", data_dir=None if self.data_dir is None else str(self.data_dir))
-        domains = build.domains(run.spec, place)
+        domains = loading_data.domains(run.spec, place)
         limit = None if count is None else -(-count // len(domains.sources))
         loaded = {}
         for name in domains.sources:

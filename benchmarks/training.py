@@ -22,10 +22,10 @@ from PIL import Image
 from torch.utils.data import DataLoader, RandomSampler
 from torchvision import datasets, transforms
 
-from flatlab.data import sources
+from flatlab.data import load as data_load
 from flatlab.data.batches import Batch, TrainingStream
 from flatlab.data.domains import DomainSet, split
-from flatlab.models import build_network, set_training
+from flatlab.models.networks import build_network, set_training
 
 DOMAINS = ("art_painting", "cartoon", "photo")  # the sources where sketch is held out
 PER_DOMAIN = 32
@@ -70,7 +70,7 @@ def domainbeds(root: Path, args: argparse.Namespace) -> Iterator[Batch]:
             transforms.ColorJitter(0.3, 0.3, 0.3, 0.3),
             transforms.RandomGrayscale(),
             transforms.ToTensor(),
-            transforms.Normalize(sources.IMAGENET_MEAN, sources.IMAGENET_STD),
+            transforms.Normalize(data_load.IMAGENET_MEAN, data_load.IMAGENET_STD),
         ]
     )
     loaders = []
@@ -126,7 +126,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = args.data_dir / "PACS" if args.data_dir else noise(Path(folder) / "PACS")
         cache = args.cache or (None if args.data_dir else Path(folder) / "cache")
-        data = sources.load("PACS", data_dir=root, image_size=args.image_size, cache=cache)
+        data = data_load.load("PACS", data_dir=root, image_size=args.image_size, cache=cache)
         report(measure(data, root, args), args)
 
 

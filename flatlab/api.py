@@ -3,24 +3,30 @@
 No public name is that of a module: `flatlab.train` is the package, `flatlab.train_runs` the function.
 """
 
-from flatlab.bars import counted
-from flatlab.checkpoints import landscape as landscape_of
-from flatlab.checkpoints import network as network_of
-from flatlab.curvature.operators import Hessian
-from flatlab.curvature.outer import GGN, Fisher
+from flatlab.derivatives.operators import Hessian
+from flatlab.derivatives.outer import GGN, Fisher
 from flatlab.errors import UserError
-from flatlab.export import Exported
-from flatlab.export import export as export_run
-from flatlab.exported import load_exported
-from flatlab.landscape import Landscape
-from flatlab.measure import measure as measure_run
-from flatlab.methods import METHODS, Method, compose, replicates, vary
-from flatlab.metrics.audit import ScaleAudit, scale_audit
-from flatlab.metrics.barrier import Connection
-from flatlab.metrics.compare import PairedDifference, compare_flatness, paired_difference
-from flatlab.metrics.connectivity import connect
-from flatlab.metrics.density import SpectralDensity, spectral_density
-from flatlab.metrics.directions import (
+from flatlab.landscape.evaluation import Evaluation
+from flatlab.landscape.landscape import Landscape
+from flatlab.loading.checkpoint import network as network_of
+from flatlab.loading.export import Exported, load_exported
+from flatlab.loading.export import export as export_run
+from flatlab.measure.inputs import landscape as landscape_of
+from flatlab.measure.runner import measure as measure_run
+from flatlab.metrics.curvature.density import spectral_density
+from flatlab.metrics.curvature.eigenvalues import hessian_spectrum
+from flatlab.metrics.curvature.trace import DEFLATE, hessian_trace
+from flatlab.metrics.flatness.compare import compare_flatness, paired_difference
+from flatlab.metrics.flatness.norm_matched import typical_rise
+from flatlab.metrics.flatness.sharpness import average_sharpness, normalised_logits, worst_sharpness
+from flatlab.metrics.flatness.sphere import sphere_flatness
+from flatlab.metrics.flatness.worst import worst_rise
+from flatlab.metrics.gradcam import ablation, explained_layer, gradcam
+from flatlab.metrics.progress import counted
+from flatlab.metrics.quantization_noise import quantization_noise
+from flatlab.metrics.scale_audit import scale_audit
+from flatlab.metrics.surfaces.connectivity import connect
+from flatlab.metrics.surfaces.directions import (
     Directions,
     eigen_directions,
     given_directions,
@@ -28,38 +34,32 @@ from flatlab.metrics.directions import (
     random_directions,
     trajectory_directions,
 )
-from flatlab.metrics.gradcam import ClassMaps, ablation, explained_layer, gradcam
-from flatlab.metrics.grids import Profile, Surface
-from flatlab.metrics.lanczos import Spectrum, hessian_spectrum
-from flatlab.metrics.noise import QuantizationNoise, quantization_noise
-from flatlab.metrics.sharpness import (
-    AverageSharpness,
-    WorstSharpness,
-    average_sharpness,
-    normalised_logits,
-    worst_sharpness,
-)
-from flatlab.metrics.sphere import SphereFlatness, sphere_flatness
-from flatlab.metrics.surfaces import line, plane
-from flatlab.metrics.symmetry import Symmetry
-from flatlab.metrics.trace import DEFLATE, PILOT, Trace, hessian_trace
-from flatlab.metrics.triangle import Triangle, triangle
-from flatlab.metrics.typical import TypicalRise, typical_rise
-from flatlab.metrics.worst import WorstRise, worst_rise
-from flatlab.models import Ensemble, Network, build_network
-from flatlab.points import Evaluation
-from flatlab.probespecs import ProbeSpec, QuantNoiseSpec, RadiusSpec
+from flatlab.metrics.surfaces.planes import line, plane
+from flatlab.metrics.trace_check import triangle
+from flatlab.models.networks import Ensemble, Network, build_network
 from flatlab.quant.attach import attach, attach_activations, bake, clamp_scales
 from flatlab.quant.calibration import second_moments
 from flatlab.quant.inq import INQ
 from flatlab.quant.lsq import LSQ
 from flatlab.quant.obc import obc
-from flatlab.quantspecs import INQSpec, NoiseSpec, OBCSpec, QuantSpec, RTNSpec
-from flatlab.runs import Run, RunStore
-from flatlab.settings import PAPER, QUICK, SMOKE, Setting, setting
-from flatlab.specs import AverageSpec, MixSpec, Place, RunSpec, StepSpec
-from flatlab.stability import Stability
-from flatlab.stability import stability as accuracy_stability
+from flatlab.report.stability import Stability
+from flatlab.report.stability import stability as accuracy_stability
+from flatlab.results.connectivity import Connection
+from flatlab.results.gradcam import ClassMaps
+from flatlab.results.quantization_noise import QuantizationNoise, Symmetry
+from flatlab.results.rounding import TypicalRise
+from flatlab.results.scale_audit import ScaleAudit
+from flatlab.results.sharpness import AverageSharpness, WorstRise, WorstSharpness
+from flatlab.results.spectrum import PILOT, SpectralDensity, Spectrum, Trace
+from flatlab.results.sphere import PairedDifference, SphereFlatness
+from flatlab.results.surface import Profile, Surface
+from flatlab.results.trace_check import Triangle
+from flatlab.specs.measurements import ProbeSpec, QuantNoiseSpec, RadiusSpec
+from flatlab.specs.methods import METHODS, Method, compose, replicates, vary
+from flatlab.specs.quantizers import INQSpec, NoiseSpec, OBCSpec, QuantSpec, RTNSpec
+from flatlab.specs.run import AverageSpec, MixSpec, Place, RunSpec, StepSpec
+from flatlab.specs.settings import PAPER, QUICK, SMOKE, Setting, setting
+from flatlab.store.runs import Run, RunStore
 from flatlab.train.loop import train as train_runs
 from flatlab.train.replay import Replay
 from flatlab.train.replay import replay as replay_averages

@@ -1,4 +1,4 @@
-"""One exception for mistakes that a user can mend: what was expected, what came, what to write instead."""
+"""A user's mistake in one sentence: names with their nearest neighbour, numbers within their range."""
 
 import difflib
 from collections.abc import Iterable

@@ -1,11 +1,8 @@
-"""Files that are whole or absent: atomic writes; arrays and records with a hash and their owner. No torch, no pickle.
-
-A file in a store has an owner, its path from the run's digest on: "DIGEST/checkpoints/last.safetensors". It is hashed
-with the content and compared on reading, so that an intact file of another run or measurement is refused, too.
-"""
+"""Atomic writes, arrays with their hash, strict JSON."""
 
 import hashlib
 import json
+import math
 import os
 import platform
 import re
@@ -23,7 +20,20 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from flatlab.errors import UserError
-from flatlab.jsontext import strict_json
+
+
+def strict_json(value: Any, **style: Any) -> str:
+    """Return JSON that any reader takes: what is not finite is null there."""
+    return json.dumps(_finite(value), sort_keys=True, allow_nan=False, **style)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
 
 if sys.platform != "win32":
     import fcntl

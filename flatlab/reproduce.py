@@ -11,13 +11,16 @@ from typing import Any
 
 import pandas as pd
 
-from flatlab import executors, files, jobs, machine, plots, tables, valleys
+from flatlab import environment, files, plots
 from flatlab.data import catalog
 from flatlab.errors import UserError, WorkerError, choose
-from flatlab.jobs import Job, Plan
-from flatlab.runs import Run, RunStore, check_data
-from flatlab.settings import QUICK, Setting
-from flatlab.specs import Place
+from flatlab.jobs import local
+from flatlab.jobs import plan as jobs_plan
+from flatlab.jobs.plan import Job, WorkPlan
+from flatlab.report import tables, valleys
+from flatlab.specs.run import Place
+from flatlab.specs.settings import QUICK, Setting
+from flatlab.store.runs import Run, RunStore, check_data
 
 Hear = Callable[[dict[str, Any]], None]
 PUBLISHED = "As published: other data or another protocol than ours, so that neither values nor order are compared"
@@ -87,7 +90,7 @@ def missing_of(modules: Iterable[ModuleType], setting: Setting, store: RunStore,
         sizes = catalog.sizes(one.dataset, Path(place.data_dir) if place.data_dir else None)
         mine = [run for run in runs if run.dataset == one.dataset]
         check_data(map(store.run, mine), place)
-        todo += jobs.missing(store, mine, [pair for pair in probes if pair[0].dataset == one.dataset], sizes=sizes)
+        todo += jobs_plan.missing(store, mine, [pair for pair in probes if pair[0].dataset == one.dataset], sizes=sizes)
     return todo
 
 
@@ -111,8 +114,8 @@ def carry_out(todo: list[Job], store: RunStore, place: Place, *, workers: int, h
     if not todo:
         return
     store.root.mkdir(parents=True, exist_ok=True)
-    plan = Plan(store=str(store.root.resolve()), place=place, jobs=tuple(todo))
-    errors = executors.run_locally(plan, workers=workers, hear=hear)
+    plan = WorkPlan(store=str(store.root.resolve()), place=place, jobs=tuple(todo))
+    errors = local.run_locally(plan, workers=workers, hear=hear)
     if errors:
         raise UserError(*_told(errors)) from _traces(errors)
 
@@ -209,14 +212,14 @@ def _published(module: ModuleType, frame: pd.DataFrame) -> list[str]:
 def _facts(module: ModuleType, setting: Setting, store: RunStore) -> dict[str, Any]:
     runs, probes = module.plan(setting)
     here = [store.run(spec) for spec in runs]
-    measured = [store.run(run).probe(probe) for run, probe in [*jobs.pilots(store, runs, probes), *probes]]
+    measured = [store.run(run).probe(probe) for run, probe in [*jobs_plan.pilots(store, runs, probes), *probes]]
     return {
         "figure": (module.__doc__ or "").splitlines()[0],
         "setting": setting.model_dump(mode="json"),
         "runs": {run.spec.digest: run.spec.model_dump(mode="json") for run in here},
         "probes": {probe.spec.digest: probe.spec.model_dump(mode="json") for probe in measured},
         "data_fingerprint": sorted({run.provenance.get("data_fingerprint", "unknown") for run in here}),
-        "machine": machine.facts(),  # that drew; below, those that trained and measured
+        "machine": environment.facts(),  # that drew; below, those that trained and measured
         "machines": _distinct([entry.provenance.get("machine") for entry in (*here, *measured)]),
         "cost": {
             "training_seconds": round(sum(_seconds(run.provenance) for run in here if "passes" in run.provenance), 1),

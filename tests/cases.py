@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flatlab import seeds
-from flatlab.landscape import Landscape
-from flatlab.metrics import sphere
-from flatlab.metrics.rays import draw_ray
-from flatlab.metrics.sampling import Sampler
-from flatlab.metrics.sphere import sphere_flatness
+from flatlab.landscape.landscape import Landscape
+from flatlab.metrics.flatness import sphere
+from flatlab.metrics.flatness.perturbations import draw_ray
+from flatlab.metrics.flatness.sampler import Sampler
+from flatlab.metrics.flatness.sphere import sphere_flatness
 
 CUTS = {"one": [24], "uneven": [5, 1, 11, 7]}
 """Batch sizes; both cut the same 24 samples."""

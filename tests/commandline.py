@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flatlab import cli, executors
-from flatlab.runs import RunStore
-from flatlab.work import work
+from flatlab.cli import app
+from flatlab.jobs import local
+from flatlab.jobs.worker import work
+from flatlab.store.runs import RunStore
 
 TINY = ("--setting", "smoke", "--held-out", "rot0", "--seeds", "1")
 PETS = ("--setting", "smoke", "--model", "digits-cnn", "--image-size", "16", "--held-out", "sketch", "--seeds", "1")
@@ -38,14 +39,14 @@ def workers_here():
         return [event for event in heard if "error" in event]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(executors, "run_locally", run)
+        patch.setattr(local, "run_locally", run)
         yield
 
 
 def call(*words: object) -> int:
     """Return the exit code of a command."""
     with workers_here(), pytest.raises(SystemExit) as end:
-        cli.main([str(word) for word in words])
+        app.main([str(word) for word in words])
     return end.value.code
 
 

@@ -8,7 +8,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flatlab import seeds
-from flatlab.landscape import Landscape
+from flatlab.landscape.landscape import Landscape
 
 LAYOUTS = ("one", "uneven", "strata")
 

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from flatlab import build
 from flatlab.errors import UserError
-from flatlab.methods import METHODS, compose, vary
-from flatlab.metrics import sampling
-from flatlab.probespecs import ProbeSpec
-from flatlab.runs import RunStore
-from flatlab.settings import SMOKE
-from flatlab.specs import Place
+from flatlab.loading import data as loading_data
+from flatlab.metrics.flatness import sampler
+from flatlab.specs.measurements import ProbeSpec
+from flatlab.specs.methods import METHODS, compose, vary
+from flatlab.specs.run import Place
+from flatlab.specs.settings import SMOKE
+from flatlab.store.runs import RunStore
 from flatlab.train.loop import train
 from flatlab.train.trajectory import Trajectory
 
@@ -91,7 +91,12 @@ def forkserver():
     """Start the server of the children, with this module loaded, unless it runs."""
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(Path(__file__).parent), before)))
-    loaded = ["stores", "flatlab.measure", "flatlab.work", "torch._dynamo"]  # the last: Adam's first act, 1.2 s
+    loaded = [
+        "stores",
+        "flatlab.measure.runner",
+        "flatlab.jobs.worker",
+        "torch._dynamo",
+    ]  # the last: Adam's first act, 1.2 s
     multiprocessing.get_context("forkserver").set_forkserver_preload(loaded)
     server.ensure_running()
     os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
@@ -99,7 +104,7 @@ def forkserver():
 
 POINTS = {
     "step": (Trajectory, "after"),
-    "ray": (sampling, "draw_ray"),
+    "ray": (sampler, "draw_ray"),
     "sync": (os, "fsync"),
     "rename": (os, "replace"),
 }
@@ -129,4 +134,4 @@ def _watched(act, name, tally, last):
     return watched
 
 
-build.domains(spec(), PLACE)  # once, before children are forked
+loading_data.domains(spec(), PLACE)  # once, before children are forked

@@ -1,7 +1,7 @@
 """The plan of the house, held against the code: who may import whom, how long things are, and what works without torch.
 
-A row says what the modules of a room may import besides their own room; `flatlab` itself holds the version alone.
-Whoever changes a row changes the design: say why in the commit.
+A row says what a package may import besides itself and the ground. Whoever changes a row changes the design: say why
+in the commit.
 """
 
 import ast
@@ -14,111 +14,52 @@ from pathlib import Path
 
 import pytest
 
-from flatlab.runs import RunStore
-from flatlab.specs import RunSpec
+from flatlab.specs.run import RunSpec
+from flatlab.store.runs import RunStore
 
 ROOT = Path(__file__).resolve().parents[1]
+GROUND = "errors arguments seeds files environment plots resources"
 MAY_IMPORT = {
-    # nothing inside, but for the one exception
+    # the ground, which all may import
     "errors": "",
-    "jsontext": "",
-    "machine": "",
-    "params": "errors",
-    "plots": "",
-    "resources": "",
     "seeds": "",
-    "surfaceplots": "",
-    "selection": "",
-    "record": "errors",
+    "environment": "",
+    "resources": "",
     "arguments": "errors",
-    "corrections": "errors",
-    # what is asked for, without torch
-    "quantspecs": "record",
-    "specs": "record quantspecs errors",
-    "probing": "record",
-    "risespecs": "probing record",
-    "surveyspecs": "probing",
-    "probespecs": "surveyspecs risespecs probing specs errors",
-    "settings": "specs errors",
-    "methods": "settings specs quantspecs risespecs errors",
-    "files": "errors jsontext",
-    "entries": "specs files errors",
-    "runs": "entries probespecs specs files errors jsontext",
-    "radii": "runs probespecs metrics.results errors",
-    "metrics.blur": "",
-    "tables": "runs probespecs specs selection files metrics.rounds metrics.results errors",
-    "areas": "",
-    "verdicts": "corrections tables",
-    "jobs": "entries errors runs probespecs specs quantspecs",
-    "executors": "jobs",
-    "reproduce": "tables valleys executors jobs runs settings specs plots files machine data.catalog errors",
-    "surroundings": "surfaceplots plots runs probespecs metrics.barrier metrics.grids metrics.results files errors",
-    "orders": "tables",
-    "papertable": "orders tables plots runs methods settings specs resources",
-    "flatness": "tables plots runs settings specs probespecs files metrics.sentences metrics.results metrics.rounds "
-    "errors",
-    "stability": "tables plots selection runs specs files errors",
-    "valleys": "runs",
-    "replays": "plots selection tables runs valleys files",
-    "spectra": "plots runs probespecs specs files metrics.blur metrics.results errors",
-    "saliency": "tables plots methods metrics.maps metrics.results probespecs runs settings specs files errors",
-    "noisefigure": "uniformity tables methods settings probespecs runs specs resources seeds",
-    "uniformity": "tables plots runs probespecs specs files metrics.results errors",
-    "rounding": "tables plots runs probespecs specs files metrics.results errors",
-    "tensorboard": "runs errors",
-    "work": "jobs runs specs errors measure train",  # the last two inside functions: workers alone load torch
+    "files": "errors",
+    "plots": "files",
+    # what is asked for, where it lies, what comes out: without torch
+    "specs": "",
+    "results": "",
+    "store": "specs results data.fingerprints",
     # things that take arguments, not specs
-    "data": "seeds errors",
-    "data.trees": "errors",
-    "data.catalog": "data.trees errors",
-    "foreign": "errors",
-    "models": "foreign seeds errors",
-    "quant": "errors",
-    "nests": "arguments errors",
-    "memory": "nests",
-    "blocks": "arguments nests errors",
-    "losses": "nests errors",
-    "probes": "nests errors",
-    "points": "blocks",
-    "derivatives": "errors",
-    "landscape": "blocks derivatives losses memory nests params probes seeds errors points",
-    "metrics": "arguments blocks corrections derivatives losses nests landscape params probes seeds errors points "
-    "surfaceplots",  # the last inside plot() alone
-    "golden": "landscape seeds",
-    "selftest": "golden metrics",
-    # from specs to things, to runs, to measurements: `train` and `measure` meet on disk
-    "build": "specs quantspecs data models quant files errors",
-    "train": "build exported foreign memory runs data models quant selection settings specs quantspecs files machine "
-    "seeds errors",
-    "checkpoints": "build runs data landscape models nests quant probespecs specs seeds files errors",
-    "exported": "build foreign models quant record files errors",
-    "export": "build checkpoints models quant runs specs quantspecs files errors",
-    "latent": "checkpoints models quant runs specs errors",
-    "shelf": "runs files metrics.results metrics.sampling",
-    "measures": "build checkpoints export latent radii shelf runs data landscape metrics models params quant.attach "
-    "seeds probespecs specs files errors",
-    "measure": "build runs probespecs specs machine errors",  # and, by name, the module of a metric in measures/
-    # the paper
-    "analyses": "areas verdicts noisefigure rounding papertable orders surroundings surfaceplots saliency stability "
-    "spectra probespecs specs settings methods tables plots runs resources",
+    "data": "",
+    "models": "",
+    "quant": "",
+    "tensors": "",
+    "derivatives": "tensors",
+    "landscape": "tensors derivatives",
+    "metrics": "landscape derivatives tensors results",
+    # from specs to things, to runs, to measurements: `train` and `measure` meet in the store
+    "loading": "specs store data models quant",
+    "train": "loading store specs data models quant tensors",
+    "measure": "loading store specs data quant landscape derivatives metrics results tensors",
+    "jobs": "specs store",
+    "jobs.worker": "jobs specs store train measure",  # the last two inside functions: workers alone load torch
+    # how it is shown
+    "report": "specs store results",
+    "reproduce": "jobs report specs store data.catalog",
+    "analyses": "specs store report results",
 }
-OPEN = ("api", "cli", "upkeep", "options", "words", "mistakes", "display", "doctor", "errands", "hessian", "noise")
-OPEN += ("surveys", "handover", "__main__", "__init__")
-TORCH_FREE = [
-    "specs",
-    "probespecs",
-    "settings",
-    "methods",
-    "runs",
-    "jobs",
-    "tables",
-    "plots",
-    "orders",
-    "papertable",
-    "reproduce",
-    "options",
-    "cli",
-]
+ORDER = {  # inside metrics: a package imports those before it, the modules beside them all three
+    "metrics.units": "",
+    "metrics.flatness": "metrics.units",
+    "metrics.curvature": "metrics.units",
+    "metrics.surfaces": "metrics.units metrics.flatness metrics.curvature",
+}
+DOORS = ("api", "cli", "__main__")  # may import everything, and nothing imports them
+TORCH_FREE = ("specs", "store", "results", "report", "plots", "reproduce", "jobs.plan", "jobs.local", "cli", "analyses")
+LONGEST = {"function": 50, "file": 400, "package": 14, "beside": 12}
 
 
 def files_of(*folders):
@@ -149,39 +90,67 @@ def imports_of(path):
 
 IMPORTS = {name: imports_of(path) for path, name in MODULES.items()}
 OURS = {
-    name: {each for each in found if each.split(".")[0] in ("flatlab", "analyses")} for name, found in IMPORTS.items()
+    name: {each for each in found if each.split(".")[0] in ("flatlab", "analyses")} - {"flatlab"}
+    for name, found in IMPORTS.items()
 }
 
 
-def room(name):
-    """Return a module's row: the longest that its name begins with."""
-    parts = name.removeprefix("flatlab.").split(".")
-    rows = [".".join(parts[:length]) for length in range(len(parts), 0, -1)]
-    return next((row for row in rows if row in MAY_IMPORT), rows[-1])
+def short(name):
+    return name.removeprefix("flatlab.")
 
 
-@pytest.mark.parametrize("name", [name for name in IMPORTS if name != "flatlab" and room(name) not in OPEN])
+def within(name, row):
+    """Whether a module lies in a room, or is it."""
+    return f"{short(name)}.".startswith(f"{row}.")
+
+
+def row_of(name, rows):
+    """Return the longest row that a module lies in."""
+    return max((row for row in rows if within(name, row)), key=len, default=None)
+
+
+def is_door(name):
+    return any(within(name, door) for door in DOORS)
+
+
+RULED = [name for name in OURS if name != "flatlab" and not is_door(name)]
+
+
+@pytest.mark.parametrize("name", RULED)
 def test_imports_keep_to_the_plan(name):
-    mine = room(name)
-    assert mine in MAY_IMPORT, f"{name} has no row in the table"
-    allowed = {*MAY_IMPORT[mine].split(), mine}
-    outside = {
-        each
-        for each in OURS[name] - {"flatlab"}
-        if not any(f"{each.removeprefix('flatlab.')}.".startswith(f"{row}.") for row in allowed)
-    }
+    row = row_of(name, MAY_IMPORT)
+    assert row, f"{name} has no row in the table"
+    ground = [] if row in GROUND.split() else GROUND.split()
+    allowed = [row.split(".")[0], *ground, *MAY_IMPORT[row].split()]
+    outside = {each for each in OURS[name] if not any(within(each, one) for one in allowed)}
     assert not outside, f"{name} may not import {', '.join(sorted(outside))}"
 
 
-def test_each_row_is_of_a_room_that_there_is():
-    assert set(MAY_IMPORT) == {room(name) for name in IMPORTS} - {*OPEN, "flatlab"}
+@pytest.mark.parametrize("row", MAY_IMPORT)
+def test_no_entry_of_the_table_is_idle(row):
+    mine = [name for name in RULED if row_of(name, MAY_IMPORT) == row]
+    assert mine, f"no module lies in {row}"
+    used = {each for name in mine for each in OURS[name]}
+    idle = [one for one in MAY_IMPORT[row].split() if not any(within(each, one) for each in used)]
+    assert not idle, f"{row} does not import {', '.join(idle)}"
 
 
-def test_nothing_inside_imports_the_doorways():
-    importers = {name for name, found in OURS.items() if found & {"flatlab.api", "flatlab.cli"}}
-    assert importers <= {"flatlab.__main__"}
-    words = {f"flatlab.{each}" for each in OPEN if each not in ("api", "cli", "__main__", "__init__")}
-    assert {name for name, found in OURS.items() if found & words} <= words | {"flatlab.cli"}
+def test_metrics_keep_their_order():
+    for name in (name for name in RULED if row_of(name, ORDER)):
+        row = row_of(name, ORDER)
+        allowed = [row, *ORDER[row].split()]
+        inside = {each for each in OURS[name] if within(each, "metrics")}
+        assert all(any(within(each, one) for one in allowed) for each in inside), f"{name}: {sorted(inside)}"
+
+
+def test_workers_alone_load_training_and_measuring():
+    others = [name for name in RULED if within(name, "jobs") and name != "flatlab.jobs.worker"]
+    assert not {each for name in others for each in OURS[name] if within(each, "train") or within(each, "measure")}
+
+
+def test_nothing_inside_imports_the_doors():
+    importers = {name for name, found in OURS.items() if any(is_door(each) for each in found)}
+    assert all(is_door(name) for name in importers), sorted(importers)
 
 
 def test_there_are_no_cycles():
@@ -189,26 +158,7 @@ def test_there_are_no_cycles():
     list(graphlib.TopologicalSorter(graph).static_order())
 
 
-def test_analyses_and_tables_do_not_name_torch():
-    torch_free = [name for name in IMPORTS if name.startswith("analyses")]
-    torch_free += [
-        f"flatlab.{name}"
-        for name in [
-            *TORCH_FREE,
-            "flatness",
-            "executors",
-            "spectra",
-            "uniformity",
-            "noisefigure",
-            "rounding",
-            "words",
-            "mistakes",
-        ]
-    ]
-    assert not {name for name in torch_free if any(re.match(r"torch\b|torchvision\b", i) for i in IMPORTS[name])}
-
-
-def test_no_room_is_a_lumber_room():
+def test_no_module_is_a_lumber_room():
     words = {part for name in MODULES.values() for part in name.split(".")}
     assert not words & {"utils", "util", "helpers", "misc", "common"}
 
@@ -221,12 +171,17 @@ def functions():
                 yield f"{name}.{node.name}", node.end_lineno - node.lineno + 1
 
 
-def test_functions_and_files_are_short():
+def test_functions_files_and_packages_are_small():
     lengths = dict(functions())
-    assert not {name: length for name, length in lengths.items() if length > 50}
+    assert not {name: length for name, length in lengths.items() if length > LONGEST["function"]}
     assert statistics.median(lengths.values()) <= 10
     lines = {name: len(path.read_text().splitlines()) for path, name in MODULES.items()}
-    assert not {name: count for name, count in lines.items() if count > 300}
+    assert not {name: count for name, count in lines.items() if count > LONGEST["file"]}
+    folders = [folder for folder in (ROOT / "flatlab").rglob("*") if folder.is_dir()]
+    modules = {folder.name: [path for path in folder.glob("*.py") if path.stem != "__init__"] for folder in folders}
+    assert not {name: len(paths) for name, paths in modules.items() if len(paths) > LONGEST["package"]}
+    beside = [path for path in (ROOT / "flatlab").glob("*.py") if not path.stem.startswith("__")]
+    assert len(beside) <= LONGEST["beside"]
 
 
 # --- without torch -----------------------------------------------------------------------------------------------
@@ -266,8 +221,9 @@ def without_torch(code, *arguments):
 
 
 def test_plans_and_tables_work_without_torch(tmp_path):
-    modules = "\n".join(f"import flatlab.{name}" for name in TORCH_FREE)
-    without_torch(f"{modules}\nimport analyses.fig3\nassert 'torch' not in sys.modules")
+    free = [name for name in MODULES.values() if any(within(name, room) for room in TORCH_FREE)]
+    modules = "\n".join(f"import {name}" for name in free)
+    without_torch(f"{modules}\nassert 'torch' not in sys.modules")
     spec = RunSpec(dataset="digits", held_out="rot0", image_size=16, model="digits-cnn", steps=1, eval_every=1, lr=1.0)
     RunStore(tmp_path).run(spec).create()
     line = "from flatlab.cli import main; main(sys.argv[1:])"

@@ -12,9 +12,10 @@ import pytest
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from flatlab import display, files, mistakes, plots
+from flatlab import files, plots
+from flatlab.cli import display, errors
+from flatlab.cli.errors import of_system
 from flatlab.errors import UserError, printable
-from flatlab.mistakes import of_system
 
 
 def _figure():
@@ -95,7 +96,7 @@ def test_foreign_names_are_escaped(capsys, monkeypatch):
     assert printable(HOSTILE) == "a\\x1b[31m[red]b\\nc\\"
     assert printable("γ = 6 µs, Größe") == "γ = 6 µs, Größe"
     assert str(UserError(HOSTILE, "two")) == "a\\x1b[31m[red]b\\nc\\\ntwo"
-    mistakes.say(HOSTILE.replace("\n", ""))
+    errors.say(HOSTILE.replace("\n", ""))
     assert "a\\x1b[31m[red]bc\\" in capsys.readouterr().err
     console = Console(width=200, force_terminal=False, record=True, file=sys.stdout)
     monkeypatch.setattr(display, "out", console)
@@ -117,6 +118,6 @@ def test_progress_shows_names_as_they_are(capsys, monkeypatch):
 
 
 def test_a_term_signal_has_its_exit_code():
-    from flatlab import work
+    from flatlab.jobs import worker
 
-    assert work.STOPPED == 128 + signal.SIGTERM == 143
+    assert worker.STOPPED == 128 + signal.SIGTERM == 143

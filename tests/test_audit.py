@@ -9,10 +9,11 @@ from stores import refuses
 from torch import nn
 
 from flatlab import build_network
-from flatlab.landscape import Landscape
-from flatlab.metrics import audit as module
-from flatlab.metrics.audit import scale_audit
-from flatlab.metrics.rescaling import Pair, find_pairs, rescaled
+from flatlab.landscape.landscape import Landscape
+from flatlab.metrics import scale_audit as module
+from flatlab.metrics.rescaling import find_pairs, rescaled
+from flatlab.metrics.scale_audit import scale_audit
+from flatlab.results.scale_audit import Pair
 
 
 def deviation(model, twin, shape, n=7):

@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import functional as v2
 from flatlab.data import augment as a
 from flatlab.data.batches import TrainingStream
 from flatlab.data.domains import Domain, DomainSet
-from flatlab.data.pictures import Ragged
+from flatlab.data.images import Ragged
 from flatlab.errors import UserError
 from flatlab.seeds import generator
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import flatlab
-from flatlab import bars
+from flatlab.metrics import progress
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def landscape():
 
 @pytest.fixture
 def at_once(monkeypatch):
-    monkeypatch.setattr(bars, "SECONDS", 0.0)
+    monkeypatch.setattr(progress, "SECONDS", 0.0)
 
 
 CALLS = {
@@ -59,7 +59,7 @@ def test_a_short_call_shows_none(landscape, capsys):
 
 
 def test_count_rate_and_time_left(capsys, at_once):
-    with bars.bar("work", progress=True) as count:
+    with progress.bar("work", progress=True) as count:
         for done in range(1, 5):
             count(done, 8)
             time.sleep(0.05)

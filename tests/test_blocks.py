@@ -8,11 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as some
 from torch import nn
 
-from flatlab import blocks, seeds
-from flatlab.blocks import Partition, Samples
+from flatlab import seeds
 from flatlab.errors import UserError
-from flatlab.landscape import Landscape
-from flatlab.nests import Batch, concatenate
+from flatlab.landscape import blocks
+from flatlab.landscape.blocks import Partition, Samples
+from flatlab.landscape.landscape import Landscape
+from flatlab.tensors.nested import Batch, concatenate
 
 
 def numbered(*strata):
@@ -182,7 +183,7 @@ def test_nests_go_through_blocks():
 
 
 def test_samples_of_different_shapes_are_refused_in_blocks_and_measured_whole():
-    from flatlab.metrics.sphere import sphere_flatness
+    from flatlab.metrics.flatness.sphere import sphere_flatness
 
     class Mean(nn.Module):
         def __init__(self):

@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from flatlab.data import cache, decode, sources
+from flatlab.data import cache, decode
+from flatlab.data import load as data_load
 from flatlab.data.batches import TrainingStream, evaluation_batches
 from flatlab.errors import UserError
 
@@ -51,7 +52,7 @@ def prepare(root, kept, **more):
 
 
 def load(root, kept):
-    return sources.load("folder:animals", data_dir=root, image_size=SIZE, cache=kept)
+    return data_load.load("folder:animals", data_dir=root, image_size=SIZE, cache=kept)
 
 
 def entries(kept):
@@ -105,7 +106,7 @@ def test_the_files_bytes_decide_the_fingerprint(tree, kept, tmp_path):
     assert touched.fingerprint == first.fingerprint and touched.folder != first.folder
     tree = tree.rename(tmp_path / "elsewhere")
     assert prepare(tree, kept).folder == touched.folder
-    whole = sources.load("folder:animals", data_dir=tree, image_size=2 * SIZE, cache=kept)
+    whole = data_load.load("folder:animals", data_dir=tree, image_size=2 * SIZE, cache=kept)
     assert whole.fingerprint == first.fingerprint  # another size of the same files
     (tree / "photo/cat/b.JPG").rename(tree / "photo/cat/0.jpg")  # now the first of its class: another split
     assert prepare(tree, kept).fingerprint != first.fingerprint

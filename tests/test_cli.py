@@ -13,8 +13,10 @@ import pandas as pd
 import pytest
 from commandline import PETS, TINY, Answer, call, only_run, pets
 
-from flatlab import cli, models, settings, words
-from flatlab.runs import RunStore
+from flatlab.cli import app, options
+from flatlab.models import networks
+from flatlab.specs import settings
+from flatlab.store.runs import RunStore
 
 COMMANDS = ["reproduce", "train", "flatness", "noise", "hessian", "landscape", "audit", "selftest", "stability"]
 COMMANDS += ["replay", "ensemble", "import", "methods", "list", "doctor", "export"]
@@ -71,21 +73,21 @@ def test_version(flatlab):
 
 
 def test_one_word_means_one_thing():
-    group = cli.typer.main.get_command(cli.app)
+    group = app.typer.main.get_command(app.app)
     named = {name: command for name, command in group.commands.items() if name not in ("runs", "data")}
     named |= {f"{each} {name}": c for each in ("runs", "data") for name, c in group.commands[each].commands.items()}
     assert set(named) == set(COMMANDS)
     shared = {}
     for command in named.values():
         for param in command.params:
-            if param.name in words.WORDS and param.opts[0].startswith("--"):
+            if param.name in options.WORDS and param.opts[0].startswith("--"):
                 shared.setdefault(param.name, set()).add((param.help, tuple(param.opts)))
-    assert set(shared) == set(words.WORDS)  # each is used somewhere, and is the same wherever it is used
+    assert set(shared) == set(options.WORDS)  # each is used somewhere, and is the same wherever it is used
     assert {name for name, meanings in shared.items() if len(meanings) > 1} == set()
 
 
 def test_defaults_that_the_help_names_are_the_true_ones():
-    told = {name: option.help for name, (_, _, option) in words.WORDS.items()}
+    told = {name: option.help for name, (_, _, option) in options.WORDS.items()}
     for field in ("steps", "eval_every"):
         values = [f"{name} {getattr(setting, field)}" for name, setting in settings.SETTINGS.items()]
         assert ", ".join(values) in told[field]
@@ -93,7 +95,7 @@ def test_defaults_that_the_help_names_are_the_true_ones():
     assert f"smoke {smoke.lr}, quick {quick.lr}; paper, and from weights, {paper.lr}" in told["lr"]
     assert (quick.batch_size, paper.batch_size, smoke.batch_size, quick.bits) == (32, 32, 8, 7)
     assert (smoke.seeds, quick.seeds, paper.seeds) == (2, 3, 3)
-    assert set(words.MODELS) == set(models.MODELS)
+    assert set(options.MODELS) == set(networks.MODELS)
     assert (quick.rises[0], quick.beyond, paper.radii) == (0.02, 1.0, tuple(range(0, 61, 5)))  # of `flatness --radii`
 
 
@@ -224,7 +226,7 @@ def test_tensorboard_events(flatlab, store, tmp_path):
 
 
 def test_the_numbers_of_a_log_by_name():
-    from flatlab.tensorboard import scalars
+    from flatlab.report.tensorboard import scalars
 
     row = {"step": 3, "validation": 0.5, "target": {"in": {"loss": 2, "n": 9}}, "note": None}
     assert dict(scalars(row)) == {"validation": 0.5, "target/in/loss": 2.0, "target/in/n": 9.0}

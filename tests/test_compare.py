@@ -9,12 +9,12 @@ import torch
 
 from flatlab import seeds
 from flatlab.errors import UserError
-from flatlab.landscape import Landscape
-from flatlab.metrics import sphere
-from flatlab.metrics.compare import compare_flatness, paired_difference
-from flatlab.metrics.sampling import Sampler
-from flatlab.metrics.slope import price
-from flatlab.metrics.sphere import sphere_flatness
+from flatlab.landscape.landscape import Landscape
+from flatlab.metrics.flatness import sphere
+from flatlab.metrics.flatness.compare import compare_flatness, paired_difference
+from flatlab.metrics.flatness.sampler import Sampler
+from flatlab.metrics.flatness.slope import price
+from flatlab.metrics.flatness.sphere import sphere_flatness
 
 
 def test_pairs_share_their_rays():

@@ -9,10 +9,10 @@ import torch
 from stores import refuses
 from torch import nn
 
-from flatlab.landscape import Landscape
-from flatlab.metrics.connectivity import connect
-from flatlab.metrics.directions import given_directions
-from flatlab.metrics.surfaces import plane
+from flatlab.landscape.landscape import Landscape
+from flatlab.metrics.surfaces.connectivity import connect
+from flatlab.metrics.surfaces.directions import given_directions
+from flatlab.metrics.surfaces.planes import plane
 
 
 class Wells(nn.Module):

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from stores import refuses
 
-from flatlab.corrections import holm
-from flatlab.metrics.results import Estimate
+from flatlab.results.corrections import holm
+from flatlab.results.estimate import Estimate
 
 
 def test_an_example_by_hand():

@@ -10,9 +10,9 @@ from stores import GROUP, PLACE, PROBE, content, copied, flip, refuses, spec, tr
 
 from flatlab import files, seeds
 from flatlab.errors import UserError
-from flatlab.measure import measure
-from flatlab.merging import merge
-from flatlab.runs import Probe, Run, RunStore
+from flatlab.measure.runner import measure
+from flatlab.store.merging import merge
+from flatlab.store.runs import Probe, Run, RunStore
 from flatlab.train.loop import train
 
 RUN, OTHER = GROUP[0], GROUP[3]

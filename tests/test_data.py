@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
-from flatlab.data import catalog, digits, folders, sources
+from flatlab.data import catalog, digits, folders
+from flatlab.data import load as data_load
 from flatlab.data.batches import TrainingStream, evaluation_batches
 from flatlab.data.domains import Domain, DomainSet, split
 from flatlab.errors import UserError
@@ -66,7 +67,7 @@ def tree(tmp_path: Path) -> Path:
 
 
 def load(root: Path, size: int = 8) -> DomainSet:
-    return sources.load("folder:animals", data_dir=root, image_size=size)
+    return data_load.load("folder:animals", data_dir=root, image_size=size)
 
 
 # --- the catalog -----------------------------------------------------------------------------------------------------
@@ -303,9 +304,9 @@ def test_digits_are_the_same_at_each_load_and_span_the_levels(embedded: DomainSe
 
 
 def test_digits_of_another_size_are_refused(embedded: DomainSet) -> None:
-    assert sources.load("Digits", image_size=16).fingerprint == embedded.fingerprint
+    assert data_load.load("Digits", image_size=16).fingerprint == embedded.fingerprint
     with pytest.raises(UserError, match="digits are 16 x 16 pixels; leave --image-size 32 out"):
-        sources.load("digits", image_size=32)
+        data_load.load("digits", image_size=32)
 
 
 # --- folders of images -----------------------------------------------------------------------------------------------
@@ -355,12 +356,14 @@ def test_exif_orientation_is_not_applied(tree: Path) -> None:
 
 def test_report_counts_every_image(tree: Path) -> None:
     calls: list[tuple[int, int]] = []
-    sources.load("folder:animals", data_dir=tree, image_size=4, report=lambda done, total: calls.append((done, total)))
+    data_load.load(
+        "folder:animals", data_dir=tree, image_size=4, report=lambda done, total: calls.append((done, total))
+    )
     assert calls == [(done, 5) for done in range(1, 6)]
 
 
 def test_default_size_is_imagenets(tree: Path) -> None:
-    data = sources.load("folder:animals", data_dir=tree)
+    data = data_load.load("folder:animals", data_dir=tree)
     assert data.domains[0].images.shape == (3, 3, 224, 224)
     assert (data.mean, data.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
@@ -405,7 +408,7 @@ def test_wrong_classes_of_a_known_data_set_are_named(tmp_path: Path) -> None:
         for name in ("bird", "car", "chair", "dog", "persons"):
             picture(tmp_path / domain / name / "1.png")
     with pytest.raises(UserError, match=r"VLCS has the wrong classes: expected bird, .*person; found 5: .*persons"):
-        sources.load("VLCS", data_dir=tmp_path, image_size=4)
+        data_load.load("VLCS", data_dir=tmp_path, image_size=4)
 
 
 def test_sizes_that_do_not_suit_are_refused(tree: Path) -> None:
@@ -459,7 +462,7 @@ def test_check_tells_what_is_off(tmp_path: Path) -> None:
     ]
     assert not any(row.ok for row in folders.check("PACS", tmp_path))
     with pytest.raises(UserError, match=r"PACS is not in .*: expected a folder with .* `flatlab data check PACS` says"):
-        sources.load("PACS", data_dir=tmp_path)
+        data_load.load("PACS", data_dir=tmp_path)
     with pytest.raises(UserError, match="VLCS is not in"):
         folders.check("VLCS", tmp_path)
 

@@ -10,13 +10,13 @@ from spectra import double, normal
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
-from flatlab.curvature import operators
-from flatlab.curvature.operators import Hessian
-from flatlab.curvature.outer import GGN, Fisher
+from flatlab.derivatives import operators
+from flatlab.derivatives.operators import Hessian
+from flatlab.derivatives.outer import GGN, Fisher
 from flatlab.errors import UserError
-from flatlab.landscape import Landscape
-from flatlab.metrics.lanczos import hessian_spectrum
-from flatlab.metrics.trace import hessian_trace
+from flatlab.landscape.landscape import Landscape
+from flatlab.metrics.curvature.eigenvalues import hessian_spectrum
+from flatlab.metrics.curvature.trace import hessian_trace
 from flatlab.quant.attach import attach, bake
 
 WAYS = [Hessian, GGN, Fisher, hessian_spectrum, hessian_trace, lambda landscape: landscape.hvp(landscape.point)]

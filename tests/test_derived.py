@@ -18,17 +18,22 @@ from stores import (
     watch,
 )
 
-from flatlab import build, checkpoints, files, jobs
-from flatlab.methods import METHODS, Method, compose
-from flatlab.probespecs import ProbeSpec
+from flatlab import files
+from flatlab.jobs import plan as jobs_plan
+from flatlab.jobs.worker import work
+from flatlab.loading import checkpoint
+from flatlab.loading import data as loading_data
+from flatlab.loading import network as loading_network
+from flatlab.measure import inputs as measure_inputs
 from flatlab.quant.attach import quantized_layers
 from flatlab.quant.codebook import initial_scale, searched_scale
-from flatlab.quantspecs import INQSpec, NoiseSpec, OBCSpec
-from flatlab.runs import RunStore
-from flatlab.specs import AverageSpec
+from flatlab.specs.measurements import ProbeSpec
+from flatlab.specs.methods import METHODS, Method, compose
+from flatlab.specs.quantizers import INQSpec, NoiseSpec, OBCSpec
+from flatlab.specs.run import AverageSpec
+from flatlab.store.runs import RunStore
 from flatlab.train import loop
 from flatlab.train.loop import Training, train
-from flatlab.work import work
 
 ERM = spec()
 INQ = spec("INQ", quantizer="inq")
@@ -65,7 +70,7 @@ def test_a_derived_run_is_its_parents_checkpoint_on_the_grid(erm, tmp_path, kind
     train([wanted], store, PLACE)
     run, parent = store.run(wanted), store.run(ERM)
     assert run.done and not run.faults() and wanted.parent == ERM
-    latent, network = weights_of(parent), checkpoints.network(run, "selected", PLACE)
+    latent, network = weights_of(parent), checkpoint.network(run, "selected", PLACE)
     found = quantized_layers(network)
     assert list(found) == ["features.0", "features.4", "features.8"]
     changed = 0
@@ -99,15 +104,15 @@ def test_a_derived_run_is_its_parents_checkpoint_on_the_grid(erm, tmp_path, kind
 
 def test_calibration_sees_training_images_of_the_sources_alone(erm, tmp_path, monkeypatch):
     seen = []
-    honest = build.batches.evaluation_batches
+    honest = loading_network.batches.evaluation_batches
 
     def watched(data, name, rows, **options):
         seen.append((name, len(rows), options.get("limit")))
         return honest(data, name, rows, **options)
 
-    monkeypatch.setattr(build.batches, "evaluation_batches", watched)
+    monkeypatch.setattr(loading_network.batches, "evaluation_batches", watched)
     wanted = ERM.replace(quantizer=OBCSpec(images=60, exact_columns=0))
-    domains = build.domains(wanted, PLACE)
+    domains = loading_data.domains(wanted, PLACE)
     parts = domains.calibration(20, torch.device("cpu"))
     assert [(name, limit) for name, _, limit in seen] == [("rot0", 20), ("rot15", 20), ("rot30", 20)]
     for name, part in zip(domains.sources, parts, strict=True):
@@ -136,13 +141,13 @@ def test_settled_codes_have_no_latent_landscape(erm, tmp_path):
     store, wanted = copied(erm, tmp_path / "store"), spec(quantizer="rtn")
     train([wanted], store, PLACE)
     probe = ProbeSpec(radii=(0.0, 1.0), images=8)
-    refuses(lambda: checkpoints.landscape(store.run(wanted), probe.replace(space="latent"), PLACE), "settled codes")
-    assert checkpoints.landscape(store.run(wanted), probe, PLACE).num_params == 33658
+    refuses(lambda: measure_inputs.landscape(store.run(wanted), probe.replace(space="latent"), PLACE), "settled codes")
+    assert measure_inputs.landscape(store.run(wanted), probe, PLACE).num_params == 33658
 
 
 def test_a_plan_trains_the_parent_first(tmp_path):
     store, wanted = RunStore(tmp_path), [spec(quantizer="obc"), spec(quantizer="rtn", average="swa")]
-    todo = jobs.missing(store, wanted, [], sizes=SIZES)
+    todo = jobs_plan.missing(store, wanted, [], sizes=SIZES)
     assert [job.name for job in todo] == [
         "train erm+swa on rot45, seed 0",
         "make obc on rot45, seed 0",
@@ -153,7 +158,7 @@ def test_a_plan_trains_the_parent_first(tmp_path):
     work(todo, store, PLACE, emit=events.append)
     assert not [event for event in events if "error" in event]
     assert all(store.run(each).done for each in wanted)
-    assert jobs.missing(store, wanted, [], sizes=SIZES) == []
+    assert jobs_plan.missing(store, wanted, [], sizes=SIZES) == []
     assert store.run(wanted[1]).rows()[0]["step"] == LAST  # SWA's only checkpoint
 
 
@@ -189,7 +194,7 @@ def test_an_inq_run_counts_from_its_last_stage_and_ends_on_its_grid(tmp_path):
     store = trained(tmp_path, INQ)
     run = store.run(INQ)
     assert weights_step(run) >= INQ.settled
-    for layer in quantized_layers(checkpoints.network(run, "selected", PLACE)).values():
+    for layer in quantized_layers(checkpoint.network(run, "selected", PLACE)).values():
         assert layer.quantizer.frozen.all()
         for channel, scale in zip(layer.weight, layer.quantizer.scale.flatten(), strict=True):
             codes = channel / scale

@@ -9,17 +9,18 @@ from commandline import call
 from stores import ERM, PLACE, QT, SIZES, TINY, content, refuses, spec, trained
 from torch import nn
 
-from flatlab import build, jobs
-from flatlab.checkpoints import landscape
-from flatlab.checkpoints import network as network_of
-from flatlab.measure import measure
-from flatlab.methods import METHODS, compose
-from flatlab.models import Ensemble
-from flatlab.probespecs import ProbeSpec
+from flatlab.jobs import plan as jobs_plan
+from flatlab.jobs.worker import work
+from flatlab.loading import data as loading_data
+from flatlab.loading.checkpoint import network as network_of
+from flatlab.measure.inputs import landscape
+from flatlab.measure.runner import measure
+from flatlab.models.networks import Ensemble
 from flatlab.quant.attach import bake, quantized_layers
-from flatlab.runs import RunStore
-from flatlab.train.ensembles import join
-from flatlab.work import work
+from flatlab.specs.measurements import ProbeSpec
+from flatlab.specs.methods import METHODS, compose
+from flatlab.store.runs import RunStore
+from flatlab.train.derived import join
 
 
 class Says(nn.Module):
@@ -72,7 +73,7 @@ def test_an_ensemble_answers_with_its_members_checkpoints(store):
     run = store.run(MIXED)
     assert content(run) and [row["step"] for row in run.rows()] == [TINY.steps]
     joint = network_of(run, "selected", PLACE)
-    domains = build.domains(MIXED, PLACE)
+    domains = loading_data.domains(MIXED, PLACE)
     images = domains.data.normalise(domains.data.domain("rot45").images[:20])
     with torch.no_grad():
         each = [network_of(store.run(member), "selected", PLACE)(images) for member in MIXED.members]
@@ -102,7 +103,7 @@ def test_members_are_trained_first_and_shared_with_who_else_wants_them(tmp_path)
     eoq, ensemble = (
         compose(METHODS[name], TINY, held_out="rot45", seed=0, trial_seed=0) for name in ("EoQ", "ERM-ensemble")
     )
-    todo = jobs.missing(store, [eoq, ensemble, ERM], [], sizes=SIZES)
+    todo = jobs_plan.missing(store, [eoq, ensemble, ERM], [], sizes=SIZES)
     names = [job.name.split(" on ")[0] for job in todo]
     assert sorted(names) == sorted(["train erm"] * 2 + ["train lsq"] * 2 + ["make 2 x lsq", "make 2 x erm"])
     assert set(todo[-2].needs + todo[-1].needs) == {member.digest for member in eoq.members + ensemble.members}
@@ -110,7 +111,7 @@ def test_members_are_trained_first_and_shared_with_who_else_wants_them(tmp_path)
     work(todo, store, PLACE, emit=events.append)
     assert not [event for event in events if "error" in event]
     assert store.run(eoq).done and store.run(ensemble).done
-    assert not jobs.missing(store, [eoq, ensemble, ERM], [], sizes=SIZES)
+    assert not jobs_plan.missing(store, [eoq, ensemble, ERM], [], sizes=SIZES)
     done = store.run(eoq).path / "done"
     stamp = done.stat().st_mtime_ns
     join(eoq, store, PLACE)

@@ -8,7 +8,7 @@ from commandline import call
 
 from analyses import fig4
 from flatlab import reproduce
-from flatlab.errands import _in_order
+from flatlab.cli.run_jobs import _in_order
 from flatlab.errors import UserError
 
 NAMES = ["table2", "fig4", "fig9"]

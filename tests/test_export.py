@@ -8,15 +8,15 @@ import torch
 from commandline import call
 from stores import PLACE, TINY, flip, refuses, spec, trained
 
-from flatlab import checkpoints, files
-from flatlab.api import load_exported
-from flatlab.export import export
-from flatlab.methods import METHODS, compose
-from flatlab.models import Ensemble
+from flatlab import files
+from flatlab.loading import checkpoint
+from flatlab.loading.export import export, load_exported
+from flatlab.models.networks import Ensemble
 from flatlab.quant.attach import bake
 from flatlab.quant.packing import bits_of, pack, unpack
-from flatlab.runs import RunStore
-from flatlab.train.ensembles import join
+from flatlab.specs.methods import METHODS, compose
+from flatlab.store.runs import RunStore
+from flatlab.train.derived import join
 from flatlab.train.imported import import_checkpoint
 
 # --- bits ----------------------------------------------------------------------------------------------------------
@@ -73,7 +73,7 @@ def test_an_exported_run_loads_back_to_the_baked_network_to_the_bit(tmp_path, wa
     store = trained(tmp_path, *[wanted.parent] * wanted.derived)
     run = trained(store.root, wanted).run(wanted)
     told = export(run, tmp_path / "file.safetensors", PLACE)
-    loaded, expected = load_exported(tmp_path / "file.safetensors"), checkpoints.network(run, "selected", PLACE)
+    loaded, expected = load_exported(tmp_path / "file.safetensors"), checkpoint.network(run, "selected", PLACE)
     images = torch.randn(4, 1, 16, 16, generator=torch.Generator().manual_seed(0))
     logits = expected(images)
     bake(expected)
@@ -113,7 +113,7 @@ def test_an_exported_ensemble_answers_to_the_bit_and_packs_its_members(tmp_path,
     told = export(store.run(joint), tmp_path / "file.safetensors", PLACE)
     loaded = load_exported(tmp_path / "file.safetensors")
     assert isinstance(loaded, Ensemble) and loaded.combine == combine and not loaded.training
-    assert torch.equal(logits(loaded), logits(checkpoints.network(store.run(joint), "selected", PLACE)))
+    assert torch.equal(logits(loaded), logits(checkpoint.network(store.run(joint), "selected", PLACE)))
     alone = [export(store.run(each), tmp_path / f"{each.digest}.safetensors", PLACE) for each in MEMBERS[:2]]
     assert told.float_bytes == 3 * alone[0].float_bytes and told.bits == 7
     assert told.quantized_share == pytest.approx(2 / 3 * alone[0].quantized_share)
@@ -134,7 +134,7 @@ def test_an_exported_file_comes_in_as_the_same_network_and_goes_out_as_the_same_
     again = RunStore(tmp_path / "again")
     imported = again.run(import_checkpoint(tmp_path / "out.safetensors", setting, again, PLACE))
     assert imported.spec.quantizer.bits == wanted.quantizer.bits and imported.spec.model == "digits-cnn"
-    mine, theirs = (checkpoints.network(each, "selected", PLACE) for each in (imported, run))
+    mine, theirs = (checkpoint.network(each, "selected", PLACE) for each in (imported, run))
     assert torch.equal(logits(mine), logits(theirs))
     own = next(row for row in run.rows() if row["step"] == files.load_arrays(run.checkpoint("selected"))[1]["step"])
     assert imported.rows()[0]["target"] == own["target"]
@@ -151,7 +151,7 @@ def test_codes_on_another_grid_come_in_as_floats(tmp_path):
     setting = TINY.replace(held_out=("rot45",))
     imported = again.run(import_checkpoint(tmp_path / "out.safetensors", setting, again, PLACE))
     assert imported.spec.quantizer is None
-    mine, theirs = (checkpoints.network(each, "selected", PLACE) for each in (imported, run))
+    mine, theirs = (checkpoint.network(each, "selected", PLACE) for each in (imported, run))
     assert torch.equal(logits(mine), logits(theirs))
 
 
@@ -169,7 +169,7 @@ def test_exported_files_make_an_ensemble_that_is_measured_and_exported(store, tm
     (row,) = json.loads(capsys.readouterr().out)
     joint = RunStore(ours).find(row["run"])
     assert joint.spec.combine == "probabilities" and joint.done and row["method"] == "2 x imported"
-    joint_logits = logits(checkpoints.network(joint, "selected", PLACE))
+    joint_logits = logits(checkpoint.network(joint, "selected", PLACE))
     each = [logits(load_exported(tmp_path / f"{bits}.safetensors")) for bits in (7, 4)]
     torch.testing.assert_close(joint_logits.softmax(1), sum(e.softmax(1) for e in each) / 2)
     measured = ("--radii", "0,1", "--samples", "2", "--images", "8", "--out", tmp_path / "figures")

@@ -8,12 +8,11 @@ from PIL import Image
 from stores import PLACE, PROBE, refuses, spec, trained
 
 from flatlab import reproduce
-from flatlab.data import cache, fingerprints
-from flatlab.measure import measure
-from flatlab.runs import RunStore, check_data
-from flatlab.settings import SMOKE
-from flatlab.train.derived import derive
-from flatlab.train.ensembles import join
+from flatlab.data import cache, decode, fingerprints
+from flatlab.measure.runner import measure
+from flatlab.specs.settings import SMOKE
+from flatlab.store.runs import RunStore, check_data
+from flatlab.train.derived import derive, join
 from flatlab.train.loop import train
 
 RUN = spec(steps=2, eval_every=2, dataset="folder:pics", held_out="b", batch_size=4)
@@ -82,7 +81,7 @@ def test_images_changed_in_place_are_seen(store, places):
 
 def test_files_are_read_once(store, places, monkeypatch):
     read = []
-    digest = cache.file_digest
+    digest = decode.file_digest
     monkeypatch.setattr(cache, "file_digest", lambda path: read.append(path) or digest(path))
     for _ in range(3):
         assert len(fingerprints.at_hand("folder:pics", places[1].data_dir, places[1].cache)) == 64

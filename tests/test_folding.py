@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from spectra import dense, double, landscape_of, normal
 from torch import nn
 
-from flatlab.curvature import folding
-from flatlab.curvature.operators import Hessian
-from flatlab.curvature.outer import GGN, Fisher
-from flatlab.landscape import Landscape
+from flatlab.derivatives import batchnorm_folding
+from flatlab.derivatives.operators import Hessian
+from flatlab.derivatives.outer import GGN, Fisher
+from flatlab.landscape.landscape import Landscape
 
 
 class Wired(nn.Module):
@@ -159,7 +159,7 @@ def test_the_model_is_put_back_after_an_exception(untouched):
         raise KeyError
 
     with untouched(model), pytest.raises(KeyError):
-        folding.find_folds(model, call)
+        batchnorm_folding.find_folds(model, call)
     with pytest.raises(KeyError), Hessian(double("conv_bn").landscape())._folds.applied():
         call()
     assert not any("forward" in vars(module) for module in model.modules())
@@ -167,13 +167,13 @@ def test_the_model_is_put_back_after_an_exception(untouched):
 
 @pytest.mark.parametrize("wrong", ["scale", "shift"])
 def test_a_wrong_fold_is_found_out(wrong, monkeypatch):
-    true = folding._folded
+    true = batchnorm_folding._folded
 
     def bug(layer, norm):
         forward = true(layer, norm)
         return (lambda x: 1.01 * forward(x)) if wrong == "scale" else (lambda x: forward(x) + 0.1)
 
-    monkeypatch.setattr(folding, "_folded", bug)
+    monkeypatch.setattr(batchnorm_folding, "_folded", bug)
     operator = Hessian(double("conv_bn").landscape())
     assert operator.folding == "0 of 2 BatchNorm layers folded: the outputs would differ"
     vector = normal("folding", shape=(operator.shape[0],))

@@ -10,10 +10,10 @@ from stores import refuses
 from torch import nn
 
 from flatlab import seeds
-from flatlab.metrics.gradcam import ClassMaps, ablation, explained_layer, gradcam
-from flatlab.metrics.maps import agreement, energy
-from flatlab.models import build_network
+from flatlab.metrics.gradcam import ablation, explained_layer, gradcam
+from flatlab.models.networks import build_network
 from flatlab.quant.attach import attach, bake
+from flatlab.results.gradcam import ClassMaps, agreement, energy
 
 
 def random(*shape, name="gradcam"):

@@ -10,9 +10,9 @@ from commandline import PETS, call, only_run, pets
 from safetensors.torch import save_file
 
 from flatlab import files
-from flatlab.models import build_network
-from flatlab.runs import RunStore
-from flatlab.specs import Place
+from flatlab.models.networks import build_network
+from flatlab.specs.run import Place
+from flatlab.store.runs import RunStore
 
 AS = ("--dataset", "digits", "--held-out", "rot45")
 SCRATCH = ("--model", "mobilenet_v2", "--image-size", "32", "--held-out", "sketch")
@@ -70,7 +70,7 @@ def test_a_foreign_checkpoint_becomes_a_run(state, tmp_path, capsys, name):
 
 
 def test_the_run_tells_the_accuracy_of_the_network_itself(state, tmp_path, capsys):
-    from flatlab import build
+    from flatlab.loading import data as loading_data
     from flatlab.train.evaluate import Judge
 
     save_file(state, tmp_path / "net.safetensors")
@@ -79,7 +79,7 @@ def test_the_run_tells_the_accuracy_of_the_network_itself(state, tmp_path, capsy
     network = build_network("digits-cnn", num_classes=10, in_channels=1)
     network.load_state_dict(state)
     (run,) = RunStore(tmp_path / "runs").runs()
-    judged = Judge(build.domains(run.spec, Place()), torch.device("cpu")).row(network, 0)
+    judged = Judge(loading_data.domains(run.spec, Place()), torch.device("cpu")).row(network, 0)
     assert row["validation"] == pytest.approx(judged["validation"])
     assert run.done and run.faults() == []
 

@@ -3,10 +3,10 @@
 import pytest
 from stores import ERM, GROUP, OTHER, PLACE, PROBE, PROBES, QT, RUNS, SIZES, spec
 
-from flatlab import jobs
 from flatlab.errors import UserError
-from flatlab.jobs import Plan
-from flatlab.runs import RunStore
+from flatlab.jobs import plan as jobs_plan
+from flatlab.jobs.plan import WorkPlan
+from flatlab.store.runs import RunStore
 
 
 @pytest.fixture
@@ -15,7 +15,7 @@ def store(tmp_path):
 
 
 def _todo(store):
-    return jobs.missing(store, RUNS, PROBES, sizes=SIZES)
+    return jobs_plan.missing(store, RUNS, PROBES, sizes=SIZES)
 
 
 def test_missing_groups_by_trajectory(store):
@@ -41,12 +41,12 @@ def test_the_longest_comes_first_and_what_others_need(store):
 
 def test_the_leader_does_not_depend_on_the_order(store):
     for asked in (RUNS, RUNS[::-1]):
-        groups = [job.runs for job in jobs.missing(store, asked, [], sizes=SIZES) if len(job.runs) > 1]
+        groups = [job.runs for job in jobs_plan.missing(store, asked, [], sizes=SIZES) if len(job.runs) > 1]
         assert [[run.average.kind for run in group] for group in groups] == [["last", "sma", "swa", "swad"]]
 
 
 def test_nothing_is_missing_when_all_is_done(store):
-    assert jobs.missing(store, [], [], sizes=SIZES) == []
+    assert jobs_plan.missing(store, [], [], sizes=SIZES) == []
     for job in _todo(store):
         for entry in job.entries(store):
             entry.create()
@@ -64,31 +64,31 @@ def test_what_is_done_already_is_left_out_and_not_waited_for(store):
 
 
 def test_probes_bring_their_runs(store):
-    train, probe = jobs.missing(store, [], [(ERM, PROBE)], sizes=SIZES)
+    train, probe = jobs_plan.missing(store, [], [(ERM, PROBE)], sizes=SIZES)
     assert train.runs == (ERM,)
     assert probe.needs == (ERM.digest,)
 
 
 def test_forks_are_written_under_a_claim(store):
-    train, fork = jobs.missing(store, [spec("SWA"), QT], [], sizes=SIZES)
+    train, fork = jobs_plan.missing(store, [spec("SWA"), QT], [], sizes=SIZES)
     assert (train.runs, train.forks, fork.needs) == ((spec("SWA"),), (6,), (spec("SWA").digest,))
     assert [entry.spec for entry in train.claims(store)] == [spec("SWA"), ERM]
     assert [entry.spec for entry in fork.claims(store)] == [QT]
 
 
 def test_a_child_without_its_parent_trains_alone(store):
-    (job,) = jobs.missing(store, [QT], [], sizes=SIZES)
+    (job,) = jobs_plan.missing(store, [QT], [], sizes=SIZES)
     assert (job.needs, job.forks) == ((), ())
-    assert jobs.missing(store, [ERM, QT.replace(switch=0)], [], sizes=SIZES)[1].needs == ()  # nothing to share
+    assert jobs_plan.missing(store, [ERM, QT.replace(switch=0)], [], sizes=SIZES)[1].needs == ()  # nothing to share
 
 
 def test_costs(store):
     assert all(job.passes > 0 for job in _todo(store))
-    alone, forked = (jobs.training_passes(QT, SIZES, forked=forked) for forked in (False, True))
-    before = jobs.training_passes(ERM.replace(steps=QT.switch - 1), SIZES, forked=False)
+    alone, forked = (jobs_plan.training_passes(QT, SIZES, forked=forked) for forked in (False, True))
+    before = jobs_plan.training_passes(ERM.replace(steps=QT.switch - 1), SIZES, forked=False)
     assert forked + before == pytest.approx(alone)
     (_, pair), (_, one), (_, two) = [
-        jobs.missing(store, [], [(ERM, probe) for probe in probes], sizes=SIZES)
+        jobs_plan.missing(store, [], [(ERM, probe) for probe in probes], sizes=SIZES)
         for probes in ([PROBE, PROBE.replace(seed=1)], [PROBE], [PROBE.replace(seed=1)])
     ]
     assert pair.passes == one.passes + two.passes == 2 * 4 * 8 * 25
@@ -96,20 +96,20 @@ def test_costs(store):
 
 def test_seconds_are_measured_where_something_ran(store):
     reference = (3e-5, "a reference machine's; yours may differ severalfold")
-    assert jobs.seconds_per_pass(store, "digits-cnn", 16) == reference
+    assert jobs_plan.seconds_per_pass(store, "digits-cnn", 16) == reference
     for seed in (0, 1):
         run = store.run(spec(seed=seed))
         run.create()
         run.note(passes=100.0, sessions=[{"seconds": 1.0}, {"seconds": 2.0}])
         run.finish()
-    assert jobs.seconds_per_pass(store, "digits-cnn", 16) == (0.03, "measured in this store")
+    assert jobs_plan.seconds_per_pass(store, "digits-cnn", 16) == (0.03, "measured in this store")
 
 
 def test_a_plan_is_read_back_as_it_was_written(store):
-    plan = Plan(store=str(store.root), place=PLACE, jobs=tuple(_todo(store)))
-    assert Plan.parse(plan.canonical()) == plan
+    plan = WorkPlan(store=str(store.root), place=PLACE, jobs=tuple(_todo(store)))
+    assert WorkPlan.parse(plan.canonical()) == plan
 
 
 def test_an_imported_run_that_is_gone_is_not_trained(tmp_path):
     with pytest.raises(UserError, match="imported, not trained here"):
-        jobs.missing(RunStore(tmp_path), [ERM.replace(source="sha256:0")], [], sizes=SIZES)
+        jobs_plan.missing(RunStore(tmp_path), [ERM.replace(source="sha256:0")], [], sizes=SIZES)

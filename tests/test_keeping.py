@@ -4,14 +4,14 @@ import cases
 import numpy as np
 import pytest
 
-from flatlab.curvature.operators import Hessian
-from flatlab.metrics import keeping
-from flatlab.metrics.audit import scale_audit
-from flatlab.metrics.density import spectral_density
-from flatlab.metrics.keeping import KeptHessian
-from flatlab.metrics.lanczos import hessian_spectrum
-from flatlab.metrics.trace import hessian_trace
-from flatlab.metrics.triangle import triangle
+from flatlab.derivatives.operators import Hessian
+from flatlab.metrics.curvature import resumable
+from flatlab.metrics.curvature.density import spectral_density
+from flatlab.metrics.curvature.eigenvalues import hessian_spectrum
+from flatlab.metrics.curvature.resumable import KeptHessian
+from flatlab.metrics.curvature.trace import hessian_trace
+from flatlab.metrics.scale_audit import scale_audit
+from flatlab.metrics.trace_check import triangle
 
 
 class Drawer:
@@ -79,5 +79,5 @@ def test_a_measurement_that_dies_goes_on_as_it_began(name, monkeypatch):
     def refused(*args, **kwargs):
         raise AssertionError("a product was made again")
 
-    monkeypatch.setattr(keeping, "Hessian", refused)
+    monkeypatch.setattr(resumable, "Hessian", refused)
     assert measure(whole).to_frame().equals(expected)

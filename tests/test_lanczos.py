@@ -11,15 +11,15 @@ import scipy.sparse.linalg
 import torch
 from spectra import LAYOUTS, dense, double, landscape_of, normal, quadratic, softmax_regression
 
-from flatlab.curvature.operators import Hessian
-from flatlab.curvature.outer import GGN
+from flatlab.derivatives.operators import Hessian
+from flatlab.derivatives.outer import GGN
 from flatlab.errors import UserError
-from flatlab.metrics import density as density_module
-from flatlab.metrics import krylov as krylov_module
-from flatlab.metrics import lanczos
-from flatlab.metrics.density import spectral_density
-from flatlab.metrics.krylov import Krylov
-from flatlab.metrics.lanczos import EXTRA, hessian_spectrum
+from flatlab.metrics.curvature import density as density_module
+from flatlab.metrics.curvature import eigenvalues
+from flatlab.metrics.curvature import krylov as krylov_module
+from flatlab.metrics.curvature.density import spectral_density
+from flatlab.metrics.curvature.eigenvalues import EXTRA, hessian_spectrum
+from flatlab.metrics.curvature.krylov import Krylov
 
 SPECTRA = {
     "uniform": np.linspace(-1.0, 5.0, 60),
@@ -124,7 +124,7 @@ def missed():
 
 def test_a_crowd_hides_eigenvalues_from_a_first_convergence_alone(monkeypatch):
     assert missed() <= 1
-    monkeypatch.setattr(lanczos, "WAIT", 0)
+    monkeypatch.setattr(eigenvalues, "WAIT", 0)
     assert missed() >= 5
 
 
@@ -152,7 +152,7 @@ def test_a_small_problem_is_solved_exactly_where_the_search_does_not_end(which):
     values = np.r_[np.geomspace(1e-4, 30.0, 200), -np.geomspace(1e-4, 1e-2, 121)]
     operator = Hessian(quadratic(values))
     spectrum = hessian_spectrum(operator, k=2, which=which, tol=1e-4, vectors=True)
-    assert spectrum.converged and spectrum.cost.hvps == operator.products <= 2 * lanczos.BUDGET + 321
+    assert spectrum.converged and spectrum.cost.hvps == operator.products <= 2 * eigenvalues.BUDGET + 321
     assert spectrum.eigenvalues == pytest.approx(wanted(values, 2, which), rel=1e-4)
     assert spectrum.eigenvalues != pytest.approx(wanted(values, 4, which)[-2:], rel=1e-4)
     products = operator @ spectrum.eigenvectors
@@ -305,7 +305,7 @@ def test_scipy_converges_in_no_fewer_products():
         start = normal("arpack", shape=(landscape.num_params,)).numpy()
         found = scipy.sparse.linalg.eigsh(theirs.to_scipy(), k=10, which="LA", tol=1e-2, v0=start)[0]
         assert ours.eigenvalues == pytest.approx(found[::-1], rel=1e-2)
-        assert ours.cost.hvps - lanczos.WAIT <= 1.1 * theirs.products  # SciPy looks for none that it missed
+        assert ours.cost.hvps - eigenvalues.WAIT <= 1.1 * theirs.products  # SciPy looks for none that it missed
 
 
 @pytest.mark.oracle

@@ -13,11 +13,12 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, TensorDataset
 
-from flatlab import params, seeds
-from flatlab.curvature.operators import Hessian
+from flatlab import seeds
+from flatlab.derivatives.operators import Hessian
 from flatlab.errors import UserError
-from flatlab.landscape import Landscape
+from flatlab.landscape.landscape import Landscape
 from flatlab.quant.attach import attach, bake, scales
+from flatlab.tensors import flat
 
 EVERY = [(name, cut) for name in cases.MODELS for cut in cases.CUTS]
 
@@ -119,7 +120,7 @@ def test_strata_weigh_equally_whatever_their_sizes():
     assert here.loss == pytest.approx((few + many) / 2, rel=1e-12)
     mean = sum(F.cross_entropy(case.model(x), y) for x, y in batches) / 2
     grads = torch.autograd.grad(mean, list(case.model.parameters()))
-    torch.testing.assert_close(landscape.gradient(), params.flatten(grads))
+    torch.testing.assert_close(landscape.gradient(), flat.flatten(grads))
 
 
 def test_per_sample_losses_give_the_same_value():
@@ -175,8 +176,8 @@ def test_tied_weights_count_once():
     case = cases.make("tied")
     landscape = case.landscape()
     assert landscape.num_params == 36 + 6 + 6 + 18 + 3
-    assert list(params.select(case.model, "second.weight")) == ["second.weight"]
-    assert len(params.select(case.model, ["first.*", "second.*"])) == 3
+    assert list(flat.select(case.model, "second.weight")) == ["second.weight"]
+    assert len(flat.select(case.model, ["first.*", "second.*"])) == 3
 
 
 def test_a_pattern_holds_the_rest_still(untouched):

@@ -19,14 +19,13 @@ from safetensors.torch import save_file
 from stores import PLACE, TINY, spec
 
 from flatlab import files
-from flatlab.api import load_exported
 from flatlab.errors import UserError
-from flatlab.export import write
-from flatlab.foreign import fitted, read_foreign
-from flatlab.methods import METHODS, compose
-from flatlab.models import Ensemble, build_network
+from flatlab.loading.export import load_exported, write
+from flatlab.models.foreign import fitted, read_foreign
+from flatlab.models.networks import Ensemble, build_network
 from flatlab.quant.attach import attach
-from flatlab.runs import RunStore
+from flatlab.specs.methods import METHODS, compose
+from flatlab.store.runs import RunStore
 from flatlab.train.imported import import_checkpoint
 
 QUANTIZED = compose(METHODS["QT-DoG"], TINY, held_out="rot45", seed=0, trial_seed=0)

@@ -8,9 +8,9 @@ import pytest
 import torch
 from cases import in_blocks
 
-from flatlab.landscape import Landscape
-from flatlab.memory import Halving
-from flatlab.metrics.sphere import sphere_flatness
+from flatlab.landscape.landscape import Landscape
+from flatlab.metrics.flatness.sphere import sphere_flatness
+from flatlab.tensors.memory import Halving
 
 
 def refusing(model, most):

@@ -4,15 +4,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from flatlab import build, checkpoints, files
+from flatlab import files
 from flatlab.data.batches import TrainingStream
 from flatlab.errors import UserError
-from flatlab.methods import METHODS, Method, compose
+from flatlab.loading import checkpoint as loading_checkpoint
+from flatlab.loading import data as loading_data
+from flatlab.loading import network as loading_network
 from flatlab.quant.attach import bake, quantized_layers
-from flatlab.runs import RunStore
-from flatlab.settings import SMOKE
-from flatlab.specs import AverageSpec, Place, StepSpec
-from flatlab.train import loop
+from flatlab.specs.methods import METHODS, Method, compose
+from flatlab.specs.run import AverageSpec, Place, StepSpec
+from flatlab.specs.settings import SMOKE
+from flatlab.store.runs import RunStore
+from flatlab.train import evaluate
 from flatlab.train.evaluate import Judge
 from flatlab.train.loop import Training, train
 
@@ -45,7 +48,7 @@ def weights_of(run, name="selected"):
 
 
 def judge_of(spec):
-    return Judge(build.domains(spec, PLACE), torch.device("cpu"))
+    return Judge(loading_data.domains(spec, PLACE), torch.device("cpu"))
 
 
 def observe(spec, store):
@@ -81,7 +84,7 @@ def test_every_method_trains_and_its_checkpoint_is_what_its_log_says(name, tmp_p
     for checkpoint in ("selected", "last"):
         _, step = weights_of(run, checkpoint)
         (logged,) = [row for row in rows if row["step"] == step]
-        loaded = checkpoints.network(run, checkpoint, PLACE)
+        loaded = loading_checkpoint.network(run, checkpoint, PLACE)
         again = judge.row(loaded, step)
         assert again == {key: logged[key] for key in again}
         assert set(logged["source"]) == {"rot0", "rot15", "rot30"} and set(logged["target"]) == {"in", "out"}
@@ -96,9 +99,9 @@ def test_every_method_trains_and_its_checkpoint_is_what_its_log_says(name, tmp_p
 
 
 def test_a_quantized_run_selects_only_after_the_switch(tmp_path, monkeypatch):
-    honest = loop.Judge.row
+    honest = evaluate.Judge.row
     fading = lambda judge, network, step, *rest: {**honest(judge, network, step, *rest), "validation": -step}  # noqa: E731
-    monkeypatch.setattr(loop.Judge, "row", fading)
+    monkeypatch.setattr(evaluate.Judge, "row", fading)
     for name, step in {"ERM": 0, "QT-DoG": 5, "freeze": 5}.items():
         spec = spec_of(METHODS[name])
         train([spec], RunStore(tmp_path), PLACE)
@@ -140,7 +143,7 @@ def test_an_average_of_quantized_iterates_lies_on_the_grid_of_the_averaged_step_
     train([spec], RunStore(tmp_path), PLACE)
     run = RunStore(tmp_path).run(spec)
     stored, _ = weights_of(run)
-    network = checkpoints.network(run, "selected", PLACE)
+    network = loading_checkpoint.network(run, "selected", PLACE)
     names = list(quantized_layers(network))
     bake(network)
     for name in names:
@@ -156,10 +159,10 @@ def test_refreshed_statistics_are_the_mean_over_unseen_batches(average, tmp_path
     train([spec], RunStore(tmp_path), PLACE)
     run = RunStore(tmp_path).run(spec)
     stored, _ = weights_of(run)
-    domains = build.domains(spec, PLACE)
+    domains = loading_data.domains(spec, PLACE)
     rows = {name: domains.inside[name] for name in domains.sources}
     stream = TrainingStream(domains.data, rows, batch_size=8, seed=spec.seed, device=torch.device("cpu"))
-    conv = checkpoints.network(run, "selected", PLACE).features[0]
+    conv = loading_checkpoint.network(run, "selected", PLACE).features[0]
     maps = [conv(stream.batch(step).inputs).transpose(0, 1).flatten(1) for step in (11, 12)]
     mean = torch.stack([each.mean(1) for each in maps]).mean(0)
     variance = torch.stack([each.var(1) for each in maps]).mean(0)
@@ -221,7 +224,7 @@ def test_what_is_frozen_stays_to_the_bit_and_the_rest_moves(parts, tmp_path):
     spec = spec_of(parts, weight_decay=0.1)
     training, states = observe(spec, RunStore(tmp_path))
     assert spec.switch == 4
-    roles = build.roles(training.trajectory.network)
+    roles = loading_network.roles(training.trajectory.network)
     assert len(roles["scales"]) == (3 if spec.quantizer else 0) and len(roles["weights"]) == 3
     for role, group in roles.items():
         for name in group:
@@ -287,7 +290,7 @@ def test_the_loss_that_an_average_is_shown_is_the_mean_over_source_domains(tmp_p
     member.average.update = lambda weights, step, validate: (seen.append(validate()), update(weights, step, validate))
     training.run(None)
     judge = judge_of(spec)
-    network = checkpoints.network(training.runs[0], "last", PLACE)
+    network = loading_checkpoint.network(training.runs[0], "last", PLACE)
     by_hand = []
     for batches in judge.validation.values():
         losses = [F.cross_entropy(network(x), y, reduction="sum").item() for x, y in batches]

@@ -9,12 +9,13 @@ import pytest
 import torch
 from commandline import PETS, TINY, call, only_run, pets
 
-from flatlab import build, files, reproduce
+from flatlab import files, reproduce
 from flatlab.errors import UserError
-from flatlab.probespecs import ProbeSpec
-from flatlab.runs import RunStore
-from flatlab.settings import SMOKE
-from flatlab.specs import RunSpec
+from flatlab.loading import data as loading_data
+from flatlab.specs.measurements import ProbeSpec
+from flatlab.specs.run import RunSpec
+from flatlab.specs.settings import SMOKE
+from flatlab.store.runs import RunStore
 
 WORDS = {  # what the user writes -> what the answer names, before anything heavy is loaded
     "trian": r"'trian'.*'train'.*flatlab --help",
@@ -191,7 +192,7 @@ def test_data_that_differ_from_the_run_s(mistake, tmp_path):
     tree, store = pets(tmp_path / "pets"), tmp_path / "runs"
     assert call("train", *PETS, "--dataset", f"folder:{tree}", "--store", store) == 0
     (tree / "paint" / "cat" / "0.png").write_bytes((tree / "paint" / "dog" / "0.png").read_bytes())
-    build._load.cache_clear()  # as in a new process
+    loading_data._load.cache_clear()  # as in a new process
     sentence = mistake("flatness", only_run(store), "--radii", "0,1", "--samples", 2, "--store", store)
     assert re.search(r"The data of folder:pets differ from those that run \w{16} was trained on", sentence), sentence
 
@@ -262,7 +263,7 @@ def test_reproduce_where_the_analyses_are_not(mistake, tmp_path, monkeypatch):
 
 
 def test_tensorboard_where_it_is_not_installed(mistake, tmp_path, monkeypatch):
-    from flatlab import tensorboard
+    from flatlab.report import tensorboard
 
     monkeypatch.setattr(tensorboard, "find_spec", lambda name: None)
     sentence = mistake("train", *TINY, "--tensorboard", tmp_path, "--store", tmp_path / "runs")

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from flatlab.errors import UserError
-from flatlab.foreign import fitted, read_foreign
-from flatlab.models import MODELS, build_network, frozen_statistics, set_training
+from flatlab.models.foreign import fitted, read_foreign
+from flatlab.models.networks import MODELS, build_network, frozen_statistics, set_training
 
 WEIGHTS = Path(__file__).parents[2] / "shared" / "data" / "weights" / "mobilenet_v2-imagenet-fp16.safetensors"
 WIDTHS = {"digits-cnn": 1024, "resnet18": 512, "resnet50": 2048, "mobilenet_v2": 1280}

@@ -4,12 +4,12 @@ import re
 
 import pytest
 
+from flatlab.cli.choices import Choices
+from flatlab.cli.names import means, named
 from flatlab.errors import UserError
-from flatlab.methods import METHODS, compose
-from flatlab.names import means, named
-from flatlab.options import Choices
-from flatlab.runs import RunStore
-from flatlab.settings import SMOKE
+from flatlab.specs.methods import METHODS, compose
+from flatlab.specs.settings import SMOKE
+from flatlab.store.runs import RunStore
 
 
 def spec_of(name, held_out="rot0", seed=0):

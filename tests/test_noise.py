@@ -7,8 +7,8 @@ from scipy import stats
 
 from flatlab import quantization_noise
 from flatlab.errors import UserError
-from flatlab.metrics.noise import BINS, kl_null, kl_to_uniform
 from flatlab.quant.lsq import LSQ
+from flatlab.results.quantization_noise import BINS, kl_null, kl_to_uniform
 
 N = 20_000
 

@@ -7,12 +7,13 @@ import torch.nn.functional as F
 from scipy import stats
 from stores import TINY, content, spec, trained
 
-from flatlab import build, seeds
+from flatlab import seeds
 from flatlab.data.batches import Batch
 from flatlab.errors import UserError
-from flatlab.methods import METHODS, compose, vary
-from flatlab.models import MODELS, STAGES, build_network
-from flatlab.specs import MixSpec, Place
+from flatlab.loading import data as loading_data
+from flatlab.models.networks import MODELS, STAGES, build_network
+from flatlab.specs.methods import METHODS, compose, vary
+from flatlab.specs.run import MixSpec, Place
 from flatlab.train.mixstyle import mix, mixing, strangers
 from flatlab.train.objectives import alignment, coral, erm, objective_of
 
@@ -62,10 +63,10 @@ def test_coral_without_weight_is_erm_to_the_bit_and_with_it_draws_the_domains_to
 
 
 def _distance(store, wanted):
-    from flatlab.checkpoints import network as network_of
+    from flatlab.loading.checkpoint import network as network_of
 
     network, place = network_of(store.run(wanted), "last", Place(device="cpu")), Place(device="cpu")
-    domains = build.domains(wanted, place)
+    domains = loading_data.domains(wanted, place)
     rows = {name: domains.data.normalise(domains.data.domain(name).images) for name in domains.sources}
     with torch.no_grad():
         return alignment([network.features(images) for images in rows.values()]).item()

@@ -8,10 +8,10 @@ import torch
 from spectra import LAYOUTS, dense, dense_outer, double, landscape_of, normal, softmax_regression
 from torch import nn
 
-from flatlab.curvature.operators import Hessian
-from flatlab.curvature.outer import GGN, Fisher
+from flatlab.derivatives.operators import Hessian
+from flatlab.derivatives.outer import GGN, Fisher
 from flatlab.errors import UserError
-from flatlab.landscape import Landscape
+from flatlab.landscape.landscape import Landscape
 
 METHODS = ("reverse", "forward", "auto")
 

@@ -8,8 +8,8 @@ from spectra import double, normal
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from flatlab.curvature.operators import Hessian
-from flatlab.curvature.outer import GGN, Fisher
+from flatlab.derivatives.operators import Hessian
+from flatlab.derivatives.outer import GGN, Fisher
 
 
 @pytest.mark.oracle

@@ -9,8 +9,10 @@ import sys
 import pytest
 from stores import GROUP, PLACE, PROBE, copied, refuses, spec, trained
 
-from flatlab import checkpoints, files, machine, tables
-from flatlab.measure import measure
+from flatlab import environment, files
+from flatlab.loading import checkpoint
+from flatlab.measure.runner import measure
+from flatlab.report import tables
 from flatlab.train.loop import train
 
 RUN, OTHER = GROUP[0], GROUP[3]
@@ -62,7 +64,7 @@ def test_checkpoints(store, other):
     mine, theirs = store.run(RUN).checkpoint("selected"), store.run(other[0]).checkpoint(other[1])
     _swap(mine, theirs)
     words = (mine, "is the file of another run", _relative(store, theirs), _relative(store, mine))
-    refuses(lambda: checkpoints.network(store.run(RUN), "selected", PLACE), *words)
+    refuses(lambda: checkpoint.network(store.run(RUN), "selected", PLACE), *words)
     refuses(lambda: measure(store.run(RUN), PROBE.replace(seed=2), PLACE), *words)
 
 
@@ -106,7 +108,7 @@ def test_a_folder_under_another_name(store):
         store.run(run).path.rename(store.root / f"{run.digest}-old")
     (store.root / f"{OTHER.digest}-old").rename(store.run(RUN).path)
     refuses(store.run(RUN).rows, "done", OTHER.digest, RUN.digest)
-    refuses(lambda: checkpoints.network(store.run(RUN), "last", PLACE), OTHER.digest, RUN.digest)
+    refuses(lambda: checkpoint.network(store.run(RUN), "last", PLACE), OTHER.digest, RUN.digest)
 
 
 def test_a_store_can_be_moved(made, tmp_path):
@@ -129,7 +131,7 @@ def test_owners_are_all_different(made):
 def test_the_machine_is_recorded(made):
     facts = made.run(RUN).provenance["machine"]
     assert {"processor", "instructions", "cpu_capability", "torch", "commit"} <= facts.keys()
-    assert facts["processor"] not in ("", machine.platform.machine()) or not files.Path("/proc/cpuinfo").exists()
+    assert facts["processor"] not in ("", environment.platform.machine()) or not files.Path("/proc/cpuinfo").exists()
     assert made.run(RUN).probe(PROBE).provenance["machine"] == facts
     code = "import json, sys; from flatlab import machine; print(json.dumps(machine.facts()))"
     code += "; assert 'torch' not in sys.modules"
@@ -150,12 +152,12 @@ def test_only_tracked_files_of_the_package_change_the_commit(tmp_path, monkeypat
     git("add", ".")
     git("commit", "-q", "-m", "x")
     commit = git("rev-parse", "HEAD").stdout.strip()
-    monkeypatch.setattr(machine.flatlab, "__file__", str(tmp_path / "flatlab" / "__init__.py"))
+    monkeypatch.setattr(environment.flatlab, "__file__", str(tmp_path / "flatlab" / "__init__.py"))
     (tmp_path / "README.md").write_text("changed")
     (tmp_path / "flatlab" / "new.py").write_text("untracked")
     (tmp_path / "figures").mkdir()
-    assert machine.commit() == commit
+    assert environment.commit() == commit
     for name in ("flatlab/__init__.py", "analyses/fig3.py"):
         (tmp_path / name).write_text("changed")
-        assert machine.commit() == f"{commit}+changes"
+        assert environment.commit() == f"{commit}+changes"
         (tmp_path / name).write_text("")

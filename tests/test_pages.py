@@ -7,9 +7,9 @@ from commandline import call
 
 from analyses import controls, fig4, table4, table12
 from flatlab import reproduce
-from flatlab.methods import METHODS, RELEASED, replicates
-from flatlab.runs import RunStore
-from flatlab.settings import SMOKE
+from flatlab.specs.methods import METHODS, RELEASED, replicates
+from flatlab.specs.settings import SMOKE
+from flatlab.store.runs import RunStore
 
 ONE = SMOKE.replace(held_out=("rot0",))
 NONE = {"start": None, "end": None, "threshold": None, "dead": False, "merged": [0, 1], "span": [0, 10]}

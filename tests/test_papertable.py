@@ -10,16 +10,30 @@ from matplotlib.collections import PathCollection
 from scipy import stats
 from stores import ERM, PLACE, spec, trained
 
-from analyses import controls, fig1, fig5, table1, table7, table9, table10, table12, table14, table15
-from flatlab import jobs, orders, papertable, tables
-from flatlab.corrections import holm
-from flatlab.export import export
-from flatlab.measure import measure
-from flatlab.methods import METHODS, RELEASED, compose, is_papers
-from flatlab.papertable import Line, PaperTable
-from flatlab.runs import RunStore
-from flatlab.settings import PAPER, QUICK, SMOKE, for_data
-from flatlab.train.ensembles import join
+from analyses import (
+    _accuracy_table,
+    _rank_agreement,
+    controls,
+    fig1,
+    fig5,
+    table1,
+    table7,
+    table9,
+    table10,
+    table12,
+    table14,
+    table15,
+)
+from analyses._accuracy_table import Line, PaperTable
+from flatlab.jobs import plan as jobs_plan
+from flatlab.loading.export import export
+from flatlab.measure.runner import measure
+from flatlab.report import percent, tables
+from flatlab.results.corrections import holm
+from flatlab.specs.methods import METHODS, RELEASED, compose, is_papers
+from flatlab.specs.settings import PAPER, QUICK, SMOKE, for_data
+from flatlab.store.runs import RunStore
+from flatlab.train.derived import join
 
 TABLE = PaperTable(
     number="9",
@@ -62,7 +76,7 @@ def frame(tmp_path_factory):
 
 
 def test_a_table_holds_each_run_and_means_over_seeds(frame):
-    assert list(frame.columns) == papertable.COLUMNS
+    assert list(frame.columns) == _accuracy_table.COLUMNS
     assert not frame.duplicated(["dataset", "panel", "method", "held_out", "seed"]).any()
     runs = frame[frame["over"] == "run"]
     assert len(runs) == 4 * 2 * 2 * 3  # lines, panels, held-out domains, seeds
@@ -185,16 +199,16 @@ def test_the_lines_less_the_first_are_a_family_and_the_verdict_is_holms(frame):
 
 
 def test_the_sentence_counts_and_names_the_pairs(frame, theirs):
-    assert orders.sentence(frame, TABLE.findings(frame), "digits", "out") == ""
+    assert _rank_agreement.sentence(frame, TABLE.findings(frame), "digits", "out") == ""
     frame = theirs.assign(dataset="digits")
-    told = orders.sentence(frame, TABLE.findings(frame), "digits", "out")
+    told = _rank_agreement.sentence(frame, TABLE.findings(frame), "digits", "out")
     assert "of 3 pairs of lines 2 (7 bit > ERM; 5 bit < 7 bit) lie distinguishably in the order of the paper" in told
     assert "1 (5 bit < ERM) in the opposite one, and 0 are not" in told
-    assert orders.sentence(frame, TABLE.findings(frame).assign(agrees=""), "digits", "out") == ""
+    assert _rank_agreement.sentence(frame, TABLE.findings(frame).assign(agrees=""), "digits", "out") == ""
 
 
 def test_kendalls_tau_is_taken_in_each_seed(theirs):
-    found = orders.kendall(theirs, "PACS", "out")
+    found = _rank_agreement.kendall(theirs, "PACS", "out")
     each = stats.kendalltau([0.0, 0.1, -0.1], [84.7, 87.8, 85.3]).statistic
     assert found["value"] == pytest.approx(each) and -1 <= found["low"] <= found["high"] <= 1
 
@@ -326,7 +340,7 @@ def test_memory_is_bits_times_members():
 
 def test_jobs_that_differ_in_their_bits_have_names_of_their_own(tmp_path):
     runs, _ = table10.plan(SMOKE)
-    todo = jobs.missing(RunStore(tmp_path), runs, [], sizes={name: 450 for name in SMOKE.domains})
+    todo = jobs_plan.missing(RunStore(tmp_path), runs, [], sizes={name: 450 for name in SMOKE.domains})
     assert len({job.name for job in todo}) == len(todo)
 
 
@@ -429,7 +443,7 @@ def test_the_test_images_are_scored_beside_validation_and_shown(tmp_path):
     chosen = tables.accuracies(store, [("ERM", tested)]).set_index("selection")
     mean = np.mean([score["accuracy"] for score in rows[-1]["test"].values()])
     assert chosen.loc["last", "test"] == pytest.approx(mean)
-    (value,) = papertable.accuracies(store, [("ERM", tested)], ["test"])["value"]
+    (value,) = percent.accuracies(store, [("ERM", tested)], ["test"])["value"]
     assert value == pytest.approx(100 * chosen.loc["training-domain", "test"])
 
 

@@ -8,14 +8,17 @@ import pytest
 import torch
 from PIL import Image
 
-from flatlab import build, files, memory
+from flatlab import files
 from flatlab.errors import UserError
-from flatlab.measure import measure
-from flatlab.methods import METHODS, compose
-from flatlab.probespecs import ProbeSpec
-from flatlab.runs import RunStore
-from flatlab.settings import PAPER, SMOKE, for_data, setting
-from flatlab.specs import Place
+from flatlab.loading import data as loading_data
+from flatlab.loading import network as loading_network
+from flatlab.measure.runner import measure
+from flatlab.specs.measurements import ProbeSpec
+from flatlab.specs.methods import METHODS, compose
+from flatlab.specs.run import Place
+from flatlab.specs.settings import PAPER, SMOKE, for_data, setting
+from flatlab.store.runs import RunStore
+from flatlab.tensors import memory
 from flatlab.train import evaluate
 from flatlab.train.loop import Training, train
 
@@ -126,8 +129,8 @@ def test_measurements_are_the_same_whether_batches_are_kept_or_made_each_time(tm
 @pytest.mark.parametrize("kind", [torch.OutOfMemoryError, MemoryError])
 def test_evaluation_goes_on_in_halves_and_says_so(kind, caplog, place):
     spec = spec_of()
-    domains = build.domains(spec, place)
-    network = build.network(spec, domains.data, place).eval()
+    domains = loading_data.domains(spec, place)
+    network = loading_network.network(spec, domains.data, place).eval()
     batches = {name: domains.evaluation("in", (name,), torch.device("cpu"))[name] for name in domains.data.names}
     whole = evaluate.evaluate(network, batches)
 
@@ -184,7 +187,7 @@ def test_pacs_with_pretrained_weights(tmp_path, tmp_path_factory):
     chosen = chosen.replace(model="mobilenet_v2", image_size=32, steps=2, eval_every=2, batch_size=4)
     spec = compose(METHODS["ERM"], chosen, held_out="sketch", seed=0, trial_seed=0)
     assert spec.freeze_batchnorm and spec.lr == 5e-5 and spec.augment == "domainbed"
-    start = build.network(spec, build.domains(spec, place).data, place).state_dict()
+    start = loading_network.network(spec, loading_data.domains(spec, place).data, place).state_dict()
     end = weights(trained(tmp_path / "runs", spec, place))
     for name, before in start.items():
         moved = not np.array_equal(before.numpy(), end[name])

@@ -7,12 +7,12 @@ import torch
 from torch import nn
 
 from flatlab import seeds
-from flatlab.landscape import Landscape
-from flatlab.metrics import pilot
-from flatlab.metrics.pilot import Pilot
-from flatlab.metrics.rounds import Components
-from flatlab.metrics.sampling import Goal, Sampler
-from flatlab.metrics.sphere import sphere_flatness
+from flatlab.landscape.landscape import Landscape
+from flatlab.metrics.flatness import perturbations, pilot
+from flatlab.metrics.flatness.pilot import Pilot
+from flatlab.metrics.flatness.sampler import Goal, Sampler
+from flatlab.metrics.flatness.sphere import sphere_flatness
+from flatlab.results.estimate import Components
 
 SIZE, DIMENSION = 512, 40
 
@@ -67,7 +67,7 @@ def test_components_are_those_of_quadratic_images():
 def test_its_draws_are_not_those_of_the_measurement(monkeypatch):
     _, landscape = images()
     drawn = []
-    draw = pilot.draw_ray
+    draw = perturbations.draw_ray
     monkeypatch.setattr(pilot, "draw_ray", lambda ls, seed, k, **given: drawn.append(k) or draw(ls, seed, k, **given))
     fly(landscape, [1.0])
     assert len(drawn) == len(set(drawn)) == 64 and max(drawn) < 0

@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from flatlab.curvature.operators import Hessian
+from flatlab.derivatives.operators import Hessian
 from flatlab.errors import UserError
-from flatlab.landscape import Landscape
-from flatlab.metrics.sphere import sphere_flatness
-from flatlab.metrics.trace import hessian_trace
+from flatlab.landscape.landscape import Landscape
+from flatlab.metrics.curvature.trace import hessian_trace
+from flatlab.metrics.flatness.sphere import sphere_flatness
 
 
 def numbers(*shape, dtype=torch.float64, seed=0):

@@ -5,10 +5,11 @@ import pandas as pd
 import pytest
 from stores import ERM, PLACE, QT, SIZES, spec, trained
 
-from flatlab import build, tables
-from flatlab.methods import METHODS, replicates
-from flatlab.settings import PAPER, QUICK, SMOKE, for_data
-from flatlab.train.ensembles import join
+from flatlab.loading import data as loading_data
+from flatlab.report import tables
+from flatlab.specs.methods import METHODS, replicates
+from flatlab.specs.settings import PAPER, QUICK, SMOKE, for_data
+from flatlab.train.derived import join
 
 
 def test_by_default_what_selects_does_not_judge():
@@ -20,7 +21,7 @@ def test_by_default_what_selects_does_not_judge():
 
 @pytest.mark.parametrize("share", [0.0, 0.2, 0.5])
 def test_the_parts_of_a_domain_are_apart_and_the_target_is_reported_on_all_but_its_outer_part(share):
-    domains = build.domains(spec(test_share=share), PLACE)
+    domains = loading_data.domains(spec(test_share=share), PLACE)
     assert domains.target == "rot45" and set(domains.tested) == (set(domains.sources) if share else set())
     for name in domains.data.names:
         parts = [domains.inside[name], domains.outside[name], domains.tested.get(name, np.array([], dtype=np.int64))]

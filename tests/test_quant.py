@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from flatlab.errors import UserError
-from flatlab.models import build_network
+from flatlab.models.networks import build_network
 from flatlab.quant.attach import attach, bake, clamp_scales, quantized_layers, scales
 from flatlab.quant.codebook import initial_scale, levels
 from flatlab.quant.lsq import LSQ

@@ -5,10 +5,10 @@ import re
 import pytest
 from commandline import TINY, call
 
-from flatlab.methods import METHODS, replicates
-from flatlab.quantspecs import INQSpec, NoiseSpec, OBCSpec, QuantSpec, RTNSpec
-from flatlab.runs import RunStore
-from flatlab.settings import SMOKE
+from flatlab.specs.methods import METHODS, replicates
+from flatlab.specs.quantizers import INQSpec, NoiseSpec, OBCSpec, QuantSpec, RTNSpec
+from flatlab.specs.settings import SMOKE
+from flatlab.store.runs import RunStore
 
 LSQ = {"scale_lr": SMOKE.scale_lr}
 
@@ -61,7 +61,7 @@ IDLE = {  # what makes no sense -> what is said
 def asked(monkeypatch):
     """The runs that a dry run would train."""
     found = []
-    monkeypatch.setattr("flatlab.cli.price", lambda _, todo, __: found.extend(todo[-1].runs))
+    monkeypatch.setattr("flatlab.cli.run_jobs.price", lambda _, todo, __: found.extend(todo[-1].runs))
     return found
 
 

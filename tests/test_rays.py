@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from flatlab import seeds
-from flatlab.metrics.directions import given_directions
-from flatlab.metrics.rays import draw_ray, reach, scale_to_weights
-from flatlab.metrics.sphere import sphere_flatness
+from flatlab.metrics.flatness.perturbations import draw_ray, reach, scale_to_weights
+from flatlab.metrics.flatness.sphere import sphere_flatness
+from flatlab.metrics.surfaces.directions import given_directions
 
 
 @pytest.mark.parametrize("name", cases.MODELS)

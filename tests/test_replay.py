@@ -23,9 +23,10 @@ from stores import (
     watch,
 )
 
-from flatlab import files, jobs
-from flatlab.runs import RunStore
-from flatlab.specs import AverageSpec
+from flatlab import files
+from flatlab.jobs import plan as jobs_plan
+from flatlab.specs.run import AverageSpec
+from flatlab.store.runs import RunStore
 from flatlab.train.loop import train
 from flatlab.train.replay import replay
 
@@ -139,10 +140,12 @@ def test_what_was_not_kept_is_a_sentence(tmp_path, store):
     plain = trained(tmp_path, ERM)
     told = (f"flatlab runs rm {ERM.digest[:8]}", "train it again with --keep-every N", "the same bytes")
     refuses(lambda: replay(plain.run(ERM), {}, PLACE), *told)
-    todo = jobs.missing(plain, [ERM, QT], [], sizes=SIZES)
-    refuses(lambda: jobs.keeping(todo, plain, [ERM], 5), ERM.digest, "no checkpoint each 5 steps", "--keep-every 5;")
-    assert [job.keep_every for job in jobs.keeping(todo, plain, [QT], 5)] == [5]
-    assert jobs.keeping([], store, [ERM], 5) == []  # they are there
+    todo = jobs_plan.missing(plain, [ERM, QT], [], sizes=SIZES)
+    refuses(
+        lambda: jobs_plan.keeping(todo, plain, [ERM], 5), ERM.digest, "no checkpoint each 5 steps", "--keep-every 5;"
+    )
+    assert [job.keep_every for job in jobs_plan.keeping(todo, plain, [QT], 5)] == [5]
+    assert jobs_plan.keeping([], store, [ERM], 5) == []  # they are there
     refuses(lambda: replay(plain.run(QT), {}, PLACE), "is not finished")
     derived, joint = spec("RTN"), ERM.replace(members=(ERM, QT))
     for run in (derived, joint):

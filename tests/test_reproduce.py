@@ -10,7 +10,7 @@ import pytest
 from analyses import table4
 from flatlab import reproduce
 from flatlab.resources import published
-from flatlab.settings import PAPER, SMOKE
+from flatlab.specs.settings import PAPER, SMOKE
 
 COLUMNS = ["panel", "normalisation", "method", "held_out", "seed", "radius"]
 COLUMNS += ["value", "stderr", "low", "high", "over", "published", "rise", "base_loss", "chance"]

@@ -11,12 +11,13 @@ import pytest
 import torch
 from stores import GROUP, LAST, PLACE, PROBE, SIZES, SWITCH, content, forkserver, run_child, spec, trained, watch
 
-from flatlab import files, jobs
+from flatlab import files
 from flatlab.errors import UserError
-from flatlab.measure import measure
-from flatlab.merging import merge
-from flatlab.metrics.sampling import UNIT
-from flatlab.runs import Run, RunStore
+from flatlab.jobs import plan as jobs_plan
+from flatlab.measure.runner import measure
+from flatlab.metrics.flatness.sampler import UNIT
+from flatlab.store.merging import merge
+from flatlab.store.runs import Run, RunStore
 from flatlab.train import loop
 from flatlab.train.loop import train
 
@@ -170,7 +171,7 @@ def test_killed_between_two_ends_the_state_stays_with_what_is_missing(tmp_path, 
     assert run_child(_die_at_done, store.root, GROUP, tally) == -9
     dones = [store.run(run).done for run in GROUP]
     assert dones.count(True) == 2
-    todo = jobs.missing(store, GROUP[::-1], [], sizes=SIZES)
+    todo = jobs_plan.missing(store, GROUP[::-1], [], sizes=SIZES)
     made, start = _size(tally), _next_step(store.run(todo[0].runs[0]))
     assert start == LAST  # of 14 updates, 0 to 13, the last evaluation's state was after 12
     assert run_child(_train, store.root, todo[0].runs, tally) == 0

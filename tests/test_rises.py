@@ -7,16 +7,20 @@ from commandline import call
 from stores import ERM, OTHER, PLACE, QT, SIZES, content, copied, forkserver, refuses, run_child, trained, watch
 from torch import nn
 
-from flatlab import files, jobs, seeds, tables, work
-from flatlab.landscape import Landscape
-from flatlab.measure import measure
-from flatlab.methods import radii_by_rise
-from flatlab.metrics import pilot
-from flatlab.metrics.sampling import Sampler
-from flatlab.probespecs import ByRise, CamSpec, ProbeSpec, ReachSpec, parse_probe
-from flatlab.radii import by_rise
-from flatlab.runs import RunStore
-from flatlab.settings import PAPER, QUICK, SMOKE, for_data, setting
+from flatlab import files, seeds
+from flatlab.jobs import plan as jobs_plan
+from flatlab.jobs import worker
+from flatlab.landscape.landscape import Landscape
+from flatlab.measure.runner import measure
+from flatlab.metrics.flatness import pilot
+from flatlab.metrics.flatness.sampler import Sampler
+from flatlab.report import tables
+from flatlab.specs.measurements import CamSpec, ProbeSpec, parse_probe
+from flatlab.specs.methods import radii_by_rise
+from flatlab.specs.rises import ByRise, ReachSpec
+from flatlab.specs.settings import PAPER, QUICK, SMOKE, for_data, setting
+from flatlab.store.radii import by_rise
+from flatlab.store.runs import RunStore
 
 RISES = (0.02, 0.1, 0.5)
 CHOSEN = ByRise(rises=(0.02, 0.1), references=(ERM.digest, OTHER.digest))
@@ -39,7 +43,7 @@ def store(tmp_path_factory):
 def done_all(store, probes):
     """Do what is missing for some measurements; return the errors."""
     events = []
-    work.work(jobs.missing(store, [ERM, OTHER, QT], probes, sizes=SIZES), store, PLACE, emit=events.append)
+    worker.work(jobs_plan.missing(store, [ERM, OTHER, QT], probes, sizes=SIZES), store, PLACE, emit=events.append)
     return [event["error"] for event in events if "error" in event]
 
 
@@ -164,7 +168,7 @@ def test_radii_of_other_pilots_are_not_put_beside_each_other(store, tmp_path):
 
 def test_trainings_come_before_pilots_and_pilots_before_measurements(tmp_path):
     store = RunStore(tmp_path / "empty")
-    todo = jobs.missing(store, [ERM, OTHER], [(QT, PROBE), (ERM, PROBE)], sizes=SIZES)
+    todo = jobs_plan.missing(store, [ERM, OTHER], [(QT, PROBE), (ERM, PROBE)], sizes=SIZES)
     kinds = [job.name.partition(" ")[0] for job in todo]
     assert kinds == ["train", "train", "train", "pilot", "pilot", "measure", "measure"]
     pilots, measures = todo[3:5], todo[5:]
@@ -173,13 +177,13 @@ def test_trainings_come_before_pilots_and_pilots_before_measurements(tmp_path):
     assert {name for job in pilots for name in job.fills} == names
     assert all(set(job.needs) == {*names, job.runs[0].digest} for job in measures)
     assert len({job.name for job in todo}) == len(todo) and not store.root.exists()
-    refuses(lambda: jobs.missing(store, [ERM], [(QT, PROBE)], sizes=SIZES), OTHER.digest)
+    refuses(lambda: jobs_plan.missing(store, [ERM], [(QT, PROBE)], sizes=SIZES), OTHER.digest)
 
 
 def test_pilots_that_are_there_are_not_waited_for(store, tmp_path):
     store = copied(store, tmp_path / "store")
     assert done_all(store, [(QT, PROBE)]) == []
-    todo = jobs.missing(store, [ERM, OTHER], [(ERM, PROBE)], sizes=SIZES)
+    todo = jobs_plan.missing(store, [ERM, OTHER], [(ERM, PROBE)], sizes=SIZES)
     assert [job.needs for job in todo] == [()]
 
 

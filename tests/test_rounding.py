@@ -11,12 +11,17 @@ import torch
 from stores import ERM, PLACE, QT, content, copied, refuses
 from torch import nn
 
-from flatlab import checkpoints, files, latent, quantization_noise, rounding, uniformity
-from flatlab.measure import measure
-from flatlab.measures import noise as measured_noise
-from flatlab.metrics import sampling
-from flatlab.models import Network
-from flatlab.probespecs import QuantNoiseSpec, RadiusSpec
+from flatlab import files, quantization_noise
+from flatlab.landscape import landscape
+from flatlab.loading import checkpoint
+from flatlab.measure import inputs
+from flatlab.measure import quantization_noise as measured_noise
+from flatlab.measure.runner import measure
+from flatlab.metrics.flatness import perturbations, sampler
+from flatlab.models.networks import Network
+from flatlab.report import quantization_noise as report_quantization_noise
+from flatlab.report import rounding
+from flatlab.specs.measurements import QuantNoiseSpec, RadiusSpec
 
 NOISE = QuantNoiseSpec(bins=20)
 RADIUS = RadiusSpec(bits=(4, 2), layer_bits=(3,), num_samples=9, images=8)  # two units for each perturbation
@@ -40,9 +45,9 @@ def facts(store, spec, probe):
 
 def test_noise_is_that_of_the_checkpoint(store):
     arrays, rows = facts(store, QT, NOISE)
-    layers = latent.trained_layers(store.run(QT), "selected", PLACE)
+    layers = inputs.trained_layers(store.run(QT), "selected", PLACE)
     assert [row["layer"] for row in rows[::3]] == list(layers)
-    assert [row["mode"] for row in rows[:3]] == list(uniformity.MODES)
+    assert [row["mode"] for row in rows[:3]] == list(report_quantization_noise.MODES)
     for index, layer in enumerate(layers.values()):
         assert torch.equal(layer.quantized, (layer.quantized / layer.step).round() * layer.step)
         raw, own = (
@@ -64,8 +69,8 @@ def test_a_run_that_is_not_quantized_is_refused(store, capsys):
 
 
 def test_a_layer_without_noise_is_named(store, monkeypatch, tmp_path):
-    layer = next(iter(latent.trained_layers(store.run(QT), "selected", PLACE).values()))
-    zeros, broken = (latent.Layer(layer.weight * x, layer.quantized * x, layer.step, 7) for x in (0, float("nan")))
+    layer = next(iter(inputs.trained_layers(store.run(QT), "selected", PLACE).values()))
+    zeros, broken = (inputs.Layer(layer.weight * x, layer.quantized * x, layer.step, 7) for x in (0, float("nan")))
     for case, words in ((zeros, "Layer features.0.weight: The weight holds only zeros"), (broken, "not finite")):
         monkeypatch.setattr(measured_noise, "trained_layers", lambda *_, case=case: {"features.0.weight": case})
         run = copied(store, tmp_path / words).run(QT)
@@ -77,11 +82,11 @@ def test_a_layer_without_noise_is_named(store, monkeypatch, tmp_path):
 
 def test_the_trained_noise_leads_from_the_latent_to_the_baked_loss(store):
     arrays, told = facts(store, QT, RADIUS)
-    plain, layers = latent.latent_network(store.run(QT), "selected", PLACE)
-    baked = checkpoints.landscape(store.run(QT), RADIUS, PLACE)
+    plain, layers = inputs.latent_network(store.run(QT), "selected", PLACE)
+    baked = inputs.landscape(store.run(QT), RADIUS, PLACE)
     weights = {name: layer.weight for name, layer in layers.items()}
     assert all(torch.equal(plain.get_parameter(name), w) for name, w in weights.items())
-    around = checkpoints.Landscape(plain, checkpoints.images(store.run(QT), RADIUS, PLACE), nn.CrossEntropyLoss())
+    around = landscape.Landscape(plain, inputs.images(store.run(QT), RADIUS, PLACE), nn.CrossEntropyLoss())
     index = [(row["part"], row["perturbation"]) for row in told["rows"]].index(("all", "trained"))
     assert around.base_loss + arrays[f"own-{index:04d}"] == pytest.approx(baked.base_loss, rel=1e-5)
     assert told["num_params"] == sum(w.numel() for w in weights.values())
@@ -94,10 +99,10 @@ def test_layers_alone_share_the_noise_of_all(store):
     alone = [row for row in told["rows"] if row["part"] != "all" and row["null"] == "layer"]
     weights = {row["part"]: row["norm"] for row in alone}
     assert len(weights) == 3 and {row["perturbation"] for row in alone} == {"3"}
-    run = checkpoints.network(store.run(ERM), "selected", PLACE)
+    run = checkpoint.network(store.run(ERM), "selected", PLACE)
     for name, norm in weights.items():
         weight = run.get_parameter(name)
-        layer = latent.rounded(weight, 3, granularity="channel", name=name)
+        layer = inputs.rounded(weight, 3, granularity="channel", name=name)
         assert norm == pytest.approx((layer.quantized - weight).norm().item(), rel=1e-5)
         assert len(layer.quantized[0].unique()) <= 8
 
@@ -127,7 +132,7 @@ def test_a_measurement_that_was_stopped_goes_on_to_the_same_bytes(store, tmp_pat
     units = sorted(run.probe(RADIUS).path.glob("unit-*"))
     for path in units[len(units) // 4 :]:
         path.unlink()
-    calls, draw = [], sampling.draw_ray
+    calls, draw = [], perturbations.draw_ray
 
     def counted(*args, **kwargs):
         calls.append(args)
@@ -135,7 +140,7 @@ def test_a_measurement_that_was_stopped_goes_on_to_the_same_bytes(store, tmp_pat
             raise KeyboardInterrupt
         return draw(*args, **kwargs)
 
-    monkeypatch.setattr(sampling, "draw_ray", counted)
+    monkeypatch.setattr(sampler, "draw_ray", counted)
     with pytest.raises(KeyboardInterrupt):
         measure(run, RADIUS, PLACE)
     assert not run.probe(RADIUS).done
@@ -146,18 +151,18 @@ def test_a_measurement_that_was_stopped_goes_on_to_the_same_bytes(store, tmp_pat
 
 
 def test_a_network_with_nothing_to_quantize_is_refused():
-    refuses(lambda: latent.quantizable(Network(nn.Flatten(), nn.Linear(4, 2))), "Nothing to quantize")
+    refuses(lambda: inputs.quantizable(Network(nn.Flatten(), nn.Linear(4, 2))), "Nothing to quantize")
 
 
 def test_weights_that_are_not_finite_are_refused():
     refuses(
-        lambda: latent.rounded(torch.full((2, 3), torch.nan), 4, granularity="channel", name="features.0"), "features.0"
+        lambda: inputs.rounded(torch.full((2, 3), torch.nan), 4, granularity="channel", name="features.0"), "features.0"
     )
 
 
 def test_a_pattern_that_no_layer_matches_is_refused(store):
     refuses(lambda: measure(store.run(ERM), RADIUS.replace(params="head*"), PLACE), "'head*'", "features.0")
-    refuses(lambda: uniformity.chosen_layers(pd.DataFrame({"layer": ["a", "b"]}), "c*"), "'c*'", "a, b")
+    refuses(lambda: report_quantization_noise.chosen_layers(pd.DataFrame({"layer": ["a", "b"]}), "c*"), "'c*'", "a, b")
 
 
 # --- the command ---------------------------------------------------------------------------------------------------

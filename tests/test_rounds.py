@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from flatlab.metrics.results import mean_of
-from flatlab.metrics.rounds import Components, components, estimate
+from flatlab.results.estimate import Components, components, estimate, mean_of
 
 IMAGES, SIZE = 128, 4  # 32 blocks of four images
 BLOCKS = IMAGES // SIZE

@@ -12,10 +12,13 @@ from dataclasses import replace
 import pytest
 from stores import GROUP, PLACE, PROBE, content, copied, flip, refuses, spec, trained
 
-from flatlab import build, files, leftovers
-from flatlab.measure import measure
-from flatlab.merging import COUNTS, merge
-from flatlab.runs import RunStore
+from flatlab import files
+from flatlab.loading import data as loading_data
+from flatlab.loading import network as loading_network
+from flatlab.measure.runner import measure
+from flatlab.store import leftovers
+from flatlab.store.merging import COUNTS, merge
+from flatlab.store.runs import RunStore
 from flatlab.train.loop import train
 
 RUN, OTHER = GROUP[0], GROUP[3]
@@ -35,8 +38,8 @@ def store(made, tmp_path):
 
 
 def test_other_data_are_refused(store, monkeypatch):
-    run, old = store.run(RUN), build.domains
-    monkeypatch.setattr(build, "domains", lambda *given: _renamed(old(*given)))
+    run, old = store.run(RUN), loading_data.domains
+    monkeypatch.setattr(loading_network, "domains", lambda *given: _renamed(old(*given)))
     same = "The data of digits differ from those that run"
     refuses(lambda: measure(run, PROBE.replace(seed=1), PLACE), same, RUN.digest, "another --store")
     (run.path / "done").unlink()

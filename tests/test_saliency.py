@@ -9,16 +9,17 @@ import torch
 from commandline import call
 from stores import ERM, PLACE, QT, content, copied, refuses, trained
 
-from analyses import fig6, fig7, fig9
-from flatlab import build, files, reproduce, saliency
-from flatlab.checkpoints import network as network_of
-from flatlab.measure import measure
-from flatlab.measures.gradcam import choose_images
+from analyses import _gradcam_figure, fig6, fig7, fig9
+from flatlab import files, reproduce
+from flatlab.loading import data as loading_data
+from flatlab.loading.checkpoint import network as network_of
+from flatlab.measure.gradcam import choose_images
+from flatlab.measure.runner import measure
 from flatlab.metrics.gradcam import ablation, gradcam
-from flatlab.metrics.maps import agreement, energy
-from flatlab.probespecs import CamSpec
 from flatlab.quant.attach import bake
-from flatlab.settings import PAPER, QUICK, SMOKE
+from flatlab.results.gradcam import agreement, energy
+from flatlab.specs.measurements import CamSpec
+from flatlab.specs.settings import PAPER, QUICK, SMOKE
 
 PROBE = CamSpec(images=10, radii=(0.01, 0.03), num_samples=2, num_shares=4)
 
@@ -50,7 +51,7 @@ def test_images_are_chosen_by_a_seed_and_classes_take_turns():
 
 def test_what_is_written_is_what_the_baked_network_says(store):
     arrays, facts = written(store, QT)
-    domains = build.domains(QT, PLACE)
+    domains = loading_data.domains(QT, PLACE)
     rows = torch.from_numpy(arrays["rows"])
     assert set(rows.tolist()) <= set(domains.inside["rot45"].tolist()) and facts["held_out"] == "rot45"
     domain = domains.data.domain("rot45")
@@ -150,4 +151,4 @@ def test_the_table_says_what_the_arrays_say(made):
 
 def test_a_figure_without_its_measurements_is_refused(store):
     refuses(lambda: fig6.table(store, CHOSEN), "not measured yet")
-    assert reproduce.analysis("fig6").SUMMARY == saliency.SUMMARY
+    assert reproduce.analysis("fig6").SUMMARY == _gradcam_figure.SUMMARY

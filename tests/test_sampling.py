@@ -11,11 +11,12 @@ from torch import nn
 
 from flatlab import seeds
 from flatlab.errors import UserError
-from flatlab.landscape import Landscape
-from flatlab.metrics import sampling, sphere
-from flatlab.metrics.results import mean_of
-from flatlab.metrics.sampling import Sampler
-from flatlab.metrics.sphere import sphere_flatness
+from flatlab.landscape.landscape import Landscape
+from flatlab.metrics import units as metrics_units
+from flatlab.metrics.flatness import sphere
+from flatlab.metrics.flatness.sampler import Sampler
+from flatlab.metrics.flatness.sphere import sphere_flatness
+from flatlab.results.estimate import mean_of
 
 # --- unbiased
 
@@ -119,7 +120,7 @@ def test_radii_of_one_plan_share_rays_and_seeds_name_them():
 
 def test_a_block_size_leaves_nothing_to_timings(monkeypatch):
     first = in_blocks(network(), [0.5, 2.0], 8, errors=(0.1, 0))
-    monkeypatch.setattr("flatlab.metrics.pilot.fly", None)
+    monkeypatch.setattr("flatlab.metrics.flatness.pilot.fly", None)
     again = in_blocks(network(), [0.5, 2.0], 8, errors=(0.1, 0))
     assert all(np.array_equal(a, b) for a, b in zip(first.visits, again.visits, strict=True))
     assert first.cost.images == again.cost.images and first.stopped == again.stopped
@@ -212,7 +213,7 @@ def test_units_name_all_that_decides_them():
 
     def keep(units):
         names.extend(name for name, _ in units if not name.startswith("slopes"))  # they rest on the least radius
-        return sampling.forget(units)
+        return metrics_units.forget(units)
 
     for radii in ([1.0], [1.0000001], [2.0], [1.0, 2.0], list(np.linspace(0.1, 1, 200))):
         sampler = Sampler([softmax()], 0, "none", keep=keep)

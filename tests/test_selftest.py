@@ -5,10 +5,14 @@ import numpy as np
 import pytest
 import torch
 
-from flatlab import golden, seeds, selftest
-from flatlab.curvature.operators import Curvature
-from flatlab.landscape import Landscape
-from flatlab.metrics import density, krylov, lanczos, rays, surfaces, trace
+from flatlab import seeds
+from flatlab.derivatives.operators import Curvature
+from flatlab.landscape.landscape import Landscape
+from flatlab.metrics import closed_forms, selftest
+from flatlab.metrics.curvature import density, eigenvalues, krylov, trace
+from flatlab.metrics.flatness import perturbations
+from flatlab.metrics.surfaces import planes
+from flatlab.results import spectrum
 
 CPU = {"device": "cpu", "dtype": torch.float64}
 
@@ -28,7 +32,7 @@ def test_every_check_passes_here(capfd):
 
 @pytest.mark.parametrize("name", ["quadratic", "softmax_regression", "linear_gaussian", "deep_linear"])
 def test_the_closed_forms_are_those_of_dense_autograd(name):
-    problem = getattr(golden, name)(CPU)
+    problem = getattr(closed_forms, name)(CPU)
     w = problem.landscape.point
     dense = torch.autograd.functional.hessian(lambda v: problem.value(v[None])[0], w)
     assert problem.hessian == pytest.approx(dense, rel=1e-9, abs=1e-12)
@@ -39,13 +43,13 @@ def test_the_closed_forms_are_those_of_dense_autograd(name):
 
 
 def test_a_sheared_grid_is_caught(monkeypatch):
-    original, rows = surfaces.displacement, []
+    original, rows = planes.displacement, []
 
     def sheared(vectors, place, *, out):
         rows.append(place[0])
         return original(vectors, [place[0], place[1] + 0.2 * (len(set(rows)) % 2)], out=out)
 
-    monkeypatch.setattr(surfaces, "displacement", sheared)
+    monkeypatch.setattr(planes, "displacement", sheared)
     assert any("plane" in name for name in failures(selftest._surfaces))
 
 
@@ -102,7 +106,7 @@ def test_a_seed_that_does_not_seed_is_caught(monkeypatch, seeding):
     def generator(*names, device="cpu"):
         return torch.Generator(device).manual_seed(7 if seeding == "one for all" else int(chance.integers(2**40)))
 
-    for module in (seeds, rays, krylov):
+    for module in (seeds, perturbations, krylov):
         monkeypatch.setattr(module, "generator", generator)
     failed = failures(selftest._randomness)
     told = "one seed twice, difference" if seeding == "none at all" else "two seeds differ"
@@ -110,7 +114,7 @@ def test_a_seed_that_does_not_seed_is_caught(monkeypatch, seeding):
 
 
 def test_intervals_that_are_too_narrow_are_caught(monkeypatch):
-    from flatlab.metrics.results import Estimate
+    from flatlab.results.estimate import Estimate
 
     original = Estimate.half_width
     monkeypatch.setattr(Estimate, "half_width", lambda self, level=0.95: original(self, level) / 4)
@@ -118,12 +122,12 @@ def test_intervals_that_are_too_narrow_are_caught(monkeypatch):
 
 
 def test_a_search_that_stops_too_early_is_caught(monkeypatch):
-    monkeypatch.setattr(lanczos._Search, "_settled", lambda self: self.krylov.size >= self.need)
+    monkeypatch.setattr(eigenvalues._Search, "_settled", lambda self: self.krylov.size >= self.need)
     assert "cpu: quadratic, top eigenvalues" in failures(selftest._spectra)
 
 
 def test_a_density_without_its_weights_is_caught(monkeypatch):
-    original = density.SpectralDensity
+    original = spectrum.SpectralDensity
 
     def unweighted(**fields):
         flat = tuple(np.full(len(nodes), 1 / len(nodes)) for nodes in fields["nodes"])

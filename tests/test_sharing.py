@@ -6,11 +6,14 @@ import os
 import pytest
 from stores import ERM, PLACE, PROBE, SIZES, child, content, copied, flip, forkserver, refuses, trained
 
-from flatlab import files, jobs, work
-from flatlab.measure import measure
-from flatlab.metrics import pilot, sampling
-from flatlab.models import Network
-from flatlab.runs import RunStore
+from flatlab import files
+from flatlab.jobs import plan as jobs_plan
+from flatlab.jobs import worker as jobs_worker
+from flatlab.measure.runner import measure
+from flatlab.metrics.flatness import pilot
+from flatlab.metrics.flatness import sampler as flatness_sampler
+from flatlab.models.networks import Network
+from flatlab.store.runs import RunStore
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -39,7 +42,7 @@ AUTO = PROBE.replace(radii="auto", num_samples=None, rel_error=0.3, images=16)
 
 def _work(store, todo):
     events = []
-    work.work(todo, store, PLACE, emit=events.append)
+    jobs_worker.work(todo, store, PLACE, emit=events.append)
     return events
 
 
@@ -53,17 +56,17 @@ def _units(probe):
 
 
 def _fills(root, tally, barrier):
-    walk = sampling.Sampler.walk
+    walk = flatness_sampler.Sampler.walk
 
     def counted(sampler, plans, visits):
         with open(tally, "a") as file:
             file.write(f"{os.getpid()} {visits.start}\n")
         return walk(sampler, plans, visits)
 
-    sampling.Sampler.walk = counted
+    flatness_sampler.Sampler.walk = counted
     barrier.wait()
     store = RunStore(root)
-    assert _errors(_work(store, jobs.missing(store, [], [(ERM, LONG)], sizes=SIZES))) == {}
+    assert _errors(_work(store, jobs_plan.missing(store, [], [(ERM, LONG)], sizes=SIZES))) == {}
 
 
 def test_idle_workers_join_a_measurement_and_no_unit_is_made_twice(store, whole, tmp_path):
@@ -83,9 +86,9 @@ def test_idle_workers_join_a_measurement_and_no_unit_is_made_twice(store, whole,
 
 def test_a_measurement_that_fails_for_who_joined_is_given_up(store, tmp_path, monkeypatch):
     store = copied(store, tmp_path / "store")
-    monkeypatch.setattr("flatlab.measure.measure", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("flatlab.measure.runner.measure", lambda *_, **__: 1 / 0)
     with store.run(ERM).probe(LONG).claim():
-        (error,) = _errors(_work(store, jobs.missing(store, [], [(ERM, LONG)], sizes=SIZES))).values()
+        (error,) = _errors(_work(store, jobs_plan.missing(store, [], [(ERM, LONG)], sizes=SIZES))).values()
     assert error == "ZeroDivisionError: division by zero (a bug in flatlab)"
 
 

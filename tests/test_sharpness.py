@@ -11,10 +11,10 @@ from spectra import normal, rotated
 from torch import nn
 
 from flatlab.errors import UserError
-from flatlab.landscape import Landscape
-from flatlab.metrics import sharpness
-from flatlab.metrics.sharpness import average_sharpness, normalised_logits, worst_sharpness
-from flatlab.metrics.sphere import sphere_flatness
+from flatlab.landscape.landscape import Landscape
+from flatlab.metrics.flatness import sharpness
+from flatlab.metrics.flatness.sharpness import average_sharpness, normalised_logits, worst_sharpness
+from flatlab.metrics.flatness.sphere import sphere_flatness
 
 EIGENVALUES = np.linspace(0.1, 4.0, 8)
 START = normal("sharpness", "w", shape=(8,))

@@ -8,12 +8,12 @@ from cases import in_blocks, network
 from torch import nn
 
 from flatlab import seeds
-from flatlab.landscape import Landscape
-from flatlab.metrics import slope
-from flatlab.metrics.compare import paired_difference
-from flatlab.metrics.results import Estimate, mean_of
-from flatlab.metrics.sentences import remarks, verdict
-from flatlab.metrics.sphere import sphere_flatness
+from flatlab.landscape.landscape import Landscape
+from flatlab.metrics.flatness import slope
+from flatlab.metrics.flatness.compare import paired_difference
+from flatlab.metrics.flatness.sphere import sphere_flatness
+from flatlab.results.estimate import Estimate, mean_of
+from flatlab.results.verdicts import remarks, verdict
 
 RADII = np.array([0.0, 0.5, 1.0, 2.0])
 

@@ -6,11 +6,11 @@ import pytest
 from pydantic import ValidationError
 
 from flatlab.errors import UserError
-from flatlab.methods import METHODS, Method, compose, method, replicates, vary
-from flatlab.probespecs import ProbeSpec, QuantNoiseSpec, RadiusSpec
-from flatlab.quantspecs import INQSpec, NoiseSpec, OBCSpec, QuantSpec, RTNSpec
-from flatlab.settings import PAPER, QUICK, SETTINGS, SMOKE, setting
-from flatlab.specs import AverageSpec, MixSpec, Place, RunSpec, StepSpec
+from flatlab.specs.measurements import ProbeSpec, QuantNoiseSpec, RadiusSpec
+from flatlab.specs.methods import METHODS, Method, compose, method, replicates, vary
+from flatlab.specs.quantizers import INQSpec, NoiseSpec, OBCSpec, QuantSpec, RTNSpec
+from flatlab.specs.run import AverageSpec, MixSpec, Place, RunSpec, StepSpec
+from flatlab.specs.settings import PAPER, QUICK, SETTINGS, SMOKE, setting
 
 FIELDS = {"dataset": "digits", "held_out": "rot0", "image_size": 16, "model": "digits-cnn", "steps": 10}
 FIELDS |= {"eval_every": 5, "lr": 0.001}

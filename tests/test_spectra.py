@@ -11,19 +11,22 @@ import torch
 import torch.nn.functional as F
 from stores import PLACE, content, spec, trained
 
-from flatlab import checkpoints, files, spectra
-from flatlab.curvature.operators import Hessian
+from flatlab import files
+from flatlab.derivatives.operators import Hessian
 from flatlab.errors import UserError
-from flatlab.landscape import Landscape
-from flatlab.measure import measure
-from flatlab.measures import spectrum
-from flatlab.metrics import keeping
-from flatlab.metrics.density import spectral_density
-from flatlab.metrics.lanczos import hessian_spectrum
-from flatlab.metrics.trace import hessian_trace
-from flatlab.probespecs import SpectrumSpec, SurfaceSpec, parse_probe
+from flatlab.landscape.landscape import Landscape
+from flatlab.loading import checkpoint
+from flatlab.measure import inputs, spectrum
+from flatlab.measure.runner import measure
+from flatlab.metrics.curvature import density as curvature_density
+from flatlab.metrics.curvature import resumable
+from flatlab.metrics.curvature.density import spectral_density
+from flatlab.metrics.curvature.eigenvalues import hessian_spectrum
+from flatlab.metrics.curvature.trace import hessian_trace
 from flatlab.quant.attach import bake
-from flatlab.runs import RunStore
+from flatlab.report import spectrum as report_spectrum
+from flatlab.specs.measurements import SpectrumSpec, SurfaceSpec, parse_probe
+from flatlab.store.runs import RunStore
 
 PROBE = SpectrumSpec(images=10, k=2, tol=0.05, trace_budget=32, starts=2, steps=6)
 ERM, QT = spec(), spec("QT-DoG")
@@ -42,8 +45,8 @@ def measured(store, probe):
 
 def landscape(store, names, limit=10):
     """The same loss by the library's own strata."""
-    every = checkpoints.images(store.run(ERM), PROBE.replace(images=limit), PLACE)
-    model = checkpoints.network(store.run(ERM), "selected", PLACE)
+    every = inputs.images(store.run(ERM), PROBE.replace(images=limit), PLACE)
+    model = checkpoint.network(store.run(ERM), "selected", PLACE)
     return Landscape(model, {name: every[name] for name in names}, F.cross_entropy)
 
 
@@ -68,7 +71,7 @@ def test_what_is_written_is_what_the_library_says(store):
     ("domains", "names"), [("source", SEEN), ("target", ("rot45",)), ("rot30, rot45", ("rot30", "rot45"))]
 )
 def test_domains_weigh_alike_whatever_their_sizes(store, domains, names, monkeypatch):
-    true = spectrum.images
+    true = inputs.images
 
     def uneven(*arguments):
         cut = dict(zip(("rot0", "rot15", "rot30", "rot45"), (3, 10, 7, 5), strict=True))
@@ -76,7 +79,7 @@ def test_domains_weigh_alike_whatever_their_sizes(store, domains, names, monkeyp
 
     monkeypatch.setattr(spectrum, "images", uneven)
     batches = spectrum.batches_of(store.run(ERM), PROBE.replace(domains=domains), PLACE)
-    model = checkpoints.network(store.run(ERM), "selected", PLACE)
+    model = checkpoint.network(store.run(ERM), "selected", PLACE)
     joined = Landscape(model, batches, spectrum.weighted)
     every = uneven(store.run(ERM), PROBE, PLACE)
     apart = Landscape(model, {name: every[name] for name in names}, F.cross_entropy)
@@ -88,7 +91,7 @@ def test_domains_weigh_alike_whatever_their_sizes(store, domains, names, monkeyp
 
 def test_a_measurement_goes_on_from_where_it_was_stopped(store, monkeypatch):
     probe = PROBE.replace(seed=1)
-    true, made = spectrum.quadrature, []
+    true, made = curvature_density.quadrature, []
 
     def killed(operator, seed, index, **given):
         made.append(index)
@@ -116,7 +119,7 @@ def test_how_products_are_made_is_chosen_once(store, monkeypatch):
     probe.create()
     files.save_arrays(probe.unit("method"), {"unit": np.array([1.0])})
     made = []
-    monkeypatch.setattr(keeping, "Hessian", lambda around, **how: made.append(how) or Hessian(around, **how))
+    monkeypatch.setattr(resumable, "Hessian", lambda around, **how: made.append(how) or Hessian(around, **how))
     measured(store, probe.spec)
     assert made == [{"method": "forward"}]
 
@@ -141,9 +144,9 @@ def test_a_quantized_network_is_baked(tmp_path):
     quantized = trained(tmp_path, QT).run(QT)
     measure(quantized, PROBE, PLACE)
     values = files.load_arrays(quantized.probe(PROBE).result)[0]["eigenvalues"]
-    model = checkpoints.network(quantized, "selected", PLACE)
+    model = checkpoint.network(quantized, "selected", PLACE)
     bake(model)
-    every = checkpoints.images(quantized, PROBE, PLACE)
+    every = inputs.images(quantized, PROBE, PLACE)
     around = Landscape(model, {name: every[name] for name in SEEN}, F.cross_entropy)
     assert values == pytest.approx(hessian_spectrum(around, k=2, tol=0.05).eigenvalues, rel=1e-3)
 
@@ -156,17 +159,17 @@ def test_pyhessian_itself_runs_beside_ours(store):
     ours = measured(store, PROBE.replace(tol=1e-3))[0]
     assert theirs["eigenvalues"] == pytest.approx(ours["eigenvalues"], rel=0.02)
     assert facts["trace"][1] is None
-    frame = spectra.numbers(store, [("ERM", ERM, PROBE.replace(engine="pyhessian"))])
+    frame = report_spectrum.numbers(store, [("ERM", ERM, PROBE.replace(engine="pyhessian"))])
     assert frame.low.isna().all() and set(frame.number) == {"eigenvalue", "trace"}
 
 
 def test_tables_are_tidy_and_densities_integrate_to_one(store):
     measured(store, PROBE), measured(store, PROBE.replace(domains="target"))
     wanted = [("ERM", ERM, PROBE), ("ERM", ERM, PROBE.replace(domains="target"))]
-    frame = spectra.numbers(store, wanted)
+    frame = report_spectrum.numbers(store, wanted)
     assert not frame.duplicated(["panel", "method", "held_out", "seed", "engine", "number", "index"]).any()
     assert ((frame.low <= frame.value) & (frame.value <= frame.high)).all()
-    curves = spectra.densities(store, wanted)
+    curves = report_spectrum.densities(store, wanted)
     for _, mine in curves.groupby("panel"):
         assert np.trapezoid(mine.value, mine.place) == pytest.approx(1.0, abs=0.01)
 
@@ -204,7 +207,7 @@ def test_mistakes_are_one_sentence(store, tmp_path, capsys, words, sentence):
 
 def test_what_is_not_measured_is_said(store):
     with pytest.raises(UserError, match="is not measured yet"):
-        spectra.numbers(RunStore(store.root), [("ERM", ERM, PROBE.replace(seed=77))])
+        report_spectrum.numbers(RunStore(store.root), [("ERM", ERM, PROBE.replace(seed=77))])
 
 
 def test_pyhessian_is_priced_by_its_own_count():
@@ -222,7 +225,7 @@ def test_a_search_that_its_budget_ends_is_told(store, monkeypatch):
     monkeypatch.setattr(spectrum, "hessian_spectrum", cut)
     arrays, _ = measured(store, PROBE.replace(seed=9))
     assert (arrays["converged"] == 0.5).all()
-    frame = spectra.numbers(store, [("ERM", ERM, PROBE.replace(seed=9))])
+    frame = report_spectrum.numbers(store, [("ERM", ERM, PROBE.replace(seed=9))])
     assert set(frame.loc[frame["number"] == "eigenvalue", "converged"]) == {"not verified"}
 
 

@@ -11,10 +11,10 @@ from torch import nn
 
 from flatlab import seeds
 from flatlab.errors import UserError
-from flatlab.landscape import Landscape
-from flatlab.metrics.rays import draw_ray
-from flatlab.metrics.results import Cost, Estimate, mean_of
-from flatlab.metrics.sphere import sphere_flatness
+from flatlab.landscape.landscape import Landscape
+from flatlab.metrics.flatness.perturbations import draw_ray
+from flatlab.metrics.flatness.sphere import sphere_flatness
+from flatlab.results.estimate import Cost, Estimate, mean_of
 
 
 def hessian(size, *names):

@@ -8,13 +8,13 @@ from scipy import stats
 from stores import ERM, QT, refuses, trained
 
 from analyses import fig4
-from flatlab import stability as module
-from flatlab import tables
+from flatlab.report import stability as module
+from flatlab.report import tables
+from flatlab.report.stability import numbers, stability
 from flatlab.resources import published
-from flatlab.runs import RunStore
-from flatlab.settings import PAPER, QUICK
-from flatlab.specs import AverageSpec
-from flatlab.stability import numbers, stability
+from flatlab.specs.run import AverageSpec
+from flatlab.specs.settings import PAPER, QUICK
+from flatlab.store.runs import RunStore
 from flatlab.train.replay import valley
 
 

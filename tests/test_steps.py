@@ -7,13 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from flatlab import build, selection
 from flatlab.data.batches import Batch
-from flatlab.methods import Method, compose
-from flatlab.models import build_network, set_training
-from flatlab.runs import RunStore
-from flatlab.settings import SMOKE
-from flatlab.specs import Place
+from flatlab.loading import data as loading_data
+from flatlab.loading import network as loading_network
+from flatlab.models.networks import build_network, set_training
+from flatlab.specs.methods import Method, compose
+from flatlab.specs.run import Place
+from flatlab.specs.settings import SMOKE
+from flatlab.store import selection
+from flatlab.store.runs import RunStore
 from flatlab.train.evaluate import evaluate, mean
 from flatlab.train.objectives import erm
 from flatlab.train.steps import SAM, Plain
@@ -130,12 +132,12 @@ def test_sam_is_the_published_rule():
 def test_sam_moves_latent_weights_and_not_step_sizes(tmp_path):
     spec = compose(Method(step="sam", quantizer="lsq"), SMOKE, held_out="rot0", seed=0, trial_seed=0)
     place = Place(device="cpu")
-    trajectory = Trajectory([RunStore(tmp_path).run(spec)], build.domains(spec, place), place)
+    trajectory = Trajectory([RunStore(tmp_path).run(spec)], loading_data.domains(spec, place), place)
     trajectory.switch()
     set_training(trajectory.network, freeze_batchnorm=False)
     seen = []
     trajectory.step_rule().step(closure_of(trajectory.network, seen))
-    scales = build.roles(trajectory.network)["scales"]
+    scales = loading_network.roles(trajectory.network)["scales"]
     assert len(scales) == 3
     assert all(torch.equal(seen[0][name], seen[1][name]) for name in scales)
     moved = [(seen[1][name] - seen[0][name]).double() for name in seen[0] if name not in scales]

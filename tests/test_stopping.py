@@ -5,9 +5,10 @@ import pytest
 from cases import in_blocks, softmax
 
 from flatlab.errors import UserError
-from flatlab.metrics import planning
-from flatlab.metrics.sampling import Goal, Plan, Sampler
-from flatlab.metrics.sphere import sphere_flatness
+from flatlab.metrics.flatness import planning
+from flatlab.metrics.flatness.sampler import Goal, Sampler
+from flatlab.metrics.flatness.sphere import sphere_flatness
+from flatlab.results.sphere import SamplingPlan
 
 
 class Synthetic(Sampler):
@@ -25,7 +26,7 @@ class Synthetic(Sampler):
 
 def synthetic(goal, *, radii=(1.0,), visits=0, seed=0, size=8, report=None):
     sampler = Synthetic([SOFTMAX], seed, "none")
-    return sampler.run([Plan(radius, size, visits=visits) for radius in radii], goal, report=report), sampler
+    return sampler.run([SamplingPlan(radius, size, visits=visits) for radius in radii], goal, report=report), sampler
 
 
 SOFTMAX = softmax()
@@ -65,7 +66,7 @@ def test_a_budget_is_kept_shared_and_said():
         assert {walk.stopped for walk in walks} == {"budget"}
         assert budget - 8 * 3 < sampler.spent <= budget
     sampler = Synthetic([SOFTMAX], 0, "none")
-    walks = sampler.run([Plan(1.0, 8), Plan(2.0, 16), Plan(3.0, 0)], Goal(0.001, 0.0, 9000))
+    walks = sampler.run([SamplingPlan(1.0, 8), SamplingPlan(2.0, 16), SamplingPlan(3.0, 0)], Goal(0.001, 0.0, 9000))
     assert {walk.stopped for walk in walks} == {"budget"} and all(walk.visits.shape[1] > 2 for walk in walks)
     found = in_blocks(softmax(), [1.0, 2.0], 8, budget=1000)
     assert found.stopped == ("budget", "budget") and not found.converged and found.cost.images <= 1000

@@ -9,18 +9,18 @@ import torch.nn.functional as F
 from stores import refuses
 from torch import nn
 
-from flatlab.landscape import Landscape
-from flatlab.metrics import surfaces
-from flatlab.metrics.directions import (
+from flatlab.landscape.landscape import Landscape
+from flatlab.metrics.flatness.perturbations import draw_ray
+from flatlab.metrics.surfaces import planes
+from flatlab.metrics.surfaces.directions import (
     eigen_directions,
     given_directions,
     plane_through,
     random_directions,
     trajectory_directions,
 )
-from flatlab.metrics.grids import Profile, Surface
-from flatlab.metrics.rays import draw_ray
-from flatlab.metrics.surfaces import line, plane
+from flatlab.metrics.surfaces.planes import line, plane
+from flatlab.results.surface import Profile, Surface
 
 
 def bowl(slope=True):
@@ -68,7 +68,7 @@ def test_a_sheared_walk_is_seen(monkeypatch):
         odd = len(set(rows)) % 2
         return torch.add(place[0] * vectors[0], (place[1] + 0.4 * odd) * vectors[1], out=out)
 
-    monkeypatch.setattr(surfaces, "displacement", sheared)
+    monkeypatch.setattr(planes, "displacement", sheared)
     form, known, surface = plane_of_bowl(grid=6)
     assert np.abs(surface.of() - form(*known, surface.x, surface.y)).max() > 0.1
 

@@ -10,16 +10,17 @@ import stores
 import torch
 from commandline import TINY, Answer, call
 
-from flatlab.checkpoints import landscape, network, training_images
-from flatlab.measure import measure
-from flatlab.metrics.barrier import Connection
-from flatlab.metrics.connectivity import connect
-from flatlab.metrics.grids import Surface, parts
-from flatlab.metrics.surfaces import plane
-from flatlab.params import flatten
-from flatlab.probespecs import AuditSpec, ConnectionSpec, SurfaceSpec, TriangleSpec, parse_probe
-from flatlab.runs import RunStore
-from flatlab.surroundings import barrier_sentence, centres, connection, of_panel, surface
+from flatlab.loading.checkpoint import network
+from flatlab.measure.inputs import landscape, training_images
+from flatlab.measure.runner import measure
+from flatlab.metrics.surfaces.connectivity import connect
+from flatlab.metrics.surfaces.planes import plane
+from flatlab.report.surface import barrier_sentence, centres, connection, of_panel, surface
+from flatlab.results.connectivity import Connection
+from flatlab.results.surface import Surface, parts
+from flatlab.specs.measurements import AuditSpec, ConnectionSpec, SurfaceSpec, TriangleSpec, parse_probe
+from flatlab.store.runs import RunStore
+from flatlab.tensors.flat import flatten
 
 IMAGES = ("--images", 6)
 

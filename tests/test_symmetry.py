@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 
 from flatlab.errors import UserError
-from flatlab.metrics.symmetry import POINTS, symmetry, symmetry_null
+from flatlab.results.quantization_noise import POINTS, symmetry, symmetry_null
 
 
 def test_distances_are_those_of_the_symmetry_plot():

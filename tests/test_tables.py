@@ -7,11 +7,13 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from flatlab import files, tables
+from flatlab import files
 from flatlab.errors import UserError
-from flatlab.probespecs import ProbeSpec
-from flatlab.runs import RunStore
-from flatlab.specs import QuantSpec, RunSpec
+from flatlab.report import tables
+from flatlab.specs.measurements import ProbeSpec
+from flatlab.specs.quantizers import QuantSpec
+from flatlab.specs.run import RunSpec
+from flatlab.store.runs import RunStore
 
 RUN = RunSpec(dataset="digits", held_out="rot15", image_size=16, model="digits-cnn", steps=10, eval_every=5, lr=0.1)
 PROBE = ProbeSpec(radii=(0.0, 1.0, 2.0), num_samples=4)

@@ -4,10 +4,10 @@ import heapq
 
 import pytest
 
-from flatlab.jobs import Job
-from flatlab.probespecs import ProbeSpec
-from flatlab.specs import RunSpec
-from flatlab.timeleft import TimeLeft
+from flatlab.cli.timeleft import TimeLeft
+from flatlab.jobs.plan import Job
+from flatlab.specs.measurements import ProbeSpec
+from flatlab.specs.run import RunSpec
 
 SPEC = RunSpec(dataset="digits", held_out="rot0", image_size=16, model="digits-cnn", steps=1, eval_every=1, lr=1.0)
 PROBE = ProbeSpec(radii=(1.0,))

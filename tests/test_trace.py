@@ -11,14 +11,16 @@ import torch
 from spectra import LAYOUTS, dense, double, landscape_of, quadratic, softmax_regression
 
 from flatlab import seeds
-from flatlab.curvature.operators import Hessian
-from flatlab.curvature.outer import GGN
+from flatlab.derivatives import operators
+from flatlab.derivatives.operators import Hessian
+from flatlab.derivatives.outer import GGN
 from flatlab.errors import UserError
-from flatlab.metrics import krylov as krylov_module
-from flatlab.metrics import trace as trace_module
-from flatlab.metrics.lanczos import hessian_spectrum
-from flatlab.metrics.results import mean_of
-from flatlab.metrics.trace import hessian_trace
+from flatlab.metrics.curvature import krylov as krylov_module
+from flatlab.metrics.curvature import trace as trace_module
+from flatlab.metrics.curvature.eigenvalues import hessian_spectrum
+from flatlab.metrics.curvature.trace import hessian_trace
+from flatlab.results import spectrum as results_spectrum
+from flatlab.results.estimate import mean_of
 
 OUTLIERS = np.r_[20.0, 15.0, 10.0, 8.0, np.geomspace(1.0, 1e-3, 80), np.full(16, -0.1)]
 SPECTRA = {
@@ -53,7 +55,7 @@ class Diagonal:
 
 @pytest.fixture
 def by_matrix(monkeypatch):
-    monkeypatch.setattr(trace_module, "Curvature", (Diagonal, trace_module.Curvature))
+    monkeypatch.setattr(trace_module, "Curvature", (Diagonal, operators.Curvature))
     return Diagonal(OUTLIERS)
 
 
@@ -106,7 +108,7 @@ def test_the_trace_of_a_small_network_is_exact(name):
     assert found.value == pytest.approx([matrix.trace().item(), matrix.square().sum().item()], rel=1e-9)
     assert (found.stopped, found.basis, found.converged, len(found.probes)) == ("exact", size, True, 0)
     assert found.stderr.tolist() == [0.0, 0.0]
-    assert found.cost.hvps == size + (0 if size <= trace_module.WHOLE else 20 + 2 * trace_module.PILOT)
+    assert found.cost.hvps == size + (0 if size <= trace_module.WHOLE else 20 + 2 * results_spectrum.PILOT)
 
 
 def test_a_basis_of_the_whole_space_is_exact():

@@ -8,9 +8,9 @@ import torch
 from stores import refuses
 from torch import nn
 
-from flatlab.landscape import Landscape
-from flatlab.metrics import keeping
-from flatlab.metrics.triangle import triangle
+from flatlab.landscape.landscape import Landscape
+from flatlab.metrics.curvature import resumable, trace
+from flatlab.metrics.trace_check import triangle
 
 
 def bowl(values, name):
@@ -81,13 +81,13 @@ def test_kinks_are_named_where_they_part_rise_and_trace():
 
 def test_a_halved_trace_is_seen(monkeypatch):
     landscape = bowl([20.0, 5.0, *np.linspace(0.1, 1.0, 18)], "triangle")
-    original = keeping.hessian_trace
+    original = trace.hessian_trace
 
     def halved(*args, **kwargs):
         found = original(*args, **kwargs)
         return type(found)(**{**vars(found), "exact": found.exact / 2, "probes": found.probes / 2})
 
-    monkeypatch.setattr(keeping, "hessian_trace", halved)
+    monkeypatch.setattr(resumable, "hessian_trace", halved)
     found = triangle(landscape, rel_error=0.02, density=(60, 3))
     assert not found.agrees() and min(high for _, _, high in found.differences().values()) < np.inf
     signs = {pair: low * high > 0 for pair, (_, low, high) in found.differences().items()}

@@ -8,9 +8,9 @@ from scipy import stats
 
 from flatlab import typical_rise
 from flatlab.errors import UserError
-from flatlab.metrics import sampling
-from flatlab.metrics.rays import draw_ray
-from flatlab.metrics.results import standing
+from flatlab.metrics.flatness import sampler
+from flatlab.metrics.flatness.perturbations import draw_ray
+from flatlab.results.estimate import standing
 from flatlab.seeds import generator
 
 
@@ -146,6 +146,6 @@ def test_an_interruption_is_no_result_and_leaves_the_model_alone(untouched, monk
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sampling, "draw_ray", interrupt)
+    monkeypatch.setattr(sampler, "draw_ray", interrupt)
     with untouched(case.model), pytest.raises(KeyboardInterrupt):
         typical_rise(landscape, {"e": torch.ones(53)}, num_samples=4)

@@ -7,9 +7,9 @@ import pandas as pd
 import pytest
 
 from analyses import fig3
-from flatlab import tables, verdicts
-from flatlab.areas import areas, limits, named_by_rise
-from flatlab.metrics.results import Estimate
+from flatlab.report import tables, verdicts
+from flatlab.report.areas import areas, limits, named_by_rise
+from flatlab.results.estimate import Estimate
 
 RADII, RISES = [0.0, 1.0, 2.0, 3.0, 4.0], [0.0, 0.1, 0.3, 0.5, 1.0]
 SCALE = {"ERM": 1.0, "SAM": 0.5, "SWA": 1.0, "SWAD": 0.9, "QT-DoG": 0.8}

@@ -12,11 +12,14 @@ import pytest
 from filelock import FileLock
 from stores import ERM, OTHER, PLACE, PROBE, PROBES, QT, RUNS, SIZES, child, content, forkserver, trained
 
-from flatlab import executors, files, jobs, work
+from flatlab import files
 from flatlab.data.batches import TrainingStream
-from flatlab.jobs import Plan
-from flatlab.measure import measure
-from flatlab.runs import RunStore
+from flatlab.jobs import local
+from flatlab.jobs import plan as jobs_plan
+from flatlab.jobs import worker as jobs_worker
+from flatlab.jobs.plan import WorkPlan
+from flatlab.measure.runner import measure
+from flatlab.store.runs import RunStore
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -38,12 +41,12 @@ def whole(tmp_path_factory):
 
 
 def _todo(store):
-    return jobs.missing(store, RUNS, PROBES, sizes=SIZES)
+    return jobs_plan.missing(store, RUNS, PROBES, sizes=SIZES)
 
 
 def _work(store, todo=None):
     events = []
-    work.work(_todo(store) if todo is None else todo, store, PLACE, emit=events.append)
+    jobs_worker.work(_todo(store) if todo is None else todo, store, PLACE, emit=events.append)
     return events
 
 
@@ -59,14 +62,14 @@ def _contents(store):
 
 
 def _worker(root, tally, barrier):
-    do = work._do
+    do = jobs_worker._do
 
     def counted(job, *rest):
         with open(tally, "a") as file:
             file.write(f"{job.name}\n")
         do(job, *rest)
 
-    work._do = counted
+    jobs_worker._do = counted
     store = RunStore(root)
     barrier.wait()
     assert _errors(_work(store)) == {}
@@ -108,22 +111,22 @@ def test_a_killed_worker_lets_go(store):
 COMMAND = """
 import sys
 from flatlab.executors import run_locally
-from flatlab.jobs import Plan
-run_locally(Plan.parse(open(sys.argv[1]).read()), workers=1, hear=lambda event: print(event, flush=True))
+from flatlab.jobs import WorkPlan
+run_locally(WorkPlan.parse(open(sys.argv[1]).read()), workers=1, hear=lambda event: print(event, flush=True))
 """
 
 
 def _endless(store, path):
     """Write a plan that nobody sees the end of; return its run."""
     endless = ERM.replace(steps=10**7, eval_every=10**7)
-    todo = jobs.missing(store, [endless], [], sizes=SIZES)
-    path.write_text(Plan(store=str(store.root), place=PLACE, jobs=tuple(todo)).canonical())
+    todo = jobs_plan.missing(store, [endless], [], sizes=SIZES)
+    path.write_text(WorkPlan(store=str(store.root), place=PLACE, jobs=tuple(todo)).canonical())
     return endless
 
 
 def test_a_worker_ends_when_its_input_is_closed(store, tmp_path):
     _endless(store, tmp_path / "plan")
-    command = [sys.executable, "-m", "flatlab.work", str(tmp_path / "plan"), "--end-with-input"]
+    command = [sys.executable, "-m", "flatlab.jobs.worker", str(tmp_path / "plan"), "--end-with-input"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout.readline()
         process.stdin.close()
@@ -134,7 +137,7 @@ def test_a_worker_ends_when_its_input_is_closed(store, tmp_path):
 
 def test_a_worker_needs_no_terminal_and_ends_on_a_term_signal_with_its_state_saved(store, tmp_path):
     endless = _endless(store, tmp_path / "plan")
-    command = [sys.executable, "-m", "flatlab.work", str(tmp_path / "plan")]
+    command = [sys.executable, "-m", "flatlab.jobs.worker", str(tmp_path / "plan")]
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as process:
         assert process.stdout.readline() and process.stdout.readline()  # it goes on: two events
         process.terminate()
@@ -150,9 +153,9 @@ def test_a_worker_needs_no_terminal_and_ends_on_a_term_signal_with_its_state_sav
 
 def test_a_worker_without_a_terminal_finishes_its_plan(store, tmp_path):
     short = ERM.replace(steps=1, eval_every=1)
-    todo = jobs.missing(store, [short], [], sizes=SIZES)
-    (tmp_path / "plan").write_text(Plan(store=str(store.root), place=PLACE, jobs=tuple(todo)).canonical())
-    command = [sys.executable, "-m", "flatlab.work", str(tmp_path / "plan")]
+    todo = jobs_plan.missing(store, [short], [], sizes=SIZES)
+    (tmp_path / "plan").write_text(WorkPlan(store=str(store.root), place=PLACE, jobs=tuple(todo)).canonical())
+    command = [sys.executable, "-m", "flatlab.jobs.worker", str(tmp_path / "plan")]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     assert done.returncode == 0 and '"finished": true' in done.stdout
     assert store.run(short).done
@@ -167,14 +170,14 @@ echo '{{"job": "{job}", "finished": {finished}}}'
 
 @pytest.mark.parametrize("finished", ["true", "false"])
 def test_a_lost_worker_is_no_error_where_others_finished_its_jobs(store, tmp_path, monkeypatch, finished):
-    todo = jobs.missing(store, [ERM], [], sizes=SIZES)
+    todo = jobs_plan.missing(store, [ERM], [], sizes=SIZES)
     script = tmp_path / "python"
     script.write_text(LOSING.format(folder=tmp_path, job=todo[0].name, finished=finished))
     script.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(script))
     heard = []
-    plan = Plan(store=str(store.root), place=PLACE, jobs=tuple(todo))
-    errors = executors.run_locally(plan, workers=2, hear=heard.append)
+    plan = WorkPlan(store=str(store.root), place=PLACE, jobs=tuple(todo))
+    errors = local.run_locally(plan, workers=2, hear=heard.append)
     notes = [event["note"] for event in heard if "note" in event]
     if finished == "true":
         assert errors == [] and len(notes) == 1 and "A worker was lost: it was killed" in notes[0]
@@ -196,8 +199,8 @@ def test_workers_end_with_the_command_that_started_them(store, tmp_path):
 
 def test_local_workers(store, whole):
     heard = []
-    plan = Plan(store=str(store.root), place=PLACE, jobs=tuple(_todo(store)))
-    assert executors.run_locally(plan, workers=2, hear=heard.append) == []
+    plan = WorkPlan(store=str(store.root), place=PLACE, jobs=tuple(_todo(store)))
+    assert local.run_locally(plan, workers=2, hear=heard.append) == []
     assert {event["job"] for event in heard if event.get("finished")} == {job.name for job in plan.jobs}
     assert _contents(store) == _contents(whole)
 
@@ -208,8 +211,8 @@ def test_a_worker_that_dies_is_told_and_its_noise_is_not_taken_for_events(store,
     script.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(script))
     heard = []
-    plan = Plan(store=str(store.root), place=PLACE, jobs=())
-    errors = executors.run_locally(plan, workers=2, hear=heard.append)
+    plan = WorkPlan(store=str(store.root), place=PLACE, jobs=())
+    errors = local.run_locally(plan, workers=2, hear=heard.append)
     assert [error["error"] for error in errors] == ["it ended with status 3: last words"] * 2
     assert heard == []
 
@@ -252,7 +255,7 @@ def test_a_loss_that_is_not_finite(store, whole, monkeypatch):
 
 def test_a_rate_far_too_high(store):
     wild = ERM.replace(lr=1e30)
-    (error,) = _errors(_work(store, jobs.missing(store, [wild], [], sizes=SIZES))).values()
+    (error,) = _errors(_work(store, jobs_plan.missing(store, [wild], [], sizes=SIZES))).values()
     assert error == (
         f"The validation loss of run {wild.digest} is not finite at step 0; lower --lr. "
         "The checkpoints before it are kept."
@@ -267,7 +270,7 @@ def test_what_was_removed_is_not_waited_for(store):
 
 def test_a_run_removed_before_it_is_measured(tmp_path):
     store = trained(tmp_path, ERM)
-    todo = jobs.missing(store, [], [(ERM, PROBE)], sizes=SIZES)
+    todo = jobs_plan.missing(store, [], [(ERM, PROBE)], sizes=SIZES)
     store.remove(store.run(ERM))
     (error,) = _errors(_work(store, todo)).values()
     assert error == f"Run {ERM.digest} is not finished, or was removed: train it before it is measured."
@@ -318,7 +321,7 @@ def test_a_bug_is_called_one_and_the_other_jobs_go_on(store, monkeypatch):
     def broken(*_, **__):
         raise ZeroDivisionError("oh")
 
-    monkeypatch.setattr("flatlab.measure.measure", broken)
+    monkeypatch.setattr("flatlab.measure.runner.measure", broken)
     events = _work(store)
     assert set(_errors(events).values()) == {"ZeroDivisionError: oh (a bug in flatlab)"}
     assert all("in broken" in event["trace"] for event in events if "error" in event)

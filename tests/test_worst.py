@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from flatlab import seeds
-from flatlab.metrics.sphere import sphere_flatness
-from flatlab.metrics.worst import worst_rise
+from flatlab.metrics.flatness.sphere import sphere_flatness
+from flatlab.metrics.flatness.worst import worst_rise
 
 
 def matrix(size=12):

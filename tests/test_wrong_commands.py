@@ -3,8 +3,9 @@
 import pytest
 from commandline import TINY, call, only_run
 
-from flatlab import cli, executors
-from flatlab.runs import RunStore
+from flatlab.cli import app
+from flatlab.jobs import local
+from flatlab.store.runs import RunStore
 
 HUGE = 10**26
 JUNK = {int: ("ten", "1.5", "nan", "-1", HUGE), float: ("fast", "nan", "inf", "-1", "1e300")}
@@ -49,7 +50,7 @@ def store(tmp_path_factory):
 
 def commands():
     """Yield each command with its words."""
-    group = cli.typer.main.get_command(cli.app)
+    group = app.typer.main.get_command(app.app)
     for name, command in group.commands.items():
         below = getattr(command, "commands", {})
         yield from ((f"{name} {each}", found) for each, found in below.items()) if below else [(name, command)]
@@ -109,7 +110,7 @@ def test_what_has_no_effect_or_no_object_is_refused(store, no_work, capsys, monk
     def begin(*_, **__):
         raise AssertionError("work begins")
 
-    monkeypatch.setattr(executors, "run_locally", begin)
+    monkeypatch.setattr(local, "run_locally", begin)
     given = words.replace("RUN", only_run(store)).replace("STORE", str(store)).split()
     where = [] if given[0] == "data" else ["--store", str(store)]
     assert refused(capsys, [*given, *where, *(["--setting", "smoke"] if given[0] in ("train", "reproduce") else [])])

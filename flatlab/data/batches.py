@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flatlab.data import augment
 from flatlab.data.domains import DomainSet
-from flatlab.data.pictures import Decoded, Originals, Ragged
+from flatlab.data.images import Decoded, Originals, Ragged
 from flatlab.errors import UserError
 from flatlab.seeds import generator
 

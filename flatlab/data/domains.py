@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from flatlab.data.pictures import Decoded, Originals
+from flatlab.data.images import Decoded, Originals
 from flatlab.errors import UserError, choose
 from flatlab.seeds import seed_hash
 

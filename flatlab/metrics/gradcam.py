@@ -18,33 +18,11 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from flatlab.arguments import whole
 from flatlab.errors import UserError
-from flatlab.landscape import Landscape
+from flatlab.landscape.checks import refuse_training
+from flatlab.landscape.landscape import Landscape
 from flatlab.metrics.cells import as_grid, inside_attention, scores_of
-from flatlab.metrics.maps import agreement, ratio
-from flatlab.metrics.results import FloatArray
-from flatlab.probes import refuse_training
-
-
-@dataclass(frozen=True, eq=False)
-class ClassMaps:
-    """Where images hold evidence for a class.
-
-    Attributes:
-        maps: (N, H, W) at the images' size, not negative, in the units of the logit; zero where nothing speaks for it.
-        classes: (N,) the class that each map explains.
-        layer: name of the module whose outputs were weighed.
-        grid: its height and width.
-    """
-
-    maps: FloatArray
-    classes: tuple[int, ...]
-    layer: str
-    grid: tuple[int, int]
-
-    def scaled(self) -> FloatArray:
-        """Return the maps, each divided by its own largest value, as papers show them; zero maps stay zero."""
-        peaks = self.maps.max(axis=(1, 2), keepdims=True)
-        return ratio(self.maps, peaks, 0.0)
+from flatlab.results.estimate import FloatArray
+from flatlab.results.gradcam import ClassMaps, agreement
 
 
 def gradcam(

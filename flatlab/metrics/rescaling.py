@@ -8,8 +8,7 @@ import copy
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
 
 from flatlab.errors import UserError
+from flatlab.results.scale_audit import By, Pair, Refusal
 from flatlab.seeds import generator
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -30,24 +30,6 @@ FUNCTIONS = {F.relu, F.leaky_relu, torch.relu, torch.flatten, F.dropout, F.max_p
 FUNCTIONS |= {F.adaptive_avg_pool2d, F.adaptive_max_pool2d, torch.max_pool2d}
 METHODS = {"relu", "relu_", "flatten", "contiguous"}
 BENT = {"ReLU6": "it is cut off at 6", "Hardtanh": "it is cut off", "LayerNorm": "it divides by the scale itself"}
-By = Literal["layer", "channel"]
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Two modules that can be scaled against each other: the first's outputs by c, the second takes it back."""
-
-    first: str
-    second: str
-    kind: Literal["norm", "layers"]
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """A layer that cannot be scaled against the one behind it, and why."""
-
-    first: str
-    reason: str
 
 
 def find_pairs(model: nn.Module) -> tuple[list[Pair], list[Refusal]]:

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from flatlab.specs import AverageSpec
+from flatlab.specs.run import AverageSpec
 from flatlab.train.means import Mean, Saved, Weights
 from flatlab.train.swad import Published, Released
 

@@ -1,21 +1,26 @@
-"""Derived runs: made from a finished run's selected checkpoint, without training."""
+"""Runs that are made from finished ones: rounded, compensated (OBC), ensembles."""
 
 import time
+from dataclasses import replace
 
 import torch
 
-from flatlab import build, files
+from flatlab import environment, files
 from flatlab.errors import UserError
-from flatlab.models import Network
+from flatlab.loading import data as loading_data
+from flatlab.loading import network as loading_network
+from flatlab.models.networks import Ensemble, Network
 from flatlab.quant.attach import quantized_layers
 from flatlab.quant.calibration import second_moments
 from flatlab.quant.codebook import levels, searched_scale
 from flatlab.quant.fixed import Fixed
 from flatlab.quant.obc import Rounded, obc
-from flatlab.quantspecs import OBCSpec, RTNSpec
-from flatlab.runs import RunStore, check_data
-from flatlab.specs import Place, RunSpec
+from flatlab.specs.quantizers import OBCSpec, RTNSpec
+from flatlab.specs.run import Place, RunSpec
+from flatlab.store.runs import RunStore, check_data
+from flatlab.train.evaluate import Judge
 from flatlab.train.imported import hand_in
+from flatlab.train.trajectory import arrays
 
 
 def derive(spec: RunSpec, store: RunStore, place: Place) -> None:
@@ -36,12 +41,12 @@ def derive(spec: RunSpec, store: RunStore, place: Place) -> None:
     if not parent.done:
         raise UserError(f"Run {spec.digest} is made from run {parent.spec.digest}, which is not finished; train that.")
     started = time.monotonic()
-    domains = build.domains(spec, place)
+    domains = loading_data.domains(spec, place)
     parent.check_data(domains.data.fingerprint)
-    with build.threads(place.threads):
-        network = build.network(spec.replace(weights="none"), domains.data, place).eval()
+    with loading_data.threads(place.threads):
+        network = loading_network.network(spec.replace(weights="none"), domains.data, place).eval()
         arrays, facts = files.load_arrays(parent.checkpoint("selected"))
-        build.load(network, arrays)
+        loading_network.load(network, arrays)
         notes = quantize(network, spec, domains, place)
         run.create()
         hand_in(run, network, domains, place, row={"step": facts["step"], "layers": notes})
@@ -50,11 +55,13 @@ def derive(spec: RunSpec, store: RunStore, place: Place) -> None:
 
 
 @torch.no_grad()
-def quantize(network: Network, spec: RunSpec, domains: build.Domains, place: Place) -> dict[str, dict[str, object]]:
+def quantize(
+    network: Network, spec: RunSpec, domains: loading_data.Domains, place: Place
+) -> dict[str, dict[str, object]]:
     """Quantize a network in place by rounding or OBC; return what to note of each layer."""
     notes: dict[str, dict[str, object]] = {}
     moments = _moments(network, spec.quantizer, domains, place) if isinstance(spec.quantizer, OBCSpec) else {}
-    build.quantize(network, spec)
+    loading_network.quantize(network, spec)
     for name, quantized in quantized_layers(network).items():
         assert isinstance(quantized.quantizer, Fixed)
         match spec.quantizer:
@@ -69,7 +76,42 @@ def quantize(network: Network, spec: RunSpec, domains: build.Domains, place: Pla
     return notes
 
 
-def _moments(network: Network, spec: OBCSpec, domains: build.Domains, place: Place) -> dict[str, torch.Tensor]:
+def _moments(network: Network, spec: OBCSpec, domains: loading_data.Domains, place: Place) -> dict[str, torch.Tensor]:
     each = -(-spec.images // len(domains.sources))  # the domains weigh the same, as in training
-    parts = domains.calibration(each, build.device(place))
+    parts = domains.calibration(each, loading_data.device(place))
     return second_moments(network, (inputs for batches in parts for inputs, _ in batches))
+
+
+def join(spec: RunSpec, store: RunStore, place: Place) -> None:
+    """Put an ensemble together from its members, each at the checkpoint that its own validation selects.
+
+    Args:
+        spec: of the ensemble.
+        store: holds the members, finished, and receives the ensemble.
+        place: data folder, device.
+
+    Raises:
+        UserError: where a member is not finished, or was trained on other data.
+    """
+    run = store.run(spec)
+    check_data([run], place)
+    if run.done:
+        return
+    domains = loading_data.domains(spec, place)
+    weights: files.Arrays = {}
+    for index, member in enumerate(map(store.run, spec.members)):
+        if not member.done:
+            raise UserError(f"Run {member.spec.digest} is not finished: train it before it joins an ensemble.")
+        member.check_data(domains.data.fingerprint)
+        found, _ = files.load_arrays(member.checkpoint("selected"))
+        weights |= {f"members.{index}.{name}": array for name, array in found.items()}
+    network = loading_network.finished(spec, domains.data, place)
+    assert isinstance(network, Ensemble)
+    loading_network.load(network, weights)
+    run.create()
+    row = Judge(replace(domains, tested={}), loading_data.device(place)).row(network.eval(), spec.steps)
+    run.write_log([{**row, "looks": 1}])
+    for name in ("selected", "last"):
+        files.save_arrays(run.checkpoint(name), arrays(network.state_dict()), {"step": spec.steps})
+    run.note(**place.model_dump(), data_fingerprint=domains.data.fingerprint, machine=environment.facts())
+    run.finish()

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flatlab.build import Batches, Domains
-from flatlab.memory import Halving
-from flatlab.selection import Row
+from flatlab.loading.data import Batches, Domains
+from flatlab.store.selection import Row
+from flatlab.tensors.memory import Halving
 
 Score = dict[str, float]
 

@@ -2,19 +2,21 @@
 
 from pathlib import Path
 
-from flatlab import build, files, machine
+from flatlab import environment, files
 from flatlab.errors import UserError
-from flatlab.exported import Export, JointExport, is_export, load_exported, opened, packed
-from flatlab.foreign import fitted, read_foreign
-from flatlab.models import Network
+from flatlab.loading import data as loading_data
+from flatlab.loading import network as loading_network
+from flatlab.loading.export import Export, JointExport, is_export, load_exported, opened, packed
+from flatlab.models.foreign import fitted, read_foreign
+from flatlab.models.networks import Network
 from flatlab.quant.attach import attach_each, layers
 from flatlab.quant.codebook import levels
 from flatlab.quant.fixed import Fixed
-from flatlab.quantspecs import RTNSpec
-from flatlab.runs import Run, RunStore, check_data
-from flatlab.selection import Row
-from flatlab.settings import Setting
-from flatlab.specs import Place, RunSpec
+from flatlab.specs.quantizers import RTNSpec
+from flatlab.specs.run import Place, RunSpec
+from flatlab.specs.settings import Setting
+from flatlab.store.runs import Run, RunStore, check_data
+from flatlab.store.selection import Row
 from flatlab.train.evaluate import Judge
 from flatlab.train.trajectory import arrays as arrays_of
 
@@ -44,11 +46,11 @@ def import_checkpoint(file: Path, setting: Setting, store: RunStore, place: Plac
     check_data([run], place)
     if run.done:
         return spec
-    domains = build.domains(spec, place)
+    domains = loading_data.domains(spec, place)
     if exported:
         network = _rebuilt(spec, file, domains, place)
     else:
-        network = build.network(spec, domains.data, place)
+        network = loading_network.network(spec, domains.data, place)
         tensors = fitted(read_foreign(file), network.state_dict(), name=setting.model, source=file.name)
         network.load_state_dict(tensors)
     with run.claim() as free:
@@ -60,7 +62,7 @@ def import_checkpoint(file: Path, setting: Setting, store: RunStore, place: Plac
     return spec
 
 
-def hand_in(run: Run, network: Network, domains: build.Domains, place: Place, *, row: Row) -> None:
+def hand_in(run: Run, network: Network, domains: loading_data.Domains, place: Place, *, row: Row) -> None:
     """Write what a training would leave behind but `done`: a log of one row, both checkpoints, provenance.
 
     Args:
@@ -70,11 +72,11 @@ def hand_in(run: Run, network: Network, domains: build.Domains, place: Place, *,
         place: data folder, device, threads.
         row: the step that the weights are of, and more for the log.
     """
-    scores = Judge(domains, build.device(place)).row(network, row["step"])
+    scores = Judge(domains, loading_data.device(place)).row(network, row["step"])
     run.write_log([{**scores, **row, "looks": 1}])
     for name in ("selected", "last"):
         files.save_arrays(run.checkpoint(name), arrays_of(network.state_dict()), {"step": row["step"]})
-    run.note(**place.model_dump(), data_fingerprint=domains.data.fingerprint, machine=machine.facts())
+    run.note(**place.model_dump(), data_fingerprint=domains.data.fingerprint, machine=environment.facts())
 
 
 def _as_exported(spec: RunSpec, arrays: files.Arrays, facts: Export | JointExport) -> RunSpec:
@@ -97,7 +99,7 @@ def _as_exported(spec: RunSpec, arrays: files.Arrays, facts: Export | JointExpor
     return spec.replace(model=facts.network.name, quantizer=quantizer)
 
 
-def _rebuilt(spec: RunSpec, file: Path, domains: build.Domains, place: Place) -> Network:
+def _rebuilt(spec: RunSpec, file: Path, domains: loading_data.Domains, place: Place) -> Network:
     """Return the network of an exported file, its codes settled in the quantizers that its spec names."""
     arrays, facts = opened(file)
     assert isinstance(facts, Export)
@@ -112,9 +114,9 @@ def _rebuilt(spec: RunSpec, file: Path, domains: build.Domains, place: Place) ->
         if layers(baked).keys() != codes.keys():
             raise UserError(f"{file.name} holds codes of some layers only, which an imported run cannot have.")
         attach_each(baked, lambda name, *_: Fixed(codes[name].codes, codes[name].scale, span))
-    network = build.finished(spec, domains.data, place)
+    network = loading_network.finished(spec, domains.data, place)
     assert isinstance(network, Network)
-    build.load(network, arrays_of(baked.state_dict()))
+    loading_network.load(network, arrays_of(baked.state_dict()))
     return network.eval()
 
 

@@ -17,18 +17,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flatlab import build, files, machine
+from flatlab import environment, files
 from flatlab.errors import UserError
-from flatlab.memory import out_of_memory
-from flatlab.models import Network, set_training
-from flatlab.runs import Run, RunStore, check_data
-from flatlab.selection import Row, candidates, training_domain
-from flatlab.specs import Place, RunSpec
+from flatlab.loading import data as loading_data
+from flatlab.models.networks import Network, set_training
+from flatlab.specs.run import Place, RunSpec
+from flatlab.store.runs import Run, RunStore, check_data
+from flatlab.store.selection import Row, candidates, training_domain
+from flatlab.tensors.memory import out_of_memory
+from flatlab.train.batches import refresh, stream
 from flatlab.train.derived import derive
 from flatlab.train.evaluate import Judge, Score, mean
 from flatlab.train.objectives import objective_of
 from flatlab.train.steps import Step
-from flatlab.train.streams import refresh, stream
 from flatlab.train.trajectory import Member, Trajectory, arrays
 
 Report = Callable[[int, int, dict[str, float]], None]  # steps made, steps in all, numbers to show
@@ -68,7 +69,7 @@ def train(
     runs = [run for run in map(store.run, specs) if not run.done]
     if runs:
         training = Training(runs, store, place, forks=forks, keep_every=keep_every)
-        with build.threads(training.threads):
+        with loading_data.threads(training.threads):
             training.run(report)
 
 
@@ -87,14 +88,14 @@ class Training:
         self.runs, self.forks = runs, set(forks)
         self.spec = runs[0].spec.trajectory
         self.kept = self.spec.iterates(keep_every) if keep_every else range(0)
-        self.domains = build.domains(self.spec, place)
+        self.domains = loading_data.domains(self.spec, place)
         self.lineage = runs[0].lineage  # keeps the forks for its children
         self.parent = store.run(self.spec.parent) if self.spec.parent else None
         for run in (*runs, self.lineage):
             run.check_data(self.domains.data.fingerprint)
         place = place.replace(threads=self._threads() or place.threads)
         self.threads = place.threads
-        self.device = build.device(place)
+        self.device = loading_data.device(place)
         self.judge = Judge(self.domains, self.device)
         self.trajectory = Trajectory(runs, self.domains, place)
         self.shadow: Network | None = None  # holds averages while they are evaluated
@@ -167,7 +168,7 @@ class Training:
         how = self._take_up()
         self.started = self.saved = time.monotonic()
         self.session = {"from_step": self.trajectory.next_step, "how": how}
-        facts = {**place.model_dump(), "device": str(self.device), "machine": machine.facts()}
+        facts = {**place.model_dump(), "device": str(self.device), "machine": environment.facts()}
         for run in self.runs:
             run.create()
             past = run.provenance.get("sessions", [])

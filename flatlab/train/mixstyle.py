@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from flatlab.errors import UserError
 from flatlab.seeds import derive
-from flatlab.specs import MixSpec
+from flatlab.specs.run import MixSpec
 
 EPS = 1e-6  # under the root of the variance, as khanrc/swad
 

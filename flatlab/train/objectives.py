@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flatlab.data.batches import Batch
-from flatlab.models import STAGES, Network
-from flatlab.specs import RunSpec
+from flatlab.models.networks import STAGES, Network
+from flatlab.specs.run import RunSpec
 from flatlab.train.mixstyle import mixing
 
 Objective = Callable[[Network, Batch, int], Tensor]

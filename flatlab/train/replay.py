@@ -12,14 +12,16 @@ from typing import Any
 
 from torch import Tensor
 
-from flatlab import build, files
-from flatlab.runs import Run
-from flatlab.selection import Row, candidates, training_domain
-from flatlab.specs import AverageSpec, Place, RunSpec
+from flatlab import files
+from flatlab.loading import data as loading_data
+from flatlab.loading import network as loading_network
+from flatlab.specs.run import AverageSpec, Place, RunSpec
+from flatlab.store.runs import Run
+from flatlab.store.selection import Row, candidates, training_domain
 from flatlab.train import averages
 from flatlab.train.averages import Running
+from flatlab.train.batches import refresh
 from flatlab.train.evaluate import Judge, mean
-from flatlab.train.streams import refresh
 from flatlab.train.swad import SWAD
 
 Report = Callable[[int, int], None]  # checkpoints seen, checkpoints in all
@@ -98,7 +100,7 @@ def replay(run: Run, rules: Mapping[str, AverageSpec], place: Place, *, report: 
         UserError: where the run was not trained here, is not finished, or has not kept its checkpoints.
     """
     every = run.kept_each()
-    with build.threads(run.lineage.provenance.get("threads") or place.threads):
+    with loading_data.threads(run.lineage.provenance.get("threads") or place.threads):
         replaying = _Replaying(run, every, place)
         observers = {name: replaying.observer(rule) for name, rule in rules.items()}
         for count, step in enumerate(replaying.kept, 1):
@@ -134,12 +136,12 @@ class _Replaying:
     """The trajectory's network, brought from checkpoint to checkpoint."""
 
     def __init__(self, run: Run, every: int, place: Place) -> None:
-        self.spec, self.every, self.device = run.spec.trajectory, every, build.device(place)
+        self.spec, self.every, self.device = run.spec.trajectory, every, loading_data.device(place)
         self.kept = {step: path for step, path in run.kept().items() if step in self.spec.iterates(every)}
-        self.domains = build.domains(self.spec, place)
+        self.domains = loading_data.domains(self.spec, place)
         run.check_data(self.domains.data.fingerprint)
         self.judge = Judge(self.domains, self.device)
-        self.network = build.finished(self.spec, self.domains.data, place)
+        self.network = loading_network.finished(self.spec, self.domains.data, place)
         self.shadow = copy.deepcopy(self.network)  # holds averages while they are evaluated
         self.losses: dict[int, float] = {}
 
@@ -153,7 +155,7 @@ class _Replaying:
 
     def show(self, step: int, observers: list[_Observer]) -> None:
         """Let the observers see a checkpoint; log those that are evaluated as they go, where the run was."""
-        build.load(self.network, files.load_arrays(self.kept[step])[0])
+        loading_network.load(self.network, files.load_arrays(self.kept[step])[0])
         validate = cache(partial(self._validate, step))
         interval = 1 if self.spec.eval_every <= self.every else _upwards(self.spec.eval_every, self.every)
         for observer in observers:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from flatlab.models import frozen_statistics
+from flatlab.models.networks import frozen_statistics
 
 Closure = Callable[[], Tensor]
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from flatlab.specs import AverageSpec
+from flatlab.specs.run import AverageSpec
 from flatlab.train.means import Mean, Saved, Weights
 
 

@@ -8,16 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flatlab import build, files
+from flatlab import files
+from flatlab.loading import data as loading_data
+from flatlab.loading import network as loading_network
 from flatlab.quant.attach import clamp_scales
-from flatlab.quantspecs import INQSpec, QuantSpec
-from flatlab.runs import Run
-from flatlab.selection import Row
-from flatlab.specs import Place, RunSpec
+from flatlab.specs.quantizers import INQSpec, QuantSpec
+from flatlab.specs.run import Place, RunSpec
+from flatlab.store.runs import Run
+from flatlab.store.selection import Row
 from flatlab.train import averages
-from flatlab.train.stages import Stages
 from flatlab.train.steps import SAM, Plain, Step
-from flatlab.train.weightnoise import WeightNoise
+from flatlab.train.switch import Stages, WeightNoise
 
 SCALE_EPS = 1e-12  # Adam's eps for step sizes: their gradients are small, and the usual 1e-8 would show
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # Adam's
@@ -39,9 +40,9 @@ class Member:
 class Trajectory:
     """Network, optimizer and observers: together, the state of a training."""
 
-    def __init__(self, runs: Sequence[Run], domains: build.Domains, place: Place) -> None:
+    def __init__(self, runs: Sequence[Run], domains: loading_data.Domains, place: Place) -> None:
         self.spec: RunSpec = runs[0].spec.trajectory
-        self.network = build.network(self.spec, domains.data, place)
+        self.network = loading_network.network(self.spec, domains.data, place)
         groups = [{"params": list(group.values()), "role": role} for role, group in self._roles().items() if group]
         self.optimizer = torch.optim.Adam(groups, lr=self.spec.lr, weight_decay=self.spec.weight_decay, fused=True)
         self.members = [Member(run, averages.build(run.spec.average, switch=self.spec.switch)) for run in runs]
@@ -53,7 +54,7 @@ class Trajectory:
         self.noise: WeightNoise | None = None
 
     def _roles(self) -> dict[str, dict[str, nn.Parameter]]:
-        return build.roles(self.network)
+        return loading_network.roles(self.network)
 
     def step_rule(self) -> Step:
         """Return the spec's step rule; SAM moves all parameters but step sizes."""
@@ -68,7 +69,7 @@ class Trajectory:
         The optimizer keeps the latent weights with their moments (they stay the same parameters) and receives the
         step sizes as a group of their own. QT-DoG's released code does neither; `frozen` does as it does.
         """
-        quantizer, scales = self.spec.quantizer, build.quantize(self.network, self.spec)
+        quantizer, scales = self.spec.quantizer, loading_network.quantize(self.network, self.spec)
         if isinstance(quantizer, QuantSpec):
             group = {"params": scales, "role": "scales", "lr": quantizer.scale_lr}
             self.optimizer.add_param_group({**group, "eps": SCALE_EPS, "weight_decay": 0.0})
@@ -141,7 +142,9 @@ class Trajectory:
     def _restore(self, saved: files.Arrays, facts: dict[str, Any]) -> None:
         if self.spec.switch is not None and facts["next_step"] > self.spec.switch:
             self.switch()
-        build.load(self.network, {n.removeprefix("network/"): a for n, a in saved.items() if n.startswith("network/")})
+        loading_network.load(
+            self.network, {n.removeprefix("network/"): a for n, a in saved.items() if n.startswith("network/")}
+        )
         for name, parameter in self.network.named_parameters():
             found = {m: saved[f"adam/{m}/{name}"] for m in MOMENTS if f"adam/{m}/{name}" in saved}
             if found:

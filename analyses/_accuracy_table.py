@@ -1,0 +1,268 @@
+"""A table of accuracies as the paper prints it: our runs line by line, the printed numbers beside comparable ones.
+
+A module of `analyses/` declares lines and columns, and takes everything else from here. Torch-free. Accuracies are
+percent, at the checkpoint that training-domain validation selects; intervals are over seeds.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from analyses import _rank_agreement
+from flatlab import plots
+from flatlab.report import tables, verdicts
+from flatlab.report.percent import BY, PANELS, accuracies, ensembles, over_datasets, over_members, over_seeds
+from flatlab.resources import published
+from flatlab.specs.methods import METHODS, is_papers, replicates
+from flatlab.specs.run import RunSpec
+from flatlab.specs.settings import Setting
+from flatlab.store.runs import RunStore
+
+SUMMARY = (
+    "Difference to the first line in points, paired by held-out domain and seed, 95 % intervals, each alone; "
+    "* p < 0.05 after Holm over the lines of a column"
+)
+AVERAGE = "Avg"
+COLUMNS = [*BY, "method", "held_out", "seed", "value", "stderr", "low", "high", "over"]
+COLUMNS += ["published", "published_stderr", "comparable"]
+
+
+class Printed(NamedTuple):
+    """A number of the paper: mean and standard error over its trials."""
+
+    value: float = float("nan")
+    stderr: float = float("nan")
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a table.
+
+    Attributes:
+        label: the line's name in our table.
+        method: a key of `METHODS`.
+        changes: fields of the setting, as this line has them.
+        printed: what tells the paper's line from its others, such as {"bits": 8}.
+    """
+
+    label: str
+    method: str
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    printed: Mapping[str, Any] = field(default_factory=dict)
+
+    def runs(self, setting: Setting) -> list[RunSpec]:
+        """Return the line's runs: one for each held-out domain and seed."""
+        return replicates(METHODS[self.method], setting.replace(**self.changes))
+
+
+@dataclass(frozen=True)
+class PaperTable:
+    """A table: its number in the paper, its lines (the first is the baseline), and the paper's columns.
+
+    Attributes:
+        number: as in published.json.
+        lines: the first one is what the others are compared with.
+        columns: data set -> panel -> the paper's column. Panels: "out", "test" (images kept for it), and "in", which
+            is of test images where the runs keep such, else of those that select.
+        domains: whether the paper prints a column for each held-out domain.
+        average: the paper's column of the mean over all data sets, where it prints one.
+    """
+
+    number: str
+    lines: tuple[Line, ...]
+    columns: Mapping[str, Mapping[str, str]]
+    domains: bool = False
+    average: str = ""
+
+    @property
+    def baseline(self) -> str:
+        """The line that is subtracted."""
+        return self.lines[0].label
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The table as the paper prints it."""
+        found: dict[str, Any] = published()["tables"][self.number]
+        return found
+
+    @property
+    def order(self) -> list[str]:
+        """The lines' names, in order."""
+        return [line.label for line in self.lines]
+
+    def labelled(self, setting: Setting) -> list[tuple[str, RunSpec]]:
+        """Return each run with its line's name."""
+        return [(line.label, run) for one in setting.each for line in self.lines for run in line.runs(one)]
+
+    def plan(self, setting: Setting) -> tuple[list[RunSpec], list[Any]]:
+        """Return the runs that the table needs; it measures nothing."""
+        return [run for _, run in self.labelled(setting)], []
+
+    def table(self, store: RunStore, setting: Setting) -> pd.DataFrame:
+        """Return accuracies in percent: of each run, over seeds of each held-out domain and of their mean.
+
+        Of an ensemble also the mean over its members, each alone (`over` is "members").
+        """
+        wanted, panels = self.labelled(setting), self._panels(setting)
+        each = accuracies(store, wanted, panels)
+        if self.average and each["dataset"].nunique() > 1:
+            each = pd.concat([each, over_datasets(each, self._average(setting))], ignore_index=True)
+        parts = [each.assign(over="run"), *over_seeds(each), *over_members(store, wanted, panels)]
+        return self._with_published(pd.concat(parts, ignore_index=True), setting)[COLUMNS]
+
+    def _average(self, setting: Setting) -> str:
+        """Return the name of the mean over the data sets at hand: the paper's, where they are all there."""
+        there = [one.dataset for one in setting.each]
+        return f"{AVERAGE}." if {*there} == {*self.columns} else f"{AVERAGE} of {', '.join(there)}"
+
+    def _panels(self, setting: Setting) -> list[str]:
+        """Return what of the logs is shown; in domain, images that select nothing wherever the runs keep such."""
+        declared = dict.fromkeys(panel for panels in self.columns.values() for panel in panels)
+        inside = "test" if setting.test_share else "validation"
+        return [inside if panel == "in" else panel for panel in declared]
+
+    def printed(self, label: str, dataset: str, panel: str, held_out: str) -> Printed:
+        """Return the paper's number for one of ours; none where it printed none."""
+        line = next(line for line in self.lines if line.label == label)
+        columns = {**self.columns, f"{AVERAGE}.": {"out": self.average}}.get(dataset, {})
+        of_domain = self.domains and held_out != "all"
+        if not columns or (held_out != "all" and not self.domains):
+            return Printed()
+        column = held_out if of_domain else columns.get("in" if panel == "validation" else panel, "")
+        rows = [row for row in self.facts["rows"] if line.printed and line.printed.items() <= row.items()]
+        found = rows[0].get(column) if rows else None
+        if not isinstance(found, dict):
+            return Printed()
+        return Printed(found["mean"], np.nan if found["std"] is None else found["std"])
+
+    def _with_published(self, frame: pd.DataFrame, setting: Setting) -> pd.DataFrame:
+        """Fill in what the paper printed, but only where it did the same as we: on the same data, by its protocol."""
+        same = self._same(setting)
+        beside = [
+            self.printed(method, dataset, panel, held_out)
+            if over == "seeds" and (method, dataset, held_out == "all") in same
+            else Printed()
+            for dataset, panel, method, held_out, over in frame[[*BY, "method", "held_out", "over"]].itertuples(
+                index=False
+            )
+        ]
+        told = pd.DataFrame(beside, columns=["published", "published_stderr"], index=frame.index)
+        return frame.join(told).assign(comparable=told["published"].notna())
+
+    def _same(self, setting: Setting) -> set[tuple[str, str, bool]]:
+        """Return method, data set, and whether it is the mean over held-out domains, where the paper did the same."""
+        same = set()
+        for line in self.lines:
+            alike = {one.dataset: is_papers(METHODS[line.method], one, line.changes) for one in setting.each}
+            whole = {one.dataset: {*one.held_out} == {*one.domains} for one in setting.each}
+            same |= {(line.label, name, False) for name in alike if alike[name]}
+            same |= {(line.label, name, True) for name in alike if alike[name] and whole[name]}
+            if all(alike.values()) and all(whole.values()):
+                same.add((line.label, self._average(setting), True))
+        return same
+
+    def as_published(self) -> pd.DataFrame:
+        """Return the lines as the paper prints them, in a table of their own."""
+        rows: dict[str, dict[str, str]] = {}
+        for line in self.lines:
+            for row in [row for row in self.facts["rows"] if line.printed and line.printed.items() <= row.items()][:1]:
+                cells = {name: cell for name, cell in row.items() if isinstance(cell, dict)}
+                rows[line.label] = {
+                    name: plus_minus(cell["mean"], np.nan if cell["std"] is None else cell["std"])
+                    for name, cell in cells.items()
+                }
+        return _laid_out(rows)
+
+    def findings(self, frame: pd.DataFrame) -> pd.DataFrame:
+        """Return the differences of all pairs of lines in points; where the paper did the same, whether they agree.
+
+        Families, in each panel: the differences to the first line, and those of the other pairs.
+        """
+        return _rank_agreement.pairs(frame, self.order)
+
+    def summary(self, findings: pd.DataFrame) -> pd.DataFrame:
+        """Return each line's difference to the baseline, a column for each panel."""
+        rows: dict[str, dict[str, str]] = {}
+        for row in findings[findings["baseline"] == self.baseline].to_dict("records"):
+            cells, where = rows.setdefault(row["method"], {}), f"{row['dataset']}, {PANELS[row['panel']]}"
+            starred = row["p_holm"] < verdicts.LEVEL
+            cells[where] = tables.bracketed(row["value"], row["low"], row["high"], digits=2, starred=starred)
+            if row["agrees"]:
+                cells[f"published ({where})"] = f"{row['published']:+.1f}"
+                cells[f"order agrees ({where})"] = row["agrees"]
+        return _laid_out(rows)
+
+    def sheet(self, frame: pd.DataFrame) -> pd.DataFrame:
+        """Return the table as the paper prints one: mean and standard error over seeds; published where comparable."""
+        shown = frame[(frame["over"] == "seeds") & ((frame["held_out"] == "all") | (frame["panel"] == "out"))]
+        rows: dict[str, dict[str, str]] = {label: {} for label in self.order}
+        for row in shown.to_dict("records"):
+            where = f"{PANELS[row['panel']]}, {'mean' if row['held_out'] == 'all' else row['held_out']}"
+            rows[row["method"]][f"{row['dataset']} {where}"] = plus_minus(row["value"], row["stderr"])
+            if row["comparable"]:
+                beside = plus_minus(row["published"], row["published_stderr"])
+                rows[row["method"]][f"published ({row['dataset']} {where})"] = beside
+        return _laid_out(rows)
+
+    def remarks(self, frame: pd.DataFrame) -> list[str]:
+        """Say what the tests say, what was tested, what ensembles gain, and what is odd about the printed numbers."""
+        found = self.findings(frame)
+        first = found[found["baseline"] == self.baseline]
+        said = [*verdicts.sentences(first, unit="points", digits=2), verdicts.statement(first)]
+        panels = found[BY].drop_duplicates().itertuples(index=False)
+        said += [_rank_agreement.sentence(frame, found, *panel) for panel in panels]
+        return [sentence for sentence in [*said, *ensembles(frame)] if sentence] + self.notes()
+
+    def notes(self) -> list[str]:
+        """Return the printed lines that are not made here, and the known misprints and contradictions of the table."""
+        odd = [f"As printed: {each}." for each in published()["anomalies"] if self.number in _tables_named(each)]
+        ours = [line.printed.items() for line in self.lines if line.printed]
+        rows = [row for row in self.facts["rows"] if not any(mine <= row.items() for mine in ours)]
+        names = ", ".join(str(next(iter(row.values()))) for row in rows)
+        return [f"Printed, and not made here: {names}.", *odd] if names else odd
+
+    def protocol(self, setting: Setting) -> str:
+        """Say which domains are held out, and how the numbers come about."""
+        held_out = "; ".join(f"{one.dataset}: {', '.join(one.held_out)}" for one in setting.each)
+        return f"Held out in turn: {held_out}. Checkpoint by training-domain validation; mean over held-out domains."
+
+    def caption(self, setting: Setting) -> str:
+        """Say in a title and a line below which data and seeds the picture shows."""
+        bars = f"Bars: {setting.interval}. Right: less {self.baseline}, paired by held-out domain and seed."
+        return f"Table {self.number}: {setting.words}\n{self.protocol(setting)} {bars}"
+
+    def draw(self, frame: pd.DataFrame, caption: str) -> Figure:
+        """Draw a row of two panels for each column of the table: accuracies, and differences to the baseline."""
+        whole = frame[(frame["over"] == "seeds") & (frame["held_out"] == "all")]
+        less = self.findings(frame)
+        less = less[less["baseline"] == self.baseline].assign(comparable=lambda each: each["published"].notna())
+        return plots.forest(
+            whole.assign(row=_titles(whole)),
+            less.assign(row=_titles(less)),
+            order=self.order,
+            axes=("Accuracy (%)", "Difference (points)"),
+            caption=caption,
+        )
+
+
+def _laid_out(rows: Mapping[str, Mapping[str, str]]) -> pd.DataFrame:
+    """Return a row for each method, with empty cells where there is nothing to tell."""
+    return pd.DataFrame([{"method": method, **cells} for method, cells in rows.items()]).fillna("")
+
+
+def _titles(frame: pd.DataFrame) -> list[str]:
+    return [f"{dataset}, {PANELS[panel]}" for dataset, panel in zip(*(frame[by] for by in BY), strict=True)]
+
+
+def plus_minus(value: float, stderr: float) -> str:
+    """Return "mean ± standard error"; without the latter where there is none."""
+    return f"{value:.1f}" if np.isnan(stderr) else f"{value:.1f} ± {stderr:.1f}"
+
+
+def _tables_named(sentence: str) -> set[str]:
+    return {number for pair in re.findall(r"Tables? (\d+)(?: and (\d+))?", sentence) for number in pair if number}

@@ -1,0 +1,301 @@
+"""Pictures of GradCAM as the paper lays them out, and the numbers that a picture does not tell.
+
+One class serves Figures 6, 7 and 9 to 12: they differ in targets, images and layout.
+"""
+
+import textwrap
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import matplotlib.pyplot as plt
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from flatlab import files, plots
+from flatlab.report import tables
+from flatlab.results.gradcam import agreement, energy
+from flatlab.specs.measurements import CamSpec
+from flatlab.specs.methods import METHODS, radii_by_rise, replicates
+from flatlab.specs.run import RunSpec
+from flatlab.specs.settings import Setting
+from flatlab.store.runs import RunStore
+
+BASELINE, OTHER = "ERM", "QT-DoG"
+METHODS_SHOWN = (BASELINE, OTHER)
+SUMMARY = "QT-DoG less ERM, paired by held-out domain and seed, 95 % intervals over seeds; * excludes 0"
+NUMBERS = {
+    "deletion": "Deletion area\n(low: a telling map)",
+    "insertion": "Insertion area\n(high: a telling map)",
+    "energy": "Energy inside the ink\n(dotted: the ink's area)",
+    "empty": "Empty maps: nothing\nspeaks for the class",
+    "moved": "Agreement with itself\nat moved weights",
+    "vanished": "Maps that vanish\nat moved weights",
+    "agreement": "Agreement of the\ntwo networks",
+}
+COLUMNS = ["quantity", "method", "held_out", "seed", "share", "image", "label", "said", "path"]
+COLUMNS += ["value", "stderr", "low", "high", "over"]
+IMAGES = 24  # of each target: the numbers rest on all of them, the pictures show the first
+DIRECTIONS = 5
+RISES = (0.005, 0.02)  # nats on the seen domains, that name the radii; further out most maps are empty
+# This network's head reads the last grid cell by cell, where averaging gradients over cells leaves 7 maps of 10 empty
+# (measured on ERM and QT-DoG); one stage earlier none is.
+LAYERS = {"digits-cnn": "features.6"}
+
+
+@dataclass(frozen=True)
+class CamFigure:
+    """A figure of GradCAM.
+
+    Attributes:
+        number: of the paper's figure.
+        layout: "pairs" has a row for each target and columns ERM, QT-DoG; "triples" one target, the original first.
+        targets: the paper's held-out domains, and which of ours stand for them elsewhere, by index.
+        first: the first image shown; figures of the same layout go on where others end.
+        shown: images of each target.
+    """
+
+    number: str
+    layout: Literal["pairs", "triples"]
+    targets: dict[str, int]
+    first: int = 0
+    shown: int = 3
+
+    def held_out(self, setting: Setting) -> tuple[str, ...]:
+        """Return the held-out domains: the paper's where the data have them, else those that stand for them."""
+        known = [name for name in self.targets if name in setting.held_out]
+        others = [setting.held_out[i % len(setting.held_out)] for i in self.targets.values()]
+        return tuple(dict.fromkeys(known or others))
+
+    def probe(self, setting: Setting) -> CamSpec:
+        """Return the measurement: all figures share it."""
+        chosen = setting.replace(held_out=self.held_out(setting))
+        radii = setting.radii[1:5:3] if setting.radii else radii_by_rise(chosen, RISES)
+        images = max(IMAGES if setting.images is None else min(IMAGES, setting.images), self.first + self.shown)
+        return CamSpec(images=images, layer=LAYERS.get(setting.model), radii=radii, num_samples=DIRECTIONS)
+
+    def labelled(self, setting: Setting) -> list[tuple[str, RunSpec]]:
+        """Return each run with its method's name."""
+        chosen = setting.replace(held_out=self.held_out(setting))
+        return [(name, spec) for name in METHODS_SHOWN for spec in replicates(METHODS[name], chosen)]
+
+    def plan(self, setting: Setting) -> tuple[list[RunSpec], list[tuple[RunSpec, CamSpec]]]:
+        """Return the runs and the measurements that the figure needs."""
+        runs = [spec for _, spec in self.labelled(setting)]
+        return runs, [(run, self.probe(setting)) for run in runs]
+
+    def table(self, store: RunStore, setting: Setting) -> pd.DataFrame:
+        """Return numbers of each run over images and of each method over seeds, and the pictures by path and index."""
+        probe = self.probe(setting)
+        found = {}
+        for label, spec in self.labelled(setting):
+            run = store.run(spec)
+            arrays, _ = run.measured(probe, label)
+            found[label, spec.held_out, spec.seed] = str(run.probe(probe).result), arrays
+        each = pd.DataFrame(list(_numbers(found)))
+        told, along = each[each["share"].isna()], each[each["share"].notna()]
+        whole = [
+            tables.over_seeds(told, ["quantity", "method"]),
+            tables.over_seeds(along, ["quantity", "method", "share"]),
+        ]
+        shown = pd.DataFrame(list(_pictures(found, range(self.first, self.first + self.shown), setting.seed)))
+        return pd.concat([each, *whole, shown], ignore_index=True).reindex(columns=COLUMNS)
+
+    def caption(self, setting: Setting) -> str:
+        """Say in a title and a line below which data, images and networks the picture shows."""
+        probe = self.probe(setting)
+        moved = " and ".join(f"{each:g}" for each in (setting.radii[1:5:3] if setting.radii else RISES))
+        moved = f"by γ = {moved}" if setting.radii else f"to where ERM's loss rises by {moved} nats on seen domains,"
+        return (
+            f"GradCAM (Figure {self.number}): {setting.words}\n"
+            f"Evidence for the true class in images {self.first + 1} to {self.first + self.shown} of each held-out "
+            f"domain's in split, shuffled by seed {probe.seed}, classes in turn; networks of seed {setting.seed}. Each "
+            "map on its own scale, and below both networks' on one. Numbers: "
+            f"{probe.images} images; bands and bars: {setting.interval}; weights moved {moved} along "
+            f"{probe.num_samples} directions. Layer: {probe.layer or 'the last with a grid'}."
+        )
+
+    def draw(self, frame: pd.DataFrame, caption: str) -> Figure:
+        """Draw the pictures, each map on its own scale and on one, and the numbers below."""
+        shown = frame[frame["quantity"] == "picture"]
+        pairs = self.layout == "pairs"
+        blocks = {"Each map on its own scale": False, "One scale for both networks": True}
+        targets = list(dict.fromkeys(shown["held_out"]))
+        rows = len(targets) if pairs else -(-self.shown // 3)
+        height = 2 * (rows * 0.8 + 0.35)
+        with plots.style():
+            figure = plt.figure(figsize=(7.0, height + 3.4), layout="constrained")
+            above, below = list(figure.subfigures(2, 1, height_ratios=[height, 2.6]))  # type: ignore[arg-type]
+            for part, (title, common) in zip(list(above.subfigures(2, 1)), blocks.items(), strict=True):
+                part.suptitle(title, fontsize=8)
+                (_pairs if pairs else _triples)(part, shown, common=common)
+            _charts(below, frame[frame["over"] == "seeds"])
+            title, _, rest = caption.partition("\n")
+            figure.suptitle(title, fontsize=9)
+            figure.supxlabel("\n".join(textwrap.wrap(rest, 130)), fontsize=6, color="0.3")
+        return figure
+
+
+def findings(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return QT-DoG's numbers less ERM's, paired by held-out domain and seed."""
+    each = frame[(frame["over"] == "images") & frame["share"].isna() & ~frame["quantity"].isin(["agreement", "area"])]
+    return tables.paired(each, BASELINE, ["quantity"])
+
+
+def summary(findings: pd.DataFrame) -> pd.DataFrame:
+    """Return the findings in one line."""
+    cells = findings.assign(
+        cell=[tables.bracketed(v, lo, hi) for v, lo, hi in findings[["value", "low", "high"]].itertuples(index=False)]
+    )
+    return cells.pivot_table(
+        index="method", columns="quantity", values="cell", aggfunc="first", sort=False
+    ).reset_index()
+
+
+def remarks(frame: pd.DataFrame) -> list[str]:
+    """Say in words what the numbers tell apart, and how alike the two networks' maps are."""
+    verdicts = findings(frame).set_index("quantity")["verdict"]
+    whole = frame[(frame["over"] == "seeds") & (frame["quantity"] == "agreement")]["value"].item()
+    said = "; ".join(f"{name} {verdict}" for name, verdict in verdicts.items())
+    empty = frame[(frame["over"] == "seeds") & (frame["quantity"] == "empty")].set_index("method")["value"]
+    shares = " and ".join(f"{share:.0%} of {method}'s" for method, share in empty.items())
+    return [
+        f"QT-DoG's maps against ERM's: {said}. The two networks' maps correlate by {whole:.2f}, image by image.",
+        f"{shares} maps are empty: nothing speaks for the true class once gradients are averaged over the grid.",
+    ]
+
+
+Found = dict[tuple[str, str, int], tuple[str, files.Arrays]]
+
+
+def _numbers(found: Found) -> Iterable[dict[str, Any]]:
+    """Yield one row per run and number, the mean over images; of curves one for each share of the pixels."""
+    for (method, held_out, seed), (_, arrays) in found.items():
+        keys = {"method": method, "held_out": held_out, "seed": seed, "over": "images"}
+        for quantity in ("deletion", "insertion"):
+            curve = arrays[quantity].astype(float)
+            for share, column in zip(np.linspace(0, 1, curve.shape[1]), curve.T, strict=True):
+                yield {**keys, "quantity": quantity, "share": float(share), **tables.estimate(column)}
+            yield {**keys, "quantity": quantity, **tables.estimate(np.trapezoid(curve, dx=1 / (curve.shape[1] - 1)))}
+        if "mask" in arrays:
+            inside = energy(arrays["maps"].astype(float), arrays["mask"])
+            yield {**keys, "quantity": "energy", **tables.estimate(inside[np.isfinite(inside)])}
+            yield {**keys, "quantity": "area", **tables.estimate(arrays["mask"].mean(axis=(1, 2)))}
+        moved = arrays["moved"].astype(float)  # (K, R, N)
+        speaks = arrays["maps"].max(axis=(1, 2)) > 0
+        counts = np.isfinite(moved).sum(axis=(0, 1))
+        kept = np.nansum(moved, axis=(0, 1))[counts > 0] / counts[counts > 0]
+        gone = 1 - counts[speaks] / (moved.shape[0] * moved.shape[1])
+        for quantity, draws in {"empty": 1.0 - speaks, "moved": kept, "vanished": gone}.items():
+            yield {**keys, "quantity": quantity, **tables.estimate(draws)}
+    for (method, held_out, seed), (_, arrays) in found.items():
+        if method == OTHER:
+            other = found[BASELINE, held_out, seed][1]["maps"]
+            alike = agreement(arrays["maps"].astype(float), other.astype(float))
+            keys = {"method": f"{BASELINE} with {OTHER}", "held_out": held_out, "seed": seed, "over": "images"}
+            yield {**keys, "quantity": "agreement", **tables.estimate(alike[np.isfinite(alike)])}
+
+
+def _pictures(found: Found, indices: Iterable[int], seed: int) -> Iterable[dict[str, Any]]:
+    """Yield one row per picture: where its arrays lie, and what the network says of it."""
+    for (method, held_out, trial), (path, arrays) in found.items():
+        for index in indices if trial == seed else ():
+            probabilities = arrays["probabilities"][index]
+            facts = {"image": index, "label": int(arrays["labels"][index]), "said": int(probabilities.argmax())}
+            keys = {"quantity": "picture", "method": method, "held_out": held_out, "seed": trial, "path": path}
+            yield {**keys, **facts, "value": float(probabilities[facts["label"]]), "over": "picture"}
+
+
+# --- drawing ----------------------------------------------------------------------------------------------------------
+
+
+def _pairs(part: Any, shown: pd.DataFrame, *, common: bool) -> None:
+    """Draw a row for each target: each image, and beside it ERM's and QT-DoG's map (the paper's Figure 6)."""
+    targets, images = list(dict.fromkeys(shown["held_out"])), sorted(shown["image"].unique())
+    grid = part.subplots(len(targets), 3 * len(images), squeeze=False)
+    for row, target in zip(grid, targets, strict=True):
+        row[0].set_ylabel(target)
+        for place, image in enumerate(images):
+            mine = shown[(shown["held_out"] == target) & (shown["image"] == image)]
+            original, _ = _arrays(mine["path"].iloc[0], int(image))
+            _show(row[3 * place], original, " ")
+            _explained(row[3 * place + 1 : 3 * place + 3], mine, common=common)
+    for ax, name in zip(grid[0], ("image", *METHODS_SHOWN) * len(images), strict=True):
+        ax.set_title(name, fontsize=7)
+
+
+def _triples(part: Any, shown: pd.DataFrame, *, common: bool) -> None:
+    """Draw original, ERM and QT-DoG for each image, three images in a row (the paper's Figures 9 to 12)."""
+    images = sorted(shown["image"].unique())
+    grid = part.subplots(-(-len(images) // 3), 9, squeeze=False)
+    for start, image in enumerate(images):
+        cells = grid[start // 3, 3 * (start % 3) : 3 * (start % 3) + 3]
+        mine = shown[shown["image"] == image]
+        original, _ = _arrays(mine["path"].iloc[0], int(image))
+        _show(cells[0], original, " ")
+        _explained(cells[1:], mine, common=common)
+    for ax in grid.ravel()[len(images) * 3 :]:
+        ax.set_axis_off()
+    for ax, name in zip(grid[0], ("image", *METHODS_SHOWN) * 3, strict=True):
+        ax.set_title(name, fontsize=7)
+
+
+def _explained(cells: Sequence[Axes], rows: pd.DataFrame, *, common: bool) -> None:
+    """Draw both networks' maps of one image; a wrong answer is named below."""
+    both = [_arrays(path, int(image)) for path, image in rows[["path", "image"]].itertuples(index=False)]
+    peak = max(float(each.max()) for _, each in both)
+    for ax, (image, evidence), (_, row) in zip(cells, both, rows.iterrows(), strict=True):
+        own = peak if common else float(evidence.max())
+        heat = plt.get_cmap("jet")(evidence / own if own > 0 else evidence)[..., :3]
+        _show(ax, 0.5 * image + 0.5 * heat, " " if row["said"] == row["label"] else f"says {row['said']:.0f}")
+
+
+def _arrays(path: str, index: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Return an image (H, W, 3) in [0, 1] and its map (H, W)."""
+    arrays, _ = files.load_arrays(Path(path))
+    image = np.moveaxis(arrays["images"][index].astype(float) / 255, 0, -1)
+    return np.broadcast_to(image, (*image.shape[:2], 3)), arrays["maps"][index].astype(float)
+
+
+def _show(ax: Axes, pixels: npt.NDArray[np.float64], below: str) -> None:
+    ax.imshow(pixels, interpolation="nearest")
+    ax.set(xticks=[], yticks=[])
+    ax.set_xlabel(below, fontsize=5.5, labelpad=1)
+    ax.grid(visible=False)
+    for spine in ax.spines.values():
+        spine.set_visible(False)
+
+
+def _charts(part: Any, whole: pd.DataFrame) -> None:
+    """Draw deletion and insertion curves, and each number with its interval."""
+    left, right = list(part.subfigures(1, 2, width_ratios=[1, 1.5]))
+    axes = left.subplots(1, 2, sharey=True)
+    for ax, quantity in zip(axes, ("deletion", "insertion"), strict=True):
+        mine = whole[(whole["quantity"] == quantity) & whole["share"].notna()]
+        plots.curves(ax, mine, x="share", by="method", order=METHODS_SHOWN)
+        ax.set(title=quantity.capitalize(), xlabel="Share of pixels", ylim=(0, 1))
+        ax.locator_params(axis="x", nbins=3)
+    axes[0].set_ylabel("Probability of the true class")
+    plots.legend_above(left, axes[0], "")
+    told = whole[whole["share"].isna()]
+    names = [name for name in NUMBERS if name in set(told["quantity"])]
+    grid = np.ravel(right.subplots(2, 4))
+    for ax in grid[len(names) :]:
+        ax.set_axis_off()
+    for ax, quantity in zip(grid, names, strict=False):
+        rows = told[told["quantity"] == quantity].set_index("method")
+        for place, (method, row) in enumerate(rows.iterrows()):
+            look: dict[str, Any] = {"color": f"C{METHODS_SHOWN.index(method) if method in METHODS_SHOWN else 2}"}
+            ax.hlines(place, row["low"], row["high"], **look)
+            ax.plot(row["value"], place, plots.MARKERS[place], **look)
+        if quantity == "energy":
+            ax.axvline(told[told["quantity"] == "area"]["value"].mean(), color="0.3", linewidth=0.8, linestyle=":")
+        ax.set(yticks=[], ylim=(1.6, -0.6))
+        ax.set_title(NUMBERS[quantity], fontsize=5.5)
+        ax.locator_params(axis="x", nbins=3)
+        ax.tick_params(axis="x", labelsize=6)
+        ax.grid(visible=False, axis="y")

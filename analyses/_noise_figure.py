@@ -1,0 +1,159 @@
+"""A figure of quantization noise, as the paper has two: which layers, pooled in which ways. Torch-free."""
+
+from dataclasses import dataclass
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from flatlab.report import quantization_noise, tables
+from flatlab.resources import published
+from flatlab.seeds import derive
+from flatlab.specs.measurements import QuantNoiseSpec
+from flatlab.specs.methods import METHODS, replicates
+from flatlab.specs.run import RunSpec
+from flatlab.specs.settings import Setting
+from flatlab.store.runs import RunStore
+
+BASELINE, METHOD = "ERM", "QT-DoG"
+PROBE = QuantNoiseSpec()
+SUMMARY = "KL to the uniform (nats); corrected: less a uniform sample's, 95 % intervals over seeds; * excludes 0; "
+SUMMARY += "refused: share of runs in which the test refuses at 5 %"
+STAGES = ((64, 3), (128, 4), (256, 6), (512, 3))  # of ResNet-50: width and blocks
+
+
+@dataclass(frozen=True)
+class NoiseFigure:
+    """What the paper's figure shows.
+
+    Attributes:
+        number: in the paper.
+        layers: how many of a network's are drawn; one is that of a weight drawn by lot, more are evenly spread.
+        modes: of pooling.
+    """
+
+    number: str
+    layers: int
+    modes: tuple[str, ...]
+
+    @property
+    def published(self) -> list[float]:
+        """The divergences that the paper prints for ResNet-50 at 7 bits, in layers that it does not name."""
+        facts = published()["figures"][self.number]
+        return list(facts["kl_top_to_bottom"]) if "kl_top_to_bottom" in facts else [facts["kl"]]
+
+    @staticmethod
+    def labelled(setting: Setting) -> list[tuple[str, RunSpec]]:
+        """Return each run with its method's name: the quantized ones, and their baseline for the accuracies."""
+        return [(name, spec) for name in (BASELINE, METHOD) for spec in replicates(METHODS[name], setting)]
+
+    def plan(self, setting: Setting) -> tuple[list[RunSpec], list[tuple[RunSpec, QuantNoiseSpec]]]:
+        """Return the runs and the measurements that the figure needs."""
+        every = self.labelled(setting)
+        return [spec for _, spec in every], [(spec, PROBE) for label, spec in every if label == METHOD]
+
+    def table(self, store: RunStore, setting: Setting) -> pd.DataFrame:
+        """Return a row for each layer and mode of each run; `shown` marks those that are drawn."""
+        frame = quantization_noise.statistics(
+            store, [(label, spec, PROBE) for label, spec in self.labelled(setting) if label == METHOD]
+        )
+        mine = (
+            [_by_lot(frame, derive("figure", self.number, setting.seed))]
+            if self.layers == 1
+            else quantization_noise.chosen_layers(frame, most=self.layers)
+        )
+        shown = (frame["run"] == frame["run"].iloc[0]) & frame["layer"].isin(mine) & frame["mode"].isin(self.modes)
+        return frame.assign(shown=shown)
+
+    @staticmethod
+    def findings(frame: pd.DataFrame) -> pd.DataFrame:
+        """Return the divergences of each layer and mode over seeds, and how often a test refuses the uniform."""
+        return quantization_noise.findings(frame)
+
+    @staticmethod
+    def summary(findings: pd.DataFrame) -> pd.DataFrame:
+        """Return the findings as they fit on a screen."""
+        told = [tables.bracketed(*each) for each in findings[["value", "low", "high"]].itertuples(index=False)]
+        names = {"count": "N", "kl": "KL (nats)", "kl_null": "uniform sample"}
+        table = findings.assign(corrected=told, count=findings["count"].round().astype(int)).rename(columns=names)
+        for name in ("KL (nats)", "uniform sample"):
+            table[name] = table[name].map("{:.4f}".format)
+        for test in quantization_noise.TESTS.values():
+            table[f"{test} refused"] = table[test].map("{:.0%}".format)
+        columns = ["mode", "layer", "N", "KL (nats)", "uniform sample", "corrected"]
+        return table[[*columns, *(f"{test} refused" for test in quantization_noise.TESTS.values())]]
+
+    def remarks(self, frame: pd.DataFrame) -> list[str]:
+        """Say how often the noise is told from a uniform one, and what of the published numbers is the estimator's."""
+        said = []
+        for mode, rows in frame.groupby("mode", sort=False):
+            refused = [
+                f"{what} {(rows[name] < quantization_noise.REJECTED).sum()}"
+                for name, what in quantization_noise.TESTS.items()
+            ]
+            said.append(
+                f"{quantization_noise.MODES[str(mode)].capitalize()}: "
+                f"of {len(rows)} layers and runs, refused at 5 % by "
+                f"{', '.join(refused)} ({quantization_noise.REJECTED * len(rows):.0f} would be chance); "
+                f"a uniform sample "
+                f"explains {rows['explained'].median():.0%} of the KL in the median; {rows['clipped'].mean():.2%} "
+                "clipped."
+            )
+        return [*said, *(explained(kl, int(frame["bins"].iloc[0])) for kl in self.published)]
+
+    def caption(self, setting: Setting) -> str:
+        """Say which data and run the picture shows, and what the paper printed."""
+        kls, counts, shares = [], [], []
+        for kl in self.published:
+            kls.append(f"{kl:g}")
+            counts.append(f"{null_count(kl, PROBE.bins):,.0f}")
+            shares.append(f"{null_shares(kl, PROBE.bins).median():.0%}")
+        return (
+            f"Quantization noise at {setting.bits} bits: {setting.dataset}, {setting.model}, {METHOD}\n"
+            f"{setting.held_out[0]} held out, seed {setting.seed}. {quantization_noise.NULL} Published, "
+            f"for layers of ResNet-50 not named: KL {', '.join(kls)}; so much give uniform samples of N = "
+            f"{', '.join(counts)} in {PROBE.bins} bins, explaining {', '.join(shares)} in its median layer."
+        )
+
+    @staticmethod
+    def draw(frame: pd.DataFrame, caption: str) -> Figure:
+        """Draw the layers that are marked."""
+        return quantization_noise.draw(frame[frame["shown"].astype(bool)], caption)
+
+
+def _by_lot(frame: pd.DataFrame, lot: int) -> str:
+    """Return the layer of one weight of the first run: large layers are drawn more often, as there are more of them."""
+    sizes = frame.drop_duplicates("layer").set_index("layer")["count"].cumsum()
+    return str(sizes.index[sizes > lot % int(sizes.iloc[-1])][0])
+
+
+def null_count(kl: float, bins: int) -> float:
+    """Return how large a uniform sample is whose divergence is so large in the mean, (B - 1) / (2 KL)."""
+    return (bins - 1) / (2 * kl)
+
+
+def null_shares(kl: float, bins: int) -> pd.Series:
+    """Return the share of a published divergence that the null explains in each convolution of ResNet-50."""
+    return ((bins - 1) / (2 * pd.Series(resnet50_convolutions())) / kl).clip(upper=1)
+
+
+def explained(kl: float, bins: int) -> str:
+    """Say what share of a published divergence the estimator's bias explains in the layers of ResNet-50."""
+    shares = null_shares(kl, bins)
+    return (
+        f"Published KL {kl:g}, layer and bins not named: with {bins} bins a uniform sample of "
+        f"{null_count(kl, bins):,.0f} weights gives as much; {(shares == 1).sum()} of ResNet-50's {len(shares)} "
+        "convolutions are no larger, and the null explains all of it there; over all layers it explains "
+        f"{shares.median():.0%} in the median ({shares.min():.0%} to {shares.max():.0%})."
+    )
+
+
+def resnet50_convolutions() -> list[int]:
+    """Return the number of weights of each convolution of ResNet-50 (He et al. 2016, Table 1)."""
+    sizes, wide = [3 * 64 * 7 * 7], 64
+    for width, blocks in STAGES:
+        for block in range(blocks):
+            sizes += [wide * width, width * width * 9, width * 4 * width]
+            if block == 0:
+                sizes.append(wide * 4 * width)  # the shortcut
+            wide = 4 * width
+    return sizes

@@ -1,0 +1,106 @@
+"""Is the order of our lines the paper's? Differences of all pairs, and Kendall's tau, with intervals over seeds.
+
+Verbs on the frame that `papertable` makes: rows with `dataset`, `panel`, `method`, `held_out`, `seed`, `value`, `over`,
+`published`. Torch-free.
+"""
+
+import itertools
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from flatlab.report import tables, verdicts
+from flatlab.report.percent import BY, PANELS
+
+
+def pairs(frame: pd.DataFrame, order: Sequence[str]) -> pd.DataFrame:
+    """Return the differences of all pairs of lines, paired by held-out domain and seed; the paper's where comparable.
+
+    The verdict is Holm's within a family: in each panel the pairs with the first line, and the others. `agrees` says
+    whether the order is the paper's: "yes", "no", or "not distinguishable"; empty where nothing is comparable, or the
+    paper tells no difference. Where one line has other seeds than the other, as an ensemble has, the means over all
+    seeds are compared, and there is no interval.
+
+    Args:
+        frame: rows of single runs (`over` is "run") and of lines over seeds ("seeds").
+        order: the lines; of two the later one less the earlier one is told.
+    """
+    each = frame[frame["over"] == "run"]
+    printed = frame[(frame["over"] == "seeds") & (frame["held_out"] == "all")].set_index([*BY, "method"])
+    found = pd.concat([_pair(each, *pair) for pair in itertools.combinations(order, 2)], ignore_index=True)
+    where = found["dataset"] + ", " + found["panel"].map(PANELS)
+    family = where + np.where(found["baseline"] == order[0], f", less {order[0]}", ", other pairs")
+    known = found["p"].notna()
+    read = known | ~known.groupby(family).transform("any")  # an ensemble has no p-value, and counts in no family
+    return _agreement(verdicts.corrected(found, family, read=read), printed)
+
+
+def _pair(each: pd.DataFrame, first: str, second: str) -> pd.DataFrame:
+    """Return the second line less the first: by seed, or of means over all seeds where they have not the same."""
+    both = each[each["method"].isin((first, second))]
+    one, other = (set(both[both["method"] == method]["seed"]) for method in (first, second))
+    if one != other:
+        both = both.groupby(["method", *BY, "held_out"], sort=False)["value"].mean().reset_index().assign(seed="all")
+    return tables.paired(both, first, BY)
+
+
+def _agreement(pairs: pd.DataFrame, printed: pd.DataFrame) -> pd.DataFrame:
+    """Put the paper's differences beside ours, and say whether the order agrees."""
+    mine, base = (
+        printed.reindex(pd.MultiIndex.from_frame(pairs[[*BY, which]], names=[*BY, "method"]))
+        for which in ("method", "baseline")
+    )
+    theirs = mine["published"].to_numpy() - base["published"].to_numpy()
+    spread = np.hypot(mine["published_stderr"].to_numpy(), base["published_stderr"].to_numpy())
+    ours = pairs["verdict"].map({"lower": -1, "higher": 1}).fillna(0).to_numpy()
+    said = np.select(
+        [np.isnan(theirs) | (theirs == 0), ours == 0, ours == np.sign(theirs)], ["", "not distinguishable", "yes"], "no"
+    )
+    return pairs.assign(published=theirs, published_stderr=spread, agrees=said)
+
+
+def sentence(frame: pd.DataFrame, found: pd.DataFrame, dataset: str, panel: str) -> str:
+    """Say how the order of the lines stands to the paper's; nothing where the paper tells none.
+
+    Args:
+        frame: as `pairs` takes it.
+        found: what `pairs` returned.
+        dataset: of the panel.
+        panel: of `PANELS`.
+    """
+    mine = found[(found["dataset"] == dataset) & (found["panel"] == panel) & (found["agrees"] != "")]
+    if mine.empty:
+        return ""
+    same, other = (mine[mine["agrees"] == said] for said in ("yes", "no"))
+    return (
+        f"{dataset}, {PANELS[panel]}: of {len(mine)} pairs of lines {_named(same)} lie distinguishably in the order of "
+        f"the paper, {_named(other)} in the opposite one, and {len(mine) - len(same) - len(other)} are not "
+        f"distinguishable (p < {verdicts.LEVEL} after Holm's correction). "
+        f"Kendall's tau with the printed order: {_bounds(kendall(frame, dataset, panel))}."
+    )
+
+
+def _named(found: pd.DataFrame) -> str:
+    """Return how many pairs these are, and which ones."""
+    signs = found["value"].map(lambda value: "<" if value < 0 else ">")
+    names = [f"{a} {sign} {b}" for a, sign, b in zip(found["method"], signs, found["baseline"], strict=True)]
+    return f"{len(names)} ({'; '.join(names)})" if names else "0"
+
+
+def kendall(frame: pd.DataFrame, dataset: str, panel: str) -> Mapping[str, float]:
+    """Return Kendall's tau-b of our lines' accuracies with the printed ones: mean and interval over seeds."""
+    here = frame[(frame["dataset"] == dataset) & (frame["panel"] == panel)]
+    whole = here[(here["over"] == "seeds") & (here["held_out"] == "all")]
+    printed = whole.set_index("method")["published"].dropna()
+    cells = here[(here["over"] == "run") & here["method"].isin(printed.index)]
+    means = cells.groupby(["seed", "method"])["value"].mean().unstack("seed").loc[printed.index].dropna(axis=1)
+    found = tables.estimate(np.array([stats.kendalltau(means[seed], printed).statistic for seed in means]))
+    return {**found, **{side: float(np.clip(found[side], -1, 1)) for side in ("low", "high")}}  # as tau itself
+
+
+def _bounds(found: Mapping[str, float]) -> str:
+    if not np.isfinite([found["low"], found["high"]]).all():
+        return f"{found['value']:+.2f} (no interval)"
+    return f"{found['value']:+.2f} [{found['low']:+.2f}, {found['high']:+.2f}] over seeds"

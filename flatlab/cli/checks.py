@@ -1,0 +1,151 @@
+"""What is refused before any work begins: values out of range, files in place of folders, names that fit nothing."""
+
+import os
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flatlab.cli.options import DEVICES, FOLDERS, LIMITS, NUMBERS, flag
+from flatlab.data import catalog
+from flatlab.errors import UserError, choose
+
+if TYPE_CHECKING:
+    from flatlab.jobs.plan import Job
+    from flatlab.specs.measurement import Probing
+    from flatlab.specs.run import Place
+    from flatlab.store.runs import Run
+
+
+SHOWN = 5  # parameters in a message
+QUANTIZED = r"\.parametrizations\.(\w+)\.original"
+BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def check(given: dict[str, Any]) -> dict[str, Any]:
+    """Return the options with `~` expanded in paths; refuse numbers out of range, and files in place of folders.
+
+    Args:
+        given: values by the names of options.
+
+    Raises:
+        UserError: says what was expected.
+    """
+    for name, (least, most) in LIMITS.items():
+        _check_range(name, given.get(name), ("integer", ">=", least, most))
+    for name, (sign, low, high) in NUMBERS.items():
+        _check_range(name, given.get(name), ("number", sign, low, high))
+    paths = {name: Path(os.path.expanduser(value)) for name, value in given.items() if isinstance(value, Path)}
+    for name in paths.keys() & set(FOLDERS):
+        _check_folder(name, paths[name])
+    return {**given, **paths}
+
+
+def _check_range(name: str, value: float | None, rule: tuple[str, str, float, float | None]) -> None:
+    kind, sign, low, high = rule
+    if value is None:
+        return
+    if not (value > low if sign == ">" else value >= low):
+        raise UserError(f"{flag(name)} must be {_A[kind]} {sign} {low:g}, got {value}.")
+    if high is not None and value > high:
+        raise UserError(f"{flag(name)} must be {_A[kind]} <= {high}, got {value}.")
+
+
+_A = {"integer": "an integer", "number": "a number"}
+
+
+def _check_folder(name: str, path: Path) -> None:
+    """Refuse a path that is a file, or lies below one."""
+    there = next((each for each in (path, *path.parents) if each.exists()), path)
+    if there.exists() and not there.is_dir():
+        raise UserError(f"{flag(name)} must be a folder, got {path}: {there} is a file.")
+
+
+def device(written: str) -> str:
+    """Return a device's name; only cuda has several, by number."""
+    kind, colon, number = written.partition(":")
+    kind = choose("device", kind, DEVICES)
+    if colon and not (kind == "cuda" and number.isdecimal()):
+        raise UserError(f"--device must be auto, cpu, mps, cuda or cuda:N, got {written}.")
+    return kind + colon + number
+
+
+def weights(written: str) -> str:
+    """Return the setting's name for `--weights`: a file goes by its hash."""
+    if written in ("none", "imagenet"):
+        return written
+    path = Path(written).expanduser()
+    if not path.is_file():
+        raise UserError(f"--weights {written}: no such file; give none, imagenet, or a .safetensors or .pth file.")
+    from flatlab.files import file_hash
+
+    return f"sha256:{file_hash(path)}"
+
+
+def space(found: "Sequence[Run]", wanted: str) -> None:
+    """Refuse latent weights where no run has some, or where nothing follows them."""
+    if wanted == "latent":
+        kinds = {run.spec.quantizer.kind if run.spec.quantizer else "none": run for run in found}
+        if settled := next((kinds[kind] for kind in kinds if kind not in ("none", "lsq")), None):
+            raise UserError(
+                f"--space latent needs weights that LSQ quantizes, and {settled.name} has settled codes; take baked."
+            )
+        if "lsq" not in kinds:
+            raise UserError("--space latent does nothing for runs that are not quantized; leave it out.")
+
+
+def parameters(found: "Iterable[Run]", probes: "Iterable[Probing]") -> None:
+    """Refuse patterns that no parameter of a run matches."""
+    for pattern, checkpoint in {(probe.params, probe.checkpoint) for probe in probes}:
+        for run in found if pattern is not None else ():
+            _some_match(pattern or "", list(_weights(run, checkpoint)), "trainable parameter")
+
+
+def layers(found: "Iterable[Run]", pattern: str | None, checkpoint: str) -> None:
+    """Refuse a pattern that no layer of a run matches."""
+    for run in found if pattern is not None else ():
+        names = [name.rpartition(".")[0] for name, axes in _weights(run, checkpoint).items() if axes > 1]
+        _some_match(pattern or "", names, "layer")
+
+
+def _weights(run: "Run", checkpoint: str) -> dict[str, int]:
+    """Return the names of a checkpoint's parameters with the numbers of their axes, as if nothing were quantized."""
+    from flatlab import files
+
+    arrays, _ = files.load_arrays(run.checkpoint(checkpoint))
+    plain = {name.replace(QUANTIZED, ".weight"): array.ndim for name, array in sorted(arrays.items())}
+    return {
+        name: axes for name, axes in plain.items() if not name.endswith(BUFFERS) and ".parametrizations." not in name
+    }
+
+
+def _some_match(pattern: str, names: list[str], what: str) -> None:
+    if not any(fnmatchcase(name, pattern) for name in names):
+        shown = ", ".join(names[:SHOWN]) + ", ..." * (len(names) > SHOWN)
+        raise UserError(f"No {what} matches {pattern!r}; there are {shown}.")
+
+
+def start(todo: "Sequence[Job]", place: "Place") -> None:
+    """Refuse weights to start from that are not a checkpoint of the model; torchvision downloads its own here, once."""
+    starts = {(run.model, run.weights) for job in todo if not job.probes for run in job.runs if run.weights != "none"}
+    for model, weights in sorted(starts):
+        from flatlab.models.networks import build_network
+
+        if weights == "imagenet" or place.weights_file:
+            build_network(model, num_classes=2, weights=weights if weights == "imagenet" else str(place.weights_file))
+
+
+def domains(splits: "Iterable[str]", place: "Place", dataset: str) -> None:
+    """Refuse domains that the data do not have; "source" and "target" are always there."""
+    names = [name.strip() for each in splits if each not in ("source", "target") for name in each.split(",")]
+    if names:
+        known = catalog.domain_names(dataset, Path(place.data_dir) if place.data_dir else None)
+        for name in names:
+            choose("domain", name, known)
+
+
+def target(path: Path) -> None:
+    """Refuse a file to be written that is a folder, or lies in none."""
+    if path.is_dir() or not path.parent.is_dir():
+        what = "is a folder" if path.is_dir() else f"lies in {path.parent}, which is no folder"
+        raise UserError(f"--file must name a file in an existing folder, got {path}, which {what}.")

@@ -1,0 +1,170 @@
+"""What a person sees while work goes on, and after: bars with time left on a terminal, plain lines elsewhere."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pandas as pd
+from rich import box
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from flatlab.cli.timeleft import TimeLeft
+from flatlab.errors import printable
+from flatlab.jobs.plan import Job
+
+WIDEST = 100_000  # columns where there is no terminal: a pipe gets each row in one line, a terminal folds long cells
+
+
+def _console(*, stderr: bool) -> Console:
+    console = Console(stderr=stderr, highlight=False)
+    return console if console.is_terminal else Console(stderr=stderr, highlight=False, width=WIDEST)
+
+
+out = _console(stderr=False)
+err = _console(stderr=True)
+PLAIN_SECONDS = 5.0  # between two lines where there is no terminal
+
+
+class Board:
+    """Hears the workers' events and shows how far the jobs are, weighed by their cost."""
+
+    def __init__(self, jobs: Sequence[Job], progress: Progress | None, *, workers: int = 1) -> None:
+        self.time = TimeLeft(jobs, workers=workers)
+        self.progress = progress
+        self.bars: dict[str, TaskID] = {}
+        self.told = time.monotonic()
+        self.total = progress.add_task(f"{len(jobs)} jobs", total=1.0, left="") if progress else None
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        """Take in an event, or a line that a worker has to say."""
+        if "note" in event:
+            err.print(printable(event["note"]), soft_wrap=True, markup=False)
+            return
+        name = event["job"]
+        over = bool(event.get("finished") or event.get("error"))
+        self.time.hear(name, event.get("share", 0.0), over=over)
+        if self.progress and self.total is not None:
+            self._bar(name, event, over)
+            self.progress.update(self.total, completed=self.time.done(), description=self._count(), left=self._left())
+        elif time.monotonic() - self.told > PLAIN_SECONDS:
+            self.told = time.monotonic()
+            line = f"{self.time.done():4.0%}  {self._left()}  {printable(name)}{_numbers(event)}"
+            err.print(line, soft_wrap=True, markup=False)
+
+    def _left(self) -> str:
+        left = self.time.left()
+        return "beginning" if left is None else f"{_clock(left)} left"
+
+    def _count(self) -> str:
+        shares = self.time.share.values()
+        return f"{sum(share == 1 for share in shares)} of {len(shares)} jobs"
+
+    def _bar(self, name: str, event: dict[str, Any], over: bool) -> None:
+        assert self.progress
+        if over and name in self.bars:
+            self.progress.remove_task(self.bars.pop(name))
+        elif not over:
+            if name not in self.bars:
+                self.bars[name] = self.progress.add_task(name, total=1.0, left="")
+            self.progress.update(self.bars[name], completed=self.time.share[name], description=name + _numbers(event))
+
+
+@contextmanager
+def board(jobs: Sequence[Job], *, workers: int) -> Iterator[Board]:
+    """Show the progress of jobs that so many workers share, on standard error, while the block runs."""
+    if not err.is_terminal:
+        yield Board(jobs, None, workers=workers)
+        return
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
+    with Progress(*columns, TimeElapsedColumn(), TextColumn("{task.fields[left]}"), console=err) as progress:
+        yield Board(jobs, progress, workers=workers)
+
+
+@contextmanager
+def counter(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Show how many of so many things are done, from the first report on: a bar, or a line each few seconds."""
+    what = printable(what)
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=err, disable=not err.is_terminal) as progress:
+        task = progress.add_task(what, total=None, visible=False)
+        told = time.monotonic()
+
+        def report(done: int, of: int) -> None:
+            nonlocal told
+            progress.update(task, completed=done, total=of, visible=True)
+            if progress.disable and time.monotonic() - told > PLAIN_SECONDS:
+                told = time.monotonic()
+                err.print(f"{what}: {done:,} of {of:,}", soft_wrap=True, markup=False)
+
+        yield report
+
+
+def frame(table: pd.DataFrame, title: str, *, formats: dict[str, str] | None = None) -> None:
+    """Print a frame as a table."""
+    drawn = Table(
+        title=Text(printable(title)),
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    for column in table.columns:
+        numeric = pd.api.types.is_numeric_dtype(table[column])
+        drawn.add_column(Text(printable(str(column))), justify="right" if numeric else "left", overflow="fold")
+    for row in table.itertuples(index=False):
+        drawn.add_row(*(_cell(v, (formats or {}).get(str(c))) for c, v in zip(table.columns, row, strict=True)))
+    out.print(drawn)
+
+
+def plan(jobs: Sequence[Job], seconds_per_pass: float, source: str, *, workers: int) -> None:
+    """Print jobs, passes and estimated time before anything begins."""
+    kinds: dict[str, list[float]] = {}
+    for job in jobs:
+        kinds.setdefault(job.name.partition(" on ")[0], []).append(job.passes)
+    rows = [
+        {
+            "jobs": len(all_),
+            "what": kind,
+            "image passes": f"{sum(all_):,.0f}",
+            "core time": _clock(sum(all_) * seconds_per_pass),
+        }
+        for kind, all_ in kinds.items()
+    ]
+    total = sum(job.passes for job in jobs)
+    longest = max((job.passes for job in jobs), default=0.0)
+    estimate = max(total / workers, longest) * seconds_per_pass
+    if rows:
+        frame(pd.DataFrame(rows), "What is missing")
+    out.print(
+        f"{len(jobs)} jobs, {total:,.0f} image passes, about {_clock(estimate)} with {workers} workers "
+        f"({seconds_per_pass * 1e6:,.0f} µs a pass: {source}).",
+        soft_wrap=True,
+    )
+
+
+def _cell(value: Any, form: str | None) -> Text:
+    """Return a cell as it is: what looks like markup in a foreign name is none."""
+    return Text(format(value, form) if form and isinstance(value, float) else printable(str(value)))
+
+
+def _numbers(event: dict[str, Any]) -> str:
+    shown = event.get("shown", {}).items()
+    return "".join(f"  {name} {value}" if isinstance(value, str) else f"  {name} {value:.3f}" for name, value in shown)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

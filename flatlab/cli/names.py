@@ -1,0 +1,98 @@
+"""Which runs do these words name? The name of a method or of a composition, or the beginning of a digest."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from flatlab.data import catalog
+from flatlab.errors import UserError, choose
+from flatlab.specs.methods import METHODS, Method
+from flatlab.specs.run import RunSpec
+from flatlab.store.runs import Run, RunStore
+
+SHOWN = 8  # candidates in a message
+HEX = set("0123456789abcdef")
+
+
+def named(store: RunStore, words: Sequence[str], *, held_out: str = "all", seed: int | None = None) -> list[Run]:
+    """Return the runs that these words name, each once; of a method's the finished ones, where there are some.
+
+    Args:
+        store: holds them.
+        words: names of methods (QT-DoG) or compositions (sam-swad), or digests, or their beginnings.
+        held_out: of the runs that a name means, those that held these domains out.
+        seed: of the runs that a name means, those of this seed.
+
+    Raises:
+        UserError: where a word names no run, or several.
+    """
+    runs = [run for run in store.runs() if not run.lends]
+    labels = {_plain(run.spec.label) for run in runs} | {_plain(name) for name in METHODS}
+    digests = [word for word in words if _plain(word) not in labels]
+    for word in digests:
+        if not set(word) <= HEX:
+            choose("run, method or composition", word, dict.fromkeys([*METHODS, *(run.spec.label for run in runs)]))
+    if len(digests) == len(words) and (held_out.strip().lower() != "all" or seed is not None):
+        raise UserError("--held-out and --seed choose among the runs of a method; with digests, leave them out.")
+    found = []
+    for word in words:
+        if word in digests:
+            found.append(store.find(word))
+            continue
+        mine = [run for run in runs if means(word, run.spec)]
+        mine = [run for run in mine if run.done] or mine
+        mine = [run for run in mine if seed in (None, run.spec.seed) and _held_out(run.spec, held_out)]
+        found.append(_only(mine, word, store))
+    return list({run.path: run for run in found}.values())
+
+
+def means(word: str, spec: RunSpec) -> bool:
+    """Whether a word is the name of a run's method or composition."""
+    parts = next((parts for name, parts in METHODS.items() if _plain(name) == _plain(word)), None)
+    if parts is None:
+        return _plain(word) == _plain(spec.label)
+    if spec.source:
+        return False
+    return bool(parts.members) == bool(spec.members) and replace(parts, note="", members=0) == _parts(spec)
+
+
+def _plain(name: str) -> str:
+    return name.strip().lower().replace("_", "-")
+
+
+def _parts(spec: RunSpec) -> Method:
+    """Return the composition that a run was made of, an ensemble's members left out."""
+    mixed = "none" if spec.mixing is None else "mixstyle-across" if spec.mixing.across else "mixstyle"
+    return Method(
+        step=spec.step.kind,
+        average=spec.average.kind,
+        quantizer=spec.quantizer.kind if spec.quantizer else "none",
+        frozen=spec.frozen,
+        noise="none" if spec.noise is None else "kept" if spec.noise.persistent else "fresh",
+        objective=spec.objective,
+        mixing=mixed,  # type: ignore[arg-type]
+        combine=spec.combine,
+    )
+
+
+def _held_out(spec: RunSpec, which: str) -> bool:
+    """Whether a run held one of these domains out, given by name or, of data sets known by name, by index."""
+    known = catalog.facts(spec.dataset)
+    order = list(known.domains) if known else []
+    for word in [which.strip(), *(each.strip() for each in which.split(","))]:
+        at = order[int(word)] if word.isdecimal() and int(word) < len(order) else word
+        if word.lower() == "all" or _plain(at) == _plain(spec.held_out):
+            return True
+    return False
+
+
+def _only(runs: Sequence[Run], word: str, store: RunStore) -> Run:
+    if len(runs) == 1:
+        return runs[0]
+    if not runs:
+        raise UserError(f"No run of {word} in {store.root} fits; `flatlab runs list` shows them all.")
+    shown = [f"{each.spec.digest[:8]} ({each.spec.held_out}, seed {each.spec.seed})" for each in runs[:SHOWN]]
+    more = f" and {len(runs) - SHOWN} more" if len(runs) > SHOWN else ""
+    raise UserError(
+        f"{word} names {len(runs)} runs in {store.root}: {', '.join(shown)}{more}; choose one by --held-out, --seed, or"
+        " its digest."
+    )

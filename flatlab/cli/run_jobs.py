@@ -1,0 +1,202 @@
+"""What commands have done for them: jobs carried out under a bar, or priced and foreseen; and their last words."""
+
+import re
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from flatlab.cli import checks
+from flatlab.cli.choices import Choices
+from flatlab.cli.errors import say
+from flatlab.errors import UserError
+from flatlab.files import strict_json
+
+
+def carry_out(chosen: Choices, todo: Sequence[Any], place: Any = None) -> None:
+    """Do jobs in worker processes, images decoded first.
+
+    Args:
+        chosen: what the user chose.
+        todo: the jobs.
+        place: where; as chosen, if not given.
+    """
+    from flatlab import reproduce
+    from flatlab.cli import display
+
+    place = place or chosen.place()
+    if todo:
+        checks.start(todo, place)
+        for folder in (chosen.out, chosen.tensorboard):
+            if folder:  # before the work: a folder that cannot be made would end it without its pictures
+                folder.mkdir(parents=True, exist_ok=True)
+    _decode({(spec.dataset, spec.image_size) for job in todo for spec in job.runs}, place)
+    processes = chosen.processes(len(todo))
+    with display.board(todo, workers=processes) as hear:
+        reproduce.carry_out(list(todo), chosen.runs(), place, workers=processes, hear=hear)
+
+
+def measured(chosen: Choices, found: Sequence[Any], probes: Sequence[Any]) -> bool:
+    """Measure what is missing of runs; or, where that was asked for, only say what it would cost, and return False.
+
+    Args:
+        chosen: what the user chose.
+        found: the runs.
+        probes: what is measured of each.
+    """
+    from flatlab import reproduce
+    from flatlab.data import catalog
+    from flatlab.jobs import plan as jobs_plan
+    from flatlab.store.runs import check_data
+
+    checks.parameters(found, probes)
+    place, dataset = reproduce.place_of(list(found), chosen.place())
+    check_data(found, place)
+    sizes = catalog.sizes(dataset, Path(place.data_dir) if place.data_dir else None)
+    wanted = [(run.spec, probe) for run in found for probe in probes]
+    todo = jobs_plan.missing(chosen.runs(), [], wanted, sizes=sizes)
+    if not chosen.dry_run:
+        carry_out(chosen, todo, place)
+    elif all(getattr(probe, "piloted", False) for probe in probes):
+        foresee(chosen, todo, place)
+    else:
+        price(chosen, todo, found[0].spec)
+    return not chosen.dry_run
+
+
+def _decode(wanted: set[tuple[str, int]], place: Any) -> None:
+    """Bring images into the cache where they are not, before workers start: here it is one bar, and one mistake."""
+    from flatlab.cli import display
+    from flatlab.data import cache, catalog
+
+    folder, kept = (Path(each) if each else None for each in (place.data_dir, place.cache))
+    for dataset, size in sorted(wanted):
+        facts = catalog.facts(dataset)
+        if facts is None or facts.folder:
+            with display.counter(f"{dataset}: decoding images, once") as report:
+                cache.prepare(dataset, data_dir=folder, image_size=size, cache=kept, report=report)
+
+
+def price(chosen: Choices, todo: list[Any], spec: Any) -> None:
+    """Say jobs, passes and estimated time; nothing is begun."""
+    from flatlab.cli import display
+    from flatlab.jobs import plan as jobs_plan
+
+    seconds, source = jobs_plan.seconds_per_pass(chosen.runs(), spec.model, spec.image_size)
+    workers = chosen.processes(len(todo))
+    if not chosen.json:
+        display.plan(todo, seconds, source, workers=workers)
+        return
+    rows = [{"name": job.name, "passes": job.passes, "core_seconds": job.passes * seconds} for job in todo]
+    typer.echo(strict_json({"jobs": rows, "seconds_per_pass": seconds, "source": source, "workers": workers}))
+
+
+def foresee(chosen: Choices, todo: Sequence[Any], place: Any) -> None:
+    """Fly the pilots of measurements, and say what they plan; the plans are kept, and the measurements keep to them."""
+    import pandas as pd
+
+    from flatlab.jobs import plan as jobs_plan
+    from flatlab.measure.runner import measure
+    from flatlab.measure.sphere import foresee
+    from flatlab.specs.rises import ReachSpec
+
+    store = chosen.runs()
+    wanted = [(store.run(job.runs[0]), probe) for job in todo for probe in job.probes]
+    for run, probe in wanted:
+        if isinstance(probe, ReachSpec):
+            measure(run, probe, place)
+    wanted = [(run, probe) for run, probe in wanted if not isinstance(probe, ReachSpec)]
+    rows = [row for run, probe in wanted for row in foresee(run.probe(probe), run, place)]
+    first = wanted[0][0].spec if wanted else None
+    seconds, source = jobs_plan.seconds_per_pass(store, first.model, first.image_size) if first else (0.0, "")
+    plans = pd.DataFrame(rows)
+    if rows:
+        plans["core_seconds"] = plans["images"] * seconds
+    chosen.answer(plans, f"What the pilots plan; seconds are {source}", {"core_seconds": ".1f"})
+
+
+def tell_written(paths: Sequence[Path], sentences: Sequence[str] = ()) -> None:
+    """Say what was found, in sentences, and which files were written."""
+    for sentence in sentences:
+        say(sentence, mark="")
+    say(f"Written: {', '.join(map(str, paths))}", mark="")
+
+
+def catalogue(chosen: Choices) -> None:
+    """Say of each figure and table what it shows, and what is missing to make it."""
+    import pandas as pd
+
+    from flatlab import reproduce
+
+    setting, store, place = chosen.setting(), chosen.runs(), chosen.place()
+    rows = []
+    for name in sorted(reproduce.analyses(), key=_in_order):
+        module = reproduce.analysis(name)
+        lacks = _lacks(reproduce.missing(module, setting, store, place))
+        rows.append({"name": name, "shows": (module.__doc__ or "").splitlines()[0], "missing": lacks})
+    chosen.answer(pd.DataFrame(rows), f"Figures and tables, setting {setting.name}")
+
+
+def _in_order(name: str) -> list[Any]:
+    """Sort fig2 before fig10."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+
+
+def _lacks(todo: Sequence[Any]) -> str:
+    """Say which jobs these are: to train, to put together, to measure."""
+    measured = sum(bool(job.probes) for job in todo)
+    joined = sum(not job.probes and bool(job.runs[0].members) for job in todo)
+    counts = {"to train": len(todo) - measured - joined, "to join": joined, "to measure": measured}
+    return ", ".join(f"{count} {what}" for what, count in counts.items() if count) or "nothing"
+
+
+def everything(chosen: Choices) -> None:
+    """Make all figures and tables: what they need is trained and measured together, once, and goes on where it stopped.
+
+    What cannot be made does not keep the rest from being made; then the command ends with a mistake that says so.
+    """
+    import pandas as pd
+
+    from flatlab import reproduce
+
+    setting, store, place = chosen.setting(), chosen.runs(), chosen.place()
+    modules = {name: reproduce.analysis(name) for name in sorted(reproduce.analyses(), key=_in_order)}
+    todo = reproduce.missing_of(modules.values(), setting, store, place)
+    if chosen.dry_run:
+        price(chosen, todo, setting)
+        return
+    started = time.monotonic()
+    failed: list[str] = []
+    try:
+        carry_out(chosen, todo)
+    except UserError as error:
+        failed.append(str(error))
+    rows = []
+    for name, module in modules.items():
+        try:
+            rows.append(_made(chosen, name, module))
+        except UserError as error:
+            failed.append(f"{name}: {error}")
+            rows.append({"name": name, "made": "no"})
+    made = sum(row["made"] == "yes" for row in rows)
+    title = f"Setting {setting.name}: {made} made in {time.monotonic() - started:.0f} s; costs in seconds"
+    chosen.answer(pd.DataFrame(rows), title, {"trained": ".0f", "measured": ".0f", "drawn": ".1f"})
+    if failed:
+        raise UserError(*failed)
+
+
+def _made(chosen: Choices, name: str, module: Any) -> dict[str, Any]:
+    """Write one figure or table; say what it cost, and how it stands to the paper."""
+    from flatlab import reproduce
+
+    words = zip(sys.argv[1:], sys.argv, strict=False)  # each with the one before: `--held-out all` stays
+    redo = shlex.join(["flatlab", *(name if word == "all" and left != "--held-out" else word for word, left in words)])
+    started = time.monotonic()
+    done = reproduce.write(module, chosen.setting(), chosen.runs(), out=chosen.out, redo=redo)
+    cost = {"trained": done.cost["training_seconds"], "measured": done.cost["measuring_seconds"]}
+    against = " ".join(remark for remark in done.remarks if "paper" in remark)
+    return {"name": name, "made": "yes", **cost, "drawn": time.monotonic() - started, "against the paper": against}

@@ -1,0 +1,137 @@
+"""`flatlab runs` and `flatlab data`: looking after a store and its data sets."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flatlab.cli.choices import Choices, takes
+from flatlab.cli.errors import Commands, say
+from flatlab.cli.names import HEX
+from flatlab.cli.options import NAMED, OneRun, Runs
+from flatlab.errors import UserError, printable
+from flatlab.files import strict_json
+
+runs_app = Commands(help="Look at the runs of a store, and keep it in order.", no_args_is_help=True)
+data_app = Commands(help="Look at data sets.", no_args_is_help=True)
+
+
+@runs_app.command("list", epilog="Example: `flatlab runs list --store runs`")
+@takes("store", "json", "debug")
+def list_runs(chosen: Choices) -> None:
+    """List the runs of a store; exit with 1 where one is damaged."""
+    from flatlab.report import tables
+
+    store = chosen.runs()
+    if not store.folders() and not chosen.json:
+        typer.echo(f"No runs in {store.root} yet: `flatlab train` makes some, and --store names another folder.")
+        return
+    table, faults = tables.overview(store)
+    chosen.answer(table, f"Runs in {store.root}", dict.fromkeys(("validation", "test", "target"), ".3f"))
+    for fault in faults:
+        say(fault)
+    if faults:
+        raise typer.Exit(1)
+
+
+@runs_app.command(epilog="Example: `flatlab runs show 3f2a`")
+@takes(*NAMED, "store", "json", "debug")
+def show(chosen: Choices, run: OneRun) -> None:
+    """Print a run's spec, provenance and log, always as JSON."""
+    from flatlab.report import valleys
+
+    (found,) = chosen.named([run])
+    told = {"spec": found.spec.model_dump(mode="json"), "done": found.done, "provenance": found.provenance}
+    told["kept"] = list(found.kept())
+    told["remarks"] = valleys.remarks([found])
+    told["probes"] = {probe.path.name: probe.spec.model_dump(mode="json") for probe in found.probes()}
+    typer.echo(strict_json({**told, "log": found.rows()}, indent=1))
+
+
+@runs_app.command(epilog="Example: `flatlab runs verify --store runs`")
+@takes("store", "json", "debug")
+def verify(
+    chosen: Choices,
+    clean: Annotated[bool, typer.Option("--clean", help="Remove what killed processes have left.")] = False,
+) -> None:
+    """Compare every file with its recorded hash and owner; exit with 1 where one is damaged or missing."""
+    from flatlab.store import leftovers
+
+    store = chosen.runs()
+    faults, count = store.faults(), len(store.folders())
+    left = leftovers.clean(store) if clean else list(leftovers.leftovers(store))
+    sentences = [*faults, f"{count} runs in {store.root}, {len(faults)} faults."]
+    if clean:
+        sentences.append(f"{len(left)} leftovers of killed processes removed.")
+    elif left:
+        sentences.append(f"{len(left)} leftovers of killed processes; `flatlab runs verify --clean` removes them.")
+    facts = {"runs": count, "faults": faults, "removed" if clean else "leftovers": list(map(str, left))}
+    chosen.answer_facts(facts, "\n".join(map(printable, sentences)))
+    if faults:
+        raise typer.Exit(1)
+
+
+@runs_app.command(epilog="Example: `flatlab runs rm 3f2a 77c1`")
+@takes(*NAMED, "store", "json", "debug")
+def rm(chosen: Choices, runs: Runs) -> None:
+    """Delete runs with their measurements."""
+    store = chosen.runs()
+    named = [store.folder(word) if set(word) <= HEX else chosen.named([word])[0].path for word in runs]
+    found = list(dict.fromkeys(named))
+    for folder in found:
+        store.remove(folder)
+    removed = list(map(str, found))
+    chosen.answer_facts({"removed": removed}, f"Removed {', '.join(removed)}.")
+
+
+@runs_app.command("merge", epilog="Example: `flatlab runs merge /elsewhere/runs`")
+@takes("store", "json", "debug")
+def merge_(chosen: Choices, other: Annotated[Path, typer.Argument(help="Folder of the other store.")]) -> None:
+    """Copy the finished runs and measurements of another store into this one; exit with 1 where some are left out."""
+    from flatlab.store.merging import merge
+    from flatlab.store.runs import RunStore
+
+    if other.resolve() == chosen.runs().root.resolve():
+        raise UserError(f"{other} is this store; name another one to merge, or another --store.")
+    counts, refused = merge(RunStore(other), chosen.runs())
+    sentence = ", ".join(f"{count} {what}" for what, count in counts.items()) + "."
+    chosen.answer_facts({**counts, "not merged": refused}, sentence)
+    for each in refused:
+        say(each)
+    if refused:
+        raise typer.Exit(1)
+
+
+@data_app.command("list", epilog="Example: `flatlab data list`")
+@takes("json", "debug")
+def list_data(chosen: Choices) -> None:
+    """List the data sets that are known by name."""
+    import pandas as pd
+
+    from flatlab.data.catalog import CATALOG
+
+    rows = [{"name": name, "domains": ", ".join(facts.domains)} for name, facts in CATALOG.items()]
+    chosen.answer(pd.DataFrame(rows), "Data sets; any other in the same layout: --dataset folder:PATH")
+
+
+@data_app.command(epilog="Example: `flatlab data check PACS --data-dir /data`")
+@takes("data_dir", "json", "debug")
+def check(chosen: Choices, dataset: Annotated[str, typer.Argument(help="PACS, ..., or folder:PATH.")]) -> None:
+    """Decode every image of a data set on disk, and compare its counts with the known; exit with 1 where it fails."""
+    import pandas as pd
+
+    from flatlab.cli import display
+    from flatlab.data import catalog, folders
+
+    named = replace(chosen, given={**chosen.given, "dataset": dataset})
+    if chosen.data_dir:
+        catalog.place(named.name(), chosen.data_dir)  # embedded data have no folder
+    with display.counter("reading images") as report:
+        rows = folders.check(named.name(), named.folder(), report=report)
+    table = pd.DataFrame([{**row._asdict(), "ok": row.ok} for row in rows])
+    chosen.answer(table if chosen.json else table.drop(columns="unreadable"), dataset)
+    if not chosen.json:
+        typer.echo("".join(f"{sentence}\n" for row in rows for sentence in row.unreadable), nl=False)
+    if not all(row.ok for row in rows):
+        raise typer.Exit(1)

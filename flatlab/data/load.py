@@ -1,0 +1,71 @@
+"""A data set by its name: the embedded digits, or DomainBed's folders by way of the cache."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from flatlab.data import cache as store
+from flatlab.data import catalog, digits
+from flatlab.data.domains import Domain, DomainSet
+from flatlab.data.images import Decoded, Ragged
+from flatlab.errors import UserError
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+IMAGE_SIZE = 224  # pixels on a side: what ImageNet's backbones were trained on
+
+
+def load(
+    dataset: str,
+    *,
+    data_dir: Path | None = None,
+    image_size: int | None = None,
+    cache: Path | None = None,
+    report: store.Report | None = None,
+) -> DomainSet:
+    """Return a data set, its images decoded, resized, and mapped into memory; or decoded when they are needed.
+
+    Args:
+        dataset: a catalog name, or `folder:NAME`.
+        data_dir: where the folders lie; see `catalog.locate`.
+        image_size: pixels on a side, the aspect ratio not kept (as DomainBed); by default 224, and 16 for digits.
+        cache: folder of the decoded images; see `cache.default_folder`.
+        report: called with (images read, images in all) after each image that is decoded.
+
+    Raises:
+        UserError: the size does not suit, or a folder, class or image is not as it should be.
+    """
+    if catalog.canonical(dataset) == "digits":
+        if image_size not in {None, digits.SIZE}:
+            raise UserError(f"digits are {digits.SIZE} x {digits.SIZE} pixels; leave --image-size {image_size} out.")
+        return digits.load()
+    size = IMAGE_SIZE if image_size is None else image_size
+    entry = store.prepare(dataset, data_dir=data_dir, image_size=size, cache=cache, report=report)
+    found, domains = entry.listing, tuple(_stored(entry) if entry.stored else _decoded(entry))
+    stamp = entry.fingerprint
+    return DomainSet(found.name, domains, found.classes, mean=IMAGENET_MEAN, std=IMAGENET_STD, stamp=stamp)
+
+
+def _stored(entry: store.Entry) -> Iterator[Domain]:
+    """Yield the domains as views of the entry's two files, which are mapped: what nobody reads takes no memory."""
+    first, offset, size = 0, 0, entry.image_size
+    areas = entry.sizes.prod(axis=1)
+    squares = _mapped(entry.folder / store.SQUARES, 3 * size * size * len(areas)).view(-1, 3, size, size)
+    originals = _mapped(entry.folder / store.ORIGINALS, 3 * int(areas.sum()))
+    for name in entry.listing.tree:
+        labels = torch.from_numpy(entry.listing.labels(name))
+        last = first + len(labels)
+        end = offset + 3 * int(areas[first:last].sum())
+        yield Domain(name, squares[first:last], labels, Ragged(originals[offset:end], entry.sizes[first:last]))
+        first, offset = last, end
+
+
+def _mapped(path: Path, count: int) -> torch.Tensor:
+    """Return a file's bytes, mapped: a write to them would not reach the file."""
+    return torch.from_file(str(path), shared=False, size=count, dtype=torch.uint8)
+
+
+def _decoded(entry: store.Entry) -> Iterator[Domain]:
+    for name in entry.listing.tree:
+        files = Decoded(entry.listing.paths(name), entry.image_size)
+        yield Domain(name, files, torch.from_numpy(entry.listing.labels(name)), files)

@@ -1,0 +1,91 @@
+"""Derivatives that torch gets wrong, or has none of, computed another way while a loss is differentiated twice."""
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from flatlab.derivatives.autograd import nodes_behind, twice_differentiable
+
+FUSED = "WeightNormInterfaceBackward"  # its second derivative takes the norms for constants
+
+
+def uses_fused_weight_norm(outputs: Sequence[Tensor]) -> bool:
+    """Say whether the graph of these outputs holds torch's fused weight_norm, of either kind."""
+    nodes = nodes_behind([leaf.grad_fn for leaf in outputs])
+    return any(node.name().startswith(FUSED) for node in nodes)
+
+
+@contextmanager
+def exact_derivatives(model: nn.Module, *, weight_norm: bool = True) -> Iterator[None]:
+    """Let a model compute the same function by operations whose second derivatives are right.
+
+    That is: attention by plain products; weight_norm from its definition; embeddings with dense gradients; modules of
+    torch.compile as they were written, since what it compiles has no second derivative.
+
+    Args:
+        model: whose modules are used; it is put back as it was.
+        weight_norm: replace weight_norm; it makes each operation slower by some microseconds.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(twice_differentiable())
+        stack.enter_context(_dense_embeddings(model))
+        stack.enter_context(attributes_restored(model))
+        if weight_norm:
+            stack.enter_context(_PlainWeightNorm())
+        if "torch._dynamo" in sys.modules:  # else nothing is compiled, and the import would take seconds
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
+
+
+@contextmanager
+def attributes_restored(model: nn.Module) -> Iterator[None]:
+    """Put back the tensors that modules hold as plain attributes, which a forward pass may replace.
+
+    So does weight_norm by hooks (torch.nn.utils.weight_norm): `weight` stays what the last pass computed.
+    """
+    held = [
+        (module, name, value)
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if isinstance(value, Tensor)
+    ]
+    try:
+        yield
+    finally:
+        for module, name, value in held:
+            if vars(module).get(name) is not value:
+                setattr(module, name, value)  # not through vars: recurrent layers keep a second reference
+
+
+class _PlainWeightNorm(TorchFunctionMode):
+    """Computes weight_norm as v g / |v| by operations that can be differentiated as often as one likes."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch._weight_norm:
+            return _weight_norm(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    others = [axis for axis in range(v.ndim) if axis != dim]
+    squares = v.square().sum() if dim == -1 else v.square().sum(others, keepdim=True)  # -1 is torch's word for "all"
+    return v * (g / squares.sqrt())
+
+
+@contextmanager
+def _dense_embeddings(model: nn.Module) -> Iterator[None]:
+    sparse: list[Any] = [m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.sparse]
+    for module in sparse:
+        module.sparse = False
+    try:
+        yield
+    finally:
+        for module in sparse:
+            module.sparse = True

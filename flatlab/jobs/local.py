@@ -1,0 +1,115 @@
+"""Executors: they start workers on a plan and hear their events; they know commands, not science."""
+
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import IO, Any
+
+from flatlab import files
+from flatlab.jobs.plan import WorkPlan
+
+Event = dict[str, Any]
+
+# glibc gives large blocks back to the system at each free, which costs up to 2.6 times; keep them instead.
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "8589934592"}
+
+
+def run_locally(plan: WorkPlan, *, workers: int, hear: Callable[[Event], None]) -> list[Event]:
+    """Run a plan's jobs in worker processes on this machine, and wait.
+
+    Args:
+        plan: the jobs, their store and place.
+        workers: processes; each computes with `plan.place.threads` threads.
+        hear: called with each event of each worker.
+
+    Returns:
+        The errors, as events, one for each job that nobody finished, and one for each worker that died, unless others
+        finished all jobs without it.
+    """
+    heard: queue.Queue[Event] = queue.Queue()
+    with files.scratch() as folder:
+        path = folder / "plan.json"
+        path.write_text(plan.canonical())
+        with _workers(path, workers, plan.place.threads, heard) as running:
+            return _errors(running, heard, hear, {job.name for job in plan.jobs})
+
+
+@contextmanager
+def _workers(
+    plan: Path, count: int, threads: int, heard: "queue.Queue[Event]"
+) -> Iterator[list[subprocess.Popen[str]]]:
+    environment = {**ALLOCATOR, **os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, "-m", "flatlab.jobs.worker", str(plan), "--end-with-input"]
+    pipe = subprocess.PIPE
+    start = partial(
+        subprocess.Popen, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=environment, start_new_session=True
+    )
+    with ExitStack() as stack:
+        running = [stack.enter_context(start(command)) for _ in range(count)]
+        listeners = [threading.Thread(target=_listen, args=(process, heard), daemon=True) for process in running]
+        try:
+            for listener in listeners:
+                listener.start()
+            yield running
+        finally:
+            for process, listener in zip(running, listeners, strict=True):
+                if process.stdin:
+                    process.stdin.close()  # the worker ends with it
+                listener.join()
+
+
+def _listen(process: "subprocess.Popen[str]", heard: "queue.Queue[Event]") -> None:
+    """Pass on a worker's events; where it dies unasked, tell its last words."""
+    last_words: list[str] = []
+    listener = threading.Thread(target=_collect, args=(process.stderr, last_words), daemon=True)
+    listener.start()
+    for line in process.stdout or ():
+        if line.startswith("{") and line.endswith("}\n"):  # else it is a library's, or half of one cut off by a kill
+            heard.put(json.loads(line))
+    code = process.wait()
+    listener.join()
+    heard.put({"ended": code, "trace": "".join(last_words)})
+
+
+def _collect(stream: IO[str] | None, lines: list[str]) -> None:
+    lines.extend(stream or ())
+
+
+def _errors(
+    running: "list[subprocess.Popen[str]]", heard: "queue.Queue[Event]", hear: Callable[[Event], None], jobs: set[str]
+) -> list[Event]:
+    failed: dict[str, Event] = {}
+    died, finished, alive = list[Event](), set[str](), len(running)
+    while alive:
+        event = heard.get()
+        if "ended" in event:
+            alive -= 1
+            if event["ended"]:
+                died.append({"job": "worker", "error": _last_words(event), **event})
+            continue
+        hear(event)
+        if "error" in event:
+            failed.setdefault(event["job"], event)
+        if event.get("finished"):
+            finished.add(event["job"])
+    if jobs and finished >= jobs:
+        for event in died:
+            hear({"job": "worker", "note": f"A worker was lost: {event['error']} The others finished its jobs."})
+        return []
+    return [*died, *(event for job, event in failed.items() if job not in finished)]
+
+
+def _last_words(event: Event) -> str:
+    if event["ended"] == -signal.SIGKILL:
+        return "it was killed, perhaps for want of memory; take fewer --workers or a smaller --image-size, and go on."
+    if event["ended"] in (128 + signal.SIGTERM, -signal.SIGTERM):
+        return "it was stopped by SIGTERM; what is finished is kept: the same command goes on from there."
+    return f"it ended with status {event['ended']}: {event['trace'].strip().rpartition(chr(10))[2]}"

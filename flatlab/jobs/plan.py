@@ -1,0 +1,241 @@
+"""What is missing for these runs and probes? Jobs: which work belongs together, what it needs, what it costs.
+
+Torch-free: a plan is made, printed and priced before anything heavy is loaded.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from pydantic import Field
+
+from flatlab.errors import UserError
+from flatlab.specs.base import Spec
+from flatlab.specs.measurement import Probing, Sizes
+from flatlab.specs.measurements import AnyProbe
+from flatlab.specs.quantizers import OBCSpec
+from flatlab.specs.rises import ReachSpec
+from flatlab.specs.run import Place, RunSpec
+from flatlab.store.entry import Entry
+from flatlab.store.runs import RunStore
+
+BACKWARD = 3  # a training image costs about three forward passes: forward, and backward by weights and by inputs
+REFERENCE = {  # seconds for an image of 224 pixels (digits: 16) on one core of the reference machine, by model
+    "digits-cnn": 3e-5,
+    "mobilenet_v2": 1.2e-2,
+    "resnet18": 4e-2,
+    "resnet50": 9e-2,
+}
+
+
+class Job(Spec):
+    """Work that one process does in one go: a trajectory with its observers, an ensemble, or the probes of one run."""
+
+    name: str
+    runs: tuple[RunSpec, ...]
+    probes: tuple[AnyProbe, ...] = ()  # empty: train the runs
+    forks: tuple[int, ...] = ()  # steps before which the trajectory's state is kept for others
+    keep_every: int | None = Field(None, ge=1)  # steps between checkpoints that are kept along the trajectory
+    needs: tuple[str, ...] = ()  # what must be done before: runs by digest, measurements by their path in the store
+    passes: float  # cost, in images forwarded
+
+    def entries(self, store: RunStore) -> list[Entry]:
+        """Return the directories that the job fills."""
+        runs = [store.run(spec) for spec in self.runs]
+        return [runs[0].probe(probe) for probe in self.probes] if self.probes else list(runs)
+
+    @property
+    def fills(self) -> set[str]:
+        """What is done once the job is, as `needs` names it."""
+        if not self.probes:
+            return {spec.digest for spec in self.runs}
+        return {_measurement(self.runs[0].digest, probe) for probe in self.probes}
+
+    def claims(self, store: RunStore) -> list[Entry]:
+        """Return the directories that the job writes to: what is kept goes where the trajectory's own run is."""
+        entries = {entry.path: entry for entry in self.entries(store)}
+        if self.forks or self.keep_every:
+            lineage = store.run(self.runs[0]).lineage
+            entries.setdefault(lineage.path, lineage)
+        return list(entries.values())
+
+    def done(self, store: RunStore) -> bool:
+        """Whether nothing is left to do."""
+        return all(entry.done for entry in self.entries(store))
+
+    def ready(self, store: RunStore) -> bool:
+        """Whether what it needs is done."""
+        return all(map(store.finished, self.needs))
+
+
+class WorkPlan(Spec):
+    """Jobs, the store that they fill, and the place where they run."""
+
+    store: str
+    place: Place
+    jobs: tuple[Job, ...]
+
+
+Wanted = Sequence[tuple[RunSpec, Probing]]
+
+
+def missing(store: RunStore, runs: Sequence[RunSpec], probes: Wanted, *, sizes: Sizes) -> list[Job]:
+    """Return the jobs for what the store lacks: trajectories first, the longest first, then derived runs, then probes.
+
+    The pilots that probes rest on come before them.
+
+    Args:
+        store: what is there already.
+        runs: wanted runs; those of one trajectory become one job.
+        probes: wanted measurements, each with its run.
+        sizes: images of each domain, for the costs.
+
+    Raises:
+        UserError: where an imported run is lacking, which no training brings back, or a reference run is nowhere.
+    """
+    before = pilots(store, [*runs, *(run for run, _ in probes)], probes)
+    lacking = _lacking(store, [*runs, *(run for run, _ in probes)])
+    if gone := next((spec for spec in lacking.values() if spec.source and not spec.members), None):
+        raise UserError(
+            f"Run {gone.digest} was imported, not trained here, and this store lacks it: import its file again"
+            " (`flatlab import FILE`)."
+        )
+    training = _training([spec for spec in lacking.values() if not spec.made_from], sizes)
+    making = [_making(spec, lacking, sizes) for spec in lacking.values() if spec.made_from]
+    measuring = [*_measuring(store, before, set(lacking), sizes), *_measuring(store, probes, set(lacking), sizes)]
+    return _told_apart([*training, *making, *measuring])
+
+
+def pilots(store: RunStore, runs: Sequence[RunSpec], probes: Wanted) -> list[tuple[RunSpec, Probing]]:
+    """Return the measurements of reference runs that others rest on, each once.
+
+    Args:
+        store: where reference runs are sought that are not among these.
+        runs: that are planned.
+        probes: wanted measurements, each with its run.
+
+    Raises:
+        UserError: where a reference run is in neither.
+    """
+    known = {spec.digest: spec for spec in runs}
+    wanted = dict.fromkeys(pair for _, probe in probes for pair in probe.pilots)
+    return [(known.get(digest) or store.find(digest).spec, pilot) for digest, pilot in wanted]
+
+
+def _measurement(digest: str, probe: Probing) -> str:
+    return f"{digest}/probes/{probe.digest}"
+
+
+def keeping(todo: Sequence[Job], store: RunStore, runs: Sequence[RunSpec], every: int) -> list[Job]:
+    """Return the jobs such that trainings keep a checkpoint each so many steps; no run becomes another by that.
+
+    Args:
+        todo: as `missing` returns them.
+        store: what is there already.
+        runs: as they were asked for.
+        every: steps.
+
+    Raises:
+        UserError: where a run is finished and lacks such checkpoints: it says how to get them.
+    """
+    for run in map(store.run, runs):
+        if run.done and not run.spec.made_from:
+            run.kept_each(every)
+    return [job if job.probes else job.replace(keep_every=every) for job in todo]
+
+
+def _told_apart(jobs: Sequence[Job]) -> list[Job]:
+    """Add the run's digest to names that several jobs have: runs that differ in their bits, say."""
+    counts = Counter(job.name for job in jobs)
+    return [job.replace(name=f"{job.name} ({job.runs[0].digest[:6]})") if counts[job.name] > 1 else job for job in jobs]
+
+
+def _lacking(store: RunStore, wanted: Sequence[RunSpec]) -> dict[str, RunSpec]:
+    """Return the runs that are not finished, by digest, and what they are made from."""
+    lacking = {spec.digest: spec for spec in wanted if not store.run(spec).done}
+    deeper = [each for spec in lacking.values() for each in spec.made_from]
+    return {**lacking, **_lacking(store, deeper)} if deeper else lacking
+
+
+def _training(lacking: Sequence[RunSpec], sizes: Sizes) -> list[Job]:
+    groups: dict[str, list[RunSpec]] = {}
+    for spec in lacking:
+        groups.setdefault(spec.trajectory.digest, []).append(spec)
+    # The leader keeps the state: the same one however the runs were asked for, so that another command goes on from it.
+    order = {"last": 0, "sma": 1, "swa": 2, "swad": 3}
+    leaders = {
+        digest: sorted(group, key=lambda spec: (order[spec.average.kind], spec.digest))
+        for digest, group in groups.items()
+    }
+    forks: dict[str, set[int]] = {}
+    parents = {}
+    for digest, group in leaders.items():
+        parent = group[0].parent
+        if parent and parent.digest in leaders and group[0].switch:  # a switch at step 0 shares nothing
+            forks.setdefault(parent.digest, set()).add(group[0].switch)
+            parents[digest] = leaders[parent.digest][0].digest
+    jobs = [
+        Job(
+            name=f"train {'+'.join(spec.label for spec in group)} on {group[0].held_out}, seed {group[0].seed}",
+            runs=tuple(group),
+            forks=tuple(sorted(forks.get(digest, ()))),
+            needs=(parents[digest],) if digest in parents else (),
+            passes=training_passes(group[0], sizes, forked=digest in parents),
+        )
+        for digest, group in leaders.items()
+    ]
+    return sorted(jobs, key=lambda job: (bool(job.needs), -len(job.forks), -job.passes))
+
+
+def _making(spec: RunSpec, lacking: Mapping[str, RunSpec], sizes: Sizes) -> Job:
+    """Return the job that makes a run from finished ones: images are forwarded to calibrate, and for the log."""
+    images = spec.quantizer.images if isinstance(spec.quantizer, OBCSpec) and not spec.members else 0
+    averaged = f", {spec.combine}" if spec.members else ""
+    return Job(
+        name=f"make {spec.label} on {spec.held_out}, seed {spec.seed}{averaged}",
+        runs=(spec,),
+        needs=tuple(each.digest for each in spec.made_from if each.digest in lacking),
+        passes=images + max(1, len(spec.members)) * spec.holdout * sum(sizes.values()),
+    )
+
+
+def _measuring(store: RunStore, probes: Wanted, trained: set[str], sizes: Sizes) -> list[Job]:
+    asked: dict[str, list[tuple[RunSpec, Probing]]] = {}
+    for run, probe in probes:
+        if not store.run(run).probe(probe).done:
+            asked.setdefault(run.digest, []).append((run, probe))
+    jobs = []
+    for digest, pairs in asked.items():
+        before = dict.fromkeys(_measurement(*pilot) for _, probe in pairs for pilot in probe.pilots)
+        lacking = [name for name in before if not store.finished(name)]
+        run, kind = pairs[0][0], "pilot" if isinstance(pairs[0][1], ReachSpec) else "measure"
+        jobs.append(
+            Job(
+                name=f"{kind} {run.label} on {run.held_out}, seed {run.seed}",
+                runs=(run,),
+                probes=tuple(dict.fromkeys(probe for _, probe in pairs)),
+                needs=(*([digest] if digest in trained else []), *lacking),
+                passes=sum(probe.passes(sizes) for _, probe in pairs),
+            )
+        )
+    return jobs
+
+
+def training_passes(spec: RunSpec, sizes: Sizes, *, forked: bool) -> float:
+    """Return the images that a training forwards, its backward passes counted as `BACKWARD` says."""
+    steps = spec.steps + 1 - (spec.switch or 0 if forked else 0)
+    batch = spec.batch_size * (len(sizes) - 1)
+    looks = steps / spec.eval_every * (spec.holdout + spec.test_share) * sum(sizes.values())
+    return float(steps * batch * BACKWARD * (2 if spec.step.kind == "sam" else 1) + looks)
+
+
+def seconds_per_pass(store: RunStore, model: str, image_size: int) -> tuple[float, str]:
+    """Return the seconds of one image forward and where the number is from: this store, or the reference machine."""
+    seconds = passes = 0.0
+    for run in store.runs():
+        if run.done and (run.spec.model, run.spec.image_size) == (model, image_size) and "passes" in run.provenance:
+            passes += run.provenance["passes"]
+            seconds += sum(session["seconds"] for session in run.provenance["sessions"])
+    if passes:
+        return seconds / passes, "measured in this store"
+    share = (image_size / 224) ** 2 if image_size != 16 else 1.0
+    return REFERENCE.get(model, 1e-2) * share, "a reference machine's; yours may differ severalfold"

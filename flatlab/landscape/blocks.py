@@ -1,0 +1,184 @@
+"""Blocks: a fixed, shuffled partition of a landscape's samples, in which each block holds its share of each stratum.
+
+A direction that sees one block costs a part of a pass over the data. The mean over one visit to each block is the mean
+over all samples, whatever the sizes: a block's total of stratum s is scaled by (number of blocks) / (size of s). A
+stratum of fewer samples than there are blocks has one in each: a sample that n blocks hold counts 1 / n in each of
+them. Without it, most blocks would know nothing of a part of the loss, and visits to a few of them no error of it.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.utils._pytree import tree_structure
+
+from flatlab.arguments import whole
+from flatlab.errors import UserError
+from flatlab.tensors.nested import Batch, concatenate, pick, tensors
+
+Indices = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float64]
+JOINED = 2**28  # bytes of all samples up to which a second copy of them is kept, as one batch
+
+
+class Part(NamedTuple):
+    """Samples `start` to `stop` of a block, whose total loss counts into entry `row` of what a visit returns."""
+
+    row: int
+    start: int
+    stop: int
+    scale: float
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some samples of each stratum, by number: no second copy of the data is kept."""
+
+    rows: Indices  # numbers among the samples of all strata, ascending
+    parts: tuple[Part, ...]
+    width: int  # entries of what a visit returns: one for each stratum
+
+    @property
+    def size(self) -> int:
+        """How many samples the block holds."""
+        return self.parts[-1].stop
+
+    @property
+    def strata(self) -> Indices:
+        """The stratum of each sample."""
+        return np.repeat([part.row for part in self.parts], [part.stop - part.start for part in self.parts])
+
+    def by_sample(self) -> "Block":
+        """Return the same block with an entry for each sample, scaled so that their mean is that of the strata."""
+        strata, singles = self.width, []
+        for part in self.parts:
+            scale = part.scale * self.size / strata
+            singles += [Part(i, i, i + 1, scale) for i in range(part.start, part.stop)]
+        return replace(self, parts=tuple(singles), width=self.size)
+
+    def weighted(self, by: FloatArray) -> "Block":
+        """Return the same block with the parts of each stratum scaled by a factor (S,)."""
+        return replace(self, parts=tuple(p._replace(scale=p.scale * float(by[p.row])) for p in self.parts))
+
+    def shares(self, totals: FloatArray) -> FloatArray:
+        """Return shares (K, width) from totals (K, parts): over a partition, their mean is the stratum mean."""
+        shares = np.zeros((len(totals), self.width))
+        for column, part in enumerate(self.parts):
+            shares[:, part.row] += totals[:, column] * part.scale
+        return shares
+
+
+class Gathered(NamedTuple):
+    """A block's samples, ready to be evaluated at many points."""
+
+    batch: Batch
+    block: Block
+    targets: list[Batch]  # of each part, cut once: a loss knows no inputs
+
+
+class Samples:
+    """The samples of a landscape by number, stratum after stratum."""
+
+    def __init__(self, batches: Sequence[Sequence[Batch]]) -> None:
+        each = [batch for stratum in batches for batch in stratum]
+        # From many batches, a few samples take as long to pick as a small network to evaluate.
+        self._batches = [_join(each)] if len(each) > 1 and _bytes(each) <= JOINED and _alike(each) else each
+        self._ends = np.cumsum([batch.size for batch in self._batches])
+
+    def pick(self, rows: Indices) -> Batch:
+        """Return some samples as one batch.
+
+        Args:
+            rows: their numbers, ascending.
+
+        Raises:
+            UserError: where samples differ in shape.
+        """
+        if len(self._batches) == 1:
+            return pick(self._batches[0], torch.from_numpy(rows))
+        homes, starts = np.searchsorted(self._ends, rows, side="right"), np.append(0, self._ends)
+        picked = [pick(self._batches[h], torch.from_numpy(rows[homes == h] - starts[h])) for h in np.unique(homes)]
+        try:
+            return _join(picked)
+        except (RuntimeError, ValueError) as error:
+            raise UserError(
+                f"Samples of different shapes cannot share a block; give num_samples, which uses whole batches: {error}"
+            ) from error
+
+
+class Partition:
+    """Blocks of about equal size, cut when they are asked for."""
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        block_size: int,
+        *,
+        generator: torch.Generator,
+        weights: Sequence[float] | None = None,
+    ) -> None:
+        """Shuffle the samples within each stratum.
+
+        Args:
+            sizes: samples of each stratum.
+            block_size: samples of a block; their sizes, and their shares of each stratum, differ by one at most. With
+                rare strata blocks are larger: they have a sample of each.
+            generator: of the shuffle.
+            weights: what the samples of each stratum weigh together; None: as much as there are.
+        """
+        self._weights = sizes if weights is None else weights
+        self._count = max(1, round(sum(sizes) / whole("block_size", block_size)))
+        self._orders = [torch.randperm(size, generator=generator).numpy() for size in sizes]
+        self._starts = np.cumsum([0, *sizes])
+        self._seats: Indices = torch.randperm(self._count, generator=generator).numpy()  # who gets one more is drawn
+
+    def __len__(self) -> int:
+        """How many blocks there are."""
+        return self._count
+
+    def __iter__(self) -> Iterator[Block]:
+        """Cut one block after the other."""
+        return (self[index] for index in range(len(self)))
+
+    def __getitem__(self, index: int) -> Block:
+        """Cut a block."""
+        rows, parts, start = [], [], 0
+        for stratum, order in enumerate(self._orders):
+            place = int(self._places(stratum)[index])
+            share = order[place :: self._count] if place < len(order) else order[[place % len(order)]]
+            uses = (self._count - 1 - place % len(order)) // len(order) + 1  # by how many blocks
+            rows.append(self._starts[stratum] + np.sort(share))
+            parts.append(Part(stratum, start, start + len(share), self._count / (self._weights[stratum] * uses)))
+            start += len(share)
+        return Block(np.concatenate(rows), tuple(parts), len(parts))
+
+    @property
+    def sizes(self) -> Indices:
+        """How many samples each block holds."""
+        shares = [-(-(len(o) - self._places(s)) // self._count) for s, o in enumerate(self._orders)]
+        return np.asarray(np.maximum(shares, 1).sum(axis=0))
+
+    def _places(self, stratum: int) -> Indices:
+        # Each stratum is dealt on from where the last one ended, so that sizes differ by one at most.
+        return np.asarray((self._seats - self._starts[stratum]) % self._count)
+
+
+def _join(batches: Sequence[Batch]) -> Batch:
+    inputs, targets = concatenate([batch[:2] for batch in batches])
+    return Batch(inputs, targets, sum(batch.size for batch in batches))
+
+
+def _bytes(batches: Sequence[Batch]) -> int:
+    return sum(leaf.numel() * leaf.element_size() for batch in batches for leaf in tensors(batch[:2]))
+
+
+def _alike(batches: Sequence[Batch]) -> bool:
+    """Say whether samples are of one structure, shape and dtype."""
+    forms = {
+        (str(tree_structure(batch[:2])), *((leaf.shape[1:], leaf.dtype) for leaf in tensors(batch[:2])))
+        for batch in batches
+    }
+    return len(forms) == 1

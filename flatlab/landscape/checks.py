@@ -1,0 +1,98 @@
+"""What a model must be for its loss to be a function of the parameters alone: seen without calling it."""
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
+
+from flatlab.derivatives.autograd import is_staircase
+from flatlab.errors import UserError
+from flatlab.tensors.flat import flatten
+from flatlab.tensors.nested import Batch
+
+Total = Callable[[Any, Batch], Tensor]
+"""The sum of the losses over a batch, from the outputs: a float64 scalar."""
+Versions = dict[str, tuple[int, int]]
+"""By name of a tensor: which it is, and how often it was written."""
+
+
+def alike(named: Mapping[str, nn.Parameter]) -> list[Tensor]:
+    """Return the parameters as a list; refuse those that one flat vector cannot hold."""
+    if name := next((name for name, p in named.items() if p.is_complex()), ""):
+        raise UserError(
+            f"The parameters must be real, but {name!r} is complex: hold it still with requires_grad_(False), or store"
+            " it as pairs of real numbers (torch.view_as_real) and join them in forward (torch.view_as_complex)."
+        )
+    kinds = {(p.dtype, p.device) for p in named.values()}
+    if len(kinds) > 1 or not all(p.is_floating_point() for p in named.values()):
+        came = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))
+        raise UserError(
+            f"The parameters must be floats of one dtype on one device, but are {came}: use model.to(dtype)."
+        )
+    return list(named.values())
+
+
+def refuse_parametrized(model: nn.Module, moved: Mapping[str, nn.Parameter]) -> None:
+    """Refuse to move what a rounded weight is rounded by, such as a step size: a tiny step there is a huge one.
+
+    The parameters of a smooth parametrization (weight_norm, orthogonal, low rank) are weights like others.
+    """
+    for name in moved:
+        layer, _, rest = name.partition(".parametrizations.")
+        tensor, _, rest = rest.partition(".")
+        if not rest or re.fullmatch(r"original\d*", rest):
+            continue
+        parametrized = model.get_submodule(f"{layer}.parametrizations.{tensor}")
+        if isinstance(parametrized, ParametrizationList) and is_staircase(parametrized):
+            raise UserError(
+                f"{name!r} belongs to the parametrization of {layer!r}, and moving it means something else than moving "
+                "weights: bake(model) first, or hold it still with requires_grad_(False)."
+            )
+
+
+def refuse_rewriting(model: nn.Module) -> None:
+    """Refuse layers that write into their own weights whenever they are called."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
+            raise UserError(
+                f"{name!r} has max_norm={module.max_norm}, so each forward pass rewrites its weights, but a landscape"
+                " needs a fixed function: shorten the rows once (torch.renorm), and set max_norm to None."
+            )
+
+
+def refuse_training(model: nn.Module) -> None:
+    """Refuse a model of which any part is in training mode: dropout is on, BatchNorm looks at the batch."""
+    for name, module in model.named_modules():
+        if module.training:
+            raise UserError(
+                f"The model must be in eval mode, but {name or type(model).__name__!r} is in training mode:"
+                " call model.eval() first."
+            )
+
+
+def versions(model: nn.Module, moved: Iterable[Tensor]) -> Versions:
+    """Return what changes whenever a buffer, or a parameter that is not moved by us, is written or replaced."""
+    ours = {id(tensor) for tensor in moved}
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return {n: (id(t), 0 if t.is_inference() else t._version) for n, t in named if id(t) not in ours}
+
+
+def written(model: nn.Module, moved: Iterable[Tensor], before: Versions) -> str | None:
+    """Return the name of a tensor that was written or replaced since, or nothing."""
+    return min((name for name, _ in versions(model, moved).items() ^ before.items()), default=None)
+
+
+def refuse_changed(model: nn.Module, moved: Sequence[Tensor], point: Tensor, before: Versions) -> None:
+    """Refuse a model that is no longer where its landscape was built: its values would be a mixture."""
+    here = all(tensor.device == point.device for tensor in moved)
+    # Bits are compared, not numbers: NaN is NaN, and -0.0 is not 0.0.
+    if not (here and torch.equal(flatten(moved).view(torch.uint8), point.view(torch.uint8))):
+        raise UserError(
+            "The weights are not those that the landscape was built on (trained since, or moved by an open"
+            " `moving`): build a new Landscape."
+        )
+    if changed := written(model, moved, before):
+        raise UserError(f"{changed!r} has changed since the landscape was built: build a new Landscape.")

@@ -1,0 +1,162 @@
+"""A probe of second derivatives: whether autograd's Hessian is symmetric, and the derivative of autograd's gradient.
+
+It looks at few samples in double precision, with steps so small that hardly a ReLU changes sides: the curvature that
+lies in the kinks is then in neither number. The point is moved a little first, since a kink at the point itself (a
+bias that is zero behind a black border) has no derivative to compare with.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flatlab.derivatives.autograd import pullback, total_at, twice_differentiable
+from flatlab.derivatives.exact import exact_derivatives
+from flatlab.errors import UserError
+from flatlab.landscape.checks import Total
+from flatlab.seeds import generator
+from flatlab.tensors.flat import flatten, scales_of, split_like
+from flatlab.tensors.nested import Batch, converted
+
+Loss = Callable[[Sequence[Tensor]], Tensor]
+"""The mean loss on a few samples, of tensors with the shapes of the parameters."""
+
+SAMPLED = 8  # samples that it looks at
+DRAWS = 2  # what fails must fail along new directions from another point too
+AWAY = 1e-3  # of each tensor's size: how far the point is moved
+STEPS = (1e-5, 1e-7, 1e-8)  # of each tensor's size; 1e7 activations change sides 0.1 times at the last
+SLACK = {torch.float64: 2e-2, torch.float32: 5e-2}  # a wrong formula is off by far more, rounding by far less
+# Nats below which a number is zero: where a network is sure of its answers, softmax less one is rounded to nothing.
+FLOOR = {torch.float64: 1e-9, torch.float32: 1e-4}
+
+
+@dataclass(frozen=True)
+class Products:
+    """A Hessian times two directions u and v, all in units of each tensor's size, so that each entry is in nats."""
+
+    directions: tuple[Tensor, Tensor]
+    products: tuple[Tensor, Tensor]
+    floor: float  # nats that rounding may be
+
+
+def probe_curvature(model: nn.Module, moved: Mapping[str, Tensor], batches: Sequence[Batch], total: Total) -> None:
+    """Refuse a loss whose second derivatives autograd gets wrong; costs 2 products and 6 gradients, or twice as many.
+
+    A model that computes in its own precision alone is looked at in that one, and for symmetry alone: no step is small
+    enough there.
+
+    Args:
+        model: which is not moved: it is called with copies.
+        moved: the parameters that vary, by name.
+        batches: few samples.
+        total: from outputs and batch to the sum of the losses.
+
+    Raises:
+        UserError: if the Hessian is not symmetric, or not the derivative of the gradient.
+    """
+    own = next(iter(moved.values())).dtype
+    for dtype in dict.fromkeys((torch.float64, own)):
+        # Where the model fails in its own precision too, it has no second derivative: the product itself says why.
+        with suppress(RuntimeError, TypeError), exact_derivatives(model):
+            return _refuse_faults(*_function(model, moved, batches, total, dtype))
+
+
+def _function(
+    model: nn.Module, moved: Mapping[str, Tensor], batches: Sequence[Batch], total: Total, dtype: torch.dtype
+) -> tuple[Loss, list[Tensor]]:
+    """Return the mean loss on some samples in a precision, and the point in it."""
+    few = [converted(batch, dtype) for batch in batches]
+    ours = {id(p) for p in moved.values()}
+    state = {n: t.detach() for n, t in chain(model.named_parameters(), model.named_buffers()) if id(t) not in ours}
+    fixed = {name: t.to(dtype) if t.is_floating_point() else t for name, t in state.items()}
+
+    def loss(tensors: Sequence[Tensor]) -> Tensor:
+        state = {**fixed, **dict(zip(moved, tensors, strict=True))}
+        sums = [total_at(model, state, b.inputs, partial(_of, total, b)) for b in few]
+        value = torch.stack(sums).sum() / sum(batch.size for batch in few)
+        if not value.requires_grad:
+            raise UserError(
+                f"The loss does not depend on the parameters that vary ({', '.join(list(moved)[:4])}), so it has no"
+                " curvature by them: choose others with params=."
+            )
+        return value
+
+    return loss, [tensor.detach().to(dtype) for tensor in moved.values()]
+
+
+def _of(total: Total, batch: Batch, outputs: Any) -> Tensor:
+    return total(outputs, batch)
+
+
+def _refuse_faults(loss: Loss, point: Sequence[Tensor]) -> None:
+    sentence = ""
+    for draw in range(DRAWS):
+        if not (sentence := _fault(loss, point, draw)):
+            return
+    raise UserError(sentence)
+
+
+def _fault(loss: Loss, point: Sequence[Tensor], draw: int) -> str:
+    rng = generator("curvature", "probe", draw)
+    scales = scales_of(point)
+    away, u, v = (torch.randn(len(scales), generator=rng, dtype=scales.dtype).to(scales) for _ in range(3))
+    there = flatten(point) + AWAY * scales * away
+
+    def gradient(vector: Tensor, *, graph: bool = False) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]:
+        leaves = [t.clone().requires_grad_() for t in split_like(vector, point)]
+        value = loss(leaves)
+        return value, torch.autograd.grad(value, leaves, create_graph=graph, materialize_grads=True), leaves
+
+    with twice_differentiable():
+        value, grads, leaves = gradient(there, graph=True)
+        apply = pullback(grads, leaves)
+        hu, hv = (scales * flatten(apply(split_like(scales * each, point))) for each in (u, v))
+    floor = FLOOR.get(scales.dtype, 1.0) * (1 + abs(float(value.detach())))
+    found = Products((u, v), (hu, hv), floor)
+    if not all(bool(torch.isfinite(each).all()) for each in found.products):
+        return ""  # which the product itself is refused for
+    if sentence := _asymmetry(found):
+        return sentence
+    if scales.dtype != torch.float64:
+        return ""
+    with twice_differentiable():
+        slopes = [
+            scales * (flatten(gradient(there + h * scales * v)[1]) - flatten(gradient(there - h * scales * v)[1]))
+            for h in STEPS
+        ]
+    return _difference(found, [slope / (2 * h) for slope, h in zip(slopes, STEPS, strict=True)])
+
+
+def _asymmetry(found: Products) -> str:
+    (u, v), (hu, hv) = found.directions, found.products
+    one, other, size = float(u @ hv), float(v @ hu), max(float(hu.norm()), float(hv.norm()))
+    if abs(one - other) <= SLACK.get(u.dtype, 0.5) * size + found.floor * len(u) ** 0.5:
+        return ""
+    return (
+        f"Autograd's Hessian H is not symmetric, so some function in the model has a wrong second derivative: along two"
+        f" random directions u'Hv is {one:.4g}, but v'Hu is {other:.4g}; where it is weight_norm, replace it by the"
+        " weight itself (torch.nn.utils.remove_weight_norm, or parametrize.remove_parametrizations)."
+    )
+
+
+def _difference(found: Products, slopes: Sequence[Tensor]) -> str:
+    hv = found.products[1]
+    if not all(bool(torch.isfinite(slope).all()) for slope in slopes):
+        return ""
+    off = min(float((slope - hv).norm()) for slope in slopes)
+    size = max(float(hv.norm()), float(slopes[-1].norm()))
+    # Differences that differ among themselves (a kink between the points, rounding) say nothing.
+    unsettled = float((slopes[-1] - slopes[-2]).norm())
+    if off <= SLACK[torch.float64] * size + 10 * unsettled + found.floor:
+        return ""
+    return (
+        f"Autograd's Hessian is not the derivative of the gradient: times a random direction the two differ by"
+        f" {off / size:.0%}, so derivatives in the model are made up (rounding by detach, a custom"
+        " backward): put the rounded weights themselves into the model, or hold them still with"
+        " requires_grad_(False)."
+    )

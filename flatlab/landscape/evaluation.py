@@ -1,0 +1,32 @@
+"""What a landscape says at a point, and how one asks it at many."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from flatlab.landscape.blocks import Gathered
+
+FloatArray = npt.NDArray[np.float64]
+
+
+class Move(Protocol):
+    """Stratum losses (..., S) at point + radius * direction, for one radius or several: all samples, or a block's."""
+
+    def __call__(  # noqa: D102
+        self, direction: Tensor, radius: npt.ArrayLike = 1.0, *, block: Gathered | None = None
+    ) -> FloatArray: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """What a landscape says at one point; strata weigh equally in ``loss`` (nats) and ``accuracy`` (share)."""
+
+    loss: float
+    accuracy: float | None
+    losses: FloatArray
+    """(S,) mean loss of each stratum."""
+    accuracies: FloatArray | None
+    """(S,), or None where the task is not one of classes."""

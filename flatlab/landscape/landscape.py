@@ -1,0 +1,292 @@
+"""A landscape: the mean loss of a model over fixed data, as a function of one flat vector of parameters.
+
+Data may weigh batches alike that differ in size, or change between two readings; a model may draw at random, or mix the
+samples of a batch. So data are kept and weighed by samples, and the function itself is probed before the first number.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from copy import copy
+from functools import partial
+from itertools import chain
+from typing import Any
+from weakref import proxy
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from flatlab.derivatives.autograd import one_path, refuse_rounding
+from flatlab.derivatives.exact import attributes_restored
+from flatlab.derivatives.operators import Hessian, Term
+from flatlab.errors import UserError
+from flatlab.landscape.blocks import Block, Gathered, Partition, Samples
+from flatlab.landscape.checks import alike, refuse_changed, refuse_parametrized, refuse_training, versions
+from flatlab.landscape.curvature_checks import SAMPLED, probe_curvature
+from flatlab.landscape.evaluation import Evaluation, Move
+from flatlab.landscape.opening import Opening
+from flatlab.seeds import generator
+from flatlab.tensors.flat import flatten, select, split_like
+from flatlab.tensors.losses import Metric, total, total_and_hits, totals, weight, wide
+from flatlab.tensors.memory import Halving
+from flatlab.tensors.nested import Batch, Data, part, read_strata, recut, same, span, spread
+
+FloatArray = npt.NDArray[np.float64]
+
+
+class Landscape:
+    """The mean loss of ``model`` on ``data`` around the parameters that it has now.
+
+    The model is moved in place and put back bit by bit, also after an exception: no copy, no hook.
+
+    Args:
+        model: any module, in eval mode; it is called as ``model(inputs)``.
+        data: ``(inputs, targets)`` batches that can be read twice, any nests of tensors; or a mapping from the names
+            of strata (domains) to such batches, which then weigh equally whatever their sizes.
+        loss: ``loss(outputs, targets)``, the mean over the samples or a vector of per-sample losses; or a pair of
+            vectors, each sample's sum and its weight, whose quotient of sums is the loss (a mean over tokens).
+        params: shell patterns of the parameters that vary; all that require a gradient by default.
+        check: read the data twice, and probe the loss as a function: its values by joined and by cut batches, its
+            gradient against differences, and its Hessian before the first use. Opening costs 2 forward passes over the
+            data and at most 2 more in all, the backward pass of a tenth of the samples included.
+        batch_size: cut the data anew into batches of this size; the value does not depend on it.
+
+    Raises:
+        UserError: if one of the probes finds that the loss is not a function of the parameters alone.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Data | Mapping[str, Data],
+        loss: Metric,
+        *,
+        params: str | Iterable[str] | None = None,
+        check: bool = True,
+        batch_size: int | None = None,
+    ) -> None:
+        self.model, self.loss, self._check = model, loss, check
+        self._forward = Halving(model)
+        self._total = partial(total, loss)
+        self.named = select(model, params)
+        refuse_parametrized(model, self.named)
+        self._tensors: list[Tensor] = alike(self.named)
+        self._w0 = flatten(self._tensors)
+        sources = data if isinstance(data, Mapping) else {"all": data}
+        if not sources:
+            raise UserError("The data hold no stratum: hand in {name: batches} with at least one name.")
+        # A DataLoader draws from torch's global generator each time it is read: nobody else's draws should move.
+        with torch.random.fork_rng(devices=[]):
+            kept = read_strata(sources, self._w0.device, check=check)
+        self.strata = tuple(str(name) for name in sources)
+        self._batches = [recut(batches, batch_size) for batches in kept]
+        self.sizes = np.array([sum(batch.size for batch in batches) for batches in self._batches])
+        self._state = versions(model, self._tensors)
+        self._base: FloatArray | None = None
+        self._samples: Samples | None = None
+        self._hessian: Hessian | None = None
+        self._weights: FloatArray | None = None
+        self._curved = not check
+        self.remarks = tuple[str, ...]()
+        if check:
+            self._probe()
+
+    @property
+    def point(self) -> Tensor:
+        """A copy of the parameters (P,) that the landscape lies around."""
+        return self._w0.clone()
+
+    @property
+    def num_params(self) -> int:
+        """How many numbers a point has, P."""
+        return self._w0.numel()
+
+    @property
+    def num_samples(self) -> int:
+        """How many samples one pass over the data evaluates."""
+        return sum(batch.size for batch in chain.from_iterable(self._batches))
+
+    @property
+    def norm(self) -> float:
+        """The Euclidean length of the point."""
+        return float(torch.linalg.vector_norm(self._w0, dtype=wide(self._w0)))
+
+    @property
+    def base_loss(self) -> FloatArray:
+        """Mean loss (S,) of each stratum at the point itself, computed once."""
+        if self._base is None:
+            self._base = self.evaluate().losses
+            self._base.flags.writeable = False
+        return self._base
+
+    @property
+    def weights(self) -> FloatArray:
+        """What the samples of each stratum weigh together (S,): how many there are, unless the loss gives weights."""
+        if self._weights is None:
+            self._weights = self._weigh(self.loss)
+        return self._weights
+
+    def as_point(self, vector: Tensor) -> Tensor:
+        """Return a flat vector (P,) in the dtype and on the device of the point."""
+        if vector.shape != self._w0.shape:
+            raise UserError(
+                f"A point of this landscape has shape ({self.num_params},), but {tuple(vector.shape)} came:"
+                " hand in one flat vector."
+            )
+        return vector.to(self._w0)
+
+    def split(self, vector: Tensor) -> list[Tensor]:
+        """Return views of a flat vector (P,) with the shapes of the parameters."""
+        return split_like(vector, self._tensors)
+
+    def evaluate(self, vector: Tensor | None = None) -> Evaluation:
+        """Return loss and accuracy at a flat vector (P,), by default at the point itself."""
+        weights = self.weights
+        with self._visiting(vector), torch.no_grad():
+            sums = self._sums(partial(total_and_hits, self.loss)).cpu().double().numpy()
+        losses, accuracies = sums[:, 0] / weights, sums[:, 1] / self.sizes
+        known = not np.isnan(accuracies).any()
+        shares = accuracies if known else None
+        return Evaluation(float(losses.mean()), float(accuracies.mean()) if known else None, losses, shares)
+
+    def around(self, model: nn.Module, *, check: bool = True) -> "Landscape":
+        """Return the landscape of the same data and loss around another model, of the same choice of parameters."""
+        data = {name: [batch[:2] for batch in each] for name, each in zip(self.strata, self._batches, strict=True)}
+        return Landscape(model, data, self.loss, params=list(self.named), check=check and self._check)
+
+    @contextmanager
+    def moving(self, *metrics: Metric, settle: Callable[[], object] = lambda: None) -> Iterator[Move]:
+        """Yield ``at(direction, radius=1.0)``: stratum losses (S,) at point + radius * direction, for many points.
+
+        A point costs one pass over the parameters to compute and one to copy. They are copied into the model's
+        own tensors, not replaced by views of one flat vector, since a ``channels_last`` network is up to 1.5 times
+        slower with row-major kernels. Several radii at once (..., S) wait for the device once. With `metrics`,
+        functions of the loss's form, their means (..., S, M) come instead. `settle` is called at each point.
+        """
+        flat = torch.empty_like(self._w0)
+        measured = partial(totals, metrics) if metrics else self._total
+        sizes = np.stack([self._weigh(each) for each in metrics], axis=1) if metrics else self.weights
+        views = self.split(flat)
+
+        @torch.no_grad()
+        def at(direction: Tensor, radius: npt.ArrayLike = 1.0, *, block: Gathered | None = None) -> FloatArray:
+            sums = []
+            for each in np.ravel(radius).tolist():
+                torch.add(self._w0, direction, alpha=each, out=flat)
+                torch._foreach_copy_(self._tensors, views)
+                settle()
+                sums.append(self._sums(measured) if block is None else self._totals(*block))
+            table = torch.stack(sums).cpu().double().numpy()
+            means = table / sizes if block is None else block.block.shares(table)
+            return means.reshape(*np.shape(radius), *means.shape[1:])
+
+        with self._visiting():
+            yield at
+
+    def blocks(self, block_size: int, *, seed: int = 0) -> Partition:
+        """Return a partition of the samples into blocks of about `block_size`, each with its share of each stratum."""
+        rng = generator("landscape", "blocks", block_size, seed)
+        return Partition(self.sizes.tolist(), block_size, generator=rng, weights=self.weights.tolist())
+
+    def gather(self, block: Block) -> Gathered:
+        """Return a block's samples, to be evaluated at several points."""
+        if self._samples is None:
+            self._samples = Samples(self._batches)
+        batch = self._samples.pick(block.rows)
+        cut = [Batch(None, part(batch.targets, p.start, p.stop), p.stop - p.start) for p in block.parts]
+        return Gathered(batch, block, cut)
+
+    def on(self, block: Block) -> "Landscape":
+        """Return a block's share of the landscape, around the same point: over a partition, the mean of these is it."""
+        other, whole = copy(self), self.gather(block).batch
+        other._batches = [[span(whole, p.start, p.stop)] for p in block.parts]
+        other._base = other._samples = other._hessian = None
+        other.sizes = other._weights = np.array([1 / p.scale for p in block.parts])  # what totals are divided by
+        return other
+
+    def shares_data(self, other: "Landscape") -> bool:
+        """Say whether another landscape lies over the same samples, however they are cut into batches."""
+        pairs = zip(self._batches, other._batches, strict=False)
+        return self.strata == other.strata and all(same(ours, theirs) for ours, theirs in pairs)
+
+    def gradient(self, vector: Tensor | None = None) -> Tensor:
+        """Return the gradient (P,) of the loss at a flat vector, by default at the point itself."""
+        result, terms = torch.zeros_like(self._w0), self.terms()
+        with self._visiting(vector), torch.enable_grad():
+            for inputs, total, count in terms:
+                loss = total(self.model(inputs)) / count
+                if loss.requires_grad:  # else it does not depend on the parameters
+                    result += flatten(torch.autograd.grad(loss, self._tensors, materialize_grads=True))
+        return result
+
+    def hvp(self, vector: Tensor) -> Tensor:
+        """Return the Hessian of the loss at the point times a vector (P,): the product that `Hessian` makes.
+
+        Raises:
+            UserError: where the model cannot be differentiated twice, or rounds its weights.
+        """
+        direction = self.as_point(vector)
+        self._hessian = self._hessian or Hessian(proxy(self))  # not self: its graph would outlive the landscape
+        return self._hessian @ direction
+
+    def check_curvature(self) -> None:
+        """Refuse weights that are rounded and, once, by a probe on a few samples, derivatives that are wrong."""
+        refuse_rounding(self.model, self._tensors)
+        if not self._curved:
+            few = [spread(batches, max(1, SAMPLED // len(self.strata))) for batches in self._batches]
+            probe_curvature(self.model, self.named, list(chain(*few)), self._total)
+        self._curved = True
+
+    def terms(self) -> list[Term]:
+        """Return the batches: the loss is the sum of ``total(outputs) / count`` over them."""
+        self._refuse_changed()
+        return list(self._terms())
+
+    @contextmanager
+    def _visiting(self, vector: Tensor | None = None) -> Iterator[None]:
+        self._refuse_changed()
+        with attributes_restored(self.model), one_path():
+            try:
+                if vector is not None:
+                    self._put(self.as_point(vector))
+                yield
+            finally:
+                self._put(self._w0)
+
+    def _weigh(self, metric: Metric) -> FloatArray:
+        first = spread(self._batches[0], 1)[0]
+        with self._visiting(), torch.no_grad():
+            plain = weight(metric, self._forward(first.inputs), first) is None
+            return self.sizes.astype(float) if plain else self._sums(partial(weight, metric)).cpu().double().numpy()
+
+    def _probe(self) -> None:
+        looks = self._forward, self._total, partial(weight, self.loss), self._visiting
+        opening = Opening(self.model, self.named, self._state, self.strata, self._batches, *looks)
+        sums, self._weights = opening.values()
+        self._base = sums / self._weights
+        self._base.flags.writeable = False
+        self.remarks = tuple(opening.slopes(sums))
+
+    def _put(self, vector: Tensor) -> None:
+        with torch.no_grad():
+            torch._foreach_copy_(self._tensors, self.split(vector))
+
+    def _sums(self, total: Callable[[Any, Batch], Any]) -> Tensor:
+        sums = [torch.stack([total(self._forward(b.inputs), b) for b in each]).sum(0) for each in self._batches]
+        return torch.stack(sums)
+
+    def _totals(self, batch: Batch, block: Block, targets: list[Batch]) -> Tensor:
+        """Return the total loss of each part of a block."""
+        outputs = self._forward(batch.inputs)
+        pairs = zip(block.parts, targets, strict=True)
+        return torch.stack([self._total(part(outputs, p.start, p.stop), each) for p, each in pairs])
+
+    def _terms(self) -> Iterator[Term]:
+        for batches, each in zip(self._batches, self.weights.tolist(), strict=True):
+            yield from ((b.inputs, partial(self._total, batch=b), each * len(self.strata)) for b in batches)
+
+    def _refuse_changed(self) -> None:
+        refuse_changed(self.model, self._tensors, self._w0, self._state)
+        if self._check:
+            refuse_training(self.model)

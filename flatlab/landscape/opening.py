@@ -1,0 +1,162 @@
+"""What is found out about a loss before anyone believes its value: on opening a landscape, on the function itself.
+
+Passes over the data, in forward passes: 2 for the values, 0.9 for first derivatives on a tenth of the samples (at
+least one of each stratum), and 1 more where parameters seem not to move the loss.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from flatlab.derivatives.autograd import rounding
+from flatlab.errors import UserError
+from flatlab.landscape.checks import Total, Versions, refuse_rewriting, refuse_training, written
+from flatlab.landscape.slope_checks import Slice, probe_slope
+from flatlab.landscape.value_checks import Weigh, probe_fixed, probe_values
+from flatlab.seeds import generator
+from flatlab.tensors.flat import flatten, refuse_overlap, scales_of, split_like
+from flatlab.tensors.nested import Batch, spread
+
+FloatArray = npt.NDArray[np.float64]
+SHARE, MOST = 10, 256  # derivatives are looked at on one sample in so many, at most so many
+
+
+@dataclass(frozen=True)
+class Opening:
+    """A landscape that is being opened.
+
+    Attributes:
+        model: in eval mode.
+        named: the parameters that vary.
+        state: the versions of all other tensors.
+        strata: names of the strata.
+        batches: of each stratum.
+        forward: the model, for values.
+        total: from outputs and batch to the sum of the losses.
+        weigh: from outputs and batch to what the batch weighs.
+        visiting: puts the parameters to a point, and back.
+    """
+
+    model: nn.Module
+    named: Mapping[str, nn.Parameter]
+    state: Versions
+    strata: Sequence[str]
+    batches: Sequence[Sequence[Batch]]
+    forward: Callable[[Any], Any]
+    total: Total
+    weigh: Weigh
+    visiting: Callable[[Tensor | None], AbstractContextManager[None]]
+
+    def values(self) -> tuple[FloatArray, FloatArray]:
+        """Return the sum of the losses and the weight (S,) of each stratum; refuse what has no fixed ones."""
+        refuse_training(self.model)
+        refuse_rewriting(self.model)
+        self._refuse_overlap()
+        # Not inference_mode: what a model caches in its first pass (rotary tables) must stay usable in training.
+        with self._put_back(), self.visiting(None), torch.no_grad():
+            for batch in self._few():
+                probe_fixed(self.forward, batch, self.total)
+            self._refuse_writing()
+            found = [probe_values(self.forward, each, self.total, self.weigh) for each in self.batches]
+            self._refuse_writing()
+        sizes = [sum(batch.size for batch in each) for each in self.batches]
+        weights = [size if weight is None else float(weight) for (_, weight), size in zip(found, sizes, strict=True)]
+        sums = np.array([float(each) for each, _ in found])
+        base = sums / np.array(weights, dtype=float)
+        if not np.isfinite(base).all():
+            losses = dict(zip(self.strata, base.tolist(), strict=True))
+            raise UserError(f"The loss at the point itself must be finite, but is {losses}: no flatness is defined.")
+        return sums, np.array(weights, dtype=float)
+
+    def slopes(self, sums: FloatArray) -> list[str]:
+        """Refuse a gradient that is not the loss's slope; return sentences on what does not move the loss.
+
+        Args:
+            sums: of the losses (S,) at the point itself.
+        """
+        if rounding(self.model, self.named.values()):
+            return []  # whose gradient is meant to be another function's
+        few = self._few()
+        part = Slice([*self.named], [*self.named.values()], partial(self._value, few), partial(self._gradient, few))
+        try:
+            still = probe_slope(part)
+        except (RuntimeError, MemoryError) as error:  # values need no gradient
+            reason = str(error).strip().partition("\n")[0]
+            return [f"The gradient was not checked against the values, since it cannot be computed: {reason}"]
+        return self._unmoved(still, sums) if still else []
+
+    def _few(self) -> list[Batch]:
+        counts = [sum(batch.size for batch in each) for each in self.batches]
+        most = [max(1, min(count // SHARE, MOST // len(counts))) for count in counts]
+        return list(chain(*(spread(each, count) for each, count in zip(self.batches, most, strict=True))))
+
+    def _value(self, few: Sequence[Batch], vector: Tensor) -> float:
+        with self.visiting(vector), torch.no_grad():
+            sums = [self.total(self.forward(batch.inputs), batch) for batch in few]
+            return float(torch.stack(sums).sum()) / sum(batch.size for batch in few)
+
+    def _gradient(self, few: Sequence[Batch], vector: Tensor) -> list[Tensor | None]:
+        tensors, count = [*self.named.values()], sum(batch.size for batch in few)
+        found: list[Tensor | None] = [None] * len(tensors)
+        with self.visiting(vector), torch.enable_grad():
+            for batch in few:
+                loss = self.total(self.model(batch.inputs), batch) / count
+                slopes = torch.autograd.grad(loss, tensors, allow_unused=True) if loss.requires_grad else found
+                for index, slope in enumerate(slopes):
+                    if slope is not None and loss.requires_grad:
+                        before = found[index]
+                        found[index] = slope if before is None else before + slope
+        return found
+
+    def _unmoved(self, names: Sequence[str], sums: FloatArray) -> list[str]:
+        """Say which of these parameters do not move the loss on any sample, whatever their gradient says."""
+        tensors = [*self.named.values()]
+        noise = torch.randn(sum(t.numel() for t in tensors), generator=generator("opening", "unmoved"))
+        steps = split_like(scales_of(tensors) * noise.to(tensors[0]), tensors)
+        moves = (
+            step if name in names else torch.zeros_like(step) for name, step in zip(self.named, steps, strict=True)
+        )
+        with self.visiting(flatten(tensors) + flatten(moves)), torch.no_grad():
+            moved = [sum(float(self.total(self.forward(b.inputs), b)) for b in each) for each in self.batches]
+        if not np.allclose(moved, sums, rtol=1e-6, atol=0.0):
+            return []
+        count, every = sum(self.named[name].numel() for name in names), sum(t.numel() for t in tensors)
+        listed = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        return [
+            f"{count:,} of the {every:,} parameters ({count / every:.1%}) do not move the loss ({listed}), and"
+            " random directions are diluted by them: leave them out with params=, or requires_grad_(False)."
+        ]
+
+    def _refuse_overlap(self) -> None:
+        tensors = [*self.named.values()]
+        noise = torch.randn(sum(t.numel() for t in tensors), generator=generator("landscape", "probe")).to(tensors[0])
+        with self.visiting(noise):
+            refuse_overlap(flatten(tensors), noise)
+
+    def _refuse_writing(self) -> None:
+        if changed := written(self.model, self.named.values(), self.state):
+            raise UserError(
+                f"A forward pass changes {changed!r} of the model, so that its loss depends on what was evaluated"
+                " before: freeze it."
+            )
+
+    @contextmanager
+    def _put_back(self) -> Iterator[None]:
+        """Put buffers back where the model is refused: a forward pass may have changed them."""
+        buffers = list(self.model.buffers())
+        kept = [buffer.clone() for buffer in buffers]
+        try:
+            yield
+        except BaseException:
+            with torch.no_grad():
+                for buffer, before in zip(buffers, kept, strict=True):
+                    buffer.copy_(before)
+            raise

@@ -1,0 +1,211 @@
+"""Probes of a loss's value: the same at each reading, and the same however the samples are joined or cut."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flatlab.errors import UserError
+from flatlab.landscape.checks import Total
+from flatlab.tensors.memory import out_of_memory
+from flatlab.tensors.nested import Batch, concatenate, cut, distance, near, spread, tensors
+
+Forward = Callable[[Any], Any]
+Weigh = Callable[[Any, Batch], Tensor | None]
+"""What a batch weighs, from the outputs; None where it is its size."""
+
+_PIECES = 64  # a batch is cut so often, at most, to see whether its mean loss is the mean over its samples
+_JOINED = 8  # batches of one sample that are joined
+_ACROSS = 64  # samples of different batches whose losses are joined
+_GPU_NOISE = 1e-4  # atomics reorder sums from run to run
+_GPU_MIXING = 1e-2  # another batch size may choose another TF32 kernel; mixing through BatchNorm moves 0.1 and more
+
+
+def probe_fixed(model: Forward, batch: Batch, total: Total) -> None:
+    """Refuse a model or a loss that draws at random; costs two passes over the batch."""
+    outputs, again = _run(model, batch), _run(model, batch)
+    losses = [total(outputs, batch), total(outputs, batch), total(again, batch)]
+    allowed = 0.0 if _on_cpu(outputs) else _GPU_NOISE
+    if near([outputs, *losses[:1] * 2], [again, *losses[1:]], allowed):
+        return
+    off = max(distance(outputs, again), distance(losses[:1] * 2, losses[1:]))
+    raise UserError(
+        f"The same batch gives two different outputs or losses, by {off:.2g} of the largest, but a landscape needs a"
+        " fixed function: switch off what draws at random (dropout, noise, augmentation inside the model)."
+    )
+
+
+def probe_values(model: Forward, batches: Sequence[Batch], total: Total, weigh: Weigh) -> tuple[Tensor, Tensor | None]:
+    """Return the sum of the losses of a stratum and its weight; refuse one that depends on how samples are joined.
+
+    Each sample passes the model twice: in its batch, and in a half of it, or with others where it is a batch of its
+    own. The loss is held against those of small pieces, and those of samples from different batches against that of
+    all of them: batches of one class each, or of one sample, have the same mean whatever the weights.
+    """
+    sums, weights, across = list[Tensor](), list[Tensor | None](), list[Batch]()
+    every = max(1, len(batches) // (_ACROSS // 2))
+    for group in _groups(batches):
+        outputs = [_run(model, batch) for batch in group]
+        _refuse_mixing(model, group, outputs, total)
+        for each, batch in zip(outputs, group, strict=True):
+            whole = Batch(each, batch.targets, batch.size)
+            sums.append(_refuse_weighing(whole, _pieces(whole), total, "a batch"))
+            weights.append(weigh(each, batch))
+            across += spread([whole], 2) if len(sums) % every == 0 else []
+    if len(across) > 1 and (joined := _joined([batch[:2] for batch in across])) is not None:
+        whole = Batch(joined[0], joined[1], sum(batch.size for batch in across))
+        _refuse_weighing(whole, across, total, "samples of several batches")
+    found = [each for each in weights if each is not None]
+    return torch.stack(sums).sum(0), torch.stack(found).sum(0) if found else None
+
+
+def _groups(batches: Sequence[Batch]) -> Iterator[list[Batch]]:
+    """Yield batches, those of one sample several at a time."""
+    singles: list[Batch] = []
+    for batch in batches:
+        if batch.size > 1:
+            yield [batch]
+        else:
+            singles.append(batch)
+            if len(singles) == _JOINED:
+                yield singles
+                singles = []
+    if singles:
+        yield singles
+
+
+def _run(model: Forward, batch: Batch) -> Any:
+    try:
+        outputs = model(batch.inputs)
+    except TypeError as error:
+        if not isinstance(batch.inputs, Mapping | tuple | list):
+            raise
+        kind = type(batch.inputs).__name__
+        call = "**inputs" if isinstance(batch.inputs, Mapping) else "*inputs"
+        raise UserError(
+            f"The model is called as model(inputs) with one argument, a {kind}, and fails ({error}): wrap it in a"
+            f" module whose forward(self, inputs) returns self.model({call})."
+        ) from error
+    except ValueError as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"The model fails on {batch.size} samples alone ({error}): if samples mix in the model, use statistics that"
+            " do not come from the batch (BatchNorm with track_running_stats=True)."
+        ) from error
+    sizes = [tuple(leaf.shape) for leaf in tensors(outputs)]
+    if {shape[:1] for shape in sizes} != {(batch.size,)}:
+        raise UserError(
+            f"The model must return tensors with the sample axis ({batch.size} here) as dimension 0, but shapes"
+            f" {sizes} came: return something per sample, and reduce it in the loss (squeeze(1), not squeeze())."
+        )
+    return outputs
+
+
+def _on_cpu(outputs: Any) -> bool:
+    return all(leaf.device.type == "cpu" for leaf in tensors(outputs))
+
+
+def _eps(outputs: Any) -> float:
+    return max((torch.finfo(leaf.dtype).eps for leaf in tensors(outputs) if leaf.is_floating_point()), default=1e-7)
+
+
+def _refuse_mixing(model: Forward, group: list[Batch], outputs: list[Any], total: Total) -> None:
+    """Refuse a model in which the samples of a batch change one another's outputs."""
+    other = _otherwise(group)
+    if not other:
+        return
+    try:
+        again = [_run(model, batch) for batch in other]
+    except UserError:
+        raise
+    except (RuntimeError, ValueError) as error:
+        if out_of_memory(error):
+            raise
+        raise UserError(
+            f"The model takes {group[0].size} samples at a time but not {other[0].size} ({error}): its outputs must"
+            " not depend on which samples share a batch."
+        ) from error
+    first, second = _joined(outputs), _joined(again)
+    allowed = max(_eps(outputs) ** 0.5, 0.0 if _on_cpu(outputs) else _GPU_MIXING)
+    if first is not None and second is not None and _shapes(first) == _shapes(second):
+        if (off := distance(first, second)) > allowed:
+            raise UserError(
+                f"The outputs of a batch differ from those of its two halves by {off:.2g} of the largest, so samples"
+                " mix in the model: use statistics that do not come from the batch (BatchNorm with"
+                " track_running_stats=True)."
+            )
+        return
+    one, two = (
+        sum(float(total(o, b)) for o, b in zip(runs, parts, strict=True))
+        for runs, parts in ((outputs, group), (again, other))
+    )
+    if not abs(one - two) <= allowed * max(abs(one), abs(two)):
+        raise UserError(
+            f"The outputs of a batch have shapes {_shapes(outputs)}, those of its parts {_shapes(again)}, and their"
+            f" losses sum up to {one:.4g} and {two:.4g}: give the samples one length whatever their batch"
+            " (pad_packed_sequence(..., total_length=...)), or a loss that does not see the padding."
+        )
+
+
+def _otherwise(group: list[Batch]) -> list[Batch]:
+    """Return the same samples cut into halves, or joined where they are batches of one; nothing where neither can."""
+    if len(group) == 1:
+        return cut(group[0], -(-group[0].size // 2)) if group[0].size > 1 else []
+    joined = _joined([batch[:2] for batch in group])
+    return [] if joined is None else [Batch(joined[0], joined[1], len(group))]
+
+
+def _joined(nests: list[Any]) -> Any:
+    """Return nests as one, or None where their shapes differ."""
+    if len({tuple(shape[1:] for shape in _shapes(nest)) for nest in nests}) > 1:
+        return None
+    return concatenate(nests)
+
+
+def _shapes(nest: Any) -> list[tuple[int, ...]]:
+    return [tuple(leaf.shape) for leaf in tensors(nest)]
+
+
+def _pieces(whole: Batch) -> list[Batch]:
+    """Return small pieces of a batch, given as outputs and targets."""
+    # Small pieces, not halves: ignored targets that lie evenly in the batch would go unseen.
+    return cut(whole, max(1 if whole.size < 4 else 2, -(-whole.size // _PIECES)))
+
+
+def _refuse_weighing(whole: Batch, pieces: Sequence[Batch], total: Total, what: str) -> Tensor:
+    """Return the sum of the losses of outputs and targets; refuse one that is not the sum over the pieces."""
+    one, parts = total(whole.inputs, whole), torch.stack([total(piece.inputs, piece) for piece in pieces])
+    # What is not finite is no loss to compare, and is refused as such.
+    if not torch.isfinite(one) or (one - parts.sum()).abs() <= 32 * _eps(whole.inputs) * parts.abs().sum():
+        return one
+    sizes = parts.new_tensor([piece.size for piece in pieces])
+    means, mean = parts / sizes, float(one) / whole.size
+    if shapes := _broadcast(whole):
+        why = f"outputs {shapes[0]} and targets {shapes[1]} are broadcast against each other: give them one shape"
+    elif abs(float(means.sum()) - mean) <= 1e-3 * abs(mean):
+        why = "it is a sum: divide it by the number of samples (reduction='mean')"
+    else:
+        weights = "(targets != -100).sum(1)" if _is_sequence(whole.targets) else "weight[targets]"
+        why = (
+            "it weighs samples unequally (ignore_index, class weights): let it return two vectors, each sample's sum"
+            f" (reduction='none') and each sample's weight, as {weights}"
+        )
+    raise UserError(
+        f"The mean loss of {what} is {mean:.4g}, but {float(parts.sum()) / whole.size:.4g} over its samples, so"
+        f" it is not the mean over them; {why}."
+    )
+
+
+def _broadcast(whole: Batch) -> list[tuple[int, ...]]:
+    """Return the shapes of outputs and targets where they hold one number for each other but differ in shape."""
+    pair = [whole.inputs, whole.targets]
+    if not all(isinstance(each, Tensor) and each.is_floating_point() for each in pair):
+        return []
+    shapes = _shapes(pair)
+    return shapes if shapes[0] != shapes[1] and pair[0].numel() == pair[1].numel() else []
+
+
+def _is_sequence(targets: Any) -> bool:
+    return isinstance(targets, Tensor) and targets.ndim > 1

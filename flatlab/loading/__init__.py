@@ -1,0 +1,1 @@
+"""From specs to things: domains, networks, checkpoints, exported files."""

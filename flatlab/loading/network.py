@@ -1,0 +1,104 @@
+"""A run's network: built, quantizer attached, parameters by their roles."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from flatlab.data.domains import DomainSet
+from flatlab.errors import UserError
+from flatlab.files import file_hash
+from flatlab.loading.data import device
+from flatlab.models.networks import Ensemble, Network, build_network
+from flatlab.quant import attach
+from flatlab.quant.fixed import Fixed
+from flatlab.quant.inq import INQ
+from flatlab.specs.quantizers import INQSpec, QuantSpec
+from flatlab.specs.run import Place, RunSpec
+
+
+def network(spec: RunSpec, data: DomainSet, place: Place) -> Network:
+    """Return the initialised full-precision network of a run, on the device."""
+    built = build_network(
+        spec.model,
+        num_classes=len(data.classes),
+        in_channels=data.domains[0].images.shape[1],
+        weights=_weights(spec, place),
+        seed=spec.seed,
+    )
+    return built.to(device(place))
+
+
+def finished(spec: RunSpec, data: DomainSet, place: Place) -> Network | Ensemble:
+    """Return the network that a run ends with, to load a checkpoint into: quantizer attached, an ensemble's members."""
+    if spec.members:
+        return Ensemble([finished(member, data, place) for member in spec.members], combine=spec.combine)
+    built = network(spec.replace(weights="none"), data, place)  # the checkpoint holds all weights
+    quantize(built, spec)
+    return built
+
+
+def _weights(spec: RunSpec, place: Place) -> str | Path:
+    if not spec.weights.startswith("sha256:"):
+        return spec.weights
+    if place.weights_file is None:
+        raise UserError(f"This run starts from a weights file ({spec.weights[:19]}...); name it with --weights FILE.")
+    if f"sha256:{file_hash(Path(place.weights_file))}" != spec.weights:
+        raise UserError(f"{place.weights_file} is not the weights file that this run names ({spec.weights[:19]}...).")
+    return Path(place.weights_file)
+
+
+def quantize(built: Network, spec: RunSpec) -> list[nn.Parameter]:
+    """Attach the spec's quantizer to a network; return its step sizes (none where it has none to learn).
+
+    What post-training quantization leaves behind is attached empty, to be loaded or settled.
+    """
+    match spec.quantizer:
+        case None:
+            return []
+        case QuantSpec() as q:
+            attach.attach(built, **q.model_dump(include={"bits", "granularity", "grad_scale", "signed", "log_scale"}))
+            if q.activations != "none":
+                attach.attach_activations(built, bits=q.activation_bits, signed=q.activations == "signed")
+        case INQSpec() as q:
+            grid = q.model_dump(include={"bits", "granularity", "grid"})
+            attach.attach_each(built, lambda _, weight, axis: INQ(weight, axis=axis, **grid))
+        case q:
+            kind = q.model_dump(include={"bits", "granularity"})
+            attach.attach_each(built, lambda _, weight, axis: Fixed.empty(weight, axis=axis, **kind))
+    return list(attach.scales(built).values())
+
+
+def roles(built: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
+    """Sort the parameters by role: weights (of convolutions and the like), norms, scales (step sizes), head."""
+    step_sizes = {id(scale) for scale in attach.scales(built).values()}
+    sorted_: dict[str, dict[str, nn.Parameter]] = {"weights": {}, "norms": {}, "scales": {}, "head": {}}
+    for name, parameter in built.named_parameters():
+        if id(parameter) in step_sizes:
+            sorted_["scales"][name] = parameter
+        elif name.startswith("head."):
+            sorted_["head"][name] = parameter
+        else:
+            sorted_["weights" if parameter.ndim > 1 else "norms"][name] = parameter
+    return sorted_
+
+
+def load(built: nn.Module, weights: Mapping[str, npt.NDArray[np.float32]]) -> None:
+    """Load a checkpoint's arrays into a network built from the same spec.
+
+    Args:
+        built: the network, its quantizer attached where the run has one.
+        weights: arrays by parameter name.
+
+    Raises:
+        UserError: where names or shapes do not fit.
+    """
+    tensors = {name: torch.from_numpy(array.copy()) for name, array in weights.items()}
+    try:
+        built.load_state_dict(tensors)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise UserError(f"The checkpoint is of another architecture than its spec says: {reason}") from None

@@ -1,0 +1,42 @@
+"""The scale audit and the trace check of a run, as measurements."""
+
+from collections.abc import Callable
+from dataclasses import asdict
+
+import numpy as np
+
+from flatlab import files
+from flatlab.measure.inputs import landscape
+from flatlab.measure.units import Shelf
+from flatlab.metrics.scale_audit import scale_audit
+from flatlab.metrics.trace_check import triangle
+from flatlab.specs.measurements import AuditSpec, TriangleSpec
+from flatlab.specs.run import Place
+from flatlab.store.runs import Probe, Run
+
+Report = Callable[[int, int, dict[str, float]], None]
+
+
+def fill_scale_audit(probe: Probe, run: Run, place: Place, report: Report | None) -> None:
+    """Measure what the probe asks for; its units, of spheres and of curvature, are kept."""
+    spec: AuditSpec = probe.spec
+    keep = Shelf(probe).units
+    found = scale_audit(
+        landscape(run, spec, place), most=spec.most, num_samples=spec.num_samples, seed=spec.seed, keep=keep
+    )
+    facts = {"rows": found.to_frame().to_dict("records"), "pairs": [asdict(each) for each in found.pairs]}
+    facts |= {"refusals": [asdict(each) for each in found.refusals], "hvps": found.cost.hvps}
+    files.save_arrays(probe.result, {"deviation": found.deviation}, facts)
+
+
+def fill_trace_check(probe: Probe, run: Run, place: Place, report: Report | None) -> None:
+    """Measure what the probe asks for; its units, of spheres and of curvature, are kept."""
+    spec: TriangleSpec = probe.spec
+    found = triangle(landscape(run, spec, place), rel_error=spec.rel_error, seed=spec.seed, keep=Shelf(probe).units)
+    corners = {name: [each.value, float(each.stderr), each.freedom] for name, each in found.corners.items()}
+    facts = {"corners": corners, "agrees": found.agrees(), "quadratic_radius": found.quadratic_radius()}
+    facts |= {"verdict": found.verdict(), "kinks": list(found.kinks), "norm": found.flatness.norm}
+    facts |= {"hvps": found.cost.hvps, "images": found.cost.images}
+    low, high = found.interval()
+    arrays = {"radii": found.flatness.radii, "value": found.value, "low": low, "high": high}
+    files.save_arrays(probe.result, {name: np.asarray(array) for name, array in arrays.items()}, facts)

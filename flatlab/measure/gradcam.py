@@ -1,0 +1,142 @@
+"""GradCAM of a run on images of its held-out domain: maps and numbers, and the images themselves to draw them on.
+
+Which images: the rows of the target's split are shuffled by the probe's seed, and the first of each class comes before
+the second of any; nothing a network says of them counts. Runs that share a split are shown the same images.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flatlab import files
+from flatlab.errors import UserError
+from flatlab.landscape.landscape import Landscape
+from flatlab.loading import checkpoint
+from flatlab.loading import data as loading_data
+from flatlab.measure.units import Shelf
+from flatlab.metrics.flatness.perturbations import draw_ray
+from flatlab.metrics.gradcam import ablation, explained_layer, gradcam, moved_agreement
+from flatlab.quant.attach import bake
+from flatlab.results.estimate import FloatArray
+from flatlab.results.gradcam import ClassMaps
+from flatlab.seeds import derive
+from flatlab.specs.measurements import CamSpec
+from flatlab.specs.rises import ByRise
+from flatlab.specs.run import Place
+from flatlab.store.radii import by_rise
+from flatlab.store.runs import Probe, Run, RunStore
+
+Report = Callable[[int, int, dict[str, float]], None]
+INK = 0.25  # of full brightness: what is brighter is ink, on black paper
+CHUNK = 8  # images at a time: their activations are kept for the gradient
+
+
+def fill(probe: Probe, run: Run, place: Place, report: Report | None) -> None:
+    """Measure what the probe asks for, from where an earlier call was stopped."""
+    spec: CamSpec = probe.spec
+    if spec.space != "baked":
+        raise UserError(
+            "GradCAM is drawn of the baked network, whose outputs are the quantized one's: leave space out."
+        )
+    cams = _Cams(run, spec, place)
+    names = ["maps", "curves", *(f"moved-{index:02d}" for index in range(spec.num_samples if spec.radii else 0))]
+    acts = [cams.maps, cams.curves, *(lambda index=index: cams.moved(index) for index in range(len(names) - 2))]
+    found = []
+    for done, unit in enumerate(Shelf(probe).units(list(zip(names, acts, strict=True))), 1):
+        found.append(unit)
+        if report:
+            report(done, len(names), {})
+    _write(probe, cams, found)
+
+
+class _Cams:
+    """A run's network, the chosen images, and what is computed of them."""
+
+    def __init__(self, run: Run, spec: CamSpec, place: Place) -> None:
+        domains = loading_data.domains(run.spec, place)
+        run.check_data(domains.data.fingerprint)
+        domain = domains.data.domain(domains.target)
+        split = (domains.inside if spec.split == "in" else domains.outside)[domains.target]
+        self.spec, self.target, self.radii = spec, domains.target, _radii(run, spec)
+        self.rows = choose_images(split, domain.labels.numpy()[split], spec.images or len(split), seed=spec.seed)
+        self.images = domain.images[torch.from_numpy(self.rows)]
+        self.labels: list[int] = domain.labels[torch.from_numpy(self.rows)].tolist()
+        self.inputs = domains.data.normalise(self.images).to(loading_data.device(place))
+        self.model = checkpoint.network(run, spec.checkpoint, place)
+        bake(self.model)
+        self.layer = spec.layer or explained_layer(self.model, self.inputs[:1], self.labels[0])
+        self.classes, self.inked = domains.data.classes, domains.data.name == "digits"
+
+    def maps(self) -> FloatArray:
+        """Return the maps (N, H, W) of the true classes."""
+        return np.concatenate([self._of(*part).maps for part in self._parts()])
+
+    def curves(self) -> FloatArray:
+        """Return deletion and insertion (2, N, num_shares + 1)."""
+        pairs = [ablation(self.model, x, self._of(x, y), num_shares=self.spec.num_shares) for x, y in self._parts()]
+        return np.stack([np.concatenate(curves) for curves in zip(*pairs, strict=True)])
+
+    def moved(self, index: int) -> FloatArray:
+        """Return how far the maps agree (R, N) with those at w + radius * ray, along one ray."""
+        targets = torch.tensor(self.labels, device=self.inputs.device)
+        landscape = Landscape(self.model, [(self.inputs, targets)], F.cross_entropy, params=self.spec.params)
+        ray = draw_ray(landscape, self.spec.seed, index, normalisation="none")
+        parts = [moved_agreement(landscape, x, self._of(x, y), ray=ray, radii=self.radii) for x, y in self._parts()]
+        return np.concatenate(parts, axis=1)
+
+    def probabilities(self) -> FloatArray:
+        """Return what the network says (N, num_classes)."""
+        with torch.no_grad():
+            said = [self.model(x).double().softmax(1).cpu().numpy() for x, _ in self._parts()]
+        return np.concatenate(said)
+
+    def _of(self, inputs: Tensor, labels: list[int]) -> ClassMaps:
+        return gradcam(self.model, inputs, labels, layer=self.layer, grid=self.spec.grid)
+
+    def _parts(self) -> list[tuple[Tensor, list[int]]]:
+        starts = range(0, len(self.labels), CHUNK)
+        return [(self.inputs[start : start + CHUNK], self.labels[start : start + CHUNK]) for start in starts]
+
+
+def _radii(run: Run, spec: CamSpec) -> list[float]:
+    found = by_rise(RunStore(run.path.parent), spec.radii, spec) if isinstance(spec.radii, ByRise) else spec.radii
+    return [float(radius) for radius in found]
+
+
+def choose_images(
+    split: npt.NDArray[np.int64], labels: npt.NDArray[np.int64], count: int, *, seed: int
+) -> npt.NDArray[np.int64]:
+    """Return row numbers, classes in turn: shuffled by the seed, first the first of each class, then the second.
+
+    Args:
+        split: (n,) rows to choose from.
+        labels: (n,) their classes.
+        count: how many, at most.
+        seed: of the shuffling; the global generators are left alone.
+    """
+    order = np.random.default_rng(derive("gradcam images", seed)).permutation(np.sort(split))
+    classes = dict(zip(split.tolist(), labels.tolist(), strict=True))
+    met: dict[int, int] = {}
+    turns = []
+    for row in order.tolist():
+        turns.append(met.get(classes[row], 0))
+        met[classes[row]] = turns[-1] + 1
+    return order[np.argsort(turns, kind="stable")][:count]
+
+
+def _write(probe: Probe, cams: _Cams, found: list[FloatArray]) -> None:
+    """Write the assembled measurement, readable without torch."""
+    maps, curves, *moved = found
+    images = cams.images.numpy()
+    arrays = {"maps": maps.astype(np.float32), "deletion": curves[0], "insertion": curves[1], "images": images}
+    arrays |= {"rows": cams.rows, "labels": np.array(cams.labels), "probabilities": cams.probabilities()}
+    if moved:
+        arrays["moved"] = np.stack(moved)  # (K, R, N)
+    if cams.inked:
+        arrays["mask"] = (images.mean(axis=1) > INK * 255).astype(np.uint8)
+    facts = {"layer": cams.layer, "classes": list(cams.classes), "radii": cams.radii}
+    files.save_arrays(probe.result, arrays, {**facts, "held_out": cams.target, "seed": cams.spec.seed})

@@ -1,0 +1,161 @@
+"""What a measurement starts from: landscapes, images and quantized weights of a run."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flatlab.data.batches import evaluation_batches
+from flatlab.errors import UserError
+from flatlab.landscape.landscape import Landscape
+from flatlab.loading import data as loading_data
+from flatlab.loading import network as loading_network
+from flatlab.loading.checkpoint import network
+from flatlab.quant.attach import bake, layers, quantized_layers, tensor_of
+from flatlab.quant.codebook import check_finite
+from flatlab.quant.lsq import LSQ
+from flatlab.seeds import generator
+from flatlab.specs.measurement import Probing
+from flatlab.specs.run import Place, RunSpec
+from flatlab.store.runs import Run, RunStore
+from flatlab.tensors.nested import Data
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One quantized weight.
+
+    Attributes:
+        weight: the latent weight, in full precision.
+        quantized: what the network computes with.
+        step: its step sizes, which broadcast against it.
+        bits: of the codes.
+    """
+
+    weight: Tensor
+    quantized: Tensor
+    step: Tensor
+    bits: int
+
+
+def trained_layers(run: Run, checkpoint: str, place: Place) -> dict[str, Layer]:
+    """Return each weight that a run has quantized, by its name; none where it has no quantizer.
+
+    Args:
+        run: finished.
+        checkpoint: "selected" or "last".
+        place: device and data.
+    """
+    return _layers(network(run, checkpoint, place), run.spec)
+
+
+def _layers(loaded: nn.Module, spec: RunSpec) -> dict[str, Layer]:
+    bits = spec.quantizer.bits if spec.quantizer else 0
+    return {
+        f"{name}.{tensor_of(each.layer)}": _layer(each.latent, each.weight, each.quantizer.scale, bits)
+        for name, each in quantized_layers(loaded).items()
+    }
+
+
+def _layer(weight: Tensor, quantized: Tensor, step: Tensor, bits: int) -> Layer:
+    return Layer(weight.detach().clone(), quantized.detach().clone(), step.detach().clone(), bits)
+
+
+def rounded(weight: Tensor, bits: int, *, granularity: str, name: str) -> Layer:
+    """Return a weight rounded to the nearest of the levels that LSQ would begin with.
+
+    Args:
+        weight: of a layer.
+        bits: 2 to 16.
+        granularity: "channel" or "tensor".
+        name: what an error calls it.
+    """
+    check_finite(weight, name)
+    quantizer = LSQ(weight, bits=bits, granularity=granularity).to(weight.device)
+    return _layer(weight, quantizer(weight), quantizer.scale, bits)
+
+
+def latent_network(run: Run, checkpoint: str, place: Place) -> tuple[nn.Module, dict[str, Layer]]:
+    """Return a run's network with its latent weights, as a plain one, and what its quantizer makes of them, by name.
+
+    Of a run without a quantizer that is its network, and no layer.
+
+    Args:
+        run: finished.
+        checkpoint: "selected" or "last".
+        place: device and data.
+    """
+    loaded = network(run, checkpoint, place)
+    found = _layers(loaded, run.spec)
+    bake(loaded)
+    with torch.no_grad():
+        for name, layer in found.items():
+            loaded.get_parameter(name).copy_(layer.weight)
+    return loaded, found
+
+
+def quantizable(loaded: nn.Module) -> list[str]:
+    """Return the names of the weights that a quantizer would be attached to; refuses a network that has none."""
+    return [f"{name}.{tensor_of(layer)}" for name, layer in layers(loaded).items()]
+
+
+SIZE = 128  # images of a batch that gives BatchNorm's statistics
+
+
+def landscape(run: Run, spec: Probing, place: Place, *, of: Collection[str] | None = None) -> Landscape:
+    """Return the loss of a run's checkpoint on each domain, or on some, as a function of its weights.
+
+    Strata are the domains. A quantized network is baked, so that all methods move in one space; or, for
+    `space="latent"`, quantized anew at each point, its step sizes held still.
+
+    Raises:
+        UserError: where latent weights are asked for that nothing follows, or the data differ from the run's.
+    """
+    batches = {name: each for name, each in images(run, spec, place).items() if of is None or name in of}
+    loaded = network(run, spec.checkpoint, place)
+    if spec.space == "baked":
+        bake(loaded)
+        return Landscape(loaded, batches, F.cross_entropy, params=spec.params)
+    if any(not isinstance(quantizer, LSQ) for _, quantizer in quantized_layers(loaded).values()):
+        raise UserError(
+            f"Run {run.spec.digest} ({run.spec.label}) has settled codes, which no latent weight moves; take baked."
+        )
+    scales = loading_network.roles(loaded)["scales"].values()
+    for scale in scales:
+        scale.requires_grad_(False)
+    return Landscape(loaded, batches, F.cross_entropy, params=spec.params)
+
+
+def images(run: Run, spec: Probing, place: Place) -> dict[str, Data]:
+    """Return the batches of each domain that a measurement looks at."""
+    domains = loading_data.domains(run.spec, place)
+    run.check_data(domains.data.fingerprint)
+    rows = domains.inside if spec.split == "in" else domains.outside
+    device = loading_data.device(place)
+    return {
+        name: evaluation_batches(domains.data, name, rows[name], device=device, limit=spec.images)
+        for name in domains.data.names
+    }
+
+
+def training_images(run: Run, count: int | None, place: Place) -> Data | None:
+    """Return batches of the first `count` training images of each seen domain, the domains mixed in each batch."""
+    if count is None:
+        return None
+    batches = loading_data.domains(run.spec, place).calibration(count, loading_data.device(place))
+    x, y = (torch.cat([pair[k] for domain in batches for pair in domain]) for k in range(2))
+    order = torch.randperm(len(y), generator=generator("statistics", count)).to(y.device)
+    return list(zip(torch.split(x[order], SIZE), torch.split(y[order], SIZE), strict=True))
+
+
+def other_of(run: Run, digest: str, place: Place) -> Run:
+    """Return another run of the store, of the same data.
+
+    Raises:
+        UserError: where there is none, or its data are others.
+    """
+    other = RunStore(run.path.parent).find(digest)
+    other.check_data(loading_data.domains(run.spec, place).data.fingerprint)
+    return other

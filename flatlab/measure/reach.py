@@ -1,0 +1,28 @@
+"""How far around a run the loss has risen by so many nats on its source domains: radii for the runs beside it."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from flatlab import files
+from flatlab.loading import data as loading_data
+from flatlab.measure.inputs import landscape
+from flatlab.measure.units import Shelf
+from flatlab.metrics.flatness.pilot import reached, reached_price
+from flatlab.metrics.flatness.sampler import Sampler
+from flatlab.specs.rises import ReachSpec
+from flatlab.specs.run import Place
+from flatlab.store.runs import Probe, Run
+
+Report = Callable[[int, int, dict[str, Any]], None]
+
+
+def fill(probe: Probe, run: Run, place: Place, report: Report | None) -> None:
+    """Find the radii, unless an earlier call has."""
+    del report  # seconds of work
+    spec: ReachSpec = probe.spec
+    around = landscape(run, spec, place, of=loading_data.domains(run.spec, place).sources)
+    sampler = Sampler([around], spec.seed, spec.normalisation, keep=Shelf(probe).units)
+    (radii,) = sampler.keep([("reach", partial(reached, sampler, spec.rises))])
+    facts = {"rises": list(spec.rises), "strata": list(around.strata), "images": reached_price(sampler)}
+    files.save_arrays(probe.result, {"radii": radii}, facts)

@@ -1,0 +1,88 @@
+"""What a bit width is worth as a radius: rises of the loss at rounded weights, beside those along random twins."""
+
+from collections.abc import Callable, Iterator, Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flatlab import files
+from flatlab.errors import UserError
+from flatlab.landscape.landscape import Landscape
+from flatlab.measure.inputs import Layer, images, latent_network, quantizable, rounded
+from flatlab.measure.units import Shelf
+from flatlab.metrics.flatness.norm_matched import typical_rise
+from flatlab.results.sphere import Normalisation
+from flatlab.specs.measurements import RadiusSpec
+from flatlab.specs.run import Place
+from flatlab.store.runs import Probe, Run
+from flatlab.tensors.flat import flatten
+
+Report = Callable[[int, int, dict[str, float]], None]
+WHOLE: tuple[Normalisation, Normalisation] = ("none", "filter")  # twins of the noise in all layers
+ALONE: tuple[Normalisation, Normalisation] = ("layer", "filter")  # of that in one: as long in it, or in each channel
+Weights = Mapping[str, Tensor]
+Part = tuple[str, dict[str, Tensor], Normalisation]
+
+
+def fill(probe: Probe, run: Run, place: Place, report: Report | None) -> None:
+    """Measure what the probe asks for, from where an earlier call was stopped."""
+    spec: RadiusSpec = probe.spec
+    plain, trained = latent_network(run, spec.checkpoint, place)
+    names = [name for name in quantizable(plain) if fnmatchcase(name, spec.params or "*")]
+    if not names:
+        raise UserError(f"No quantized weight matches {spec.params!r}; there are {', '.join(quantizable(plain))}.")
+    around = Landscape(plain, images(run, spec, place), F.cross_entropy, params=names)
+    weights = {name: plain.get_parameter(name).detach().clone() for name in names}
+    arrays: files.Arrays = {}
+    rows: list[dict[str, Any]] = []
+    parts = list(_parts(spec, weights, trained))
+    for done, (part, vectors, normalisation) in enumerate(parts):
+        found = typical_rise(
+            around,
+            vectors,
+            normalisation=normalisation,
+            num_samples=spec.num_samples,
+            seed=spec.seed,
+            keep=Shelf(probe).units,
+        )
+        for index, name in enumerate(found.names):
+            key = f"{len(rows):04d}"
+            arrays |= {f"own-{key}": found.rises[index], f"reverse-{key}": found.reverses[index]}
+            arrays |= {f"twins-{key}": found.visits[index]}
+            bits = name.partition("-")[2]  # what is before it tells the units of the parts apart
+            rows.append({"part": part, "perturbation": bits, "null": normalisation, "norm": found.norms[index]})
+        if report:
+            report(done + 1, len(parts), {})
+    facts = {"rows": rows, "strata": list(around.strata), "num_params": around.num_params, "norm": around.norm}
+    files.save_arrays(probe.result, arrays, facts | {"images": around.num_samples})
+
+
+def _parts(spec: RadiusSpec, weights: Weights, trained: Mapping[str, Layer]) -> Iterator[Part]:
+    """Yield the part of the network that is rounded, its noise by bit width, and what the twins are like.
+
+    The noise of the run's own, learned step sizes goes by the name "trained".
+    """
+    whole = {f"{bits}": _noise(spec, weights, bits) for bits in spec.bits}
+    if trained:
+        whole["trained"] = {name: trained[name].quantized - w for name, w in weights.items()}
+    for normalisation in WHOLE:
+        yield "all", {f"all-{each}": flatten(noise.values()) for each, noise in whole.items()}, normalisation
+    alone = {f"{bits}": _noise(spec, weights, bits) for bits in spec.layer_bits}
+    if trained and alone:
+        alone["trained"] = whole["trained"]
+    for index, part in enumerate(weights if alone else ()):
+        vectors = {
+            f"{index:03d}-{each}": flatten(e if name == part else torch.zeros_like(e) for name, e in noise.items())
+            for each, noise in alone.items()
+        }
+        for normalisation in ALONE:
+            yield part, vectors, normalisation
+
+
+def _noise(spec: RadiusSpec, weights: Weights, bits: int) -> dict[str, Tensor]:
+    """Return what rounding to the nearest level adds to each weight."""
+    found = {name: rounded(w, bits, granularity=spec.granularity, name=name) for name, w in weights.items()}
+    return {name: found[name].quantized - w for name, w in weights.items()}

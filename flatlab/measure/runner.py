@@ -1,0 +1,62 @@
+"""From a run to a measurement on disk, whatever its kind; a module beside this one does each kind."""
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+from flatlab import environment
+from flatlab.loading import data as loading_data
+from flatlab.specs.measurement import Probing
+from flatlab.specs.run import Place
+from flatlab.store.runs import Probe, Run, check_data
+
+Report = Callable[[int, int, dict[str, Any]], None]
+FUNCTIONS = {
+    "sphere": "sphere.fill",
+    "spectrum": "spectrum.fill",
+    "surface": "surface.fill",
+    "connection": "connectivity.fill",
+    "triangle": "diagnostics.fill_trace_check",
+    "audit": "diagnostics.fill_scale_audit",
+    "gradcam": "gradcam.fill",
+    "noise": "quantization_noise.fill",
+    "radius": "rounding.fill",
+    "size": "size.fill",
+}
+
+
+def function_of(metric: str) -> Callable[[Probe, Run, Place, Report | None], None]:
+    """Return the function that measures a metric; its module is imported here, so that a worker loads what it needs.
+
+    Args:
+        metric: of a spec, such as "sphere".
+    """
+    module, _, name = FUNCTIONS[metric].partition(".")
+    function: Callable[[Probe, Run, Place, Report | None], None]
+    function = getattr(import_module(f"flatlab.measure.{module}"), name)
+    return function
+
+
+def measure(run: Run, spec: Probing, place: Place, *, report: Report | None = None) -> None:
+    """Measure a finished run, from where an earlier call was stopped.
+
+    Args:
+        run: the run, done.
+        spec: what to measure.
+        place: data folder, device, threads.
+        report: called with what is done, what is foreseen, and numbers to show.
+
+    Raises:
+        UserError: where the run is not finished, its data differ, or a file is damaged.
+    """
+    probe = run.probe(spec)
+    check_data([run], place)
+    if probe.done:
+        return
+    run.require_done()
+    place = place.replace(threads=probe.provenance.get("threads", place.threads))  # they order the sums
+    with loading_data.threads(place.threads):
+        probe.create()
+        probe.note(machine=environment.facts(), **place.model_dump())
+        function_of(spec.metric)(probe, run, place, report)
+        probe.finish()

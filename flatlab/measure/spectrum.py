@@ -1,0 +1,171 @@
+"""The Hessian's spectrum at a checkpoint: extreme eigenvalues and trace in one unit, the density's starts in others."""
+
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flatlab import files
+from flatlab.derivatives.operators import Hessian
+from flatlab.errors import UserError, choose
+from flatlab.landscape.landscape import Landscape
+from flatlab.loading.checkpoint import network
+from flatlab.measure.inputs import images
+from flatlab.measure.units import Shelf
+from flatlab.metrics.curvature.density import quadrature
+from flatlab.metrics.curvature.eigenvalues import hessian_spectrum
+from flatlab.metrics.curvature.resumable import KeptHessian
+from flatlab.metrics.curvature.trace import COLUMNS, hessian_trace
+from flatlab.quant.attach import bake
+from flatlab.results.estimate import Cost, FloatArray
+from flatlab.results.spectrum import SpectralDensity, Trace
+from flatlab.seeds import derive
+from flatlab.specs.measurements import SpectrumSpec
+from flatlab.specs.run import Place
+from flatlab.store.runs import Probe, Run
+from flatlab.tensors.flat import select
+
+Report = Callable[[int, int, dict[str, float]], None]
+Operator = Callable[[], Hessian]
+HELD = 2**17  # numbers of a batch's inputs: one graph holds some thousand times their memory
+LEAST = 32  # images of a batch
+UNVERIFIED = 0.5  # of a pair that has converged, in a search that its budget ended
+FLOOR = 1e-6  # of the largest eigenvalue: rounding in float32, in which networks are kept
+
+
+def fill(probe: Probe, run: Run, place: Place, report: Report | None) -> None:
+    """Measure what the probe asks for, from where an earlier call was stopped."""
+    spec: SpectrumSpec = probe.spec
+    if spec.engine == "pyhessian":
+        (found,) = Shelf(probe).units([("pyhessian", partial(_by_pyhessian, run, spec, place, report))])
+        files.save_arrays(probe.result, {"eigenvalues": found[1:]}, {"trace": [float(found[0]), None, None]})
+        return
+    operator = cache(partial(_operator, probe, run, place, report))
+    units = [("extremes", lambda: _extremes(operator(), spec))]
+    units += [(f"density-{index}", partial(_rule, operator, spec, index)) for index in range(spec.starts)]
+    extremes, *rules = Shelf(probe).units(units)
+    _write(probe, extremes, rules)
+
+
+def batches_of(run: Run, spec: SpectrumSpec, place: Place) -> list[tuple[Tensor, Tensor]]:
+    """Return images and targets (n, 2), class and weight: in the mean of weight times loss domains weigh alike.
+
+    They are joined across domains, since the graph of a single batch can be kept between products.
+    """
+    every = images(run, spec, place)
+    names = _domains(run, spec, list(every))
+    x = [torch.cat([inputs for inputs, _ in every[name]]) for name in names]
+    y = [torch.cat([labels for _, labels in every[name]]) for name in names]
+    whole = sum(len(labels) for labels in y)
+    weights = [torch.full_like(labels, whole / (len(names) * len(labels)), dtype=torch.float32) for labels in y]
+    targets = torch.stack([torch.cat(y).float(), torch.cat(weights)], dim=1)
+    size = max(LEAST, HELD // x[0][0].numel())
+    return list(zip(torch.split(torch.cat(x), size), torch.split(targets, size), strict=True))
+
+
+def weighted(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Return the losses (n,) times their weights."""
+    return F.cross_entropy(outputs, targets[:, 0].long(), reduction="none") * targets[:, 1]
+
+
+def _domains(run: Run, spec: SpectrumSpec, known: list[str]) -> list[str]:
+    if spec.domains in ("source", "target"):
+        return [name for name in known if (name == run.spec.held_out) == (spec.domains == "target")]
+    names = dict.fromkeys(choose("domain", name.strip(), known) for name in spec.domains.split(","))
+    return list(names)
+
+
+def _baked(run: Run, spec: SpectrumSpec, place: Place) -> torch.nn.Module:
+    loaded = network(run, spec.checkpoint, place)
+    bake(loaded)
+    return loaded
+
+
+def _operator(probe: Probe, run: Run, place: Place, report: Report | None) -> Hessian:
+    """Return the Hessian, which reports its products."""
+    spec: SpectrumSpec = probe.spec
+    around = Landscape(_baked(run, spec, place), batches_of(run, spec, place), weighted, params=spec.params)
+    operator = KeptHessian(around, Shelf(probe).units).operator()
+    if spec.k > operator.shape[0]:
+        raise UserError(f"k must lie between 1 and the {operator.shape[0]} parameters, but is {spec.k}.")
+    if report:
+        operator.watch = lambda made: report(made, max(made, spec.foreseen), {"products": made})
+    return operator
+
+
+def _extremes(operator: Hessian, spec: SpectrumSpec) -> FloatArray:
+    """Return eigenvalues and trace as one vector; the trace's probes are deflated by the eigenvectors."""
+    found = hessian_spectrum(operator, k=spec.k, which=spec.which, tol=spec.tol, seed=spec.seed, vectors=True)
+    trace = hessian_trace(operator, rel_error=spec.rel_error, budget=spec.trace_budget, seed=spec.seed, deflate=found)
+    facts = [found.cost.hvps, trace.cost.hvps, operator.shape[0], trace.stopped != "budget"]
+    reached = found.converged_each * (1.0 if found.verified else UNVERIFIED)
+    pairs = [found.eigenvalues, found.residuals, reached]
+    return np.concatenate([facts, *pairs, trace.exact, trace.probes.ravel()]).astype(np.float64)
+
+
+def _rule(operator: Operator, spec: SpectrumSpec, index: int) -> FloatArray:
+    return np.stack(quadrature(operator(), spec.seed, index, steps=spec.steps))
+
+
+def _write(probe: Probe, extremes: FloatArray, rules: list[FloatArray]) -> None:
+    """Write the assembled measurement, readable without torch."""
+    spec: SpectrumSpec = probe.spec
+    found, (searched, traced, num_params, reached) = extremes[4:], extremes[:4].astype(int).tolist()
+    values, residuals, converged = found[: 3 * spec.k].reshape(3, spec.k)
+    trace = Trace(
+        exact=found[3 * spec.k : 3 * spec.k + 2],
+        probes=found[3 * spec.k + 2 :].reshape(-1, COLUMNS),
+        basis=spec.k,
+        rel_error=spec.rel_error,
+        stopped="accuracy" if reached else "budget",
+        seed=spec.seed,
+        num_params=num_params,
+        cost=Cost(hvps=traced),
+    )
+    density = SpectralDensity(
+        nodes=tuple(nodes for nodes, _ in rules),
+        weights=tuple(weights for _, weights in rules),
+        seed=spec.seed,
+        cost=Cost(hvps=sum(len(nodes) for nodes, _ in rules)),
+        num_params=num_params,
+        floor=FLOOR * float(np.abs(values).max()),
+    )
+    numbers = {
+        "trace": trace.trace,
+        "effective rank": trace.effective_rank,
+        "negative weight": density.negative_weight,
+        "negative share": density.negative_share,
+    }
+    facts: dict[str, Any] = {name: [e.value, e.stderr, e.freedom] for name, e in numbers.items()}
+    facts |= {"num_params": num_params, "stopped": trace.stopped, "products": searched + traced + density.cost.hvps}
+    arrays = {"eigenvalues": values, "residuals": residuals, "converged": converged, "probes": trace.probes}
+    for index, (nodes, weights) in enumerate(rules):
+        arrays |= {f"nodes-{index:02d}": nodes, f"weights-{index:02d}": weights}
+    files.save_arrays(probe.result, arrays, facts)
+
+
+def _by_pyhessian(run: Run, spec: SpectrumSpec, place: Place, report: Report | None) -> FloatArray:
+    """Return the trace and the top eigenvalues by PyHessian itself (Yao et al. 2020), with its own defaults."""
+    import pyhessian
+
+    model, batches = _baked(run, spec, place), batches_of(run, spec, place)
+    wanted = select(model, spec.params)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in wanted)
+    cuda = batches[0][0].is_cuda
+
+    def criterion(outputs: Tensor, targets: Tensor) -> Tensor:
+        return weighted(outputs, targets).mean()
+
+    data = {"data": batches[0]} if len(batches) == 1 else {"dataloader": batches}
+    with torch.random.fork_rng(devices=[]):  # it draws from the global generator
+        torch.default_generator.manual_seed(derive("pyhessian", spec.seed))
+        oracle = pyhessian.hessian(model, criterion, cuda=cuda, **data)
+        values, _ = oracle.eigenvalues(top_n=spec.k)
+        if report:
+            report(1, 2, {"eigenvalue": float(values[0])})
+        return np.array([float(np.mean(oracle.trace())), *values])

@@ -1,0 +1,107 @@
+"""Flatness on spheres: sample in resumable units, and write the visits down."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from flatlab import files
+from flatlab.loading import data as loading_data
+from flatlab.measure.inputs import landscape
+from flatlab.measure.units import Shelf
+from flatlab.metrics.flatness import planning
+from flatlab.metrics.flatness.sampler import Sampler, Walk, visits
+from flatlab.metrics.flatness.sphere import sample
+from flatlab.results.estimate import FloatArray
+from flatlab.results.sphere import SphereFlatness
+from flatlab.specs.measurements import ProbeSpec
+from flatlab.specs.rises import ByRise
+from flatlab.specs.run import Place
+from flatlab.store.radii import by_rise
+from flatlab.store.runs import Probe, Run, RunStore
+
+Report = Callable[[int, int, dict[str, Any]], None]
+
+
+def fill(probe: Probe, run: Run, place: Place, report: Report | None) -> None:
+    """Measure what the probe asks for, from where an earlier call was stopped."""
+    spec: ProbeSpec = probe.spec
+    around = landscape(run, spec, place)
+    sampler = Sampler([around], spec.seed, spec.normalisation, keep=Shelf(probe).units)
+    (flatness,) = sample(
+        sampler,
+        _radii(run, spec),
+        spec.num_samples,
+        (spec.rel_error, spec.abs_error),
+        spec.budget,
+        block_size=spec.block_size,
+        report=partial(_tell, report, sampler) if report else None,
+    )
+    if "interrupted" in flatness.stopped:
+        raise KeyboardInterrupt  # its units are kept: the next call goes on from them
+    classes = len(loading_data.domains(run.spec, place).data.classes)
+    rises = {"rises": [0.0, *spec.radii.rises]} if isinstance(spec.radii, ByRise) else {}
+    _write(probe, flatness, {"chance": float(np.log(classes)), **rises})
+
+
+def _radii(run: Run, spec: ProbeSpec) -> FloatArray | str:
+    if isinstance(spec.radii, ByRise):
+        return np.array([0.0, *by_rise(RunStore(run.path.parent), spec.radii, spec)])
+    return spec.radii if isinstance(spec.radii, str) else np.array(spec.radii)
+
+
+def foresee(probe: Probe, run: Run, place: Place) -> list[dict[str, Any]]:
+    """Fly the pilot, keep its plan for the measurement, and return a row for each radius above zero.
+
+    Args:
+        probe: asks for an accuracy, and leaves block size and pairs to the pilot.
+        run: finished.
+        place: data folder, device, threads.
+    """
+    spec: ProbeSpec = probe.spec
+    probe.create()
+    around = landscape(run, spec, place)
+    sampler = Sampler([around], spec.seed, spec.normalisation, keep=Shelf(probe).units)
+    radii = planning.radii_of(sampler, _radii(run, spec))
+    goal = planning.goal_of(around, int((radii > 0).sum()), None, (spec.rel_error, spec.abs_error), spec.budget)
+    plans = planning.plans_of(sampler, radii, goal)
+    return [
+        {
+            "run": run.spec.digest,
+            "radius": plan.radius,
+            "block_size": plan.block_size or around.num_samples,
+            "pairs": plan.paired,
+            "visits": plan.visits or None,  # None: as many as the spread turns out to ask for
+            "images": plan.visits * (plan.block_size or around.num_samples) * (2 if plan.paired else 1) or None,
+        }
+        for plan in plans
+    ]
+
+
+def _tell(report: Report, sampler: Sampler, walks: Sequence[Walk]) -> None:
+    """Report the share of the visits that are foreseen, and F at each radius with its standard error so far."""
+    made, foreseen = visits(walks)
+    found = [sampler.estimate(walk) for walk in walks if walk.visits.shape[1] > 1]
+    shown = [f"{e.value:.2g}±{e.stderr / abs(e.value):.0%}" for e in found if e.value and np.isfinite(e.stderr)]
+    report(made, foreseen, {"F": " ".join(shown)})
+
+
+def _write(probe: Probe, flatness: SphereFlatness, more: dict[str, Any]) -> None:
+    """Write the assembled measurement, readable without torch; more facts are the loss at chance (nats), the rises."""
+    visits = {f"visits-{index:02d}": rises for index, rises in enumerate(flatness.visits)}
+    facts = {
+        "strata": list(flatness.strata),
+        "blocks": list(flatness.blocks),
+        "plans": [asdict(plan) for plan in flatness.plans],
+        "stopped": list(flatness.stopped),
+        "num_params": flatness.num_params,
+        "norm": flatness.norm,
+        "reach": flatness.reach,
+        "images": flatness.cost.images,
+        **more,
+    }
+    if flatness.slopes is not None:
+        visits["slopes"] = flatness.slopes
+    files.save_arrays(probe.result, {**visits, "radii": flatness.radii, "base_loss": flatness.base_loss}, facts)

@@ -1,0 +1,1 @@
+"""Curvature: Hessian, GGN and Fisher products; eigenvalues, trace, density."""

@@ -1,0 +1,114 @@
+"""A Krylov basis that stays orthonormal: what the spectrum, its density and the trace are all built on.
+
+It knows an operator by its products alone. The basis is orthogonalised against all its vectors, twice, so that no
+eigenvalue appears as a ghost; the projection Q' A Q is read off those coefficients, which holds through restarts too.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flatlab.derivatives.operators import Curvature
+from flatlab.results.estimate import FloatArray
+from flatlab.seeds import generator
+
+_BLOCK = 32  # columns of a whole matrix that share the graph of a batch
+_SLAB = 1 << 16  # columns that are rotated together: a restart needs no second basis
+
+
+def resolution(operator: Curvature | Tensor) -> float:
+    """Return the share of the largest eigenvalue below which numbers are rounding: 1e-6 in float32."""
+    return max(1e-10, 8 * torch.finfo(operator.dtype).eps)
+
+
+def draw(operator: Curvature, kind: str, *names: object) -> Tensor:
+    """Return random numbers (P,) that are named: "normal", or "signs" of -1 and 1."""
+    rng = generator(*names)  # drawn on the host, so that each device sees the same
+    if kind == "normal":
+        return torch.randn(operator.shape[0], generator=rng).to(operator.device, operator.dtype)
+    return (2 * torch.randint(2, (operator.shape[0],), generator=rng) - 1).to(operator.device, operator.dtype)
+
+
+def matrix_of(operator: Curvature) -> Tensor:
+    """Form the whole matrix (P, P) by P products, in float64 on the host."""
+    eye = torch.eye(operator.shape[0], dtype=operator.dtype, device=operator.device)
+    matrix = torch.cat([operator @ columns for columns in torch.split(eye, _BLOCK, dim=1)], dim=1).cpu().double()
+    return (matrix + matrix.T) / 2
+
+
+class Krylov:
+    """An orthonormal basis Q and the projection T = Q' A Q, with A Q = Q T + beta q e' (e the last unit vector).
+
+    Args:
+        operator: A.
+        start: (P,) the first direction.
+        capacity: how many vectors (P,) are held at most; no other of that size outlives a call.
+    """
+
+    def __init__(self, operator: Curvature, start: Tensor, capacity: int) -> None:
+        self.operator, self.products, self.size = operator, 0, 0
+        self.basis = start.new_zeros((capacity, len(start)))
+        self.projection: FloatArray = np.zeros((capacity, capacity))
+        self._next, self.beta = start / torch.linalg.vector_norm(start), 0.0
+
+    @property
+    def full(self) -> bool:
+        """Whether the basis holds as many vectors as it may."""
+        return self.size == len(self.basis)
+
+    @property
+    def vectors(self) -> Tensor:
+        """The basis so far, (size, P)."""
+        return self.basis[: self.size]
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the basis spans the whole space, so that its Ritz pairs are exact."""
+        return self.size == self.operator.shape[0]
+
+    @property
+    def broken(self) -> bool:
+        """Whether the basis spans an invariant subspace: what is left over is rounding, and no direction."""
+        scale = np.abs(self.projection).sum(axis=1).max()  # bounds |T| from above, without its eigenvalues
+        return self.exhausted or not self.beta > resolution(self.operator) * scale
+
+    def extend(self) -> None:
+        """Add one vector, at the price of one product."""
+        j = self.size
+        self.basis[j] = self._next
+        self.size += 1
+        rest = self.operator @ self.basis[j]
+        self.products += 1
+        coefficients = self._orthogonalise(rest)
+        self.projection[j, : j + 1] = self.projection[: j + 1, j] = coefficients
+        self.beta = float(torch.linalg.vector_norm(rest))
+        self._next = rest / self.beta if self.beta > 0 else rest
+
+    def ritz(self) -> tuple[FloatArray, FloatArray]:
+        """Return Ritz values, ascending, and their coefficients in the basis, one column each."""
+        values, coefficients = np.linalg.eigh(self.projection[: self.size, : self.size])
+        return values, coefficients
+
+    def restart(self, coefficients: FloatArray, values: FloatArray) -> None:
+        """Keep only some Ritz vectors, and the direction that comes next (thick restart, Wu and Simon 2000)."""
+        rotation = torch.from_numpy(coefficients.T.copy()).to(self.basis)
+        for start in range(0, self.basis.shape[1], _SLAB):
+            slab = self.basis[: self.size, start : start + _SLAB]
+            self.basis[: len(values), start : start + _SLAB] = rotation @ slab
+        self.size = len(values)
+        self.projection[:] = 0.0
+        self.projection[: self.size, : self.size] = np.diag(values)
+
+    def renew(self, direction: Tensor) -> None:
+        """Go on in another direction after a breakdown, from which the basis is decoupled."""
+        self._orthogonalise(direction)
+        self._next, self.beta = direction / torch.linalg.vector_norm(direction), 0.0
+
+    def _orthogonalise(self, vector: Tensor) -> FloatArray:
+        """Take the basis out of a vector, in place; twice is enough (Giraud et al. 2005)."""
+        total = np.zeros(self.size)
+        for _ in range(2):
+            part = self.vectors @ vector
+            vector.addmv_(self.vectors.T, part, alpha=-1.0)
+            total += part.double().cpu().numpy()
+        return total

@@ -1,0 +1,92 @@
+"""Curvature as units that are kept: a measurement that is resumed goes on as it began.
+
+How products are made is chosen by the clock, and rounds its own way. So the choice is the first thing that is kept.
+"""
+
+import time
+from collections.abc import Callable
+from functools import cache
+
+import numpy as np
+
+from flatlab.derivatives.operators import Hessian
+from flatlab.landscape.landscape import Landscape
+from flatlab.metrics.curvature.density import quadrature
+from flatlab.metrics.curvature.eigenvalues import hessian_spectrum
+from flatlab.metrics.curvature.krylov import resolution
+from flatlab.metrics.curvature.trace import BUDGET, COLUMNS, hessian_trace
+from flatlab.metrics.units import Keep
+from flatlab.results.estimate import Cost, FloatArray
+from flatlab.results.spectrum import SpectralDensity, Trace
+
+STOPS = ("accuracy", "budget", "exact")
+
+
+class KeptHessian:
+    """The Hessian of a landscape, whose measurements are units; it is built when one is missing.
+
+    Args:
+        landscape: around the point.
+        keep: keeps units.
+        name: goes before the units' names.
+    """
+
+    def __init__(self, landscape: Landscape, keep: Keep, *, name: str = "") -> None:
+        self.landscape, self.keep, self.name = landscape, keep, name
+        self.operator = cache(self._operator)
+
+    def trace(self, *, rel_error: float, seed: int, budget: int = BUDGET) -> Trace:
+        """Return `hessian_trace`, one unit."""
+        begin = time.perf_counter()
+
+        def make() -> FloatArray:
+            found = hessian_trace(self.operator(), rel_error=rel_error, seed=seed, budget=budget)
+            facts = [found.basis, STOPS.index(found.stopped), found.cost.hvps]
+            return np.concatenate([facts, found.exact, found.probes.ravel()]).astype(np.float64)
+
+        (kept,) = self.keep([(f"{self.name}trace", make)])
+        basis, stopped, hvps = kept[:3].astype(int).tolist()
+        return Trace(
+            exact=kept[3:5],
+            probes=kept[5:].reshape(-1, COLUMNS),
+            basis=basis,
+            rel_error=rel_error,
+            stopped=STOPS[stopped],
+            seed=seed,
+            num_params=self.landscape.num_params,
+            cost=Cost(hvps=hvps, seconds=time.perf_counter() - begin),
+        )
+
+    def density(self, *, num_vectors: int, steps: int, seed: int) -> SpectralDensity:
+        """Return `spectral_density`, one unit for each start."""
+        begin = time.perf_counter()
+
+        def rule(index: int) -> Callable[[], FloatArray]:
+            return lambda: np.stack(quadrature(self.operator(), seed, index, steps=steps))
+
+        rules = list(self.keep([(f"{self.name}density-{index}", rule(index)) for index in range(num_vectors)]))
+        largest = max(float(np.abs(nodes).max()) for nodes, _ in rules)
+        return SpectralDensity(
+            nodes=tuple(nodes for nodes, _ in rules),
+            weights=tuple(weights for _, weights in rules),
+            seed=seed,
+            cost=Cost(hvps=sum(len(nodes) for nodes, _ in rules), seconds=time.perf_counter() - begin),
+            num_params=self.landscape.num_params,
+            floor=resolution(self.landscape.point) * largest,
+        )
+
+    def top(self, *, tol: float, seed: int) -> tuple[float, Cost]:
+        """Return the largest eigenvalue, one unit, and its products."""
+
+        def make() -> FloatArray:
+            found = hessian_spectrum(self.operator(), k=1, tol=tol, seed=seed)
+            return np.array([found.eigenvalues[0], found.cost.hvps])
+
+        (kept,) = self.keep([(f"{self.name}top", make)])
+        return float(kept[0]), Cost(hvps=int(kept[1]))
+
+    def _operator(self) -> Hessian:
+        (forward,) = self.keep(
+            [(f"{self.name}method", lambda: np.array([Hessian(self.landscape).method == "forward"], float))]
+        )
+        return Hessian(self.landscape, method="forward" if forward[0] else "reverse")

@@ -1,0 +1,194 @@
+"""The trace of a landscape's curvature, with an interval: Hutchinson's probes on what a Krylov basis leaves over.
+
+As in Hutch++ (Meyer et al. 2021), tr(A) = tr(Q'AQ) + tr((1 - QQ') A (1 - QQ')) for an orthonormal Q: the first term
+is known exactly, and probes see only the second, so that outliers of the spectrum cost no variance. Q is a Krylov basis
+here, since that finds outliers with half the products of a sketch and yields Q'AQ on the way. Its start and the probes
+are drawn independently; otherwise the estimate would be biased.
+
+Probes z are uniform on the sphere of radius sqrt(P') in the P' dimensions outside of Q. With B what A is there,
+z'Bz - tr(B) is a spherical harmonic of degree two, so that Var(z'Bz) = 2 E|Bz - (z'Bz / P') z|^2: the products tell the
+variance themselves, for any spectrum. Where few large eigenvalues are left, draws are skewed, and their spread is small
+whenever their mean is; this number is not, and its interval holds with few probes. For |Az|^2 = z'Cz, with
+C = (1 - QQ') A^2 (1 - QQ'), the same needs A(Az), a second product, which the pilot's probes have.
+"""
+
+import time
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flatlab.derivatives.operators import Curvature, Hessian
+from flatlab.errors import UserError
+from flatlab.landscape.landscape import Landscape
+from flatlab.metrics.curvature.krylov import Krylov, draw, matrix_of
+from flatlab.results.estimate import Cost, FloatArray
+from flatlab.results.spectrum import PILOT, Spectrum, Trace, mean_of_draws
+from flatlab.seeds import base_seed
+
+DEFLATE = 20  # products for the basis: as many vectors (P,) are held
+BUDGET = 500  # products in all, where none is given: Hutchinson's probes for 2 % on a spectrum with outliers, twice
+LEAST = 16  # of them: from there on 95 % intervals hold the truth in 93 to 97 % of cases, whatever the spectrum
+WHOLE = DEFLATE + 2 * PILOT  # parameters up to which the whole matrix costs no more
+COLUMNS = 5  # numbers of a probe
+BLOCK = 4  # probes that share the graph of a batch; as many products are held
+
+
+def hessian_trace(
+    landscape: Landscape | Curvature,
+    *,
+    rel_error: float = 0.02,
+    budget: int = BUDGET,
+    seed: int | torch.Generator = 0,
+    deflate: "int | Spectrum | None" = None,
+) -> Trace:
+    """Estimate the trace of the Hessian of the mean loss, and of its square, until the trace is accurate enough.
+
+    Nothing stops when it looks accurate, since luck looks like accuracy. 32 pilot probes say once how many are needed,
+    and the interval rests on them, whatever the others say (Stein 1945). Of 95 % intervals, 93 to 97 % held the truth
+    from the least budget on, on flat, decaying and indefinite spectra and on ones with outliers, deflated or not. Up to
+    84 parameters the matrix is formed by P products, and nothing is sampled; so it is with more of them where sampling
+    would cost more than that.
+
+    Args:
+        landscape: whose Hessian; or an operator.
+        rel_error: standard error of the trace over its value at which sampling stops.
+        budget: products at most, those for the basis included: at least 48, or 32 more than `deflate`.
+        seed: names the start of the basis and, independently, the probes.
+        deflate: how many products go into the basis, 20 by default and a third of the budget at most; 0 is plain
+            Hutchinson; or a spectrum with its vectors, whose products are then used twice. Its seed may be this one,
+            since its start and the probes are different draws.
+
+    Raises:
+        UserError: if a number does not do.
+    """
+    start, name = time.perf_counter(), base_seed(seed)
+    operator = landscape if isinstance(landscape, Curvature) else Hessian(landscape)
+    before, size = operator.products, operator.shape[0]
+    _check(rel_error, budget, deflate, operator)
+    small = deflate is None and size <= min(budget, WHOLE)
+    parts = _whole(operator) if small else _sampled(operator, deflate, rel_error=rel_error, budget=budget, seed=name)
+    return Trace(
+        **parts._asdict(),
+        rel_error=rel_error,
+        seed=name,
+        num_params=size,
+        cost=Cost(hvps=operator.products - before, seconds=time.perf_counter() - start),
+    )
+
+
+class _Parts(NamedTuple):
+    """What is known exactly, what was sampled, the size of the basis, and why the sampling ended."""
+
+    exact: FloatArray
+    probes: FloatArray
+    basis: int
+    stopped: str
+
+
+def _check(rel_error: float, budget: int, deflate: "int | Spectrum | None", operator: Curvature) -> None:
+    if not rel_error >= 0:
+        raise UserError(f"rel_error must not be negative, but is {rel_error}.")
+    if isinstance(deflate, Spectrum):
+        if deflate.eigenvectors is None:
+            raise UserError("The spectrum to deflate holds no vectors: make it by hessian_spectrum(..., vectors=True).")
+        if len(deflate.eigenvectors) != operator.shape[0]:
+            raise UserError(
+                f"The spectrum to deflate is of {len(deflate.eigenvectors)} parameters, but the operator of"
+                f" {operator.shape[0]}: take that of the same landscape."
+            )
+    elif deflate is not None and deflate < 0:
+        raise UserError(f"deflate must be at least 0, got {deflate}.")
+    least = _least(deflate, operator.shape[0])
+    if budget < least:
+        raise UserError(f"The budget must be at least {least} products for intervals that hold, got {budget}.")
+
+
+def _least(deflate: "int | Spectrum | None", size: int) -> int:
+    """Return the products of the smallest pilot and of the basis before it, or those of the whole matrix."""
+    if deflate is None:
+        return min(3 * LEAST, size)  # a third goes into the basis
+    held = deflate if isinstance(deflate, int) else 0
+    return held if held >= size else held + 2 * LEAST
+
+
+def _deflate(
+    operator: Curvature, deflate: "int | Spectrum | None", budget: int, seed: int
+) -> tuple[Tensor, FloatArray]:
+    """Return a basis (d, P) and what it holds of tr(A) and tr(A^2).
+
+    Of the square it holds tr(A^2) - tr((1 - QQ') A^2 (1 - QQ')) = |A Q|^2, which for Ritz pairs is the sum of
+    lambda^2 + residual^2, and for a Krylov basis |T|^2 + beta^2.
+    """
+    if isinstance(deflate, Spectrum):
+        assert deflate.eigenvectors is not None
+        values = deflate.eigenvalues
+        return deflate.eigenvectors.T, np.array([values.sum(), (values**2 + deflate.residuals**2).sum()])
+    size = min(DEFLATE, budget // 3) if deflate is None else deflate
+    krylov = Krylov(operator, draw(operator, "normal", "trace", "basis", seed), min(size, operator.shape[0]))
+    while not krylov.full:
+        krylov.extend()
+        if krylov.broken:
+            break
+    inside = krylov.projection[: krylov.size, : krylov.size]
+    left = 0.0 if krylov.exhausted else krylov.beta
+    return krylov.vectors, np.array([np.trace(inside), (inside**2).sum() + left**2])
+
+
+def _whole(operator: Curvature) -> _Parts:
+    matrix = matrix_of(operator)
+    exact = np.array([float(matrix.trace()), float(matrix.square().sum())])
+    return _Parts(exact, np.zeros((0, COLUMNS)), len(matrix), "exact")
+
+
+def _sampled(
+    operator: Curvature, deflate: "int | Spectrum | None", *, rel_error: float, budget: int, seed: int
+) -> _Parts:
+    before, size = operator.products, operator.shape[0]
+    basis, exact = _deflate(operator, deflate, budget, seed)
+    if len(basis) == size:
+        return _Parts(exact, np.zeros((0, COLUMNS)), size, "exact")
+    left = budget - (operator.products - before)
+    pilot = _probe(operator, basis, range(min(PILOT, left // 2)), seed, twice=True)
+    left, more = left - 2 * len(pilot), _missing(pilot, float(exact[0]), rel_error)
+    if deflate is None and size <= min(left, more):
+        return _whole(operator)
+    last = len(pilot) + int(min(left, more))
+    probes = np.concatenate([pilot, _probe(operator, basis, range(len(pilot), last), seed)])
+    return _Parts(exact, probes, len(basis), "accuracy" if more <= left else "budget")
+
+
+def _missing(pilot: FloatArray, exact: float, rel_error: float) -> float:
+    """Return how many probes are needed beyond the pilot's for the accuracy that is asked for."""
+    found = mean_of_draws(pilot, 1.0, 0.0)
+    tolerance = rel_error * abs(exact + found.value)
+    if not found.stderr:
+        return 0.0
+    return max(0.0, float(np.ceil(len(pilot) * ((found.stderr / tolerance) ** 2 - 1)))) if tolerance > 0 else np.inf
+
+
+def _probe(operator: Curvature, basis: Tensor, indices: range, seed: int, *, twice: bool = False) -> FloatArray:
+    """Return what these probes find (n, 5); the variance of the second number where products are made twice."""
+    found, size = [np.zeros((0, COLUMNS))], operator.shape[0] - len(basis)
+    for start in range(indices.start, indices.stop, BLOCK):
+        block = range(start, min(start + BLOCK, indices.stop))
+        z = _outside(torch.stack([draw(operator, "normal", "trace", "probe", seed, index) for index in block]), basis)
+        z *= size**0.5 / torch.linalg.vector_norm(z, dim=1, keepdim=True)
+        one = (operator @ z.T).T
+        numbers = [(z * one).sum(1), one.square().sum(1)]
+        slopes = [_outside(one, basis) - numbers[0][:, None] / size * z]
+        if twice:
+            slopes.append(_outside((operator @ one.T).T, basis) - numbers[1][:, None] / size * z)
+        halves = [(slopes[0] * slopes[0]).sum(1), (slopes[0] * slopes[-1]).sum(1), (slopes[-1] * slopes[-1]).sum(1)]
+        table = torch.stack([*numbers, *halves], dim=1).double().cpu().numpy()
+        table[:, 3:] = table[:, 3:] if twice else np.nan
+        found.append(table)
+    return np.concatenate(found)
+
+
+def _outside(vectors: Tensor, basis: Tensor) -> Tensor:
+    """Return rows less what the basis holds of them; twice is enough."""
+    for _ in range(2):
+        vectors = vectors - (vectors @ basis.T) @ basis
+    return vectors

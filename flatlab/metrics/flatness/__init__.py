@@ -1,0 +1,1 @@
+"""Flatness: the rise of the loss around a checkpoint."""

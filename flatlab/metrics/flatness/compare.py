@@ -1,0 +1,71 @@
+"""Is one minimum flatter than another? Differences along common rays, on common blocks of images."""
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from flatlab.errors import UserError
+from flatlab.landscape.landscape import Landscape
+from flatlab.metrics.flatness.perturbations import check_normalisation
+from flatlab.metrics.flatness.sampler import Report, Sampler
+from flatlab.metrics.flatness.sphere import sample
+from flatlab.results.sphere import Normalisation, PairedDifference, SphereFlatness, _difference
+from flatlab.seeds import base_seed
+
+
+def compare_flatness(
+    a: Landscape,
+    b: Landscape,
+    radii: npt.ArrayLike | str,
+    *,
+    num_samples: int | None = None,
+    rel_error: float = 0.02,
+    abs_error: float = 1e-4,
+    budget: float | None = None,
+    seed: int | torch.Generator = 0,
+    normalisation: Normalisation = "none",
+    report: Report | None = None,
+) -> PairedDifference:
+    """Measure the flatness of two models of one architecture along the same rays, on the same blocks of images.
+
+    Sampling stops when the standard error of the *difference* is small: `rel_error` of the larger of the two values.
+    The arguments are those of `sphere_flatness`.
+
+    Raises:
+        UserError: where the two have not the same parameters, or not the same data.
+    """
+    shapes = [[tensor.shape for tensor in each.split(each.point)] for each in (a, b)]
+    if shapes[0] != shapes[1]:
+        raise UserError(
+            "A comparison needs models of one architecture, but their parameters have other shapes"
+            f" ({a.num_params:,} and {b.num_params:,} numbers)."
+        )
+    if not a.shares_data(b):
+        raise UserError(
+            "A comparison needs the same data in the same order, but the two landscapes lie over different samples"
+            f" ({a.num_samples:,} and {b.num_samples:,}): hand in the same batches."
+        )
+    sampler = Sampler([a, b], base_seed(seed), check_normalisation(normalisation, a), value=_difference)
+    return paired_difference(*sample(sampler, radii, num_samples, (rel_error, abs_error), budget, report=report))
+
+
+def paired_difference(a: SphereFlatness, b: SphereFlatness) -> PairedDifference:
+    """Return the difference a - b along the rays that both have walked.
+
+    Raises:
+        UserError: if the two were not measured along the same rays, at the same radii, on the same blocks.
+    """
+    for name in ("seed", "normalisation", "num_params", "radii", "blocks", "paired"):
+        of_a, of_b = getattr(a, name), getattr(b, name)
+        if not np.array_equal(of_a, of_b):
+            raise UserError(
+                f"A paired difference needs the same rays, but {name} differs ({of_a} and {of_b}):"
+                f" measure both with one {name}, or both at once by compare_flatness."
+            )
+    counts = [[len(rises) for rises in each.visits] for each in (a, b)]
+    if counts[0] != counts[1]:
+        raise UserError(
+            f"A paired difference needs the same visits, but their numbers differ ({counts[0]} and {counts[1]}):"
+            " give both one num_samples, or measure both at once by compare_flatness."
+        )
+    return PairedDifference(cost=a.cost + b.cost, radii=a.radii, a=a, b=b)

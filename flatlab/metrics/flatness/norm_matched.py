@@ -1,0 +1,109 @@
+"""Is a perturbation a typical direction? The rise of the loss that it causes, beside that of random twins.
+
+Twins share its length on the whole ("none"), in each layer, in each filter, or number by number, as rays of spheres do.
+"""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flatlab.arguments import whole
+from flatlab.errors import UserError
+from flatlab.landscape.landscape import Landscape
+from flatlab.metrics.flatness.perturbations import check_normalisation
+from flatlab.metrics.flatness.sampler import Goal, Sampler
+from flatlab.metrics.units import Keep, Unit, forget
+from flatlab.results.estimate import Cost, FloatArray
+from flatlab.results.rounding import TypicalRise
+from flatlab.results.sphere import Normalisation, SamplingPlan
+from flatlab.seeds import base_seed
+from flatlab.tensors.losses import wide
+
+if TYPE_CHECKING:
+    pass
+
+
+def typical_rise(
+    landscape: Landscape,
+    perturbations: Mapping[str, Tensor],
+    *,
+    normalisation: Normalisation = "none",
+    num_samples: int = 100,
+    seed: int | torch.Generator = 0,
+    keep: Keep = forget,
+) -> TypicalRise:
+    """Measure how far the loss rises at w + e, and on random twins of e, each on all the data.
+
+    Args:
+        landscape: the loss around w.
+        perturbations: vectors e (P,) by name.
+        normalisation: where a twin is as long as e: "none" (on the whole), or in each layer, filter or parameter.
+        num_samples: K twins of each perturbation.
+        seed: names the rays; twins of equal number are one ray, scaled.
+        keep: keeps units, which makes the measurement resumable.
+
+    Raises:
+        UserError: where a perturbation is not a point of the landscape, not finite or zero, or K is below 2.
+    """
+    whole("num_samples", num_samples, least=2)
+    if not perturbations:
+        raise UserError("perturbations must be a mapping from names to vectors, with one at least, got none.")
+    start = time.perf_counter()
+    sampler = Sampler([landscape], base_seed(seed), check_normalisation(normalisation, landscape), keep=keep)
+    vectors = {name: _checked(name, landscape.as_point(each)) for name, each in perturbations.items()}
+    own = [_own(landscape, name, vector, keep) for name, vector in vectors.items()]
+    visits = [_visits(sampler, name, vector, num_samples) for name, vector in vectors.items()]
+    passes = 1 + len(vectors) * (2 + num_samples)
+    return TypicalRise(
+        names=tuple(vectors),
+        norms=np.array([_length(each) for each in vectors.values()]),
+        rises=np.array([rises[0] for rises in own]),
+        reverses=np.array([rises[1] for rises in own]),
+        visits=tuple(visits),
+        strata=landscape.strata,
+        normalisation=sampler.normalisation,
+        num_params=landscape.num_params,
+        norm=landscape.norm,
+        cost=Cost(passes, passes * landscape.num_samples, 0, time.perf_counter() - start),
+    )
+
+
+def _checked(name: str, vector: Tensor) -> Tensor:
+    length = _length(vector)
+    if not (np.isfinite(length) and length > 0):
+        raise UserError(f"The perturbation {name!r} must be finite and not zero, but its length is {length}.")
+    return vector
+
+
+def _length(vector: Tensor) -> float:
+    return float(torch.linalg.vector_norm(vector, dtype=wide(vector)))
+
+
+def _own(landscape: Landscape, name: str, vector: Tensor, keep: Keep) -> FloatArray:
+    """Return the rises (2, S) at w + e and at w - e."""
+
+    def compute() -> FloatArray:
+        with landscape.moving() as at:
+            return np.asarray(at(vector, [1.0, -1.0]) - landscape.base_loss)
+
+    return next(iter(keep([(f"own-{name}", compute)])))
+
+
+def _visits(sampler: Sampler, name: str, vector: Tensor, num_samples: int) -> FloatArray:
+    """Return the rises (K, S) along the twins of one perturbation: a sphere of radius 1, in its lengths."""
+
+    def keep(units: Sequence[Unit]) -> Iterator[FloatArray]:
+        return sampler.keep([(f"{sampler.normalisation}-{name}-{unit}", compute) for unit, compute in units])
+
+    (walk,) = replace(sampler, like=vector, keep=keep).run(
+        [SamplingPlan(1.0, 0, visits=num_samples)], Goal(visits=num_samples)
+    )
+    if walk.stopped == "interrupted":
+        raise KeyboardInterrupt  # what is kept is whole: the next call goes on from it
+    rises: FloatArray = walk.visits[0]
+    return rises

@@ -1,0 +1,113 @@
+"""Rays: random directions shared by all models of one architecture, raw or scaled to the weights."""
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from flatlab.errors import UserError, choose
+from flatlab.landscape.landscape import Landscape
+from flatlab.results.sphere import Normalisation
+from flatlab.seeds import generator
+from flatlab.tensors.losses import wide
+
+Noise = Literal["sphere", "normal", "uniform"]
+
+
+def draw_ray(
+    landscape: Landscape,
+    seed: int,
+    k: int,
+    *,
+    normalisation: Normalisation = "none",
+    noise: Noise = "sphere",
+    like: Tensor | None = None,
+) -> Tensor:
+    """Return direction k (P,): of length 1, or as long as w (or a vector `like`) in each filter, layer or parameter.
+
+    Drawn on the CPU in float32, whatever the model's device and dtype: all models of one architecture share rays.
+    Other noise than on the sphere keeps its own length: entries normal, or uniform on [-1, 1]. On the sphere, without
+    a normalisation, a ray is as long as `like` on the whole, where that is given.
+    """
+    rng = generator("sphere", seed, k)
+    drawn = torch.randn(landscape.num_params, generator=rng)
+    if noise == "uniform":
+        drawn = 2 * torch.rand(landscape.num_params, generator=rng) - 1
+    if normalisation != "none":
+        return scale_to_weights(drawn, landscape, normalisation, like)
+    if noise == "sphere":
+        drawn.div_(torch.linalg.vector_norm(drawn, dtype=torch.float64))
+        if like is not None:
+            drawn.mul_(float(torch.linalg.vector_norm(like, dtype=wide(like))))
+    return landscape.as_point(drawn)
+
+
+def scale_to_weights(
+    vector: Tensor, landscape: Landscape, normalisation: Normalisation = "filter", like: Tensor | None = None
+) -> Tensor:
+    """Scale a direction (P,) to the weights (arXiv 1712.09913, section 4): by filter, by layer, or number by number.
+
+    A filter is a slice along the first axis of a tensor of more than one axis, a layer is such a tensor; BatchNorm
+    and biases are held still. "parameter" multiplies each entry by |w|, of whatever tensor (Kwon et al. 2021).
+    A vector `like` (P,) stands in for the weights, such as a perturbation whose random twins are sought. Where a
+    direction is zero it stays zero.
+    """
+    scaled = landscape.as_point(vector).clone()
+    lengths = landscape.point if like is None else like
+    for z, w in zip(landscape.split(scaled), landscape.split(lengths), strict=True):
+        if normalisation == "parameter":
+            z.mul_(w.abs())
+        elif w.ndim < 2:
+            z.zero_()
+        elif normalisation == "filter":
+            z.mul_(_ratios(_lengths(w), _lengths(z)))
+        else:
+            z.mul_(_ratios(w.norm(), z.norm()))
+    return scaled
+
+
+def reach(landscape: Landscape, normalisation: Normalisation) -> float:
+    """Return the Euclidean length of a ray: 1, or that of the weights which it is scaled to (in the mean)."""
+    if normalisation == "none":
+        return 1.0
+    if normalisation == "parameter":
+        return landscape.norm
+    moved = [w for w in landscape.split(landscape.point) if w.ndim > 1]
+    return float(torch.stack([_lengths(w).square().sum() for w in moved]).sum().sqrt())
+
+
+def check_normalisation(normalisation: str, landscape: Landscape) -> Normalisation:
+    """Return a known normalisation that the landscape has tensors for.
+
+    Args:
+        normalisation: its name.
+        landscape: whose weights it scales to.
+
+    Raises:
+        UserError: where nothing would move.
+    """
+    known: tuple[Normalisation, ...] = get_args(Normalisation)
+    name = known[known.index(choose("normalisation", normalisation, known))]
+    if name in ("filter", "layer") and all(w.ndim < 2 for w in landscape.split(landscape.point)):
+        raise UserError(
+            f'normalisation="{name}" moves tensors of more than one axis, but the landscape has none: write "none".'
+        )
+    return name
+
+
+def _length(vector: Tensor) -> Tensor:
+    """Return the length of a long vector to 1e-6: float32 alone drifts, float64 alone takes 20 times as long."""
+    pieces = torch.split(vector, 2**15)  # short enough for one thread
+    lengths = torch.stack([torch.linalg.vector_norm(piece) for piece in pieces])
+    return lengths.double().square().sum().sqrt()
+
+
+def _lengths(tensor: Tensor) -> Tensor:
+    """Return the length of each filter, in the widest floats the device has, shaped to scale the tensor."""
+    flat = torch.linalg.vector_norm(tensor.flatten(1), dim=1, dtype=wide(tensor))
+    return torch.reshape(flat, (-1, *[1] * (tensor.ndim - 1)))
+
+
+def _ratios(wanted: Tensor, lengths: Tensor) -> Tensor:
+    """Return the factors that give directions of some lengths those which are wanted; 0 for no direction."""
+    return torch.where(lengths > 0, wanted / lengths, 0.0)

@@ -1,0 +1,258 @@
+"""The pilot: a few directions on a few images say how large blocks should be, whether to pair, and how many visits.
+
+Its draws are not used again: what chooses the plan must not bias the number.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+from torch import Tensor
+
+from flatlab.errors import UserError
+from flatlab.landscape.blocks import Block, Partition
+from flatlab.landscape.evaluation import Move
+from flatlab.landscape.landscape import Landscape
+from flatlab.metrics.flatness.perturbations import draw_ray, reach
+from flatlab.metrics.flatness.sampler import MOST, SAFETY, Goal, Sampler, settled
+from flatlab.results.estimate import Components, FloatArray, components
+from flatlab.results.sphere import Normalisation, SamplingPlan
+
+GROUPS, DIRECTIONS, IMAGES = 16, 4, 16  # 64 independent directions, each on a block of 16 images
+FEWEST = 4 * IMAGES  # images of a landscape below which a pilot costs more than it saves: each ray meets them all
+SIZES = (16, 32, 64, 128, 256)  # of blocks that are tried; below 16 the cost of setting a point shows
+TIMED = 3  # turns of the clock: where others use the machine too, the best of each size
+Value = Callable[[FloatArray], FloatArray]
+
+
+@dataclass(frozen=True)
+class Pilot:
+    """What the pilot found."""
+
+    single: list[Components]  # for each radius
+    paired: list[Components]
+    alone: bool  # of one landscape: the images' share of a difference is not that of either
+    mean: FloatArray  # (R,) rises
+    seconds: dict[int, float]  # of evaluating a block, by its size
+    gathering: dict[int, float]  # seconds of cutting it and picking its images
+    drawing: float  # seconds of a ray
+
+
+def fly(
+    landscapes: Sequence[Landscape], radii: FloatArray, *, seed: int, normalisation: Normalisation, value: Value
+) -> Pilot:
+    """Fly the pilot: rises of single images at each radius along rays of its own, there and back.
+
+    Args:
+        landscapes: one, or two to be compared.
+        radii: (R,) above zero.
+        seed: of the measurement.
+        normalisation: of the rays.
+        value: from rises (L, ...) of the landscapes to those of the number that is sought.
+    """
+    tables, drawing = [], 0.0
+    for landscape in landscapes:
+        table, each = _table(landscape, radii, seed, normalisation)
+        tables.append(table)
+        drawing += each
+    signed = value(np.stack(tables))  # (2, R, G, D, n)
+    both = signed.mean(axis=0)
+    strata = np.array([block.strata[: both.shape[-1]] for block in _groups(landscapes[0], seed)[0]])
+    clocked = [_seconds(each, seed) for each in landscapes]
+    return Pilot(
+        single=[components(table, strata) for table in signed[0]],
+        paired=[components(table, strata) for table in both],
+        alone=len(landscapes) == 1,
+        mean=np.max([np.abs(table.mean(axis=(0, 2, 3, 4))) for table in tables], axis=0),
+        seconds={size: sum(each[size][1] for each in clocked) for size in clocked[0]},
+        gathering={size: sum(each[size][0] for each in clocked) for size in clocked[0]},
+        drawing=drawing,
+    )
+
+
+def price(landscapes: Sequence[Landscape], radii: int, *, seed: int) -> int:
+    """Return the images that a pilot forwards."""
+    blocks, directions = _groups(landscapes[0], seed)
+    rises = sum(block.size for block in blocks) * (1 + 2 * radii * directions)
+    sizes = [blocks.sizes for blocks in _clocked_on(landscapes[0], seed).values()]
+    return len(landscapes) * (rises + sum(int(each[turn % len(each)]) for each in sizes for turn in range(TIMED)))
+
+
+def _groups(landscape: Landscape, seed: int) -> tuple[list[Block], int]:
+    """Return blocks, and how many directions each of them sees: 64 in all at least."""
+    blocks = list(islice(landscape.blocks(IMAGES, seed=seed), GROUPS))
+    return blocks, -(-GROUPS * DIRECTIONS // len(blocks))
+
+
+def _table(
+    landscape: Landscape, radii: FloatArray, seed: int, normalisation: Normalisation
+) -> tuple[FloatArray, float]:
+    """Return the rises (2, R, G, D, n) of single images for both signs, and the seconds of drawing a ray."""
+    blocks, directions = _groups(landscape, seed)
+    images = min(block.size for block in blocks)
+    table = np.zeros((2, len(radii), len(blocks), directions, images))
+    ends, drawing = np.stack([radii, -radii]), 0.0
+    with landscape.moving() as at, np.errstate(invalid="ignore"):
+        still = landscape.point
+        for g, block in enumerate(blocks):
+            each = landscape.gather(block.by_sample())
+            base = at(still, 0.0, block=each)
+            for d in range(directions):
+                start = time.perf_counter()
+                ray = draw_ray(landscape, seed, -1 - g * directions - d, normalisation=normalisation)
+                drawing += time.perf_counter() - start
+                table[:, :, g, d] = (at(ray, ends, block=each) - base)[..., :images]
+    return table, drawing / (len(blocks) * directions)
+
+
+def _sizes(landscape: Landscape) -> list[int]:
+    fitting = [size for size in SIZES if size <= landscape.num_samples // 2]
+    return fitting or [landscape.num_samples]
+
+
+def _seconds(landscape: Landscape, seed: int) -> dict[int, tuple[float, float]]:
+    """Return the seconds of picking and of evaluating a block, by its size.
+
+    Sizes take turns, so that a busy spell hits all.
+    """
+    partitions, still = _clocked_on(landscape, seed), landscape.point
+    with landscape.moving() as at:
+        turns = [
+            {size: _clocked(landscape, at, still, (blocks, turn)) for size, blocks in partitions.items()}
+            for turn in range(TIMED)
+        ]
+    return {size: (min(turn[size][0] for turn in turns), min(turn[size][1] for turn in turns)) for size in partitions}
+
+
+def _clocked_on(landscape: Landscape, seed: int) -> dict[int, Partition]:
+    return {size: landscape.blocks(size, seed=seed) for size in _sizes(landscape)}
+
+
+def _clocked(landscape: Landscape, at: Move, still: Tensor, which: tuple[Partition, int]) -> tuple[float, float]:
+    (blocks, turn), start = which, time.perf_counter()
+    gathered = landscape.gather(blocks[turn % len(blocks)])
+    ready = time.perf_counter()
+    at(still, 0.0, block=gathered)
+    return ready - start, time.perf_counter() - ready
+
+
+def plan(pilot: Pilot, radii: FloatArray, goal: Goal, samples: int) -> list[SamplingPlan]:
+    """Return for each radius the block size, and whether to pair, that reach the goal in the least time."""
+    return [_best(pilot, index, float(radius), goal, samples) for index, radius in enumerate(radii)]
+
+
+def _best(pilot: Pilot, index: int, radius: float, goal: Goal, samples: int) -> SamplingPlan:
+    tolerance = goal.tolerance(float(pilot.mean[index]))
+    options = []
+    for paired, found in ((False, pilot.single[index]), (True, pilot.paired[index])):
+        for size, seconds in pilot.seconds.items():
+            price = (pilot.drawing + pilot.gathering[size]) / len(pilot.mean) + seconds * (2 if paired else 1)
+            between = found.between(size) if pilot.alone else 0.0
+            visits = foresee(found, size, max(1, round(samples / size)), tolerance, between)
+            foreseen = visits if visits < MOST else 0  # not finite, or out of reach: what is seen decides
+            cut = 0 if size >= samples else size
+            options.append((visits * price, SamplingPlan(radius, cut, paired, foreseen, between)))
+    return min(options, key=lambda option: option[0])[1]
+
+
+def foresee(found: Components, size: int, blocks: int, tolerance: float, between: float) -> int:
+    """Return the visits that bring the standard error to the tolerance: short of a round, where that does."""
+    wanted, long = max(tolerance**2 / SAFETY, sys.float_info.min), found.of_visit(size)
+    whole = long + found.images / size
+    short, long = whole / (wanted + between * whole / blocks), long / wanted
+    if short < blocks:
+        return settled(int(short), blocks)
+    return settled(max(int(long), blocks), blocks) if long < MOST else MOST
+
+
+LOW, HIGH, PLACES = 0.01, 2.0, 6  # nats that automatic radii span, and how many there are
+RAYS, STEPS = 8, 12  # pairs of rays that find them, each on a block, and steps of a bisection
+OCTAVES = (-10.0, 6.0)  # powers of 2 of the weights' norm that are searched
+BETWEEN = 9  # places between which the rise is interpolated
+Rise = Callable[[float], float]
+
+
+def span(sampler: Sampler) -> FloatArray:
+    """Return radii between those where the loss rises by 0.01 and by 2 nats, evenly spaced in their logarithm.
+
+    Found by bisection on eight pairs of rays; where the loss never rises so far, where it stops being finite.
+    """
+    with _rising(sampler) as rise:
+        low, high = (_bisect(rise, target, _unit(sampler)) for target in (LOW, HIGH))
+        return np.asarray(np.geomspace(low, high, PLACES))
+
+
+def reached(sampler: Sampler, rises: Sequence[float]) -> FloatArray:
+    """Return the radii (R,) at which the loss rises by so many nats, found on eight pairs of rays.
+
+    The first and the last by bisection; between them the rise is interpolated in logarithms, where a quadratic one is
+    a straight line.
+
+    Args:
+        sampler: of the measurement.
+        rises: (R,) above zero, ascending.
+
+    Raises:
+        UserError: where the loss does not rise so far.
+    """
+    with _rising(sampler) as rise:
+        low, high = (_bisect(rise, target, _unit(sampler)) for target in (rises[0], rises[-1]))
+        high *= 2 ** ((OCTAVES[1] - OCTAVES[0]) / 2**STEPS)  # the next place of the bisection: the rise is reached
+        places = np.geomspace(low, high, BETWEEN)
+        found = np.array([rise(place) for place in places])
+    if not found[-1] >= rises[-1]:
+        raise UserError(
+            f"The loss must rise by {rises[-1]:g} nats around the reference runs, got {np.nanmax(found):.2g} within"
+            f" {2 ** OCTAVES[1]:g} times the length of the weights: name smaller rises, or radii."
+        )
+    known = np.log(np.maximum(np.maximum.accumulate(found), np.finfo(float).tiny))
+    return np.asarray(np.exp(np.interp(np.log(rises), known, np.log(places))))
+
+
+@contextmanager
+def _rising(sampler: Sampler) -> Iterator[Rise]:
+    """Yield the mean rise at a radius along eight pairs of rays, each on a block."""
+    landscape = sampler.landscapes[0]
+    gathered = [landscape.gather(block) for block in _spanned(sampler)]
+    drawn = [draw_ray(landscape, sampler.seed, -1 - k, normalisation=sampler.normalisation) for k in range(RAYS)]
+    with landscape.moving() as at, np.errstate(invalid="ignore"):
+        bases = [at(ray, 0.0, block=each).mean() for ray, each in zip(drawn, gathered, strict=True)]
+
+        def rise(radius: float) -> float:
+            ends = [at(ray, [radius, -radius], block=each).mean() for ray, each in zip(drawn, gathered, strict=True)]
+            return float(np.mean(ends) - np.mean(bases))
+
+        yield rise
+
+
+def _unit(sampler: Sampler) -> float:
+    """Return the radius whose Euclidean distance is the length of the weights; of zeros, a step of 1 in each."""
+    landscape, length = sampler.landscapes[0], sampler.landscapes[0].norm
+    return length / reach(landscape, sampler.normalisation) if length else landscape.num_params**0.5
+
+
+def span_price(sampler: Sampler) -> int:
+    """Return the images that finding the radii forwards."""
+    return sum(block.size for block in _spanned(sampler)) * (1 + 2 * 2 * STEPS)
+
+
+def reached_price(sampler: Sampler) -> int:
+    """Return the images that finding where the loss rises so far forwards."""
+    return sum(block.size for block in _spanned(sampler)) * (1 + 2 * (2 * STEPS + BETWEEN))
+
+
+def _spanned(sampler: Sampler) -> list[Block]:
+    blocks = sampler.landscapes[0].blocks(2 * IMAGES, seed=sampler.seed)
+    return [blocks[k % len(blocks)] for k in range(RAYS)]
+
+
+def _bisect(rise: Rise, target: float, unit: float) -> float:
+    low, high = OCTAVES
+    for _ in range(STEPS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if rise(unit * 2**middle) < target else (low, middle)
+    return float(unit * 2**low)

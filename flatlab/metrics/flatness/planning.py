@@ -1,0 +1,123 @@
+"""From what is asked for to a plan: goal, radii, blocks and pairs, slopes. What rests on timings is kept as a unit."""
+
+from collections.abc import Sequence
+from dataclasses import astuple
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+
+from flatlab.arguments import distances, finite, whole
+from flatlab.errors import UserError
+from flatlab.landscape.landscape import Landscape
+from flatlab.metrics.flatness import pilot, slope
+from flatlab.metrics.flatness.sampler import Goal, Sampler
+from flatlab.results.estimate import FloatArray
+from flatlab.results.sphere import SamplingPlan
+from flatlab.seeds import derive
+
+BUDGET = 100  # passes over the data for each radius, where none is given: what SWAD's script spends
+
+
+def goal_of(
+    landscape: Landscape, count: int, num_samples: int | None, errors: tuple[float, float], budget: float | None
+) -> Goal:
+    """Return when to stop.
+
+    Args:
+        landscape: one of those that are measured.
+        count: landscapes times radii.
+        num_samples: so many rays, each on all images; else
+        errors: rel_error and abs_error.
+        budget: images forwarded at most.
+
+    Raises:
+        UserError: where a number does not do.
+    """
+    if num_samples is not None:
+        return Goal(visits=whole("num_samples", num_samples, least=2))  # an interval needs a spread
+    relative, absolute = finite("rel_error", errors[0], least=0.0), finite("abs_error", errors[1], least=0.0)
+    if not relative + absolute > 0:
+        raise UserError("rel_error and abs_error must not both be 0: give one of them, or num_samples.")
+    if budget is None:
+        return Goal(relative, absolute, BUDGET * landscape.num_samples * count)
+    return Goal(relative, absolute, float("inf") if budget == float("inf") else finite("budget", budget, above=0.0))
+
+
+def plans_of(sampler: Sampler, radii: FloatArray, goal: Goal) -> list[SamplingPlan]:
+    """Return how each radius above zero is sampled. A kept plan is not made again: it rests on timings.
+
+    Args:
+        sampler: of the measurement.
+        radii: all of them.
+        goal: when sampling stops.
+
+    Raises:
+        UserError: where the budget does not reach beyond the pilot.
+    """
+    above, samples = above_zero(radii), sampler.landscapes[0].num_samples
+    if goal.visits or not len(above) or samples < pilot.FEWEST:
+        return [SamplingPlan(float(radius), 0, visits=goal.visits or 0) for radius in above]
+    sampler.spent += pilot.price(sampler.landscapes, len(above), seed=sampler.seed)
+    if goal.budget <= sampler.spent:
+        raise UserError(
+            f"A pilot at {len(above)} radii forwards {sampler.spent:,.0f} images, more than the budget of"
+            f" {goal.budget:,.0f}: give a larger one, or num_samples, which needs no pilot."
+        )
+
+    def make() -> FloatArray:
+        flown = pilot.fly(
+            sampler.landscapes, above, seed=sampler.seed, normalisation=sampler.normalisation, value=sampler.value
+        )
+        return np.array([astuple(each) for each in pilot.plan(flown, above, goal, samples)], dtype=float)
+
+    kept = next(iter(sampler.keep([("plan", make)])))
+    return [
+        SamplingPlan(float(r), int(size), bool(paired), int(visits), *more) for r, size, paired, visits, *more in kept
+    ]
+
+
+def slopes_of(sampler: Sampler, plans: Sequence[SamplingPlan], goal: Goal) -> Sequence[FloatArray | None]:
+    """Return the slopes of each landscape at the smallest radius; none without a radius above zero.
+
+    Args:
+        sampler: of the measurement.
+        plans: of the radii above zero.
+        goal: whose budget may not reach so far.
+    """
+    if not plans:
+        return [None] * len(sampler.landscapes)
+    radius = min(plan.radius for plan in plans)
+    priced = sum(slope.price(each, seed=sampler.seed) for each in sampler.landscapes)
+    if sampler.spent + priced > goal.budget:
+        return [None] * len(sampler.landscapes)
+    sampler.spent += priced
+
+    def make() -> FloatArray:
+        found = partial(slope.slopes, radius=radius, seed=sampler.seed, normalisation=sampler.normalisation)
+        return np.stack([found(each) for each in sampler.landscapes])
+
+    return list(next(iter(sampler.keep([(f"slopes-{derive(radius):016x}", make)]))))
+
+
+def above_zero(radii: FloatArray) -> FloatArray:
+    """Return the radii that are sampled, each once, in the order in which they were given."""
+    return np.array(list(dict.fromkeys(radii[radii > 0].tolist())))
+
+
+def radii_of(sampler: Sampler, radii: npt.ArrayLike | str) -> FloatArray:
+    """Return the radii as an array; "auto" asks a small pilot where F is 0.01 and 2, and spans that.
+
+    Args:
+        sampler: of the measurement.
+        radii: numbers, or "auto".
+
+    Raises:
+        UserError: where a radius is negative or not finite, or the word is another.
+    """
+    if isinstance(radii, str):
+        if radii != "auto":
+            raise UserError(f'radii must be numbers or "auto", but are {radii!r}.')
+        sampler.spent += pilot.span_price(sampler)
+        return next(iter(sampler.keep([("radii", lambda: pilot.span(sampler))])))
+    return distances("radii", radii)

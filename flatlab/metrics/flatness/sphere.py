@@ -1,0 +1,113 @@
+"""Flatness on a sphere: how far the loss rises at distance gamma from a minimum, in a random direction."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from flatlab.arguments import whole
+from flatlab.landscape.landscape import Landscape
+from flatlab.metrics.flatness import planning
+from flatlab.metrics.flatness.perturbations import check_normalisation, reach
+from flatlab.metrics.flatness.sampler import Report, Sampler, Walk
+from flatlab.results.estimate import Cost, FloatArray
+from flatlab.results.sphere import Normalisation, SamplingPlan, SphereFlatness
+from flatlab.seeds import base_seed
+
+if TYPE_CHECKING:
+    pass
+
+
+def sphere_flatness(
+    landscape: Landscape,
+    radii: npt.ArrayLike | str,
+    *,
+    num_samples: int | None = None,
+    rel_error: float = 0.02,
+    abs_error: float = 1e-4,
+    budget: float | None = None,
+    seed: int | torch.Generator = 0,
+    normalisation: Normalisation = "none",
+    report: Report | None = None,
+) -> SphereFlatness:
+    """Measure F_gamma(w), the mean rise of the loss on spheres around w (arXiv 2410.06020, Eq. 5).
+
+    Ask for an accuracy, and a pilot chooses how: small blocks of images for each direction, in rounds over all images,
+    with or without antithetic pairs. Or ask for `num_samples`, and each of so many rays meets every radius and all the
+    images: the crossed design of SWAD's script. On a quadratic loss with Hessian H, F = gamma^2 tr(H) / (2 P).
+
+    Args:
+        landscape: the loss around w.
+        radii: (R,) distances gamma, relative radii rho with a normalisation, or "auto": six that span F = 0.01 to 2.
+        num_samples: K rays, each on all images, instead of an accuracy.
+        rel_error: standard error / |F| at which sampling stops.
+        abs_error: standard error in nats at which it stops anyhow.
+        budget: images forwarded at most; 100 passes for each radius by default.
+        seed: names the rays; the same for all models that are to be compared.
+        normalisation: "filter", "layer" or "parameter" takes the scale of the weights out (Dinh et al. 2017).
+        report: called with the walks so far after each unit of visits.
+    """
+    sampler = Sampler([landscape], base_seed(seed), check_normalisation(normalisation, landscape))
+    return sample(sampler, radii, num_samples, (rel_error, abs_error), budget, report=report)[0]
+
+
+def sample(
+    sampler: Sampler,
+    radii: npt.ArrayLike | str,
+    num_samples: int | None,
+    errors: tuple[float, float],
+    budget: float | None,
+    *,
+    block_size: int | None = None,
+    report: Report | None = None,
+) -> list[SphereFlatness]:
+    """Measure a sampler's landscapes together; the arguments are those of `sphere_flatness`.
+
+    A given `block_size` is sampled in antithetic pairs, and no pilot is flown: a plan that rests on no timing is the
+    same on every machine.
+    """
+    start = time.perf_counter()
+    places = planning.radii_of(sampler, radii)
+    above = planning.above_zero(places)
+    count = len(sampler.landscapes) * len(above)
+    goal = planning.goal_of(sampler.landscapes[0], count, num_samples, errors, budget)
+    if block_size is not None and whole("block_size", block_size) and num_samples is None:
+        size = block_size if block_size < sampler.landscapes[0].num_samples else 0
+        plans = [SamplingPlan(float(radius), size, paired=True) for radius in above]
+    else:
+        plans = planning.plans_of(sampler, places, goal)
+    tilts = planning.slopes_of(sampler, plans, goal)
+    walks = sampler.run(plans, goal, report=report)
+    seconds = time.perf_counter() - start
+    return [replace(assemble(sampler, which, places, walks, seconds), slopes=tilt) for which, tilt in enumerate(tilts)]
+
+
+def assemble(sampler: Sampler, which: int, radii: FloatArray, walks: Sequence[Walk], seconds: float) -> SphereFlatness:
+    """Return what one of the landscapes' walks say, and its share of the cost; radius 0 is 0, and was not sampled."""
+    landscape, spent = sampler.landscapes[which], sampler.spent / len(sampler.landscapes)
+    by_radius = {walk.plan.radius: walk for walk in walks}
+    longest = max((walk.visits.shape[1] for walk in walks), default=2)
+    still = Walk(
+        SamplingPlan(0.0, 0), 1, np.zeros((len(sampler.landscapes), longest, len(landscape.strata))), "samples"
+    )
+    each = [by_radius.get(float(radius), still) for radius in radii]
+    return SphereFlatness(
+        radii=radii,
+        visits=tuple(walk.visits[which] for walk in each),
+        plans=tuple(walk.plan for walk in each),
+        blocks=tuple(walk.blocks for walk in each),
+        stopped=tuple(walk.stopped for walk in each),
+        cost=Cost(spent / landscape.num_samples, int(spent), 0, seconds / len(sampler.landscapes)),
+        strata=landscape.strata,
+        base_loss=landscape.base_loss,
+        normalisation=sampler.normalisation,
+        seed=sampler.seed,
+        num_params=landscape.num_params,
+        norm=landscape.norm,
+        reach=reach(landscape, sampler.normalisation),
+        notes=landscape.remarks,
+    )

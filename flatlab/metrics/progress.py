@@ -1,0 +1,112 @@
+"""A bar on standard error while a call of the library lasts: after two seconds, in a terminal or a notebook."""
+
+import functools
+import inspect
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from flatlab.derivatives.operators import Curvature, Hessian
+from flatlab.metrics.flatness.sampler import visits
+
+SECONDS = 2.0  # before a bar appears
+NOTE = """
+
+    `progress`: a bar on standard error, once the call has lasted two seconds; by default in a terminal or notebook.
+"""
+Count = Callable[[int, int | None], None]
+Arguments = dict[str, Any]
+
+
+@contextmanager
+def bar(name: str, progress: bool | None = None) -> Iterator[Count | None]:
+    """Show how much of something is done while the block runs; yields what is called with the counts, if anything.
+
+    Args:
+        name: what is done.
+        progress: whether to show it; None: in a terminal or a notebook.
+    """
+    console = Console(stderr=True)
+    if not (console.is_terminal or console.is_jupyter if progress is None else progress):
+        yield None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
+    shown = Progress(*columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console)
+    task = shown.add_task(name, total=None, rate="")
+    timer = threading.Timer(SECONDS, shown.start)
+    timer.daemon = True
+
+    def count(done: int, of: int | None) -> None:
+        pace = shown.tasks[task].speed
+        shown.update(task, completed=done, total=of, rate=f"{pace:.3g}/s" if pace else "")
+
+    timer.start()
+    try:
+        yield count
+    finally:
+        timer.cancel()
+        timer.join()
+        if shown.live.is_started:
+            shown.stop()
+
+
+def counted(call: Callable[..., Any], *, products: Callable[[Arguments], int] | None = None) -> Callable[..., Any]:
+    """Give a function a bar: of what it reports, of its products with a matrix, or of its seconds alone.
+
+    Args:
+        call: the function.
+        products: how many products are foreseen, where its `landscape` is one and its matrix another such argument.
+    """
+    signature = inspect.signature(call)
+
+    @functools.wraps(call)
+    def run(*given: Any, progress: bool | None = None, **named: Any) -> Any:
+        with bar(call.__name__, progress) as count:
+            if count is None:
+                return call(*given, **named)
+            arguments = signature.bind(*given, **named).arguments
+            if "report" in signature.parameters:
+                arguments["report"] = _both(count, arguments.get("report"))
+            if products is None:
+                return call(**arguments)
+            landscape = arguments["landscape"]
+            operator = landscape if isinstance(landscape, Curvature) else Hessian(landscape)
+            with _watched(operator, count, products(arguments)):
+                return call(**{**arguments, "landscape": operator})
+
+    only = inspect.Parameter("progress", inspect.Parameter.KEYWORD_ONLY, default=None, annotation="bool | None")
+    run.__signature__ = signature.replace(parameters=[*signature.parameters.values(), only])  # type: ignore[attr-defined]
+    run.__doc__ = (call.__doc__ or "").rstrip() + NOTE
+    return run
+
+
+def _both(count: Count, theirs: Callable[..., None] | None) -> Callable[..., None]:
+    """Return what tells the bar, and whom the caller wants told."""
+
+    def report(*told: Any) -> None:
+        count(*(visits(*told) if len(told) == 1 else told))
+        if theirs:
+            theirs(*told)
+
+    return report
+
+
+@contextmanager
+def _watched(operator: Curvature, count: Count, foreseen: int) -> Iterator[None]:
+    """Tell the bar of an operator's products while the block runs."""
+    before, theirs = operator.products, operator.watch
+
+    def watch(made: int) -> None:
+        count(made - before, max(made - before, foreseen))
+        if theirs:
+            theirs(made)
+
+    operator.watch = watch
+    try:
+        yield
+    finally:
+        operator.watch = theirs

@@ -1,0 +1,80 @@
+"""Three ways to one number: the rise on small spheres, the trace, and the first moment of the eigenvalues' density.
+
+On a quadratic loss F_gamma = gamma^2 tr(H) / (2 P), so that 2 P F / gamma^2, tr(H) and P times the mean eigenvalue are
+one number. They are measured from independent draws; where they disagree, one of them is wrong, or the loss is not
+what its second derivatives say. The latter is so for ReLU and max pooling: their kinks add to the rise at any finite
+radius, and autograd does not see them.
+"""
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from flatlab.arguments import distances
+from flatlab.errors import UserError
+from flatlab.landscape.landscape import Landscape
+from flatlab.metrics.curvature.resumable import KeptHessian
+from flatlab.metrics.flatness.sampler import Sampler
+from flatlab.metrics.flatness.sphere import sample
+from flatlab.metrics.units import Keep, forget
+from flatlab.results.estimate import FloatArray
+from flatlab.results.spectrum import Trace
+from flatlab.results.trace_check import Triangle
+from flatlab.seeds import base_seed
+
+RISES = (1e-3, 1.0, 7)  # nats that a quadratic would rise by at the radii, and how many there are
+KINKS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.Threshold)
+POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AdaptiveMaxPool2d)
+
+
+def triangle(
+    landscape: Landscape,
+    *,
+    radii: npt.ArrayLike | None = None,
+    rel_error: float = 0.05,
+    density: tuple[int, int] = (32, 3),
+    seed: int | torch.Generator = 0,
+    keep: Keep = forget,
+) -> Triangle:
+    """Measure the trace of the Hessian in three ways, from independent draws.
+
+    Args:
+        landscape: of a smooth loss: see above for ReLU.
+        radii: of the spheres, ascending; by default seven at which a quadratic of the measured trace rises by 0.001 to
+            1 nat.
+        rel_error: standard error that rise and trace are measured to.
+        density: starts and Lanczos steps of the density; its first moment rests on the starts alone.
+        seed: names the three draws, which share nothing.
+        keep: keeps units: of the sphere's sampling, trace and density, and how products are made.
+
+    Raises:
+        UserError: where the radii are not positive, or the loss has no curvature to compare.
+    """
+    name, hessian = base_seed(seed), KeptHessian(landscape, keep)
+    trace = hessian.trace(rel_error=rel_error, seed=name)
+    spectrum = hessian.density(num_vectors=density[0], steps=density[1], seed=name)
+    places = _radii(landscape, trace) if radii is None else np.sort(distances("radii", radii, above=0.0))
+    sampler = Sampler([landscape], name, "none", keep=keep)
+    (flatness,) = sample(sampler, places, None, (rel_error, 0.0), None)
+    return Triangle(
+        cost=flatness.cost + trace.cost + spectrum.cost,
+        flatness=flatness,
+        trace=trace,
+        density=spectrum,
+        kinks=kinks_of(landscape.model),
+    )
+
+
+def kinks_of(model: nn.Module) -> tuple[str, ...]:
+    """Return the kinds of modules in a model that are not smooth."""
+    return tuple(sorted({type(m).__name__ for m in model.modules() if isinstance(m, (*KINKS, *POOLS))}))
+
+
+def _radii(landscape: Landscape, trace: Trace) -> FloatArray:
+    size = abs(trace.trace.value)
+    if not size > 0:
+        raise UserError(
+            "The trace of the Hessian is zero or not finite here, so that no radius suits it: hand in radii."
+        )
+    return np.asarray(np.sqrt(2 * landscape.num_params * np.geomspace(*RISES) / size))

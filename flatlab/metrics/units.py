@@ -1,0 +1,13 @@
+"""Resumable pieces of work: what can be computed in any order, kept, or computed by another process."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+from flatlab.results.estimate import FloatArray
+
+Unit = tuple[str, Callable[[], FloatArray]]
+Keep = Callable[[Sequence[Unit]], Iterator[FloatArray]]
+
+
+def forget(units: Sequence[Unit]) -> Iterator[FloatArray]:
+    """Compute units one after the other, and keep nothing."""
+    return (compute() for _, compute in units)

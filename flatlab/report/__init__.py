@@ -1,0 +1,1 @@
+"""Results of runs as tidy frames and pictures, without torch."""

@@ -1,0 +1,71 @@
+"""Accuracies in percent: of each run, over seeds, over data sets, over the members of ensembles. Torch-free."""
+
+from collections.abc import Iterator
+
+import pandas as pd
+
+from flatlab.report import tables
+from flatlab.specs.run import RunSpec
+from flatlab.store.runs import RunStore
+
+PANELS = {**tables.IN_DOMAIN, "out": "out of domain"}
+READ = {"validation": "validation", "test": "test", "out": "target"}  # panel -> what of a log's row
+BY = ["dataset", "panel"]
+
+
+def accuracies(store: RunStore, wanted: list[tuple[str, RunSpec]], panels: list[str]) -> pd.DataFrame:
+    """Return a row for each run and panel: the accuracy in percent.
+
+    Args:
+        store: holds the finished runs.
+        wanted: line's name, run.
+        panels: of `READ`.
+    """
+    found = tables.accuracies(store, wanted)
+    found = found[found["selection"] == "training-domain"]
+    found = found.assign(dataset=found["run"].map({run.digest: run.dataset for _, run in wanted}))
+    shared = ["dataset", "method", "held_out", "seed"]
+    return pd.concat(
+        [found[shared].assign(panel=panel, value=100 * found[READ[panel]]) for panel in panels], ignore_index=True
+    )
+
+
+def over_datasets(each: pd.DataFrame, name: str) -> pd.DataFrame:
+    """Return the mean over data sets, each the mean over its held-out domains, as that of one more data set."""
+    keys = ["panel", "method", "seed"]
+    means = each.groupby([*keys, "dataset"], sort=False)["value"].mean()
+    return means.groupby(level=keys, sort=False).mean().reset_index().assign(dataset=name, held_out="all")
+
+
+def over_seeds(each: pd.DataFrame) -> Iterator[pd.DataFrame]:
+    """Return mean and interval over seeds of each line: the mean over held-out domains, and each of them."""
+    yield tables.over_seeds(each, [*BY, "method"])
+    for target, mine in each[each["held_out"] != "all"].groupby("held_out", sort=False):
+        yield tables.over_seeds(mine, [*BY, "method"]).assign(held_out=target)
+
+
+def over_members(store: RunStore, wanted: list[tuple[str, RunSpec]], panels: list[str]) -> Iterator[pd.DataFrame]:
+    """Return the mean over an ensemble's members of their own accuracies, and over held-out domains of that."""
+    alone = [(label, member) for label, run in wanted for member in run.members]
+    if not alone:
+        return
+    each = accuracies(store, alone, panels)
+    keys = [*BY, "method"]
+    by_domain = each.groupby([*keys, "held_out"], sort=False)["value"].mean().reset_index()
+    over_all = by_domain.groupby(keys, sort=False)["value"].mean().reset_index().assign(held_out="all")
+    yield pd.concat([by_domain, over_all], ignore_index=True).assign(seed="all", over="members")
+
+
+def ensembles(frame: pd.DataFrame) -> Iterator[str]:
+    """Say what each ensemble gains over the mean of its members; it takes up their seeds, and has no interval."""
+    mine = frame[(frame["held_out"] == "all") & (frame["panel"] == "out")]
+    keys = [*BY, "method"]
+    members, whole = (mine[mine["over"] == over][[*keys, "value"]] for over in ("members", "seeds"))
+    both = members.merge(whole, on=keys, suffixes=("_members", ""))
+    for dataset, rows in both.groupby("dataset", sort=False):
+        less = zip(rows["method"], rows["value"] - rows["value_members"], strict=True)
+        gains = ", ".join(f"{method} {gain:+.2f}" for method, gain in less)
+        yield (
+            f"{dataset}, out of domain, ensembles less the mean of their members, in points, without an interval: "
+            f"{gains}. Above, an ensemble is compared with the mean of the other line over all its seeds."
+        )

@@ -1,0 +1,180 @@
+"""`flatlab noise`: from measured runs to a table of quantization noise and a picture of its layers. Torch-free."""
+
+import textwrap
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from flatlab import files, plots
+from flatlab.errors import UserError, choose
+from flatlab.report import tables
+from flatlab.results.estimate import FloatArray
+from flatlab.specs.measurements import QuantNoiseSpec
+from flatlab.specs.run import RunSpec
+from flatlab.store.runs import Run, RunStore
+
+Row = dict[Any, Any]
+TITLE = "Quantization noise: KL to the uniform (nats) beside that of a uniform sample, and p-values"
+MODES = {  # what is pooled in one histogram
+    "normalised": "noise of the run in steps of its channel",
+    "raw": "noise of the run, all channels pooled",
+    "tensor": "noise of one step size for the layer",
+}
+LABELS = {"normalised": "each channel in its steps", "raw": "channels pooled", "tensor": "one step for the layer"}
+UNITS = {"normalised": "Noise $(w_q - w)/s$ (steps)", "raw": "Noise $w_q - w$", "tensor": "Noise $w_q - w$"}
+SHOWN = {"method": "", "layer": "", "mode": "", "count": ",d", "bins": "d", "kl": ".4g", "kl_null": ".4g"}
+SHOWN |= {"kl_corrected": ".4g", "kl_pvalue": ".3f", "ks_pvalue": ".3f", "clipped": ".2%", "bowley": "+.3f"}
+SHOWN |= {"departure_pvalue": ".3f"}
+NULL = "Right: quartile skewness, and the range of 95 % of symmetric samples of as many weights."
+WIDE = 112  # characters of a line below a picture
+MOST = 6  # layers of a picture, unless a pattern names more
+REJECTED = 0.05  # p-values below it
+TESTS = {"kl_pvalue": "KL", "ks_pvalue": "Kolmogorov-Smirnov", "departure_pvalue": "symmetry"}
+
+
+def statistics(store: RunStore, wanted: Iterable[tuple[str, RunSpec, QuantNoiseSpec]]) -> pd.DataFrame:
+    """Return one row per run, layer and mode: divergences with their nulls, tests, symmetry; `arrays` names a file.
+
+    Args:
+        store: holds the finished measurements.
+        wanted: method's name, run, probe.
+
+    Raises:
+        UserError: where a run is not measured yet.
+    """
+    rows = []
+    for label, spec, probe in wanted:
+        run = store.run(spec)
+        facts = run.measured(probe, label)[1]
+        about = {"method": label, "held_out": spec.held_out, "seed": spec.seed, "run": spec.digest}
+        rows += [{**about, **fact, "arrays": str(run.probe(probe).result)} for fact in facts]
+    return pd.DataFrame(rows)
+
+
+def findings(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return one row per layer and mode: the corrected divergence over seeds, and the share that each test refuses."""
+    by = ["method", "mode", "layer"]
+    table = tables.over_seeds(frame, by, value="kl_corrected")
+    refused = frame.assign(**{name: frame[name] < REJECTED for name in TESTS}).rename(columns=TESTS)
+    names = ["count", "bins", "kl", "kl_null", "explained", "clipped", "zero_channels", "variance_ratio"]
+    means = refused.groupby(by)[[*names, *TESTS.values()]].mean()
+    return table.merge(means.reset_index(), on=by)
+
+
+def chosen_layers(frame: pd.DataFrame, pattern: str | None = None, most: int = MOST) -> list[str]:
+    """Return the layers that a picture shows: those that match, or some that are evenly spread over the network.
+
+    Args:
+        frame: as `statistics` returns it.
+        pattern: such as "features.layer4.*".
+        most: layers without a pattern.
+
+    Raises:
+        UserError: where nothing matches.
+    """
+    there = list(dict.fromkeys(frame["layer"]))
+    if pattern is None:
+        return [there[i] for i in np.unique(np.linspace(0, len(there) - 1, min(most, len(there))).round().astype(int))]
+    matching = [name for name in there if fnmatchcase(name, pattern)]
+    if not matching:
+        raise UserError(f"No quantized layer matches {pattern!r}; there are {', '.join(there)}.")
+    return matching
+
+
+def draw(rows: pd.DataFrame, caption: str) -> Figure:
+    """Draw weights, noise and symmetry, one line of panels for each row of the frame."""
+    title, _, rest = caption.partition("\n")
+    with plots.style(), plt.rc_context({"axes.titlesize": 7}):
+        figure, grid = plt.subplots(
+            len(rows), 3, figsize=(7.0, 1.0 + 1.75 * len(rows)), layout="constrained", squeeze=False
+        )
+        for axes, row in zip(grid, rows.to_dict("records"), strict=True):
+            arrays, _ = files.load_arrays(Path(row["arrays"]))
+            mode, index = row["mode"], f"{row['index']:03d}"
+            _histogram(axes[0], arrays, f"weight-{index}", "C7")
+            axes[0].set(title=f"{row['layer']}\n{LABELS[mode]}", xlabel="Weight $w$", ylabel="Density")
+            _histogram(axes[1], arrays, f"{mode}-{index}", "C0")
+            _noise(axes[1], arrays[f"edges-{mode}-{index}"], row)
+            _mirror(axes[2], arrays[f"lower-{mode}-{index}"], arrays[f"upper-{mode}-{index}"], row)
+        plots.legend_above(figure, grid[0, 1], title)
+        figure.supxlabel(textwrap.fill(rest, WIDE), fontsize=7, color="0.3")
+    return figure
+
+
+def _histogram(ax: Axes, arrays: files.Arrays, name: str, color: str) -> None:
+    counts, edges = arrays[name], arrays[f"edges-{name}"]
+    ax.stairs(counts / counts.sum() / np.diff(edges), edges, fill=True, color=color, alpha=0.75)
+    ax.locator_params(axis="x", nbins=3)
+
+
+def _noise(ax: Axes, edges: FloatArray, row: Row) -> None:
+    ax.hlines(1 / (edges[-1] - edges[0]), edges[0], edges[-1], color="k", linestyle="--", label="uniform")
+    numbers = f"KL {row['kl']:.2g}, uniform sample {row['kl_null']:.2g}"
+    ax.set(title=f"{numbers}\nN = {row['count']:,}, {row['bins']} bins", xlabel=UNITS[str(row["mode"])])
+    ax.margins(y=0.1)
+
+
+def _mirror(ax: Axes, lower: FloatArray, upper: FloatArray, row: Row) -> None:
+    far = max(lower.max(), upper.max())
+    ax.plot(lower, upper, ".", color="C0", markersize=2)
+    ax.plot([0, far], [0, far], "k--", linewidth=1)
+    low, high = row["bowley_null_low"], row["bowley_null_high"]
+    ax.set_title(
+        f"Skewness {row['bowley']:+.3f}\nif symmetric: {low:+.3f} to {high:+.3f}, p = {row['departure_pvalue']:.2g}"
+    )
+    ax.set(xlabel="Median − lower half", ylabel="Upper half − median")
+    ax.locator_params(nbins=4)
+
+
+def probe_of(
+    found: list[Run], *, layers: str | None, checkpoint: str, samples: int | None, images: int | None
+) -> QuantNoiseSpec:
+    """Return the measurement that the command's words mean.
+
+    Args:
+        found: the runs.
+        layers: pattern of those that are drawn; all are measured.
+        checkpoint: "selected" or "last".
+        samples: of --radius.
+        images: of --radius.
+
+    Raises:
+        UserError: where a run is not quantized, or a word does nothing here.
+    """
+    for word, value in {"--samples": samples, "--images": images}.items():
+        if value is not None:
+            raise UserError(f"{word} {value} does nothing here, since no image is looked at; add --radius.")
+    for run in found:
+        QuantNoiseSpec.check(run.spec)
+    return QuantNoiseSpec.make(checkpoint=choose("checkpoint", checkpoint, ("selected", "last")))
+
+
+def chart(
+    store: RunStore, found: list[Run], probe: QuantNoiseSpec, *, layers: str | None, out: Path
+) -> tuple[pd.DataFrame, list[Path]]:
+    """Tabulate and draw measured runs; write `noise.{csv,pdf,png}`.
+
+    Args:
+        store: holds the measurements.
+        found: the runs.
+        probe: as measured.
+        layers: pattern of those that are drawn.
+        out: folder of the pictures.
+    """
+    frame = statistics(store, [(run.name, run.spec, probe) for run in found])
+    names = chosen_layers(frame, layers)
+    rows = frame[frame["layer"].isin(names) & (frame["mode"] == "normalised")]
+    out.mkdir(parents=True, exist_ok=True)
+    files.write_bytes(out / "noise.csv", frame.to_csv(index=False).encode())
+    bits = "/".join(str(each) for each in dict.fromkeys(frame["bits"]))
+    caption = (
+        f"Quantization noise, {bits} bits: {', '.join(dict.fromkeys(frame['method']))}\n{MODES['normalised']}. {NULL}"
+    )
+    return frame, [*plots.save(draw(rows, caption), out / "noise"), out / "noise.csv"]

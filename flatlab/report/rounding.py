@@ -1,0 +1,199 @@
+"""What a bit width is worth as a radius: from measured runs to a tidy table and its picture. Torch-free."""
+
+import textwrap
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
+
+from flatlab import files, plots
+from flatlab.errors import choose
+from flatlab.report import tables
+from flatlab.results.estimate import FloatArray, standing
+from flatlab.specs.measurements import RadiusSpec
+from flatlab.specs.run import RunSpec
+from flatlab.store.runs import Run, RunStore
+
+TITLE = "Rise of the loss by rounding (nats), beside random directions as long on the whole, or in each channel"
+NULLS = {"none": "isotropic", "layer": "isotropic", "filter": "channel"}
+LOOKS = {"isotropic": "random, same norm", "channel": "random, same norm in each channel"}
+OWN = "own"  # the run's own quantizer, on an axis of bits
+KEYS = ["panel", "method", "part", "perturbation", "null", "quantity"]
+COLUMNS = ["panel", "method", "held_out", "seed", "part", "perturbation", "null", "quantity"]
+COLUMNS += ["gamma", "share", "value", "stderr", "low", "high", "over"]
+SHOWN = {"method": "", "panel": "", "perturbation": "", "gamma": ".3g", "share": ".3f", "rise": ".4g"}
+SHOWN |= {"isotropic": ".4g", "isotropic z": "+.1f", "channel": ".4g", "channel z": "+.1f", "channel rank": ".2f"}
+LINEAR, FLOOR = 1e-3, 2e-3  # nats around zero that the axis of rises shows in proportion; where it ends below
+WIDE = 112  # characters of a line below a picture
+RULED = 2.0  # standard deviations that 95 % of random directions stay within, about
+
+
+def rises(store: RunStore, wanted: Iterable[tuple[str, RunSpec, RadiusSpec]]) -> pd.DataFrame:
+    """Return tidy rows: for each run, panel, part, perturbation and null the quantities below.
+
+    `rise` and `reverse` of the noise and of its opposite, `random` (mean over random twins, with its interval over
+    directions), in nats; `z` and `rank` of the noise's rise among those of its twins.
+
+    Args:
+        store: holds the finished measurements.
+        wanted: method's name, run, probe.
+    """
+    rows = [row for label, spec, probe in wanted for row in _rows(store.run(spec), probe, label)]
+    return pd.DataFrame(rows)[COLUMNS]
+
+
+def _rows(run: Run, probe: RadiusSpec, label: str) -> Iterator[dict[str, Any]]:
+    arrays, facts = run.measured(probe, label)
+    target = np.array([name == run.spec.held_out for name in facts["strata"]])
+    about = {"method": label, "held_out": run.spec.held_out, "seed": run.spec.seed, "over": "directions"}
+    for index, row in enumerate(facts["rows"]):
+        key = f"{index:04d}"
+        about |= {"part": row["part"], "perturbation": row["perturbation"], "null": NULLS[row["null"]]}
+        about |= {"gamma": row["norm"], "share": row["norm"] / facts["norm"]}
+        for panel, mine in {"train": ~target, "test": target}.items():
+            own, reverse = (float(arrays[f"{name}-{key}"][mine].mean()) for name in ("own", "reverse"))
+            for quantity, told in _quantities(own, reverse, arrays[f"twins-{key}"][:, mine].mean(axis=1)):
+                yield {**about, "panel": panel, "quantity": quantity, **told}
+
+
+def _quantities(own: float, reverse: float, twins: FloatArray) -> Iterator[tuple[str, dict[str, float]]]:
+    """Yield the numbers of one perturbation; only the twins' mean has an interval over directions."""
+    z, rank = standing(own, twins)
+    yield "random", tables.estimate(twins)
+    for name, value in {"rise": own, "reverse": reverse, "z": z, "rank": rank}.items():
+        yield name, {"value": value, "stderr": np.nan, "low": np.nan, "high": np.nan}
+
+
+def with_seeds(each: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of each run, and below them their means over held-out domains with intervals over seeds."""
+    whole = tables.over_seeds(each, KEYS)
+    lengths = each.groupby(KEYS)[["gamma", "share"]].mean().reset_index()
+    return pd.concat([each, whole.merge(lengths, on=KEYS)], ignore_index=True)[COLUMNS]
+
+
+def wide(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return one row for each perturbation of whole networks, its nulls side by side."""
+    mine = rows[rows["part"] == "all"]
+    names = {"random": "", "z": " z", "rank": " rank"}
+    named = mine.assign(
+        column=[
+            f"{null}{names[quantity]}" if quantity in names else quantity
+            for null, quantity in zip(mine["null"], mine["quantity"], strict=True)
+        ]
+    )
+    keys = ["method", "panel", "perturbation", "gamma", "share"]
+    table = named.pivot_table(index=keys, columns="column", values="value", aggfunc="first", sort=False)
+    every = list(dict.fromkeys(named["column"]))  # a pivot drops a column of NaN: z, where all twins rise alike
+    return table.reindex(columns=every).reset_index().rename_axis(columns=None)
+
+
+def draw(rows: pd.DataFrame, caption: str, *, panel: str = "train") -> Figure:
+    """Draw for each method the rise over gamma, and below it how typical the noise is among its random twins.
+
+    Args:
+        rows: of one `over`: each method once.
+        caption: title, and a line below.
+        panel: "train" (the seen domains) or "test" (the unseen one).
+    """
+    shown = rows[(rows["panel"] == panel) & (rows["part"] == "all")]
+    methods = list(dict.fromkeys(shown["method"]))
+    title, _, rest = caption.partition("\n")
+    with plots.style():
+        size = (max(3.4, 0.7 + 3.15 * len(methods)), 5.0)
+        figure, grid = plt.subplots(2, len(methods), figsize=size, layout="constrained", squeeze=False, sharey="row")
+        for column, method in zip(grid.T, methods, strict=True):
+            _rise(column[0], shown[shown["method"] == method])
+            _standing(column[1], shown[shown["method"] == method])
+            column[0].set_title(method)
+        grid[0, 0].set_ylabel("Rise of the loss (nats)")
+        grid[1, 0].set_ylabel("Rise of the noise, in standard\ndeviations from random (z)")
+        plots.legend_above(figure, grid[0, -1], title)
+        figure.supxlabel(textwrap.fill(rest, WIDE), fontsize=7, color="0.3")
+    return figure
+
+
+def _rise(ax: Axes, mine: pd.DataFrame) -> None:
+    random = mine[(mine["quantity"] == "random") & (mine["perturbation"] != "trained")]
+    plots.curves(ax, random.assign(null=random["null"].map(LOOKS)), x="gamma", by="null", order=list(LOOKS.values()))
+    own = mine[(mine["quantity"] == "rise") & (mine["null"] == "channel")]
+    for name, marker, rows in (
+        ("rounding", "D", own[own["perturbation"] != "trained"]),
+        ("own quantizer", "*", own[own["perturbation"] == "trained"]),
+    ):
+        if len(rows):
+            bars = (rows["high"] - rows["value"]).to_numpy()
+            look: dict[str, Any] = {"color": "k", "marker": marker, "markersize": 5, "linestyle": "none", "label": name}
+            ax.errorbar(rows["gamma"], rows["value"], yerr=bars, elinewidth=0.8, **look)
+    for name, gamma, value in zip(own["perturbation"], own["gamma"], own["value"], strict=True):
+        text = "" if name == "trained" else name
+        ax.annotate(text, (gamma, value), xytext=(-5, 5), textcoords="offset points", fontsize=7, ha="right")
+    ax.set_xscale("log")
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.xaxis.set_minor_formatter(NullFormatter())
+    ax.set_yscale("symlog", linthresh=LINEAR)
+    ax.set_ylim(bottom=-FLOOR)
+    ax.set_xlabel("Norm of the noise = radius γ (L2)")
+
+
+def _standing(ax: Axes, mine: pd.DataFrame) -> None:
+    z = mine[mine["quantity"] == "z"].sort_values("gamma")
+    places = {name: place for place, name in enumerate(dict.fromkeys(z["perturbation"]))}
+    for index, null in enumerate(LOOKS):
+        rows = z[z["null"] == null]
+        bars = (rows["high"] - rows["value"]).to_numpy()
+        x = rows["perturbation"].map(places) + 0.15 * (2 * index - 1)
+        ax.errorbar(x, rows["value"], yerr=bars, fmt=plots.MARKERS[index], color=f"C{index}", elinewidth=1)
+    ax.axhspan(-RULED, RULED, color="0.9", zorder=0)
+    ax.axhline(0, color="0.5", linewidth=0.8)
+    ax.set_yscale("symlog", linthresh=RULED)
+    ax.set_yticks([-20, -10, -5, -2, 0, 2, 5, 10, 20])
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_formatter(NullFormatter())
+    ax.set_xticks(list(places.values()), [OWN if name == "trained" else name for name in places])
+    ax.set_xlabel("Bits of a weight")
+
+
+def probe_of(
+    found: list[Run], *, layers: str | None, checkpoint: str, samples: int | None, images: int | None
+) -> RadiusSpec:
+    """Return the measurement that the command's words mean.
+
+    Args:
+        found: the runs; any can be rounded.
+        layers: pattern of those that are rounded.
+        checkpoint: "selected" or "last".
+        samples: random directions beside each bit width.
+        images: of each domain.
+    """
+    fields = {"checkpoint": choose("checkpoint", checkpoint, ("selected", "last")), "images": images}
+    fields |= {"params": layers} if layers else {}
+    return RadiusSpec.make(**fields, **({} if samples is None else {"num_samples": samples}))
+
+
+def chart(
+    store: RunStore, found: list[Run], probe: RadiusSpec, *, layers: str | None, out: Path
+) -> tuple[pd.DataFrame, list[Path]]:
+    """Tabulate and draw measured runs; write `radius.{csv,pdf,png}`.
+
+    Args:
+        store: holds the measurements.
+        found: the runs.
+        probe: as measured.
+        layers: pattern of those that were rounded.
+        out: folder of the pictures.
+    """
+    frame = rises(store, [(run.name, run.spec, probe) for run in found])
+    out.mkdir(parents=True, exist_ok=True)
+    files.write_bytes(out / "radius.csv", frame.to_csv(index=False).encode())
+    caption = (
+        f"What a bit width is worth as a radius\n{layers or 'All layers'}, seen domains; {probe.num_samples} random "
+        "directions each, 95 % intervals over them; grey: 95 % of these"
+    )
+    return wide(frame), [*plots.save(draw(frame, caption), out / "radius"), out / "radius.csv"]

@@ -1,0 +1,148 @@
+"""Measured spectra as tidy frames, and `flatlab hessian`'s picture. Torch-free."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from flatlab import files, plots
+from flatlab.errors import choose
+from flatlab.results.estimate import Estimate, FloatArray
+from flatlab.results.spectrum import blur
+from flatlab.specs.measurements import SpectrumSpec
+from flatlab.specs.run import RunSpec
+from flatlab.store.runs import Run, RunStore
+
+Wanted = Iterable[tuple[str, RunSpec, SpectrumSpec]]
+SAMPLED = ("trace", "effective rank", "negative weight", "negative share")
+PLACES = 120  # of a density's grid
+WIDTH = 0.01  # of a kernel, as a share of the range
+FAINT = 1e-6  # density below which nothing is drawn
+
+
+def probes_of(splits: Iterable[str], engine: str, **fields: Any) -> list[SpectrumSpec]:
+    """Return the measurements that the command's words mean: of each split, by flatlab's engine and any other.
+
+    Args:
+        splits: "source", "target", or domains by name.
+        engine: "flatlab" or "pyhessian".
+        fields: of the spec.
+    """
+    fields["which"] = choose("end of the spectrum", fields["which"], ("LA", "SA", "BE"))
+    fields["checkpoint"] = choose("checkpoint", fields["checkpoint"], ("selected", "last"))
+    engines = dict.fromkeys(("flatlab", choose("engine", engine, ("flatlab", "pyhessian"))))
+    return [
+        SpectrumSpec.make(domains=each, engine=kind, **fields) for each in dict.fromkeys(splits) for kind in engines
+    ]
+
+
+def numbers(store: RunStore, wanted: Wanted) -> pd.DataFrame:
+    """Return a row for each run, engine and number: eigenvalues by `index`, within residuals; the others by sampling.
+
+    Args:
+        store: holds the finished measurements.
+        wanted: method's name, run, measurement.
+    """
+    rows = [row for label, run, probe in wanted for row in _rows(label, store.run(run), probe)]
+    return pd.DataFrame(rows)
+
+
+def _rows(label: str, run: Run, probe: SpectrumSpec) -> Iterable[dict[str, Any]]:
+    arrays, facts = run.measured(probe, label)
+    shared = {**_named(label, run, probe), "engine": probe.engine}
+    unknown = np.full(len(arrays["eigenvalues"]), np.nan)
+    residuals, converged = arrays.get("residuals", unknown), arrays.get("converged", unknown)
+    for index, (value, residual) in enumerate(zip(arrays["eigenvalues"].tolist(), residuals.tolist(), strict=True)):
+        yield {
+            **shared,
+            "number": "eigenvalue",
+            "index": index,
+            "value": value,
+            "low": value - residual,
+            "high": value + residual,
+            "converged": {1.0: "yes", 0.5: "not verified", 0.0: "no"}.get(float(converged[index]), "unknown"),
+            "over": "residual",
+        }
+    for name in SAMPLED:
+        if name in facts:
+            value, stderr, freedom = facts[name]
+            half = Estimate(value, stderr, freedom).half_width() if stderr is not None else float("nan")
+            reached = {None: "unknown", "budget": "no"}.get(facts.get("stopped"), "yes") if name == "trace" else ""
+            told = {"value": value, "low": value - half, "high": value + half, "converged": reached, "over": "probes"}
+            yield {**shared, "number": name, "index": 0, **told}
+
+
+def densities(store: RunStore, wanted: Wanted) -> pd.DataFrame:
+    """Return a row for each run and place of a grid that all runs of a panel share: the density of eigenvalues there.
+
+    Args:
+        store: holds the finished measurements, by flatlab's engine.
+        wanted: method's name, run, measurement.
+    """
+    found = [(label, store.run(run), probe, _rules(label, store.run(run), probe)) for label, run, probe in wanted]
+    frames = []
+    for domains in dict.fromkeys(probe.domains for _, _, probe, _ in found):
+        mine = [each for each in found if each[2].domains == domains]
+        nodes = np.concatenate([nodes for *_, rules in mine for nodes, _ in rules])
+        sigma = WIDTH * float(np.ptp(nodes)) or 1e-12
+        grid = np.linspace(nodes.min() - 4 * sigma, nodes.max() + 4 * sigma, PLACES)
+        for label, run, probe, rules in mine:
+            value = np.mean([blur(grid, *rule, sigma=sigma) for rule in rules], axis=0)
+            frames.append(pd.DataFrame({"place": grid, "value": value}).assign(**_named(label, run, probe)))
+    return pd.concat(frames, ignore_index=True)
+
+
+def _named(label: str, run: Run, probe: SpectrumSpec) -> dict[str, Any]:
+    return {"panel": probe.domains, "method": label, "held_out": run.spec.held_out, "seed": run.spec.seed}
+
+
+def _rules(label: str, run: Run, probe: SpectrumSpec) -> list[tuple[FloatArray, FloatArray]]:
+    arrays, _ = run.measured(probe, label)
+    return [(arrays[f"nodes-{index:02d}"], arrays[f"weights-{index:02d}"]) for index in range(probe.starts)]
+
+
+def chart(store: RunStore, wanted: list[tuple[str, RunSpec, SpectrumSpec]], out: Path) -> list[Path]:
+    """Draw the densities of measured runs, and write all numbers: `hessian.{pdf,png,csv}`.
+
+    Args:
+        store: holds the measurements.
+        wanted: method's name, run, measurement.
+        out: folder of the pictures.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    table = out / "hessian.csv"
+    files.write_bytes(table, numbers(store, wanted).to_csv(index=False).encode())
+    ours = [each for each in wanted if each[2].engine == "flatlab"]
+    return [*plots.save(_draw(densities(store, ours)), out / "hessian"), table]
+
+
+def _draw(frame: pd.DataFrame) -> Figure:
+    panels = list(dict.fromkeys(frame["panel"]))
+    order = list(dict.fromkeys(frame["method"]))
+    with plots.style():
+        size = (3.4 * len(panels), 2.8)
+        figure, grid = plt.subplots(1, len(panels), figsize=size, layout="constrained", squeeze=False)
+        for ax, panel in zip(grid[0], panels, strict=True):
+            lines(ax, frame[frame["panel"] == panel], order)
+            ax.set(title=f"{panel}: density of the Hessian's eigenvalues")
+            ax.legend()
+    return figure
+
+
+def lines(ax: Axes, frame: pd.DataFrame, order: Iterable[str]) -> None:
+    """Draw the density of each method over the eigenvalue, on a logarithmic axis.
+
+    Args:
+        ax: the axes.
+        frame: rows with `place`, `value` and `method`; of one panel.
+        order: the methods.
+    """
+    for index, name in enumerate(order):
+        mine = frame[frame["method"] == name].sort_values("place")
+        ax.semilogy(mine["place"], mine["value"].clip(lower=FAINT), color=f"C{index % 10}", label=name, linewidth=0.9)
+    ax.set(xlabel="eigenvalue (nats)", ylabel="density", ylim=(FAINT, None))

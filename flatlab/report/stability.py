@@ -1,0 +1,279 @@
+"""How steady the accuracy on the held-out domain is along a training: curves, and the numbers behind the word "stable".
+
+The paper shows curves (QT-DoG Fig. 4); the numbers are ours: `spread` and `change` say how much the out-of-domain
+accuracy moves, `correlation` whether validation follows it, and `regret` what selecting by validation costs.
+"""
+
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+from scipy import stats
+
+from flatlab import files, plots
+from flatlab.errors import UserError
+from flatlab.report import tables
+from flatlab.specs.run import RunSpec
+from flatlab.store import selection
+from flatlab.store.runs import Run, RunStore
+
+QUANTITIES = {"test": "In-domain test", "validation": "Validation (selected on)", "target": "Out of domain"}
+NUMBERS = {
+    "spread": "Standard deviation",
+    "change": "Mean absolute change",
+    "correlation": "Spearman with validation",
+    "regret": "Regret of selection",
+}
+SETTLED = 0.1  # of the steps: before, accuracies rise from chance, and would flatten all that follows
+KEYS = ["quantity", "method", "held_out", "seed", "step"]
+SHOWN = {"method": "", "held_out": "", "seed": "", "points": "", **dict.fromkeys(NUMBERS, ".2f")}
+UNITLESS = "correlation"  # the other numbers are shares of 1, told in percent
+
+
+@dataclass(frozen=True)
+class Stability:
+    """What "stable" stands for; accuracies are shares of 1.
+
+    Attributes:
+        spread: standard deviation of the out-of-domain accuracy over the evaluations, with n - 1.
+        change: mean absolute difference between two evaluations in a row.
+        correlation: Spearman's, between validation and out-of-domain accuracy; NaN where one stands still, or of two.
+        regret: the best out-of-domain accuracy less that where validation is best (the first of equals).
+        points: evaluations.
+    """
+
+    spread: float
+    change: float
+    correlation: float
+    regret: float
+    points: int
+
+
+def stability(validation: npt.ArrayLike, target: npt.ArrayLike) -> Stability:
+    """Return the numbers of one training.
+
+    Args:
+        validation: in-domain accuracy (n,) at each evaluation, in the order of the steps.
+        target: out-of-domain accuracy (n,) at the same.
+
+    Raises:
+        UserError: where they are not of one length, or fewer than two.
+    """
+    inside, outside = np.asarray(validation, dtype=float), np.asarray(target, dtype=float)
+    if inside.shape != outside.shape or inside.ndim != 1 or len(inside) < 2:
+        raise UserError(
+            f"Stability needs two series of at least two evaluations each, but {inside.shape} and {outside.shape} "
+            "came: take a smaller --eval-every, or an earlier --since."
+        )
+    moving = len(inside) > 2 and np.ptp(inside) > 0 and np.ptp(outside) > 0  # of two points it is always one
+    return Stability(
+        spread=float(outside.std(ddof=1)),
+        change=float(np.abs(np.diff(outside)).mean()),
+        correlation=float(stats.spearmanr(inside, outside).statistic) if moving else float("nan"),
+        regret=float(outside.max() - outside[inside.argmax()]),
+        points=len(inside),
+    )
+
+
+def curves(store: RunStore, wanted: Iterable[tables.Labelled]) -> pd.DataFrame:
+    """Return one row per run, evaluation and quantity: accuracy (shares of 1), from the runs' logs.
+
+    Quantities are "validation", "target" and, where the run keeps images for it, "test".
+
+    Args:
+        store: holds the finished runs.
+        wanted: method's name, run.
+
+    Raises:
+        UserError: where a run is not finished.
+    """
+    return pd.DataFrame([row for label, spec in wanted for row in _points(store.run(spec), label)])
+
+
+def _points(run: Run, label: str) -> Iterable[dict[str, Any]]:
+    if not run.done:
+        raise UserError(f"Run {run.spec.digest} ({label}, {run.spec.held_out}) is not trained yet.")
+    for row in run.rows():
+        values = {"test": tables.tested(row), "validation": row["validation"]}
+        values["target"] = row["target"]["in"]["accuracy"]
+        for quantity, value in values.items():
+            if np.isnan(value):
+                continue
+            keys = (quantity, label, run.spec.held_out, run.spec.seed, row["step"])
+            yield {**dict(zip(KEYS, keys, strict=True)), "value": value}
+
+
+def numbers(curves: pd.DataFrame, since: int) -> pd.DataFrame:
+    """Return one row per method, held-out domain and seed: the numbers over the evaluations from a step on.
+
+    Args:
+        curves: as `curves` returns them.
+        since: the first step that counts, the same for all: that of the switch.
+    """
+    late = curves[curves["step"] >= since]
+    rows = []
+    for keys, group in late.groupby(["method", "held_out", "seed"], sort=False):
+        series = group.pivot(index="step", columns="quantity", values="value").sort_index()
+        found = stability(series["validation"], series["target"])
+        rows.append({**dict(zip(["method", "held_out", "seed"], keys, strict=True)), **vars(found)})
+    return pd.DataFrame(rows)
+
+
+def over_seeds(frame: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
+    """Return mean and interval over seeds, as `tables.over_seeds` does, but within the bounds of each quantity.
+
+    The interval is that of a scale on which the bounds are far or known: the angle whose squared sine is the share for
+    accuracies, their deviations and differences, and the angle whose sine it is for correlations.
+
+    Args:
+        frame: rows with `quantity`, `held_out`, `seed` and `value`.
+        by: the columns that name a group, `quantity` among them.
+    """
+    whole = tables.over_seeds(frame, by)
+    each = frame.groupby([*by, "seed"], sort=False)["value"].agg(lambda values: values.mean(skipna=False)).reset_index()
+    scaled = [_scale(name)[0](value) for name, value in each[["quantity", "value"]].itertuples(index=False)]
+    ends = tables.over_seeds(each.assign(value=scaled, held_out="all"), by)
+    for end, inner in (("low", np.fmin), ("high", np.fmax)):
+        back = [_scale(name)[1](value) for name, value in ends[["quantity", end]].itertuples(index=False)]
+        whole[end] = np.where(np.isnan(back), np.nan, inner(back, whole["value"]))
+    return whole
+
+
+Scale = Callable[[float], float]
+
+
+def _scale(quantity: str) -> tuple[Scale, Scale]:
+    """Return the scale of a quantity's interval, and the way back, which ends at the bounds."""
+    if quantity == UNITLESS:
+        return lambda r: float(np.arcsin(r)), lambda a: float(np.sin(np.clip(a, -np.pi / 2, np.pi / 2)))
+    return lambda share: float(np.arcsin(np.sqrt(share))), lambda a: float(np.sin(np.clip(a, 0, np.pi / 2)) ** 2)
+
+
+def switch_of(runs: Sequence[RunSpec]) -> int:
+    """Return the latest switch of some runs, from which all are compared; 0 where none has one."""
+    return max(spec.switch or 0 for spec in runs)
+
+
+def chart(
+    store: RunStore, found: list[Run], *, since: int, out: Path, valleys: Sequence[dict[str, Any]] = ()
+) -> tuple[pd.DataFrame, list[Path]]:
+    """Tabulate and draw any runs; write `stability.{csv,pdf,png}`.
+
+    Args:
+        store: holds them.
+        found: the runs, finished.
+        since: the first step that counts.
+        out: folder of the pictures.
+        valleys: SWAD's of each run, drawn in a panel of their own.
+    """
+    for run in found:
+        if len(selection.candidates(run.rows(), since)) < 3:
+            raise UserError(
+                f"Run {run.spec.digest} ({run.spec.label}) has fewer than three evaluations from step {since} on, "
+                "so that there is no curve: give runs with average last or sma, an earlier --since, or train with a "
+                "smaller --eval-every."
+            )
+    along = curves(store, [(run.name, run.spec) for run in found])
+    out.mkdir(parents=True, exist_ok=True)
+    files.write_bytes(out / "stability.csv", along.to_csv(index=False).encode())
+    frame = along.assign(low=along["value"], high=along["value"])
+    with plots.style():
+        rows = 3 if valleys else 2
+        figure, axes = plt.subplots(rows, 1, figsize=(3.4, 2.1 * rows), layout="constrained", sharex=True)
+        panels(axes[:2], frame, list(dict.fromkeys(frame["method"])), since)
+        if valleys:
+            _valleys(axes[2], found, valleys)
+        plots.legend_above(figure, axes[0], "")
+    told = numbers(along, since)
+    told[list(NUMBERS)] *= [1 if name == UNITLESS else 100 for name in NUMBERS]
+    if valleys:
+        told = told.join(pd.DataFrame(list(valleys)).drop(columns="span").add_prefix("valley "))
+    return told, [*plots.save(figure, out / "stability"), out / "stability.csv"]
+
+
+def _valleys(ax: Axes, found: Sequence[Run], valleys: Sequence[dict[str, Any]]) -> None:
+    """Draw the validation loss of runs, their valleys shaded, the thresholds dashed."""
+    for index, (run, valley) in enumerate(zip(found, valleys, strict=True)):
+        plots.valley(ax, {row["step"]: row["validation_loss"] for row in run.rows()}, valley, index=index)
+    ax.set(xlabel="Training step", ylabel="Validation loss (nats)")
+    ax.set_title("SWAD's valley (shaded) and its threshold (dashed)", fontsize=7)
+
+
+def panels(axes: Sequence[Axes], frame: pd.DataFrame, order: Sequence[str], since: int) -> None:
+    """Draw in-domain accuracy above and that out of domain below against the step, the switch marked.
+
+    Args:
+        axes: two, from top to bottom.
+        frame: rows with `quantity`, `method`, `step`, `value`, `low`, `high`.
+        order: the methods.
+        since: the step of the switch; 0 is not marked.
+    """
+    there = [name for name in QUANTITIES if name in set(frame["quantity"])]
+    for ax, quantity in zip(axes, (there[0], "target"), strict=True):  # in domain of images that select nothing, if any
+        name = QUANTITIES[quantity]
+        mine = frame[frame["quantity"] == quantity]
+        plots.curves(ax, mine, x="step", by="method", order=order)
+        settled = mine[mine["step"] >= SETTLED * mine["step"].max()]
+        ax.set_ylim(bottom=max(0.0, settled["low"].min() - 0.02), top=min(1.0, settled["high"].max() + 0.02))
+        if since:
+            ax.axvline(since, color="0.3", linewidth=0.8, linestyle=":")
+        ax.set(ylabel=f"{name} (%)")
+        ax.yaxis.set_major_formatter(PercentFormatter(1, symbol=""))
+    axes[-1].set(xlabel="Training step" + (f" (dotted: switch at {since})" if since else ""))
+
+
+def dots(figure: Any, frame: pd.DataFrame, order: Sequence[str]) -> None:
+    """Draw each number with its interval, a panel for each, the methods below one another.
+
+    Args:
+        figure: or a part of one.
+        frame: rows with `quantity`, `method`, `value`, `low`, `high`.
+        order: the methods, from top to bottom.
+    """
+    for ax, (quantity, name) in zip(figure.subplots(len(NUMBERS), 1), NUMBERS.items(), strict=True):
+        rows = frame[frame["quantity"] == quantity].set_index("method").reindex(list(order))
+        for place, method in enumerate(order):
+            look: dict[str, Any] = {"color": f"C{place}"}
+            ax.hlines(place, rows.loc[method, "low"], rows.loc[method, "high"], **look)
+            ax.plot(rows.loc[method, "value"], place, plots.MARKERS[place], **look)
+        unit = "" if quantity == "correlation" else " (%)"
+        if unit:
+            ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=1, symbol=""))
+        ax.set(yticks=range(len(order)), yticklabels=order, ylim=(len(order) - 0.5, -0.5))
+        ax.set_xlabel(f"{name}{unit}", fontsize=7)
+        ax.grid(visible=False, axis="y")
+
+
+def picture(frame: pd.DataFrame, order: Sequence[str], caption: str) -> Figure:
+    """Draw Figure 4: a column of curves for each held-out domain, and the numbers beside them.
+
+    Args:
+        frame: rows over seeds: curves, and numbers where `step` is missing; `switch` on each.
+        order: the methods.
+        caption: title, line feed, small print.
+    """
+    along, told = frame[frame["step"].notna()], frame[frame["step"].isna() & (frame["held_out"] == "all")]
+    targets = list(dict.fromkeys(along["held_out"]))
+    with plots.style():
+        figure = plt.figure(figsize=(7.0, 3.9 + 0.25 * (len(order) - 2)), layout="constrained")
+        left, right = list(figure.subfigures(1, 2, width_ratios=[len(targets), 1]))  # type: ignore[arg-type]
+        grid = left.subplots(2, len(targets), sharex=True, sharey="row", squeeze=False)
+        for column, target in zip(grid.T, targets, strict=True):
+            panels(column, along[along["held_out"] == target], order, int(frame["switch"].iloc[0]))
+            column[0].set_title(f"Held out: {target}")
+        for ax in grid[:, 1:].ravel():
+            ax.set_ylabel("")
+        dots(right, told, order)
+        title, _, rest = caption.partition("\n")
+        plots.legend_above(figure, grid[0, 0], title)
+        figure.supxlabel("\n".join(textwrap.wrap(rest, 120)), fontsize=6.5, color="0.3")
+    return figure

@@ -1,0 +1,195 @@
+"""Surfaces and lines of runs, as tables and pictures."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+
+from flatlab import files, plots
+from flatlab.errors import UserError
+from flatlab.results.connectivity import Connection
+from flatlab.results.surface import Surface
+from flatlab.specs.measurements import ConnectionSpec, SurfaceSpec
+from flatlab.store.runs import Run
+
+BARRIERS = {"panel": "", "barrier": ".4g", "low": ".4g", "high": ".4g", "position": ".3f", "distance": ".4g"}
+ALIKE = ("dataset", "model", "image_size", "held_out", "trial_seed", "holdout", "test_share")
+OWN = "BatchNorm's statistics are those of the run in the origin: at another checkpoint's mark the loss is not its own."
+MIXED = "BatchNorm's statistics are interpolated like the weights: both ends are the checkpoints."
+ANEW = "BatchNorm's statistics are computed anew at each place, from up to {} training images of each seen domain."
+BAND = "Band: 95 % over images, of the height above the dashed line; the barrier's place is chosen on other images."
+PANELS = {"source": "seen domains", "target": "unseen domain"}
+
+
+def centres(found: Sequence[Run], axes: str) -> tuple[list[Run], tuple[str, ...]]:
+    """Return the runs around which surfaces are laid, and the runs that span the planes, or the end of the line.
+
+    Args:
+        found: the runs that were named.
+        axes: "runs": one plane, through three runs (around the first) or of a trajectory (around the last); "line":
+            from the first to the second.
+
+    Raises:
+        UserError: where too few runs were named for that, or runs that differ in data or architecture.
+    """
+    if axes not in ("runs", "line"):
+        return list(found), ()
+    if axes == "line" and len(found) != 2:
+        raise UserError(f"--axes line goes from one run to another, but {len(found)} came: name two.")
+    if axes == "runs" and len(found) < 3:
+        raise UserError(f"--axes runs spans a plane by three runs or more, but {len(found)} came: name others.")
+    _check_alike(found, axes)
+    if len(found) <= 3:
+        return [found[0]], tuple(run.spec.digest for run in found[1:])
+    return [found[-1]], tuple(run.spec.digest for run in found)
+
+
+def _check_alike(found: Sequence[Run], axes: str) -> None:
+    """Refuse runs that no line or plane can go through: of other weights, or with other images to be looked at."""
+    for field in ALIKE:
+        told = [getattr(run.spec, field) for run in found]
+        if odd := next((run for run, value in zip(found, told, strict=True) if value != told[0]), None):
+            raise UserError(
+                f"--axes {axes} needs runs of one architecture on the same data, but {field} is {told[0]} of "
+                f"{found[0].name} and {getattr(odd.spec, field)} of {odd.name}: name runs that share it."
+            )
+
+
+def steps_between(found: Sequence[Run], axes: str, every: int | None) -> int | None:
+    """Return the steps between the checkpoints that span the planes of trajectories; None for other axes.
+
+    Args:
+        found: the runs.
+        axes: as they were asked for.
+        every: so many steps are asked for; else as the first run's training kept them.
+
+    Raises:
+        UserError: where a run has not kept them, or other axes have no steps.
+    """
+    if axes == "trajectory":
+        every = found[0].kept_each(every)
+        for run in found[1:]:
+            run.kept_each(every)
+    elif every is not None:
+        raise UserError(f"--every is for --axes trajectory; with --axes {axes} there are no steps: leave it out.")
+    return every
+
+
+def surface(run: Run, probe: SurfaceSpec) -> Surface:
+    """Return a measured surface."""
+    return Surface.whole(*run.measured(probe))
+
+
+def of_panel(found: Surface, panel: str, held_out: str, metric: str = "loss") -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Return a metric (G1, G2) on the seen domains, each weighing the same, or on the unseen one."""
+    names = [name for name in found.strata if (name == held_out) == (panel == "target")]
+    return found.of(metric, names)
+
+
+def draw_surfaces(found: Sequence[Run], probe: SurfaceSpec, *, out: Path) -> list[Path]:
+    """Draw contours of each run on seen and unseen domains, on common levels, with a relief; write npz and pictures."""
+    surfaces = {run.spec.digest: surface(run, probe) for run in found}
+    panels = {
+        (run.spec.digest, panel): of_panel(surfaces[run.spec.digest], panel, run.spec.held_out)
+        for run in found
+        for panel in PANELS
+    }
+    levels, written = plots.contour_levels(panels.values()), []
+    out.mkdir(parents=True, exist_ok=True)
+    with plots.style():
+        rows = len(found)
+        figure = plt.figure(figsize=(9.0, 3.0 * rows + 0.4), layout="constrained")
+        for row, run in enumerate(found):
+            mine = surfaces[run.spec.digest]
+            for column, (panel, title) in enumerate(PANELS.items()):
+                ax = figure.add_subplot(rows, 3, 3 * row + column + 1)
+                filled = plots.contours(ax, (mine.x, mine.y), panels[run.spec.digest, panel], levels=levels)
+                plots.marked(ax, mine.marks, mine.mark_labels, connected=mine.connected)
+                ax.set(xlabel=mine.labels[0], ylabel=mine.labels[1], title=f"{run.name}, {title}")
+            figure.colorbar(filled, ax=ax, label="loss (nats)", format="%.2g")
+            relief: Any = figure.add_subplot(rows, 3, 3 * row + 3, projection="3d")
+            plots.relief(relief, (mine.x, mine.y), panels[run.spec.digest, "source"], levels=levels)
+            relief.set(title=f"{run.name}, {PANELS['source']}")
+            mine.save(out / f"landscape-{run.spec.digest[:6]}.npz")
+            written.append(out / f"landscape-{run.spec.digest[:6]}.npz")
+        if told := remarks(found, probe):
+            figure.suptitle("\n".join(told), fontsize=8)
+        return [*plots.save(figure, out / "landscape"), *written]
+
+
+def remarks(found: Sequence[Run], probe: SurfaceSpec | ConnectionSpec) -> list[str]:
+    """Return sentences for a caption: whose BatchNorm statistics, what a trajectory's plane holds of it."""
+    told = []
+    if isinstance(probe, SurfaceSpec) and probe.axes == "trajectory":
+        for run in found:
+            mine = surface(run, probe)
+            told.append(
+                f"{run.name}: the plane holds {mine.explained.sum():.1%} of the variance of {len(mine.marks)}"
+                f" checkpoints, each {probe.every} steps, and lies at most {mine.distances.max():.3g} from them (L2)."
+            )
+    if probe.recompute is not None:
+        told.append(ANEW.format(probe.recompute))
+    elif isinstance(probe, ConnectionSpec):
+        told.append(MIXED)
+    elif probe.spanned:
+        told.append(OWN)
+    return told
+
+
+def connection(run: Run, probe: ConnectionSpec, panel: str) -> Connection:
+    """Return a measured line, over the seen domains ("source") or the unseen one ("target")."""
+    arrays, facts = run.measured(probe)
+    mine = {name.removeprefix(f"{panel}."): each for name, each in arrays.items() if name.startswith(f"{panel}.")}
+    return Connection.whole(mine, facts[panel])
+
+
+def draw_line(ends: tuple[Run, Run], probe: ConnectionSpec, *, out: Path) -> tuple[pd.DataFrame, list[str], list[Path]]:
+    """Tabulate and draw the straight line between two runs; write `connection.{csv,pdf,png}` and an npz for each panel.
+
+    Args:
+        ends: the two; the line was measured at the first.
+        probe: of the measurement.
+        out: folder of the pictures.
+
+    Returns:
+        A row for each panel with the barrier (nats) and its interval; sentences; what was written.
+    """
+    run, other = ends
+    rows, frames, told, written = [], [], [], []
+    out.mkdir(parents=True, exist_ok=True)
+    with plots.style():
+        figure, grid = plt.subplots(1, len(PANELS), figsize=(6.9, 3.0), layout="constrained")
+        for ax, (panel, title) in zip(grid, PANELS.items(), strict=True):
+            found = connection(run, probe, panel)
+            low, high = (float(end[0]) for end in found.interval())
+            place = {"position": found.position, "distance": found.position * found.length}
+            rows.append({"panel": panel, "barrier": found.barrier, "low": low, "high": high, **place})
+            frames.append(found.to_frame().assign(panel=panel))
+            told.append(f"{title.capitalize()}: {barrier_sentence(found)}")
+            found.plot(ax).set_title(f"{title}; {run.name} to {other.name}", pad=18)  # the legend is between
+            written.append(out / f"connection-{run.spec.digest[:6]}-{other.spec.digest[:6]}-{panel}.npz")
+            found.save(written[-1])
+        figure.suptitle("\n".join([BAND, *remarks([run], probe)]), fontsize=8)
+    files.write_bytes(out / "connection.csv", pd.concat(frames).to_csv(index=False).encode())
+    pictures = [*plots.save(figure, out / "connection"), out / "connection.csv"]
+    return pd.DataFrame(rows), [*told, *remarks([run], probe)], [*pictures, *written]
+
+
+def barrier_sentence(found: Connection) -> str:
+    """Say the barrier with its interval, and whether one was shown."""
+    low, high = (float(end[0]) for end in found.interval())
+    if not np.isfinite(found.barrier):
+        verdict = "the loss is not finite somewhere on it"
+    elif low > 0:
+        verdict = "a barrier stands between the two"
+    elif high < 0:
+        verdict = "no barrier: the line lies below the interpolation of its ends"
+    else:
+        verdict = "no barrier that these images would show"
+    return (
+        f"the line is {found.barrier:.3g} nats [{low:.3g}, {high:.3g}] above the interpolation of its ends at "
+        f"{found.position:.0%} of the way ({found.length:.3g} in all, L2): {verdict}."
+    )

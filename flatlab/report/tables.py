@@ -1,0 +1,292 @@
+"""From the store to tidy frames, and verbs on them: DataFrame in, DataFrame out, nothing remembered.
+
+One observation is one row. `over` names the source of an interval: "directions" (this checkpoint, these images) or
+"seeds" (the method). Torch-free.
+"""
+
+from collections.abc import Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from flatlab import files
+from flatlab.errors import UserError
+from flatlab.results import estimate as results_estimate
+from flatlab.results.estimate import Estimate, FloatArray, mean_of
+from flatlab.specs.measurements import ProbeSpec
+from flatlab.specs.rises import ByRise
+from flatlab.specs.run import RunSpec
+from flatlab.store import selection
+from flatlab.store.entry import complaints
+from flatlab.store.runs import Run, RunStore
+
+LEVEL = 0.95
+IN_DOMAIN = {"validation": "validation (selected on)", "test": "in-domain test"}
+Labelled = tuple[str, RunSpec]
+
+
+def flatness(store: RunStore, wanted: Iterable[tuple[str, RunSpec, ProbeSpec]]) -> pd.DataFrame:
+    """Return one row per run, panel and radius: the rise of the loss in nats, averaged over directions.
+
+    The panel "train" is the mean over the seen domains, each weighing the same; "test" is the held-out domain.
+    `rise` is what a radius was chosen for (NaN where it was given), `base_loss` the loss at the checkpoint, `chance`
+    that of guessing, ln C; all in nats.
+
+    Args:
+        store: holds the finished measurements.
+        wanted: method's name, run, probe.
+
+    Raises:
+        UserError: where measurements of common radii have others: a reference run was measured again in between.
+    """
+    found: dict[ProbeSpec, tuple[str, FloatArray]] = {}
+    rows: list[dict[str, Any]] = []
+    for label, run, probe in wanted:
+        arrays, facts = store.run(run).measured(probe, label)
+        first, radii = found.setdefault(probe, (run.digest, arrays["radii"]))
+        if isinstance(probe.radii, ByRise) and not np.array_equal(radii, arrays["radii"]):
+            raise UserError(
+                f"The radii of runs {first} and {run.digest} must be the same, got {radii} and {arrays['radii']}: "
+                f"reference runs were measured again in between. Remove {run.digest} (`flatlab runs rm`) and repeat."
+            )
+        rows += _rises(run, probe, label, (arrays, facts))
+    return pd.DataFrame(rows)
+
+
+def _rises(run: RunSpec, probe: ProbeSpec, label: str, found: tuple[files.Arrays, Any]) -> Iterable[dict[str, Any]]:
+    arrays, facts = found
+    target = [name == run.held_out for name in facts["strata"]]
+    named = facts.get("rises", [float("nan")] * len(arrays["radii"]))
+    for panel, mine in {"train": ~np.array(target), "test": np.array(target)}.items():
+        for index, (radius, blocks) in enumerate(zip(arrays["radii"], facts["blocks"], strict=True)):
+            rises = arrays[f"visits-{index:02d}"][:, mine].mean(axis=1)  # (J,)
+            yield {
+                "panel": panel,
+                "normalisation": probe.normalisation,
+                "method": label,
+                "held_out": run.held_out,
+                "seed": run.seed,
+                "radius": float(radius),
+                **_told(results_estimate.estimate(rises, blocks)),
+                "over": "directions",
+                "rise": named[index],
+                "base_loss": float(arrays["base_loss"][mine].mean()),
+                "chance": facts["chance"],
+            }
+
+
+def estimate(draws: FloatArray, level: float = LEVEL) -> dict[str, float]:
+    """Return mean, standard error and Student's t interval of independent draws (K,); one draw has no interval."""
+    return _told(mean_of(np.asarray(draws, dtype=float)), level)
+
+
+def _told(found: Estimate, level: float = LEVEL) -> dict[str, float]:
+    half = found.half_width(level)
+    return {"value": found.value, "stderr": found.stderr, "low": found.value - half, "high": found.value + half}
+
+
+def over_seeds(frame: pd.DataFrame, by: Sequence[str], *, value: str = "value") -> pd.DataFrame:
+    """Return mean and interval over seeds: held-out domains are fixed strata, averaged within each seed.
+
+    Args:
+        frame: rows with `held_out`, `seed` and `value`.
+        by: the columns that name a group.
+        value: the column to average.
+
+    Raises:
+        UserError: where a seed of a group lacks a domain, or has one twice.
+    """
+    _check_crossed(frame, by)
+    cells = frame.groupby([*by, "seed"], sort=False)[value]
+    # A loss that is none is shown as such, where pandas' own mean would leave it out.
+    per_seed: pd.DataFrame = cells.agg(lambda values: values.mean(skipna=False)).reset_index()
+    groups = per_seed.groupby(list(by), sort=False)[value]
+    rows = [
+        {
+            **dict(zip(by, keys, strict=True)),
+            "held_out": "all",
+            "seed": "all",
+            **estimate(draws.to_numpy()),
+            "over": "seeds",
+        }
+        for keys, draws in groups
+    ]
+    return pd.DataFrame(rows)
+
+
+def _check_crossed(frame: pd.DataFrame, by: Sequence[str]) -> None:
+    for keys, group in frame.groupby(list(by), sort=False):
+        cells = pd.MultiIndex.from_product([group["held_out"].unique(), group["seed"].unique()])
+        counts = group.groupby(["held_out", "seed"]).size().reindex(cells, fill_value=0)
+        for (target, seed), count in zip(cells, counts, strict=True):
+            if count != 1:
+                raise UserError(
+                    f"{', '.join(map(str, keys))}: {count} rows with {target} held out and seed {seed}; "
+                    "a mean over seeds needs one for each domain and seed."
+                )
+
+
+def paired(frame: pd.DataFrame, baseline: str, by: Sequence[str]) -> pd.DataFrame:
+    """Return each method less the baseline, paired by held-out domain and seed, with intervals over seeds.
+
+    A column `verdict` says "lower", "higher" or "not distinguishable" as the interval lies, and `p` is the two-sided
+    p-value of the paired t test, both of this test alone: `verdicts.corrected` looks at the family.
+
+    Args:
+        frame: rows with `method`, `held_out`, `seed` and `value`.
+        baseline: the method that is subtracted.
+        by: the columns that name a group within a method (panel, radius).
+
+    Raises:
+        UserError: where a row has no partner in the baseline, or a seed of a group lacks a domain.
+    """
+    keys = [*by, "held_out", "seed"]
+    base = frame[frame["method"] == baseline].set_index(keys)["value"].rename("base")
+    others = frame[frame["method"] != baseline]
+    alone = others[~pd.MultiIndex.from_frame(others[keys]).isin(base.index)]
+    if len(alone):
+        row = alone.iloc[0]
+        raise UserError(
+            f"{row['method']} with {row['held_out']} held out and seed {row['seed']} has no partner of {baseline}."
+        )
+    joined = others.join(base, on=keys)
+    joined["difference"] = joined["value"] - joined["base"]
+    table = over_seeds(joined, ["method", *by], value="difference")
+    seeds = joined.groupby(["method", *by], sort=False)["seed"].nunique()
+    told = zip(table["value"], table["stderr"], seeds, strict=True)
+    table["p"] = [Estimate(value, stderr, max(1, count - 1)).p_value for value, stderr, count in told]
+    table["verdict"] = np.select(
+        [table["high"] < 0, table["low"] > 0], ["lower", "higher"], default="not distinguishable"
+    )
+    return table.assign(baseline=baseline)
+
+
+def paired_each(frame: pd.DataFrame, pairs: Iterable[tuple[str, str]], by: Sequence[str]) -> pd.DataFrame:
+    """Return the difference of each pair, as `paired` does.
+
+    Args:
+        frame: rows with `method`, `held_out`, `seed` and `value`.
+        pairs: method and the one that is subtracted.
+        by: the columns that name a group within a method.
+    """
+    return pd.concat([paired(frame[frame["method"].isin(pair)], pair[1], by) for pair in pairs], ignore_index=True)
+
+
+def accuracies(store: RunStore, wanted: Iterable[Labelled], *, among_all: bool = False) -> pd.DataFrame:
+    """Return one row per run and selection rule: step, accuracies, looks at the target.
+
+    `validation` and `test` are means over the seen domains: of the images that select, and of those that do not (NaN
+    where a run keeps none). `target` is the held-out domain's.
+
+    Args:
+        store: holds the finished runs.
+        wanted: method's name, run.
+        among_all: adds what training-domain validation selects before the switch, too, where there is one.
+    """
+    rows = []
+    for label, spec in wanted:
+        run = store.run(spec)
+        if not run.done:
+            raise UserError(f"Run {spec.digest} ({label}, {spec.held_out}, seed {spec.seed}) is not trained yet.")
+        log = selection.candidates(run.rows(), spec.settled)
+        chosen = {rule: choose(log) for rule, choose in selection.RULES.items()}
+        if among_all and spec.settled:
+            chosen["training-domain, all steps"] = selection.training_domain(run.rows())
+        for rule, row in chosen.items():
+            rows.append(
+                {
+                    "run": spec.digest,
+                    "method": label,
+                    "held_out": spec.held_out,
+                    "seed": spec.seed,
+                    "selection": rule,
+                    "step": row["step"],
+                    "validation": row["validation"],
+                    "test": tested(row),
+                    "target": row["target"]["in"]["accuracy"],
+                    "looks": len(log) if rule == "oracle" else 1,
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def tested(row: selection.Row) -> float:
+    """Return the mean accuracy on the source domains' test images; NaN where a run keeps none."""
+    scores = [score["accuracy"] for score in row.get("test", {}).values()]
+    return float(np.mean(scores)) if scores else float("nan")
+
+
+def overview(store: RunStore) -> tuple[pd.DataFrame, list[str]]:
+    """Return one row per run of a store: what it is, how far it is, and what it reached; and a sentence for each fault.
+
+    A run that is damaged has a row without what cannot be read of it.
+    """
+    columns = ["run", "dataset", "model", "composition", "held_out", "seed", "state", "probes"]
+    columns += ["validation", "test", "target"]
+    rows, faults = [], list[str]()
+    for folder in store.folders():
+        row: dict[str, Any] = {"run": folder.name, "state": "damaged"}
+        faults += complaints(partial(_describe, folder, row))
+        if not row.pop("lends", False):
+            rows.append(row)
+    return pd.DataFrame(rows, columns=columns), faults
+
+
+def _describe(folder: Path, row: dict[str, Any]) -> None:
+    """Add to a row what a run is, as far as it can be read."""
+    run = Run.read(folder)
+    row["lends"] = run.lends
+    row |= {"dataset": run.spec.dataset, "model": run.spec.model, "composition": run.spec.label}
+    row |= {"held_out": run.spec.held_out, "seed": run.spec.seed}
+    row["probes"] = len([probe for probe in run.probes() if probe.done])
+    log = selection.candidates(run.rows(), run.spec.settled)
+    if log:
+        best = selection.training_domain(log)
+        row |= {"validation": best["validation"], "test": tested(best), "target": best["target"]["in"]["accuracy"]}
+    row["state"] = "done" if run.done else f"step {log[-1]['step']}" if log else "begun"
+
+
+def bracketed(value: float, low: float, high: float, *, digits: int = 3, starred: bool | None = None) -> str:
+    """Return "value [low, high]" and perhaps a star; one seed has no interval.
+
+    Args:
+        value: the number.
+        low: of its interval.
+        high: of its interval.
+        digits: behind the point.
+        starred: whether there is a star; None: where the interval excludes zero.
+    """
+    if not np.isfinite([low, high]).all():
+        return f"{value:+.{digits}f} (no interval)"
+    star = low * high > 0 if starred is None else starred
+    return f"{value:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]{'*' if star else ''}"
+
+
+def markdown(frame: pd.DataFrame) -> str:
+    """Return a frame as a table in markdown, fractions with three digits."""
+    cells = [[f"{v:.3f}" if isinstance(v, float) else str(v) for v in row] for row in frame.itertuples(index=False)]
+    lines = [[str(column) for column in frame.columns], ["---"] * len(frame.columns), *cells]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def reached(accuracies: pd.DataFrame, baseline: str) -> pd.DataFrame:
+    """Return one row per method: mean accuracies over held-out domains and seeds, and the target's less a baseline's.
+
+    In domain it is that of the images that select nothing, where all runs keep such.
+
+    Args:
+        accuracies: as `accuracies` returns them; rows by training-domain validation count.
+        baseline: the method that is subtracted, paired by held-out domain and seed.
+    """
+    chosen = accuracies[accuracies["selection"] == "training-domain"].rename(columns={"target": "value"})
+    inside = "validation" if chosen["test"].isna().any() else "test"
+    names = {inside: IN_DOMAIN[inside], "value": "target"}
+    each = chosen.groupby("method", sort=False)[list(names)].mean().rename(columns=names)
+    less = paired(chosen.assign(target="target"), baseline, ["target"]).set_index("method")
+    told = {
+        name: bracketed(*row) for name, row in zip(less.index, less[["value", "low", "high"]].to_numpy(), strict=True)
+    }
+    return each.assign(**{f"target less {baseline}": pd.Series(told)}).fillna("").reset_index()

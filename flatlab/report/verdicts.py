@@ -1,0 +1,102 @@
+"""From tests to sentences, by one rule for every page: a verdict is a p-value below 5 % after Holm within its family.
+
+A finding is a row with `method`, `baseline`, `value` (their difference), `low`, `high` and `p`, those of this test
+alone. `corrected` adds the family and the verdict, `sentences` and `statement` say it. Torch-free.
+"""
+
+import numpy as np
+import pandas as pd
+
+from flatlab.report.tables import bracketed
+from flatlab.results.corrections import holm
+
+LEVEL = 0.05
+NONE, UNREAD = "not distinguishable", "not read"
+
+
+def corrected(
+    findings: pd.DataFrame, family: "pd.Series[str]", *, read: "pd.Series[bool] | None" = None
+) -> pd.DataFrame:
+    """Return the findings with `family`, `family_size`, `correction`, `p_holm`, and the `verdict` that follows.
+
+    Args:
+        findings: rows with `value` and `p`.
+        family: of each row, its name.
+        read: which rows are tested; the others get no verdict and count in no family. None: all.
+    """
+    tested = pd.Series(True, findings.index) if read is None else read
+    found = findings.assign(family=family, family_size=0, correction="Holm", p_holm=np.nan)
+    for _, rows in found[tested].groupby("family", sort=False):
+        found.loc[rows.index, "family_size"] = len(rows)
+        found.loc[rows.index, "p_holm"] = holm(rows["p"])
+    sure = found["p_holm"] < LEVEL
+    cases = [~tested, sure & (found["value"] < 0), sure & (found["value"] > 0)]
+    return found.assign(verdict=np.select(cases, [UNREAD, "lower", "higher"], default=NONE))
+
+
+def sentences(
+    findings: pd.DataFrame, *, words: tuple[str, str] = ("lower", "higher"), unit: str = "", digits: int = 3
+) -> list[str]:
+    """Return a sentence for each family: which differences can be told, and of how many pairs nothing can be.
+
+    Args:
+        findings: as `corrected` returns them; where a family tests a pair at several places, `at` names these.
+        words: what a method with a lower value is, and with a higher one.
+        unit: of the values.
+        digits: of the values, behind the point.
+    """
+    told = []
+    for family, rows in findings.groupby("family", sort=False):
+        tests = rows[rows["verdict"] != UNREAD]
+        if tests.empty:
+            told.append(f"{family}: no verdict is read.")
+        elif tests["p"].isna().all():
+            told.append(f"{family}: one seed gives no interval, so that no difference can be told from chance.")
+        else:
+            told.append(f"{family}: {'; '.join(_clauses(tests, words, unit, digits))}.")
+    return told
+
+
+def _clauses(tests: pd.DataFrame, words: tuple[str, str], unit: str, digits: int) -> list[str]:
+    named = dict(zip(("lower", "higher"), words, strict=True))
+    pairs, sure = ["method", "baseline"], tests[tests["verdict"] != NONE]
+    clauses = []
+    for (method, baseline, verdict), rows in sure.groupby([*pairs, "verdict"], sort=False):
+        if "at" in rows:
+            how = f"at {', '.join(rows['at'])}"
+        else:
+            *told, p = rows[["value", "low", "high", "p_holm"]].iloc[0]
+            how = f"({bracketed(*told, digits=digits, starred=False)}{unit and f' {unit}'}, p = {p:.2g})"
+        clauses.append(f"{method} is {named[str(verdict)]} than {baseline} {how}")
+    count, left = len(tests[pairs].drop_duplicates()), len(sure[pairs].drop_duplicates())
+    if left == count:
+        return clauses
+    others = f"{'other ' if left else ''}{f'{count - left} pairs' if count - left > 1 else 'pair'}"
+    return [*clauses, f"of the {others} nothing can be told"]
+
+
+def statement(findings: pd.DataFrame, *, name: str = "Tests", test: str = "paired t tests over seeds") -> str:
+    """Return what was tested, how it was corrected, and what chance alone would give.
+
+    Args:
+        findings: as `corrected` returns them.
+        name: what the tests are called, where a page has several kinds.
+        test: of which kind they are.
+    """
+    tests = findings[findings["verdict"] != UNREAD]
+    if tests.empty:
+        return f"{name}: none, so that there is no verdict."
+    sizes = tests.groupby("family", sort=False).size()
+    known = tests[tests["p"].notna()]
+    excluding = int((known["low"] * known["high"] > 0).sum())
+    return (
+        f"{name}: {_counted(sizes.tolist())}, {test}, corrected by Holm's method within each family: were there no "
+        f"difference at all, a family would hold a false verdict with a probability of at most {LEVEL:.0%}, which is "
+        f"{LEVEL * len(sizes):.2g} of {len(sizes)}. Intervals are of each difference alone, {1 - LEVEL:.0%}: "
+        f"{excluding} of {len(known)} exclude zero, {LEVEL * len(known):.2g} would by chance."
+    )
+
+
+def _counted(counts: list[int]) -> str:
+    span = f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
+    return f"{len(counts)} {'family' if len(counts) == 1 else 'families'} of {span} tests"

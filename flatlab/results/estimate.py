@@ -1,0 +1,289 @@
+"""Estimates with their uncertainty and cost; means over blocks that are visited in rounds."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+from scipy.special import stdtr, stdtrit
+
+from flatlab.errors import UserError
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+
+
+FloatArray = npt.NDArray[np.float64]
+MISSED = ("budget", "nonfinite", "interrupted")  # why sampling ends without what was asked for
+Report = Callable[[int, int], None]
+"""Called as ``report(done, total)`` while a metric samples."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a number cost.
+
+    Attributes:
+        forward_passes: in passes over all the images of the landscape; a part of them counts as a part.
+        images: how many times one image went forward through the model.
+        hvps: Hessian-vector products over all the images.
+        seconds: wall-clock time on the machine that measured.
+    """
+
+    forward_passes: float = 0.0
+    images: int = 0
+    hvps: int = 0
+    seconds: float = 0.0
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(
+            self.forward_passes + other.forward_passes,
+            self.images + other.images,
+            self.hvps + other.hvps,
+            self.seconds + other.seconds,
+        )
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over draws, its standard error, and the degrees of freedom behind that."""
+
+    value: float
+    stderr: float
+    freedom: int
+
+    @property
+    def p_value(self) -> float:
+        """Two-sided p-value of Student's t test against zero; NaN where the standard error is not known."""
+        if not self.stderr > 0:
+            return float("nan") if np.isnan(self.stderr) else float(self.value == 0)
+        return 2 * float(stdtr(self.freedom, -abs(self.value) / self.stderr))
+
+    def half_width(self, level: float = 0.95) -> float:
+        """Return half the length of Student's t interval.
+
+        Args:
+            level: a probability.
+
+        Raises:
+            UserError: if it does not lie strictly between 0 and 1.
+        """
+        return float(stdtrit(self.freedom, (1.0 + check_level(level)) / 2.0)) * self.stderr
+
+
+def check_level(level: float) -> float:
+    """Return the level of an interval or a test, a probability.
+
+    Raises:
+        UserError: if it does not lie strictly between 0 and 1.
+    """
+    if isinstance(level, bool | str) or not 0.0 < level < 1.0:
+        raise UserError(f"The level of an interval must lie strictly between 0 and 1, but is {level}: write 0.95.")
+    return float(level)
+
+
+def mean_of(draws: FloatArray) -> Estimate:
+    """Return the mean of independent draws (K,) with its standard error; NaN where there are too few."""
+    count = len(draws)
+    with np.errstate(invalid="ignore"):  # the spread of infinite losses is NaN, and is shown so
+        stderr = float(draws.std(ddof=1) / np.sqrt(count)) if count > 1 else float("nan")
+        return Estimate(float(draws.mean()) if count else float("nan"), stderr, max(1, count - 1))
+
+
+def standing(own: float, draws: FloatArray) -> tuple[float, float]:
+    """Return how a number stands among draws (K,): z, and the share that lies below, (1 + count) / (K + 2)."""
+    spread = float(draws.std(ddof=1))
+    z = (own - float(draws.mean())) / spread if spread > 0 else float("nan")
+    return z, (1 + int((draws < own).sum())) / (len(draws) + 2)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Sampled(ABC):
+    """Means over draws, along an axis such as the radius.
+
+    Attributes:
+        cost: what they cost together.
+    """
+
+    cost: Cost
+
+    over: ClassVar[str] = "directions"
+    """What was drawn anew for each sample; an interval speaks of nothing else."""
+
+    @property
+    @abstractmethod
+    def estimates(self) -> list[Estimate]:
+        """The number at each place on the axis, with its uncertainty."""
+
+    @property
+    @abstractmethod
+    def raw(self) -> list[FloatArray]:
+        """The draws at each place on the axis, as they came."""
+
+    @property
+    @abstractmethod
+    def axis(self) -> tuple[str, FloatArray]:
+        """Name and places of the axis that `value` runs along."""
+
+    @property
+    def value(self) -> FloatArray:
+        """The means; not finite where a draw is not."""
+        return np.array([each.value for each in self.estimates])
+
+    @property
+    def stderr(self) -> FloatArray:
+        """The standard errors of `value`."""
+        return np.array([each.stderr for each in self.estimates])
+
+    def interval(self, level: float = 0.95) -> tuple[FloatArray, FloatArray]:
+        """Return Student's t intervals (low, high) at this level."""
+        half = np.array([each.half_width(level) for each in self.estimates])
+        return self.value - half, self.value + half
+
+    @property
+    def nonfinite_share(self) -> float:
+        """The share of raw numbers that are infinite or NaN; they are kept as they came."""
+        broken = np.concatenate([~np.isfinite(draws).ravel() for draws in self.raw])
+        return float(broken.mean()) if len(broken) else 0.0
+
+    @property
+    def converged(self) -> bool:
+        """Whether the accuracy that was asked for is reached; true where none is asked for."""
+        return True
+
+    @property
+    def reached(self) -> list[bool]:
+        """Whether it is reached at each place on the axis."""
+        return [self.converged] * len(self.estimates)
+
+    def to_frame(self) -> "pd.DataFrame":
+        """Return a tidy table, one row for each place on the axis; `reached` says where the accuracy is as asked."""
+        import pandas as pd
+
+        name, places = self.axis
+        low, high = self.interval()
+        columns = {name: places, "value": self.value, "stderr": self.stderr, "low": low, "high": high}
+        return pd.DataFrame(columns).assign(over=self.over, reached=self.reached)
+
+    def plot(self, ax: "Axes | None" = None) -> "Axes":
+        """Draw the value as a line with its 95 % interval as a band."""
+        import matplotlib.pyplot as plt
+
+        axes = plt.subplots()[1] if ax is None else ax
+        name, places = self.axis
+        (line,) = axes.plot(places, self.value)
+        axes.fill_between(places, *self.interval(), color=line.get_color(), alpha=0.25, linewidth=0)
+        axes.set_xlabel(name)
+        return axes
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Stopped(Sampled):
+    """Means that are sampled until something ends it.
+
+    Attributes:
+        stopped: for each place on the axis "samples", "accuracy", "budget", "nonfinite" or "interrupted".
+    """
+
+    stopped: tuple[str, ...]
+
+    @property
+    def converged(self) -> bool:
+        """Whether all places reached the accuracy, or the number of samples, that was asked for."""
+        return all(self.reached)
+
+    @property
+    def reached(self) -> list[bool]:
+        """Whether each place did."""
+        return [stopped not in MISSED for stopped in self.stopped]
+
+
+FEW = 16  # repeated blocks below which their spread is not trusted
+
+
+def estimate(visits: FloatArray, blocks: int, between: float = 0.0) -> Estimate:
+    """Return the mean rise from visits (J,), the j-th to block j mod `blocks`.
+
+    From the first complete round on, the value is the mean over blocks of the block means: no image weighs more than
+    another. Before that the visits are a sample of images too, drawn without replacement: their whole spread enters
+    the standard error, less what the images that were seen cannot do any more (Cochran 1977, Eq. 2.12).
+
+    Args:
+        visits: (J,) rises.
+        blocks: how many there are.
+        between: share of the visits' variance that lies between images; zero where it is not known, and the error is
+            then too large.
+    """
+    if blocks == 1:
+        return mean_of(visits)
+    index = np.arange(len(visits)) % blocks
+    seen = np.bincount(index)  # visits to each block, none of which is empty
+    repeated = int((seen > 1).sum())
+    with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is shown so
+        means = np.bincount(index, visits) / seen
+        value = float(means.mean()) if len(visits) else float("nan")
+        if len(seen) < blocks or repeated < min(FEW, blocks):
+            found = mean_of(visits[:blocks])
+            left = 1.0 - between * min(len(visits), blocks) / blocks
+            return replace(found, value=value, stderr=found.stderr * float(np.sqrt(left)))
+        freedom = len(visits) - blocks
+        spread = float(np.square(visits - means[index]).sum()) / freedom
+    return Estimate(value, float(np.sqrt(spread * (1 / seen).sum())) / blocks, freedom)
+
+
+@dataclass(frozen=True)
+class Components:
+    """Variances of the rise of one image's loss: between directions, between images of a stratum, and the rest."""
+
+    directions: float  # V_A
+    images: float  # V_B
+    rest: float  # V_E
+
+    def of_visit(self, images: int) -> float:
+        """Return the variance of a visit to a block of n images, around the block's own mean."""
+        return self.directions + self.rest / images
+
+    def between(self, images: int) -> float:
+        """Return which share of the spread of visits to different blocks lies between the blocks."""
+        whole = self.of_visit(images) + self.images / images
+        return self.images / images / whole if whole > 0 else 0.0
+
+
+def components(table: FloatArray, strata: npt.NDArray[np.int64] | None = None) -> Components:
+    """Split the variance of rises (G, D, n): G blocks of n images, each seen along D directions of its own.
+
+    Two-way analysis of variance within each block, pooled; negative components are zero.
+
+    Args:
+        table: the rises.
+        strata: (G, n) of the images: blocks hold a fixed share of each, so that only images of one stratum vary.
+    """
+    if not np.isfinite(table).all():
+        return Components(np.nan, np.nan, np.nan)
+    groups, directions, images = table.shape
+    by_direction = table.mean(axis=2, keepdims=True)
+    by_image = table.mean(axis=1, keepdims=True)
+    whole = table.mean(axis=(1, 2), keepdims=True)
+    rest = ((table - by_direction - by_image + whole) ** 2).sum() / (groups * (directions - 1) * (images - 1))
+    between = images * ((by_direction - whole) ** 2).sum() / (groups * (directions - 1))
+    cells = [
+        block[:, members == stratum]
+        for block, members in zip(table, np.zeros((groups, images)) if strata is None else strata, strict=True)
+        for stratum in np.unique(members)
+    ]
+    of_images = sum(map(_between_images, cells)) / (groups * images)
+    return Components(max(0.0, (between - rest) / images), max(0.0, of_images), float(rest))
+
+
+def _between_images(cell: FloatArray) -> float:
+    """Return n times the variance between n images of a stratum, from rises (D, n); zero of one image."""
+    directions, images = cell.shape
+    if images == 1:
+        return 0.0
+    around = cell - cell.mean(axis=1, keepdims=True)
+    own = around.mean(axis=0)
+    noise = np.square(around - own).sum() / (directions - 1) / directions
+    return float((np.square(own).sum() - noise) * images / (images - 1))

@@ -1,0 +1,104 @@
+"""Which measures of flatness a rescaling of the layers moves."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from flatlab.results.estimate import Cost, FloatArray
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+
+By = Literal["layer", "channel"]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two modules that can be scaled against each other: the first's outputs by c, the second takes it back."""
+
+    first: str
+    second: str
+    kind: Literal["norm", "layers"]
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A layer that cannot be scaled against the one behind it, and why."""
+
+    first: str
+    reason: str
+
+
+WAYS: tuple[By, ...] = ("layer", "channel")
+SAME = 0.01  # a ratio nearer to one than that is called invariant: rounding of float32, and two eigenvalue searches
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ScaleAudit:
+    """How measures of flatness move under rescalings that leave the function as it is.
+
+    Attributes:
+        measures: (M,) their names.
+        before: (M,) at the network as it is.
+        after: (2, M) rescaled with one factor for each pair of layers, and with one for each channel.
+        low, high: (2, M) 95 % interval of after / before over common directions; of trace and eigenvalue it is NaN.
+        deviation: (2,) largest change of an output, as a share of the largest output: rounding.
+        pairs: what was rescaled.
+        refusals: what was not, and why.
+        most: the largest factor.
+        seed: of factors and directions.
+        cost: of it all.
+    """
+
+    measures: tuple[str, ...]
+    before: FloatArray
+    after: FloatArray
+    low: FloatArray
+    high: FloatArray
+    deviation: FloatArray
+    pairs: tuple[Pair, ...]
+    refusals: tuple[Refusal, ...]
+    most: float
+    seed: int
+    cost: Cost
+
+    @property
+    def ratio(self) -> FloatArray:
+        """The factors (2, M) by which the measures have moved."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.asarray(self.after / self.before)
+
+    @property
+    def movement(self) -> FloatArray:
+        """For each measure (M,) the larger of the two factors, taken so that it is at least 1: 1 is invariant."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            each = np.where(self.ratio > 0, np.exp(np.abs(np.log(np.abs(self.ratio)))), np.inf)  # or its sign turns
+        return np.asarray(np.nan_to_num(each, nan=np.inf).max(axis=0))
+
+    @property
+    def ranking(self) -> list[str]:
+        """The measures, the most invariant first."""
+        return [self.measures[i] for i in np.argsort(self.movement, kind="stable")]
+
+    def to_frame(self) -> "pd.DataFrame":
+        """Return a table, the most invariant first: before, and after each way of rescaling with its ratio."""
+        import pandas as pd
+
+        columns: dict[str, object] = {"measure": self.measures, "before": self.before}
+        for row, way in enumerate(WAYS):
+            columns |= {f"after, by {way}": self.after[row], f"ratio, by {way}": self.ratio[row]}
+            columns |= {f"low, by {way}": self.low[row], f"high, by {way}": self.high[row]}
+        frame = pd.DataFrame(columns).assign(movement=self.movement, invariant=self.movement < 1 + SAME)
+        return frame.sort_values("movement", kind="stable", ignore_index=True)
+
+    def plot(self, ax: "Axes | None" = None) -> "Axes":
+        """Draw the factors on a logarithmic axis, the most invariant measure on top."""
+        import matplotlib.pyplot as plt
+
+        from flatlab.plots import factors
+
+        axes = plt.subplots()[1] if ax is None else ax
+        factors(axes, self.to_frame())
+        return axes

@@ -1,0 +1,122 @@
+"""Average- and worst-case sharpness, and the worst rise on a sphere."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+
+from flatlab.results.estimate import Cost, Estimate, FloatArray, Sampled, Stopped, estimate, mean_of
+from flatlab.results.verdicts import missed, remarks
+
+Norm = Literal["l2", "linf"]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class AverageSharpness(Stopped):
+    """The mean rise E L(w + rho c z) - L(w) of the loss under random perturbations, in nats.
+
+    Attributes:
+        radii: (R,) rho.
+        visits: for each radius, rises (J, S) of the strata's mean losses, one row for each draw on a block of images.
+        blocks: (R,) how many blocks the images were cut into; 1 is all at once.
+        stopped: for each radius "samples", "accuracy", "budget" or "nonfinite".
+        norm: "l2", normal noise, or "linf", uniform noise.
+        adaptive: whether noise is scaled by |w|.
+        seed: names the draws and the blocks.
+    """
+
+    radii: FloatArray
+    visits: tuple[FloatArray, ...]
+    blocks: tuple[int, ...]
+    stopped: tuple[str, ...]
+    norm: Norm
+    adaptive: bool
+    seed: int
+
+    @property
+    def estimates(self) -> list[Estimate]:
+        """Mean rise at each radius, with its standard error over draws (and images, where these were sampled)."""
+        return [estimate(rises.mean(axis=1), b) for rises, b in zip(self.visits, self.blocks, strict=True)]
+
+    @property
+    def raw(self) -> list[FloatArray]:
+        """The rises."""
+        return list(self.visits)
+
+    @property
+    def axis(self) -> tuple[str, FloatArray]:
+        """The radii."""
+        return "radius", self.radii
+
+    @property
+    def remarks(self) -> list[str]:
+        """Sentences on what is not finite, or not as accurate as was asked for; often none."""
+        told = remarks(self.radii, [rises.mean(axis=1) for rises in self.visits], None)
+        return [*told, *missed(self.radii, self.stopped, self.stderr)]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class WorstSharpness(Sampled):
+    """The largest rise of a block's loss that ascent found within |u| <= rho, in nats; its mean over blocks.
+
+    Attributes:
+        radii: (R,) rho.
+        rises: (R, B, restarts) where each ascent was highest: lower bounds of the true maxima.
+        norm: of the ball, "l2" or "linf".
+        adaptive: whether perturbations are scaled by |w|.
+        steps: of each ascent.
+        seed: names the starts and the blocks.
+    """
+
+    radii: FloatArray
+    rises: FloatArray
+    norm: Norm
+    adaptive: bool
+    steps: int
+    seed: int
+
+    over: ClassVar[str] = "blocks of images"
+
+    @property
+    def estimates(self) -> list[Estimate]:
+        """Mean over blocks of the best restart, with its standard error over blocks."""
+        return [mean_of(found.max(axis=1)) for found in self.rises]
+
+    @property
+    def raw(self) -> list[FloatArray]:
+        """The rises."""
+        return list(self.rises)
+
+    @property
+    def axis(self) -> tuple[str, FloatArray]:
+        """The radii."""
+        return "radius", self.radii
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class WorstRise:
+    """The largest rise of the loss found on spheres around w, in nats: a lower bound of the true maximum.
+
+    Attributes:
+        radii: (R,) Euclidean distances.
+        rises: (R, restarts) where each ascent ended; their spread says how much the start mattered.
+        steps: of each ascent.
+        seed: names the starts.
+        cost: what they cost together.
+    """
+
+    radii: FloatArray
+    rises: FloatArray
+    steps: int
+    seed: int
+    cost: Cost
+
+    @property
+    def value(self) -> FloatArray:
+        """The largest rise (R,) over the restarts."""
+        return np.asarray(self.rises.max(axis=1))
+
+    @property
+    def spread(self) -> FloatArray:
+        """The difference (R,) between the best and the worst restart."""
+        return np.asarray(np.ptp(self.rises, axis=1))

@@ -1,0 +1,307 @@
+"""Curvature: extreme eigenvalues, trace and spectral density of the Hessian."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import numpy as np
+import numpy.typing as npt
+from scipy.special import stdtrit
+
+from flatlab.errors import UserError
+from flatlab.results.estimate import Cost, Estimate, Sampled, mean_of
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+    from torch import Tensor
+
+
+FloatArray = npt.NDArray[np.float64]
+
+
+def blur(places: FloatArray, nodes: FloatArray, weights: FloatArray, *, sigma: float) -> FloatArray:
+    """Return sum_i w_i N(x; node_i, sigma^2) at places x (G,) from nodes and weights (m,)."""
+    kernel = np.exp(-0.5 * ((places[:, None] - nodes) / sigma) ** 2) / (sigma * np.sqrt(2 * np.pi))
+    return np.asarray(kernel @ weights)
+
+
+Which = Literal["LA", "SA", "BE"]
+Flags = np.ndarray[tuple[int], np.dtype[np.bool_]]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Spectrum:
+    """Extreme eigenpairs of a symmetric matrix A (P, P).
+
+    Attributes:
+        eigenvalues: (k,) Ritz values, from the end that was asked for inwards; "BE" in ascending order.
+        residuals: (k,) ||A v - lambda v||: an eigenvalue of A lies no further than that from each.
+        converged_each: (k,) whether the residual is at most tol times the eigenvalue, or rounding: an eigenvalue is
+            that near. The error is mostly its square over the gap, far less; but a gap is not known before the search
+            is over, and of 1,080 searches that trusted it 68 were off by more than tol (1 % asked for), against 19 by
+            the residual.
+        verified: whether the search went on, after the pairs had converged, until it was seen that no other eigenvalue
+            comes up (or the basis spans the space, or the whole matrix was solved). False where the budget ended it:
+            the pairs may be converged, and yet not the outermost.
+        eigenvectors: (P, k) orthonormal, or None where they were not asked for.
+        which: "LA" the largest, "SA" the smallest (most negative), "BE" from both ends.
+        tol: the relative residual that was asked for.
+        seed: names the starting vector.
+        cost: products.
+        num_params: P.
+    """
+
+    eigenvalues: FloatArray
+    residuals: FloatArray
+    converged_each: Flags
+    verified: bool
+    eigenvectors: "Tensor | None"
+    which: Which
+    tol: float
+    seed: int
+    cost: Cost
+    num_params: int
+
+    @property
+    def value(self) -> FloatArray:
+        """The eigenvalues."""
+        return self.eigenvalues
+
+    @property
+    def converged(self) -> bool:
+        """Whether all pairs are converged, and the search was seen to its end."""
+        return self.verified and bool(self.converged_each.all())
+
+    def interval(self) -> tuple[FloatArray, FloatArray]:
+        """Return bounds (low, high) between which an eigenvalue lies with certainty, up to rounding."""
+        return self.eigenvalues - self.residuals, self.eigenvalues + self.residuals
+
+    def to_frame(self) -> "pd.DataFrame":
+        """Return a tidy table, one row for each eigenvalue."""
+        import pandas as pd
+
+        columns = {"value": self.eigenvalues, "residual": self.residuals}
+        frame = pd.DataFrame(columns).assign(converged=self.converged_each)
+        frame.insert(0, "index", np.arange(len(frame)))
+        return frame
+
+    def plot(self, ax: "Axes | None" = None) -> "Axes":
+        """Draw the eigenvalues with their bounds."""
+        import matplotlib.pyplot as plt
+
+        axes = plt.subplots()[1] if ax is None else ax
+        axes.errorbar(np.arange(len(self.eigenvalues)), self.eigenvalues, yerr=self.residuals, fmt="o", ms=4)
+        axes.set_xlabel("index")
+        axes.set_ylabel("eigenvalue")
+        return axes
+
+
+MANY = 1e6  # degrees of freedom of a probe that are no different from infinitely many
+PILOT = 32  # probes whose products say how many are needed, and which the interval rests on; two products each
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Trace(Sampled):
+    """tr(A) and tr(A^2) of a symmetric matrix (P, P), along an axis of powers 1 and 2.
+
+    Attributes:
+        exact: (2,) what the basis holds of the two, known without sampling.
+        probes: (n, 5) what each probe finds in the rest: z'Az and |Az|^2 with z outside the basis, and half their
+            variances and covariance: of the first, of both, of the second, which the first 32 probes have. The two
+            numbers rest on the same probes, so that they are not independent.
+        basis: how many vectors were deflated, or P.
+        rel_error: standard error of the trace, as a share of it, that was asked for.
+        stopped: "accuracy", "budget", or "exact" where the basis spans the space.
+        seed: names basis and probes.
+        num_params: P.
+    """
+
+    exact: FloatArray
+    probes: FloatArray
+    basis: int
+    rel_error: float
+    stopped: str
+    seed: int
+    num_params: int
+
+    over: ClassVar[str] = "probes"
+
+    @property
+    def trace(self) -> Estimate:
+        """tr(A)."""
+        return self.estimates[0]
+
+    @property
+    def square(self) -> Estimate:
+        """tr(A^2), the squared Frobenius norm."""
+        return self.estimates[1]
+
+    @property
+    def captured(self) -> float:
+        """The share of the trace that the basis holds; it may pass 1 where the rest is negative."""
+        return float(self.exact[0] / self.trace.value)
+
+    @property
+    def effective_rank(self) -> Estimate:
+        """tr(A)^2 / tr(A^2), between 0 and P: how many equal eigenvalues would do; its error by linearisation."""
+        first, second = self.trace.value, self.square.value
+        if not second > 0:
+            return Estimate(float("nan"), float("nan"), 1)
+        value = first**2 / second
+        a, b = 2 * first / second, -value / second
+        return replace(mean_of_draws(self.probes, a, b), value=value)
+
+    @property
+    def estimates(self) -> list[Estimate]:
+        """Trace and trace of the square."""
+        found = [mean_of_draws(self.probes, 1.0, 0.0), mean_of_draws(self.probes, 0.0, 1.0)]
+        return [replace(each, value=each.value + float(more)) for each, more in zip(found, self.exact, strict=True)]
+
+    @property
+    def raw(self) -> list[FloatArray]:
+        """What the probes found."""
+        return [self.probes[:, 0], self.probes[:, 1]]
+
+    @property
+    def axis(self) -> tuple[str, FloatArray]:
+        """The powers."""
+        return "power", np.array([1.0, 2.0])
+
+    @property
+    def converged(self) -> bool:
+        """Whether the accuracy that was asked for is reached."""
+        return self.stopped != "budget"
+
+
+def mean_of_draws(probes: FloatArray, first: float, second: float) -> Estimate:
+    """Return the mean of first z'Az + second |Az|^2 over all probes; the pilot's alone tell its variance.
+
+    That is a mean of positive numbers: its degrees of freedom are those of Satterthwaite, and at least one each.
+    """
+    if not len(probes):
+        return Estimate(0.0, 0.0, 1)
+    halves = probes[:PILOT, 2:] @ np.array([first**2, 2 * first * second, second**2])
+    half, spread = max(0.0, float(halves.mean())), float(halves.var(ddof=1))
+    each = np.clip(2 * half**2 / spread, 1.0, MANY) if spread > 0 else MANY
+    value = float((probes[:, :2] @ np.array([first, second])).mean())
+    return Estimate(value, float(np.sqrt(2 * half / len(probes))), int(len(halves) * each))
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SpectralDensity:
+    """A quadrature of the eigenvalues' distribution for each of V random starts; its mean over starts is unbiased.
+
+    Attributes:
+        nodes: V arrays (m,) of Ritz values; m is the number of steps, or less where the basis broke down, and then the
+            quadrature is exact.
+        weights: V arrays (m,), squared first components of the Ritz vectors; each sums to one.
+        seed: names the starts.
+        cost: products.
+        num_params: P; the density integrates to one, P times it counts eigenvalues.
+        floor: magnitude below which an eigenvalue is zero up to rounding.
+    """
+
+    nodes: tuple[FloatArray, ...]
+    weights: tuple[FloatArray, ...]
+    seed: int
+    cost: Cost
+    num_params: int
+    floor: float
+
+    def mean(self, function: Callable[[FloatArray], FloatArray]) -> Estimate:
+        """Return the mean of a function over the eigenvalues, tr f(A) / P, with its standard error over the starts.
+
+        Args:
+            function: from eigenvalues (m,) to numbers (m,); exact for each start if a polynomial of degree < 2 m.
+        """
+        return mean_of(self._each(function))
+
+    def moment(self, power: int) -> Estimate:
+        """Return tr(A^power) / P."""
+        return self.mean(lambda values: values**power)
+
+    @property
+    def negative_share(self) -> Estimate:
+        """The share of the eigenvalues that are negative beyond rounding; small ones count as much as large ones."""
+        return self.mean(lambda values: (values < -self.floor).astype(np.float64))
+
+    @property
+    def negative_weight(self) -> Estimate:
+        """The share of negative eigenvalues in the sum of all magnitudes: 0 in a convex bowl, 1/2 at a pure saddle."""
+        return ratio_of(self._each(lambda v: np.maximum(-v, 0.0)), self._each(np.abs))
+
+    def grid(self, num: int = 1000, sigma: float | None = None) -> FloatArray:
+        """Return places (num,) that cover the nodes and four widths of the kernel beyond."""
+        low, high = self._range()
+        width = 4.0 * self.sigma(sigma)
+        return np.linspace(low - width, high + width, num)
+
+    def sigma(self, sigma: float | None = None) -> float:
+        """Return the width of the kernel: one given, or 1 % of the nodes' range."""
+        low, high = self._range()
+        width = sigma if sigma is not None else 0.01 * (high - low) or max(self.floor, 1e-12)
+        if not width > 0:
+            raise UserError(f"The width sigma of the kernel must be positive, but is {sigma}.")
+        return width
+
+    def density(self, grid: npt.ArrayLike, sigma: float | None = None) -> FloatArray:
+        """Return the density (G,) at places (G,), each eigenvalue blurred to a Gaussian; its integral is one.
+
+        Args:
+            grid: places.
+            sigma: standard deviation of the Gaussian, in units of the eigenvalues.
+        """
+        return np.asarray(self._densities(grid, sigma).mean(axis=0))
+
+    def band(
+        self, grid: npt.ArrayLike, sigma: float | None = None, *, level: float = 0.95
+    ) -> tuple[FloatArray, FloatArray]:
+        """Return Student's t intervals (low, high) of the blurred density over the starts, at each place alone."""
+        draws = self._densities(grid, sigma)
+        count = len(draws)
+        if count < 2:
+            raise UserError("A band needs num_vectors of at least 2, since it is the spread over the starts.")
+        half = stdtrit(count - 1, (1.0 + level) / 2.0) * draws.std(axis=0, ddof=1) / np.sqrt(count)
+        return draws.mean(axis=0) - half, draws.mean(axis=0) + half
+
+    def to_frame(self) -> "pd.DataFrame":
+        """Return a tidy table, one row for each node of each start."""
+        import pandas as pd
+
+        starts = np.repeat(np.arange(len(self.nodes)), [len(nodes) for nodes in self.nodes])
+        columns = {"start": starts, "node": np.concatenate(self.nodes), "weight": np.concatenate(self.weights)}
+        return pd.DataFrame(columns)
+
+    def plot(self, ax: "Axes | None" = None) -> "Axes":
+        """Draw the density on a logarithmic axis, with its band where there are several starts."""
+        import matplotlib.pyplot as plt
+
+        axes = plt.subplots()[1] if ax is None else ax
+        places = self.grid()
+        (line,) = axes.semilogy(places, np.maximum(self.density(places), 1e-9))
+        if len(self.nodes) > 1:
+            low, high = np.maximum(self.band(places), 1e-9)
+            axes.fill_between(places, low, high, color=line.get_color(), alpha=0.25, linewidth=0)
+        axes.set_xlabel("eigenvalue")
+        axes.set_ylabel("density")
+        return axes
+
+    def _each(self, function: Callable[[FloatArray], FloatArray]) -> FloatArray:
+        return np.array([(w * function(n)).sum() for n, w in zip(self.nodes, self.weights, strict=True)])
+
+    def _range(self) -> tuple[float, float]:
+        return min(float(n.min()) for n in self.nodes), max(float(n.max()) for n in self.nodes)
+
+    def _densities(self, grid: npt.ArrayLike, sigma: float | None) -> FloatArray:
+        places, width = np.asarray(grid, dtype=np.float64), self.sigma(sigma)
+        return np.stack([blur(places, n, w, sigma=width) for n, w in zip(self.nodes, self.weights, strict=True)])
+
+
+def ratio_of(above: FloatArray, below: FloatArray) -> Estimate:
+    """Return the ratio of two means over the same draws (K,), its standard error by linearisation."""
+    if not below.mean():
+        return Estimate(float("nan"), float("nan"), max(1, len(above) - 1))
+    ratio = float(above.mean() / below.mean())
+    spread = mean_of((above - ratio * below) / below.mean())
+    return Estimate(ratio, spread.stderr, spread.freedom)

@@ -1,0 +1,223 @@
+"""Flatness on spheres: the rise of the loss at each radius, of one checkpoint or as a difference of two."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from flatlab.errors import UserError, choose
+from flatlab.results.estimate import MISSED, Estimate, FloatArray, Sampled, Stopped, estimate
+from flatlab.results.verdicts import missed, remarks, verdict
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+Normalisation = Literal["none", "filter", "layer", "parameter"]
+
+
+@dataclass(frozen=True)
+class SamplingPlan:
+    """How one radius is sampled."""
+
+    radius: float
+    block_size: int  # images of a visit; 0 is all of them, the crossed design
+    paired: bool = False  # each direction with its antithesis, in the same block
+    visits: int = 0  # foreseen
+    between: float = 0.0  # share of the visits' variance that lies between images, by the pilot; 0: not known
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SphereFlatness(Stopped):
+    """F_gamma(w) = E L(w + gamma u) - L(w) over unit vectors u, in nats (arXiv 2410.06020, Eq. 5).
+
+    Attributes:
+        radii: (R,) Euclidean distances; with another normalisation than "none" relative radii rho.
+        visits: for each radius, rises (J, S) of the strata's mean losses, one row for each visit of a direction to
+            a block of images; visit j saw block j mod B.
+        plans: for each radius, how it was sampled: block size, pairs, and the visits foreseen.
+        blocks: (R,) how many blocks B the images were cut into; 1 is the crossed design, each ray on all images.
+        stopped: for each radius "samples", "accuracy", "budget", "nonfinite" (a rise is infinite or NaN, and so is
+            F) or "interrupted".
+        strata: names (S,) of the strata; they weigh equally in `value`.
+        base_loss: (S,) mean loss at w.
+        normalisation: "none": w + gamma u; else w + rho z with z as long as w in each filter, layer or parameter.
+        seed: names the rays and the blocks; equal seeds walk equal rays.
+        num_params: P, the dimension of the sphere's space.
+        norm: Euclidean length of w.
+        reach: Euclidean distance at radius 1: one, or the length of the weights that are scaled to.
+        slopes: (K, S, S) products of the strata's slopes along rays (`slope.slopes`); None where the budget did not
+            reach so far.
+        notes: what was found on opening the landscape, such as parameters that do not move the loss.
+    """
+
+    radii: FloatArray
+    visits: tuple[FloatArray, ...]
+    plans: tuple[SamplingPlan, ...]
+    blocks: tuple[int, ...]
+    stopped: tuple[str, ...]
+    strata: tuple[str, ...]
+    base_loss: FloatArray
+    normalisation: Normalisation
+    seed: int
+    num_params: int
+    norm: float
+    reach: float = 1.0
+    slopes: FloatArray | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def estimates(self) -> list[Estimate]:
+        """Mean rise at each radius, with its standard error over directions (and images, where these were sampled)."""
+        return [
+            estimate(rises.mean(axis=1), blocks, plan.between)
+            for rises, blocks, plan in zip(self.visits, self.blocks, self.plans, strict=True)
+        ]
+
+    @property
+    def axis(self) -> tuple[str, FloatArray]:
+        """The radii."""
+        return "radius", self.radii
+
+    @property
+    def raw(self) -> list[FloatArray]:
+        """The rises."""
+        return list(self.visits)
+
+    @property
+    def samples(self) -> FloatArray:
+        """Rises (K, R, S) of the crossed design: rays, radii, strata.
+
+        Raises:
+            UserError: where radii were sampled in blocks, each by its own plan: see `visits`.
+        """
+        if set(self.blocks) != {1} or len({len(rises) for rises in self.visits}) > 1:
+            raise UserError("Only the crossed design (num_samples=...) has an array of samples; see `visits`.")
+        stacked: FloatArray = np.stack(self.visits, axis=1)
+        return stacked
+
+    @property
+    def paired(self) -> tuple[bool, ...]:
+        """For each radius whether each ray was walked with its antithesis."""
+        return tuple(plan.paired for plan in self.plans)
+
+    @property
+    def relative_radii(self) -> FloatArray:
+        """The Euclidean distances (R,) as shares of the length of w; infinite where w is zero."""
+        if not self.norm:
+            return np.where(self.radii * self.reach > 0, np.inf, 0.0)
+        return self.radii * (self.reach / self.norm)
+
+    @property
+    def rms(self) -> FloatArray:
+        """The Euclidean distances (R,) per parameter, |w' - w| / sqrt(P)."""
+        return np.asarray(self.radii * (self.reach / np.sqrt(self.num_params)))
+
+    def of(self, strata: str | Iterable[str]) -> "SphereFlatness":
+        """Return the same measurement on some of the strata, such as the source domains.
+
+        Args:
+            strata: their names.
+
+        Raises:
+            UserError: if a name is unknown, or none is given.
+        """
+        asked = [strata] if isinstance(strata, str) else list(strata)
+        names = tuple(dict.fromkeys(choose("stratum", name, self.strata) for name in asked))
+        if not names:
+            raise UserError(f"No stratum was named; there are {', '.join(self.strata)}.")
+        rows = [self.strata.index(name) for name in names]
+        visits = tuple(rises[:, rows] for rises in self.visits)
+        slopes = None if self.slopes is None else self.slopes[:, rows][:, :, rows]
+        plans = tuple(replace(plan, between=0.0) for plan in self.plans)  # which speaks of all the strata
+        return replace(self, visits=visits, plans=plans, base_loss=self.base_loss[rows], strata=names, slopes=slopes)
+
+    @property
+    def remarks(self) -> list[str]:
+        """Sentences on the landscape, on what is not finite or not as accurate as asked, and on the slope at w."""
+        slopes = None if self.slopes is None else self.slopes.mean(axis=(1, 2))
+        found = remarks(self.radii, [rises.mean(axis=1) for rises in self.visits], slopes)
+        return [*self.notes, *found, *missed(self.radii, self.stopped, self.stderr)]
+
+    def plot(self, ax: "Axes | None" = None) -> "Axes":
+        """Draw F over the radius, with its 95 % interval over directions as a band."""
+        axes = super().plot(ax)
+        axes.set_xlabel("radius γ (L2)" if self.normalisation == "none" else "relative radius ρ")
+        axes.set_ylabel("rise of the loss (nats)")
+        return axes
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class PairedDifference(Sampled):
+    """F of one model less F of another, visit by visit: what rays and images have in common drops out.
+
+    Attributes:
+        radii: (R,) as in the two measurements.
+        a: the first measurement.
+        b: the second, along the same rays.
+    """
+
+    radii: FloatArray
+    a: SphereFlatness
+    b: SphereFlatness
+
+    @property
+    def axis(self) -> tuple[str, FloatArray]:
+        """The radii."""
+        return "radius", self.radii
+
+    @property
+    def raw(self) -> list[FloatArray]:
+        """The differences (J,) at each radius, the mean over the strata."""
+        return [(a - b).mean(axis=1) for a, b in zip(self.a.visits, self.b.visits, strict=True)]
+
+    @property
+    def estimates(self) -> list[Estimate]:
+        """Mean difference at each radius, with its standard error."""
+        return [estimate(draws, blocks) for draws, blocks in zip(self.raw, self.a.blocks, strict=True)]
+
+    @property
+    def converged(self) -> bool:
+        """Whether both measurements are, at all radii."""
+        return all(self.reached)
+
+    @property
+    def reached(self) -> list[bool]:
+        """Whether both measurements are as accurate as was asked for, at each radius."""
+        return [a and b for a, b in zip(self.a.reached, self.b.reached, strict=True)]
+
+    @property
+    def remarks(self) -> list[str]:
+        """Sentences on the radii at which the accuracy that was asked for is not reached; often none."""
+        stopped = [one if one in MISSED else two for one, two in zip(self.a.stopped, self.b.stopped, strict=True)]
+        return missed(self.radii, stopped, self.stderr)
+
+    def ratio(self, level: float = 0.95) -> tuple[FloatArray, FloatArray, FloatArray]:
+        """Return F_a / F_b at each radius with its interval (value, low, high), by the delta method.
+
+        Where F_b cannot be told from zero, so that a ratio means nothing, all three are NaN.
+        """
+        rows = []
+        for a, b, blocks in zip(self.a.visits, self.b.visits, self.a.blocks, strict=True):
+            below, above = estimate(b.mean(axis=1), blocks), estimate(a.mean(axis=1), blocks)
+            if not below.value > below.half_width(level):
+                rows.append((np.nan, np.nan, np.nan))
+                continue
+            value = above.value / below.value
+            spread = estimate((a - value * b).mean(axis=1) / below.value, blocks)
+            rows.append((value, value - spread.half_width(level), value + spread.half_width(level)))
+        value, low, high = np.array(rows).T
+        return value, low, high
+
+    def verdict(self, a: str = "the first", b: str = "the second", level: float = 0.95) -> str:
+        """Say in a sentence which of the two checkpoints is flatter, and up to which radius; of these images only.
+
+        The level is that of the sentence as a whole, by Holm's method over the radii: it names one of two checkpoints
+        that are equally flat with a probability of 1 - level at most, however many radii there are.
+        """
+        return verdict(self.estimates, self.radii, (a, b), level=level)
+
+
+def _difference(rises: FloatArray) -> FloatArray:
+    return np.asarray(rises[0] - rises[1])

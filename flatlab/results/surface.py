@@ -1,0 +1,244 @@
+"""What a line or a plane through a landscape says: values at true coordinates, kept as npz, drawn."""
+
+from collections.abc import Iterable
+from dataclasses import MISSING, asdict, dataclass, fields
+from os import PathLike
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from flatlab.errors import UserError, choose
+from flatlab.results.estimate import Cost, Estimate, FloatArray, Sampled, mean_of
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+
+AXIS = {"loss": "loss (nats)", "accuracy": "accuracy"}
+
+
+class Kept:
+    """What is kept as a file of its own."""
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write everything to a .npz file that NumPy alone can read: no pickle."""
+        arrays: dict[str, Any] = {each.name: np.asarray(getattr(self, each.name)) for each in _kept(self)}
+        cost: Cost = getattr(self, "cost")  # noqa: B009 (of the dataclasses)
+        np.savez_compressed(path, cost=np.array([cost.forward_passes, cost.images, cost.hvps, cost.seconds]), **arrays)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> Self:
+        """Read what `save` wrote.
+
+        Raises:
+            UserError: where the file is no such thing.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                needed = [each.name for each in _kept(cls) if each.default is MISSING or each.name in file]
+                found = {name: file[name] for name in [*needed, "cost"]}
+        except (OSError, KeyError, ValueError, EOFError) as error:
+            raise UserError(f"{path} holds no {cls.__name__.lower()} of flatlab: {error}.") from None
+        passes, images, hvps, seconds = found.pop("cost").tolist()
+        cost = Cost(passes, int(images), int(hvps), seconds)
+        return cls(**{"cost": cost, **{name: _plain(array) for name, array in found.items()}})
+
+    @classmethod
+    def whole(cls, arrays: dict[str, npt.NDArray[Any]], facts: dict[str, Any]) -> Self:
+        """Return what `parts` took apart."""
+        told = {name: tuple(value) if isinstance(value, list) else value for name, value in facts.items()}
+        return cls(**told | {**arrays, "cost": Cost(**facts["cost"])})
+
+
+class Grid(Kept):
+    """What profiles and surfaces share: metrics and strata by name."""
+
+    values: FloatArray
+    metrics: tuple[str, ...]
+    strata: tuple[str, ...]
+
+    def of(self, metric: str = "loss", strata: str | Iterable[str] | None = None) -> FloatArray:
+        """Return one metric, averaged over all strata or some; not finite where one of them is not.
+
+        Raises:
+            UserError: where a name is unknown.
+        """
+        column = self.metrics.index(choose("metric", metric, self.metrics))
+        asked = self.strata if strata is None else [strata] if isinstance(strata, str) else list(strata)
+        rows = [self.strata.index(choose("stratum", name, self.strata)) for name in asked]
+        if not rows:
+            raise UserError(f"No stratum was named; there are {', '.join(self.strata)}.")
+        with np.errstate(invalid="ignore"):
+            return np.asarray(self.values[..., rows, column].mean(axis=-1))
+
+
+def parts(grid: Any) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
+    """Return what is kept as arrays of numbers, and the rest for JSON."""
+    named = {each.name: getattr(grid, each.name) for each in _kept(grid)}
+    arrays = {name: value for name, value in named.items() if isinstance(value, np.ndarray)}
+    facts = {name: value for name, value in named.items() if name not in arrays}
+    return arrays, {**facts, "cost": asdict(grid.cost)}
+
+
+def _kept(grid: Any) -> list[Any]:
+    return [each for each in fields(grid) if each.name != "cost"]
+
+
+def _plain(array: npt.NDArray[Any]) -> Any:
+    if array.ndim == 0:
+        return array.item()
+    return tuple(array.tolist()) if array.dtype.kind == "U" else array
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Profile(Grid, Sampled):
+    """A landscape along lines through its point: one line for each of D directions.
+
+    Attributes:
+        places: (G,) coordinates along each direction, in its units.
+        values: (D, G, S, M) directions, places, strata, metrics.
+        strata: (S,) names; they weigh equally.
+        metrics: (M,) names.
+        labels: (D,) what each direction is.
+        seed: of random directions.
+    """
+
+    places: FloatArray
+    values: FloatArray
+    strata: tuple[str, ...]
+    metrics: tuple[str, ...]
+    labels: tuple[str, ...]
+    seed: int
+
+    @property
+    def estimates(self) -> list[Estimate]:
+        """Mean loss over the directions at each place."""
+        return [mean_of(draws) for draws in self.raw]
+
+    @property
+    def raw(self) -> list[FloatArray]:
+        """The losses (D,) at each place."""
+        return list(self.of().T)
+
+    @property
+    def axis(self) -> tuple[str, FloatArray]:
+        """The places."""
+        return "coordinate", self.places
+
+    def to_frame(self) -> "pd.DataFrame":
+        """Return a tidy table: a row for each direction, place, stratum and metric."""
+        axes = {"direction": np.arange(len(self.labels)), "coordinate": self.places}
+        return _tidy(self, axes)
+
+    def plot(self, ax: "Axes | None" = None, *, metric: str = "loss") -> "Axes":
+        """Draw each line thinly, and over them the mean with its 95 % band over the directions."""
+        import matplotlib.pyplot as plt
+
+        axes = plt.subplots()[1] if ax is None else ax
+        lines = self.of(metric)
+        found = [mean_of(draws) for draws in lines.T]
+        mean, half = np.array([each.value for each in found]), np.array([each.half_width() for each in found])
+        if len(lines) > 1:
+            axes.plot(self.places, lines.T, color="0.75", lw=0.6)
+            axes.fill_between(self.places, mean - half, mean + half, alpha=0.25, color="C0", lw=0)
+        axes.plot(self.places, mean, color="C0")
+        label = self.labels[0] if len(lines) == 1 else f"{len(lines)} directions: {_unit(self.labels[0])}"
+        axes.set(xlabel=label, ylabel=AXIS.get(metric, metric))
+        return axes
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Surface(Grid):
+    """A landscape on a plane through its point.
+
+    Attributes:
+        x, y: (G1,), (G2,) coordinates along the two directions, in their units; `values[i, j]` is at (x[i], y[j]).
+        values: (G1, G2, S, M) places, strata, metrics; not finite where they are not.
+        measured: (G1, G2) which places were evaluated; the others, where refinement found the surface straight, are
+            interpolated linearly.
+        strata: (S,) names; they weigh equally.
+        metrics: (M,) names.
+        labels: (2,) what the axes are.
+        marks: (K, 2) coordinates of points of interest.
+        mark_labels: (K,) their names.
+        distances: (K,) how far they lie from the plane.
+        explained: (2,) share of a trajectory's variance along the axes, or NaN.
+        connected: whether the marks are a path.
+        cosine: of the two directions.
+        seed: of random directions.
+        cost: forward passes.
+        statistics: "own", those of the network in the origin everywhere, or "recomputed": BatchNorm's, at each place.
+    """
+
+    x: FloatArray
+    y: FloatArray
+    values: FloatArray
+    measured: npt.NDArray[np.bool_]
+    strata: tuple[str, ...]
+    metrics: tuple[str, ...]
+    labels: tuple[str, ...]
+    marks: FloatArray
+    mark_labels: tuple[str, ...]
+    distances: FloatArray
+    explained: FloatArray
+    connected: bool
+    cosine: float
+    seed: int
+    cost: Cost
+    statistics: str = "own"
+
+    def to_frame(self) -> "pd.DataFrame":
+        """Return a tidy table: a row for each place, stratum and metric, and whether it was evaluated."""
+        frame = _tidy(self, {"x": self.x, "y": self.y})
+        return frame.assign(measured=np.repeat(self.measured.ravel(), len(self.strata) * len(self.metrics)))
+
+    def plot(
+        self,
+        ax: "Axes | None" = None,
+        *,
+        metric: str = "loss",
+        strata: str | Iterable[str] | None = None,
+        levels: npt.ArrayLike | None = None,
+        kind: Literal["contour", "relief"] = "contour",
+    ) -> "Axes":
+        """Draw contours with their levels (logarithmic for a positive loss), or a relief; and the marks.
+
+        Args:
+            ax: the axes; 3-D ones for a relief.
+            metric: which.
+            strata: the mean over which of them.
+            levels: of the contours: the same for surfaces that are to be compared.
+            kind: contour or relief.
+        """
+        import matplotlib.pyplot as plt
+
+        from flatlab import plots as draw
+
+        values = self.of(metric, strata)
+        chosen = draw.contour_levels([values], log=metric == "loss") if levels is None else np.asarray(levels, float)
+        if kind == "relief":
+            axes: Any = plt.figure().add_subplot(projection="3d") if ax is None else ax
+            draw.relief(axes, (self.x, self.y), values, levels=chosen)
+            axes.set_zlabel(AXIS.get(metric, metric))
+        else:
+            axes = plt.subplots()[1] if ax is None else ax
+            filled = draw.contours(axes, (self.x, self.y), values, levels=chosen)
+            if ax is None:
+                axes.figure.colorbar(filled, ax=axes, label=AXIS.get(metric, metric))
+            draw.marked(axes, self.marks, self.mark_labels, connected=self.connected)
+        names = [label.partition(" (")[0] if kind == "relief" else label for label in self.labels]
+        axes.set(xlabel=names[0], ylabel=names[1])
+        return axes  # type: ignore[no-any-return]
+
+
+def _tidy(grid: Any, axes: dict[str, npt.NDArray[Any]]) -> "pd.DataFrame":
+    import pandas as pd
+
+    names = [*axes.values(), grid.strata, grid.metrics]
+    index = pd.MultiIndex.from_product(names, names=[*axes, "stratum", "metric"])
+    return pd.DataFrame({"value": grid.values.ravel()}, index=index).reset_index()
+
+
+def _unit(label: str) -> str:
+    return label.partition("(")[2].rstrip(")") or label

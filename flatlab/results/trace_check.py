@@ -1,0 +1,109 @@
+"""The trace of the Hessian in three independent ways."""
+
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+from scipy.special import stdtrit
+
+from flatlab.results.estimate import Estimate, FloatArray, Sampled
+from flatlab.results.spectrum import SpectralDensity, Trace
+from flatlab.results.sphere import SphereFlatness
+
+WITHIN = 0.1  # of the trace: how far the rise may be off where the quadratic picture is said to hold
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Triangle(Sampled):
+    """The trace of the Hessian, three times, and what the rise says of it at growing radii.
+
+    Attributes:
+        flatness: F on spheres, the first corner at its smallest radius.
+        trace: the second corner.
+        density: the third.
+        kinks: names of modules that are not smooth; those called as functions are not found.
+    """
+
+    flatness: SphereFlatness
+    trace: Trace
+    density: SpectralDensity
+    kinks: tuple[str, ...]
+
+    @property
+    def estimates(self) -> list[Estimate]:
+        """2 P F / gamma^2 at each radius."""
+        scales = 2 * self.flatness.num_params / self.flatness.radii**2
+        return [_times(each, float(s)) for each, s in zip(self.flatness.estimates, scales, strict=True)]
+
+    @property
+    def raw(self) -> list[FloatArray]:
+        """The rises."""
+        return self.flatness.raw
+
+    @property
+    def axis(self) -> tuple[str, FloatArray]:
+        """The radii."""
+        return "radius", self.flatness.radii
+
+    @property
+    def corners(self) -> dict[str, Estimate]:
+        """The three estimates of tr(H)."""
+        moment = _times(self.density.moment(1), self.density.num_params)
+        return {"sphere": self.estimates[0], "trace": self.trace.trace, "density": moment}
+
+    def differences(self, level: float = 0.95) -> dict[tuple[str, str], tuple[float, float, float]]:
+        """Return each difference with its interval (value, low, high); all three hold together at this level."""
+        found = {}
+        each = 1 - (1 - level) / 3  # Bonferroni
+        for (a, one), (b, other) in combinations(self.corners.items(), 2):
+            value, half = one.value - other.value, _half(one, other, each)
+            found[a, b] = (value, value - half, value + half)
+        return found
+
+    def agrees(self, level: float = 0.95) -> bool:
+        """Say whether no two of the three differ by more than their intervals."""
+        return all(low <= 0 <= high for _, low, high in self.differences(level).values())
+
+    def quadratic_radius(self, within: float = WITHIN, level: float = 0.95) -> float:
+        """Return the largest radius up to which the rise is that of a quadratic, or 0.
+
+        So it is where the interval of 2 P F / gamma^2 - tr(H) reaches into +- `within` tr(H), at it and at each
+        smaller radius.
+        """
+        trace, reached = self.trace.trace, 0.0
+        for radius, found in zip(self.flatness.radii.tolist(), self.estimates, strict=True):
+            off = abs(found.value - trace.value) - _half(found, trace, level)
+            if not off <= within * abs(trace.value):
+                break
+            reached = radius
+        return reached
+
+    def verdict(self, level: float = 0.95) -> str:
+        """Say in a sentence or two whether the three agree, and how far the quadratic picture holds."""
+        told = ", ".join(
+            f"{name} {each.value:.4g} ± {each.half_width(level):.2g}" for name, each in self.corners.items()
+        )
+        agree = "agree within their intervals" if self.agrees(level) else "do not agree"
+        radius = self.quadratic_radius(level=level)
+        norm = self.flatness.norm
+        share = f" ({radius / norm:.2%} of the weights' norm)" if norm else ""
+        far = f"up to radius {radius:.3g}{share}" if radius else "at none of the radii"
+        parts = [f"Trace of the Hessian: {told}: they {agree}.", f"The quadratic picture holds to {WITHIN:.0%} {far}."]
+        if self.kinks and not (self.agrees(level) and radius):
+            parts.append(
+                " and ".join(self.kinks) + " bend the loss in kinks, which add to the rise and not to the trace."
+            )
+        return " ".join(parts)
+
+
+def _times(found: Estimate, factor: float) -> Estimate:
+    return Estimate(found.value * factor, found.stderr * factor, found.freedom)
+
+
+def _half(one: Estimate, other: Estimate, level: float) -> float:
+    """Return half the interval of a difference of independent estimates (Welch 1947)."""
+    squares = np.array([one.stderr, other.stderr]) ** 2
+    if not squares.sum() > 0:
+        return 1e-9 * max(abs(one.value), abs(other.value))  # both exact: rounding
+    freedom = squares.sum() ** 2 / (squares**2 / [one.freedom, other.freedom]).sum()
+    return float(stdtrit(freedom, (1 + level) / 2) * np.sqrt(squares.sum()))

@@ -1,0 +1,105 @@
+"""What measured rises say, in sentences. Torch-free."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from flatlab.results.corrections import holm
+from flatlab.results.estimate import Estimate, FloatArray, check_level, mean_of
+
+SURE = 2.0  # standard errors
+
+
+def verdict(differences: Sequence[Estimate], radii: FloatArray, names: tuple[str, str], *, level: float = 0.95) -> str:
+    """Say which of two checkpoints is flatter, and where: "SAM is flatter up to radius 2; not distinguishable beyond".
+
+    The level is that of the whole sentence: where the two are equally flat, at most 1 - level of all sentences name one
+    of them at any radius (Holm over the radii). A radius at which the interval excludes 0 may thus remain undecided.
+
+    Args:
+        differences: (R,) of the first one's F less the second's.
+        radii: (R,) in any order; zero says nothing, and of equal ones the first counts.
+        names: of the two.
+        level: of the sentence.
+    """
+    _, order = np.unique(radii, return_index=True)
+    rows = [index for index in order.tolist() if radii[index] > 0]
+    sure = holm([differences[row].p_value for row in rows]) <= 1 - check_level(level)
+    spans: list[tuple[int, float, float]] = []
+    for row, known in zip(rows, sure.tolist(), strict=True):
+        sign, radius = (int(differences[row].value > 0) if known else -1), float(radii[row])
+        if spans and spans[-1][0] == sign:
+            spans[-1] = (sign, spans[-1][1], radius)
+        else:
+            spans.append((sign, radius, radius))
+    return "; ".join(_part(spans, index, names) for index in range(len(spans))) or "nothing was measured above radius 0"
+
+
+def _part(spans: Sequence[tuple[int, float, float]], index: int, names: tuple[str, str]) -> str:
+    sign, first, last = spans[index]
+    what = f"{names[sign]} is flatter" if sign >= 0 else "not distinguishable"
+    if len(spans) == 1:
+        return f"{what} at all radii measured"
+    if index == 0:
+        return f"{what} up to radius {last:g}"
+    if index == len(spans) - 1:
+        return f"{what} from radius {first:g} on"
+    return f"{what} at radius {first:g}" if first == last else f"{what} from {first:g} to {last:g}"
+
+
+def remarks(radii: FloatArray, rises: Sequence[FloatArray], slopes: FloatArray | None) -> list[str]:
+    """Say where rises are not finite, and where the slope at w dominates them.
+
+    Args:
+        radii: (R,) in any order.
+        rises: for each radius, of the visits (J,).
+        slopes: products (K,) of slopes along rays, as `slope.slopes` returns them, of the same images; None where they
+            were not measured, and nothing is said of them.
+    """
+    return [*_broken(radii, rises), *_tilted(radii, rises, slopes)]
+
+
+def missed(radii: FloatArray, stopped: Sequence[str], errors: FloatArray) -> list[str]:
+    """Say at which radii sampling ended before the accuracy that was asked for was established.
+
+    Args:
+        radii: (R,).
+        stopped: for each radius why sampling ended: "budget" and "interrupted" are too early.
+        errors: (R,) standard errors.
+    """
+    told = []
+    for reason, why in (("budget", "The budget was spent"), ("interrupted", "Sampling was interrupted")):
+        where = [
+            f"{radius:g} (standard error {error:.2g})"
+            for radius, stop, error in zip(radii, stopped, errors, strict=True)
+            if stop == reason
+        ]
+        if where:
+            told.append(f"{why} before the accuracy asked for was established at radius {', '.join(where)}.")
+    return told
+
+
+def _broken(radii: FloatArray, rises: Sequence[FloatArray]) -> list[str]:
+    shares = [float((~np.isfinite(each)).mean()) if len(each) else 0.0 for each in rises]
+    where = [f"{share:.1%} at radius {radius:g}" for radius, share in zip(radii, shares, strict=True) if share]
+    return [f"Not finite is the loss of {', '.join(where)}: F is not defined there."] if where else []
+
+
+def _tilted(radii: FloatArray, rises: Sequence[FloatArray], slopes: FloatArray | None) -> list[str]:
+    found = [(float(radius), _tilt(float(radius), each, slopes)) for radius, each in zip(radii, rises, strict=True)]
+    if not (where := [(radius, how) for radius, how in found if how]):
+        return []
+    radius, how = max(where)
+    return [
+        f"w is not near a minimum of these data: up to radius {radius:g} the slope outweighs the curvature ({how})."
+        " F is then still the mean rise, but says little of a minimum."
+    ]
+
+
+def _tilt(radius: float, rises: FloatArray, slopes: FloatArray | None) -> str:
+    """Say how much the slope weighs at a radius; nothing where it does not outweigh the mean rise."""
+    if slopes is None or not (radius > 0 and len(rises) and np.isfinite(rises).all()):
+        return ""
+    found, mean = mean_of(slopes), float(rises.mean())
+    sure = found.value - SURE * found.stderr > (mean / radius) ** 2
+    return f"a ray rises or falls by {radius * found.value**0.5:.2g} nats, and F is {mean:.2g}" if sure else ""

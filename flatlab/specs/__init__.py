@@ -1,0 +1,1 @@
+"""What is asked for, as frozen records without torch."""

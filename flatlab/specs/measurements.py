@@ -1,0 +1,315 @@
+"""What is measured of a checkpoint: one frozen spec for each kind of measurement, registered by its `metric`."""
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, SerializeAsAny
+
+from flatlab.errors import UserError, choose
+from flatlab.specs.measurement import FORESEEN, PILOT, PRODUCT, Probing, Sizes
+from flatlab.specs.rises import ByRise, Radii, ReachSpec, count_above_zero, pilots_of
+from flatlab.specs.run import RunSpec
+
+
+class SurfaceSpec(Probing):
+    """Loss and accuracy of each domain on a plane through the checkpoint."""
+
+    later = ("every", "recompute")
+
+    metric: Literal["surface"] = "surface"
+    # filter-normalised; top eigenvectors; through other runs; principal ones of the run's kept checkpoints
+    axes: Literal["random", "hessian", "runs", "trajectory"] = "random"
+    through: tuple[str, ...] = ()  # digests: two others that span the plane, or a trajectory of four and more
+    every: int | None = Field(None, ge=1)  # steps between the checkpoints of a run's own trajectory
+    grid: int = Field(33, ge=2)
+    extent: float = Field(1.0, gt=0)  # half the length of each axis; around checkpoints where they span the plane
+    refine: float | None = Field(0.05, gt=0)  # share of the height that interpolation may be off by; None: whole grid
+    recompute: int | None = Field(None, ge=2)  # images of each seen domain: BatchNorm's statistics anew at each place
+
+    @property
+    def spanned(self) -> bool:
+        """Whether checkpoints span the plane: the grid then lies around them."""
+        return self.axes in ("runs", "trajectory")
+
+    def passes(self, sizes: Sizes) -> float:
+        """Return the images that are forwarded at most: refinement saves some.
+
+        Args:
+            sizes: images of each domain.
+        """
+        return _looked_at(self, sizes, self.recompute) * self.grid**2
+
+
+class ConnectionSpec(Probing):
+    """The straight line from the checkpoint to another run's, over the seen domains and over the unseen one."""
+
+    metric: Literal["connection"] = "connection"
+    space: Literal["baked"] = "baked"  # both ends are networks as they compute
+    to: str  # digest
+    grid: int = Field(33, ge=3)
+    recompute: int | None = Field(None, ge=2)  # images of each seen domain: BatchNorm's statistics anew at each place
+
+    def passes(self, sizes: Sizes) -> float:
+        """Return the images that are forwarded; statistics are computed for the seen domains, and for the unseen one.
+
+        Args:
+            sizes: images of each domain.
+        """
+        return _looked_at(self, sizes, 2 * (self.recompute or 0)) * self.grid
+
+
+def _looked_at(spec: Probing, sizes: Sizes, recompute: int | None) -> float:
+    """Return the images of a place: those evaluated, and those of the seen domains that give statistics."""
+    return float(spec.count(sizes) + (recompute or 0) * (len(sizes) - 1))
+
+
+class TriangleSpec(Probing):
+    """The trace of the Hessian in three independent ways."""
+
+    metric: Literal["triangle"] = "triangle"
+    space: Literal["baked"] = "baked"  # through rounding there is no curvature
+    rel_error: float = Field(0.05, gt=0)
+
+    def passes(self, sizes: Sizes) -> float:
+        """Return the images that are forwarded, roughly: products for trace and density, and seven spheres.
+
+        Args:
+            sizes: images of each domain.
+        """
+        return float(self.count(sizes) * PRODUCT * (20 + PILOT + 96) + 7 * FORESEEN / self.rel_error**2)
+
+
+class AuditSpec(Probing):
+    """How measures of flatness move under rescalings that leave the function as it is."""
+
+    metric: Literal["audit"] = "audit"
+    space: Literal["baked"] = "baked"
+    most: float = Field(4.0, gt=1)
+    num_samples: int = Field(20, ge=2)
+
+    def passes(self, sizes: Sizes) -> float:
+        """Return the images that are forwarded, roughly: four spheres, a trace and an eigenvalue of three networks.
+
+        Args:
+            sizes: images of each domain.
+        """
+        return float(3 * self.count(sizes) * (4 * self.num_samples + PRODUCT * (20 + PILOT + 10)))
+
+
+LEAST = 2_600  # images of a radius: 81 pairs on blocks of 16
+BUDGET = 100  # passes for each radius at most
+AUTO_RADII = 6
+PYHESSIAN = 18  # its products for an eigenvalue, by its defaults: 177 for ten on a ResNet-20
+PYHESSIAN_TRACE = 100  # its probes at most
+
+
+class ProbeSpec(Probing):
+    """Flatness on spheres (QT-DoG Eq. 5)."""
+
+    metric: Literal["sphere"] = "sphere"
+    radii: Radii  # absolute L2, or the share of each filter's norm
+    num_samples: int | None = Field(None, ge=2)  # directions on all images; None: as many as the accuracy needs
+    rel_error: float = Field(0.02, ge=0)  # standard error / |F|
+    abs_error: float = Field(1e-4, ge=0)  # nats
+    budget: int | None = Field(None, ge=1)  # images forwarded; None: 100 passes for each radius
+    block_size: int | None = Field(None, ge=1)  # images that a direction sees; None: what a pilot finds
+    normalisation: Literal["none", "filter", "layer", "parameter"] = "none"
+
+    @property
+    def piloted(self) -> bool:
+        """Whether a pilot finds out how to sample."""
+        return self.num_samples is None and self.block_size is None
+
+    @property
+    def effort(self) -> str:
+        """How much was sampled, in words for a caption."""
+        return f"{self.num_samples} directions" if self.num_samples else f"directions for {self.rel_error:.0%} error"
+
+    @property
+    def pilots(self) -> tuple[tuple[str, Probing], ...]:
+        """The reference runs' measurements that the radii rest on."""
+        return pilots_of(self, self.radii, normalisation=self.normalisation)
+
+    def passes(self, sizes: Sizes) -> float:
+        """Return the images that are forwarded: for an accuracy a rule of thumb, since no pilot has flown.
+
+        Args:
+            sizes: images of each domain.
+        """
+        images = self.count(sizes)
+        count = AUTO_RADII if isinstance(self.radii, str) else count_above_zero(self.radii)
+        foreseen = max(LEAST, FORESEEN / max(self.rel_error, 1e-3) ** 2)
+        each = images * self.num_samples if self.num_samples else min(foreseen, BUDGET * images)
+        return float(each * count)
+
+
+class SpectrumSpec(Probing):
+    """Curvature of the mean loss over some domains, each weighing the same: extreme eigenvalues, trace, density."""
+
+    metric: Literal["spectrum"] = "spectrum"
+    space: Literal["baked"] = "baked"  # through rounding there is no curvature
+    domains: str = "source"  # "source" (the seen), "target" (the held-out one), or names with commas between
+    engine: Literal["flatlab", "pyhessian"] = "flatlab"
+    k: int = Field(10, ge=1)
+    which: Literal["LA", "SA", "BE"] = "LA"
+    tol: float = Field(1e-3, gt=0)  # residual over eigenvalue
+    rel_error: float = Field(0.02, ge=0)  # of the trace
+    trace_budget: int = Field(500, ge=32)  # products for the trace, beyond those of the eigenvalues
+    starts: int = Field(5, ge=1)  # of the density
+    steps: int = Field(60, ge=1)  # of Lanczos from each start
+
+    @property
+    def foreseen(self) -> int:
+        """Products, roughly: for the eigenvalues, a pilot of the trace, and the density, which PyHessian lacks."""
+        if self.engine == "pyhessian":
+            return PYHESSIAN * self.k + PYHESSIAN_TRACE
+        return 3 * self.k + min(self.trace_budget, PILOT) + self.starts * self.steps
+
+    def passes(self, sizes: Sizes) -> float:
+        """Return the images that are forwarded, a product counting as ten passes.
+
+        Args:
+            sizes: images of each domain.
+        """
+        share = {"source": len(sizes) - 1, "target": 1}.get(self.domains, self.domains.count(",") + 1) / len(sizes)
+        return float(self.count(sizes) * share * PRODUCT * self.foreseen)
+
+
+class CamSpec(Probing):
+    """GradCAM of images of the held-out domain, each explained for its true class, and the numbers beside the maps."""
+
+    metric: Literal["gradcam"] = "gradcam"
+    images: int | None = Field(24, ge=1)  # of the held-out domain alone
+    layer: str | None = None  # a module's name; None finds it
+    grid: tuple[int, int] | None = None  # of tokens, where it cannot be inferred
+    num_shares: int = Field(10, ge=1)  # steps of the deletion and insertion curves
+    radii: tuple[float, ...] | ByRise = ()  # absolute L2, at which the maps are drawn again
+    num_samples: int = Field(5, ge=1)  # directions
+
+    @property
+    def pilots(self) -> tuple[tuple[str, Probing], ...]:
+        """The reference runs' measurements that the radii rest on: of all their source images."""
+        return pilots_of(self, self.radii, images=None)
+
+    def count(self, sizes: Sizes) -> int:
+        """Return how many images are looked at: those of one domain."""
+        return min(max(sizes.values()), self.images or max(sizes.values()))
+
+    def passes(self, sizes: Sizes) -> float:
+        """Return the images that are forwarded; a map costs a forward and a backward pass.
+
+        Args:
+            sizes: images of each domain.
+        """
+        maps = 1 + count_above_zero(self.radii) * self.num_samples
+        return float(self.count(sizes) * (3 * maps + 2 * (self.num_shares + 1)))
+
+
+class _OfWeights(Probing):
+    """Of the weights alone: no image is looked at and no space but their own, so that these fields stay as they are."""
+
+    split: Literal["in"] = "in"
+    images: None = None
+    space: Literal["baked"] = "baked"
+    params: None = None
+
+    def passes(self, sizes: Sizes) -> float:
+        """Return 1, whatever the sizes of the domains."""
+        del sizes
+        return 1.0
+
+
+class QuantNoiseSpec(_OfWeights):
+    """Quantization noise of each layer of a quantized run: uniform, symmetric (QT-DoG section 3.2, App. L)?"""
+
+    metric: Literal["noise"] = "noise"
+    bins: int = Field(100, ge=2)  # of the histograms; the paper gives none
+
+    @staticmethod
+    def check(run: RunSpec) -> None:
+        """Refuse a run that is not quantized.
+
+        Args:
+            run: what is to be measured.
+
+        Raises:
+            UserError: says what can be done instead.
+        """
+        if getattr(run.quantizer, "grid", "uniform") != "uniform":
+            raise UserError(
+                f"Run {run.digest} ({run.label}) is quantized to powers of two, which have no step that its noise "
+                "could be uniform over: name a run with a uniform grid."
+            )
+        if run.quantizer is None:
+            raise UserError(
+                f"Run {run.digest} ({run.label}) is not quantized, so it has no quantization noise: name a quantized "
+                "run (`flatlab train --quantizer lsq`), or see what rounding would do to this one "
+                "(`flatlab noise RUN --radius`)."
+            )
+
+
+class RadiusSpec(Probing):
+    """What rounding to some bit widths does to the loss, beside random perturbations of the same length.
+
+    The base point is the latent weights, in full precision; what moves is what the quantizer quantizes.
+    """
+
+    metric: Literal["radius"] = "radius"
+    space: Literal["baked"] = "baked"  # of no meaning here, see above: it stays as it is
+    bits: tuple[Annotated[int, Field(ge=2, le=16)], ...] = (8, 7, 6, 5, 4, 3, 2)
+    layer_bits: tuple[Annotated[int, Field(ge=2, le=16)], ...] = ()  # at which each layer is rounded alone, too
+    granularity: Literal["channel", "tensor"] = "channel"  # of the step sizes, which are those that LSQ begins with
+    num_samples: int = Field(100, ge=2)  # random directions beside each perturbation, each on all images
+
+    def passes(self, sizes: Sizes) -> float:
+        """Return the images that are forwarded, as for a network of a few layers: how many there are is not known here.
+
+        Args:
+            sizes: images of each domain.
+        """
+        few = 4
+        return float(self.count(sizes) * 2 * self.num_samples * (len(self.bits) + 1 + few * len(self.layer_bits)))
+
+
+class SizeSpec(_OfWeights):
+    """The bytes of a run's network as a file, its quantized weights packed (export.py)."""
+
+    metric: Literal["size"] = "size"
+
+
+KINDS: dict[str, type[Probing]] = {
+    "sphere": ProbeSpec,
+    "reach": ReachSpec,
+    "spectrum": SpectrumSpec,
+    "surface": SurfaceSpec,
+    "connection": ConnectionSpec,
+    "triangle": TriangleSpec,
+    "audit": AuditSpec,
+    "gradcam": CamSpec,
+    "noise": QuantNoiseSpec,
+    "radius": RadiusSpec,
+    "size": SizeSpec,
+}
+
+
+def parse_probe(text: str) -> Probing:
+    """Read the spec of a measurement of any kind from its JSON.
+
+    Args:
+        text: JSON as `canonical` writes it.
+
+    Raises:
+        UserError: where the metric is unknown, or a field is wrong.
+    """
+    metric = json.loads(text).get("metric")
+    if not isinstance(metric, str):
+        raise UserError("A measurement's spec names its metric.")
+    return KINDS[choose("metric", metric, KINDS)].parse(text)
+
+
+def _of_its_kind(value: Any) -> Any:
+    return parse_probe(json.dumps(value)) if isinstance(value, dict) else value
+
+
+AnyProbe = Annotated[SerializeAsAny[Probing], BeforeValidator(_of_its_kind)]
+"""A measurement of any kind, as a field of another spec."""

@@ -1,0 +1,204 @@
+"""The paper's names as compositions: a method is a few fields of a run, never a class."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from flatlab.errors import choose
+from flatlab.specs.quantizers import AnyQuantizer, INQSpec, NoiseSpec, OBCSpec, QuantSpec, RTNSpec
+from flatlab.specs.rises import ByRise
+from flatlab.specs.run import AverageSpec, MixSpec, RunSpec, StepSpec
+from flatlab.specs.settings import PAPER, Setting, for_data
+
+
+@dataclass(frozen=True)
+class Method:
+    """The parts of a method; each varies on its own."""
+
+    step: Literal["plain", "sam"] = "plain"
+    average: Literal["last", "swa", "swad", "sma"] = "last"
+    quantizer: Literal["none", "lsq", "inq", "rtn", "obc"] = "none"
+    frozen: bool = False  # convolutions stop training at the switch
+    noise: Literal["none", "fresh", "kept"] = "none"  # uniform, of the quantizer's norm, in its place
+    objective: Literal["erm", "coral"] = "erm"
+    mixing: Literal["none", "mixstyle", "mixstyle-across"] = "none"  # of images' feature statistics
+    members: int = 0  # of an ensemble: so many of these, of consecutive seeds
+    combine: Literal["logits", "probabilities"] = "logits"  # what an ensemble averages
+    note: str = ""
+
+    @property
+    def switched(self) -> bool:
+        """Whether something sets in at the switch."""
+        return self.quantizer in ("lsq", "inq") or self.frozen or self.noise != "none"
+
+
+METHODS = {
+    "ERM": Method(note="empirical risk minimisation: the plain baseline"),
+    "SAM": Method(step="sam", note="sharpness-aware minimisation, rho 0.05"),
+    "SWA": Method(average="swa", note="mean of late iterates"),
+    "SWAD": Method(average="swad", note="mean of the iterates inside the validation valley"),
+    "SMA": Method(average="sma", note="running mean from early on, selected by validation"),
+    "QT-DoG": Method(quantizer="lsq", note="ERM, then learned step size quantization: 7 bit, each channel"),
+    "INQ": Method(quantizer="inq", note="ERM, then incremental quantization: the largest weights first"),
+    "OBC": Method(quantizer="obc", note="ERM's checkpoint, quantized after training, row by row, on source images"),
+    "RTN": Method(quantizer="rtn", note="ERM's checkpoint, each weight rounded to the nearest level, as OBC's grid"),
+    "freeze": Method(frozen=True, note="control: full precision, convolutions frozen at the switch"),
+    "release-parity": Method(
+        quantizer="lsq", frozen=True, note="control: what QT-DoG's released code (e9d55eb) trains, only norms and head"
+    ),
+    "noise": Method(noise="fresh", note="control: uniform noise of the quantizer's norm in each step's gradient"),
+    "noise-kept": Method(noise="kept", note="control: such noise added at each step and kept, of that norm in all"),
+    "CORAL": Method(objective="coral", note="correlation alignment: domains' feature means and covariances agree"),
+    "CORAL+QT-DoG": Method(objective="coral", quantizer="lsq", note="CORAL, quantized as QT-DoG"),
+    "MixStyle": Method(mixing="mixstyle", note="feature statistics mixed between images, in training"),
+    "MixStyle+QT-DoG": Method(mixing="mixstyle", quantizer="lsq", note="MixStyle, quantized as QT-DoG"),
+    "ERM-ensemble": Method(members=6, note="ERM networks of several seeds, logits averaged"),
+    "EoA": Method(average="sma", members=6, note="ensemble of averages: SMA networks"),
+    "EoQ": Method(quantizer="lsq", members=5, note="ensemble of quantized networks: QT-DoG's (Eq. 6)"),
+}
+
+
+RELEASED = (
+    "release-parity trains what QT-DoG's released code does (saqibjaved1/QT-DoG on GitHub, commit e9d55eb): after "
+    "the switch neither convolutions nor step sizes, since its optimizer holds neither. Whether the paper's "
+    "numbers come from that code is not known. Not modelled: with torch before 2.0 Adam's momentum goes on moving "
+    "the convolutions for some hundred steps after the switch. Two more of its habits are options: it selects "
+    "among the checkpoints before the switch, too (--select all), and it averages by SWAD (--average swad "
+    "--swad-rule released)."
+)
+
+
+def method(name: str) -> tuple[str, Method]:
+    """Return a method's proper name and its composition.
+
+    Args:
+        name: a key of `METHODS`, blind to case.
+
+    Raises:
+        UserError: lists the methods and suggests the nearest.
+    """
+    proper = choose("method", name, METHODS)
+    return proper, METHODS[proper]
+
+
+KNOWN = {
+    "objective": ("erm", "coral"),
+    "mixing": ("none", "mixstyle", "mixstyle-across"),
+    "step": ("plain", "sam"),
+    "average": ("last", "swa", "swad", "sma"),
+    "quantizer": ("none", "lsq", "inq", "rtn", "obc"),
+    "combine": ("logits", "probabilities"),
+}
+
+
+def vary(parts: Method, changes: Mapping[str, str]) -> Method:
+    """Return a composition with some parts exchanged, each by a known name."""
+    return replace(parts, **{part: choose(part, name, KNOWN[part]) for part, name in changes.items()})  # type: ignore[arg-type]
+
+
+def compose(parts: Method, setting: Setting, *, held_out: str, seed: int, trial_seed: int) -> RunSpec:
+    """Return the run that a composition means in a setting; an ensemble's members have the seeds from these on."""
+    if parts.members:
+        alone = replace(parts, members=0)
+        members = [
+            compose(alone, setting, held_out=held_out, seed=seed + i, trial_seed=trial_seed + i)
+            for i in range(setting.members or parts.members)
+        ]
+        return members[0].replace(members=tuple(members), combine=parts.combine)
+    data = {"dataset", "image_size", "model", "weights", "freeze_batchnorm", "augment", "precision", "test_share"}
+    return RunSpec.make(
+        **setting.model_dump(include={*data, "steps", "eval_every", "batch_size", "lr", "weight_decay"}),
+        held_out=held_out,
+        seed=seed,
+        trial_seed=trial_seed,
+        objective=parts.objective,
+        mixing=None if parts.mixing == "none" else MixSpec(across=parts.mixing == "mixstyle-across"),
+        step=StepSpec(kind="sam", rho=setting.sam_rho) if parts.step == "sam" else StepSpec(),
+        average=_average(parts.average, setting),
+        quantizer=_quantizer(parts.quantizer, setting),
+        noise=_noise(parts.noise, setting),
+        frozen=parts.frozen,
+        switch=setting.switch_step if parts.switched else None,
+    )
+
+
+def _quantizer(kind: str, setting: Setting) -> AnyQuantizer | None:
+    grid = {"bits": setting.bits, "granularity": setting.granularity}
+    match kind:
+        case "lsq":
+            own = {"scale_lr", "signed", "log_scale", "activations", "activation_bits"}
+            return QuantSpec.make(**grid, **{field: getattr(setting, field) for field in own})
+        case "inq":
+            return INQSpec.make(**grid, grid=setting.inq_grid, every=setting.inq_every)
+        case "rtn":
+            return RTNSpec.make(**grid)
+        case "obc":
+            return OBCSpec.make(**grid)
+        case _:
+            return None
+
+
+def _noise(kind: str, setting: Setting) -> NoiseSpec | None:
+    if kind == "none":
+        return None
+    size: dict[str, Any] = {"bits": setting.bits, "granularity": setting.granularity}
+    if setting.noise_amplitude is not None:
+        size = {"amplitude": setting.noise_amplitude}
+    elif setting.noise_lr is not None:
+        size = {"amplitude": setting.noise_lr * setting.lr}
+    return NoiseSpec.make(**size, persistent=kind == "kept")
+
+
+def _average(kind: Literal["last", "swa", "swad", "sma"], setting: Setting) -> AverageSpec:
+    match kind:
+        case "swa":
+            start, every, refresh = setting.swa_start, setting.swa_every, setting.refresh_batches
+            return AverageSpec(kind=kind, start=start, every=every, refresh_batches=refresh)
+        case "swad":
+            return AverageSpec(
+                kind=kind,
+                every=setting.swad_every,
+                ratio=setting.swad_ratio,
+                refresh_batches=setting.refresh_batches,
+                rule=setting.swad_rule,
+            )
+        case "sma":
+            return AverageSpec(kind=kind, start=setting.sma_start)
+        case _:
+            return AverageSpec()
+
+
+def averages(setting: Setting) -> dict[str, AverageSpec]:
+    """Return the averages of a setting by the names of their methods: SWA, SWAD, SMA."""
+    return {name: _average(METHODS[name].average, setting) for name in ("SWA", "SMA", "SWAD")}
+
+
+def replicates(parts: Method, setting: Setting) -> list[RunSpec]:
+    """Return a run for each held-out domain and seed; replicate i moves both the split's and the training's seed.
+
+    Of an ensemble there is one for each domain: the seeds are its members'.
+    """
+    return [
+        compose(parts, setting, held_out=target, seed=setting.seed + i, trial_seed=setting.trial_seed + i)
+        for target in setting.held_out
+        for i in range(1 if parts.members else setting.seeds)
+    ]
+
+
+def is_papers(parts: Method, ours: Setting, changes: Mapping[str, Any] | None = None) -> bool:
+    """Return whether the runs of a composition are the paper's own: equal specs, but for seeds and held-out domains.
+
+    Args:
+        parts: the composition.
+        ours: the setting; its data set says which of the paper's is meant.
+        changes: fields of the setting that this line of a table has otherwise, the paper's as well as ours.
+    """
+    at: dict[str, Any] = {"held_out": ours.held_out[0], "seed": 0, "trial_seed": 0}
+    mine, theirs = (each.replace(**(changes or {})) for each in (ours, for_data(PAPER, ours.dataset)))
+    return compose(parts, mine, **at) == compose(parts, theirs, **at)
+
+
+def radii_by_rise(setting: Setting, rises: Sequence[float]) -> ByRise:
+    """Return radii at which ERM's loss rises by so many nats: of all its runs in a setting, for whatever method."""
+    references = sorted(run.digest for run in replicates(METHODS["ERM"], setting))
+    return ByRise.make(rises=tuple(rises), references=tuple(references))

@@ -1,0 +1,92 @@
+"""What stands between a network's weights and its output: quantizers, trained or not, and noise in their place."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from flatlab.specs.base import Spec
+
+Granularity = Literal["channel", "tensor"]
+
+
+class QuantSpec(Spec):
+    """Learned step size quantization of the weights (Esser et al. 2020; QT-DoG App. B), and of inputs where asked."""
+
+    later = ("signed", "log_scale", "activations", "activation_bits")
+
+    kind: Literal["lsq"] = "lsq"
+    bits: int = Field(7, ge=2, le=16)
+    granularity: Granularity = "channel"
+    grad_scale: Literal["shared", "tensor", "none"] = "shared"
+    scale_lr: float = Field(1e-5, ge=0)  # the paper is silent; Adam moves a step size of 3e-3 by 0.3 % a step
+    signed: bool = True  # codes of both signs, for weights
+    log_scale: bool = False  # learn the logarithm of the step size
+    activations: Literal["none", "signed", "unsigned"] = "none"  # of the quantized layers' inputs
+    activation_bits: int = Field(8, ge=2, le=16)
+
+
+class INQSpec(Spec):
+    """Incremental quantization (Zhou et al. 2017): the largest weights are frozen on the grid, share by share."""
+
+    kind: Literal["inq"] = "inq"
+    bits: int = Field(7, ge=2, le=16)
+    granularity: Granularity = "channel"
+    grid: Literal["uniform", "power-of-two"] = "uniform"
+    fractions: tuple[float, ...] = (0.5, 0.75, 0.875, 1.0)  # frozen after each stage; the first is at the switch
+    every: int = Field(ge=1)  # steps from one stage to the next
+
+    @model_validator(mode="after")
+    def _ends_whole(self) -> Self:
+        if not self.fractions or sorted(self.fractions) != [*self.fractions] or self.fractions[-1] != 1:
+            raise ValueError(f"INQ's fractions rise to 1, as (0.5, 0.75, 0.875, 1.0); these do not: {self.fractions}.")
+        if self.fractions[0] <= 0:
+            raise ValueError(f"INQ's fractions are above 0; these begin with {self.fractions[0]:g}.")
+        if self.grid == "power-of-two" and self.bits > 8:
+            raise ValueError(f"A grid of powers of two has 2 to 8 bits, not {self.bits}.")
+        return self
+
+
+class RTNSpec(Spec):
+    """Round-to-nearest of a finished run's weights, on the grid that OBC takes; nothing is trained."""
+
+    kind: Literal["rtn"] = "rtn"
+    bits: int = Field(7, ge=2, le=16)
+    granularity: Granularity = "channel"
+
+
+class OBCSpec(Spec):
+    """Optimal brain compression of a finished run's weights (Frantar and Alistarh 2022); nothing is trained.
+
+    Calibrated on training images of the source domains. Layers with more than `exact_columns` inputs are quantized in
+    the fixed order of GPTQ (Frantar et al. 2023), since the exact order costs rows x columns^3.
+    """
+
+    kind: Literal["obc"] = "obc"
+    bits: int = Field(7, ge=2, le=16)
+    granularity: Granularity = "channel"
+    images: int = Field(1024, ge=1)  # of the source domains together
+    damping: float = Field(0.01, ge=0)  # added to the Hessian's diagonal, as a share of its mean
+    exact_columns: int = Field(640, ge=0)
+
+
+AnyQuantizer = Annotated[QuantSpec | INQSpec | RTNSpec | OBCSpec, Field(discriminator="kind")]
+
+
+class NoiseSpec(Spec):
+    """Uniform noise on the weights that a quantizer would take, from the switch on (QT-DoG, Table 15).
+
+    A fresh draw of U(-a, a) at each step: taken off again after the gradient, or, if `persistent`, kept.
+    `amplitude` is a. Where it is None, the noise has the norm, expected over draws, that rounding to `bits` has in
+    each channel at the switch: each draw of it, or, if persistent, the sum of all draws until the end.
+    """
+
+    amplitude: float | None = Field(None, ge=0)
+    persistent: bool = False
+    bits: int | None = Field(None, ge=2, le=16)
+    granularity: Granularity = "channel"
+
+    @model_validator(mode="after")
+    def _one_size(self) -> Self:
+        if (self.amplitude is None) == (self.bits is None):
+            raise ValueError("Noise has either an amplitude or the bits whose rounding it equals in norm; give one.")
+        return self

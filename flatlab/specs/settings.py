@@ -1,0 +1,210 @@
+"""SMOKE, QUICK and PAPER: how large a reproduction is, as one frozen record of numbers with their reasons."""
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from flatlab.errors import choose
+from flatlab.specs.base import Spec
+from flatlab.specs.run import RunSpec
+
+
+class Setting(Spec):
+    """Everything that a reproduction needs beyond the paper's names; shares of the schedule are of its steps."""
+
+    later = ("inq_grid", "signed", "log_scale", "activations", "activation_bits", "noise_amplitude")
+
+    name: str
+    dataset: str = "digits"
+    domains: tuple[str, ...] = ("rot0", "rot15", "rot30", "rot45")
+    held_out: tuple[str, ...] = ("rot0", "rot15", "rot30", "rot45")
+    image_size: int = 16
+    model: str = "digits-cnn"
+    weights: str = "none"
+    freeze_batchnorm: bool = False
+    augment: str = "none"
+    precision: str = "fp32"
+    test_share: float = 0.2  # of each domain, for in-domain numbers: what selects a checkpoint does not judge it
+    steps: int = Field(ge=1)
+    eval_every: int = Field(ge=1)
+    batch_size: int = Field(32, ge=1)
+    lr: float = Field(gt=0)
+    weight_decay: float = 0.0
+    bits: int = Field(7, ge=2, le=16)
+    granularity: str = "channel"
+    scale_lr: float = 1e-5
+    inq_grid: str = "uniform"
+    signed: bool = True  # codes of LSQ's weights
+    log_scale: bool = False  # of LSQ's weights
+    activations: str = "none"
+    activation_bits: int = Field(8, ge=2, le=16)
+    switch: int | None = None  # None: that share of the steps (QT-DoG App. B: 2,000 of 5,000)
+    switch_share: float = 0.4
+    noise_lr: float | None = Field(None, gt=0)  # half-width of weight noise in learning rates; None: a quantizer's norm
+    noise_amplitude: float | None = Field(None, gt=0)  # that half-width itself
+    sam_rho: float = 0.05  # Foret et al.; SWAD's baselines
+    swa_every: int = Field(100, ge=1)
+    swad_every: int = Field(100, ge=1)
+    swad_ratio: float = 0.3
+    swad_rule: Literal["paper", "released"] = "paper"  # Algorithm 1, or what SWAD's released code does
+    sma_start: int = Field(100, ge=0)
+    refresh_batches: int = Field(500, ge=1)  # for BatchNorm statistics of SWA and SWAD, unless frozen
+    seed: int = Field(0, ge=0)
+    trial_seed: int = Field(0, ge=0)
+    seeds: int = Field(3, ge=1)
+    members: int | None = Field(None, ge=1)  # of an ensemble; None: as many as the method has
+    rises: tuple[float, ...] = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5)  # nats, of ERM on the seen domains: they name radii
+    beyond: float = 1.0  # nats: one radius more, for the look
+    num_samples: int | None = Field(100, ge=2)  # directions, each on all images; None: as many as `rel_error` needs
+    rel_error: float = 0.02
+    block_size: int | None = None  # images that a direction sees, where no `num_samples` are asked for
+    images: int | None = None  # of each domain, for measurements
+    controls: bool = False  # beside what the paper shows: runs that part quantizing from freezing
+    others: tuple["Setting", ...] = ()  # the same for further data sets
+
+    @property
+    def each(self) -> tuple["Setting", ...]:
+        """This setting and those of further data sets, each by itself."""
+        return (self.replace(others=()), *self.others)
+
+    @property
+    def effort(self) -> str:
+        """How much is sampled, in words for a caption."""
+        return f"{self.num_samples} directions" if self.num_samples else f"directions for {self.rel_error:.0%} error"
+
+    @property
+    def words(self) -> str:
+        """Which data, network and seeds, in words for a title; of photographs how large and how long, too."""
+        size = {one.dataset: f" at {one.image_size} pixels, {one.steps:,} steps" for one in self.each}
+        data = ", ".join(f"{one.dataset}, {one.model}{size[one.dataset] * (one.image_size > 16)}" for one in self.each)
+        return f"{data}, {'1 seed' if self.seeds == 1 else f'{self.seeds} seeds'}"
+
+    @property
+    def interval(self) -> str:
+        """What bars and bands show, in words for a caption: one seed has no interval."""
+        return "95 % intervals over seeds" if self.seeds > 1 else "none, since one seed has no interval"
+
+    @property
+    def switch_step(self) -> int:
+        """The step at which quantization or freezing sets in."""
+        return round(self.switch_share * self.steps) if self.switch is None else self.switch
+
+    @property
+    def radii(self) -> tuple[float, ...] | None:
+        """The paper's radii for the paper's network; None: they are chosen by rise."""
+        return papers_radii(self)
+
+    @property
+    def inq_every(self) -> int:
+        """INQ's steps between stages, such that its four end where 15 % are left (750 of 5,000; methods.md 3.1)."""
+        return max(1, min(round(0.15 * self.steps), (self.steps - self.switch_step) // 3))
+
+    @property
+    def swa_start(self) -> int:
+        """SWA's first step: 60 % of the steps; the paper gives none."""
+        return round(0.6 * self.steps)
+
+
+SMOKE = Setting(
+    name="smoke",
+    steps=10,
+    eval_every=3,
+    batch_size=8,
+    lr=3e-3,
+    swa_every=1,
+    swad_every=2,
+    sma_start=2,
+    refresh_batches=2,
+    seeds=2,
+    members=2,
+    rises=(0.02, 0.5),
+    num_samples=3,
+    images=20,
+)
+
+QUICK = Setting(
+    name="quick",
+    steps=300,
+    eval_every=30,
+    lr=1e-3,  # in-domain validation above 95 % for every method; see README
+    scale_lr=2e-4,  # a fifth of lr, the paper's ratio of 1e-5 to 5e-5
+    swa_every=5,
+    swad_every=10,
+    sma_start=10,
+    refresh_batches=50,
+    seeds=3,
+    members=5,  # of each ensemble alike, so that none wins by numbers
+    num_samples=None,
+    rel_error=0.1,  # of one checkpoint: the spread over seeds is larger
+    block_size=16,  # fixed, so that all methods share their rays and no timing decides a number
+)
+
+PAPER = Setting(
+    name="paper",
+    dataset="PACS",
+    domains=("art_painting", "cartoon", "photo", "sketch"),
+    held_out=("art_painting", "cartoon", "photo", "sketch"),
+    image_size=224,
+    model="resnet50",
+    weights="imagenet",
+    freeze_batchnorm=True,
+    augment="domainbed",
+    test_share=0.0,  # the paper's split: its in-domain numbers are those of the images that select
+    steps=5000,
+    eval_every=300,
+    lr=5e-5,
+)
+
+PAPERS_RADII = tuple(float(radius) for radius in range(0, 61, 5))  # QT-DoG's Figure 3, of one network alone
+
+
+def papers_radii(one: Setting | RunSpec) -> tuple[float, ...] | None:
+    """Return the radii of the paper's figure where the network is the paper's own; None where it is another."""
+    own = all(getattr(one, field) == getattr(PAPER, field) for field in ("dataset", "model", "weights", "image_size"))
+    return PAPERS_RADII if own else None
+
+
+SETTINGS = {setting.name: setting for setting in (SMOKE, QUICK, PAPER)}
+
+
+BY_DATASET: dict[str, dict[str, Any]] = {  # where SWAD and QT-DoG depart from their own usual numbers
+    "VLCS": {"swad_every": 50, "swad_ratio": 0.2},
+    "DomainNet": {"steps": 15000, "eval_every": 1000, "switch": 8000, "swad_every": 500},
+}
+
+
+def for_data(chosen: Setting, dataset: str, *, model: str | None = None, weights: str | None = None) -> Setting:
+    """Return a setting for a data set: the network and learning rates that suit it, the chosen one's schedule.
+
+    Photographs take the paper's, digits QUICK's. BatchNorm's statistics are frozen where the network starts from
+    weights: frozen random ones mean nothing. The paper's learning rate is for pretrained weights: from scratch the
+    setting's own is kept.
+
+    Args:
+        chosen: whose schedule is kept.
+        dataset: its name; all but digits are photographs.
+        model: where another than the suiting one is wanted.
+        weights: where others than the suiting ones are wanted.
+    """
+    suiting = QUICK if dataset == QUICK.dataset else PAPER
+    start = weights or ("none" if model == QUICK.model else suiting.weights)
+    changes: dict[str, Any] = {"dataset": dataset, "weights": start, "freeze_batchnorm": start != "none"}
+    if (chosen.dataset == QUICK.dataset) != (dataset == QUICK.dataset):
+        fields = ["image_size", "model", "augment"]
+        if start != "none" or suiting is QUICK:
+            fields += ["lr", "scale_lr"]
+        changes |= {field: getattr(suiting, field) for field in fields}
+    if chosen.name == PAPER.name:
+        changes |= BY_DATASET.get(dataset, {})
+    return chosen.replace(**changes)
+
+
+def setting(chosen: str | Setting, **changes: Any) -> Setting:
+    """Return a setting with those of `changes` that are not None.
+
+    Args:
+        chosen: smoke, quick or paper, or a setting.
+        changes: fields of `Setting`; None leaves a field as it is.
+    """
+    known = SETTINGS[choose("setting", chosen, SETTINGS)] if isinstance(chosen, str) else chosen
+    return known.replace(**{field: value for field, value in changes.items() if value is not None})

@@ -1,0 +1,1 @@
+"""Where runs and measurements lie: directories named by digests, without torch."""

@@ -1,0 +1,31 @@
+"""From rises to radii: what the pilots on reference runs found, as one list for all runs beside them. Torch-free."""
+
+import numpy as np
+
+from flatlab.errors import UserError
+from flatlab.results.estimate import FloatArray
+from flatlab.specs.measurement import Probing
+from flatlab.specs.rises import ByRise
+from flatlab.store.runs import RunStore
+
+
+def by_rise(store: RunStore, radii: ByRise, spec: Probing) -> FloatArray:
+    """Return a radius for each rise: the geometric mean over the reference runs, rounded to two digits.
+
+    Args:
+        store: holds the pilots.
+        radii: what the measurement asks for.
+        spec: the measurement.
+
+    Raises:
+        UserError: where a pilot is missing, or two rises fall on one radius.
+    """
+    found = [store.find(digest).measured(pilot)[0]["radii"] for digest, pilot in spec.pilots]
+    means = np.exp(np.log(found).mean(axis=0))
+    rounded = [float(f"{radius:.1e}") for radius in means.tolist()]
+    if len(set(rounded)) < len(rounded):
+        raise UserError(
+            f"The rises must be so far apart that their radii differ in two digits, got {radii.rises} nats at radii "
+            f"{rounded}: name fewer rises."
+        )
+    return np.array(rounded)

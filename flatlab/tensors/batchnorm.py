@@ -1,0 +1,51 @@
+"""BatchNorm's running statistics, computed anew where weights have moved (Izmailov et al. 2018, section 3.2)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from flatlab.errors import UserError
+from flatlab.tensors.nested import Batch, Data, read
+
+
+class Statistics:
+    """Computes the running statistics of a model's BatchNorm layers from fixed batches, weighed by their sizes.
+
+    Args:
+        model: in eval mode, its weights wherever they are when `renew` is called; a private copy.
+        data: batches, as of training; None leaves the statistics alone.
+
+    Raises:
+        UserError: where there is nothing to compute: no BatchNorm that keeps statistics, or no sample.
+    """
+
+    def __init__(self, model: nn.Module, data: Data | None) -> None:
+        self.model = model
+        self.layers: list[Any] = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+        if data is not None and not self.layers:
+            raise UserError(
+                "The model has no BatchNorm whose statistics could be computed anew: leave `recompute` out."
+            )
+        device = next(model.parameters()).device
+        self.batches: Sequence[Batch] = [] if data is None else read("recompute", data, device)
+
+    def renew(self) -> None:
+        """Compute the statistics at the present weights."""
+        if not self.batches:
+            return
+        seen, momenta = 0, [layer.momentum for layer in self.layers]
+        try:
+            for layer in self.layers:
+                layer.reset_running_stats()
+                layer.train()
+            for batch in self.batches:
+                seen += batch.size
+                for layer in self.layers:
+                    layer.momentum = batch.size / seen  # the mean over images, however they are cut
+                self.model(batch.inputs)
+        finally:
+            for layer, momentum in zip(self.layers, momenta, strict=True):
+                layer.momentum = momentum
+                layer.eval()

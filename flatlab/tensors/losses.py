@@ -1,0 +1,84 @@
+"""Sums of a loss over a batch, whatever form the loss function gives it."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor
+
+from flatlab.errors import UserError
+from flatlab.tensors.nested import Batch
+
+Metric = Callable[[Any, Any], Tensor | tuple[Tensor, Tensor]]
+"""From outputs and targets to a mean over the samples, to one number for each of them, or to a pair of vectors: each
+sample's sum and its weight; the mean is then the sum of the sums over the sum of the weights (a mean over tokens)."""
+CLASSES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def total(loss: Metric, outputs: Any, batch: Batch) -> Tensor:
+    """Return the sum of the losses over a batch, a float64 scalar.
+
+    Args:
+        loss: gives the mean over the samples, a vector of per-sample losses, or a pair of per-sample sums and weights.
+        outputs: of the model.
+        batch: whose targets they are held against.
+
+    Raises:
+        UserError: where the loss gives none of these.
+    """
+    value = loss(outputs, batch.targets)
+    if isinstance(value, Tensor) and value.ndim == 0:
+        return value.to(wide(value)) * batch.size
+    sums = value[0] if _is_pair(value) else value
+    if isinstance(sums, Tensor) and sums.shape == (batch.size,):
+        return sums.sum(dtype=wide(sums))
+    came = f"shape {tuple(sums.shape)}" if isinstance(sums, Tensor) else f"a {type(value).__name__}"
+    raise UserError(
+        f"The loss must be a tensor of shape () or, one loss per sample, ({batch.size},), but {came} came: sum it over"
+        " its other dimensions and return the pair (sums, weights), each sample's weight being the number of what was"
+        " summed and counts, such as (targets != -100).sum(1); or average it over them, if all samples weigh alike."
+    )
+
+
+def weight(loss: Metric, outputs: Any, batch: Batch) -> Tensor | None:
+    """Return what the samples of a batch weigh together; None where a loss weighs all alike."""
+    value = loss(outputs, batch.targets)
+    if not _is_pair(value):
+        return None
+    weights = value[1]
+    if not isinstance(weights, Tensor) or weights.shape != (batch.size,) or weights.requires_grad:
+        came = f"shape {tuple(weights.shape)}" if isinstance(weights, Tensor) else f"a {type(weights).__name__}"
+        raise UserError(
+            f"The weights of a loss must have shape ({batch.size},) and not depend on the parameters, but {came} came:"
+            " count them in the targets, as (targets != -100).sum(1)."
+        )
+    return weights.sum(dtype=wide(weights))
+
+
+def _is_pair(value: Any) -> TypeGuard[tuple[Any, Any]]:
+    return isinstance(value, tuple) and len(value) == 2
+
+
+def totals(metrics: Sequence[Metric], outputs: Any, batch: Batch) -> Tensor:
+    """Return the sums (M,) of several metrics over a batch."""
+    return torch.stack([total(metric, outputs, batch) for metric in metrics])
+
+
+def total_and_hits(loss: Metric, outputs: Any, batch: Batch) -> Tensor:
+    """Return the sum of the losses, and how many samples are classified right; NaN where there are no classes."""
+    summed = total(loss, outputs, batch)
+    hits = outputs.argmax(1) == batch.targets if names_classes(outputs, batch) else summed.new_tensor(math.nan)
+    return torch.stack([summed, hits.sum(dtype=summed.dtype)])
+
+
+def wide(tensor: Tensor) -> torch.dtype:
+    """Return the dtype of sums: float64 where the device has it."""
+    return torch.float32 if tensor.device.type == "mps" else torch.float64
+
+
+def names_classes(outputs: Any, batch: Batch) -> bool:
+    """Say whether outputs (n, C) score classes that targets (n,) name, so that there is an accuracy."""
+    scores = isinstance(outputs, Tensor) and outputs.is_floating_point() and outputs.ndim == 2
+    names = isinstance(batch.targets, Tensor) and batch.targets.dtype in CLASSES
+    return scores and names and outputs.shape[1] > 1 and batch.targets.shape == (batch.size,)

@@ -1,0 +1,61 @@
+"""Forward passes that fit into memory: a batch that does not is halved, and so are its like from then on."""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from flatlab.tensors.nested import concatenate, part, tensors
+
+LOG = logging.getLogger("flatlab")
+
+
+class Halving:
+    """A model whose batches are cut where they do not fit; samples may not mix in it.
+
+    Args:
+        model: from a nest of inputs to one of outputs, samples along dimension 0 of each tensor; values come of it,
+            without a graph, also where it needs one itself (`torch.autograd.grad` in its forward pass).
+    """
+
+    def __init__(self, model: Callable[[Any], Any]) -> None:
+        self.model = model
+        self.fits: int | None = None  # samples at a time; None: whatever comes
+        self.differentiates = False  # whether the model needs a graph in its own forward pass
+
+    def __call__(self, inputs: Any) -> Any:
+        """Return the outputs of all samples."""
+        leaves = tensors(inputs)
+        size = len(leaves[0]) if leaves and leaves[0].ndim else 0
+        if self.fits and size > (step := self.fits):  # which a piece may make smaller
+            return concatenate([self(part(inputs, start, start + step)) for start in range(0, size, step)])
+        graph = self.differentiates or torch.is_grad_enabled()
+        try:
+            with torch.set_grad_enabled(graph):
+                return _values(self.model(inputs))
+        except (RuntimeError, MemoryError) as error:
+            alone = not graph and "does not require grad" in str(error)
+            if not alone and (size < 2 or not out_of_memory(error)):
+                raise
+        # Outside of `except`, whose traceback would keep the failed pass's activations alive.
+        if alone:
+            self.differentiates = True
+        else:
+            self.fits = size // 2
+            LOG.warning("Out of memory: evaluating %d images at a time instead of %d.", self.fits, size)
+        return self(inputs)
+
+
+def _values(outputs: Any) -> Any:
+    """Return outputs without the graph of a model that differentiates in its forward pass."""
+    if isinstance(outputs, Tensor):
+        return outputs.detach()
+    return tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, outputs)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, the device's or the machine's (which torch tells by a plain RuntimeError)."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
