@@ -4,7 +4,36 @@
 its standard input is closed: a worker does not outlive the command that started it, even where that was killed. On
 SIGTERM, which batch systems send, it saves the state of a training after the step that it is at, and ends with code
 143.
-"""Do all jobs that nobody else does, each as soon as what it needs is done; then help others to measure.
+"""
+
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from flatlab.errors import UserError
+from flatlab.jobs.plan import Job, WorkPlan
+from flatlab.specs.run import Place
+from flatlab.store.runs import RunStore
+
+Event = dict[str, Any]
+Emit = Callable[[Event], None]
+IDLE_SECONDS = 0.1  # between two looks at jobs that others hold
+EVENT_SECONDS = 0.2  # between two progress events of one job
+STOPPED = 128 + signal.SIGTERM  # exit code, as a shell gives for SIGTERM
+_training, _asked_to_stop = threading.Event(), threading.Event()
+
+
+def work(jobs: Sequence[Job], store: RunStore, place: Place, *, emit: Emit) -> None:
+    """Do all jobs that nobody else does, each as soon as what it needs is done; then help others to measure.
 
     Args:
         jobs: in the order in which they are tried.
