@@ -40,7 +40,8 @@ RADII = ["sphere_flatness", "average_sharpness", "worst_sharpness", "worst_rise"
 
 
 @pytest.mark.parametrize(
-    ("act", "name"), [(act, name) for name, acts in COUNTS.items() for act in acts], ids=lambda each: str(each)[:40]
+    ("act", "name"),
+    [pytest.param(act, name, id=f"{name}-{index}") for name, acts in COUNTS.items() for index, act in enumerate(acts)],
 )
 def test_a_count_is_an_integer(act, name):
     for value in NO_COUNTS:
