@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from flatlab import files, plots
 from flatlab.report import tables
 from flatlab.results.gradcam import agreement, energy
-from flatlab.specs.measurements import CamSpec
+from flatlab.specs.measurements import GradCAMSpec
 from flatlab.specs.methods import METHODS, radii_by_rise, replicates
 from flatlab.specs.run import RunSpec
 from flatlab.specs.settings import Setting
@@ -71,31 +71,31 @@ class CamFigure:
         others = [setting.held_out[i % len(setting.held_out)] for i in self.targets.values()]
         return tuple(dict.fromkeys(known or others))
 
-    def probe(self, setting: Setting) -> CamSpec:
+    def measurement(self, setting: Setting) -> GradCAMSpec:
         """Return the measurement: all figures share it."""
         chosen = setting.replace(held_out=self.held_out(setting))
         radii = setting.radii[1:5:3] if setting.radii else radii_by_rise(chosen, RISES)
         images = max(IMAGES if setting.images is None else min(IMAGES, setting.images), self.first + self.shown)
-        return CamSpec(images=images, layer=LAYERS.get(setting.model), radii=radii, num_samples=DIRECTIONS)
+        return GradCAMSpec(images=images, layer=LAYERS.get(setting.model), radii=radii, num_samples=DIRECTIONS)
 
     def labelled(self, setting: Setting) -> list[tuple[str, RunSpec]]:
         """Return each run with its method's name."""
         chosen = setting.replace(held_out=self.held_out(setting))
         return [(name, spec) for name in METHODS_SHOWN for spec in replicates(METHODS[name], chosen)]
 
-    def plan(self, setting: Setting) -> tuple[list[RunSpec], list[tuple[RunSpec, CamSpec]]]:
+    def plan(self, setting: Setting) -> tuple[list[RunSpec], list[tuple[RunSpec, GradCAMSpec]]]:
         """Return the runs and the measurements that the figure needs."""
         runs = [spec for _, spec in self.labelled(setting)]
-        return runs, [(run, self.probe(setting)) for run in runs]
+        return runs, [(run, self.measurement(setting)) for run in runs]
 
     def table(self, store: RunStore, setting: Setting) -> pd.DataFrame:
         """Return numbers of each run over images and of each method over seeds, and the pictures by path and index."""
-        probe = self.probe(setting)
+        measurement = self.measurement(setting)
         found = {}
         for label, spec in self.labelled(setting):
             run = store.run(spec)
-            arrays, _ = run.measured(probe, label)
-            found[label, spec.held_out, spec.seed] = str(run.probe(probe).result), arrays
+            arrays, _ = run.measured(measurement, label)
+            found[label, spec.held_out, spec.seed] = str(run.measurement(measurement).result), arrays
         each = pd.DataFrame(list(_numbers(found)))
         told, along = each[each["share"].isna()], each[each["share"].notna()]
         whole = [
@@ -107,16 +107,16 @@ class CamFigure:
 
     def caption(self, setting: Setting) -> str:
         """Say in a title and a line below which data, images and networks the picture shows."""
-        probe = self.probe(setting)
+        measurement = self.measurement(setting)
         moved = " and ".join(f"{each:g}" for each in (setting.radii[1:5:3] if setting.radii else RISES))
         moved = f"by γ = {moved}" if setting.radii else f"to where ERM's loss rises by {moved} nats on seen domains,"
         return (
             f"GradCAM (Figure {self.number}): {setting.words}\n"
             f"Evidence for the true class in images {self.first + 1} to {self.first + self.shown} of each held-out "
-            f"domain's in split, shuffled by seed {probe.seed}, classes in turn; networks of seed {setting.seed}. Each "
+            f"domain's in split, seed {measurement.seed}, by classes; networks of seed {setting.seed}. Each "
             "map on its own scale, and below both networks' on one. Numbers: "
-            f"{probe.images} images; bands and bars: {setting.interval}; weights moved {moved} along "
-            f"{probe.num_samples} directions. Layer: {probe.layer or 'the last with a grid'}."
+            f"{measurement.images} images; bands and bars: {setting.interval}; weights moved {moved} along "
+            f"{measurement.num_samples} directions. Layer: {measurement.layer or 'the last with a grid'}."
         )
 
     def draw(self, frame: pd.DataFrame, caption: str) -> Figure:

@@ -8,14 +8,14 @@ from matplotlib.figure import Figure
 from flatlab.report import quantization_noise, tables
 from flatlab.resources import published
 from flatlab.seeds import derive
-from flatlab.specs.measurements import QuantNoiseSpec
+from flatlab.specs.measurements import QuantizationNoiseSpec
 from flatlab.specs.methods import METHODS, replicates
 from flatlab.specs.run import RunSpec
 from flatlab.specs.settings import Setting
 from flatlab.store.runs import RunStore
 
 BASELINE, METHOD = "ERM", "QT-DoG"
-PROBE = QuantNoiseSpec()
+PROBE = QuantizationNoiseSpec()
 SUMMARY = "KL to the uniform (nats); corrected: less a uniform sample's, 95 % intervals over seeds; * excludes 0; "
 SUMMARY += "refused: share of runs in which the test refuses at 5 %"
 STAGES = ((64, 3), (128, 4), (256, 6), (512, 3))  # of ResNet-50: width and blocks
@@ -46,7 +46,7 @@ class NoiseFigure:
         """Return each run with its method's name: the quantized ones, and their baseline for the accuracies."""
         return [(name, spec) for name in (BASELINE, METHOD) for spec in replicates(METHODS[name], setting)]
 
-    def plan(self, setting: Setting) -> tuple[list[RunSpec], list[tuple[RunSpec, QuantNoiseSpec]]]:
+    def plan(self, setting: Setting) -> tuple[list[RunSpec], list[tuple[RunSpec, QuantizationNoiseSpec]]]:
         """Return the runs and the measurements that the figure needs."""
         every = self.labelled(setting)
         return [spec for _, spec in every], [(spec, PROBE) for label, spec in every if label == METHOD]

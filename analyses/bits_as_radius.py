@@ -12,7 +12,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from flatlab.report import rounding, tables
-from flatlab.specs.measurements import RadiusSpec
+from flatlab.specs.measurements import RoundingSpec
 from flatlab.specs.methods import METHODS, replicates
 from flatlab.specs.run import RunSpec
 from flatlab.specs.settings import Setting
@@ -28,10 +28,10 @@ SUMMARY += "directions, 95 % intervals over seeds; * excludes 0"
 PANELS = {"train": "seen domains", "test": "unseen domain"}
 
 
-def probe(setting: Setting) -> RadiusSpec:
+def measurement(setting: Setting) -> RoundingSpec:
     """Return the measurement of each run."""
     directions = setting.num_samples or DIRECTIONS
-    return RadiusSpec.make(
+    return RoundingSpec.make(
         images=setting.images or IMAGES,
         num_samples=directions,
         layer_bits=LAYER_BITS,
@@ -44,15 +44,17 @@ def labelled(setting: Setting) -> list[tuple[str, RunSpec]]:
     return [(name, spec) for name in ORDER for spec in replicates(METHODS[name], setting)]
 
 
-def plan(setting: Setting) -> tuple[list[RunSpec], list[tuple[RunSpec, RadiusSpec]]]:
+def plan(setting: Setting) -> tuple[list[RunSpec], list[tuple[RunSpec, RoundingSpec]]]:
     """Return the runs and the measurements that the figure needs."""
     runs = [spec for _, spec in labelled(setting)]
-    return runs, [(run, probe(setting)) for run in runs]
+    return runs, [(run, measurement(setting)) for run in runs]
 
 
 def table(store: RunStore, setting: Setting) -> pd.DataFrame:
     """Return the rises of each run with intervals over directions, and of each method over seeds."""
-    return rounding.with_seeds(rounding.rises(store, [(name, run, probe(setting)) for name, run in labelled(setting)]))
+    return rounding.with_seeds(
+        rounding.rises(store, [(name, run, measurement(setting)) for name, run in labelled(setting)])
+    )
 
 
 def findings(frame: pd.DataFrame) -> pd.DataFrame:
@@ -118,7 +120,7 @@ def _layer_by_layer(found: pd.DataFrame) -> list[str]:
 
 def caption(setting: Setting) -> str:
     """Say in a title and a line below which data, seeds and directions the picture shows."""
-    chosen = probe(setting)
+    chosen = measurement(setting)
     return (
         f"What a bit width is worth as a radius: {setting.words}\n"
         f"Seen domains, {chosen.images} images of each; {chosen.num_samples} random directions beside each bit width. "

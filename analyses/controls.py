@@ -12,7 +12,7 @@ from analyses import fig3
 from flatlab import plots
 from flatlab.report import percent, stability, tables, verdicts
 from flatlab.report.areas import UP_TO, areas, limits, named_by_rise
-from flatlab.specs.measurements import ProbeSpec
+from flatlab.specs.measurements import SphereSpec
 from flatlab.specs.methods import METHODS, RELEASED, replicates
 from flatlab.specs.run import RunSpec
 from flatlab.specs.settings import Setting
@@ -56,10 +56,10 @@ def labelled(setting: Setting) -> list[tuple[str, RunSpec]]:
     return [(name, spec) for name in ORDER for spec in replicates(METHODS[name], setting)]
 
 
-def plan(setting: Setting) -> tuple[list[RunSpec], list[tuple[RunSpec, ProbeSpec]]]:
+def plan(setting: Setting) -> tuple[list[RunSpec], list[tuple[RunSpec, SphereSpec]]]:
     """Return the runs, and Figure 3's measurements of them."""
     runs = [spec for _, spec in labelled(setting)]
-    return runs, [(run, probe) for run in runs for probe in fig3.probes(setting)]
+    return runs, [(run, measurement) for run in runs for measurement in fig3.measurements(setting)]
 
 
 def table(store: RunStore, setting: Setting) -> pd.DataFrame:
@@ -79,7 +79,9 @@ def _unrest(store: RunStore, runs: list[tuple[str, RunSpec]], since: int) -> pd.
 
 
 def _flatness(store: RunStore, runs: list[tuple[str, RunSpec]], setting: Setting) -> pd.DataFrame:
-    found = tables.flatness(store, [(method, run, probe) for method, run in runs for probe in fig3.probes(setting)])
+    found = tables.flatness(
+        store, [(method, run, measurement) for method, run in runs for measurement in fig3.measurements(setting)]
+    )
     each = named_by_rise(found, BASELINE)
     means = areas(each, limits(each))
     return means.assign(measure=means["panel"].map(fig3.SHORT) + ", " + means["normalisation"])

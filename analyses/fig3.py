@@ -18,7 +18,7 @@ from flatlab import plots
 from flatlab.report import tables, verdicts
 from flatlab.report.areas import UP_TO, areas, limits, named_by_rise
 from flatlab.resources import published
-from flatlab.specs.measurements import ProbeSpec
+from flatlab.specs.measurements import SphereSpec
 from flatlab.specs.methods import METHODS, radii_by_rise, replicates
 from flatlab.specs.run import RunSpec
 from flatlab.specs.settings import PAPER, Setting
@@ -43,13 +43,13 @@ SYMBOLS = {"none": "γ", "filter": "ρ"}
 AXES = {"none": "Radius γ (L2 distance)", "filter": "Relative radius ρ (share of each filter's norm)"}
 
 
-def probes(setting: Setting) -> list[ProbeSpec]:
+def measurements(setting: Setting) -> list[SphereSpec]:
     """Return the two measurements of each run: raw, and filter-normalised."""
     shared = {field: getattr(setting, field) for field in SAMPLING}
     risen = radii_by_rise(setting, (*setting.rises, setting.beyond))
     return [
-        ProbeSpec.make(radii=setting.radii or risen, normalisation="none", **shared),
-        ProbeSpec.make(radii=risen, normalisation="filter", **shared),
+        SphereSpec.make(radii=setting.radii or risen, normalisation="none", **shared),
+        SphereSpec.make(radii=risen, normalisation="filter", **shared),
     ]
 
 
@@ -58,15 +58,15 @@ def labelled(setting: Setting) -> list[tuple[str, RunSpec]]:
     return [(name, spec) for name in ORDER for spec in replicates(METHODS[name], setting)]
 
 
-def plan(setting: Setting) -> tuple[list[RunSpec], list[tuple[RunSpec, ProbeSpec]]]:
+def plan(setting: Setting) -> tuple[list[RunSpec], list[tuple[RunSpec, SphereSpec]]]:
     """Return the runs and the measurements that the figure needs."""
     runs = [spec for _, spec in labelled(setting)]
-    return runs, [(run, probe) for run in runs for probe in probes(setting)]
+    return runs, [(run, measurement) for run in runs for measurement in measurements(setting)]
 
 
 def table(store: RunStore, setting: Setting) -> pd.DataFrame:
     """Return the curves: of each run with intervals over directions, and of each method over seeds."""
-    wanted = [(name, run, probe) for name, run in labelled(setting) for probe in probes(setting)]
+    wanted = [(name, run, measurement) for name, run in labelled(setting) for measurement in measurements(setting)]
     each = named_by_rise(tables.flatness(store, wanted), BASELINE)
     whole = pd.concat([each, tables.over_seeds(each, GROUP)], ignore_index=True)
     return _with_published(whole, setting)[COLUMNS]

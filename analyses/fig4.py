@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from flatlab.report import stability, tables, verdicts
 from flatlab.resources import published
-from flatlab.specs.measurement import Probing
+from flatlab.specs.measurement import MeasurementSpec
 from flatlab.specs.methods import METHODS, RELEASED, replicates
 from flatlab.specs.run import RunSpec
 from flatlab.specs.settings import Setting
@@ -44,7 +44,7 @@ def labelled(setting: Setting) -> list[tuple[str, RunSpec]]:
     return [(name, spec) for name in order(setting) for spec in replicates(METHODS[name], chosen)]
 
 
-def plan(setting: Setting) -> tuple[list[RunSpec], list[tuple[RunSpec, Probing]]]:
+def plan(setting: Setting) -> tuple[list[RunSpec], list[tuple[RunSpec, MeasurementSpec]]]:
     """Return the runs that the figure needs; their logs hold all of it."""
     return [spec for _, spec in labelled(setting)], []
 

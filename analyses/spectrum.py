@@ -33,7 +33,7 @@ EFFORT = {  # few images and products, where a figure is to be had in minutes: t
 }
 
 
-def probes(setting: Setting) -> list[SpectrumSpec]:
+def measurements(setting: Setting) -> list[SpectrumSpec]:
     """Return the two measurements of each run: on the seen domains, and on the unseen one."""
     return [SpectrumSpec.make(domains=domains, **EFFORT[setting.name]) for domains in TITLES]
 
@@ -41,12 +41,12 @@ def probes(setting: Setting) -> list[SpectrumSpec]:
 def plan(setting: Setting) -> tuple[list[RunSpec], list[tuple[RunSpec, SpectrumSpec]]]:
     """Return the runs and the measurements that the figure needs."""
     runs = [spec for _, spec in labelled(setting)]
-    return runs, [(run, probe) for run in runs for probe in probes(setting)]
+    return runs, [(run, measurement) for run in runs for measurement in measurements(setting)]
 
 
 def table(store: RunStore, setting: Setting) -> pd.DataFrame:
     """Return top eigenvalue and trace of each run, and the mean density of each method over seeds and targets."""
-    wanted = [(name, run, probe) for name, run in labelled(setting) for probe in probes(setting)]
+    wanted = [(name, run, measurement) for name, run in labelled(setting) for measurement in measurements(setting)]
     each = spectrum.numbers(store, wanted)
     each = each[(each["index"] == 0) & each["number"].isin(["eigenvalue", TRACE])]
     each = each.assign(number=each["number"].replace("eigenvalue", TOP))

@@ -37,7 +37,7 @@ EFFORT = {  # all places are evaluated: a mean over methods needs the same ones
 }
 
 
-def probe(setting: Setting) -> SurfaceSpec:
+def measurement(setting: Setting) -> SurfaceSpec:
     """Return the measurement of each run."""
     return SurfaceSpec.make(refine=None, **EFFORT[setting.name])
 
@@ -45,7 +45,7 @@ def probe(setting: Setting) -> SurfaceSpec:
 def plan(setting: Setting) -> tuple[list[RunSpec], list[tuple[RunSpec, SurfaceSpec]]]:
     """Return the runs and the measurements that the figure needs."""
     runs = [spec for _, spec in labelled(setting)]
-    return runs, [(run, probe(setting)) for run in runs]
+    return runs, [(run, measurement(setting)) for run in runs]
 
 
 def table(store: RunStore, setting: Setting) -> pd.DataFrame:
@@ -54,7 +54,7 @@ def table(store: RunStore, setting: Setting) -> pd.DataFrame:
     sums: dict[tuple[str, str], Values] = {}
     counts: dict[tuple[str, str], int] = {}
     for name, spec in labelled(setting):
-        found = surface.surface(store.run(spec), probe(setting))
+        found = surface.surface(store.run(spec), measurement(setting))
         for panel in TITLES:
             values = surface.of_panel(found, panel, spec.held_out)
             middle = len(found.x) // 2

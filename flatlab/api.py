@@ -35,7 +35,7 @@ from flatlab.metrics.surfaces.directions import (
     trajectory_directions,
 )
 from flatlab.metrics.surfaces.planes import line, plane
-from flatlab.metrics.trace_check import triangle
+from flatlab.metrics.trace_check import trace_check
 from flatlab.models.networks import Ensemble, Network, build_network
 from flatlab.quant.attach import attach, attach_activations, bake, clamp_scales
 from flatlab.quant.calibration import second_moments
@@ -47,14 +47,14 @@ from flatlab.report.stability import stability as accuracy_stability
 from flatlab.results.connectivity import Connection
 from flatlab.results.gradcam import ClassMaps
 from flatlab.results.quantization_noise import QuantizationNoise, Symmetry
-from flatlab.results.rounding import TypicalRise
+from flatlab.results.rounding import RoundingRise
 from flatlab.results.scale_audit import ScaleAudit
 from flatlab.results.sharpness import AverageSharpness, WorstRise, WorstSharpness
 from flatlab.results.spectrum import PILOT, SpectralDensity, Spectrum, Trace
 from flatlab.results.sphere import PairedDifference, SphereFlatness
 from flatlab.results.surface import Profile, Surface
-from flatlab.results.trace_check import Triangle
-from flatlab.specs.measurements import ProbeSpec, QuantNoiseSpec, RadiusSpec
+from flatlab.results.trace_check import TraceCheck
+from flatlab.specs.measurements import QuantizationNoiseSpec, RoundingSpec, SphereSpec
 from flatlab.specs.methods import METHODS, Method, compose, replicates, vary
 from flatlab.specs.quantizers import INQSpec, NoiseSpec, OBCSpec, QuantSpec, RTNSpec
 from flatlab.specs.run import AverageSpec, MixSpec, Place, RunSpec, StepSpec
@@ -76,7 +76,7 @@ line = counted(line)
 plane = counted(plane)
 connect = counted(connect)
 scale_audit = counted(scale_audit)
-triangle = counted(triangle)
+trace_check = counted(trace_check)
 gradcam = counted(gradcam)
 hessian_spectrum = counted(hessian_spectrum, products=lambda given: 3 * int(given.get("k", 10)))
 hessian_trace = counted(hessian_trace, products=lambda given: DEFLATE + PILOT)
@@ -112,7 +112,7 @@ __all__ = [
     "QuantizationNoise",
     "Symmetry",
     "typical_rise",
-    "TypicalRise",
+    "RoundingRise",
     # out of domain
     "accuracy_stability",
     "Stability",
@@ -136,8 +136,8 @@ __all__ = [
     # audits
     "scale_audit",
     "ScaleAudit",
-    "triangle",
-    "Triangle",
+    "trace_check",
+    "TraceCheck",
     # networks and quantizers
     "Network",
     "Ensemble",
@@ -165,9 +165,9 @@ __all__ = [
     "Setting",
     "setting",
     "RunSpec",
-    "ProbeSpec",
-    "QuantNoiseSpec",
-    "RadiusSpec",
+    "SphereSpec",
+    "QuantizationNoiseSpec",
+    "RoundingSpec",
     "QuantSpec",
     "INQSpec",
     "RTNSpec",

@@ -43,7 +43,7 @@ HOST = platform.node()
 SCRATCH, HELD = "flatlab-", ".flatlab.lock"  # of a folder for temporary files: how it begins, and what it holds
 _DIGEST = "[0-9a-f]{16}"  # below: what lies in a store (runs.py); an export that is written there has no owner
 _IN_STORE = re.compile(
-    rf"(?:.*?/)?({_DIGEST}/(?:(?:checkpoints|state|kept|probes/{_DIGEST})/[^/]+|[a-z]+\.jsonl?|done))"
+    rf"(?:.*?/)?({_DIGEST}/(?:(?:checkpoints|state|kept|measurements/{_DIGEST})/[^/]+|[a-z]+\.jsonl?|done))"
 )
 _REMEDY = (
     "Delete it, and the `done` of its run or measurement where there is one, and repeat the command: what was in it is "

@@ -22,7 +22,7 @@ from flatlab.specs.run import Place
 from flatlab.specs.settings import QUICK, Setting
 from flatlab.store.runs import Run, RunStore, check_data
 
-Hear = Callable[[dict[str, Any]], None]
+OnEvent = Callable[[dict[str, Any]], None]
 PUBLISHED = "As published: other data or another protocol than ours, so that neither values nor order are compared"
 ACCURACIES = "Accuracies by training-domain validation, means over targets and seeds"
 
@@ -84,13 +84,15 @@ def missing_of(modules: Iterable[ModuleType], setting: Setting, store: RunStore,
     """Return the jobs that figures and tables still need, together: what several need is done once."""
     plans = [module.plan(setting) for module in modules]
     runs = [run for wanted, _ in plans for run in wanted]
-    probes = [pair for _, pairs in plans for pair in pairs]
+    measurements = [pair for _, pairs in plans for pair in pairs]
     todo = []
     for one in setting.each:
         sizes = catalog.sizes(one.dataset, Path(place.data_dir) if place.data_dir else None)
         mine = [run for run in runs if run.dataset == one.dataset]
         check_data(map(store.run, mine), place)
-        todo += jobs_plan.missing(store, mine, [pair for pair in probes if pair[0].dataset == one.dataset], sizes=sizes)
+        todo += jobs_plan.missing(
+            store, mine, [pair for pair in measurements if pair[0].dataset == one.dataset], sizes=sizes
+        )
     return todo
 
 
@@ -98,15 +100,15 @@ def _name(module: ModuleType) -> str:
     return module.__name__.rsplit(".", 1)[-1]
 
 
-def carry_out(todo: list[Job], store: RunStore, place: Place, *, workers: int, hear: Hear) -> None:
+def carry_out(todo: list[Job], store: RunStore, place: Place, *, workers: int, on_event: OnEvent) -> None:
     """Do jobs in worker processes.
 
     Args:
         todo: the jobs.
-        store: receives runs and probes.
+        store: receives runs and measurements.
         place: data, device, threads.
         workers: processes.
-        hear: called with the workers' events.
+        on_event: called with the workers' events.
 
     Raises:
         UserError: each sentence once, with the job that met it.
@@ -115,7 +117,7 @@ def carry_out(todo: list[Job], store: RunStore, place: Place, *, workers: int, h
         return
     store.root.mkdir(parents=True, exist_ok=True)
     plan = WorkPlan(store=str(store.root.resolve()), place=place, jobs=tuple(todo))
-    errors = local.run_locally(plan, workers=workers, hear=hear)
+    errors = local.run_locally(plan, workers=workers, on_event=on_event)
     if errors:
         raise UserError(*_told(errors)) from _traces(errors)
 
@@ -162,7 +164,7 @@ def write(module: ModuleType, setting: Setting, store: RunStore, *, out: Path, r
     Args:
         module: of the figure or table.
         setting: as it was run.
-        store: holds the runs and probes.
+        store: holds the runs and measurements.
         out: folder of the pictures; those of other data than digits go into a folder of their own in it.
         redo: the command line that does it again.
     """
@@ -210,20 +212,23 @@ def _published(module: ModuleType, frame: pd.DataFrame) -> list[str]:
 
 
 def _facts(module: ModuleType, setting: Setting, store: RunStore) -> dict[str, Any]:
-    runs, probes = module.plan(setting)
+    runs, measurements = module.plan(setting)
     here = [store.run(spec) for spec in runs]
-    measured = [store.run(run).probe(probe) for run, probe in [*jobs_plan.pilots(store, runs, probes), *probes]]
+    measured = [
+        store.run(run).measurement(measurement)
+        for run, measurement in [*jobs_plan.pilots(store, runs, measurements), *measurements]
+    ]
     return {
         "figure": (module.__doc__ or "").splitlines()[0],
         "setting": setting.model_dump(mode="json"),
         "runs": {run.spec.digest: run.spec.model_dump(mode="json") for run in here},
-        "probes": {probe.spec.digest: probe.spec.model_dump(mode="json") for probe in measured},
+        "measurements": {measurement.spec.digest: measurement.spec.model_dump(mode="json") for measurement in measured},
         "data_fingerprint": sorted({run.provenance.get("data_fingerprint", "unknown") for run in here}),
         "machine": environment.facts(),  # that drew; below, those that trained and measured
         "machines": _distinct([entry.provenance.get("machine") for entry in (*here, *measured)]),
         "cost": {
             "training_seconds": round(sum(_seconds(run.provenance) for run in here if "passes" in run.provenance), 1),
-            "measuring_seconds": round(sum(probe.provenance.get("seconds", 0) for probe in measured), 1),
+            "measuring_seconds": round(sum(measurement.provenance.get("seconds", 0) for measurement in measured), 1),
         },
     }
 

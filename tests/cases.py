@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from flatlab import seeds
 from flatlab.landscape.landscape import Landscape
 from flatlab.metrics.flatness import sphere
-from flatlab.metrics.flatness.perturbations import draw_ray
+from flatlab.metrics.flatness.perturbations import draw_direction
 from flatlab.metrics.flatness.sampler import Sampler
 from flatlab.metrics.flatness.sphere import sphere_flatness
 
@@ -144,7 +144,7 @@ def at_a_minimum():
 
 def walked(landscape, radii, rays, *, seed=0, normalisation="none"):
     """Rises (K, R, S) of the crossed design, one evaluation after the other: shares no code with the sampler."""
-    drawn = [draw_ray(landscape, seed, k, normalisation=normalisation) for k in rays]
+    drawn = [draw_direction(landscape, seed, k, normalisation=normalisation) for k in rays]
     here = landscape.evaluate().losses
     ends = [[landscape.evaluate(landscape.point + r * ray).losses - here for r in radii] for ray in drawn]
     return np.array(ends)

@@ -28,11 +28,11 @@ class Answer:
 def workers_here():
     """Do the workers' jobs in this process: starting one takes two seconds."""
 
-    def run(plan, *, workers, hear):
+    def run(plan, *, workers, on_event):
         heard = []
 
         def emit(event):
-            hear(event)
+            on_event(event)
             heard.append(event)
 
         work(plan.jobs, RunStore(plan.store), plan.place, emit=emit)

@@ -12,7 +12,7 @@ import pytest
 from flatlab.errors import UserError
 from flatlab.loading import data as loading_data
 from flatlab.metrics.flatness import sampler
-from flatlab.specs.measurements import ProbeSpec
+from flatlab.specs.measurements import SphereSpec
 from flatlab.specs.methods import METHODS, compose, vary
 from flatlab.specs.run import Place
 from flatlab.specs.settings import SMOKE
@@ -23,7 +23,7 @@ from flatlab.train.trajectory import Trajectory
 PLACE = Place(device="cpu")
 LAST, SWITCH = 13, 6  # neither is an evaluation's step
 TINY = SMOKE.replace(steps=LAST, eval_every=4, switch=SWITCH, swad_every=2, sma_start=3, swa_every=2)
-PROBE = ProbeSpec(radii=(0.0, 1.0), num_samples=25, images=8)  # four units, the last one short
+PROBE = SphereSpec(radii=(0.0, 1.0), num_samples=25, images=8)  # four units, the last one short
 SIZES = {"rot0": 450, "rot15": 449, "rot30": 449, "rot45": 449}
 
 

@@ -145,11 +145,11 @@ def test_an_accuracy_is_planned_by_a_pilot_whose_plan_is_kept(flatlab, store, tm
     rows = pd.DataFrame(json.loads(flatlab(*given, "--dry-run", "--json").out))
     assert rows["radius"].tolist() == [1, 4] and (rows["images"] >= rows["visits"] * rows["block_size"]).all()
     assert (rows["core_seconds"] > 0).all()
-    (probe,) = (each for each in RunStore(store).find(digest).probes() if not each.done)
-    (plan,) = probe.path.glob("unit-plan*")
+    (measurement,) = (each for each in RunStore(store).find(digest).measurements() if not each.done)
+    (plan,) = measurement.path.glob("unit-plan*")
     before = plan.read_bytes()
     answer = flatlab(*given)
-    assert answer.code == 0 and probe.done and plan.read_bytes() == before and "What the pilots" not in answer.out
+    assert answer.code == 0 and measurement.done and plan.read_bytes() == before and "What the pilots" not in answer.out
 
 
 def test_flatness_says_which_is_flatter(flatlab, store, tmp_path):

@@ -12,7 +12,7 @@ from flatlab import files, seeds
 from flatlab.errors import UserError
 from flatlab.measure.runner import measure
 from flatlab.store.merging import merge
-from flatlab.store.runs import Probe, Run, RunStore
+from flatlab.store.runs import Measurement, Run, RunStore
 from flatlab.train.loop import train
 
 RUN, OTHER = GROUP[0], GROUP[3]
@@ -82,9 +82,9 @@ DAMAGE = {
     "selected": "checkpoints/selected.safetensors",
     "log": "log.jsonl",
     "spec": "spec.json",
-    "unit": f"probes/{PROBE.digest}/{UNIT}",
-    "result": f"probes/{PROBE.digest}/result.safetensors",
-    "probe's spec": f"probes/{PROBE.digest}/spec.json",
+    "unit": f"measurements/{PROBE.digest}/{UNIT}",
+    "result": f"measurements/{PROBE.digest}/result.safetensors",
+    "probe's spec": f"measurements/{PROBE.digest}/spec.json",
 }
 
 
@@ -112,13 +112,13 @@ def test_damage_is_named(store, name, how):
     elif path.name == "log.jsonl":
         refuses(store.run(RUN).rows, path, "is damaged")
     else:
-        refuses(lambda: [run.probes() for run in store.runs()], path, "is damaged")
+        refuses(lambda: [run.measurements() for run in store.runs()], path, "is damaged")
 
 
 def _readers(store):
     """What is read of each file of the run and its measurement, by the file's path."""
     run = store.run(RUN)
-    probe = run.probe(PROBE)
+    measurement = run.measurement(PROBE)
     return {
         run.path / "spec.json": lambda: Run.read(run.path).spec,
         run.path / "done": run.hashes,
@@ -126,11 +126,11 @@ def _readers(store):
         run.path / "log.jsonl": run.rows,
         run.checkpoint("last"): lambda: _plain(files.load_arrays(run.checkpoint("last"))),
         run.checkpoint("selected"): lambda: _plain(files.load_arrays(run.checkpoint("selected"))),
-        probe.path / "spec.json": lambda: Probe.read(probe.path).spec,
-        probe.path / "done": probe.hashes,
-        probe.path / "provenance.json": lambda: probe.provenance,
-        probe.path / UNIT: lambda: _plain(files.load_arrays(probe.path / UNIT)),
-        probe.result: lambda: _plain(run.measured(PROBE)),
+        measurement.path / "spec.json": lambda: Measurement.read(measurement.path).spec,
+        measurement.path / "done": measurement.hashes,
+        measurement.path / "provenance.json": lambda: measurement.provenance,
+        measurement.path / UNIT: lambda: _plain(files.load_arrays(measurement.path / UNIT)),
+        measurement.result: lambda: _plain(run.measured(PROBE)),
     }
 
 
@@ -190,13 +190,13 @@ def test_a_damaged_provenance_is_named(store):
 
 
 def test_a_run_with_a_damaged_checkpoint_is_neither_measured_nor_retrained(store):
-    run, probe = store.run(RUN), PROBE.replace(seed=1)
+    run, measurement = store.run(RUN), PROBE.replace(seed=1)
     flip(run.checkpoint("selected"), 20_000)
     before = run.checkpoint("selected").read_bytes()
-    refuses(lambda: measure(run, probe, PLACE), run.checkpoint("selected"), "is damaged", "Delete it")
+    refuses(lambda: measure(run, measurement, PLACE), run.checkpoint("selected"), "is damaged", "Delete it")
     train([RUN], store, PLACE)
     assert run.checkpoint("selected").read_bytes() == before
-    assert not run.probe(probe).done
+    assert not run.measurement(measurement).done
 
 
 def test_what_the_sentence_says_mends_it(made, store):
@@ -209,15 +209,15 @@ def test_what_the_sentence_says_mends_it(made, store):
 
 
 def test_a_damaged_unit_is_not_used(made, store):
-    probe = store.run(RUN).probe(PROBE)
-    (probe.path / "done").unlink()
-    unit = probe.path / UNIT
+    measurement = store.run(RUN).measurement(PROBE)
+    (measurement.path / "done").unlink()
+    unit = measurement.path / UNIT
     flip(unit, 8 * unit.stat().st_size - 20)
     assert [str(unit) in fault for fault in store.faults()] == [True]
     refuses(lambda: measure(store.run(RUN), PROBE, PLACE), unit, "is damaged")
     unit.unlink()
     measure(store.run(RUN), PROBE, PLACE)
-    assert content(probe) == content(made.run(RUN).probe(PROBE))
+    assert content(measurement) == content(made.run(RUN).measurement(PROBE))
 
 
 @pytest.mark.parametrize("name", ["resume", "fork-6"])

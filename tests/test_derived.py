@@ -27,7 +27,7 @@ from flatlab.loading import network as loading_network
 from flatlab.measure import inputs as measure_inputs
 from flatlab.quant.attach import quantized_layers
 from flatlab.quant.codebook import initial_scale, searched_scale
-from flatlab.specs.measurements import ProbeSpec
+from flatlab.specs.measurements import SphereSpec
 from flatlab.specs.methods import METHODS, Method, compose
 from flatlab.specs.quantizers import INQSpec, NoiseSpec, OBCSpec
 from flatlab.specs.run import AverageSpec
@@ -140,9 +140,11 @@ def test_a_derived_run_without_its_parent_is_refused(tmp_path):
 def test_settled_codes_have_no_latent_landscape(erm, tmp_path):
     store, wanted = copied(erm, tmp_path / "store"), spec(quantizer="rtn")
     train([wanted], store, PLACE)
-    probe = ProbeSpec(radii=(0.0, 1.0), images=8)
-    refuses(lambda: measure_inputs.landscape(store.run(wanted), probe.replace(space="latent"), PLACE), "settled codes")
-    assert measure_inputs.landscape(store.run(wanted), probe, PLACE).num_params == 33658
+    measurement = SphereSpec(radii=(0.0, 1.0), images=8)
+    refuses(
+        lambda: measure_inputs.landscape(store.run(wanted), measurement.replace(space="latent"), PLACE), "settled codes"
+    )
+    assert measure_inputs.landscape(store.run(wanted), measurement, PLACE).num_params == 33658
 
 
 def test_a_plan_trains_the_parent_first(tmp_path):

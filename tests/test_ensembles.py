@@ -17,7 +17,7 @@ from flatlab.measure.inputs import landscape
 from flatlab.measure.runner import measure
 from flatlab.models.networks import Ensemble
 from flatlab.quant.attach import bake, quantized_layers
-from flatlab.specs.measurements import ProbeSpec
+from flatlab.specs.measurements import SphereSpec
 from flatlab.specs.methods import METHODS, compose
 from flatlab.store.runs import RunStore
 from flatlab.train.derived import join
@@ -92,10 +92,10 @@ def test_an_ensemble_is_baked_and_measured_as_any_run(store):
     before = network(torch.ones(2, 1, 16, 16))
     bake(network)
     assert not quantized_layers(network) and torch.equal(network(torch.ones(2, 1, 16, 16)), before)
-    probe = ProbeSpec(radii=(0.0, 1.0), num_samples=2, images=8)
-    measure(run, probe, PLACE)
-    assert run.probe(probe).done
-    assert landscape(run, probe, PLACE).num_params == 3 * landscape(store.run(ERM), probe, PLACE).num_params
+    measurement = SphereSpec(radii=(0.0, 1.0), num_samples=2, images=8)
+    measure(run, measurement, PLACE)
+    assert run.measurement(measurement).done
+    assert landscape(run, measurement, PLACE).num_params == 3 * landscape(store.run(ERM), measurement, PLACE).num_params
 
 
 def test_members_are_trained_first_and_shared_with_who_else_wants_them(tmp_path):

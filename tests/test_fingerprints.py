@@ -120,7 +120,7 @@ def test_reproduce_and_list_compare_too(tmp_path):
     run.note(data_fingerprint=fingerprints.at_hand("digits", None, None))
     run.finish()
     todo = reproduce.missing(module, SMOKE, store, PLACE)
-    assert first not in [each for job in todo if not job.probes for each in job.runs]
+    assert first not in [each for job in todo if not job.measurements for each in job.runs]
     run.note(data_fingerprint="0" * 64)
     refuses(lambda: reproduce.missing(module, SMOKE, store, PLACE), "The data of digits differ", first.digest)
     refuses(lambda: reproduce.missing_of([module], SMOKE, store, PLACE), "The data of digits differ", first.digest)

@@ -19,9 +19,9 @@ def _todo(store):
 
 
 def test_missing_groups_by_trajectory(store):
-    trainings = {job.runs[0]: job for job in _todo(store) if not job.probes}
+    trainings = {job.runs[0]: job for job in _todo(store) if not job.measurements}
     train, other, fork, freeze = (trainings.pop(run) for run in (ERM, OTHER, QT, spec("freeze")))
-    measures = [job for job in _todo(store) if job.probes]
+    measures = [job for job in _todo(store) if job.measurements]
     assert not trainings
     assert set(train.runs) == set(GROUP)
     assert train.runs[0] == ERM  # the leader is the trajectory's own run
@@ -29,14 +29,14 @@ def test_missing_groups_by_trajectory(store):
     assert fork.needs == freeze.needs == (ERM.digest,)
     assert (other.runs, other.forks, other.needs) == ((OTHER,), (), ())
     assert [(job.runs, job.needs) for job in measures] == [((ERM,), (ERM.digest,)), ((QT,), (QT.digest,))]
-    assert [len(job.probes) for job in measures] == [2, 1]
+    assert [len(job.measurements) for job in measures] == [2, 1]
 
 
 def test_the_longest_comes_first_and_what_others_need(store):
     todo = _todo(store)
     needed = [todo.index(job) for job in todo if job.forks]
     assert needed == [0]
-    assert [bool(job.probes) for job in todo] == sorted(bool(job.probes) for job in todo)
+    assert [bool(job.measurements) for job in todo] == sorted(bool(job.measurements) for job in todo)
 
 
 def test_the_leader_does_not_depend_on_the_order(store):
@@ -59,14 +59,14 @@ def test_what_is_done_already_is_left_out_and_not_waited_for(store):
     store.run(ERM).finish()
     todo = {job.runs: job for job in _todo(store)}
     assert (tuple(GROUP[i] for i in (3, 1, 2)) in todo, (ERM,) in todo) == (True, True)
-    assert todo[(ERM,)].probes
+    assert todo[(ERM,)].measurements
     assert todo[(ERM,)].needs == ()
 
 
 def test_probes_bring_their_runs(store):
-    train, probe = jobs_plan.missing(store, [], [(ERM, PROBE)], sizes=SIZES)
+    train, measurement = jobs_plan.missing(store, [], [(ERM, PROBE)], sizes=SIZES)
     assert train.runs == (ERM,)
-    assert probe.needs == (ERM.digest,)
+    assert measurement.needs == (ERM.digest,)
 
 
 def test_forks_are_written_under_a_claim(store):
@@ -88,8 +88,8 @@ def test_costs(store):
     before = jobs_plan.training_passes(ERM.replace(steps=QT.switch - 1), SIZES, forked=False)
     assert forked + before == pytest.approx(alone)
     (_, pair), (_, one), (_, two) = [
-        jobs_plan.missing(store, [], [(ERM, probe) for probe in probes], sizes=SIZES)
-        for probes in ([PROBE, PROBE.replace(seed=1)], [PROBE], [PROBE.replace(seed=1)])
+        jobs_plan.missing(store, [], [(ERM, measurement) for measurement in measurements], sizes=SIZES)
+        for measurements in ([PROBE, PROBE.replace(seed=1)], [PROBE], [PROBE.replace(seed=1)])
     ]
     assert pair.passes == one.passes + two.passes == 2 * 4 * 8 * 25
 

@@ -10,7 +10,7 @@ from cases import in_blocks
 
 from flatlab.landscape.landscape import Landscape
 from flatlab.metrics.flatness.sphere import sphere_flatness
-from flatlab.tensors.memory import Halving
+from flatlab.tensors.memory import SplitOnOOM
 
 
 def refusing(model, most):
@@ -52,9 +52,9 @@ def test_nests_are_cut_and_joined_and_other_errors_pass():
         return {"sum": inputs["x"] + inputs["y"][0]}
 
     x = torch.arange(7.0)
-    halving = Halving(model)
+    halving = SplitOnOOM(model)
     assert torch.equal(halving({"x": x, "y": (x,)})["sum"], 2 * x) and halving.fits == 1
     with pytest.raises(MemoryError):
-        Halving(lambda inputs: (_ for _ in ()).throw(MemoryError))(x)
+        SplitOnOOM(lambda inputs: (_ for _ in ()).throw(MemoryError))(x)
     with pytest.raises(RuntimeError, match="a bug"):
-        Halving(lambda inputs: (_ for _ in ()).throw(RuntimeError("a bug")))(x)
+        SplitOnOOM(lambda inputs: (_ for _ in ()).throw(RuntimeError("a bug")))(x)

@@ -16,7 +16,7 @@ from flatlab.specs.run import AverageSpec, Place, StepSpec
 from flatlab.specs.settings import SMOKE
 from flatlab.store.runs import RunStore
 from flatlab.train import evaluate
-from flatlab.train.evaluate import Judge
+from flatlab.train.evaluate import Evaluator
 from flatlab.train.loop import Training, train
 
 PLACE = Place(device="cpu")
@@ -48,7 +48,7 @@ def weights_of(run, name="selected"):
 
 
 def judge_of(spec):
-    return Judge(loading_data.domains(spec, PLACE), torch.device("cpu"))
+    return Evaluator(loading_data.domains(spec, PLACE), torch.device("cpu"))
 
 
 def observe(spec, store):
@@ -99,9 +99,9 @@ def test_every_method_trains_and_its_checkpoint_is_what_its_log_says(name, tmp_p
 
 
 def test_a_quantized_run_selects_only_after_the_switch(tmp_path, monkeypatch):
-    honest = evaluate.Judge.row
+    honest = evaluate.Evaluator.row
     fading = lambda judge, network, step, *rest: {**honest(judge, network, step, *rest), "validation": -step}  # noqa: E731
-    monkeypatch.setattr(evaluate.Judge, "row", fading)
+    monkeypatch.setattr(evaluate.Evaluator, "row", fading)
     for name, step in {"ERM": 0, "QT-DoG": 5, "freeze": 5}.items():
         spec = spec_of(METHODS[name])
         train([spec], RunStore(tmp_path), PLACE)

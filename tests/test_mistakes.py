@@ -12,7 +12,7 @@ from commandline import PETS, TINY, call, only_run, pets
 from flatlab import files, reproduce
 from flatlab.errors import UserError
 from flatlab.loading import data as loading_data
-from flatlab.specs.measurements import ProbeSpec
+from flatlab.specs.measurements import SphereSpec
 from flatlab.specs.run import RunSpec
 from flatlab.specs.settings import SMOKE
 from flatlab.store.runs import RunStore
@@ -305,7 +305,7 @@ def test_a_worker_s_bug_is_told_as_such(mistake, tmp_path, monkeypatch):
         (lambda: SMOKE.replace(bits=17), "Setting: bits must be at most 16, got 17."),
         (lambda: SMOKE.replace(lr=0.0), "Setting: lr must be greater than 0.0, got 0.0."),
         (lambda: SMOKE.replace(stepps=3), "Setting has no field 'stepps'; it has name, dataset, "),
-        (lambda: ProbeSpec.make(radii=(0.0,), space="flat"), "space must be 'baked' or 'latent', got 'flat'."),
+        (lambda: SphereSpec.make(radii=(0.0,), space="flat"), "space must be 'baked' or 'latent', got 'flat'."),
         (lambda: RunSpec.make(dataset="digits"), "RunSpec needs the field 'held_out', and it is missing."),
         (lambda: SMOKE.replace(steps="ten"), "Setting: steps must be a valid integer, got 'ten'."),
     ],

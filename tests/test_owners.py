@@ -23,8 +23,8 @@ SECOND = PROBE.replace(seed=1)
 def made(tmp_path_factory):
     """A store of two runs with kept checkpoints, both measured alike, and one of them once more."""
     store = trained(tmp_path_factory.mktemp("made"), RUN, OTHER, forks={6})
-    for run, probe in ((RUN, PROBE), (RUN, SECOND), (OTHER, PROBE)):
-        measure(store.run(run), probe, PLACE)
+    for run, measurement in ((RUN, PROBE), (RUN, SECOND), (OTHER, PROBE)):
+        measure(store.run(run), measurement, PLACE)
     return store
 
 
@@ -44,7 +44,7 @@ def _relative(store, path):
 
 
 def test_results_of_two_runs(store):
-    mine, theirs = (store.run(run).probe(PROBE).result for run in (RUN, OTHER))
+    mine, theirs = (store.run(run).measurement(PROBE).result for run in (RUN, OTHER))
     _swap(mine, theirs)
     wanted = [("a", run, PROBE) for run in (RUN, OTHER)]
     words = ("is the file of another run or measurement", _relative(store, theirs), _relative(store, mine))
@@ -54,7 +54,7 @@ def test_results_of_two_runs(store):
 
 
 def test_results_of_two_measurements_of_a_run(store):
-    mine, theirs = (store.run(RUN).probe(probe).result for probe in (PROBE, SECOND))
+    mine, theirs = (store.run(RUN).measurement(measurement).result for measurement in (PROBE, SECOND))
     _swap(mine, theirs)
     refuses(lambda: store.run(RUN).measured(PROBE), mine, _relative(store, theirs))
 
@@ -69,7 +69,7 @@ def test_checkpoints(store, other):
 
 
 def test_units(store):
-    mine, theirs = (sorted(store.run(run).probe(PROBE).path.glob("unit-*"))[0] for run in (RUN, OTHER))
+    mine, theirs = (sorted(store.run(run).measurement(PROBE).path.glob("unit-*"))[0] for run in (RUN, OTHER))
     assert mine.name == theirs.name
     (mine.parent / "done").unlink()
     shutil.copy(theirs, mine)
@@ -132,7 +132,7 @@ def test_the_machine_is_recorded(made):
     facts = made.run(RUN).provenance["machine"]
     assert {"processor", "instructions", "cpu_capability", "torch", "commit"} <= facts.keys()
     assert facts["processor"] not in ("", environment.platform.machine()) or not files.Path("/proc/cpuinfo").exists()
-    assert made.run(RUN).probe(PROBE).provenance["machine"] == facts
+    assert made.run(RUN).measurement(PROBE).provenance["machine"] == facts
     code = "import json, sys; from flatlab import machine; print(json.dumps(machine.facts()))"
     code += "; assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

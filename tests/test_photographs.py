@@ -13,7 +13,7 @@ from flatlab.errors import UserError
 from flatlab.loading import data as loading_data
 from flatlab.loading import network as loading_network
 from flatlab.measure.runner import measure
-from flatlab.specs.measurements import ProbeSpec
+from flatlab.specs.measurements import SphereSpec
 from flatlab.specs.methods import METHODS, compose
 from flatlab.specs.run import Place
 from flatlab.specs.settings import PAPER, SMOKE, for_data, setting
@@ -97,9 +97,9 @@ def test_every_kind_of_step_trains_in_bf16_and_is_measured_in_fp32(method, tmp_p
     run = trained(tmp_path, spec_of(method, precision="bf16"), place)
     assert all(array.dtype != np.float16 for array in weights(run).values())
     assert all(np.isfinite(array).all() for array in weights(run).values())
-    probe = ProbeSpec(radii=(0.0, 0.5), num_samples=2, images=4)
-    measure(run, probe, place)
-    assert run.probe(probe).done
+    measurement = SphereSpec(radii=(0.0, 0.5), num_samples=2, images=4)
+    measure(run, measurement, place)
+    assert run.measurement(measurement).done
 
 
 def test_bf16_is_in_the_training_pass_alone(tmp_path, place):
@@ -114,12 +114,12 @@ def test_bf16_is_in_the_training_pass_alone(tmp_path, place):
 
 
 def test_measurements_are_the_same_whether_batches_are_kept_or_made_each_time(tmp_path, place, monkeypatch):
-    probe, results = ProbeSpec(radii=(0.0, 0.5), num_samples=2), []
+    measurement, results = SphereSpec(radii=(0.0, 0.5), num_samples=2), []
     for bytes_kept in (2**28, 0):
         monkeypatch.setattr("flatlab.data.batches.KEPT", bytes_kept)
         run = trained(tmp_path / str(bytes_kept), spec_of(), place)
-        measure(run, probe, place)
-        results.append(run.probe(probe).hashes())
+        measure(run, measurement, place)
+        results.append(run.measurement(measurement).hashes())
     assert results[0] == results[1]
 
 

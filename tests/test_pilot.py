@@ -67,7 +67,7 @@ def test_components_are_those_of_quadratic_images():
 def test_its_draws_are_not_those_of_the_measurement(monkeypatch):
     _, landscape = images()
     drawn = []
-    draw = perturbations.draw_ray
+    draw = perturbations.draw_direction
     monkeypatch.setattr(pilot, "draw_ray", lambda ls, seed, k, **given: drawn.append(k) or draw(ls, seed, k, **given))
     fly(landscape, [1.0])
     assert len(drawn) == len(set(drawn)) == 64 and max(drawn) < 0

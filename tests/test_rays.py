@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flatlab import seeds
-from flatlab.metrics.flatness.perturbations import draw_ray, reach, scale_to_weights
+from flatlab.metrics.flatness.perturbations import draw_direction, reach, scale_to_weights
 from flatlab.metrics.flatness.sphere import sphere_flatness
 from flatlab.metrics.surfaces.directions import given_directions
 
@@ -14,7 +14,7 @@ from flatlab.metrics.surfaces.directions import given_directions
 @pytest.mark.parametrize("name", cases.MODELS)
 def test_a_point_lies_at_its_radius(name):
     landscape = cases.make(name).landscape()
-    ray = draw_ray(landscape, 3, 1)
+    ray = draw_direction(landscape, 3, 1)
     for gamma in (0.1, 1.0, 10.0):
         moved = torch.add(landscape.point, ray, alpha=gamma).double() - landscape.point.double()
         assert moved.norm().item() == pytest.approx(gamma, rel=1e-5)
@@ -25,7 +25,7 @@ def test_a_filter_ray_is_as_long_as_each_filter():
     with torch.no_grad():
         case.model[0].weight[2].zero_()
     landscape = case.landscape()
-    ray = draw_ray(landscape, 0, 0, normalisation="filter")
+    ray = draw_direction(landscape, 0, 0, normalisation="filter")
     for z, w in zip(landscape.split(ray), landscape.split(landscape.point), strict=True):
         if w.ndim > 1:
             torch.testing.assert_close(z.flatten(1).norm(dim=1), w.flatten(1).norm(dim=1))
@@ -55,12 +55,12 @@ def test_rays_depend_on_the_seed_and_their_number_alone():
     assert np.array_equal(ten[:5], cases.walked(landscape, [1.0], range(5), seed=7))
     assert np.array_equal(ten[[8, 2]], cases.walked(landscape, [1.0], [8, 2], seed=7))
     assert not np.isclose(ten, cases.walked(landscape, [1.0], range(10), seed=8)).any()
-    ray = draw_ray(landscape, 7, 3)
-    assert torch.equal(ray.double(), draw_ray(other, 7, 3))
+    ray = draw_direction(landscape, 7, 3)
+    assert torch.equal(ray.double(), draw_direction(other, 7, 3))
     moved = cases.make("mlp")
     with torch.no_grad():
         moved.model[0].weight.mul_(3.0)
-    assert torch.equal(ray, draw_ray(moved.landscape(), 7, 3))
+    assert torch.equal(ray, draw_direction(moved.landscape(), 7, 3))
 
 
 def test_a_generator_gives_one_seed():
@@ -122,13 +122,13 @@ def test_rays_are_as_long_as_what_they_are_scaled_to():
     case = cases.make("conv_bn")
     landscape = case.landscape()
     for z, w in zip(
-        landscape.split(draw_ray(landscape, 0, 0, normalisation="layer")), case.model.parameters(), strict=True
+        landscape.split(draw_direction(landscape, 0, 0, normalisation="layer")), case.model.parameters(), strict=True
     ):
         assert z.norm().item() == pytest.approx(w.norm().item() if w.ndim > 1 else 0.0, rel=1e-5)
-    lengths = [draw_ray(landscape, 0, k, normalisation="parameter").norm().item() ** 2 for k in range(400)]
+    lengths = [draw_direction(landscape, 0, k, normalisation="parameter").norm().item() ** 2 for k in range(400)]
     assert np.mean(lengths) ** 0.5 == pytest.approx(reach(landscape, "parameter"), rel=0.05)
     for kind in ("filter", "layer"):
-        assert draw_ray(landscape, 0, 0, normalisation=kind).norm().item() == pytest.approx(
+        assert draw_direction(landscape, 0, 0, normalisation=kind).norm().item() == pytest.approx(
             reach(landscape, kind), rel=1e-5
         )
 

@@ -90,7 +90,7 @@ def test_table_4_counts_the_rows_that_obc_serves_worse_than_rounding(smoke):
 def test_the_json_says_how_it_came_about(smoke):
     root, _, _ = smoke
     record = json.loads((root / "figures" / "fig3.json").read_text())
-    assert len(record["runs"]) == 40 and len(record["probes"]) == 4 and len(record["data_fingerprint"]) == 1
+    assert len(record["runs"]) == 40 and len(record["measurements"]) == 4 and len(record["data_fingerprint"]) == 1
     assert record["setting"]["name"] == "smoke" and record["redo"].startswith("flatlab")
     assert "digits" in record["caption"] and "2 seeds" in record["caption"] and "3 directions" in record["caption"]
     assert record["cost"]["training_seconds"] > 0 and record["machine"]["torch"]

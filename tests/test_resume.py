@@ -101,8 +101,8 @@ def _next_step(run):
     return files.load_arrays(state)[1]["next_step"] if state.exists() else 0
 
 
-def _visits(probe):
-    return min(PROBE.num_samples, UNIT * len(list(probe.path.glob("unit-*"))))
+def _visits(measurement):
+    return min(PROBE.num_samples, UNIT * len(list(measurement.path.glob("unit-*"))))
 
 
 def _size(tally):
@@ -154,15 +154,15 @@ def test_a_measurement_killed_anywhere_goes_on_from_its_last_unit(tmp_path):
     tally, whole, store = tmp_path / "tally", trained(tmp_path / "whole", run), RunStore(tmp_path / "killed")
     merge(whole, store)
     measure(whole.run(run), PROBE, PLACE)
-    probe = store.run(run).probe(PROBE)
+    measurement = store.run(run).measurement(PROBE)
     deaths = _deaths(1, ray=range(2, 11), sync=range(1, 6), rename=range(1, 6))
     *lost, made = _suffer(
-        partial(run_child, _measure, store.root, [run], tally), tally, partial(_visits, probe), deaths
+        partial(run_child, _measure, store.root, [run], tally), tally, partial(_visits, measurement), deaths
     )
     assert len(lost) > 4
     assert 0 <= min(lost) < max(lost) <= UNIT
     assert made == PROBE.num_samples
-    assert content(probe) == content(whole.run(run).probe(PROBE))
+    assert content(measurement) == content(whole.run(run).measurement(PROBE))
 
 
 def test_killed_between_two_ends_the_state_stays_with_what_is_missing(tmp_path, together):
@@ -224,12 +224,12 @@ def test_threads_are_recorded_and_used_again(tmp_path):
     used, before = set(), torch.get_num_threads()
     train([run], store, PLACE, report=lambda *_: used.add(torch.get_num_threads()))
     assert used == {2} == {store.run(run).provenance["threads"]}
-    probe = store.run(run).probe(PROBE)
-    probe.create()
-    probe.note(threads=2)
+    measurement = store.run(run).measurement(PROBE)
+    measurement.create()
+    measurement.note(threads=2)
     used.clear()
     measure(store.run(run), PROBE, PLACE, report=lambda *_: used.add(torch.get_num_threads()))
-    assert used == {2} == {probe.provenance["threads"]}
+    assert used == {2} == {measurement.provenance["threads"]}
     assert torch.get_num_threads() == before  # the caller's process keeps its own
 
 

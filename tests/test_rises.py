@@ -15,7 +15,7 @@ from flatlab.measure.runner import measure
 from flatlab.metrics.flatness import pilot
 from flatlab.metrics.flatness.sampler import Sampler
 from flatlab.report import tables
-from flatlab.specs.measurements import CamSpec, ProbeSpec, parse_probe
+from flatlab.specs.measurements import GradCAMSpec, SphereSpec, parse_measurement
 from flatlab.specs.methods import radii_by_rise
 from flatlab.specs.rises import ByRise, ReachSpec
 from flatlab.specs.settings import PAPER, QUICK, SMOKE, for_data, setting
@@ -24,8 +24,8 @@ from flatlab.store.runs import RunStore
 
 RISES = (0.02, 0.1, 0.5)
 CHOSEN = ByRise(rises=(0.02, 0.1), references=(ERM.digest, OTHER.digest))
-PROBE = ProbeSpec(radii=CHOSEN, num_samples=4, images=12)
-CAM = CamSpec(radii=CHOSEN, images=2, num_samples=1, num_shares=2)
+PROBE = SphereSpec(radii=CHOSEN, num_samples=4, images=12)
+CAM = GradCAMSpec(radii=CHOSEN, images=2, num_samples=1, num_shares=2)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -40,10 +40,10 @@ def store(tmp_path_factory):
     return [trained(root, run) for run in (ERM, OTHER, QT)][-1]
 
 
-def done_all(store, probes):
+def done_all(store, measurements):
     """Do what is missing for some measurements; return the errors."""
     events = []
-    worker.work(jobs_plan.missing(store, [ERM, OTHER, QT], probes, sizes=SIZES), store, PLACE, emit=events.append)
+    worker.work(jobs_plan.missing(store, [ERM, OTHER, QT], measurements, sizes=SIZES), store, PLACE, emit=events.append)
     return [event["error"] for event in events if "error" in event]
 
 
@@ -111,13 +111,13 @@ def test_rises_ascend_from_above_zero(rises):
 
 
 def test_a_measurement_names_rises_and_runs_and_not_the_radii():
-    assert parse_probe(PROBE.canonical()) == PROBE and parse_probe(CAM.canonical()) == CAM
+    assert parse_measurement(PROBE.canonical()) == PROBE and parse_measurement(CAM.canonical()) == CAM
     assert "0.02" in PROBE.canonical() and ERM.digest in PROBE.canonical()
-    assert ProbeSpec(radii=(0.0, 1.0)).canonical().count("rises") == 0  # old names hold
+    assert SphereSpec(radii=(0.0, 1.0)).canonical().count("rises") == 0  # old names hold
     assert [digest for digest, _ in PROBE.pilots] == [ERM.digest, OTHER.digest]
     filtered = PROBE.replace(normalisation="filter").pilots[0][1]
     assert filtered.normalisation == "filter" and filtered.images == 12
-    assert PROBE.passes(SIZES) == 2 * 4 * 4 * 12 and ProbeSpec(radii=(1.0,)).pilots == ()
+    assert PROBE.passes(SIZES) == 2 * 4 * 4 * 12 and SphereSpec(radii=(1.0,)).pilots == ()
 
 
 def test_radii_are_geometric_means_rounded_to_two_digits(tmp_path):
@@ -125,11 +125,11 @@ def test_radii_are_geometric_means_rounded_to_two_digits(tmp_path):
     for (_, pilot_), run, radii in zip(PROBE.pilots, (ERM, OTHER), ([1.0, 3.0], [1.21, 3.3]), strict=True):
         entry = store.run(run)
         entry.create()
-        entry.probe(pilot_).create()
-        files.save_arrays(entry.probe(pilot_).result, {"radii": np.array(radii)}, {})
-        entry.probe(pilot_).finish()
+        entry.measurement(pilot_).create()
+        files.save_arrays(entry.measurement(pilot_).result, {"radii": np.array(radii)}, {})
+        entry.measurement(pilot_).finish()
     assert by_rise(store, CHOSEN, PROBE).tolist() == [1.1, 3.1]  # sqrt(9.9) = 3.146
-    files.save_arrays(entry.probe(pilot_).result, {"radii": np.array([1.21, 0.41])}, {})
+    files.save_arrays(entry.measurement(pilot_).result, {"radii": np.array([1.21, 0.41])}, {})
     refuses(lambda: by_rise(store, CHOSEN, PROBE), "differ in two digits", "1.1")
 
 
@@ -138,10 +138,16 @@ def test_all_runs_share_radii_where_the_references_rise_so_far(store, tmp_path):
     wanted = [(run, PROBE.replace(normalisation=kind)) for run in (ERM, OTHER, QT) for kind in ("none", "filter")]
     assert done_all(store, [*wanted, (QT, CAM)]) == []
     for kind in ("none", "filter"):
-        probe = PROBE.replace(normalisation=kind)
-        arrays, facts = store.run(QT).measured(probe)
-        assert arrays["radii"].tolist() == [0.0, *by_rise(store, CHOSEN, probe)] and facts["rises"] == [0, 0.02, 0.1]
-        frame = tables.flatness(store, [("ERM", ERM, probe), ("ERM", OTHER, probe), ("QT-DoG", QT, probe)])
+        measurement = PROBE.replace(normalisation=kind)
+        arrays, facts = store.run(QT).measured(measurement)
+        assert arrays["radii"].tolist() == [0.0, *by_rise(store, CHOSEN, measurement)] and facts["rises"] == [
+            0,
+            0.02,
+            0.1,
+        ]
+        frame = tables.flatness(
+            store, [("ERM", ERM, measurement), ("ERM", OTHER, measurement), ("QT-DoG", QT, measurement)]
+        )
         assert frame.groupby("method")["radius"].unique().apply(tuple).nunique() == 1
     paired = PROBE.replace(num_samples=None, block_size=8, rel_error=0.1)  # four single rays know the slope, not F
     assert done_all(store, [(ERM, paired), (OTHER, paired)]) == []
@@ -159,7 +165,7 @@ def test_before_its_pilots_a_measurement_is_refused(store, tmp_path):
 def test_radii_of_other_pilots_are_not_put_beside_each_other(store, tmp_path):
     store = copied(store, tmp_path / "store")
     assert done_all(store, [(ERM, PROBE), (QT, PROBE)]) == []
-    path = store.run(QT).probe(PROBE).result
+    path = store.run(QT).measurement(PROBE).result
     arrays, facts = files.load_arrays(path)
     files.save_arrays(path, {**arrays, "radii": arrays["radii"] * 2}, facts)
     refuses(lambda: tables.flatness(store, [("a", ERM, PROBE), ("b", QT, PROBE)]), "must be the same", QT.digest)
@@ -175,7 +181,7 @@ def test_trainings_come_before_pilots_and_pilots_before_measurements(tmp_path):
     assert kinds == ["train", "train", "train", "pilot", "pilot", "measure", "measure"]
     pilots, measures = todo[3:5], todo[5:]
     assert [job.needs for job in pilots] == [(ERM.digest,), (OTHER.digest,)]
-    names = {f"{digest}/probes/{spec.digest}" for digest, spec in PROBE.pilots}
+    names = {f"{digest}/measurements/{spec.digest}" for digest, spec in PROBE.pilots}
     assert {name for job in pilots for name in job.fills} == names
     assert all(set(job.needs) == {*names, job.runs[0].digest} for job in measures)
     assert len({job.name for job in todo}) == len(todo) and not store.root.exists()
@@ -207,8 +213,8 @@ def test_killed_at_any_file_it_ends_with_the_same_bytes(store, tmp_path, last):
     assert done_all(whole, [(QT, PROBE)]) == []
     assert run_child(_measures, cut.root, tmp_path / "tally", last) != 0
     assert done_all(cut, [(QT, PROBE)]) == []
-    for run, probe in [(ERM, PROBE.pilots[0][1]), (OTHER, PROBE.pilots[0][1]), (QT, PROBE)]:
-        assert content(cut.run(run).probe(probe)) == content(whole.run(run).probe(probe))
+    for run, measurement in [(ERM, PROBE.pilots[0][1]), (OTHER, PROBE.pilots[0][1]), (QT, PROBE)]:
+        assert content(cut.run(run).measurement(measurement)) == content(whole.run(run).measurement(measurement))
 
 
 # --- settings
@@ -234,8 +240,8 @@ def test_the_command_measures_where_the_first_run_rises(store, tmp_path, capsys)
     store = copied(store, tmp_path / "store")
     words = ("flatness", ERM.digest, QT.digest, "--samples", 2, "--images", 12, "--store", store.root)
     assert call(*words, "--out", tmp_path, "--json") == 0
-    probe = next(each.spec for each in store.run(QT).probes() if each.spec.metric == "sphere")
-    assert probe.radii == ByRise(rises=(*QUICK.rises, QUICK.beyond), references=(ERM.digest,))
+    measurement = next(each.spec for each in store.run(QT).measurements() if each.spec.metric == "sphere")
+    assert measurement.radii == ByRise(rises=(*QUICK.rises, QUICK.beyond), references=(ERM.digest,))
     piloted = ("--rel-error", 0.4, "--normalisation", "filter")
     assert call("flatness", QT.digest, *piloted, "--dry-run", "--store", store.root, "--out", tmp_path) == 0
     capsys.readouterr()

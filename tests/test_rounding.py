@@ -21,23 +21,23 @@ from flatlab.metrics.flatness import perturbations, sampler
 from flatlab.models.networks import Network
 from flatlab.report import quantization_noise as report_quantization_noise
 from flatlab.report import rounding
-from flatlab.specs.measurements import QuantNoiseSpec, RadiusSpec
+from flatlab.specs.measurements import QuantizationNoiseSpec, RoundingSpec
 
-NOISE = QuantNoiseSpec(bins=20)
-RADIUS = RadiusSpec(bits=(4, 2), layer_bits=(3,), num_samples=9, images=8)  # two units for each perturbation
+NOISE = QuantizationNoiseSpec(bins=20)
+RADIUS = RoundingSpec(bits=(4, 2), layer_bits=(3,), num_samples=9, images=8)  # two units for each perturbation
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
     root = tmp_path_factory.mktemp("rounding") / "runs"
     store = [stores.trained(root, each) for each in (ERM, QT)][0]
-    for spec, probe in ((QT, NOISE), (QT, RADIUS), (ERM, RADIUS)):
-        measure(store.run(spec), probe, PLACE)
+    for spec, measurement in ((QT, NOISE), (QT, RADIUS), (ERM, RADIUS)):
+        measure(store.run(spec), measurement, PLACE)
     return store
 
 
-def facts(store, spec, probe):
-    return files.load_arrays(store.run(spec).probe(probe).result)
+def facts(store, spec, measurement):
+    return files.load_arrays(store.run(spec).measurement(measurement).result)
 
 
 # --- noise ---------------------------------------------------------------------------------------------------------
@@ -74,7 +74,7 @@ def test_a_layer_without_noise_is_named(store, monkeypatch, tmp_path):
     for case, words in ((zeros, "Layer features.0.weight: The weight holds only zeros"), (broken, "not finite")):
         monkeypatch.setattr(measured_noise, "trained_layers", lambda *_, case=case: {"features.0.weight": case})
         run = copied(store, tmp_path / words).run(QT)
-        refuses(partial(measure, run, QuantNoiseSpec(seed=1), PLACE), "features.0", words)
+        refuses(partial(measure, run, QuantizationNoiseSpec(seed=1), PLACE), "features.0", words)
 
 
 # --- rounding ------------------------------------------------------------------------------------------------------
@@ -125,14 +125,14 @@ def test_a_network_that_no_direction_moves_has_a_row_without_a_standing(store):
 
 
 def test_a_measurement_that_was_stopped_goes_on_to_the_same_bytes(store, tmp_path, monkeypatch):
-    whole, again = content(store.run(QT).probe(RADIUS)), copied(store, tmp_path / "runs")
+    whole, again = content(store.run(QT).measurement(RADIUS)), copied(store, tmp_path / "runs")
     run = again.run(QT)
     for name in ("done", "result.safetensors"):
-        (run.probe(RADIUS).path / name).unlink()
-    units = sorted(run.probe(RADIUS).path.glob("unit-*"))
+        (run.measurement(RADIUS).path / name).unlink()
+    units = sorted(run.measurement(RADIUS).path.glob("unit-*"))
     for path in units[len(units) // 4 :]:
         path.unlink()
-    calls, draw = [], perturbations.draw_ray
+    calls, draw = [], perturbations.draw_direction
 
     def counted(*args, **kwargs):
         calls.append(args)
@@ -143,10 +143,10 @@ def test_a_measurement_that_was_stopped_goes_on_to_the_same_bytes(store, tmp_pat
     monkeypatch.setattr(sampler, "draw_ray", counted)
     with pytest.raises(KeyboardInterrupt):
         measure(run, RADIUS, PLACE)
-    assert not run.probe(RADIUS).done
+    assert not run.measurement(RADIUS).done
     measure(run, RADIUS, PLACE)
-    assert content(run.probe(RADIUS)) == whole
-    rows = len(files.load_arrays(run.probe(RADIUS).result)[1]["rows"])
+    assert content(run.measurement(RADIUS)) == whole
+    rows = len(files.load_arrays(run.measurement(RADIUS).result)[1]["rows"])
     assert 20 < len(calls) < 20 + rows * RADIUS.num_samples
 
 

@@ -70,7 +70,7 @@ def test_find(store):
 
 def test_remove(store):
     run = store.run(RUN)
-    for entry in (run, run.probe(PROBE)):
+    for entry in (run, run.measurement(PROBE)):
         with entry.claim() as free:
             assert free
             refuses(lambda: store.remove(run), f"Run {RUN.digest} is being worked on by another process")
@@ -100,33 +100,33 @@ def _merged(theirs, ours, *, refused=(), **counts):
 
 def test_merge(made, tmp_path):
     store = RunStore(tmp_path / "store")
-    _merged(made, store, runs=2, probes=1)
+    _merged(made, store, runs=2, measurements=1)
     _merged(made, store, here_already=3)
     for run in (RUN, OTHER):
         assert content(store.run(run)) == content(made.run(run))
         assert store.run(run).provenance == made.run(run).provenance
-    assert content(store.run(RUN).probe(PROBE)) == content(made.run(RUN).probe(PROBE))
+    assert content(store.run(RUN).measurement(PROBE)) == content(made.run(RUN).measurement(PROBE))
     assert store.faults() == []
 
 
-def test_merge_takes_new_probes_of_runs_that_are_here(made, store):
-    shutil.rmtree(store.run(RUN).path / "probes")
-    _merged(made, store, probes=1, here_already=2)
-    assert content(store.run(RUN).probe(PROBE)) == content(made.run(RUN).probe(PROBE))
+def test_merge_takes_new_measurements_of_runs_that_are_here(made, store):
+    shutil.rmtree(store.run(RUN).path / "measurements")
+    _merged(made, store, measurements=1, here_already=2)
+    assert content(store.run(RUN).measurement(PROBE)) == content(made.run(RUN).measurement(PROBE))
 
 
 def test_merge_leaves_what_is_of_another_network(made, store):
     run = store.run(RUN)
-    shutil.rmtree(run.path / "probes")
+    shutil.rmtree(run.path / "measurements")
     run.write_log([])  # as if trained elsewhere
     run.finish()
     _merged(made, store, here_already=2, differ_here=1)
-    assert run.probes() == []
+    assert run.measurements() == []
 
 
 def test_merge_copies_only_what_done_vouches_for(store, tmp_path):
     (store.run(OTHER).path / "done").unlink()
-    (store.run(RUN).probe(PROBE).path / "done").unlink()
+    (store.run(RUN).measurement(PROBE).path / "done").unlink()
     (store.run(RUN).path / "notes.txt").write_text("mine")
     ours = RunStore(tmp_path / "ours")
     _merged(store, ours, runs=1)
@@ -138,23 +138,23 @@ def test_merge_takes_kept_checkpoints_along(store, tmp_path):
     averaged, ours = spec("SWA", seed=1), RunStore(tmp_path / "ours")
     train([averaged], store, PLACE, keep_every=4)
     assert not store.run(averaged).lineage.done
-    _merged(store, ours, runs=3, probes=1, kept_checkpoints=4)
+    _merged(store, ours, runs=3, measurements=1, kept_checkpoints=4)
     assert list(ours.run(averaged).kept()) == list(store.run(averaged).kept()) == [0, 4, 8, 12]
     assert ours.faults() == []
     _merged(store, ours, here_already=4)
     other = RunStore(tmp_path / "other")
     flip(store.run(averaged).kept()[4], 20_000)
-    _merged(store, other, runs=3, probes=1, refused=[store.run(averaged).kept()[4]])
+    _merged(store, other, runs=3, measurements=1, refused=[store.run(averaged).kept()[4]])
 
 
 def test_merge_names_what_it_cannot_take_and_goes_on(store, tmp_path):
-    ours, probe = RunStore(tmp_path / "ours"), store.run(RUN).probe(PROBE)
+    ours, measurement = RunStore(tmp_path / "ours"), store.run(RUN).measurement(PROBE)
     refuses(lambda: merge(RunStore(tmp_path / "none"), ours), f"{tmp_path / 'none'} holds no run")
     with ours.run(RUN).claim():
         (sentence,) = _merged(store, ours, runs=1, refused=[ours.run(RUN).path])
         assert "is being worked on by another process; merge again when it is finished" in sentence
-    flip(probe.result, 9_000)
-    _merged(store, ours, runs=1, here_already=1, refused=[probe.result])
+    flip(measurement.result, 9_000)
+    _merged(store, ours, runs=1, here_already=1, refused=[measurement.result])
     for path in (store.run(RUN).checkpoint("last"), store.run(RUN).path / "spec.json"):
         fresh, whole = RunStore(tmp_path / path.name), path.read_bytes()
         flip(path, 900)
@@ -162,7 +162,7 @@ def test_merge_names_what_it_cannot_take_and_goes_on(store, tmp_path):
         assert not fresh.run(RUN).done
         path.write_bytes(whole)
     (store.run(OTHER).path / "provenance.json").write_text("{}")
-    _merged(store, RunStore(tmp_path / "last"), runs=1, refused=[probe.result, store.run(OTHER).path])
+    _merged(store, RunStore(tmp_path / "last"), runs=1, refused=[measurement.result, store.run(OTHER).path])
 
 
 def test_nothing_follows_a_symbolic_link(store, tmp_path):
@@ -171,7 +171,7 @@ def test_nothing_follows_a_symbolic_link(store, tmp_path):
     run.path.symlink_to(outside)
     _merged(store, ours, runs=1, refused=[run.path])
     before = sorted(outside.rglob("*"))
-    for entry in (run, run.probe(PROBE), run.probe(PROBE.replace(seed=7))):
+    for entry in (run, run.measurement(PROBE), run.measurement(PROBE.replace(seed=7))):
         refuses(lambda entry=entry: entry.claim().__enter__(), run.path, "is a symbolic link")
     assert sorted(outside.rglob("*")) == before
     store.remove(run)
@@ -180,11 +180,11 @@ def test_nothing_follows_a_symbolic_link(store, tmp_path):
     (run.path / "checkpoints").rename(outside)
     (run.path / "checkpoints").symlink_to(outside)
     _merged(store, ours, here_already=1, refused=[run.path / "checkpoints"])
-    (run.path / "probes").rename(tmp_path / "probes")
-    (run.path / "probes").symlink_to(tmp_path / "probes")
+    (run.path / "measurements").rename(tmp_path / "measurements")
+    (run.path / "measurements").symlink_to(tmp_path / "measurements")
     store.remove(run)
     assert (outside / "last.safetensors").exists()
-    assert (tmp_path / "probes" / PROBE.digest / "done").exists()
+    assert (tmp_path / "measurements" / PROBE.digest / "done").exists()
     assert [path.name for path in store.root.iterdir()] == [OTHER.digest]
 
 
@@ -195,13 +195,13 @@ def test_verify_counts_what_nothing_vouches_for(store, tmp_path):
     run, other = store.run(RUN), store.run(OTHER)
     (other.path / "spec.json").unlink()
     (run.path / "notes.txt").write_text("mine")
-    (run.probe(PROBE).path / "done").write_bytes(b"")
+    (run.measurement(PROBE).path / "done").write_bytes(b"")
     flip(run.checkpoint("last"), 9_000)
     faults = store.faults()
     for path, words in {
         other.path: "has no spec.json",
         run.path / "notes.txt": "is not listed in `done`",
-        run.probe(PROBE).path / "done": "is damaged",
+        run.measurement(PROBE).path / "done": "is damaged",
         run.checkpoint("last"): "is damaged",
     }.items():
         assert len([fault for fault in faults if str(path) in fault and words in fault]) == 1, path
@@ -242,7 +242,7 @@ def test_clean_removes_what_nobody_holds(store, tmp_path, monkeypatch):
     living = held.__enter__()
     dead = tmp_path / "t" / "flatlab-x"
     shutil.copytree(living, dead)
-    run, unit = store.run(RUN), store.run(RUN).probe(PROBE)
+    run, unit = store.run(RUN), store.run(RUN).measurement(PROBE)
     (store.root / f".removed-{OTHER.digest}").mkdir()
     killed = run.path / "state" / f".resume.safetensors.{files.HOST}.{'0' * 16}.tmp"
     elsewhere = unit.path / f".unit.safetensors.another-host.{'0' * 16}.tmp"
@@ -283,7 +283,7 @@ def test_a_claim_removes_nothing(store):
     writing = run.path / "state" / f".resume.safetensors.{files.HOST}.{'0' * 16}.tmp"
     writing.touch()
     os.utime(writing, (0, 0))
-    with run.claim() as free, run.probe(PROBE).claim():
+    with run.claim() as free, run.measurement(PROBE).claim():
         assert free and writing.exists()
 
 

@@ -18,10 +18,10 @@ from flatlab.measure.runner import measure
 from flatlab.metrics.gradcam import ablation, gradcam
 from flatlab.quant.attach import bake
 from flatlab.results.gradcam import agreement, energy
-from flatlab.specs.measurements import CamSpec
+from flatlab.specs.measurements import GradCAMSpec
 from flatlab.specs.settings import PAPER, QUICK, SMOKE
 
-PROBE = CamSpec(images=10, radii=(0.01, 0.03), num_samples=2, num_shares=4)
+PROBE = GradCAMSpec(images=10, radii=(0.01, 0.03), num_samples=2, num_shares=4)
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +34,8 @@ def store(tmp_path_factory):
 
 
 def written(store, spec):
-    assert content(store.run(spec).probe(PROBE))
-    return files.load_arrays(store.run(spec).probe(PROBE).result)
+    assert content(store.run(spec).measurement(PROBE))
+    return files.load_arrays(store.run(spec).measurement(PROBE).result)
 
 
 def test_images_are_chosen_by_a_seed_and_classes_take_turns():
@@ -76,7 +76,7 @@ def test_both_networks_are_shown_the_same_images_and_nearer_weights_give_nearer_
     np.testing.assert_array_equal(ours["rows"], theirs["rows"])
     early = PROBE.replace(layer="features.2")  # of few steps, whose later maps are empty
     measure(store.run(ERM), early, PLACE)
-    arrays, facts = files.load_arrays(store.run(ERM).probe(early).result)
+    arrays, facts = files.load_arrays(store.run(ERM).measurement(early).result)
     assert facts["layer"] == "features.2"
     moved = arrays["moved"]
     assert moved.shape == (2, 2, 10)  # directions, radii, images
@@ -86,12 +86,12 @@ def test_both_networks_are_shown_the_same_images_and_nearer_weights_give_nearer_
 
 def test_a_measurement_is_made_again_to_the_byte_from_its_units(store, tmp_path):
     again = copied(store, tmp_path / "again")
-    probe = again.run(ERM).probe(PROBE)
-    before = content(probe)
-    for path in (probe.path / "done", probe.result, probe.unit("moved-01")):
+    measurement = again.run(ERM).measurement(PROBE)
+    before = content(measurement)
+    for path in (measurement.path / "done", measurement.result, measurement.unit("moved-01")):
         path.unlink()
     measure(again.run(ERM), PROBE, PLACE)
-    assert content(probe) == before
+    assert content(measurement) == before
 
 
 def test_the_latent_network_is_refused(store):
@@ -146,7 +146,7 @@ def test_the_table_says_what_the_arrays_say(made):
     assert one.loc[("vanished", "ERM"), "value"] == pytest.approx(np.isnan(ours["moved"][:, :, inside >= 0]).mean())
     assert one.loc[("empty", "ERM"), "value"] == pytest.approx(np.isnan(inside).mean())
     record = json.loads((made / "figures" / "fig9.json").read_text())
-    assert "correlate by" in record["remarks"][0] and len(record["probes"]) == 2  # with the pilot
+    assert "correlate by" in record["remarks"][0] and len(record["measurements"]) == 2  # with the pilot
 
 
 def test_a_figure_without_its_measurements_is_refused(store):

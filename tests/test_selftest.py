@@ -85,7 +85,7 @@ def test_unweighted_batches_are_caught(monkeypatch, which):
 
 
 def test_a_halved_trace_is_caught(monkeypatch):
-    original = trace._probe
+    original = trace._measurement
     monkeypatch.setattr(trace, "_probe", lambda *args: original(*args) / 2)
     failed = failures(selftest._spectra, selftest._coverage)
     assert "cpu: quadratic, trace (Hutchinson)" in failed and "cpu: trace, 90% intervals that hold it" in failed

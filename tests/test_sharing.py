@@ -50,9 +50,9 @@ def _errors(events):
     return {event["job"]: event["error"] for event in events if "error" in event}
 
 
-def _units(probe):
+def _units(measurement):
     """The visits' units; that of the slopes comes before them."""
-    return sorted(path.name for path in probe.path.glob("unit-*_*"))
+    return sorted(path.name for path in measurement.path.glob("unit-*_*"))
 
 
 def _fills(root, tally, barrier):
@@ -77,17 +77,17 @@ def test_idle_workers_join_a_measurement_and_no_unit_is_made_twice(store, whole,
         worker.join(60)
         assert worker.exitcode == 0
     made = [line.split() for line in (tmp_path / "tally").read_text().splitlines()]
-    probes = [each.run(ERM).probe(LONG) for each in (whole, shared)]
-    assert _units(probes[0]) == _units(probes[1]) and len(made) == len(_units(probes[0])) > 8
+    measurements = [each.run(ERM).measurement(LONG) for each in (whole, shared)]
+    assert _units(measurements[0]) == _units(measurements[1]) and len(made) == len(_units(measurements[0])) > 8
     assert len({unit for _, unit in made}) == len(made)
     assert len({process for process, _ in made}) == 2
-    assert content(probes[0]) == content(probes[1])
+    assert content(measurements[0]) == content(measurements[1])
 
 
 def test_a_measurement_that_fails_for_who_joined_is_given_up(store, tmp_path, monkeypatch):
     store = copied(store, tmp_path / "store")
     monkeypatch.setattr("flatlab.measure.runner.measure", lambda *_, **__: 1 / 0)
-    with store.run(ERM).probe(LONG).claim():
+    with store.run(ERM).measurement(LONG).claim():
         (error,) = _errors(_work(store, jobs_plan.missing(store, [], [(ERM, LONG)], sizes=SIZES))).values()
     assert error == "ZeroDivisionError: division by zero (a bug in flatlab)"
 
@@ -110,43 +110,43 @@ def _dies_after(monkeypatch, calls):
 
 def test_an_interrupted_measurement_is_not_finished_and_goes_on(store, whole, tmp_path, monkeypatch):
     again = copied(store, tmp_path / "again")
-    probe, kept = again.run(ERM).probe(LONG), []
+    measurement, kept = again.run(ERM).measurement(LONG), []
     for calls in (208, 120, 160):  # the slopes take 128, once
         with monkeypatch.context() as patch:
             _dies_after(patch, calls)
             with pytest.raises(KeyboardInterrupt):
                 measure(again.run(ERM), LONG, PLACE)
-        assert not probe.done
-        kept.append(len(_units(probe)))
-    assert kept[0] < kept[-1] < len(_units(whole.run(ERM).probe(LONG)))
+        assert not measurement.done
+        kept.append(len(_units(measurement)))
+    assert kept[0] < kept[-1] < len(_units(whole.run(ERM).measurement(LONG)))
     measure(again.run(ERM), LONG, PLACE)
-    assert content(probe) == content(whole.run(ERM).probe(LONG))
+    assert content(measurement) == content(whole.run(ERM).measurement(LONG))
 
 
 def test_a_kept_plan_is_not_made_again(whole, tmp_path, monkeypatch):
     mine = copied(whole, tmp_path / "mine")
-    probe = mine.run(ERM).probe(AUTO)
-    assert {"unit-plan.safetensors", "unit-radii.safetensors"} < {path.name for path in probe.path.glob("unit-*")}
-    before = content(probe)
-    _, facts = files.load_arrays(probe.result)
-    for path in [probe.path / "done", probe.result, *probe.path.glob("unit-*_*")]:
+    measurement = mine.run(ERM).measurement(AUTO)
+    assert {"unit-plan.safetensors", "unit-radii.safetensors"} < {path.name for path in measurement.path.glob("unit-*")}
+    before = content(measurement)
+    _, facts = files.load_arrays(measurement.result)
+    for path in [measurement.path / "done", measurement.result, *measurement.path.glob("unit-*_*")]:
         path.unlink()
     monkeypatch.setattr(pilot, "fly", None)
     monkeypatch.setattr(pilot, "span", None)
     measure(mine.run(ERM), AUTO, PLACE)
-    assert content(probe) == before and facts["stopped"] and len(facts["plans"]) == pilot.PLACES
+    assert content(measurement) == before and facts["stopped"] and len(facts["plans"]) == pilot.PLACES
 
 
 def test_a_damaged_plan_is_named(whole, tmp_path):
     mine = copied(whole, tmp_path / "mine")
-    probe = mine.run(ERM).probe(AUTO)
-    (probe.path / "done").unlink()
-    flip(probe.unit("plan"), 8 * probe.unit("plan").stat().st_size - 3)
-    refuses(lambda: measure(mine.run(ERM), AUTO, PLACE), probe.unit("plan"), "is damaged", "Delete it")
+    measurement = mine.run(ERM).measurement(AUTO)
+    (measurement.path / "done").unlink()
+    flip(measurement.unit("plan"), 8 * measurement.unit("plan").stat().st_size - 3)
+    refuses(lambda: measure(mine.run(ERM), AUTO, PLACE), measurement.unit("plan"), "is damaged", "Delete it")
 
 
 def test_locks_are_no_part_of_a_measurement(whole):
-    probe = whole.run(ERM).probe(LONG)
-    assert list(probe.path.glob(".*.lock"))
-    assert not [name for name in probe.files() if "lock" in name]
+    measurement = whole.run(ERM).measurement(LONG)
+    assert list(measurement.path.glob(".*.lock"))
+    assert not [name for name in measurement.files() if "lock" in name]
     assert whole.faults() == []

@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from flatlab.errors import UserError
-from flatlab.specs.measurements import ProbeSpec, QuantNoiseSpec, RadiusSpec
+from flatlab.specs.measurements import QuantizationNoiseSpec, RoundingSpec, SphereSpec
 from flatlab.specs.methods import METHODS, Method, compose, method, replicates, vary
 from flatlab.specs.quantizers import INQSpec, NoiseSpec, OBCSpec, QuantSpec, RTNSpec
 from flatlab.specs.run import AverageSpec, MixSpec, Place, RunSpec, StepSpec
@@ -15,16 +15,16 @@ from flatlab.specs.settings import PAPER, QUICK, SETTINGS, SMOKE, setting
 FIELDS = {"dataset": "digits", "held_out": "rot0", "image_size": 16, "model": "digits-cnn", "steps": 10}
 FIELDS |= {"eval_every": 5, "lr": 0.001}
 RUN = RunSpec(**FIELDS)
-PROBE = ProbeSpec(radii=(0.0, 1.0))
+PROBE = SphereSpec(radii=(0.0, 1.0))
 
 
 # --- identity ----------------------------------------------------------------------------------------------------
 
 
 def test_digests_stay_what_they_were():
-    """A change here renames every run and probe in every store: it must be deliberate, and said in the CHANGELOG."""
+    """A change here renames runs and measurements in every store: it must be deliberate, and said in the CHANGELOG."""
     whole = RUN.replace(step=StepSpec(kind="sam"), average=AverageSpec(kind="swad"), quantizer=QuantSpec(), switch=4)
-    # Renewed for `augment`, `precision` and SWAD's `rule` of runs, and for the engine's fields of probes.
+    # Renewed for `augment`, `precision` and SWAD's `rule` of runs, and for the engine's fields of measurements.
     assert [spec.digest for spec in (RUN, whole, PROBE)] == ["7f6e9dfe05725dcb", "baee3fb207c26b3e", "6c43c1ac4a4deb8b"]
 
 
@@ -43,8 +43,8 @@ def test_canonical_json_is_sorted_bare_and_complete():
     assert json.loads(late.canonical())["members"][1]["coral_weight"] == 0.5
     assert RunSpec(**dict(reversed(FIELDS.items()))).canonical() == text
     assert RunSpec.parse(text) == RUN and RunSpec.parse(text).digest == RUN.digest
-    assert ProbeSpec.parse(PROBE.canonical()) == PROBE
-    assert ProbeSpec(radii=(0, 1)).digest == PROBE.digest  # numbers, not spellings
+    assert SphereSpec.parse(PROBE.canonical()) == PROBE
+    assert SphereSpec(radii=(0, 1)).digest == PROBE.digest  # numbers, not spellings
 
 
 def test_each_field_of_a_run_is_part_of_its_name():
@@ -73,7 +73,7 @@ def test_a_later_field_is_left_out_at_its_default_and_read_back_as_such():
 
 
 def test_the_place_is_no_part_of_a_name():
-    assert not set(Place.model_fields) & (set(RunSpec.model_fields) | set(ProbeSpec.model_fields))
+    assert not set(Place.model_fields) & (set(RunSpec.model_fields) | set(SphereSpec.model_fields))
 
 
 def test_a_trajectory_is_all_but_the_average_and_a_parent_all_before_the_switch():
@@ -280,8 +280,8 @@ def test_every_method_composes_in_every_setting(chosen):
 @pytest.mark.parametrize("fields", [{"images": 5}, {"params": "head.*"}, {"space": "latent"}, {"split": "out"}])
 def test_what_no_measurement_of_the_weights_alone_would_heed_is_refused(fields):
     with pytest.raises(UserError, match=" must be .*, got "):
-        QuantNoiseSpec.make(**fields)
-    assert QuantNoiseSpec().digest == "90c011c76cb5da16"  # as it was named before
+        QuantizationNoiseSpec.make(**fields)
+    assert QuantizationNoiseSpec().digest == "90c011c76cb5da16"  # as it was named before
     if "space" in fields:
         with pytest.raises(UserError, match=" must be .*, got "):
-            RadiusSpec.make(**fields)
+            RoundingSpec.make(**fields)

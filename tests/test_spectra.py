@@ -25,7 +25,7 @@ from flatlab.metrics.curvature.eigenvalues import hessian_spectrum
 from flatlab.metrics.curvature.trace import hessian_trace
 from flatlab.quant.attach import bake
 from flatlab.report import spectrum as report_spectrum
-from flatlab.specs.measurements import SpectrumSpec, SurfaceSpec, parse_probe
+from flatlab.specs.measurements import SpectrumSpec, SurfaceSpec, parse_measurement
 from flatlab.store.runs import RunStore
 
 PROBE = SpectrumSpec(images=10, k=2, tol=0.05, trace_budget=32, starts=2, steps=6)
@@ -37,10 +37,10 @@ def store(tmp_path_factory):
     return trained(tmp_path_factory.mktemp("spectra") / "runs", ERM)
 
 
-def measured(store, probe):
+def measured(store, measurement):
     run = store.run(ERM)
-    measure(run, probe, PLACE)
-    return files.load_arrays(run.probe(probe).result)
+    measure(run, measurement, PLACE)
+    return files.load_arrays(run.measurement(measurement).result)
 
 
 def landscape(store, names, limit=10):
@@ -90,7 +90,7 @@ def test_domains_weigh_alike_whatever_their_sizes(store, domains, names, monkeyp
 
 
 def test_a_measurement_goes_on_from_where_it_was_stopped(store, monkeypatch):
-    probe = PROBE.replace(seed=1)
+    measurement = PROBE.replace(seed=1)
     true, made = curvature_density.quadrature, []
 
     def killed(operator, seed, index, **given):
@@ -101,34 +101,34 @@ def test_a_measurement_goes_on_from_where_it_was_stopped(store, monkeypatch):
 
     monkeypatch.setattr(spectrum, "quadrature", killed)
     with pytest.raises(KeyboardInterrupt):
-        measured(store, probe)
-    assert not store.run(ERM).probe(probe).done
+        measured(store, measurement)
+    assert not store.run(ERM).measurement(measurement).done
     monkeypatch.setattr(spectrum, "_extremes", None)  # is not made again
-    measured(store, probe)
+    measured(store, measurement)
     assert made == [0, 1, 1]
     monkeypatch.undo()
-    whole = content(store.run(ERM).probe(probe))
-    for path in [*store.run(ERM).probe(probe).path.glob("*")]:
+    whole = content(store.run(ERM).measurement(measurement))
+    for path in [*store.run(ERM).measurement(measurement).path.glob("*")]:
         path.unlink()
-    measured(store, probe)
-    assert content(store.run(ERM).probe(probe)) == whole
+    measured(store, measurement)
+    assert content(store.run(ERM).measurement(measurement)) == whole
 
 
 def test_how_products_are_made_is_chosen_once(store, monkeypatch):
-    probe = store.run(ERM).probe(PROBE.replace(seed=7, k=1, starts=1, steps=2))
-    probe.create()
-    files.save_arrays(probe.unit("method"), {"unit": np.array([1.0])})
+    measurement = store.run(ERM).measurement(PROBE.replace(seed=7, k=1, starts=1, steps=2))
+    measurement.create()
+    files.save_arrays(measurement.unit("method"), {"unit": np.array([1.0])})
     made = []
     monkeypatch.setattr(resumable, "Hessian", lambda around, **how: made.append(how) or Hessian(around, **how))
-    measured(store, probe.spec)
+    measured(store, measurement.spec)
     assert made == [{"method": "forward"}]
 
 
 def test_the_seed_bites_and_the_spec_is_its_name(store):
     one, other = measured(store, PROBE)[0], measured(store, PROBE.replace(seed=2))[0]
-    assert not np.array_equal(one["probes"], other["probes"])
+    assert not np.array_equal(one["vectors"], other["vectors"])
     assert one["eigenvalues"] == pytest.approx(other["eigenvalues"], rel=0.05)
-    assert parse_probe(PROBE.canonical()) == PROBE
+    assert parse_measurement(PROBE.canonical()) == PROBE
     with pytest.raises(UserError, match="space"):
         SpectrumSpec.make(space="latent")
 
@@ -143,7 +143,7 @@ def test_progress_is_told(store):
 def test_a_quantized_network_is_baked(tmp_path):
     quantized = trained(tmp_path, QT).run(QT)
     measure(quantized, PROBE, PLACE)
-    values = files.load_arrays(quantized.probe(PROBE).result)[0]["eigenvalues"]
+    values = files.load_arrays(quantized.measurement(PROBE).result)[0]["eigenvalues"]
     model = checkpoint.network(quantized, "selected", PLACE)
     bake(model)
     every = inputs.images(quantized, PROBE, PLACE)
@@ -211,11 +211,11 @@ def test_what_is_not_measured_is_said(store):
 
 
 def test_pyhessian_is_priced_by_its_own_count():
-    sizes, probe = {"rot0": 10, "rot15": 10}, SpectrumSpec(k=10)
-    theirs = probe.replace(engine="pyhessian")
+    sizes, measurement = {"rot0": 10, "rot15": 10}, SpectrumSpec(k=10)
+    theirs = measurement.replace(engine="pyhessian")
     assert theirs.foreseen == 280 and theirs.passes(sizes) == 20 * 0.5 * 10 * 280
-    unstarted = [each.replace(starts=50) for each in (probe, theirs)]
-    assert unstarted[0].passes(sizes) > probe.passes(sizes) and unstarted[1].passes(sizes) == theirs.passes(sizes)
+    unstarted = [each.replace(starts=50) for each in (measurement, theirs)]
+    assert unstarted[0].passes(sizes) > measurement.passes(sizes) and unstarted[1].passes(sizes) == theirs.passes(sizes)
 
 
 def test_a_search_that_its_budget_ends_is_told(store, monkeypatch):
@@ -232,7 +232,9 @@ def test_a_search_that_its_budget_ends_is_told(store, monkeypatch):
 def test_runs_that_span_a_plane_were_trained_on_the_same_data(tmp_path):
     store = trained(tmp_path / "runs", ERM, spec("SWA"), spec("SMA"))
     runs = [store.run(each) for each in (ERM, spec("SWA"), spec("SMA"))]
-    probe = SurfaceSpec(axes="runs", through=tuple(run.spec.digest for run in runs[1:]), grid=2, images=4, refine=None)
+    measurement = SurfaceSpec(
+        axes="runs", through=tuple(run.spec.digest for run in runs[1:]), grid=2, images=4, refine=None
+    )
     runs[2].note(data_fingerprint="0" * 64)
     with pytest.raises(UserError, match="differ from those that run"):
-        measure(runs[0], probe, PLACE)
+        measure(runs[0], measurement, PLACE)

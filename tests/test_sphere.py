@@ -12,7 +12,7 @@ from torch import nn
 from flatlab import seeds
 from flatlab.errors import UserError
 from flatlab.landscape.landscape import Landscape
-from flatlab.metrics.flatness.perturbations import draw_ray
+from flatlab.metrics.flatness.perturbations import draw_direction
 from flatlab.metrics.flatness.sphere import sphere_flatness
 from flatlab.results.estimate import Cost, Estimate, mean_of
 
@@ -69,7 +69,7 @@ def test_the_rise_at_small_radii_is_quadratic_at_a_minimum():
 def test_the_rise_along_a_ray_of_a_network_is_its_taylor_series():
     case = cases.make("tied").double()
     landscape, gammas = case.landscape(), np.array([1e-3, 1e-2])
-    ray = draw_ray(landscape, 0, 0)
+    ray = draw_direction(landscape, 0, 0)
     slope = (landscape.gradient() @ ray).item()
     rises = cases.walked(landscape, gammas, [0])[0, :, 0] - gammas * slope
     assert np.log10(rises[1] / rises[0]) == pytest.approx(2.0, abs=0.05)
@@ -82,7 +82,7 @@ def test_the_interval_covers_as_often_as_it_says():
     truth, hits, repeats = eigenvalues.sum() / (2 * 40), 0, 400
     landscape = cases.Quadratic(torch.diag(torch.tensor(eigenvalues))).landscape(check=False)
     for seed in range(repeats):
-        rays = [draw_ray(landscape, seed, k).numpy() for k in range(12)]
+        rays = [draw_direction(landscape, seed, k).numpy() for k in range(12)]
         found = mean_of(np.array([0.5 * (eigenvalues * ray**2).sum() for ray in rays]))
         hits += int(abs(found.value - truth) <= found.half_width(0.95))
     assert abs(hits - 0.95 * repeats) < 3.5 * np.sqrt(0.95 * 0.05 * repeats)
@@ -105,15 +105,15 @@ def test_small_spheres_agree_with_the_trace_of_pyhessian():
         oracle = pyhessian.hessian(case.model, case.loss, data=(case.inputs, case.targets), cuda=False)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # it draws from the global generator
-            probes = np.array(oracle.trace(maxIter=400, tol=-np.inf))  # tol=0 stops as soon as a mean is negative
+            measurements = np.array(oracle.trace(maxIter=400, tol=-np.inf))  # tol=0 stops as soon as a mean is negative
     case.model.zero_grad()
     slope = landscape.gradient()
     rises = cases.walked(landscape, [gamma], range(400))[:, 0, 0]
-    rises -= gamma * np.array([(slope @ draw_ray(landscape, 0, k)).item() for k in range(400)])
+    rises -= gamma * np.array([(slope @ draw_direction(landscape, 0, k)).item() for k in range(400)])
     traces = rises * 2 * landscape.num_params / gamma**2
-    spread = np.hypot(probes.std(ddof=1), traces.std(ddof=1)) / np.sqrt(400)
-    assert abs(traces.mean() - probes.mean()) < 3.5 * spread
-    assert spread < 0.2 * probes.mean()
+    spread = np.hypot(measurements.std(ddof=1), traces.std(ddof=1)) / np.sqrt(400)
+    assert abs(traces.mean() - measurements.mean()) < 3.5 * spread
+    assert spread < 0.2 * measurements.mean()
 
 
 # ------------------------------------------------------------------------------------------------------ results

@@ -10,7 +10,7 @@ from stores import refuses
 from torch import nn
 
 from flatlab.landscape.landscape import Landscape
-from flatlab.metrics.flatness.perturbations import draw_ray
+from flatlab.metrics.flatness.perturbations import draw_direction
 from flatlab.metrics.surfaces import planes
 from flatlab.metrics.surfaces.directions import (
     eigen_directions,
@@ -80,7 +80,7 @@ def test_places_are_those_of_an_independent_loop(name, cut, untouched):
     landscape = case.landscape(cases.CUTS[cut])
     with untouched(case.model):
         surface = plane(landscape, grid=3, seed=4)
-    u, v = (draw_ray(landscape, 4, k, normalisation="filter") for k in range(2))
+    u, v = (draw_direction(landscape, 4, k, normalisation="filter") for k in range(2))
     for i, a in enumerate((-1.0, 0.0, 1.0)):
         for j, b in enumerate((-1.0, 0.0, 1.0)):
             there = landscape.evaluate(landscape.point + (a * u + b * v))
@@ -103,7 +103,7 @@ def test_a_profile_has_a_band_over_its_directions():
     profile = line(landscape, grid=5, seed=3)
     assert profile.values.shape == (5, 5, 1, 2) and profile.over == "directions"
     assert profile.of()[:, 2] == pytest.approx(landscape.base_loss[0], rel=1e-7)
-    rays = [draw_ray(landscape, 3, k, normalisation="filter") for k in range(5)]
+    rays = [draw_direction(landscape, 3, k, normalisation="filter") for k in range(5)]
     ends = np.array([landscape.evaluate(landscape.point + 0.5 * ray).loss for ray in rays])
     assert profile.of()[:, 3] == pytest.approx(ends, rel=1e-6)
     assert profile.value[3] == pytest.approx(ends.mean(), rel=1e-6)

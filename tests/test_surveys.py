@@ -18,7 +18,7 @@ from flatlab.metrics.surfaces.planes import plane
 from flatlab.report.surface import barrier_sentence, centres, connection, of_panel, surface
 from flatlab.results.connectivity import Connection
 from flatlab.results.surface import Surface, parts
-from flatlab.specs.measurements import AuditSpec, ConnectionSpec, SurfaceSpec, TriangleSpec, parse_probe
+from flatlab.specs.measurements import ConnectionSpec, ScaleAuditSpec, SurfaceSpec, TraceCheckSpec, parse_measurement
 from flatlab.store.runs import RunStore
 from flatlab.tensors.flat import flatten
 
@@ -61,13 +61,13 @@ def test_a_surface_is_measured_drawn_and_kept(flatlab, store, tmp_path):
     assert of_panel(found, "target", "rot0") == pytest.approx(again.of("loss", "rot0"))
     assert of_panel(found, "source", "rot0") == pytest.approx(again.of("loss", ["rot15", "rot30", "rot45"]))
     assert (tmp_path / "landscape.png").stat().st_size > 5000
-    (probe,) = (each for each in run.probes() if each.spec.metric == "surface")
-    first = probe.result.read_bytes()
-    (probe.path / "done").unlink()
-    probe.result.unlink()
-    units = sorted(path.name for path in probe.path.glob("unit-*"))
+    (measurement,) = (each for each in run.measurements() if each.spec.metric == "surface")
+    first = measurement.result.read_bytes()
+    (measurement.path / "done").unlink()
+    measurement.result.unlink()
+    units = sorted(path.name for path in measurement.path.glob("unit-*"))
     assert len(units) == 1 and flatlab("landscape", *words).code == 0
-    assert probe.result.read_bytes() == first
+    assert measurement.result.read_bytes() == first
 
 
 def test_the_triangle_is_told_with_its_verdict(flatlab, store, tmp_path):
@@ -97,9 +97,9 @@ def test_a_line_between_two_runs_is_measured_told_and_drawn(flatlab, store, tmp_
     assert answer.code == 0 and "Unseen domain: the line is" in answer.err and "interpolated" in answer.err
     frame = pd.read_csv(tmp_path / "connection.csv")
     rows = {row["panel"]: row for row in json.loads(flatlab("landscape", *words, "--json").out.splitlines()[0])}
-    probe = ConnectionSpec(to=names["lsq"], images=6)
+    measurement = ConnectionSpec(to=names["lsq"], images=6)
     for panel, domains in {"source": ["rot15", "rot30", "rot45"], "target": ["rot0"]}.items():
-        first, second = (landscape(run, probe, stores.PLACE, of=domains) for run in ends)
+        first, second = (landscape(run, measurement, stores.PLACE, of=domains) for run in ends)
         again = connect(first, second, grid=5)
         found = Connection.load(tmp_path / f"connection-{names['erm'][:6]}-{names['lsq'][:6]}-{panel}.npz")
         assert np.array_equal(found.bootstrap, again.bootstrap) and found.strata == tuple(domains)
@@ -114,9 +114,9 @@ def test_a_line_between_two_runs_is_measured_told_and_drawn(flatlab, store, tmp_
 def test_the_sentence_on_a_barrier_follows_its_interval(store):
     names = digests(store)
     run = RunStore(store).find(names["erm"])
-    probe = ConnectionSpec(to=names["sam"], images=4, grid=3)
-    measure(run, probe, stores.PLACE)
-    found = connection(run, probe, "target")
+    measurement = ConnectionSpec(to=names["sam"], images=4, grid=3)
+    measure(run, measurement, stores.PLACE)
+    found = connection(run, measurement, "target")
     for shift, verdict in [
         (9.0, "a barrier stands"),
         (-9.0, "no barrier: the line lies below"),
@@ -202,7 +202,7 @@ def test_an_audit_is_told_and_drawn(flatlab, store, tmp_path):
 
 def test_plans_are_priced_and_nothing_is_begun(flatlab, store):
     erm = digests(store)["erm"]
-    before = sorted(path.name for path in store.rglob("probes/*"))
+    before = sorted(path.name for path in store.rglob("measurements/*"))
     for command in ("landscape", "audit"):
         answer = flatlab(command, erm, "--images", 7, "--dry-run")
         assert answer.code == 0 and "jobs" in answer.out
@@ -211,12 +211,12 @@ def test_plans_are_priced_and_nothing_is_begun(flatlab, store):
     assert line.replace(recompute=5).passes(stores.SIZES) == 3 * (4 * 7 + 2 * 3 * 5)
     answer = flatlab("landscape", erm, line.to, "--axes", "line", "--grid", 3, "--images", 7, "--dry-run")
     assert answer.code == 0 and "jobs" in answer.out
-    assert sorted(path.name for path in store.rglob("probes/*")) == before
+    assert sorted(path.name for path in store.rglob("measurements/*")) == before
 
 
 def test_specs_are_read_back_and_surfaces_too(store):
-    for spec in (SurfaceSpec(grid=5, recompute=9), ConnectionSpec(to="f"), TriangleSpec(), AuditSpec(most=2.0)):
-        assert parse_probe(spec.canonical()) == spec and spec.passes(stores.SIZES) > 0
+    for spec in (SurfaceSpec(grid=5, recompute=9), ConnectionSpec(to="f"), TraceCheckSpec(), ScaleAuditSpec(most=2.0)):
+        assert parse_measurement(spec.canonical()) == spec and spec.passes(stores.SIZES) > 0
     assert not {"every", "recompute"} & set(json.loads(SurfaceSpec().canonical()))  # as before there were these fields
     run = RunStore(store).find(digests(store)["sam"])
     spec = SurfaceSpec(images=4, grid=9, refine=0.2)

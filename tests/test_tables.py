@@ -10,13 +10,13 @@ from scipy import stats
 from flatlab import files
 from flatlab.errors import UserError
 from flatlab.report import tables
-from flatlab.specs.measurements import ProbeSpec
+from flatlab.specs.measurements import SphereSpec
 from flatlab.specs.quantizers import QuantSpec
 from flatlab.specs.run import RunSpec
 from flatlab.store.runs import RunStore
 
 RUN = RunSpec(dataset="digits", held_out="rot15", image_size=16, model="digits-cnn", steps=10, eval_every=5, lr=0.1)
-PROBE = ProbeSpec(radii=(0.0, 1.0, 2.0), num_samples=4)
+PROBE = SphereSpec(radii=(0.0, 1.0, 2.0), num_samples=4)
 DOMAINS = ["rot0", "rot15", "rot30", "rot45"]
 
 
@@ -122,13 +122,13 @@ def measured(store, spec, samples):
     run = store.run(spec)
     run.create()
     run.finish()
-    probe = run.probe(PROBE)
-    probe.create()
+    measurement = run.measurement(PROBE)
+    measurement.create()
     visits = {f"visits-{index:02d}": samples[:, index] for index in range(len(PROBE.radii))}
     facts = {"strata": DOMAINS, "blocks": [1] * len(PROBE.radii), "chance": 2.3}
     losses = {"radii": np.array(PROBE.radii), "base_loss": np.arange(4.0)}
-    files.save_arrays(probe.result, {**visits, **losses}, facts)
-    probe.finish()
+    files.save_arrays(measurement.result, {**visits, **losses}, facts)
+    measurement.finish()
 
 
 def test_flatness_has_a_panel_of_seen_and_one_of_unseen_domains(tmp_path):

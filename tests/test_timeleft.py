@@ -6,15 +6,15 @@ import pytest
 
 from flatlab.cli.timeleft import TimeLeft
 from flatlab.jobs.plan import Job
-from flatlab.specs.measurements import ProbeSpec
+from flatlab.specs.measurements import SphereSpec
 from flatlab.specs.run import RunSpec
 
 SPEC = RunSpec(dataset="digits", held_out="rot0", image_size=16, model="digits-cnn", steps=1, eval_every=1, lr=1.0)
-PROBE = ProbeSpec(radii=(1.0,))
+PROBE = SphereSpec(radii=(1.0,))
 
 
 def job(name, passes, *, measures=False):
-    return Job(name=name, runs=(SPEC,), probes=(PROBE,) if measures else (), passes=passes)
+    return Job(name=name, runs=(SPEC,), measurements=(PROBE,) if measures else (), passes=passes)
 
 
 def mix(kinds):
@@ -51,7 +51,7 @@ def test_within_a_factor_once_each_kind_was_seen(name, workers):
     def begin():
         if queue:
             each = queue.pop(0)
-            clock.hear(each.name, 0.0, over=False)
+            clock.on_event(each.name, 0.0, over=False)
             heapq.heappush(busy, (now + seconds[each], now, each.name))
 
     for _ in range(workers):
@@ -60,8 +60,8 @@ def test_within_a_factor_once_each_kind_was_seen(name, workers):
         end, begun, name_ = heapq.heappop(busy)
         now = end
         for stop, start, other in busy:
-            clock.hear(other, (now - start) / (stop - start), over=False)
-        clock.hear(name_, 1.0, over=True)
+            clock.on_event(other, (now - start) / (stop - start), over=False)
+        clock.on_event(name_, 1.0, over=True)
         begin()
         told.append((now, clock.left()))
     assert told[-1][1] == 0 and clock.done() == pytest.approx(1)
@@ -77,7 +77,7 @@ def zip_all(*rows):
 def test_nothing_is_said_before_anything_is_timed():
     clock = TimeLeft([job("train erm on rot0, seed 0", 10)], workers=1)
     assert clock.left() is None
-    clock.hear("train erm on rot0, seed 0", 0.0, over=False)
+    clock.on_event("train erm on rot0, seed 0", 0.0, over=False)
     assert clock.left() is None
 
 
@@ -85,7 +85,7 @@ def test_what_a_resumed_job_had_done_is_not_counted_as_fast():
     now = 0.0
     names = [f"train erm on rot{index}, seed 0" for index in range(2)]
     clock = TimeLeft([job(name, 100) for name in names], workers=1, now=lambda: now)
-    clock.hear(names[0], 0.9, over=False)
+    clock.on_event(names[0], 0.9, over=False)
     now = 1.0
-    clock.hear(names[0], 1.0, over=True)
+    clock.on_event(names[0], 1.0, over=True)
     assert clock.left() == pytest.approx(10)

@@ -42,7 +42,7 @@ SETTINGS = [
 
 
 class Diagonal:
-    """An operator that is a diagonal matrix: as starts and probes are isotropic, its basis does not matter."""
+    """An operator that is a diagonal matrix: as starts and vectors are isotropic, its basis does not matter."""
 
     def __init__(self, eigenvalues):
         self.eigenvalues = torch.from_numpy(eigenvalues)
@@ -75,18 +75,18 @@ def coverage(operator, repeats=400, **kwargs):
 def test_the_interval_covers_as_often_as_it_says(name, kwargs, by_matrix):
     shares = coverage(Diagonal(SPECTRA[name]), repeats=200, **kwargs)
     assert np.abs(shares[:2] - 0.95).max() < 3.5 * np.sqrt(0.95 * 0.05 / 200)
-    assert shares[2] > 0.9  # of a ratio, whose two numbers rest on the same probes
+    assert shares[2] > 0.9  # of a ratio, whose two numbers rest on the same vectors
 
 
 def test_the_products_tell_the_variance_of_the_probes(by_matrix):
     operator = Diagonal(SPECTRA["indefinite"])
-    probes = trace_module._probe(operator, torch.zeros(0, 100, dtype=torch.float64), range(4000), 0, twice=True)
+    vectors = trace_module._products_of(operator, torch.zeros(0, 100, dtype=torch.float64), range(4000), 0, twice=True)
     values = operator.eigenvalues.numpy()
     for column, half, powers in ((0, 2, values), (1, 4, values**2)):
         exact = 2 * 100 / 102 * ((powers**2).sum() - powers.sum() ** 2 / 100)
-        assert 2 * probes[:, half].mean() == pytest.approx(exact, rel=0.1)
-        assert probes[:, column].var() == pytest.approx(exact, rel=0.1)
-    assert 2 * probes[:, 3].mean() == pytest.approx(np.cov(probes[:, 0], probes[:, 1])[0, 1], rel=0.15)
+        assert 2 * vectors[:, half].mean() == pytest.approx(exact, rel=0.1)
+        assert vectors[:, column].var() == pytest.approx(exact, rel=0.1)
+    assert 2 * vectors[:, 3].mean() == pytest.approx(np.cov(vectors[:, 0], vectors[:, 1])[0, 1], rel=0.15)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -106,7 +106,7 @@ def test_the_trace_of_a_small_network_is_exact(name):
     size = landscape.num_params
     found = hessian_trace(landscape, rel_error=1e-3, budget=2000)
     assert found.value == pytest.approx([matrix.trace().item(), matrix.square().sum().item()], rel=1e-9)
-    assert (found.stopped, found.basis, found.converged, len(found.probes)) == ("exact", size, True, 0)
+    assert (found.stopped, found.basis, found.converged, len(found.vectors)) == ("exact", size, True, 0)
     assert found.stderr.tolist() == [0.0, 0.0]
     assert found.cost.hvps == size + (0 if size <= trace_module.WHOLE else 20 + 2 * results_spectrum.PILOT)
 
@@ -129,7 +129,7 @@ def test_a_basis_of_the_range_leaves_nothing_to_probe(make):
 
 
 def test_what_the_basis_holds_of_the_square_is_exact():
-    # With every sign vector of the space as a probe, the rest is exact too, so that the sum must be.
+    # With every sign vector of the space as a vector, the rest is exact too, so that the sum must be.
     operator = Hessian(quadratic([5.0, 3.0, 1.0, 0.5, -1.0, -2.0]))
     for deflate in (3, hessian_spectrum(operator, k=2, tol=0.5, budget=3, vectors=True)):
         basis, exact = trace_module._deflate(operator, deflate, 100, 0)
@@ -148,7 +148,7 @@ def test_a_spectrum_lends_its_vectors():
     spectrum = hessian_spectrum(operator, k=4, vectors=True)
     before = operator.products
     found = hessian_trace(operator, deflate=spectrum)
-    assert found.cost.hvps == operator.products - before == len(found.probes)
+    assert found.cost.hvps == operator.products - before == len(found.vectors)
     assert found.basis == 4
     assert found.captured == pytest.approx(53.0 / found.trace.value, rel=1e-3)
     assert abs(found.trace.value - OUTLIERS.sum()) < 4 * found.trace.stderr
@@ -158,14 +158,14 @@ def test_the_pilot_alone_says_how_many_probes_are_needed():
     operator = Hessian(quadratic(OUTLIERS))
     for seed, rel_error in itertools.product(range(3), (0.05, 0.1, 10.0)):
         found = hessian_trace(operator, seed=seed, deflate=0, rel_error=rel_error, budget=5000)
-        pilot = found.probes[:32]
+        pilot = found.vectors[:32]
         variance = 2 * pilot[:, 2].mean()
         need = max(32, np.ceil(variance / (rel_error * pilot[:, 0].mean()) ** 2))
-        assert (len(found.probes), found.stopped) == (need, "accuracy")
+        assert (len(found.vectors), found.stopped) == (need, "accuracy")
         assert found.cost.hvps == 32 + need and 32 <= found.trace.freedom < 32 * 40
         assert found.trace.stderr == pytest.approx(np.sqrt(variance / need))
-        assert np.isnan(found.probes[32:, 3:]).all() and np.isfinite(pilot).all()
-        assert found.trace.value == pytest.approx(found.probes[:, 0].mean())
+        assert np.isnan(found.vectors[32:, 3:]).all() and np.isfinite(pilot).all()
+        assert found.trace.value == pytest.approx(found.vectors[:, 0].mean())
 
 
 def test_probes_do_not_depend_on_the_basis_and_the_seed_bites():
@@ -176,17 +176,17 @@ def test_probes_do_not_depend_on_the_basis_and_the_seed_bites():
         patch.setattr(trace_module, "draw", lambda *args: names.append(args[1:]) or true(*args))
         first = hessian_trace(operator, deflate=2, budget=34, seed=3)
     assert len({seeds.derive(*name[1:]) for name in names}) == len(names) == 17
-    assert np.array_equal(first.probes, hessian_trace(operator, deflate=2, budget=34, seed=3).probes)
-    assert not np.array_equal(first.probes, hessian_trace(operator, deflate=2, budget=34, seed=4).probes)
+    assert np.array_equal(first.vectors, hessian_trace(operator, deflate=2, budget=34, seed=3).vectors)
+    assert not np.array_equal(first.vectors, hessian_trace(operator, deflate=2, budget=34, seed=4).vectors)
     plain = hessian_trace(operator, deflate=0, budget=32, seed=3)
-    assert np.corrcoef(plain.probes[:, 0], first.probes[:, 0])[0, 1] > 0.1  # the same draws, seen outside the basis
+    assert np.corrcoef(plain.vectors[:, 0], first.vectors[:, 0])[0, 1] > 0.1  # the same draws, seen outside the basis
 
 
 def test_a_result_can_be_tabulated_and_drawn():
     found = hessian_trace(double("mlp").landscape())
     frame = found.to_frame()
     assert list(frame.columns) == ["power", "value", "stderr", "low", "high", "over"]
-    assert frame["over"].unique().tolist() == ["probes"]
+    assert frame["over"].unique().tolist() == ["vectors"]
     found.plot(), plt.gcf().canvas.draw()
 
 
@@ -211,14 +211,14 @@ def halved(monkeypatch):
     monkeypatch.setattr(trace_module, "_deflate", lambda *args: (true(*args)[0], true(*args)[1] / 2))
 
 
-def outside(monkeypatch):  # probes that are not taken out of the basis count outliers twice
-    true = trace_module._probe
+def outside(monkeypatch):  # vectors that are not taken out of the basis count outliers twice
+    true = trace_module._products_of
     monkeypatch.setattr(trace_module, "_probe", lambda operator, basis, *rest: true(operator, basis[:0], *rest))
 
 
-def spread(monkeypatch):  # the spread of the probes in the place of what their products tell
-    def mean(probes, first, second):
-        return mean_of(probes[:, :2] @ np.array([first, second]))
+def spread(monkeypatch):  # the spread of the vectors in the place of what their products tell
+    def mean(vectors, first, second):
+        return mean_of(vectors[:, :2] @ np.array([first, second]))
 
     monkeypatch.setattr(trace_module, "_mean", mean)
 
@@ -242,7 +242,7 @@ def test_pyhessian_finds_the_same_trace():
         oracle = pyhessian.hessian(case.model, case.loss, data=(case.inputs, case.targets), cuda=False)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # it draws from the global generator
-            probes = np.array(oracle.trace(maxIter=300, tol=-np.inf))  # tol=0 stops as soon as a mean is negative
+            vectors = np.array(oracle.trace(maxIter=300, tol=-np.inf))  # tol=0 stops as soon as a mean is negative
     case.model.zero_grad()
     ours = hessian_trace(landscape).trace
-    assert abs(ours.value - probes.mean()) < 3.5 * np.hypot(ours.stderr, probes.std(ddof=1) / np.sqrt(300))
+    assert abs(ours.value - vectors.mean()) < 3.5 * np.hypot(ours.stderr, vectors.std(ddof=1) / np.sqrt(300))

@@ -10,7 +10,7 @@ from torch import nn
 
 from flatlab.landscape.landscape import Landscape
 from flatlab.metrics.curvature import resumable, trace
-from flatlab.metrics.trace_check import triangle
+from flatlab.metrics.trace_check import trace_check
 
 
 def bowl(values, name):
@@ -19,7 +19,7 @@ def bowl(values, name):
 
 def test_the_three_agree_on_a_quadratic():
     values = [20.0, 5.0, *np.linspace(0.1, 1.0, 18)]
-    found = triangle(bowl(values, "triangle"), rel_error=0.02)
+    found = trace_check(bowl(values, "triangle"), rel_error=0.02)
     for each in found.corners.values():
         assert abs(each.value - sum(values)) <= 4 * each.stderr + 1e-9
     assert found.agrees() and found.quadratic_radius() == found.flatness.radii[-1]
@@ -31,7 +31,7 @@ def test_the_three_agree_on_a_quadratic():
 
 def test_the_three_agree_on_softmax_regression():
     landscape, hessian = spectra.softmax_regression()
-    found = triangle(landscape, rel_error=0.01, seed=2)
+    found = trace_check(landscape, rel_error=0.01, seed=2)
     for each in found.corners.values():
         assert abs(each.value - hessian.trace().item()) <= 4 * each.stderr + 0.01 * hessian.trace().item()
     assert found.agrees()
@@ -55,7 +55,7 @@ def plain(model):
 
 def test_the_quadratic_picture_holds_as_far_as_it_does():
     radii = np.array([0.1, 0.2, 0.4, 0.44, 0.46, 0.8])
-    found = triangle(plain(Quartic()), radii=radii, rel_error=1e-3)
+    found = trace_check(plain(Quartic()), radii=radii, rel_error=1e-3)
     assert found.value == pytest.approx(10 * (1 + radii**2 / 2), rel=1e-6)
     assert found.quadratic_radius() == 0.44  # r^2 / 2 = 0.1 at r = 0.447
     assert found.quadratic_radius(within=0.01) == 0.1
@@ -73,7 +73,7 @@ class Kink(nn.Module):
 
 
 def test_kinks_are_named_where_they_part_rise_and_trace():
-    found = triangle(plain(Kink()), radii=[0.01, 0.1])
+    found = trace_check(plain(Kink()), radii=[0.01, 0.1])
     assert not found.agrees() and found.quadratic_radius() == 0.0
     assert "do not agree" in found.verdict() and "ReLU bend the loss" in found.verdict()
     assert found.corners["sphere"].value > 2 * found.corners["trace"].value
@@ -85,10 +85,10 @@ def test_a_halved_trace_is_seen(monkeypatch):
 
     def halved(*args, **kwargs):
         found = original(*args, **kwargs)
-        return type(found)(**{**vars(found), "exact": found.exact / 2, "probes": found.probes / 2})
+        return type(found)(**{**vars(found), "exact": found.exact / 2, "vectors": found.vectors / 2})
 
     monkeypatch.setattr(resumable, "hessian_trace", halved)
-    found = triangle(landscape, rel_error=0.02, density=(60, 3))
+    found = trace_check(landscape, rel_error=0.02, density=(60, 3))
     assert not found.agrees() and min(high for _, _, high in found.differences().values()) < np.inf
     signs = {pair: low * high > 0 for pair, (_, low, high) in found.differences().items()}
     assert signs == {("sphere", "trace"): True, ("sphere", "density"): False, ("trace", "density"): True}
@@ -96,7 +96,7 @@ def test_a_halved_trace_is_seen(monkeypatch):
 
 def test_the_draws_share_nothing_and_the_seed_bites():
     landscape = bowl(np.linspace(0.1, 3.0, 30), "seeds")
-    runs = [triangle(landscape, radii=[0.5], seed=seed) for seed in range(30)]
+    runs = [trace_check(landscape, radii=[0.5], seed=seed) for seed in range(30)]
     corners = np.array([[each.value for each in run.corners.values()] for run in runs])
     assert len(np.unique(corners, axis=0)) == 30
     correlation = np.corrcoef(corners.T)
@@ -106,5 +106,5 @@ def test_the_draws_share_nothing_and_the_seed_bites():
 
 def test_mistakes_are_one_sentence():
     flat = cases.Quadratic(torch.zeros(6, 6, dtype=torch.float64)).landscape(check=False)
-    refuses(lambda: triangle(flat), "no radius suits it")
-    refuses(lambda: triangle(bowl([1.0, 2.0], "m"), radii=[0.0, 1.0]), "positive")
+    refuses(lambda: trace_check(flat), "no radius suits it")
+    refuses(lambda: trace_check(bowl([1.0, 2.0], "m"), radii=[0.0, 1.0]), "positive")

@@ -9,7 +9,7 @@ from scipy import stats
 from flatlab import typical_rise
 from flatlab.errors import UserError
 from flatlab.metrics.flatness import sampler
-from flatlab.metrics.flatness.perturbations import draw_ray
+from flatlab.metrics.flatness.perturbations import draw_direction
 from flatlab.results.estimate import standing
 from flatlab.seeds import generator
 
@@ -24,11 +24,11 @@ def perturbation(landscape, seed=0):
 def test_twins_are_as_long_as_the_perturbation(normalisation):
     landscape = cases.make("conv_bn").landscape()
     e = perturbation(landscape)
-    ray = draw_ray(landscape, 0, 3, normalisation=normalisation, like=e)
+    ray = draw_direction(landscape, 0, 3, normalisation=normalisation, like=e)
     pairs = list(zip(landscape.split(ray), landscape.split(e), strict=True))
     if normalisation == "none":
         assert ray.norm().item() == pytest.approx(e.norm().item(), rel=1e-5)
-        assert torch.allclose(ray / ray.norm(), draw_ray(landscape, 0, 3))
+        assert torch.allclose(ray / ray.norm(), draw_direction(landscape, 0, 3))
     for z, each in pairs if normalisation in ("layer", "filter") else ():
         axes = tuple(range(1, each.ndim)) if normalisation == "filter" else None
         lengths = [torch.linalg.vector_norm(t, dim=axes) for t in (z, each)]
@@ -50,7 +50,7 @@ def test_rises_are_those_of_the_landscape(name, untouched):
             for told, sign in ((found.rises, 1), (found.reverses, -1)):
                 expected = landscape.evaluate(landscape.point + sign * each).losses - here
                 assert told[row] == pytest.approx(expected, rel=1e-6, abs=1e-8)
-            rays = [draw_ray(landscape, 0, k, normalisation="filter", like=each) for k in range(3)]
+            rays = [draw_direction(landscape, 0, k, normalisation="filter", like=each) for k in range(3)]
             walked = [landscape.evaluate(landscape.point + ray).losses - here for ray in rays]
             assert found.visits[row] == pytest.approx(np.array(walked), rel=1e-5, abs=1e-7)
     assert found.norms == pytest.approx([e.norm().item(), e.norm().item() / 2], rel=1e-5)
@@ -90,7 +90,7 @@ def test_the_mean_over_twins_of_each_filter_follows_the_block_traces():
 def test_a_random_perturbation_is_typical_of_its_own_kind(normalisation):
     landscape = cases.make("mlp").landscape()
     like = perturbation(landscape)
-    drawn = {f"{k}": draw_ray(landscape, 99, k, normalisation=normalisation, like=like) for k in range(40)}
+    drawn = {f"{k}": draw_direction(landscape, 99, k, normalisation=normalisation, like=like) for k in range(40)}
     found = typical_rise(landscape, drawn, normalisation=normalisation, num_samples=40)
     assert stats.kstest(found.rank, "uniform").pvalue > 1e-3
     assert abs(found.z.mean()) < 4 / 40**0.5

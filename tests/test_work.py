@@ -55,7 +55,7 @@ def _errors(events):
 
 
 def _contents(store):
-    return {entry.path.name: content(entry) for run in store.runs() for entry in (run, *run.probes())}
+    return {entry.path.name: content(entry) for run in store.runs() for entry in (run, *run.measurements())}
 
 
 # --- many workers
@@ -84,7 +84,9 @@ def test_two_workers_share_the_jobs(store, whole, tmp_path):
         assert worker.exitcode == 0
     tally = (tmp_path / "tally").read_text().splitlines()
     assert set(tally) == {job.name for job in todo}
-    assert sorted(name for name in tally if name.startswith("train")) == sorted(j.name for j in todo if not j.probes)
+    assert sorted(name for name in tally if name.startswith("train")) == sorted(
+        j.name for j in todo if not j.measurements
+    )
     assert _contents(store) == _contents(whole)
 
 
@@ -177,7 +179,7 @@ def test_a_lost_worker_is_no_error_where_others_finished_its_jobs(store, tmp_pat
     monkeypatch.setattr(sys, "executable", str(script))
     heard = []
     plan = WorkPlan(store=str(store.root), place=PLACE, jobs=tuple(todo))
-    errors = local.run_locally(plan, workers=2, hear=heard.append)
+    errors = local.run_locally(plan, workers=2, on_event=heard.append)
     notes = [event["note"] for event in heard if "note" in event]
     if finished == "true":
         assert errors == [] and len(notes) == 1 and "A worker was lost: it was killed" in notes[0]
@@ -200,7 +202,7 @@ def test_workers_end_with_the_command_that_started_them(store, tmp_path):
 def test_local_workers(store, whole):
     heard = []
     plan = WorkPlan(store=str(store.root), place=PLACE, jobs=tuple(_todo(store)))
-    assert local.run_locally(plan, workers=2, hear=heard.append) == []
+    assert local.run_locally(plan, workers=2, on_event=heard.append) == []
     assert {event["job"] for event in heard if event.get("finished")} == {job.name for job in plan.jobs}
     assert _contents(store) == _contents(whole)
 
@@ -212,7 +214,7 @@ def test_a_worker_that_dies_is_told_and_its_noise_is_not_taken_for_events(store,
     monkeypatch.setattr(sys, "executable", str(script))
     heard = []
     plan = WorkPlan(store=str(store.root), place=PLACE, jobs=())
-    errors = local.run_locally(plan, workers=2, hear=heard.append)
+    errors = local.run_locally(plan, workers=2, on_event=heard.append)
     assert [error["error"] for error in errors] == ["it ended with status 3: last words"] * 2
     assert heard == []
 
@@ -236,7 +238,7 @@ def test_a_loss_that_is_not_finite(store, whole, monkeypatch):
         _spoil(patch, at=6 + 1)
         todo = _todo(store)
         errors = _errors(_work(store, todo))
-    first = next(job for job in todo if job.runs[0] == ERM and not job.probes)
+    first = next(job for job in todo if job.runs[0] == ERM and not job.measurements)
     assert errors.pop(first.name) == (
         f"The training loss of run {ERM.digest} is not finite at step 7; lower --lr. "
         "The checkpoints before it are kept."
@@ -264,7 +266,7 @@ def test_a_rate_far_too_high(store):
 
 
 def test_what_was_removed_is_not_waited_for(store):
-    measuring = [job for job in _todo(store) if job.probes]
+    measuring = [job for job in _todo(store) if job.measurements]
     assert set(_errors(_work(store, measuring)).values()) == {"not tried: what it needs failed, or was removed."}
 
 

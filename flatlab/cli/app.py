@@ -15,7 +15,7 @@ from flatlab.cli.effects import refuse_idle, refuse_without_effect
 from flatlab.cli.errors import Commands, say, spoken
 from flatlab.cli.measuring import hessian, noise
 from flatlab.cli.options import DATA, NAMED, PARTS, QUANTIZER, RUNNING, TRAINING, Runs
-from flatlab.cli.run_jobs import carry_out, catalogue, everything, measured, price, tell_written
+from flatlab.cli.run_jobs import carry_out, catalogue, everything, measured, price, show_written
 from flatlab.cli.store import data_app, runs_app
 from flatlab.errors import UserError, choose
 from flatlab.files import strict_json
@@ -76,7 +76,7 @@ def reproduce(
     display.frame(done.accuracies, reproduce.ACCURACIES, formats=dict.fromkeys(done.accuracies.columns, ".3f"))
     for remark in done.remarks:
         display.out.print(remark, soft_wrap=True, markup=False)
-    tell_written(done.written)
+    show_written(done.written)
 
 
 @app.command(
@@ -116,7 +116,7 @@ def train(chosen: Choices) -> None:
         tensorboard.needed()  # said before hours of training, not after
     carry_out(chosen, todo)
     if chosen.tensorboard:
-        tell_written([tensorboard.write(store.run(spec), chosen.tensorboard) for spec in wanted])
+        show_written([tensorboard.write(store.run(spec), chosen.tensorboard) for spec in wanted])
     table = tables.accuracies(store, [(label, spec) for spec in wanted], among_all=among_all)
     chosen.answer(table, "Accuracy on source validation, in-domain test and target, by selection rule", ACCURACIES)
     for remark in valleys.remarks(map(store.run, wanted)):
@@ -154,7 +154,7 @@ def flatness(
 ) -> None:  # the options of a measurement are its own, hence so many
     """Measure how fast the loss rises around trained runs: F on spheres (QT-DoG Eq. 5), with intervals."""
     from flatlab import reproduce
-    from flatlab.report.sphere import SHOWN, chart, panel_of, probe_of, said
+    from flatlab.report.sphere import SHOWN, chart, measurement_of, panel_of, said
 
     store, panel = chosen.runs(), panel_of(split)
     if samples is not None:
@@ -164,14 +164,14 @@ def flatness(
     fields: dict[str, Any] = {"space": space, "checkpoint": checkpoint, "params": params, "images": images}
     fields |= {"rel_error": rel_error, "abs_error": abs_error, "budget": budget, "block_size": block_size}
     fields |= {"seed": direction_seed, "num_samples": samples, "normalisation": normalisation}
-    probe = probe_of(radii, found[0].spec, **fields)
-    checks.space(found, probe.space)
-    if not measured(chosen, found, [probe]):
+    measurement = measurement_of(radii, found[0].spec, **fields)
+    checks.space(found, measurement.space)
+    if not measured(chosen, found, [measurement]):
         return
-    table, written = chart(store, found, probe, panel=panel, out=chosen.out)
+    table, written = chart(store, found, measurement, panel=panel, out=chosen.out)
     shown = table if chosen.json else table[list(SHOWN)]
     chosen.answer(shown, f"Flatness on the {split} domains (nats), 95 % intervals over directions", SHOWN)
-    tell_written(written, said(found, probe, panel=panel))
+    show_written(written, said(found, measurement, panel=panel))
 
 
 app.command(epilog="Examples: `flatlab noise 3f2a`, `flatlab noise 3f2a 77c1 --radius --samples 50`")(
@@ -216,7 +216,7 @@ def stability(
     valleys = [valley_of(run) for run in found] if valley else ()
     table, written = chart(store, found, since=first, out=chosen.out, valleys=valleys)
     chosen.answer(table, f"Stability of the out-of-domain accuracy from step {first} on (percent)", SHOWN)
-    tell_written(written, [f"{run.name}: {sentence(each)}" for run, each in zip(found, valleys, strict=False)])
+    show_written(written, [f"{run.name}: {sentence(each)}" for run, each in zip(found, valleys, strict=False)])
 
 
 app.command(

@@ -12,7 +12,7 @@ from flatlab.errors import UserError, choose
 
 if TYPE_CHECKING:
     from flatlab.jobs.plan import Job
-    from flatlab.specs.measurement import Probing
+    from flatlab.specs.measurement import MeasurementSpec
     from flatlab.specs.run import Place
     from flatlab.store.runs import Run
 
@@ -94,9 +94,9 @@ def space(found: "Sequence[Run]", wanted: str) -> None:
             raise UserError("--space latent does nothing for runs that are not quantized; leave it out.")
 
 
-def parameters(found: "Iterable[Run]", probes: "Iterable[Probing]") -> None:
+def parameters(found: "Iterable[Run]", measurements: "Iterable[MeasurementSpec]") -> None:
     """Refuse patterns that no parameter of a run matches."""
-    for pattern, checkpoint in {(probe.params, probe.checkpoint) for probe in probes}:
+    for pattern, checkpoint in {(measurement.params, measurement.checkpoint) for measurement in measurements}:
         for run in found if pattern is not None else ():
             _some_match(pattern or "", list(_weights(run, checkpoint)), "trainable parameter")
 
@@ -127,7 +127,9 @@ def _some_match(pattern: str, names: list[str], what: str) -> None:
 
 def start(todo: "Sequence[Job]", place: "Place") -> None:
     """Refuse weights to start from that are not a checkpoint of the model; torchvision downloads its own here, once."""
-    starts = {(run.model, run.weights) for job in todo if not job.probes for run in job.runs if run.weights != "none"}
+    starts = {
+        (run.model, run.weights) for job in todo if not job.measurements for run in job.runs if run.weights != "none"
+    }
     for model, weights in sorted(starts):
         from flatlab.models.networks import build_network
 

@@ -54,7 +54,7 @@ class Board:
             return
         name = event["job"]
         over = bool(event.get("finished") or event.get("error"))
-        self.time.hear(name, event.get("share", 0.0), over=over)
+        self.time.on_event(name, event.get("share", 0.0), over=over)
         if self.progress and self.total is not None:
             self._bar(name, event, over)
             self.progress.update(self.total, completed=self.time.done(), description=self._count(), left=self._left())

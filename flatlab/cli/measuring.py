@@ -7,7 +7,7 @@ import typer
 from flatlab.cli import run_jobs
 from flatlab.cli.choices import Choices
 from flatlab.cli.options import Runs
-from flatlab.cli.run_jobs import measured, tell_written
+from flatlab.cli.run_jobs import measured, show_written
 from flatlab.errors import choose
 from flatlab.files import strict_json
 
@@ -58,7 +58,7 @@ def landscape(
     With --axes line: the loss from one run straight to another, and the height of the barrier between them.
     """
     from flatlab.report import surface
-    from flatlab.specs.measurements import ConnectionSpec, SurfaceSpec, TriangleSpec
+    from flatlab.specs.measurements import ConnectionSpec, SurfaceSpec, TraceCheckSpec
 
     found = chosen.found(runs)
     shared: dict[str, Any] = {"checkpoint": choose("checkpoint", checkpoint, ("selected", "last"))}
@@ -77,34 +77,34 @@ def landscape(
         return
     spanned: dict[str, Any] = {"axes": kind, "through": through, "every": steps, "recompute": recompute}
     plane = SurfaceSpec.make(**spanned, grid=grid, extent=extent, refine=refine or None, **shared)
-    triangles = [TriangleSpec.make(rel_error=rel_error, **shared)] if triangle else []
+    triangles = [TraceCheckSpec.make(rel_error=rel_error, **shared)] if triangle else []
     _planes(chosen, centres, [plane, *triangles])
 
 
-def _planes(chosen: Choices, centres: list[Any], probes: list[Any]) -> None:
-    """Measure and draw planes, and the triangle where it is among the probes."""
+def _planes(chosen: Choices, centres: list[Any], measurements: list[Any]) -> None:
+    """Measure and draw planes, and the triangle where it is among the measurements."""
     from flatlab.report import diagnostics, surface
 
-    if not run_jobs.measured(chosen, centres, probes):
+    if not run_jobs.measured(chosen, centres, measurements):
         return
-    sentences = surface.remarks(centres, probes[0])
-    written = surface.draw_surfaces(centres, probes[0], out=chosen.out)
-    for probe in probes[1:]:
-        table, told, pictures = diagnostics.triangles(centres, probe, out=chosen.out)
+    sentences = surface.remarks(centres, measurements[0])
+    written = surface.draw_surfaces(centres, measurements[0], out=chosen.out)
+    for measurement in measurements[1:]:
+        table, told, pictures = diagnostics.triangles(centres, measurement, out=chosen.out)
         sentences, written = [*sentences, *told], [*written, *pictures]
         chosen.answer(table, "The trace of the Hessian, three times (nats), 95 % intervals", diagnostics.CORNERS)
-    run_jobs.tell_written(written, sentences)
+    run_jobs.show_written(written, sentences)
 
 
-def _line(chosen: Choices, found: list[Any], probe: Any) -> None:
+def _line(chosen: Choices, found: list[Any], measurement: Any) -> None:
     """Measure, tabulate and draw the straight line between two runs."""
     from flatlab.report import surface
 
-    if not run_jobs.measured(chosen, found[:1], [probe]):
+    if not run_jobs.measured(chosen, found[:1], [measurement]):
         return
-    table, sentences, written = surface.draw_line((found[0], found[1]), probe, out=chosen.out)
+    table, sentences, written = surface.draw_line((found[0], found[1]), measurement, out=chosen.out)
     chosen.answer(table, "Barrier (nats), 95 % intervals over images", surface.BARRIERS)
-    run_jobs.tell_written(written, sentences)
+    run_jobs.show_written(written, sentences)
 
 
 def audit(
@@ -118,16 +118,18 @@ def audit(
 ) -> None:
     """Rescale layers by factors that the function does not feel, and rank the measures of flatness by how they move."""
     from flatlab.report import diagnostics
-    from flatlab.specs.measurements import AuditSpec
+    from flatlab.specs.measurements import ScaleAuditSpec
 
     found, kept = chosen.found(runs), choose("checkpoint", checkpoint, ("selected", "last"))
-    probe = AuditSpec.make(most=most, num_samples=samples, checkpoint=kept, images=images, seed=direction_seed)
-    if not run_jobs.measured(chosen, found, [probe]):
+    measurement = ScaleAuditSpec.make(
+        most=most, num_samples=samples, checkpoint=kept, images=images, seed=direction_seed
+    )
+    if not run_jobs.measured(chosen, found, [measurement]):
         return
-    table, sentences, written = diagnostics.audits(found, probe, out=chosen.out)
+    table, sentences, written = diagnostics.audits(found, measurement, out=chosen.out)
     shown = table if chosen.json else table[["run", *AUDITED]]
     chosen.answer(shown, "Measures of flatness after rescalings that change nothing, the most invariant first", AUDITED)
-    run_jobs.tell_written(written, sentences)
+    run_jobs.show_written(written, sentences)
 
 
 def replay(
@@ -154,7 +156,7 @@ def replay(
     table, sentences, written = report_replay.chart(found, done, out=chosen.out)
     shown = table if chosen.json else table[list(report_replay.SHOWN)]
     chosen.answer(shown, f"Averages of kept checkpoints, as in setting {suiting.name}", report_replay.SHOWN)
-    run_jobs.tell_written(written, sentences)
+    run_jobs.show_written(written, sentences)
 
 
 def selftest(chosen: Choices) -> None:
@@ -217,15 +219,15 @@ def hessian(
     checks.domains(split or (), *reproduce.place_of(found, chosen.place()))
     fields = {"k": k, "which": which, "tol": tol, "rel_error": rel_error, "trace_budget": trace_budget}
     fields |= {"starts": starts, "steps": lanczos_steps, "checkpoint": checkpoint, "params": params}
-    probes = spectrum.probes_of(split or ["source"], engine, images=images, seed=start_seed, **fields)
-    if not measured(chosen, found, probes):
+    measurements = spectrum.measurements_of(split or ["source"], engine, images=images, seed=start_seed, **fields)
+    if not measured(chosen, found, measurements):
         return
-    wanted = [(run.name, run.spec, probe) for run in found for probe in probes]
+    wanted = [(run.name, run.spec, measurement) for run in found for measurement in measurements]
     table = spectrum.numbers(store, wanted).rename(columns={"method": "run", "panel": "split"})
     written = spectrum.chart(store, wanted, chosen.out)
     shown = table if chosen.json else table[list(SHOWN)]
     chosen.answer(shown, "Hessian of the mean loss (nats per squared unit of the parameters)", SHOWN)
-    tell_written(written, [CITE] if engine != "flatlab" else [])
+    show_written(written, [CITE] if engine != "flatlab" else [])
 
 
 def noise(
@@ -245,11 +247,11 @@ def noise(
 
     store, room = chosen.runs(), rounding if radius else quantization_noise
     found = chosen.found(runs)
-    probe = room.probe_of(found, layers=layers, checkpoint=checkpoint, samples=samples, images=images)
+    measurement = room.measurement_of(found, layers=layers, checkpoint=checkpoint, samples=samples, images=images)
     if not radius:
-        checks.layers(found, layers, probe.checkpoint)
-    if not measured(chosen, found, [probe]):
+        checks.layers(found, layers, measurement.checkpoint)
+    if not measured(chosen, found, [measurement]):
         return
-    table, written = room.chart(store, found, probe, layers=layers, out=chosen.out)
+    table, written = room.chart(store, found, measurement, layers=layers, out=chosen.out)
     chosen.answer(table if chosen.json else table[list(room.SHOWN)], room.TITLE, room.SHOWN)
-    tell_written(written)
+    show_written(written)

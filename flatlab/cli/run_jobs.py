@@ -36,32 +36,32 @@ def carry_out(chosen: Choices, todo: Sequence[Any], place: Any = None) -> None:
                 folder.mkdir(parents=True, exist_ok=True)
     _decode({(spec.dataset, spec.image_size) for job in todo for spec in job.runs}, place)
     processes = chosen.processes(len(todo))
-    with display.board(todo, workers=processes) as hear:
-        reproduce.carry_out(list(todo), chosen.runs(), place, workers=processes, hear=hear)
+    with display.board(todo, workers=processes) as on_event:
+        reproduce.carry_out(list(todo), chosen.runs(), place, workers=processes, on_event=on_event)
 
 
-def measured(chosen: Choices, found: Sequence[Any], probes: Sequence[Any]) -> bool:
+def measured(chosen: Choices, found: Sequence[Any], measurements: Sequence[Any]) -> bool:
     """Measure what is missing of runs; or, where that was asked for, only say what it would cost, and return False.
 
     Args:
         chosen: what the user chose.
         found: the runs.
-        probes: what is measured of each.
+        measurements: what is measured of each.
     """
     from flatlab import reproduce
     from flatlab.data import catalog
     from flatlab.jobs import plan as jobs_plan
     from flatlab.store.runs import check_data
 
-    checks.parameters(found, probes)
+    checks.parameters(found, measurements)
     place, dataset = reproduce.place_of(list(found), chosen.place())
     check_data(found, place)
     sizes = catalog.sizes(dataset, Path(place.data_dir) if place.data_dir else None)
-    wanted = [(run.spec, probe) for run in found for probe in probes]
+    wanted = [(run.spec, measurement) for run in found for measurement in measurements]
     todo = jobs_plan.missing(chosen.runs(), [], wanted, sizes=sizes)
     if not chosen.dry_run:
         carry_out(chosen, todo, place)
-    elif all(getattr(probe, "piloted", False) for probe in probes):
+    elif all(getattr(measurement, "piloted", False) for measurement in measurements):
         foresee(chosen, todo, place)
     else:
         price(chosen, todo, found[0].spec)
@@ -105,12 +105,12 @@ def foresee(chosen: Choices, todo: Sequence[Any], place: Any) -> None:
     from flatlab.specs.rises import ReachSpec
 
     store = chosen.runs()
-    wanted = [(store.run(job.runs[0]), probe) for job in todo for probe in job.probes]
-    for run, probe in wanted:
-        if isinstance(probe, ReachSpec):
-            measure(run, probe, place)
-    wanted = [(run, probe) for run, probe in wanted if not isinstance(probe, ReachSpec)]
-    rows = [row for run, probe in wanted for row in foresee(run.probe(probe), run, place)]
+    wanted = [(store.run(job.runs[0]), measurement) for job in todo for measurement in job.measurements]
+    for run, measurement in wanted:
+        if isinstance(measurement, ReachSpec):
+            measure(run, measurement, place)
+    wanted = [(run, measurement) for run, measurement in wanted if not isinstance(measurement, ReachSpec)]
+    rows = [row for run, measurement in wanted for row in foresee(run.measurement(measurement), run, place)]
     first = wanted[0][0].spec if wanted else None
     seconds, source = jobs_plan.seconds_per_pass(store, first.model, first.image_size) if first else (0.0, "")
     plans = pd.DataFrame(rows)
@@ -119,7 +119,7 @@ def foresee(chosen: Choices, todo: Sequence[Any], place: Any) -> None:
     chosen.answer(plans, f"What the pilots plan; seconds are {source}", {"core_seconds": ".1f"})
 
 
-def tell_written(paths: Sequence[Path], sentences: Sequence[str] = ()) -> None:
+def show_written(paths: Sequence[Path], sentences: Sequence[str] = ()) -> None:
     """Say what was found, in sentences, and which files were written."""
     for sentence in sentences:
         say(sentence, mark="")
@@ -148,8 +148,8 @@ def _in_order(name: str) -> list[Any]:
 
 def _lacks(todo: Sequence[Any]) -> str:
     """Say which jobs these are: to train, to put together, to measure."""
-    measured = sum(bool(job.probes) for job in todo)
-    joined = sum(not job.probes and bool(job.runs[0].members) for job in todo)
+    measured = sum(bool(job.measurements) for job in todo)
+    joined = sum(not job.measurements and bool(job.runs[0].members) for job in todo)
     counts = {"to train": len(todo) - measured - joined, "to join": joined, "to measure": measured}
     return ", ".join(f"{count} {what}" for what, count in counts.items() if count) or "nothing"
 

@@ -45,7 +45,9 @@ def show(chosen: Choices, run: OneRun) -> None:
     told = {"spec": found.spec.model_dump(mode="json"), "done": found.done, "provenance": found.provenance}
     told["kept"] = list(found.kept())
     told["remarks"] = valleys.remarks([found])
-    told["probes"] = {probe.path.name: probe.spec.model_dump(mode="json") for probe in found.probes()}
+    told["measurements"] = {
+        measurement.path.name: measurement.spec.model_dump(mode="json") for measurement in found.measurements()
+    }
     typer.echo(strict_json({**told, "log": found.rows()}, indent=1))
 
 

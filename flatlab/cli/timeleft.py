@@ -13,7 +13,7 @@ Kind = tuple[str, ...]
 def kind_of(job: Job) -> Kind:
     """Return what decides the seconds of a pass: training or measuring, which method or metric, which network."""
     verb = job.name.partition(" ")[0]
-    what = sorted({probe.metric for probe in job.probes}) or [job.name.partition(" on ")[0]]
+    what = sorted({measurement.metric for measurement in job.measurements}) or [job.name.partition(" on ")[0]]
     return (verb, job.runs[0].model, *what)
 
 
@@ -29,7 +29,7 @@ class TimeLeft:
         self.warming: set[str] = set()  # first jobs of the workers, which load libraries and data: timed from then on
         self.seconds: dict[str, float] = {}  # of finished jobs
 
-    def hear(self, name: str, share: float, *, over: bool) -> None:
+    def on_event(self, name: str, share: float, *, over: bool) -> None:
         """Take in how far a job is."""
         if name not in self.share:
             return

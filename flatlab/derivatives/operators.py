@@ -194,12 +194,12 @@ class Curvature(ABC):
         """Try the methods on one batch; keep its graph where there is no other batch and backwards is right."""
         terms = self.landscape.terms()
         self._single = len(terms) == 1
-        probe = torch.randn(self.shape[0], generator=generator("operators", "probe")).to(self.landscape.point)
+        vector = torch.randn(self.shape[0], generator=generator("operators", "probe")).to(self.landscape.point)
         with self._differentiating():
             choice, graph = measure(
                 lambda: self._graph(terms[0]),
                 lambda views: self._forward(terms[0], views),
-                self.landscape.split(probe),
+                self.landscape.split(vector),
                 method=method,
                 single=self._single,
             )

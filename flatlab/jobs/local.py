@@ -22,13 +22,13 @@ Event = dict[str, Any]
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "8589934592"}
 
 
-def run_locally(plan: WorkPlan, *, workers: int, hear: Callable[[Event], None]) -> list[Event]:
+def run_locally(plan: WorkPlan, *, workers: int, on_event: Callable[[Event], None]) -> list[Event]:
     """Run a plan's jobs in worker processes on this machine, and wait.
 
     Args:
         plan: the jobs, their store and place.
         workers: processes; each computes with `plan.place.threads` threads.
-        hear: called with each event of each worker.
+        on_event: called with each event of each worker.
 
     Returns:
         The errors, as events, one for each job that nobody finished, and one for each worker that died, unless others
@@ -39,7 +39,7 @@ def run_locally(plan: WorkPlan, *, workers: int, hear: Callable[[Event], None]) 
         path = folder / "plan.json"
         path.write_text(plan.canonical())
         with _workers(path, workers, plan.place.threads, heard) as running:
-            return _errors(running, heard, hear, {job.name for job in plan.jobs})
+            return _errors(running, heard, on_event, {job.name for job in plan.jobs})
 
 
 @contextmanager
@@ -84,7 +84,10 @@ def _collect(stream: IO[str] | None, lines: list[str]) -> None:
 
 
 def _errors(
-    running: "list[subprocess.Popen[str]]", heard: "queue.Queue[Event]", hear: Callable[[Event], None], jobs: set[str]
+    running: "list[subprocess.Popen[str]]",
+    heard: "queue.Queue[Event]",
+    on_event: Callable[[Event], None],
+    jobs: set[str],
 ) -> list[Event]:
     failed: dict[str, Event] = {}
     died, finished, alive = list[Event](), set[str](), len(running)
@@ -95,14 +98,14 @@ def _errors(
             if event["ended"]:
                 died.append({"job": "worker", "error": _last_words(event), **event})
             continue
-        hear(event)
+        on_event(event)
         if "error" in event:
             failed.setdefault(event["job"], event)
         if event.get("finished"):
             finished.add(event["job"])
     if jobs and finished >= jobs:
         for event in died:
-            hear({"job": "worker", "note": f"A worker was lost: {event['error']} The others finished its jobs."})
+            on_event({"job": "worker", "note": f"A worker was lost: {event['error']} The others finished its jobs."})
         return []
     return [*died, *(event for job, event in failed.items() if job not in finished)]
 

@@ -1,4 +1,4 @@
-"""What is missing for these runs and probes? Jobs: which work belongs together, what it needs, what it costs.
+"""What is missing for these runs and measurements? Jobs: which work belongs together, what it needs, what it costs.
 
 Torch-free: a plan is made, printed and priced before anything heavy is loaded.
 """
@@ -10,8 +10,8 @@ from pydantic import Field
 
 from flatlab.errors import UserError
 from flatlab.specs.base import Spec
-from flatlab.specs.measurement import Probing, Sizes
-from flatlab.specs.measurements import AnyProbe
+from flatlab.specs.measurement import MeasurementSpec, Sizes
+from flatlab.specs.measurements import AnyMeasurement
 from flatlab.specs.quantizers import OBCSpec
 from flatlab.specs.rises import ReachSpec
 from flatlab.specs.run import Place, RunSpec
@@ -28,11 +28,11 @@ REFERENCE = {  # seconds for an image of 224 pixels (digits: 16) on one core of 
 
 
 class Job(Spec):
-    """Work that one process does in one go: a trajectory with its observers, an ensemble, or the probes of one run."""
+    """Work that one process does in one go: a trajectory with its observers, an ensemble, or one run's measurements."""
 
     name: str
     runs: tuple[RunSpec, ...]
-    probes: tuple[AnyProbe, ...] = ()  # empty: train the runs
+    measurements: tuple[AnyMeasurement, ...] = ()  # empty: train the runs
     forks: tuple[int, ...] = ()  # steps before which the trajectory's state is kept for others
     keep_every: int | None = Field(None, ge=1)  # steps between checkpoints that are kept along the trajectory
     needs: tuple[str, ...] = ()  # what must be done before: runs by digest, measurements by their path in the store
@@ -41,14 +41,16 @@ class Job(Spec):
     def entries(self, store: RunStore) -> list[Entry]:
         """Return the directories that the job fills."""
         runs = [store.run(spec) for spec in self.runs]
-        return [runs[0].probe(probe) for probe in self.probes] if self.probes else list(runs)
+        return (
+            [runs[0].measurement(measurement) for measurement in self.measurements] if self.measurements else list(runs)
+        )
 
     @property
     def fills(self) -> set[str]:
         """What is done once the job is, as `needs` names it."""
-        if not self.probes:
+        if not self.measurements:
             return {spec.digest for spec in self.runs}
-        return {_measurement(self.runs[0].digest, probe) for probe in self.probes}
+        return {_measurement(self.runs[0].digest, measurement) for measurement in self.measurements}
 
     def claims(self, store: RunStore) -> list[Entry]:
         """Return the directories that the job writes to: what is kept goes where the trajectory's own run is."""
@@ -75,25 +77,25 @@ class WorkPlan(Spec):
     jobs: tuple[Job, ...]
 
 
-Wanted = Sequence[tuple[RunSpec, Probing]]
+Wanted = Sequence[tuple[RunSpec, MeasurementSpec]]
 
 
-def missing(store: RunStore, runs: Sequence[RunSpec], probes: Wanted, *, sizes: Sizes) -> list[Job]:
-    """Return the jobs for what the store lacks: trajectories first, the longest first, then derived runs, then probes.
+def missing(store: RunStore, runs: Sequence[RunSpec], measurements: Wanted, *, sizes: Sizes) -> list[Job]:
+    """Return the jobs for what the store lacks: trajectories, the longest first, derived runs, measurements.
 
-    The pilots that probes rest on come before them.
+    The pilots that measurements rest on come before them.
 
     Args:
         store: what is there already.
         runs: wanted runs; those of one trajectory become one job.
-        probes: wanted measurements, each with its run.
+        measurements: wanted measurements, each with its run.
         sizes: images of each domain, for the costs.
 
     Raises:
         UserError: where an imported run is lacking, which no training brings back, or a reference run is nowhere.
     """
-    before = pilots(store, [*runs, *(run for run, _ in probes)], probes)
-    lacking = _lacking(store, [*runs, *(run for run, _ in probes)])
+    before = pilots(store, [*runs, *(run for run, _ in measurements)], measurements)
+    lacking = _lacking(store, [*runs, *(run for run, _ in measurements)])
     if gone := next((spec for spec in lacking.values() if spec.source and not spec.members), None):
         raise UserError(
             f"Run {gone.digest} was imported, not trained here, and this store lacks it: import its file again"
@@ -101,28 +103,28 @@ def missing(store: RunStore, runs: Sequence[RunSpec], probes: Wanted, *, sizes: 
         )
     training = _training([spec for spec in lacking.values() if not spec.made_from], sizes)
     making = [_making(spec, lacking, sizes) for spec in lacking.values() if spec.made_from]
-    measuring = [*_measuring(store, before, set(lacking), sizes), *_measuring(store, probes, set(lacking), sizes)]
+    measuring = [*_measuring(store, before, set(lacking), sizes), *_measuring(store, measurements, set(lacking), sizes)]
     return _told_apart([*training, *making, *measuring])
 
 
-def pilots(store: RunStore, runs: Sequence[RunSpec], probes: Wanted) -> list[tuple[RunSpec, Probing]]:
+def pilots(store: RunStore, runs: Sequence[RunSpec], measurements: Wanted) -> list[tuple[RunSpec, MeasurementSpec]]:
     """Return the measurements of reference runs that others rest on, each once.
 
     Args:
         store: where reference runs are sought that are not among these.
         runs: that are planned.
-        probes: wanted measurements, each with its run.
+        measurements: wanted measurements, each with its run.
 
     Raises:
         UserError: where a reference run is in neither.
     """
     known = {spec.digest: spec for spec in runs}
-    wanted = dict.fromkeys(pair for _, probe in probes for pair in probe.pilots)
+    wanted = dict.fromkeys(pair for _, measurement in measurements for pair in measurement.pilots)
     return [(known.get(digest) or store.find(digest).spec, pilot) for digest, pilot in wanted]
 
 
-def _measurement(digest: str, probe: Probing) -> str:
-    return f"{digest}/probes/{probe.digest}"
+def _measurement(digest: str, measurement: MeasurementSpec) -> str:
+    return f"{digest}/measurements/{measurement.digest}"
 
 
 def keeping(todo: Sequence[Job], store: RunStore, runs: Sequence[RunSpec], every: int) -> list[Job]:
@@ -140,7 +142,7 @@ def keeping(todo: Sequence[Job], store: RunStore, runs: Sequence[RunSpec], every
     for run in map(store.run, runs):
         if run.done and not run.spec.made_from:
             run.kept_each(every)
-    return [job if job.probes else job.replace(keep_every=every) for job in todo]
+    return [job if job.measurements else job.replace(keep_every=every) for job in todo]
 
 
 def _told_apart(jobs: Sequence[Job]) -> list[Job]:
@@ -198,23 +200,23 @@ def _making(spec: RunSpec, lacking: Mapping[str, RunSpec], sizes: Sizes) -> Job:
     )
 
 
-def _measuring(store: RunStore, probes: Wanted, trained: set[str], sizes: Sizes) -> list[Job]:
-    asked: dict[str, list[tuple[RunSpec, Probing]]] = {}
-    for run, probe in probes:
-        if not store.run(run).probe(probe).done:
-            asked.setdefault(run.digest, []).append((run, probe))
+def _measuring(store: RunStore, measurements: Wanted, trained: set[str], sizes: Sizes) -> list[Job]:
+    asked: dict[str, list[tuple[RunSpec, MeasurementSpec]]] = {}
+    for run, measurement in measurements:
+        if not store.run(run).measurement(measurement).done:
+            asked.setdefault(run.digest, []).append((run, measurement))
     jobs = []
     for digest, pairs in asked.items():
-        before = dict.fromkeys(_measurement(*pilot) for _, probe in pairs for pilot in probe.pilots)
+        before = dict.fromkeys(_measurement(*pilot) for _, measurement in pairs for pilot in measurement.pilots)
         lacking = [name for name in before if not store.finished(name)]
         run, kind = pairs[0][0], "pilot" if isinstance(pairs[0][1], ReachSpec) else "measure"
         jobs.append(
             Job(
                 name=f"{kind} {run.label} on {run.held_out}, seed {run.seed}",
                 runs=(run,),
-                probes=tuple(dict.fromkeys(probe for _, probe in pairs)),
+                measurements=tuple(dict.fromkeys(measurement for _, measurement in pairs)),
                 needs=(*([digest] if digest in trained else []), *lacking),
-                passes=sum(probe.passes(sizes) for _, probe in pairs),
+                passes=sum(measurement.passes(sizes) for _, measurement in pairs),
             )
         )
     return jobs

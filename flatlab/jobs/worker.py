@@ -37,7 +37,7 @@ def work(jobs: Sequence[Job], store: RunStore, place: Place, *, emit: Emit) -> N
 
     Args:
         jobs: in the order in which they are tried.
-        store: receives the runs and probes.
+        store: receives the runs and measurements.
         place: data folder, device, threads.
         emit: called with events, each with the job's name: progress ("share", "shown"), "finished", or "error".
     """
@@ -72,9 +72,9 @@ def _attempt(job: Job, store: RunStore, place: Place, emit: Emit, *, join: bool 
     try:
         with ExitStack() as held:
             if not job.done(store):
-                if job.probes:  # before anything is claimed: a claim makes a folder
+                if job.measurements:  # before anything is claimed: a claim makes a folder
                     store.run(job.runs[0]).require_done()
-                if not held.enter_context(store.claim(job.claims(store))) and not (join and job.probes):
+                if not held.enter_context(store.claim(job.claims(store))) and not (join and job.measurements):
                     return False
                 _do(job, store, place, emit)
         emit({"job": job.name, "finished": True})
@@ -96,13 +96,13 @@ def _told(error: Exception) -> Event:
 
 
 def _do(job: Job, store: RunStore, place: Place, emit: Emit) -> None:
-    report = _Reporter(job.name, emit, parts=max(1, len(job.probes)))
-    if job.probes:
+    report = _Reporter(job.name, emit, parts=max(1, len(job.measurements)))
+    if job.measurements:
         from flatlab.measure.runner import measure
 
         report.begin()
-        for probe in job.probes:
-            measure(store.run(job.runs[0]), probe, place, report=report)
+        for measurement in job.measurements:
+            measure(store.run(job.runs[0]), measurement, place, report=report)
             report.part += 1
     elif job.runs[0].members:
         from flatlab.train.derived import join

@@ -44,7 +44,9 @@ class Products:
     floor: float  # nats that rounding may be
 
 
-def probe_curvature(model: nn.Module, moved: Mapping[str, Tensor], batches: Sequence[Batch], total: Total) -> None:
+def check_second_derivatives(
+    model: nn.Module, moved: Mapping[str, Tensor], batches: Sequence[Batch], total: Total
+) -> None:
     """Refuse a loss whose second derivatives autograd gets wrong; costs 2 products and 6 gradients, or twice as many.
 
     A model that computes in its own precision alone is looked at in that one, and for symmetry alone: no step is small

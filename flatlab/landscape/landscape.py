@@ -23,13 +23,13 @@ from flatlab.derivatives.operators import Hessian, Term
 from flatlab.errors import UserError
 from flatlab.landscape.blocks import Block, Gathered, Partition, Samples
 from flatlab.landscape.checks import alike, refuse_changed, refuse_parametrized, refuse_training, versions
-from flatlab.landscape.curvature_checks import SAMPLED, probe_curvature
+from flatlab.landscape.curvature_checks import SAMPLED, check_second_derivatives
 from flatlab.landscape.evaluation import Evaluation, Move
 from flatlab.landscape.opening import Opening
 from flatlab.seeds import generator
 from flatlab.tensors.flat import flatten, select, split_like
 from flatlab.tensors.losses import Metric, total, total_and_hits, totals, weight, wide
-from flatlab.tensors.memory import Halving
+from flatlab.tensors.memory import SplitOnOOM
 from flatlab.tensors.nested import Batch, Data, part, read_strata, recut, same, span, spread
 
 FloatArray = npt.NDArray[np.float64]
@@ -67,7 +67,7 @@ class Landscape:
         batch_size: int | None = None,
     ) -> None:
         self.model, self.loss, self._check = model, loss, check
-        self._forward = Halving(model)
+        self._forward = SplitOnOOM(model)
         self._total = partial(total, loss)
         self.named = select(model, params)
         refuse_parametrized(model, self.named)
@@ -90,7 +90,7 @@ class Landscape:
         self._curved = not check
         self.remarks = tuple[str, ...]()
         if check:
-            self._probe()
+            self._open()
 
     @property
     def point(self) -> Tensor:
@@ -235,7 +235,7 @@ class Landscape:
         refuse_rounding(self.model, self._tensors)
         if not self._curved:
             few = [spread(batches, max(1, SAMPLED // len(self.strata))) for batches in self._batches]
-            probe_curvature(self.model, self.named, list(chain(*few)), self._total)
+            check_second_derivatives(self.model, self.named, list(chain(*few)), self._total)
         self._curved = True
 
     def terms(self) -> list[Term]:
@@ -260,7 +260,7 @@ class Landscape:
             plain = weight(metric, self._forward(first.inputs), first) is None
             return self.sizes.astype(float) if plain else self._sums(partial(weight, metric)).cpu().double().numpy()
 
-    def _probe(self) -> None:
+    def _open(self) -> None:
         looks = self._forward, self._total, partial(weight, self.loss), self._visiting
         opening = Opening(self.model, self.named, self._state, self.strata, self._batches, *looks)
         sums, self._weights = opening.values()

@@ -1,1 +1,1 @@
-"""A module for each metric: `fill(probe, run, place, report)` measures, and writes the probe's result."""
+"""A module for each metric: `fill(measurement, run, place, report)` measures, and writes the measurement's result."""

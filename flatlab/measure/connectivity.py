@@ -11,14 +11,14 @@ from flatlab.metrics.surfaces.connectivity import connect
 from flatlab.results.surface import parts
 from flatlab.specs.measurements import ConnectionSpec
 from flatlab.specs.run import Place
-from flatlab.store.runs import Probe, Run
+from flatlab.store.runs import Measurement, Run
 
 Report = Callable[[int, int, dict[str, float]], None]
 
 
-def fill(probe: Probe, run: Run, place: Place, report: Report | None) -> None:
-    """Measure what the probe asks for, one panel after the other."""
-    spec: ConnectionSpec = probe.spec
+def fill(measurement: Measurement, run: Run, place: Place, report: Report | None) -> None:
+    """Measure what the measurement asks for, one panel after the other."""
+    spec: ConnectionSpec = measurement.spec
     other, data = other_of(run, spec.to, place), loading_data.domains(run.spec, place)
     recompute = training_images(run, spec.recompute, place)
     panels = {"source": data.sources, "target": (data.target,)}
@@ -31,7 +31,7 @@ def fill(probe: Probe, run: Run, place: Place, report: Report | None) -> None:
         mine, facts[panel] = parts(found)
         facts[panel]["cost"]["seconds"] = 0.0  # in the provenance: results of equal specs are equal bytes
         arrays |= {f"{panel}.{name}": array for name, array in mine.items()}
-    files.save_arrays(probe.result, arrays, facts)
+    files.save_arrays(measurement.result, arrays, facts)
 
 
 def _tell(report: Report, panel: int, done: int, of: int) -> None:

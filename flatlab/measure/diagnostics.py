@@ -7,36 +7,38 @@ import numpy as np
 
 from flatlab import files
 from flatlab.measure.inputs import landscape
-from flatlab.measure.units import Shelf
+from flatlab.measure.units import UnitFiles
 from flatlab.metrics.scale_audit import scale_audit
-from flatlab.metrics.trace_check import triangle
-from flatlab.specs.measurements import AuditSpec, TriangleSpec
+from flatlab.metrics.trace_check import trace_check
+from flatlab.specs.measurements import ScaleAuditSpec, TraceCheckSpec
 from flatlab.specs.run import Place
-from flatlab.store.runs import Probe, Run
+from flatlab.store.runs import Measurement, Run
 
 Report = Callable[[int, int, dict[str, float]], None]
 
 
-def fill_scale_audit(probe: Probe, run: Run, place: Place, report: Report | None) -> None:
-    """Measure what the probe asks for; its units, of spheres and of curvature, are kept."""
-    spec: AuditSpec = probe.spec
-    keep = Shelf(probe).units
+def fill_scale_audit(measurement: Measurement, run: Run, place: Place, report: Report | None) -> None:
+    """Measure what the measurement asks for; its units, of spheres and of curvature, are kept."""
+    spec: ScaleAuditSpec = measurement.spec
+    keep = UnitFiles(measurement).units
     found = scale_audit(
         landscape(run, spec, place), most=spec.most, num_samples=spec.num_samples, seed=spec.seed, keep=keep
     )
     facts = {"rows": found.to_frame().to_dict("records"), "pairs": [asdict(each) for each in found.pairs]}
     facts |= {"refusals": [asdict(each) for each in found.refusals], "hvps": found.cost.hvps}
-    files.save_arrays(probe.result, {"deviation": found.deviation}, facts)
+    files.save_arrays(measurement.result, {"deviation": found.deviation}, facts)
 
 
-def fill_trace_check(probe: Probe, run: Run, place: Place, report: Report | None) -> None:
-    """Measure what the probe asks for; its units, of spheres and of curvature, are kept."""
-    spec: TriangleSpec = probe.spec
-    found = triangle(landscape(run, spec, place), rel_error=spec.rel_error, seed=spec.seed, keep=Shelf(probe).units)
+def fill_trace_check(measurement: Measurement, run: Run, place: Place, report: Report | None) -> None:
+    """Measure what the measurement asks for; its units, of spheres and of curvature, are kept."""
+    spec: TraceCheckSpec = measurement.spec
+    found = trace_check(
+        landscape(run, spec, place), rel_error=spec.rel_error, seed=spec.seed, keep=UnitFiles(measurement).units
+    )
     corners = {name: [each.value, float(each.stderr), each.freedom] for name, each in found.corners.items()}
     facts = {"corners": corners, "agrees": found.agrees(), "quadratic_radius": found.quadratic_radius()}
     facts |= {"verdict": found.verdict(), "kinks": list(found.kinks), "norm": found.flatness.norm}
     facts |= {"hvps": found.cost.hvps, "images": found.cost.images}
     low, high = found.interval()
     arrays = {"radii": found.flatness.radii, "value": found.value, "low": low, "high": high}
-    files.save_arrays(probe.result, {name: np.asarray(array) for name, array in arrays.items()}, facts)
+    files.save_arrays(measurement.result, {name: np.asarray(array) for name, array in arrays.items()}, facts)

@@ -1,6 +1,6 @@
 """GradCAM of a run on images of its held-out domain: maps and numbers, and the images themselves to draw them on.
 
-Which images: the rows of the target's split are shuffled by the probe's seed, and the first of each class comes before
+Which images: the rows of the target's split are shuffled by the measurement's seed, and the first of each class comes before
 the second of any; nothing a network says of them counts. Runs that share a split are shown the same images.
 """
 
@@ -17,27 +17,27 @@ from flatlab.errors import UserError
 from flatlab.landscape.landscape import Landscape
 from flatlab.loading import checkpoint
 from flatlab.loading import data as loading_data
-from flatlab.measure.units import Shelf
-from flatlab.metrics.flatness.perturbations import draw_ray
+from flatlab.measure.units import UnitFiles
+from flatlab.metrics.flatness.perturbations import draw_direction
 from flatlab.metrics.gradcam import ablation, explained_layer, gradcam, moved_agreement
 from flatlab.quant.attach import bake
 from flatlab.results.estimate import FloatArray
 from flatlab.results.gradcam import ClassMaps
 from flatlab.seeds import derive
-from flatlab.specs.measurements import CamSpec
+from flatlab.specs.measurements import GradCAMSpec
 from flatlab.specs.rises import ByRise
 from flatlab.specs.run import Place
 from flatlab.store.radii import by_rise
-from flatlab.store.runs import Probe, Run, RunStore
+from flatlab.store.runs import Measurement, Run, RunStore
 
 Report = Callable[[int, int, dict[str, float]], None]
 INK = 0.25  # of full brightness: what is brighter is ink, on black paper
 CHUNK = 8  # images at a time: their activations are kept for the gradient
 
 
-def fill(probe: Probe, run: Run, place: Place, report: Report | None) -> None:
-    """Measure what the probe asks for, from where an earlier call was stopped."""
-    spec: CamSpec = probe.spec
+def fill(measurement: Measurement, run: Run, place: Place, report: Report | None) -> None:
+    """Measure what the measurement asks for, from where an earlier call was stopped."""
+    spec: GradCAMSpec = measurement.spec
     if spec.space != "baked":
         raise UserError(
             "GradCAM is drawn of the baked network, whose outputs are the quantized one's: leave space out."
@@ -46,17 +46,17 @@ def fill(probe: Probe, run: Run, place: Place, report: Report | None) -> None:
     names = ["maps", "curves", *(f"moved-{index:02d}" for index in range(spec.num_samples if spec.radii else 0))]
     acts = [cams.maps, cams.curves, *(lambda index=index: cams.moved(index) for index in range(len(names) - 2))]
     found = []
-    for done, unit in enumerate(Shelf(probe).units(list(zip(names, acts, strict=True))), 1):
+    for done, unit in enumerate(UnitFiles(measurement).units(list(zip(names, acts, strict=True))), 1):
         found.append(unit)
         if report:
             report(done, len(names), {})
-    _write(probe, cams, found)
+    _write(measurement, cams, found)
 
 
 class _Cams:
     """A run's network, the chosen images, and what is computed of them."""
 
-    def __init__(self, run: Run, spec: CamSpec, place: Place) -> None:
+    def __init__(self, run: Run, spec: GradCAMSpec, place: Place) -> None:
         domains = loading_data.domains(run.spec, place)
         run.check_data(domains.data.fingerprint)
         domain = domains.data.domain(domains.target)
@@ -84,7 +84,7 @@ class _Cams:
         """Return how far the maps agree (R, N) with those at w + radius * ray, along one ray."""
         targets = torch.tensor(self.labels, device=self.inputs.device)
         landscape = Landscape(self.model, [(self.inputs, targets)], F.cross_entropy, params=self.spec.params)
-        ray = draw_ray(landscape, self.spec.seed, index, normalisation="none")
+        ray = draw_direction(landscape, self.spec.seed, index, normalisation="none")
         parts = [moved_agreement(landscape, x, self._of(x, y), ray=ray, radii=self.radii) for x, y in self._parts()]
         return np.concatenate(parts, axis=1)
 
@@ -102,7 +102,7 @@ class _Cams:
         return [(self.inputs[start : start + CHUNK], self.labels[start : start + CHUNK]) for start in starts]
 
 
-def _radii(run: Run, spec: CamSpec) -> list[float]:
+def _radii(run: Run, spec: GradCAMSpec) -> list[float]:
     found = by_rise(RunStore(run.path.parent), spec.radii, spec) if isinstance(spec.radii, ByRise) else spec.radii
     return [float(radius) for radius in found]
 
@@ -128,7 +128,7 @@ def choose_images(
     return order[np.argsort(turns, kind="stable")][:count]
 
 
-def _write(probe: Probe, cams: _Cams, found: list[FloatArray]) -> None:
+def _write(measurement: Measurement, cams: _Cams, found: list[FloatArray]) -> None:
     """Write the assembled measurement, readable without torch."""
     maps, curves, *moved = found
     images = cams.images.numpy()
@@ -139,4 +139,4 @@ def _write(probe: Probe, cams: _Cams, found: list[FloatArray]) -> None:
     if cams.inked:
         arrays["mask"] = (images.mean(axis=1) > INK * 255).astype(np.uint8)
     facts = {"layer": cams.layer, "classes": list(cams.classes), "radii": cams.radii}
-    files.save_arrays(probe.result, arrays, {**facts, "held_out": cams.target, "seed": cams.spec.seed})
+    files.save_arrays(measurement.result, arrays, {**facts, "held_out": cams.target, "seed": cams.spec.seed})

@@ -17,7 +17,7 @@ from flatlab.quant.attach import bake, layers, quantized_layers, tensor_of
 from flatlab.quant.codebook import check_finite
 from flatlab.quant.lsq import LSQ
 from flatlab.seeds import generator
-from flatlab.specs.measurement import Probing
+from flatlab.specs.measurement import MeasurementSpec
 from flatlab.specs.run import Place, RunSpec
 from flatlab.store.runs import Run, RunStore
 from flatlab.tensors.nested import Data
@@ -104,7 +104,7 @@ def quantizable(loaded: nn.Module) -> list[str]:
 SIZE = 128  # images of a batch that gives BatchNorm's statistics
 
 
-def landscape(run: Run, spec: Probing, place: Place, *, of: Collection[str] | None = None) -> Landscape:
+def landscape(run: Run, spec: MeasurementSpec, place: Place, *, of: Collection[str] | None = None) -> Landscape:
     """Return the loss of a run's checkpoint on each domain, or on some, as a function of its weights.
 
     Strata are the domains. A quantized network is baked, so that all methods move in one space; or, for
@@ -128,7 +128,7 @@ def landscape(run: Run, spec: Probing, place: Place, *, of: Collection[str] | No
     return Landscape(loaded, batches, F.cross_entropy, params=spec.params)
 
 
-def images(run: Run, spec: Probing, place: Place) -> dict[str, Data]:
+def images(run: Run, spec: MeasurementSpec, place: Place) -> dict[str, Data]:
     """Return the batches of each domain that a measurement looks at."""
     domains = loading_data.domains(run.spec, place)
     run.check_data(domains.data.fingerprint)

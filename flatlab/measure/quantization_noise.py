@@ -11,16 +11,16 @@ from flatlab.measure.inputs import Layer, rounded, trained_layers
 from flatlab.metrics.quantization_noise import quantization_noise
 from flatlab.results.estimate import FloatArray
 from flatlab.results.quantization_noise import QuantizationNoise
-from flatlab.specs.measurements import QuantNoiseSpec
+from flatlab.specs.measurements import QuantizationNoiseSpec
 from flatlab.specs.run import Place
-from flatlab.store.runs import Probe, Run
+from flatlab.store.runs import Measurement, Run
 
 Report = Callable[[int, int, dict[str, float]], None]
 
 
-def fill(probe: Probe, run: Run, place: Place, report: Report | None) -> None:
+def fill(measurement: Measurement, run: Run, place: Place, report: Report | None) -> None:
     """Measure each layer in three ways; no image is looked at."""
-    spec: QuantNoiseSpec = probe.spec
+    spec: QuantizationNoiseSpec = measurement.spec
     spec.check(run.spec)
     layers = trained_layers(run, spec.checkpoint, place)
     arrays: files.Arrays = {}
@@ -36,10 +36,10 @@ def fill(probe: Probe, run: Run, place: Place, report: Report | None) -> None:
         arrays |= _histogram(f"weight-{index:03d}", layer.weight.flatten().double().cpu().numpy(), spec.bins)
         if report:
             report(index + 1, len(layers), {})
-    files.save_arrays(probe.result, arrays, facts)
+    files.save_arrays(measurement.result, arrays, facts)
 
 
-def _modes(name: str, layer: Layer, spec: QuantNoiseSpec) -> Iterator[tuple[str, QuantizationNoise]]:
+def _modes(name: str, layer: Layer, spec: QuantizationNoiseSpec) -> Iterator[tuple[str, QuantizationNoise]]:
     """Yield the run's own noise in its steps and raw, and that of one step size for the whole tensor."""
     pooled = rounded(layer.weight, layer.bits, granularity="tensor", name=name)
     ways = {"normalised": (layer, True), "raw": (layer, False), "tensor": (pooled, False)}

@@ -7,22 +7,22 @@ from typing import Any
 from flatlab import files
 from flatlab.loading import data as loading_data
 from flatlab.measure.inputs import landscape
-from flatlab.measure.units import Shelf
+from flatlab.measure.units import UnitFiles
 from flatlab.metrics.flatness.pilot import reached, reached_price
 from flatlab.metrics.flatness.sampler import Sampler
 from flatlab.specs.rises import ReachSpec
 from flatlab.specs.run import Place
-from flatlab.store.runs import Probe, Run
+from flatlab.store.runs import Measurement, Run
 
 Report = Callable[[int, int, dict[str, Any]], None]
 
 
-def fill(probe: Probe, run: Run, place: Place, report: Report | None) -> None:
+def fill(measurement: Measurement, run: Run, place: Place, report: Report | None) -> None:
     """Find the radii, unless an earlier call has."""
     del report  # seconds of work
-    spec: ReachSpec = probe.spec
+    spec: ReachSpec = measurement.spec
     around = landscape(run, spec, place, of=loading_data.domains(run.spec, place).sources)
-    sampler = Sampler([around], spec.seed, spec.normalisation, keep=Shelf(probe).units)
+    sampler = Sampler([around], spec.seed, spec.normalisation, keep=UnitFiles(measurement).units)
     (radii,) = sampler.keep([("reach", partial(reached, sampler, spec.rises))])
     facts = {"rises": list(spec.rises), "strata": list(around.strata), "images": reached_price(sampler)}
-    files.save_arrays(probe.result, {"radii": radii}, facts)
+    files.save_arrays(measurement.result, {"radii": radii}, facts)

@@ -12,12 +12,12 @@ from flatlab import files
 from flatlab.errors import UserError
 from flatlab.landscape.landscape import Landscape
 from flatlab.measure.inputs import Layer, images, latent_network, quantizable, rounded
-from flatlab.measure.units import Shelf
+from flatlab.measure.units import UnitFiles
 from flatlab.metrics.flatness.norm_matched import typical_rise
 from flatlab.results.sphere import Normalisation
-from flatlab.specs.measurements import RadiusSpec
+from flatlab.specs.measurements import RoundingSpec
 from flatlab.specs.run import Place
-from flatlab.store.runs import Probe, Run
+from flatlab.store.runs import Measurement, Run
 from flatlab.tensors.flat import flatten
 
 Report = Callable[[int, int, dict[str, float]], None]
@@ -27,9 +27,9 @@ Weights = Mapping[str, Tensor]
 Part = tuple[str, dict[str, Tensor], Normalisation]
 
 
-def fill(probe: Probe, run: Run, place: Place, report: Report | None) -> None:
-    """Measure what the probe asks for, from where an earlier call was stopped."""
-    spec: RadiusSpec = probe.spec
+def fill(measurement: Measurement, run: Run, place: Place, report: Report | None) -> None:
+    """Measure what the measurement asks for, from where an earlier call was stopped."""
+    spec: RoundingSpec = measurement.spec
     plain, trained = latent_network(run, spec.checkpoint, place)
     names = [name for name in quantizable(plain) if fnmatchcase(name, spec.params or "*")]
     if not names:
@@ -46,7 +46,7 @@ def fill(probe: Probe, run: Run, place: Place, report: Report | None) -> None:
             normalisation=normalisation,
             num_samples=spec.num_samples,
             seed=spec.seed,
-            keep=Shelf(probe).units,
+            keep=UnitFiles(measurement).units,
         )
         for index, name in enumerate(found.names):
             key = f"{len(rows):04d}"
@@ -57,10 +57,10 @@ def fill(probe: Probe, run: Run, place: Place, report: Report | None) -> None:
         if report:
             report(done + 1, len(parts), {})
     facts = {"rows": rows, "strata": list(around.strata), "num_params": around.num_params, "norm": around.norm}
-    files.save_arrays(probe.result, arrays, facts | {"images": around.num_samples})
+    files.save_arrays(measurement.result, arrays, facts | {"images": around.num_samples})
 
 
-def _parts(spec: RadiusSpec, weights: Weights, trained: Mapping[str, Layer]) -> Iterator[Part]:
+def _parts(spec: RoundingSpec, weights: Weights, trained: Mapping[str, Layer]) -> Iterator[Part]:
     """Yield the part of the network that is rounded, its noise by bit width, and what the twins are like.
 
     The noise of the run's own, learned step sizes goes by the name "trained".
@@ -82,7 +82,7 @@ def _parts(spec: RadiusSpec, weights: Weights, trained: Mapping[str, Layer]) -> 
             yield part, vectors, normalisation
 
 
-def _noise(spec: RadiusSpec, weights: Weights, bits: int) -> dict[str, Tensor]:
+def _noise(spec: RoundingSpec, weights: Weights, bits: int) -> dict[str, Tensor]:
     """Return what rounding to the nearest level adds to each weight."""
     found = {name: rounded(w, bits, granularity=spec.granularity, name=name) for name, w in weights.items()}
     return {name: found[name].quantized - w for name, w in weights.items()}

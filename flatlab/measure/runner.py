@@ -6,38 +6,38 @@ from typing import Any
 
 from flatlab import environment
 from flatlab.loading import data as loading_data
-from flatlab.specs.measurement import Probing
+from flatlab.specs.measurement import MeasurementSpec
 from flatlab.specs.run import Place
-from flatlab.store.runs import Probe, Run, check_data
+from flatlab.store.runs import Measurement, Run, check_data
 
 Report = Callable[[int, int, dict[str, Any]], None]
 FUNCTIONS = {
     "sphere": "sphere.fill",
     "spectrum": "spectrum.fill",
     "surface": "surface.fill",
-    "connection": "connectivity.fill",
-    "triangle": "diagnostics.fill_trace_check",
-    "audit": "diagnostics.fill_scale_audit",
+    "connectivity": "connectivity.fill",
+    "trace_check": "diagnostics.fill_trace_check",
+    "scale_audit": "diagnostics.fill_scale_audit",
     "gradcam": "gradcam.fill",
-    "noise": "quantization_noise.fill",
-    "radius": "rounding.fill",
+    "quantization_noise": "quantization_noise.fill",
+    "rounding": "rounding.fill",
     "size": "size.fill",
 }
 
 
-def function_of(metric: str) -> Callable[[Probe, Run, Place, Report | None], None]:
+def function_of(metric: str) -> Callable[[Measurement, Run, Place, Report | None], None]:
     """Return the function that measures a metric; its module is imported here, so that a worker loads what it needs.
 
     Args:
         metric: of a spec, such as "sphere".
     """
     module, _, name = FUNCTIONS[metric].partition(".")
-    function: Callable[[Probe, Run, Place, Report | None], None]
+    function: Callable[[Measurement, Run, Place, Report | None], None]
     function = getattr(import_module(f"flatlab.measure.{module}"), name)
     return function
 
 
-def measure(run: Run, spec: Probing, place: Place, *, report: Report | None = None) -> None:
+def measure(run: Run, spec: MeasurementSpec, place: Place, *, report: Report | None = None) -> None:
     """Measure a finished run, from where an earlier call was stopped.
 
     Args:
@@ -49,14 +49,14 @@ def measure(run: Run, spec: Probing, place: Place, *, report: Report | None = No
     Raises:
         UserError: where the run is not finished, its data differ, or a file is damaged.
     """
-    probe = run.probe(spec)
+    measurement = run.measurement(spec)
     check_data([run], place)
-    if probe.done:
+    if measurement.done:
         return
     run.require_done()
-    place = place.replace(threads=probe.provenance.get("threads", place.threads))  # they order the sums
+    place = place.replace(threads=measurement.provenance.get("threads", place.threads))  # they order the sums
     with loading_data.threads(place.threads):
-        probe.create()
-        probe.note(machine=environment.facts(), **place.model_dump())
-        function_of(spec.metric)(probe, run, place, report)
-        probe.finish()
+        measurement.create()
+        measurement.note(machine=environment.facts(), **place.model_dump())
+        function_of(spec.metric)(measurement, run, place, report)
+        measurement.finish()

@@ -9,14 +9,16 @@ from flatlab.loading.checkpoint import network
 from flatlab.loading.export import write
 from flatlab.specs.measurements import SizeSpec
 from flatlab.specs.run import Place
-from flatlab.store.runs import Probe, Run
+from flatlab.store.runs import Measurement, Run
 
 Report = Callable[[int, int, dict[str, float]], None]
 
 
-def fill(probe: Probe, run: Run, place: Place, report: Report | None) -> None:
+def fill(measurement: Measurement, run: Run, place: Place, report: Report | None) -> None:
     """Write the network to a file that is thrown away, and keep its size."""
-    spec: SizeSpec = probe.spec
+    spec: SizeSpec = measurement.spec
     with files.scratch() as folder:
         told = write(network(run, spec.checkpoint, place).cpu(), run.spec, folder / "export", place)
-    files.save_arrays(probe.result, {"bytes": np.array(told.bytes), "float_bytes": np.array(told.float_bytes)}, {})
+    files.save_arrays(
+        measurement.result, {"bytes": np.array(told.bytes), "float_bytes": np.array(told.float_bytes)}, {}
+    )

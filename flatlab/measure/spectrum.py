@@ -15,7 +15,7 @@ from flatlab.errors import UserError, choose
 from flatlab.landscape.landscape import Landscape
 from flatlab.loading.checkpoint import network
 from flatlab.measure.inputs import images
-from flatlab.measure.units import Shelf
+from flatlab.measure.units import UnitFiles
 from flatlab.metrics.curvature.density import quadrature
 from flatlab.metrics.curvature.eigenvalues import hessian_spectrum
 from flatlab.metrics.curvature.resumable import KeptHessian
@@ -26,7 +26,7 @@ from flatlab.results.spectrum import SpectralDensity, Trace
 from flatlab.seeds import derive
 from flatlab.specs.measurements import SpectrumSpec
 from flatlab.specs.run import Place
-from flatlab.store.runs import Probe, Run
+from flatlab.store.runs import Measurement, Run
 from flatlab.tensors.flat import select
 
 Report = Callable[[int, int, dict[str, float]], None]
@@ -37,18 +37,18 @@ UNVERIFIED = 0.5  # of a pair that has converged, in a search that its budget en
 FLOOR = 1e-6  # of the largest eigenvalue: rounding in float32, in which networks are kept
 
 
-def fill(probe: Probe, run: Run, place: Place, report: Report | None) -> None:
-    """Measure what the probe asks for, from where an earlier call was stopped."""
-    spec: SpectrumSpec = probe.spec
+def fill(measurement: Measurement, run: Run, place: Place, report: Report | None) -> None:
+    """Measure what the vector asks for, from where an earlier call was stopped."""
+    spec: SpectrumSpec = measurement.spec
     if spec.engine == "pyhessian":
-        (found,) = Shelf(probe).units([("pyhessian", partial(_by_pyhessian, run, spec, place, report))])
-        files.save_arrays(probe.result, {"eigenvalues": found[1:]}, {"trace": [float(found[0]), None, None]})
+        (found,) = UnitFiles(measurement).units([("pyhessian", partial(_by_pyhessian, run, spec, place, report))])
+        files.save_arrays(measurement.result, {"eigenvalues": found[1:]}, {"trace": [float(found[0]), None, None]})
         return
-    operator = cache(partial(_operator, probe, run, place, report))
+    operator = cache(partial(_operator, measurement, run, place, report))
     units = [("extremes", lambda: _extremes(operator(), spec))]
     units += [(f"density-{index}", partial(_rule, operator, spec, index)) for index in range(spec.starts)]
-    extremes, *rules = Shelf(probe).units(units)
-    _write(probe, extremes, rules)
+    extremes, *rules = UnitFiles(measurement).units(units)
+    _write(measurement, extremes, rules)
 
 
 def batches_of(run: Run, spec: SpectrumSpec, place: Place) -> list[tuple[Tensor, Tensor]]:
@@ -85,11 +85,11 @@ def _baked(run: Run, spec: SpectrumSpec, place: Place) -> torch.nn.Module:
     return loaded
 
 
-def _operator(probe: Probe, run: Run, place: Place, report: Report | None) -> Hessian:
+def _operator(measurement: Measurement, run: Run, place: Place, report: Report | None) -> Hessian:
     """Return the Hessian, which reports its products."""
-    spec: SpectrumSpec = probe.spec
+    spec: SpectrumSpec = measurement.spec
     around = Landscape(_baked(run, spec, place), batches_of(run, spec, place), weighted, params=spec.params)
-    operator = KeptHessian(around, Shelf(probe).units).operator()
+    operator = KeptHessian(around, UnitFiles(measurement).units).operator()
     if spec.k > operator.shape[0]:
         raise UserError(f"k must lie between 1 and the {operator.shape[0]} parameters, but is {spec.k}.")
     if report:
@@ -98,27 +98,27 @@ def _operator(probe: Probe, run: Run, place: Place, report: Report | None) -> He
 
 
 def _extremes(operator: Hessian, spec: SpectrumSpec) -> FloatArray:
-    """Return eigenvalues and trace as one vector; the trace's probes are deflated by the eigenvectors."""
+    """Return eigenvalues and trace as one vector; the trace's vectors are deflated by the eigenvectors."""
     found = hessian_spectrum(operator, k=spec.k, which=spec.which, tol=spec.tol, seed=spec.seed, vectors=True)
     trace = hessian_trace(operator, rel_error=spec.rel_error, budget=spec.trace_budget, seed=spec.seed, deflate=found)
     facts = [found.cost.hvps, trace.cost.hvps, operator.shape[0], trace.stopped != "budget"]
     reached = found.converged_each * (1.0 if found.verified else UNVERIFIED)
     pairs = [found.eigenvalues, found.residuals, reached]
-    return np.concatenate([facts, *pairs, trace.exact, trace.probes.ravel()]).astype(np.float64)
+    return np.concatenate([facts, *pairs, trace.exact, trace.vectors.ravel()]).astype(np.float64)
 
 
 def _rule(operator: Operator, spec: SpectrumSpec, index: int) -> FloatArray:
     return np.stack(quadrature(operator(), spec.seed, index, steps=spec.steps))
 
 
-def _write(probe: Probe, extremes: FloatArray, rules: list[FloatArray]) -> None:
+def _write(measurement: Measurement, extremes: FloatArray, rules: list[FloatArray]) -> None:
     """Write the assembled measurement, readable without torch."""
-    spec: SpectrumSpec = probe.spec
+    spec: SpectrumSpec = measurement.spec
     found, (searched, traced, num_params, reached) = extremes[4:], extremes[:4].astype(int).tolist()
     values, residuals, converged = found[: 3 * spec.k].reshape(3, spec.k)
     trace = Trace(
         exact=found[3 * spec.k : 3 * spec.k + 2],
-        probes=found[3 * spec.k + 2 :].reshape(-1, COLUMNS),
+        vectors=found[3 * spec.k + 2 :].reshape(-1, COLUMNS),
         basis=spec.k,
         rel_error=spec.rel_error,
         stopped="accuracy" if reached else "budget",
@@ -142,10 +142,10 @@ def _write(probe: Probe, extremes: FloatArray, rules: list[FloatArray]) -> None:
     }
     facts: dict[str, Any] = {name: [e.value, e.stderr, e.freedom] for name, e in numbers.items()}
     facts |= {"num_params": num_params, "stopped": trace.stopped, "products": searched + traced + density.cost.hvps}
-    arrays = {"eigenvalues": values, "residuals": residuals, "converged": converged, "probes": trace.probes}
+    arrays = {"eigenvalues": values, "residuals": residuals, "converged": converged, "vectors": trace.vectors}
     for index, (nodes, weights) in enumerate(rules):
         arrays |= {f"nodes-{index:02d}": nodes, f"weights-{index:02d}": weights}
-    files.save_arrays(probe.result, arrays, facts)
+    files.save_arrays(measurement.result, arrays, facts)
 
 
 def _by_pyhessian(run: Run, spec: SpectrumSpec, place: Place, report: Report | None) -> FloatArray:

@@ -10,26 +10,26 @@ import numpy as np
 from flatlab import files
 from flatlab.loading import data as loading_data
 from flatlab.measure.inputs import landscape
-from flatlab.measure.units import Shelf
+from flatlab.measure.units import UnitFiles
 from flatlab.metrics.flatness import planning
 from flatlab.metrics.flatness.sampler import Sampler, Walk, visits
 from flatlab.metrics.flatness.sphere import sample
 from flatlab.results.estimate import FloatArray
 from flatlab.results.sphere import SphereFlatness
-from flatlab.specs.measurements import ProbeSpec
+from flatlab.specs.measurements import SphereSpec
 from flatlab.specs.rises import ByRise
 from flatlab.specs.run import Place
 from flatlab.store.radii import by_rise
-from flatlab.store.runs import Probe, Run, RunStore
+from flatlab.store.runs import Measurement, Run, RunStore
 
 Report = Callable[[int, int, dict[str, Any]], None]
 
 
-def fill(probe: Probe, run: Run, place: Place, report: Report | None) -> None:
-    """Measure what the probe asks for, from where an earlier call was stopped."""
-    spec: ProbeSpec = probe.spec
+def fill(measurement: Measurement, run: Run, place: Place, report: Report | None) -> None:
+    """Measure what the measurement asks for, from where an earlier call was stopped."""
+    spec: SphereSpec = measurement.spec
     around = landscape(run, spec, place)
-    sampler = Sampler([around], spec.seed, spec.normalisation, keep=Shelf(probe).units)
+    sampler = Sampler([around], spec.seed, spec.normalisation, keep=UnitFiles(measurement).units)
     (flatness,) = sample(
         sampler,
         _radii(run, spec),
@@ -43,27 +43,27 @@ def fill(probe: Probe, run: Run, place: Place, report: Report | None) -> None:
         raise KeyboardInterrupt  # its units are kept: the next call goes on from them
     classes = len(loading_data.domains(run.spec, place).data.classes)
     rises = {"rises": [0.0, *spec.radii.rises]} if isinstance(spec.radii, ByRise) else {}
-    _write(probe, flatness, {"chance": float(np.log(classes)), **rises})
+    _write(measurement, flatness, {"chance": float(np.log(classes)), **rises})
 
 
-def _radii(run: Run, spec: ProbeSpec) -> FloatArray | str:
+def _radii(run: Run, spec: SphereSpec) -> FloatArray | str:
     if isinstance(spec.radii, ByRise):
         return np.array([0.0, *by_rise(RunStore(run.path.parent), spec.radii, spec)])
     return spec.radii if isinstance(spec.radii, str) else np.array(spec.radii)
 
 
-def foresee(probe: Probe, run: Run, place: Place) -> list[dict[str, Any]]:
+def foresee(measurement: Measurement, run: Run, place: Place) -> list[dict[str, Any]]:
     """Fly the pilot, keep its plan for the measurement, and return a row for each radius above zero.
 
     Args:
-        probe: asks for an accuracy, and leaves block size and pairs to the pilot.
+        measurement: asks for an accuracy, and leaves block size and pairs to the pilot.
         run: finished.
         place: data folder, device, threads.
     """
-    spec: ProbeSpec = probe.spec
-    probe.create()
+    spec: SphereSpec = measurement.spec
+    measurement.create()
     around = landscape(run, spec, place)
-    sampler = Sampler([around], spec.seed, spec.normalisation, keep=Shelf(probe).units)
+    sampler = Sampler([around], spec.seed, spec.normalisation, keep=UnitFiles(measurement).units)
     radii = planning.radii_of(sampler, _radii(run, spec))
     goal = planning.goal_of(around, int((radii > 0).sum()), None, (spec.rel_error, spec.abs_error), spec.budget)
     plans = planning.plans_of(sampler, radii, goal)
@@ -88,7 +88,7 @@ def _tell(report: Report, sampler: Sampler, walks: Sequence[Walk]) -> None:
     report(made, foreseen, {"F": " ".join(shown)})
 
 
-def _write(probe: Probe, flatness: SphereFlatness, more: dict[str, Any]) -> None:
+def _write(measurement: Measurement, flatness: SphereFlatness, more: dict[str, Any]) -> None:
     """Write the assembled measurement, readable without torch; more facts are the loss at chance (nats), the rises."""
     visits = {f"visits-{index:02d}": rises for index, rises in enumerate(flatness.visits)}
     facts = {
@@ -104,4 +104,4 @@ def _write(probe: Probe, flatness: SphereFlatness, more: dict[str, Any]) -> None
     }
     if flatness.slopes is not None:
         visits["slopes"] = flatness.slopes
-    files.save_arrays(probe.result, {**visits, "radii": flatness.radii, "base_loss": flatness.base_loss}, facts)
+    files.save_arrays(measurement.result, {**visits, "radii": flatness.radii, "base_loss": flatness.base_loss}, facts)

@@ -1,4 +1,4 @@
-"""A plane through a checkpoint: its tiles are units of the probe."""
+"""A plane through a checkpoint: its tiles are units of the measurement."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +10,7 @@ from flatlab import files
 from flatlab.landscape.landscape import Landscape
 from flatlab.loading.checkpoint import network
 from flatlab.measure.inputs import landscape, other_of, training_images
-from flatlab.measure.units import Shelf
+from flatlab.measure.units import UnitFiles
 from flatlab.metrics.curvature.eigenvalues import hessian_spectrum
 from flatlab.metrics.curvature.resumable import KeptHessian
 from flatlab.metrics.surfaces.directions import (
@@ -25,39 +25,39 @@ from flatlab.quant.attach import bake
 from flatlab.results.surface import parts
 from flatlab.specs.measurements import SurfaceSpec
 from flatlab.specs.run import Place
-from flatlab.store.runs import Probe, Run
+from flatlab.store.runs import Measurement, Run
 from flatlab.tensors.flat import flatten
 
 Report = Callable[[int, int, dict[str, float]], None]
 
 
-def fill(probe: Probe, run: Run, place: Place, report: Report | None) -> None:
-    """Measure what the probe asks for, from where an earlier call was stopped."""
-    spec: SurfaceSpec = probe.spec
+def fill(measurement: Measurement, run: Run, place: Place, report: Report | None) -> None:
+    """Measure what the measurement asks for, from where an earlier call was stopped."""
+    spec: SurfaceSpec = measurement.spec
     around = landscape(run, spec, place)
     places = spec.extent * (2 * np.arange(spec.grid) / (spec.grid - 1) - 1)
     surface = plane(
         around,
-        directions(around, probe, run, place),
+        directions(around, measurement, run, place),
         grid=spec.grid if spec.spanned else (places, places),
         refine=spec.refine,
         recompute=training_images(run, spec.recompute, place),
         seed=spec.seed,
-        keep=Shelf(probe).units,
+        keep=UnitFiles(measurement).units,
         report=None if report is None else lambda done, of: report(done, of, {}),
     )
     arrays, facts = parts(surface)
     facts["cost"]["seconds"] = 0.0  # in the provenance: results of equal specs are equal bytes
-    files.save_arrays(probe.result, arrays, facts)
+    files.save_arrays(measurement.result, arrays, facts)
 
 
-def directions(around: Landscape, probe: Probe, run: Run, place: Place) -> Directions:
+def directions(around: Landscape, measurement: Measurement, run: Run, place: Place) -> Directions:
     """Return what spans the plane: other checkpoints of the store stand beside this run's."""
-    spec: SurfaceSpec = probe.spec
+    spec: SurfaceSpec = measurement.spec
     if spec.axes == "random":
         return random_directions(around, seed=spec.seed)
     if spec.axes == "hessian":
-        operator = KeptHessian(around, Shelf(probe).units).operator()
+        operator = KeptHessian(around, UnitFiles(measurement).units).operator()
         found = hessian_spectrum(operator, k=2, seed=spec.seed, vectors=True)
         return eigen_directions(around, spectrum=found)
     if spec.axes == "trajectory":

@@ -1,4 +1,4 @@
-"""The shelf: units of a measurement as files of its probe, which any number of processes fill together."""
+"""The shelf: units of a measurement as files of its measurement, which any number of processes fill together."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -8,21 +8,21 @@ from filelock import FileLock, Timeout
 from flatlab import files
 from flatlab.metrics.units import Unit
 from flatlab.results.estimate import FloatArray
-from flatlab.store.runs import Probe
+from flatlab.store.runs import Measurement
 
 IDLE_SECONDS = 0.05  # between two looks at units that others compute
 
 
-class Shelf:
-    """Units of a measurement as files of its probe, which any number of processes fill together."""
+class UnitFiles:
+    """Units of a measurement as files of its measurement, which any number of processes fill together."""
 
-    def __init__(self, probe: Probe) -> None:
-        self.probe = probe
+    def __init__(self, measurement: Measurement) -> None:
+        self.measurement = measurement
 
     def units(self, units: Sequence[Unit]) -> Iterator[FloatArray]:
         """Yield the units' arrays in their order; those that nobody else computes at this moment are computed here."""
         for index, (name, _) in enumerate(units):
-            path = self.probe.unit(name)
+            path = self.measurement.unit(name)
             while not path.exists():
                 free = (each for each in units[index:] if self._fill(*each))
                 if next(free, None) is None and not path.exists():
@@ -31,11 +31,11 @@ class Shelf:
 
     def _fill(self, name: str, compute: Callable[[], FloatArray]) -> bool:
         """Compute and keep a unit if it is missing and nobody is at it; returns whether that was so."""
-        path = self.probe.unit(name)
+        path = self.measurement.unit(name)
         if path.exists():
             return False
         try:
-            with FileLock(self.probe.path / f".{name}.lock", timeout=0):
+            with FileLock(self.measurement.path / f".{name}.lock", timeout=0):
                 if path.exists():
                     return False
                 started = time.monotonic()
@@ -43,5 +43,5 @@ class Shelf:
         except Timeout:
             return False
         spent = time.monotonic() - started
-        self.probe.add_note(lambda known: {"seconds": round(known.get("seconds", 0) + spent, 3)})
+        self.measurement.add_note(lambda known: {"seconds": round(known.get("seconds", 0) + spent, 3)})
         return True

@@ -20,7 +20,7 @@ from flatlab.metrics.curvature.density import spectral_density
 from flatlab.metrics.curvature.eigenvalues import hessian_spectrum
 from flatlab.metrics.curvature.trace import hessian_trace
 from flatlab.metrics.flatness.compare import compare_flatness
-from flatlab.metrics.flatness.perturbations import draw_ray
+from flatlab.metrics.flatness.perturbations import draw_direction
 from flatlab.metrics.flatness.sphere import sphere_flatness
 from flatlab.metrics.scale_audit import scale_audit
 from flatlab.metrics.surfaces.connectivity import connect
@@ -99,12 +99,12 @@ def _values(where: Where) -> Iterator[Check]:
         free = w[None].clone().requires_grad_()
         (slope,) = torch.autograd.grad(problem.value(free).sum(), free)
         yield _near(f"{name}, gradient", slope[0], landscape.gradient(), where)
-        v = draw_ray(landscape, 5, 0)
+        v = draw_direction(landscape, 5, 0)
         exact = problem.hessian @ v.double().cpu()
         yield _near(f"{name}, Hessian times a vector", exact, landscape.hvp(v), where)
         yield _near(f"{name}, Hessian operator", exact, Hessian(landscape) @ v, where)
     softmax = closed_forms.softmax_regression(where)
-    v = draw_ray(softmax.landscape, 5, 1)  # of a linear model the Gauss-Newton matrix is the Hessian
+    v = draw_direction(softmax.landscape, 5, 1)  # of a linear model the Gauss-Newton matrix is the Hessian
     yield _near("softmax, GGN times a vector", softmax.hessian @ v.double().cpu(), GGN(softmax.landscape) @ v, where)
 
 
@@ -151,7 +151,7 @@ def _surfaces(where: Where) -> Iterator[Check]:
     """Every place of a line, a plane, a refined plane, and a straight path between two checkpoints."""
     for name, problem in _problems(where).items():
         landscape, w = problem.landscape, problem.landscape.point.double().cpu()
-        vectors = torch.stack([draw_ray(landscape, 9, k) for k in range(2)])
+        vectors = torch.stack([draw_direction(landscape, 9, k) for k in range(2)])
         axes = given_directions(landscape, list(vectors))
         for refine in (None, 1e-3):
             found = plane(landscape, axes, grid=(np.linspace(-1, 2, 17), np.linspace(-2, 1, 17)), refine=refine)
@@ -193,7 +193,7 @@ def _invariance(where: Where) -> Iterator[Check]:
 def _randomness(where: Where) -> Iterator[Check]:
     """Directions are Gaussian, a seed names its draws, and two seeds are two."""
     wide = closed_forms.quadratic(where, tuple(1.0 + k / 500 for k in range(500))).landscape
-    rays = torch.stack([draw_ray(wide, 0, k) for k in range(20)]).double().cpu()
+    rays = torch.stack([draw_direction(wide, 0, k) for k in range(20)]).double().cpu()
     count = rays.numel()
     entries = rays.flatten() * wide.num_params**0.5
     yield Check("rays, mean of the entries", 0.0, float(entries.mean()), SIGMAS / count**0.5)
@@ -203,7 +203,7 @@ def _randomness(where: Where) -> Iterator[Check]:
     landscape = closed_forms.quadratic(where).landscape
     draws: dict[str, Callable[[int], Any]] = {
         "sphere": lambda seed: sphere_flatness(landscape, [1.0], num_samples=2, seed=seed).value,
-        "trace": lambda seed: hessian_trace(landscape, deflate=0, budget=32, seed=seed).probes[:, :3],
+        "trace": lambda seed: hessian_trace(landscape, deflate=0, budget=32, seed=seed).vectors[:, :3],
         "density": lambda seed: spectral_density(landscape, num_vectors=1, steps=4, seed=seed).nodes[0],
         "surface": lambda seed: line(closed_forms.softmax_regression(where).landscape, grid=3, seed=seed).values,
     }

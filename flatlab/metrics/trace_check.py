@@ -20,7 +20,7 @@ from flatlab.metrics.flatness.sphere import sample
 from flatlab.metrics.units import Keep, forget
 from flatlab.results.estimate import FloatArray
 from flatlab.results.spectrum import Trace
-from flatlab.results.trace_check import Triangle
+from flatlab.results.trace_check import TraceCheck
 from flatlab.seeds import base_seed
 
 RISES = (1e-3, 1.0, 7)  # nats that a quadratic would rise by at the radii, and how many there are
@@ -28,7 +28,7 @@ KINKS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.Hardtanh, nn.Ha
 POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AdaptiveMaxPool2d)
 
 
-def triangle(
+def trace_check(
     landscape: Landscape,
     *,
     radii: npt.ArrayLike | None = None,
@@ -36,7 +36,7 @@ def triangle(
     density: tuple[int, int] = (32, 3),
     seed: int | torch.Generator = 0,
     keep: Keep = forget,
-) -> Triangle:
+) -> TraceCheck:
     """Measure the trace of the Hessian in three ways, from independent draws.
 
     Args:
@@ -57,7 +57,7 @@ def triangle(
     places = _radii(landscape, trace) if radii is None else np.sort(distances("radii", radii, above=0.0))
     sampler = Sampler([landscape], name, "none", keep=keep)
     (flatness,) = sample(sampler, places, None, (rel_error, 0.0), None)
-    return Triangle(
+    return TraceCheck(
         cost=flatness.cost + trace.cost + spectrum.cost,
         flatness=flatness,
         trace=trace,

@@ -9,21 +9,23 @@ import pandas as pd
 
 from flatlab import files, plots
 from flatlab.results.estimate import Estimate
-from flatlab.specs.measurement import Probing
+from flatlab.specs.measurement import MeasurementSpec
 from flatlab.store.runs import Run
 
 CORNERS = {"run": "", "way": "", "trace": ".4g", "low": ".4g", "high": ".4g"}
 WAYS = ("sphere", "trace", "density")
 
 
-def triangles(found: Sequence[Run], probe: Probing, *, out: Path) -> tuple[pd.DataFrame, list[str], list[Path]]:
+def triangles(
+    found: Sequence[Run], measurement: MeasurementSpec, *, out: Path
+) -> tuple[pd.DataFrame, list[str], list[Path]]:
     """Return the three traces of each run with intervals, the verdicts, and pictures of the rise against the trace."""
     rows, told = [], []
     out.mkdir(parents=True, exist_ok=True)
     with plots.style():
         figure, grid = plt.subplots(1, len(found), figsize=(3.4 * len(found), 2.8), squeeze=False, layout="constrained")
         for ax, run in zip(grid[0], found, strict=True):
-            arrays, facts = run.measured(probe)
+            arrays, facts = run.measured(measurement)
             for name in WAYS:
                 value, stderr, freedom = facts["corners"][name]
                 half = Estimate(value, stderr, freedom).half_width()
@@ -53,14 +55,16 @@ def _triangle(ax: Any, arrays: files.Arrays, facts: dict[str, Any]) -> None:
     ax.legend()
 
 
-def audits(found: Sequence[Run], probe: Probing, *, out: Path) -> tuple[pd.DataFrame, list[str], list[Path]]:
+def audits(
+    found: Sequence[Run], measurement: MeasurementSpec, *, out: Path
+) -> tuple[pd.DataFrame, list[str], list[Path]]:
     """Return the tables of all audits, sentences on what was rescaled and refused, and pictures."""
     frames, told = [], []
     out.mkdir(parents=True, exist_ok=True)
     with plots.style():
         figure, grid = plt.subplots(len(found), 1, figsize=(6.5, 2.6 * len(found)), squeeze=False, layout="constrained")
         for ax, run in zip(grid[:, 0], found, strict=True):
-            arrays, facts = run.measured(probe)
+            arrays, facts = run.measured(measurement)
             frame = pd.DataFrame(facts["rows"])
             frames.append(frame.assign(run=run.name))
             kinds = [pair["kind"] for pair in facts["pairs"]]

@@ -16,7 +16,7 @@ from flatlab import files, plots
 from flatlab.errors import UserError, choose
 from flatlab.report import tables
 from flatlab.results.estimate import FloatArray
-from flatlab.specs.measurements import QuantNoiseSpec
+from flatlab.specs.measurements import QuantizationNoiseSpec
 from flatlab.specs.run import RunSpec
 from flatlab.store.runs import Run, RunStore
 
@@ -39,22 +39,22 @@ REJECTED = 0.05  # p-values below it
 TESTS = {"kl_pvalue": "KL", "ks_pvalue": "Kolmogorov-Smirnov", "departure_pvalue": "symmetry"}
 
 
-def statistics(store: RunStore, wanted: Iterable[tuple[str, RunSpec, QuantNoiseSpec]]) -> pd.DataFrame:
+def statistics(store: RunStore, wanted: Iterable[tuple[str, RunSpec, QuantizationNoiseSpec]]) -> pd.DataFrame:
     """Return one row per run, layer and mode: divergences with their nulls, tests, symmetry; `arrays` names a file.
 
     Args:
         store: holds the finished measurements.
-        wanted: method's name, run, probe.
+        wanted: method's name, run, measurement.
 
     Raises:
         UserError: where a run is not measured yet.
     """
     rows = []
-    for label, spec, probe in wanted:
+    for label, spec, measurement in wanted:
         run = store.run(spec)
-        facts = run.measured(probe, label)[1]
+        facts = run.measured(measurement, label)[1]
         about = {"method": label, "held_out": spec.held_out, "seed": spec.seed, "run": spec.digest}
-        rows += [{**about, **fact, "arrays": str(run.probe(probe).result)} for fact in facts]
+        rows += [{**about, **fact, "arrays": str(run.measurement(measurement).result)} for fact in facts]
     return pd.DataFrame(rows)
 
 
@@ -133,9 +133,9 @@ def _mirror(ax: Axes, lower: FloatArray, upper: FloatArray, row: Row) -> None:
     ax.locator_params(nbins=4)
 
 
-def probe_of(
+def measurement_of(
     found: list[Run], *, layers: str | None, checkpoint: str, samples: int | None, images: int | None
-) -> QuantNoiseSpec:
+) -> QuantizationNoiseSpec:
     """Return the measurement that the command's words mean.
 
     Args:
@@ -152,23 +152,23 @@ def probe_of(
         if value is not None:
             raise UserError(f"{word} {value} does nothing here, since no image is looked at; add --radius.")
     for run in found:
-        QuantNoiseSpec.check(run.spec)
-    return QuantNoiseSpec.make(checkpoint=choose("checkpoint", checkpoint, ("selected", "last")))
+        QuantizationNoiseSpec.check(run.spec)
+    return QuantizationNoiseSpec.make(checkpoint=choose("checkpoint", checkpoint, ("selected", "last")))
 
 
 def chart(
-    store: RunStore, found: list[Run], probe: QuantNoiseSpec, *, layers: str | None, out: Path
+    store: RunStore, found: list[Run], measurement: QuantizationNoiseSpec, *, layers: str | None, out: Path
 ) -> tuple[pd.DataFrame, list[Path]]:
     """Tabulate and draw measured runs; write `noise.{csv,pdf,png}`.
 
     Args:
         store: holds the measurements.
         found: the runs.
-        probe: as measured.
+        measurement: as measured.
         layers: pattern of those that are drawn.
         out: folder of the pictures.
     """
-    frame = statistics(store, [(run.name, run.spec, probe) for run in found])
+    frame = statistics(store, [(run.name, run.spec, measurement) for run in found])
     names = chosen_layers(frame, layers)
     rows = frame[frame["layer"].isin(names) & (frame["mode"] == "normalised")]
     out.mkdir(parents=True, exist_ok=True)

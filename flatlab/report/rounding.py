@@ -16,7 +16,7 @@ from flatlab import files, plots
 from flatlab.errors import choose
 from flatlab.report import tables
 from flatlab.results.estimate import FloatArray, standing
-from flatlab.specs.measurements import RadiusSpec
+from flatlab.specs.measurements import RoundingSpec
 from flatlab.specs.run import RunSpec
 from flatlab.store.runs import Run, RunStore
 
@@ -34,7 +34,7 @@ WIDE = 112  # characters of a line below a picture
 RULED = 2.0  # standard deviations that 95 % of random directions stay within, about
 
 
-def rises(store: RunStore, wanted: Iterable[tuple[str, RunSpec, RadiusSpec]]) -> pd.DataFrame:
+def rises(store: RunStore, wanted: Iterable[tuple[str, RunSpec, RoundingSpec]]) -> pd.DataFrame:
     """Return tidy rows: for each run, panel, part, perturbation and null the quantities below.
 
     `rise` and `reverse` of the noise and of its opposite, `random` (mean over random twins, with its interval over
@@ -42,14 +42,14 @@ def rises(store: RunStore, wanted: Iterable[tuple[str, RunSpec, RadiusSpec]]) ->
 
     Args:
         store: holds the finished measurements.
-        wanted: method's name, run, probe.
+        wanted: method's name, run, measurement.
     """
-    rows = [row for label, spec, probe in wanted for row in _rows(store.run(spec), probe, label)]
+    rows = [row for label, spec, measurement in wanted for row in _rows(store.run(spec), measurement, label)]
     return pd.DataFrame(rows)[COLUMNS]
 
 
-def _rows(run: Run, probe: RadiusSpec, label: str) -> Iterator[dict[str, Any]]:
-    arrays, facts = run.measured(probe, label)
+def _rows(run: Run, measurement: RoundingSpec, label: str) -> Iterator[dict[str, Any]]:
+    arrays, facts = run.measured(measurement, label)
     target = np.array([name == run.spec.held_out for name in facts["strata"]])
     about = {"method": label, "held_out": run.spec.held_out, "seed": run.spec.seed, "over": "directions"}
     for index, row in enumerate(facts["rows"]):
@@ -160,9 +160,9 @@ def _standing(ax: Axes, mine: pd.DataFrame) -> None:
     ax.set_xlabel("Bits of a weight")
 
 
-def probe_of(
+def measurement_of(
     found: list[Run], *, layers: str | None, checkpoint: str, samples: int | None, images: int | None
-) -> RadiusSpec:
+) -> RoundingSpec:
     """Return the measurement that the command's words mean.
 
     Args:
@@ -174,26 +174,27 @@ def probe_of(
     """
     fields = {"checkpoint": choose("checkpoint", checkpoint, ("selected", "last")), "images": images}
     fields |= {"params": layers} if layers else {}
-    return RadiusSpec.make(**fields, **({} if samples is None else {"num_samples": samples}))
+    return RoundingSpec.make(**fields, **({} if samples is None else {"num_samples": samples}))
 
 
 def chart(
-    store: RunStore, found: list[Run], probe: RadiusSpec, *, layers: str | None, out: Path
+    store: RunStore, found: list[Run], measurement: RoundingSpec, *, layers: str | None, out: Path
 ) -> tuple[pd.DataFrame, list[Path]]:
     """Tabulate and draw measured runs; write `radius.{csv,pdf,png}`.
 
     Args:
         store: holds the measurements.
         found: the runs.
-        probe: as measured.
+        measurement: as measured.
         layers: pattern of those that were rounded.
         out: folder of the pictures.
     """
-    frame = rises(store, [(run.name, run.spec, probe) for run in found])
+    frame = rises(store, [(run.name, run.spec, measurement) for run in found])
     out.mkdir(parents=True, exist_ok=True)
     files.write_bytes(out / "radius.csv", frame.to_csv(index=False).encode())
     caption = (
-        f"What a bit width is worth as a radius\n{layers or 'All layers'}, seen domains; {probe.num_samples} random "
+        f"What a bit width is worth as a radius\n{layers or 'All layers'}, seen domains; "
+        f"{measurement.num_samples} random "
         "directions each, 95 % intervals over them; grey: 95 % of these"
     )
     return wide(frame), [*plots.save(draw(frame, caption), out / "radius"), out / "radius.csv"]

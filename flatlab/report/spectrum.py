@@ -25,7 +25,7 @@ WIDTH = 0.01  # of a kernel, as a share of the range
 FAINT = 1e-6  # density below which nothing is drawn
 
 
-def probes_of(splits: Iterable[str], engine: str, **fields: Any) -> list[SpectrumSpec]:
+def measurements_of(splits: Iterable[str], engine: str, **fields: Any) -> list[SpectrumSpec]:
     """Return the measurements that the command's words mean: of each split, by flatlab's engine and any other.
 
     Args:
@@ -48,13 +48,13 @@ def numbers(store: RunStore, wanted: Wanted) -> pd.DataFrame:
         store: holds the finished measurements.
         wanted: method's name, run, measurement.
     """
-    rows = [row for label, run, probe in wanted for row in _rows(label, store.run(run), probe)]
+    rows = [row for label, run, measurement in wanted for row in _rows(label, store.run(run), measurement)]
     return pd.DataFrame(rows)
 
 
-def _rows(label: str, run: Run, probe: SpectrumSpec) -> Iterable[dict[str, Any]]:
-    arrays, facts = run.measured(probe, label)
-    shared = {**_named(label, run, probe), "engine": probe.engine}
+def _rows(label: str, run: Run, measurement: SpectrumSpec) -> Iterable[dict[str, Any]]:
+    arrays, facts = run.measured(measurement, label)
+    shared = {**_named(label, run, measurement), "engine": measurement.engine}
     unknown = np.full(len(arrays["eigenvalues"]), np.nan)
     residuals, converged = arrays.get("residuals", unknown), arrays.get("converged", unknown)
     for index, (value, residual) in enumerate(zip(arrays["eigenvalues"].tolist(), residuals.tolist(), strict=True)):
@@ -73,7 +73,7 @@ def _rows(label: str, run: Run, probe: SpectrumSpec) -> Iterable[dict[str, Any]]
             value, stderr, freedom = facts[name]
             half = Estimate(value, stderr, freedom).half_width() if stderr is not None else float("nan")
             reached = {None: "unknown", "budget": "no"}.get(facts.get("stopped"), "yes") if name == "trace" else ""
-            told = {"value": value, "low": value - half, "high": value + half, "converged": reached, "over": "probes"}
+            told = {"value": value, "low": value - half, "high": value + half, "converged": reached, "over": "vectors"}
             yield {**shared, "number": name, "index": 0, **told}
 
 
@@ -84,26 +84,29 @@ def densities(store: RunStore, wanted: Wanted) -> pd.DataFrame:
         store: holds the finished measurements, by flatlab's engine.
         wanted: method's name, run, measurement.
     """
-    found = [(label, store.run(run), probe, _rules(label, store.run(run), probe)) for label, run, probe in wanted]
+    found = [
+        (label, store.run(run), measurement, _rules(label, store.run(run), measurement))
+        for label, run, measurement in wanted
+    ]
     frames = []
-    for domains in dict.fromkeys(probe.domains for _, _, probe, _ in found):
+    for domains in dict.fromkeys(measurement.domains for _, _, measurement, _ in found):
         mine = [each for each in found if each[2].domains == domains]
         nodes = np.concatenate([nodes for *_, rules in mine for nodes, _ in rules])
         sigma = WIDTH * float(np.ptp(nodes)) or 1e-12
         grid = np.linspace(nodes.min() - 4 * sigma, nodes.max() + 4 * sigma, PLACES)
-        for label, run, probe, rules in mine:
+        for label, run, measurement, rules in mine:
             value = np.mean([blur(grid, *rule, sigma=sigma) for rule in rules], axis=0)
-            frames.append(pd.DataFrame({"place": grid, "value": value}).assign(**_named(label, run, probe)))
+            frames.append(pd.DataFrame({"place": grid, "value": value}).assign(**_named(label, run, measurement)))
     return pd.concat(frames, ignore_index=True)
 
 
-def _named(label: str, run: Run, probe: SpectrumSpec) -> dict[str, Any]:
-    return {"panel": probe.domains, "method": label, "held_out": run.spec.held_out, "seed": run.spec.seed}
+def _named(label: str, run: Run, measurement: SpectrumSpec) -> dict[str, Any]:
+    return {"panel": measurement.domains, "method": label, "held_out": run.spec.held_out, "seed": run.spec.seed}
 
 
-def _rules(label: str, run: Run, probe: SpectrumSpec) -> list[tuple[FloatArray, FloatArray]]:
-    arrays, _ = run.measured(probe, label)
-    return [(arrays[f"nodes-{index:02d}"], arrays[f"weights-{index:02d}"]) for index in range(probe.starts)]
+def _rules(label: str, run: Run, measurement: SpectrumSpec) -> list[tuple[FloatArray, FloatArray]]:
+    arrays, _ = run.measured(measurement, label)
+    return [(arrays[f"nodes-{index:02d}"], arrays[f"weights-{index:02d}"]) for index in range(measurement.starts)]
 
 
 def chart(store: RunStore, wanted: list[tuple[str, RunSpec, SpectrumSpec]], out: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""`flatlab flatness`: from words to a probe, and from measured runs to a table and a picture."""
+"""`flatlab flatness`: from words to a measurement, and from measured runs to a table and a picture."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from flatlab.errors import UserError, choose
 from flatlab.report import tables
 from flatlab.results import verdicts
 from flatlab.results.estimate import Estimate, FloatArray, estimate
-from flatlab.specs.measurements import ProbeSpec
+from flatlab.specs.measurements import SphereSpec
 from flatlab.specs.rises import ByRise
 from flatlab.specs.run import RunSpec
 from flatlab.specs.settings import QUICK, papers_radii
@@ -68,8 +68,8 @@ def panel_of(split: str) -> str:
     return PANELS[choose("split", split, PANELS)]
 
 
-def probe_of(radii: str | None, first: RunSpec, **fields: Any) -> ProbeSpec:
-    """Return the probe that the command's words mean.
+def measurement_of(radii: str | None, first: RunSpec, **fields: Any) -> SphereSpec:
+    """Return the measurement that the command's words mean.
 
     Radii that are not given are those where the first run's loss rises by so many nats on its source domains, for all
     runs alike; of the paper's own network they are the paper's.
@@ -79,39 +79,39 @@ def probe_of(radii: str | None, first: RunSpec, **fields: Any) -> ProbeSpec:
     fields["checkpoint"] = choose("checkpoint", fields["checkpoint"], ("selected", "last"))
     usual = papers_radii(first) if fields["normalisation"] == "none" else None
     risen = ByRise(rises=(*QUICK.rises, QUICK.beyond), references=(first.digest,))
-    return ProbeSpec.make(radii=parse_radii(radii) if radii is not None else usual or risen, **fields)
+    return SphereSpec.make(radii=parse_radii(radii) if radii is not None else usual or risen, **fields)
 
 
 def chart(
-    store: RunStore, found: list[Run], probe: ProbeSpec, *, panel: str, out: Path
+    store: RunStore, found: list[Run], measurement: SphereSpec, *, panel: str, out: Path
 ) -> tuple[pd.DataFrame, list[Path]]:
     """Tabulate and draw measured runs; write `flatness.{csv,pdf,png}`.
 
     Args:
         store: holds the measurements.
         found: the runs.
-        probe: as measured.
+        measurement: as measured.
         panel: "train" (the seen domains) or "test" (the unseen one).
         out: folder of the pictures.
     """
-    wanted = [(run.name, run.spec, probe) for run in found]
+    wanted = [(run.name, run.spec, measurement) for run in found]
     frame = tables.flatness(store, wanted)
     shown = frame[frame["panel"] == panel].drop(columns="panel")
-    shown = shown.assign(**_lengths(found, probe, shown))
+    shown = shown.assign(**_lengths(found, measurement, shown))
     out.mkdir(parents=True, exist_ok=True)
     files.write_bytes(out / "flatness.csv", shown.to_csv(index=False).encode())
-    return shown, [*plots.save(_draw(shown, probe, panel), out / "flatness"), out / "flatness.csv"]
+    return shown, [*plots.save(_draw(shown, measurement, panel), out / "flatness"), out / "flatness.csv"]
 
 
-def said(found: list[Run], probe: ProbeSpec, *, panel: str) -> list[str]:
+def said(found: list[Run], measurement: SphereSpec, *, panel: str) -> list[str]:
     """Say what the numbers say: where F means little, and which checkpoint is flatter than the first.
 
     Args:
         found: the runs, measured.
-        probe: as measured.
+        measurement: as measured.
         panel: "train" (the seen domains) or "test" (the unseen one).
     """
-    seen = {run.name: _seen(run, probe, panel) for run in found}
+    seen = {run.name: _seen(run, measurement, panel) for run in found}
     told = [
         f"{name}: {sentence}"
         for name, each in seen.items()
@@ -151,8 +151,8 @@ class Seen:
         return np.asarray(~(self.base_loss + means < self.chance))
 
 
-def _seen(run: Run, probe: ProbeSpec, panel: str) -> Seen:
-    arrays, facts = run.measured(probe)
+def _seen(run: Run, measurement: SphereSpec, panel: str) -> Seen:
+    arrays, facts = run.measured(measurement)
     mine = np.array([(name == run.spec.held_out) == (panel == "test") for name in facts["strata"]])
     rises = [arrays[f"visits-{index:02d}"][:, mine].mean(axis=1) for index in range(len(arrays["radii"]))]
     slopes = arrays["slopes"][:, mine][:, :, mine].mean(axis=(1, 2)) if "slopes" in arrays else None
@@ -176,11 +176,11 @@ def _difference(a: Seen, b: Seen) -> list[Estimate]:
     return found
 
 
-def _lengths(found: list[Run], probe: ProbeSpec, shown: pd.DataFrame) -> dict[str, list[float]]:
+def _lengths(found: list[Run], measurement: SphereSpec, shown: pd.DataFrame) -> dict[str, list[float]]:
     """Return each radius as L2 distance, as a share of ||w||, and per parameter."""
     lengths: dict[str, list[float]] = {"l2": [], "share": [], "rms": []}
     for run in found:
-        arrays, facts = run.measured(probe)
+        arrays, facts = run.measured(measurement)
         for radius in arrays["radii"]:
             distance = radius * facts["reach"]
             lengths["l2"].append(distance)
@@ -190,15 +190,15 @@ def _lengths(found: list[Run], probe: ProbeSpec, shown: pd.DataFrame) -> dict[st
     return lengths
 
 
-def _draw(shown: pd.DataFrame, probe: ProbeSpec, panel: str) -> Any:
+def _draw(shown: pd.DataFrame, measurement: SphereSpec, panel: str) -> Any:
     with plots.style():
         figure, ax = plt.subplots(figsize=(3.4, 2.8), layout="constrained")
         plots.curves(ax, shown, x="radius", by="method", order=list(dict.fromkeys(shown["method"])))
-        distance = "Radius γ (L2 distance)" if probe.normalisation == "none" else "Relative radius ρ"
+        distance = "Radius γ (L2 distance)" if measurement.normalisation == "none" else "Relative radius ρ"
         ax.set(
             xlabel=distance,
             ylabel="Flatness $F(w)$ (nats)",
-            title=f"{WHICH[panel]} domains, {probe.effort}",
+            title=f"{WHICH[panel]} domains, {measurement.effort}",
         )
         ax.legend()
     return figure

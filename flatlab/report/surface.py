@@ -78,9 +78,9 @@ def steps_between(found: Sequence[Run], axes: str, every: int | None) -> int | N
     return every
 
 
-def surface(run: Run, probe: SurfaceSpec) -> Surface:
+def surface(run: Run, measurement: SurfaceSpec) -> Surface:
     """Return a measured surface."""
-    return Surface.whole(*run.measured(probe))
+    return Surface.whole(*run.measured(measurement))
 
 
 def of_panel(found: Surface, panel: str, held_out: str, metric: str = "loss") -> np.ndarray[Any, np.dtype[np.float64]]:
@@ -89,9 +89,9 @@ def of_panel(found: Surface, panel: str, held_out: str, metric: str = "loss") ->
     return found.of(metric, names)
 
 
-def draw_surfaces(found: Sequence[Run], probe: SurfaceSpec, *, out: Path) -> list[Path]:
+def draw_surfaces(found: Sequence[Run], measurement: SurfaceSpec, *, out: Path) -> list[Path]:
     """Draw contours of each run on seen and unseen domains, on common levels, with a relief; write npz and pictures."""
-    surfaces = {run.spec.digest: surface(run, probe) for run in found}
+    surfaces = {run.spec.digest: surface(run, measurement) for run in found}
     panels = {
         (run.spec.digest, panel): of_panel(surfaces[run.spec.digest], panel, run.spec.held_out)
         for run in found
@@ -115,43 +115,46 @@ def draw_surfaces(found: Sequence[Run], probe: SurfaceSpec, *, out: Path) -> lis
             relief.set(title=f"{run.name}, {PANELS['source']}")
             mine.save(out / f"landscape-{run.spec.digest[:6]}.npz")
             written.append(out / f"landscape-{run.spec.digest[:6]}.npz")
-        if told := remarks(found, probe):
+        if told := remarks(found, measurement):
             figure.suptitle("\n".join(told), fontsize=8)
         return [*plots.save(figure, out / "landscape"), *written]
 
 
-def remarks(found: Sequence[Run], probe: SurfaceSpec | ConnectionSpec) -> list[str]:
+def remarks(found: Sequence[Run], measurement: SurfaceSpec | ConnectionSpec) -> list[str]:
     """Return sentences for a caption: whose BatchNorm statistics, what a trajectory's plane holds of it."""
     told = []
-    if isinstance(probe, SurfaceSpec) and probe.axes == "trajectory":
+    if isinstance(measurement, SurfaceSpec) and measurement.axes == "trajectory":
         for run in found:
-            mine = surface(run, probe)
+            mine = surface(run, measurement)
             told.append(
                 f"{run.name}: the plane holds {mine.explained.sum():.1%} of the variance of {len(mine.marks)}"
-                f" checkpoints, each {probe.every} steps, and lies at most {mine.distances.max():.3g} from them (L2)."
+                f" checkpoints, each {measurement.every} steps, and lies at most"
+                f" {mine.distances.max():.3g} from them (L2)."
             )
-    if probe.recompute is not None:
-        told.append(ANEW.format(probe.recompute))
-    elif isinstance(probe, ConnectionSpec):
+    if measurement.recompute is not None:
+        told.append(ANEW.format(measurement.recompute))
+    elif isinstance(measurement, ConnectionSpec):
         told.append(MIXED)
-    elif probe.spanned:
+    elif measurement.spanned:
         told.append(OWN)
     return told
 
 
-def connection(run: Run, probe: ConnectionSpec, panel: str) -> Connection:
+def connection(run: Run, measurement: ConnectionSpec, panel: str) -> Connection:
     """Return a measured line, over the seen domains ("source") or the unseen one ("target")."""
-    arrays, facts = run.measured(probe)
+    arrays, facts = run.measured(measurement)
     mine = {name.removeprefix(f"{panel}."): each for name, each in arrays.items() if name.startswith(f"{panel}.")}
     return Connection.whole(mine, facts[panel])
 
 
-def draw_line(ends: tuple[Run, Run], probe: ConnectionSpec, *, out: Path) -> tuple[pd.DataFrame, list[str], list[Path]]:
+def draw_line(
+    ends: tuple[Run, Run], measurement: ConnectionSpec, *, out: Path
+) -> tuple[pd.DataFrame, list[str], list[Path]]:
     """Tabulate and draw the straight line between two runs; write `connection.{csv,pdf,png}` and an npz for each panel.
 
     Args:
         ends: the two; the line was measured at the first.
-        probe: of the measurement.
+        measurement: of the measurement.
         out: folder of the pictures.
 
     Returns:
@@ -163,7 +166,7 @@ def draw_line(ends: tuple[Run, Run], probe: ConnectionSpec, *, out: Path) -> tup
     with plots.style():
         figure, grid = plt.subplots(1, len(PANELS), figsize=(6.9, 3.0), layout="constrained")
         for ax, (panel, title) in zip(grid, PANELS.items(), strict=True):
-            found = connection(run, probe, panel)
+            found = connection(run, measurement, panel)
             low, high = (float(end[0]) for end in found.interval())
             place = {"position": found.position, "distance": found.position * found.length}
             rows.append({"panel": panel, "barrier": found.barrier, "low": low, "high": high, **place})
@@ -172,10 +175,10 @@ def draw_line(ends: tuple[Run, Run], probe: ConnectionSpec, *, out: Path) -> tup
             found.plot(ax).set_title(f"{title}; {run.name} to {other.name}", pad=18)  # the legend is between
             written.append(out / f"connection-{run.spec.digest[:6]}-{other.spec.digest[:6]}-{panel}.npz")
             found.save(written[-1])
-        figure.suptitle("\n".join([BAND, *remarks([run], probe)]), fontsize=8)
+        figure.suptitle("\n".join([BAND, *remarks([run], measurement)]), fontsize=8)
     files.write_bytes(out / "connection.csv", pd.concat(frames).to_csv(index=False).encode())
     pictures = [*plots.save(figure, out / "connection"), out / "connection.csv"]
-    return pd.DataFrame(rows), [*told, *remarks([run], probe)], [*pictures, *written]
+    return pd.DataFrame(rows), [*told, *remarks([run], measurement)], [*pictures, *written]
 
 
 def barrier_sentence(found: Connection) -> str:

@@ -16,7 +16,7 @@ from flatlab import files
 from flatlab.errors import UserError
 from flatlab.results import estimate as results_estimate
 from flatlab.results.estimate import Estimate, FloatArray, mean_of
-from flatlab.specs.measurements import ProbeSpec
+from flatlab.specs.measurements import SphereSpec
 from flatlab.specs.rises import ByRise
 from flatlab.specs.run import RunSpec
 from flatlab.store import selection
@@ -28,7 +28,7 @@ IN_DOMAIN = {"validation": "validation (selected on)", "test": "in-domain test"}
 Labelled = tuple[str, RunSpec]
 
 
-def flatness(store: RunStore, wanted: Iterable[tuple[str, RunSpec, ProbeSpec]]) -> pd.DataFrame:
+def flatness(store: RunStore, wanted: Iterable[tuple[str, RunSpec, SphereSpec]]) -> pd.DataFrame:
     """Return one row per run, panel and radius: the rise of the loss in nats, averaged over directions.
 
     The panel "train" is the mean over the seen domains, each weighing the same; "test" is the held-out domain.
@@ -37,26 +37,28 @@ def flatness(store: RunStore, wanted: Iterable[tuple[str, RunSpec, ProbeSpec]]) 
 
     Args:
         store: holds the finished measurements.
-        wanted: method's name, run, probe.
+        wanted: method's name, run, measurement.
 
     Raises:
         UserError: where measurements of common radii have others: a reference run was measured again in between.
     """
-    found: dict[ProbeSpec, tuple[str, FloatArray]] = {}
+    found: dict[SphereSpec, tuple[str, FloatArray]] = {}
     rows: list[dict[str, Any]] = []
-    for label, run, probe in wanted:
-        arrays, facts = store.run(run).measured(probe, label)
-        first, radii = found.setdefault(probe, (run.digest, arrays["radii"]))
-        if isinstance(probe.radii, ByRise) and not np.array_equal(radii, arrays["radii"]):
+    for label, run, measurement in wanted:
+        arrays, facts = store.run(run).measured(measurement, label)
+        first, radii = found.setdefault(measurement, (run.digest, arrays["radii"]))
+        if isinstance(measurement.radii, ByRise) and not np.array_equal(radii, arrays["radii"]):
             raise UserError(
                 f"The radii of runs {first} and {run.digest} must be the same, got {radii} and {arrays['radii']}: "
                 f"reference runs were measured again in between. Remove {run.digest} (`flatlab runs rm`) and repeat."
             )
-        rows += _rises(run, probe, label, (arrays, facts))
+        rows += _rises(run, measurement, label, (arrays, facts))
     return pd.DataFrame(rows)
 
 
-def _rises(run: RunSpec, probe: ProbeSpec, label: str, found: tuple[files.Arrays, Any]) -> Iterable[dict[str, Any]]:
+def _rises(
+    run: RunSpec, measurement: SphereSpec, label: str, found: tuple[files.Arrays, Any]
+) -> Iterable[dict[str, Any]]:
     arrays, facts = found
     target = [name == run.held_out for name in facts["strata"]]
     named = facts.get("rises", [float("nan")] * len(arrays["radii"]))
@@ -65,7 +67,7 @@ def _rises(run: RunSpec, probe: ProbeSpec, label: str, found: tuple[files.Arrays
             rises = arrays[f"visits-{index:02d}"][:, mine].mean(axis=1)  # (J,)
             yield {
                 "panel": panel,
-                "normalisation": probe.normalisation,
+                "normalisation": measurement.normalisation,
                 "method": label,
                 "held_out": run.held_out,
                 "seed": run.seed,
@@ -224,7 +226,7 @@ def overview(store: RunStore) -> tuple[pd.DataFrame, list[str]]:
 
     A run that is damaged has a row without what cannot be read of it.
     """
-    columns = ["run", "dataset", "model", "composition", "held_out", "seed", "state", "probes"]
+    columns = ["run", "dataset", "model", "composition", "held_out", "seed", "state", "measurements"]
     columns += ["validation", "test", "target"]
     rows, faults = [], list[str]()
     for folder in store.folders():
@@ -241,7 +243,7 @@ def _describe(folder: Path, row: dict[str, Any]) -> None:
     row["lends"] = run.lends
     row |= {"dataset": run.spec.dataset, "model": run.spec.model, "composition": run.spec.label}
     row |= {"held_out": run.spec.held_out, "seed": run.spec.seed}
-    row["probes"] = len([probe for probe in run.probes() if probe.done])
+    row["measurements"] = len([measurement for measurement in run.measurements() if measurement.done])
     log = selection.candidates(run.rows(), run.spec.settled)
     if log:
         best = selection.training_domain(log)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class TypicalRise(Sampled):
+class RoundingRise(Sampled):
     """The mean rise of the loss over random twins of perturbations, and the perturbations' own, in nats.
 
     Attributes:

@@ -97,8 +97,8 @@ class Spectrum:
         return axes
 
 
-MANY = 1e6  # degrees of freedom of a probe that are no different from infinitely many
-PILOT = 32  # probes whose products say how many are needed, and which the interval rests on; two products each
+MANY = 1e6  # degrees of freedom of a vector that are no different from infinitely many
+PILOT = 32  # vectors whose products say how many are needed, and which the interval rests on; two products each
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -107,25 +107,25 @@ class Trace(Sampled):
 
     Attributes:
         exact: (2,) what the basis holds of the two, known without sampling.
-        probes: (n, 5) what each probe finds in the rest: z'Az and |Az|^2 with z outside the basis, and half their
-            variances and covariance: of the first, of both, of the second, which the first 32 probes have. The two
-            numbers rest on the same probes, so that they are not independent.
+        vectors: (n, 5) what each vector finds in the rest: z'Az and |Az|^2 with z outside the basis, and half their
+            variances and covariance: of the first, of both, of the second, which the first 32 vectors have. The two
+            numbers rest on the same vectors, so that they are not independent.
         basis: how many vectors were deflated, or P.
         rel_error: standard error of the trace, as a share of it, that was asked for.
         stopped: "accuracy", "budget", or "exact" where the basis spans the space.
-        seed: names basis and probes.
+        seed: names basis and vectors.
         num_params: P.
     """
 
     exact: FloatArray
-    probes: FloatArray
+    vectors: FloatArray
     basis: int
     rel_error: float
     stopped: str
     seed: int
     num_params: int
 
-    over: ClassVar[str] = "probes"
+    over: ClassVar[str] = "vectors"
 
     @property
     def trace(self) -> Estimate:
@@ -150,18 +150,18 @@ class Trace(Sampled):
             return Estimate(float("nan"), float("nan"), 1)
         value = first**2 / second
         a, b = 2 * first / second, -value / second
-        return replace(mean_of_draws(self.probes, a, b), value=value)
+        return replace(mean_of_draws(self.vectors, a, b), value=value)
 
     @property
     def estimates(self) -> list[Estimate]:
         """Trace and trace of the square."""
-        found = [mean_of_draws(self.probes, 1.0, 0.0), mean_of_draws(self.probes, 0.0, 1.0)]
+        found = [mean_of_draws(self.vectors, 1.0, 0.0), mean_of_draws(self.vectors, 0.0, 1.0)]
         return [replace(each, value=each.value + float(more)) for each, more in zip(found, self.exact, strict=True)]
 
     @property
     def raw(self) -> list[FloatArray]:
-        """What the probes found."""
-        return [self.probes[:, 0], self.probes[:, 1]]
+        """What the vectors found."""
+        return [self.vectors[:, 0], self.vectors[:, 1]]
 
     @property
     def axis(self) -> tuple[str, FloatArray]:
@@ -174,18 +174,18 @@ class Trace(Sampled):
         return self.stopped != "budget"
 
 
-def mean_of_draws(probes: FloatArray, first: float, second: float) -> Estimate:
-    """Return the mean of first z'Az + second |Az|^2 over all probes; the pilot's alone tell its variance.
+def mean_of_draws(vectors: FloatArray, first: float, second: float) -> Estimate:
+    """Return the mean of first z'Az + second |Az|^2 over all vectors; the pilot's alone tell its variance.
 
     That is a mean of positive numbers: its degrees of freedom are those of Satterthwaite, and at least one each.
     """
-    if not len(probes):
+    if not len(vectors):
         return Estimate(0.0, 0.0, 1)
-    halves = probes[:PILOT, 2:] @ np.array([first**2, 2 * first * second, second**2])
+    halves = vectors[:PILOT, 2:] @ np.array([first**2, 2 * first * second, second**2])
     half, spread = max(0.0, float(halves.mean())), float(halves.var(ddof=1))
     each = np.clip(2 * half**2 / spread, 1.0, MANY) if spread > 0 else MANY
-    value = float((probes[:, :2] @ np.array([first, second])).mean())
-    return Estimate(value, float(np.sqrt(2 * half / len(probes))), int(len(halves) * each))
+    value = float((vectors[:, :2] @ np.array([first, second])).mean())
+    return Estimate(value, float(np.sqrt(2 * half / len(vectors))), int(len(halves) * each))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

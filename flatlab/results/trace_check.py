@@ -14,7 +14,7 @@ WITHIN = 0.1  # of the trace: how far the rise may be off where the quadratic pi
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Triangle(Sampled):
+class TraceCheck(Sampled):
     """The trace of the Hessian, three times, and what the rise says of it at growing radii.
 
     Attributes:

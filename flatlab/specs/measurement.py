@@ -13,7 +13,7 @@ PILOT = 64  # products that a trace takes as a rule, beyond its basis
 Sizes = Mapping[str, int]  # images of each domain
 
 
-class Probing(Spec):
+class MeasurementSpec(Spec):
     """What every measurement says of itself: which checkpoint, on which images."""
 
     metric: str
@@ -37,6 +37,6 @@ class Probing(Spec):
         return float(self.count(sizes))
 
     @property
-    def pilots(self) -> tuple[tuple[str, "Probing"], ...]:
+    def pilots(self) -> tuple[tuple[str, "MeasurementSpec"], ...]:
         """Measurements of other runs that must be there first, each with its run's digest."""
         return ()

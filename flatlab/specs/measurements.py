@@ -6,12 +6,12 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, SerializeAsAny
 
 from flatlab.errors import UserError, choose
-from flatlab.specs.measurement import FORESEEN, PILOT, PRODUCT, Probing, Sizes
+from flatlab.specs.measurement import FORESEEN, PILOT, PRODUCT, MeasurementSpec, Sizes
 from flatlab.specs.rises import ByRise, Radii, ReachSpec, count_above_zero, pilots_of
 from flatlab.specs.run import RunSpec
 
 
-class SurfaceSpec(Probing):
+class SurfaceSpec(MeasurementSpec):
     """Loss and accuracy of each domain on a plane through the checkpoint."""
 
     later = ("every", "recompute")
@@ -40,10 +40,10 @@ class SurfaceSpec(Probing):
         return _looked_at(self, sizes, self.recompute) * self.grid**2
 
 
-class ConnectionSpec(Probing):
+class ConnectionSpec(MeasurementSpec):
     """The straight line from the checkpoint to another run's, over the seen domains and over the unseen one."""
 
-    metric: Literal["connection"] = "connection"
+    metric: Literal["connectivity"] = "connectivity"
     space: Literal["baked"] = "baked"  # both ends are networks as they compute
     to: str  # digest
     grid: int = Field(33, ge=3)
@@ -58,15 +58,15 @@ class ConnectionSpec(Probing):
         return _looked_at(self, sizes, 2 * (self.recompute or 0)) * self.grid
 
 
-def _looked_at(spec: Probing, sizes: Sizes, recompute: int | None) -> float:
+def _looked_at(spec: MeasurementSpec, sizes: Sizes, recompute: int | None) -> float:
     """Return the images of a place: those evaluated, and those of the seen domains that give statistics."""
     return float(spec.count(sizes) + (recompute or 0) * (len(sizes) - 1))
 
 
-class TriangleSpec(Probing):
+class TraceCheckSpec(MeasurementSpec):
     """The trace of the Hessian in three independent ways."""
 
-    metric: Literal["triangle"] = "triangle"
+    metric: Literal["trace_check"] = "trace_check"
     space: Literal["baked"] = "baked"  # through rounding there is no curvature
     rel_error: float = Field(0.05, gt=0)
 
@@ -79,10 +79,10 @@ class TriangleSpec(Probing):
         return float(self.count(sizes) * PRODUCT * (20 + PILOT + 96) + 7 * FORESEEN / self.rel_error**2)
 
 
-class AuditSpec(Probing):
+class ScaleAuditSpec(MeasurementSpec):
     """How measures of flatness move under rescalings that leave the function as it is."""
 
-    metric: Literal["audit"] = "audit"
+    metric: Literal["scale_audit"] = "scale_audit"
     space: Literal["baked"] = "baked"
     most: float = Field(4.0, gt=1)
     num_samples: int = Field(20, ge=2)
@@ -100,10 +100,10 @@ LEAST = 2_600  # images of a radius: 81 pairs on blocks of 16
 BUDGET = 100  # passes for each radius at most
 AUTO_RADII = 6
 PYHESSIAN = 18  # its products for an eigenvalue, by its defaults: 177 for ten on a ResNet-20
-PYHESSIAN_TRACE = 100  # its probes at most
+PYHESSIAN_TRACE = 100  # its vectors at most
 
 
-class ProbeSpec(Probing):
+class SphereSpec(MeasurementSpec):
     """Flatness on spheres (QT-DoG Eq. 5)."""
 
     metric: Literal["sphere"] = "sphere"
@@ -126,7 +126,7 @@ class ProbeSpec(Probing):
         return f"{self.num_samples} directions" if self.num_samples else f"directions for {self.rel_error:.0%} error"
 
     @property
-    def pilots(self) -> tuple[tuple[str, Probing], ...]:
+    def pilots(self) -> tuple[tuple[str, MeasurementSpec], ...]:
         """The reference runs' measurements that the radii rest on."""
         return pilots_of(self, self.radii, normalisation=self.normalisation)
 
@@ -143,7 +143,7 @@ class ProbeSpec(Probing):
         return float(each * count)
 
 
-class SpectrumSpec(Probing):
+class SpectrumSpec(MeasurementSpec):
     """Curvature of the mean loss over some domains, each weighing the same: extreme eigenvalues, trace, density."""
 
     metric: Literal["spectrum"] = "spectrum"
@@ -175,7 +175,7 @@ class SpectrumSpec(Probing):
         return float(self.count(sizes) * share * PRODUCT * self.foreseen)
 
 
-class CamSpec(Probing):
+class GradCAMSpec(MeasurementSpec):
     """GradCAM of images of the held-out domain, each explained for its true class, and the numbers beside the maps."""
 
     metric: Literal["gradcam"] = "gradcam"
@@ -187,7 +187,7 @@ class CamSpec(Probing):
     num_samples: int = Field(5, ge=1)  # directions
 
     @property
-    def pilots(self) -> tuple[tuple[str, Probing], ...]:
+    def pilots(self) -> tuple[tuple[str, MeasurementSpec], ...]:
         """The reference runs' measurements that the radii rest on: of all their source images."""
         return pilots_of(self, self.radii, images=None)
 
@@ -205,7 +205,7 @@ class CamSpec(Probing):
         return float(self.count(sizes) * (3 * maps + 2 * (self.num_shares + 1)))
 
 
-class _OfWeights(Probing):
+class _OfWeights(MeasurementSpec):
     """Of the weights alone: no image is looked at and no space but their own, so that these fields stay as they are."""
 
     split: Literal["in"] = "in"
@@ -219,10 +219,10 @@ class _OfWeights(Probing):
         return 1.0
 
 
-class QuantNoiseSpec(_OfWeights):
+class QuantizationNoiseSpec(_OfWeights):
     """Quantization noise of each layer of a quantized run: uniform, symmetric (QT-DoG section 3.2, App. L)?"""
 
-    metric: Literal["noise"] = "noise"
+    metric: Literal["quantization_noise"] = "quantization_noise"
     bins: int = Field(100, ge=2)  # of the histograms; the paper gives none
 
     @staticmethod
@@ -248,13 +248,13 @@ class QuantNoiseSpec(_OfWeights):
             )
 
 
-class RadiusSpec(Probing):
+class RoundingSpec(MeasurementSpec):
     """What rounding to some bit widths does to the loss, beside random perturbations of the same length.
 
     The base point is the latent weights, in full precision; what moves is what the quantizer quantizes.
     """
 
-    metric: Literal["radius"] = "radius"
+    metric: Literal["rounding"] = "rounding"
     space: Literal["baked"] = "baked"  # of no meaning here, see above: it stays as it is
     bits: tuple[Annotated[int, Field(ge=2, le=16)], ...] = (8, 7, 6, 5, 4, 3, 2)
     layer_bits: tuple[Annotated[int, Field(ge=2, le=16)], ...] = ()  # at which each layer is rounded alone, too
@@ -277,22 +277,22 @@ class SizeSpec(_OfWeights):
     metric: Literal["size"] = "size"
 
 
-KINDS: dict[str, type[Probing]] = {
-    "sphere": ProbeSpec,
+KINDS: dict[str, type[MeasurementSpec]] = {
+    "sphere": SphereSpec,
     "reach": ReachSpec,
     "spectrum": SpectrumSpec,
     "surface": SurfaceSpec,
-    "connection": ConnectionSpec,
-    "triangle": TriangleSpec,
-    "audit": AuditSpec,
-    "gradcam": CamSpec,
-    "noise": QuantNoiseSpec,
-    "radius": RadiusSpec,
+    "connectivity": ConnectionSpec,
+    "trace_check": TraceCheckSpec,
+    "scale_audit": ScaleAuditSpec,
+    "gradcam": GradCAMSpec,
+    "quantization_noise": QuantizationNoiseSpec,
+    "rounding": RoundingSpec,
     "size": SizeSpec,
 }
 
 
-def parse_probe(text: str) -> Probing:
+def parse_measurement(text: str) -> MeasurementSpec:
     """Read the spec of a measurement of any kind from its JSON.
 
     Args:
@@ -308,8 +308,8 @@ def parse_probe(text: str) -> Probing:
 
 
 def _of_its_kind(value: Any) -> Any:
-    return parse_probe(json.dumps(value)) if isinstance(value, dict) else value
+    return parse_measurement(json.dumps(value)) if isinstance(value, dict) else value
 
 
-AnyProbe = Annotated[SerializeAsAny[Probing], BeforeValidator(_of_its_kind)]
+AnyMeasurement = Annotated[SerializeAsAny[MeasurementSpec], BeforeValidator(_of_its_kind)]
 """A measurement of any kind, as a field of another spec."""

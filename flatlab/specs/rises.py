@@ -6,7 +6,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from flatlab.specs.base import Spec
-from flatlab.specs.measurement import Probing, Sizes
+from flatlab.specs.measurement import MeasurementSpec, Sizes
 
 REACHING = 20_000  # images that finding the radii of one run forwards at most (metrics/pilot.py)
 
@@ -32,7 +32,7 @@ class ByRise(Spec):
         return self
 
 
-class ReachSpec(Probing):
+class ReachSpec(MeasurementSpec):
     """The radii at which the loss of a run rises by so many nats on its source domains: a pilot's, without interval."""
 
     metric: Literal["reach"] = "reach"
@@ -56,17 +56,17 @@ class ReachSpec(Probing):
 Radii = tuple[float, ...] | Literal["auto"] | ByRise
 
 
-def pilots_of(probe: Probing, radii: object, **fields: object) -> tuple[tuple[str, Probing], ...]:
+def pilots_of(measurement: MeasurementSpec, radii: object, **fields: object) -> tuple[tuple[str, MeasurementSpec], ...]:
     """Return the measurements of reference runs that radii rest on, each with its run's digest; none of plain numbers.
 
     Args:
-        probe: the measurement at these radii.
+        measurement: the measurement at these radii.
         radii: as it names them.
         fields: of the pilots, where they differ from the measurement's.
     """
     if not isinstance(radii, ByRise):
         return ()
-    shared = {name: getattr(probe, name) for name in Probing.model_fields if name != "metric"}
+    shared = {name: getattr(measurement, name) for name in MeasurementSpec.model_fields if name != "metric"}
     pilot = ReachSpec.make(**{**shared, **fields}, rises=radii.rises)
     return tuple((digest, pilot) for digest in radii.references)
 

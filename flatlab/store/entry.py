@@ -18,7 +18,7 @@ from flatlab.errors import UserError
 from flatlab.specs.base import Spec
 
 _NAME = re.compile("[0-9a-f]{16}")  # of an entry's folder
-_UNCOUNTED = ("state", "kept", "probes", "provenance.json", "done", ".lock")  # outside the compared bytes
+_UNCOUNTED = ("state", "kept", "measurements", "provenance.json", "done", ".lock")  # outside the compared bytes
 
 
 class Entry:

@@ -7,21 +7,21 @@ from pathlib import Path
 from flatlab import files
 from flatlab.errors import UserError
 from flatlab.store.entry import Entry, complaints
-from flatlab.store.runs import Probe, Run, RunStore
+from flatlab.store.runs import Measurement, Run, RunStore
 
-COUNTS = ("runs", "probes", "kept checkpoints", "here already", "differ here")
+COUNTS = ("runs", "measurements", "kept checkpoints", "here already", "differ here")
 
 
 def merge(theirs: RunStore, ours: RunStore) -> tuple[dict[str, int], list[str]]:
-    """Copy the finished runs and probes of another store that are not finished here, and kept checkpoints.
+    """Copy the finished runs and measurements of another store that are not finished here, and kept checkpoints.
 
     Args:
         theirs: the store to read; nothing behind a symbolic link in it is.
         ours: receives them.
 
     Returns:
-        Counts: runs, probes and kept checkpoints copied, entries that were here already, and runs whose bytes differ
-        here (they were trained on another machine, say): their probes and kept checkpoints are left out, being of
+        Counts: runs, measurements and kept checkpoints copied, entries that were here already, and runs whose bytes
+        differ here (they were trained on another machine, say): their measurements and kept checkpoints are left out, being of
         another network. And a sentence for each entry that was not copied: it is damaged there, or busy here.
 
     Raises:
@@ -43,16 +43,16 @@ def merge(theirs: RunStore, ours: RunStore) -> tuple[dict[str, int], list[str]]:
         if run.done and run.hashes() != mine.hashes():
             counts["differ here"] += 1
             continue
-        for probe in sorted((folder / "probes").glob("[!.]*/done")) if run.done else []:
-            refused += complaints(partial(_take_probe, probe.parent, mine, counts))
+        for measurement in sorted((folder / "measurements").glob("[!.]*/done")) if run.done else []:
+            refused += complaints(partial(_take_measurement, measurement.parent, mine, counts))
         refused += complaints(partial(_keep, run, mine, counts))
     return dict(counts), refused
 
 
-def _take_probe(folder: Path, mine: Run, counts: Counter[str]) -> None:
+def _take_measurement(folder: Path, mine: Run, counts: Counter[str]) -> None:
     _refuse_link(folder, folder.parents[2])
-    probe = Probe.read(folder)
-    _take(probe, mine.probe(probe.spec), counts)
+    measurement = Measurement.read(folder)
+    _take(measurement, mine.measurement(measurement.spec), counts)
 
 
 def _take(theirs: Entry, ours: Entry, counts: Counter[str]) -> None:
@@ -72,7 +72,7 @@ def _take(theirs: Entry, ours: Entry, counts: Counter[str]) -> None:
     if not theirs.provenance:
         raise UserError(f"{theirs.path / 'provenance.json'} is missing, so that its run or measurement is not merged.")
     _copy([*hashes, "provenance.json", "done"], theirs, ours)
-    counts["probes" if isinstance(theirs, Probe) else "runs"] += 1
+    counts["measurements" if isinstance(theirs, Measurement) else "runs"] += 1
 
 
 def _keep(theirs: Run, ours: Run, counts: Counter[str]) -> None:

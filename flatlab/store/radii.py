@@ -4,12 +4,12 @@ import numpy as np
 
 from flatlab.errors import UserError
 from flatlab.results.estimate import FloatArray
-from flatlab.specs.measurement import Probing
+from flatlab.specs.measurement import MeasurementSpec
 from flatlab.specs.rises import ByRise
 from flatlab.store.runs import RunStore
 
 
-def by_rise(store: RunStore, radii: ByRise, spec: Probing) -> FloatArray:
+def by_rise(store: RunStore, radii: ByRise, spec: MeasurementSpec) -> FloatArray:
     """Return a radius for each rise: the geometric mean over the reference runs, rounded to two digits.
 
     Args:

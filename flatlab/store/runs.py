@@ -2,7 +2,7 @@
 
     <store>/<digest>/spec.json  log.jsonl  checkpoints/*.safetensors  provenance.json  done
     <store>/<digest>/state/ (resume, forks)  kept/step-*.safetensors (where asked for)
-    <store>/<digest>/probes/<digest>/spec.json  block-*.safetensors  result.safetensors  provenance.json  done
+    <store>/<digest>/measurements/<digest>/spec.json  block-*.safetensors  result.safetensors  provenance.json  done
 
 Progress is read off the disk. `done` lists the hash of every file that counts; provenance (machine facts, seconds),
 state and kept checkpoints are outside it.
@@ -20,18 +20,18 @@ from filelock import FileLock, Timeout
 from flatlab import files
 from flatlab.data import fingerprints
 from flatlab.errors import UserError
-from flatlab.specs.measurement import Probing
-from flatlab.specs.measurements import parse_probe
+from flatlab.specs.measurement import MeasurementSpec
+from flatlab.specs.measurements import parse_measurement
 from flatlab.specs.run import Place, RunSpec
 from flatlab.store.entry import Entry, discard, holds_entry
 
 
-class Probe(Entry):
+class Measurement(Entry):
     """A measurement of a run."""
 
-    parse = staticmethod(parse_probe)
+    parse = staticmethod(parse_measurement)
     depth = 3
-    spec: Any  # a `Probing`; of which kind, its metric says
+    spec: Any  # a `MeasurementSpec`; of which kind, its metric says
 
     def unit(self, name: str) -> Path:
         """Return the file of one unit of the measurement: a plan, or some visits."""
@@ -44,7 +44,7 @@ class Probe(Entry):
 
 
 class Run(Entry):
-    """A trained (or imported) network: its log, checkpoints and probes."""
+    """A trained (or imported) network: its log, checkpoints and measurements."""
 
     parse = staticmethod(RunSpec.parse)
     spec: RunSpec
@@ -130,12 +130,12 @@ class Run(Entry):
     def create(self) -> None:
         """Make the directory with its folders."""
         super().create()
-        for folder in ("checkpoints", "state", "probes"):
+        for folder in ("checkpoints", "state", "measurements"):
             (self.path / folder).mkdir(exist_ok=True)
 
-    def probe(self, spec: Probing) -> Probe:
-        """Return the measurement of this run that a probe spec names."""
-        return Probe(self.path / "probes" / spec.digest, spec)
+    def measurement(self, spec: MeasurementSpec) -> Measurement:
+        """Return the measurement of this run that a measurement spec names."""
+        return Measurement(self.path / "measurements" / spec.digest, spec)
 
     def require_done(self) -> None:
         """Refuse to measure a run that is not finished.
@@ -146,7 +146,7 @@ class Run(Entry):
         if not self.done:
             raise UserError(f"Run {self.spec.digest} is not finished, or was removed: train it before it is measured.")
 
-    def measured(self, spec: Probing, label: str = "") -> tuple[files.Arrays, Any]:
+    def measured(self, spec: MeasurementSpec, label: str = "") -> tuple[files.Arrays, Any]:
         """Return the arrays and facts that a finished measurement of this run has left.
 
         Args:
@@ -156,17 +156,17 @@ class Run(Entry):
         Raises:
             UserError: where it is not measured yet.
         """
-        probe = self.probe(spec)
-        if not probe.done:
+        measurement = self.measurement(spec)
+        if not measurement.done:
             raise UserError(
                 f"Run {self.spec.digest} ({label or self.spec.label}, {self.spec.held_out}) is not measured yet: "
-                f"{probe.path}."
+                f"{measurement.path}."
             )
-        return files.load_arrays(probe.result)
+        return files.load_arrays(measurement.result)
 
-    def probes(self) -> list[Probe]:
+    def measurements(self) -> list[Measurement]:
         """Return the measurements that exist, finished or not."""
-        return [Probe.read(path.parent) for path in sorted((self.path / "probes").glob("*/spec.json"))]
+        return [Measurement.read(path.parent) for path in sorted((self.path / "measurements").glob("*/spec.json"))]
 
     def check_done(self) -> None:
         """Refuse a run that is not finished."""
@@ -230,7 +230,7 @@ class RunStore:
         return [folder for folder in sorted(self.root.glob("[!.]*")) if holds_entry(folder)]
 
     def faults(self) -> list[str]:
-        """Return a sentence for each file of a run or probe that is damaged, missing, or not vouched for.
+        """Return a sentence for each file of a run or measurement that is damaged, missing, or not vouched for.
 
         Raises:
             UserError: where the store's folder is not there.
@@ -240,8 +240,8 @@ class RunStore:
         faults: list[str] = []
         for run in self.folders():
             faults += Run.inspect(run)
-            for probe in filter(holds_entry, sorted((run / "probes").glob("[!.]*"))):
-                faults += Probe.inspect(probe)
+            for measurement in filter(holds_entry, sorted((run / "measurements").glob("[!.]*"))):
+                faults += Measurement.inspect(measurement)
         return faults
 
     def folder(self, prefix: str) -> Path:
@@ -277,7 +277,7 @@ class RunStore:
             yield all(stack.enter_context(entry.claim()) for entry in entries)
 
     def remove(self, run: Run | Path) -> None:
-        """Delete a run and its probes, but nothing behind a symbolic link; refused while a process works on it.
+        """Delete a run and its measurements, but nothing behind a symbolic link; refused while a process works on it.
 
         Args:
             run: the run, or its folder, where its spec is damaged.
@@ -291,7 +291,7 @@ class RunStore:
             return
         gone = self.root / f".removed-{path.name}"
         discard(gone)  # of a removal that was killed
-        holders = [path, *(each for each in (path / "probes").glob("[!.]*") if each.is_dir())]
+        holders = [path, *(each for each in (path / "measurements").glob("[!.]*") if each.is_dir())]
         inside = [each for each in holders if not (each.is_symlink() or each.parent.is_symlink())]
         with ExitStack() as stack:
             try:

@@ -13,7 +13,7 @@ from flatlab.tensors.nested import concatenate, part, tensors
 LOG = logging.getLogger("flatlab")
 
 
-class Halving:
+class SplitOnOOM:
     """A model whose batches are cut where they do not fit; samples may not mix in it.
 
     Args:

@@ -18,7 +18,7 @@ from flatlab.quant.obc import Rounded, obc
 from flatlab.specs.quantizers import OBCSpec, RTNSpec
 from flatlab.specs.run import Place, RunSpec
 from flatlab.store.runs import RunStore, check_data
-from flatlab.train.evaluate import Judge
+from flatlab.train.evaluate import Evaluator
 from flatlab.train.imported import hand_in
 from flatlab.train.trajectory import arrays
 
@@ -109,7 +109,7 @@ def join(spec: RunSpec, store: RunStore, place: Place) -> None:
     assert isinstance(network, Ensemble)
     loading_network.load(network, weights)
     run.create()
-    row = Judge(replace(domains, tested={}), loading_data.device(place)).row(network.eval(), spec.steps)
+    row = Evaluator(replace(domains, tested={}), loading_data.device(place)).row(network.eval(), spec.steps)
     run.write_log([{**row, "looks": 1}])
     for name in ("selected", "last"):
         files.save_arrays(run.checkpoint(name), arrays(network.state_dict()), {"step": spec.steps})

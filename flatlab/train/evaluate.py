@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from flatlab.loading.data import Batches, Domains
 from flatlab.store.selection import Row
-from flatlab.tensors.memory import Halving
+from flatlab.tensors.memory import SplitOnOOM
 
 Score = dict[str, float]
 
@@ -18,14 +18,14 @@ def evaluate(network: nn.Module, domains: Mapping[str, Sequence[tuple[Tensor, Te
     """Return accuracy (share of 1), mean cross-entropy (nats) and n of each domain, in eval mode."""
     modes = [(module, module.training) for module in network.modules()]
     network.eval()
-    forward = Halving(network)
+    forward = SplitOnOOM(network)
     scores = {name: _score(forward, batches) for name, batches in domains.items()}
     for module, training in modes:  # one by one: frozen BatchNorm stays in eval mode while the rest trains
         module.training = training
     return scores
 
 
-def _score(forward: Halving, batches: Sequence[tuple[Tensor, Tensor]]) -> Score:
+def _score(forward: SplitOnOOM, batches: Sequence[tuple[Tensor, Tensor]]) -> Score:
     losses, hits = [], []
     for inputs, targets in batches:
         logits = forward(inputs)
@@ -40,7 +40,7 @@ def mean(scores: Mapping[str, Score], field: str) -> float:
     return sum(score[field] for score in scores.values()) / len(scores)
 
 
-class Judge:
+class Evaluator:
     """Evaluates networks on the splits that selection and report need, its batches made once."""
 
     def __init__(self, domains: Domains, device: torch.device) -> None:

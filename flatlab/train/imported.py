@@ -17,7 +17,7 @@ from flatlab.specs.run import Place, RunSpec
 from flatlab.specs.settings import Setting
 from flatlab.store.runs import Run, RunStore, check_data
 from flatlab.store.selection import Row
-from flatlab.train.evaluate import Judge
+from flatlab.train.evaluate import Evaluator
 from flatlab.train.trajectory import arrays as arrays_of
 
 
@@ -72,7 +72,7 @@ def hand_in(run: Run, network: Network, domains: loading_data.Domains, place: Pl
         place: data folder, device, threads.
         row: the step that the weights are of, and more for the log.
     """
-    scores = Judge(domains, loading_data.device(place)).row(network, row["step"])
+    scores = Evaluator(domains, loading_data.device(place)).row(network, row["step"])
     run.write_log([{**scores, **row, "looks": 1}])
     for name in ("selected", "last"):
         files.save_arrays(run.checkpoint(name), arrays_of(network.state_dict()), {"step": row["step"]})

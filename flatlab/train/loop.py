@@ -27,10 +27,10 @@ from flatlab.store.selection import Row, candidates, training_domain
 from flatlab.tensors.memory import out_of_memory
 from flatlab.train.batches import refresh, stream
 from flatlab.train.derived import derive
-from flatlab.train.evaluate import Judge, Score, mean
+from flatlab.train.evaluate import Evaluator, Score, mean
 from flatlab.train.objectives import objective_of
 from flatlab.train.steps import Step
-from flatlab.train.trajectory import Member, Trajectory, arrays
+from flatlab.train.trajectory import Observer, Trajectory, arrays
 
 Report = Callable[[int, int, dict[str, float]], None]  # steps made, steps in all, numbers to show
 SAVE_SECONDS = 30.0  # a state at least so often, besides one at each evaluation
@@ -96,7 +96,7 @@ class Training:
         place = place.replace(threads=self._threads() or place.threads)
         self.threads = place.threads
         self.device = loading_data.device(place)
-        self.judge = Judge(self.domains, self.device)
+        self.judge = Evaluator(self.domains, self.device)
         self.trajectory = Trajectory(runs, self.domains, place)
         self.shadow: Network | None = None  # holds averages while they are evaluated
         self._begin(place)
@@ -231,7 +231,7 @@ class Training:
         self.shadow.load_state_dict(weights)
         return self.shadow
 
-    def _log(self, member: Member, row: Row, weights: dict[str, Tensor]) -> None:
+    def _log(self, member: Observer, row: Row, weights: dict[str, Tensor]) -> None:
         """Add a row to a run's log, and keep its checkpoint where the selection now falls on it."""
         member.log(row)
         eligible = candidates(member.rows, self.spec.settled)

@@ -21,7 +21,7 @@ from flatlab.store.selection import Row, candidates, training_domain
 from flatlab.train import averages
 from flatlab.train.averages import Running
 from flatlab.train.batches import refresh
-from flatlab.train.evaluate import Judge, mean
+from flatlab.train.evaluate import Evaluator, mean
 from flatlab.train.swad import SWAD
 
 Report = Callable[[int, int], None]  # checkpoints seen, checkpoints in all
@@ -140,7 +140,7 @@ class _Replaying:
         self.kept = {step: path for step, path in run.kept().items() if step in self.spec.iterates(every)}
         self.domains = loading_data.domains(self.spec, place)
         run.check_data(self.domains.data.fingerprint)
-        self.judge = Judge(self.domains, self.device)
+        self.judge = Evaluator(self.domains, self.device)
         self.network = loading_network.finished(self.spec, self.domains.data, place)
         self.shadow = copy.deepcopy(self.network)  # holds averages while they are evaluated
         self.losses: dict[int, float] = {}

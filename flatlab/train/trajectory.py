@@ -25,7 +25,7 @@ MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # Adam's
 
 
 @dataclass
-class Member:
+class Observer:
     """One run that observes the trajectory, and its log so far."""
 
     run: Run
@@ -45,7 +45,7 @@ class Trajectory:
         self.network = loading_network.network(self.spec, domains.data, place)
         groups = [{"params": list(group.values()), "role": role} for role, group in self._roles().items() if group]
         self.optimizer = torch.optim.Adam(groups, lr=self.spec.lr, weight_decay=self.spec.weight_decay, fused=True)
-        self.members = [Member(run, averages.build(run.spec.average, switch=self.spec.switch)) for run in runs]
+        self.members = [Observer(run, averages.build(run.spec.average, switch=self.spec.switch)) for run in runs]
         self.rows: list[Row] = []  # of the network itself, whoever observes it
         self.losses: list[Tensor] = []  # of each step since the last row
         self.next_step = 0
@@ -99,7 +99,7 @@ class Trajectory:
         """Whether the observers have begun: from the switch on, where there is one."""
         return self.switched or self.spec.switch is None
 
-    def save(self, path: Path, *, members: Sequence[Member]) -> None:
+    def save(self, path: Path, *, members: Sequence[Observer]) -> None:
         """Write all that a later process needs to go on with the same bytes."""
         tensors = {f"network/{name}": value for name, value in self.network.state_dict().items()}
         for name, parameter in self.network.named_parameters():

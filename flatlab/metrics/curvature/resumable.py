@@ -42,13 +42,13 @@ class KeptHessian:
         def make() -> FloatArray:
             found = hessian_trace(self.operator(), rel_error=rel_error, seed=seed, budget=budget)
             facts = [found.basis, STOPS.index(found.stopped), found.cost.hvps]
-            return np.concatenate([facts, found.exact, found.probes.ravel()]).astype(np.float64)
+            return np.concatenate([facts, found.exact, found.vectors.ravel()]).astype(np.float64)
 
         (kept,) = self.keep([(f"{self.name}trace", make)])
         basis, stopped, hvps = kept[:3].astype(int).tolist()
         return Trace(
             exact=kept[3:5],
-            probes=kept[5:].reshape(-1, COLUMNS),
+            vectors=kept[5:].reshape(-1, COLUMNS),
             basis=basis,
             rel_error=rel_error,
             stopped=STOPS[stopped],

@@ -1,15 +1,15 @@
-"""The trace of a landscape's curvature, with an interval: Hutchinson's probes on what a Krylov basis leaves over.
+"""The trace of a landscape's curvature, with an interval: Hutchinson's vectors on what a Krylov basis leaves over.
 
 As in Hutch++ (Meyer et al. 2021), tr(A) = tr(Q'AQ) + tr((1 - QQ') A (1 - QQ')) for an orthonormal Q: the first term
-is known exactly, and probes see only the second, so that outliers of the spectrum cost no variance. Q is a Krylov basis
-here, since that finds outliers with half the products of a sketch and yields Q'AQ on the way. Its start and the probes
+is known exactly, and vectors see only the second, so that outliers of the spectrum cost no variance. Q is a Krylov
+basis here, since that finds outliers with half the products of a sketch and yields Q'AQ on the way. Its start and the vectors
 are drawn independently; otherwise the estimate would be biased.
 
 Probes z are uniform on the sphere of radius sqrt(P') in the P' dimensions outside of Q. With B what A is there,
 z'Bz - tr(B) is a spherical harmonic of degree two, so that Var(z'Bz) = 2 E|Bz - (z'Bz / P') z|^2: the products tell the
 variance themselves, for any spectrum. Where few large eigenvalues are left, draws are skewed, and their spread is small
-whenever their mean is; this number is not, and its interval holds with few probes. For |Az|^2 = z'Cz, with
-C = (1 - QQ') A^2 (1 - QQ'), the same needs A(Az), a second product, which the pilot's probes have.
+whenever their mean is; this number is not, and its interval holds with few vectors. For |Az|^2 = z'Cz, with
+C = (1 - QQ') A^2 (1 - QQ'), the same needs A(Az), a second product, which the pilot's vectors have.
 """
 
 import time
@@ -28,11 +28,11 @@ from flatlab.results.spectrum import PILOT, Spectrum, Trace, mean_of_draws
 from flatlab.seeds import base_seed
 
 DEFLATE = 20  # products for the basis: as many vectors (P,) are held
-BUDGET = 500  # products in all, where none is given: Hutchinson's probes for 2 % on a spectrum with outliers, twice
+BUDGET = 500  # products in all, where none is given: Hutchinson's vectors for 2 % on a spectrum with outliers, twice
 LEAST = 16  # of them: from there on 95 % intervals hold the truth in 93 to 97 % of cases, whatever the spectrum
 WHOLE = DEFLATE + 2 * PILOT  # parameters up to which the whole matrix costs no more
-COLUMNS = 5  # numbers of a probe
-BLOCK = 4  # probes that share the graph of a batch; as many products are held
+COLUMNS = 5  # numbers of a vector
+BLOCK = 4  # vectors that share the graph of a batch; as many products are held
 
 
 def hessian_trace(
@@ -45,7 +45,7 @@ def hessian_trace(
 ) -> Trace:
     """Estimate the trace of the Hessian of the mean loss, and of its square, until the trace is accurate enough.
 
-    Nothing stops when it looks accurate, since luck looks like accuracy. 32 pilot probes say once how many are needed,
+    Nothing stops when it looks accurate, since luck looks like accuracy. 32 pilot vectors say once how many are needed,
     and the interval rests on them, whatever the others say (Stein 1945). Of 95 % intervals, 93 to 97 % held the truth
     from the least budget on, on flat, decaying and indefinite spectra and on ones with outliers, deflated or not. Up to
     84 parameters the matrix is formed by P products, and nothing is sampled; so it is with more of them where sampling
@@ -55,10 +55,10 @@ def hessian_trace(
         landscape: whose Hessian; or an operator.
         rel_error: standard error of the trace over its value at which sampling stops.
         budget: products at most, those for the basis included: at least 48, or 32 more than `deflate`.
-        seed: names the start of the basis and, independently, the probes.
+        seed: names the start of the basis and, independently, the vectors.
         deflate: how many products go into the basis, 20 by default and a third of the budget at most; 0 is plain
             Hutchinson; or a spectrum with its vectors, whose products are then used twice. Its seed may be this one,
-            since its start and the probes are different draws.
+            since its start and the vectors are different draws.
 
     Raises:
         UserError: if a number does not do.
@@ -82,7 +82,7 @@ class _Parts(NamedTuple):
     """What is known exactly, what was sampled, the size of the basis, and why the sampling ended."""
 
     exact: FloatArray
-    probes: FloatArray
+    vectors: FloatArray
     basis: int
     stopped: str
 
@@ -150,17 +150,17 @@ def _sampled(
     if len(basis) == size:
         return _Parts(exact, np.zeros((0, COLUMNS)), size, "exact")
     left = budget - (operator.products - before)
-    pilot = _probe(operator, basis, range(min(PILOT, left // 2)), seed, twice=True)
+    pilot = _products_of(operator, basis, range(min(PILOT, left // 2)), seed, twice=True)
     left, more = left - 2 * len(pilot), _missing(pilot, float(exact[0]), rel_error)
     if deflate is None and size <= min(left, more):
         return _whole(operator)
     last = len(pilot) + int(min(left, more))
-    probes = np.concatenate([pilot, _probe(operator, basis, range(len(pilot), last), seed)])
-    return _Parts(exact, probes, len(basis), "accuracy" if more <= left else "budget")
+    vectors = np.concatenate([pilot, _products_of(operator, basis, range(len(pilot), last), seed)])
+    return _Parts(exact, vectors, len(basis), "accuracy" if more <= left else "budget")
 
 
 def _missing(pilot: FloatArray, exact: float, rel_error: float) -> float:
-    """Return how many probes are needed beyond the pilot's for the accuracy that is asked for."""
+    """Return how many vectors are needed beyond the pilot's for the accuracy that is asked for."""
     found = mean_of_draws(pilot, 1.0, 0.0)
     tolerance = rel_error * abs(exact + found.value)
     if not found.stderr:
@@ -168,12 +168,12 @@ def _missing(pilot: FloatArray, exact: float, rel_error: float) -> float:
     return max(0.0, float(np.ceil(len(pilot) * ((found.stderr / tolerance) ** 2 - 1)))) if tolerance > 0 else np.inf
 
 
-def _probe(operator: Curvature, basis: Tensor, indices: range, seed: int, *, twice: bool = False) -> FloatArray:
-    """Return what these probes find (n, 5); the variance of the second number where products are made twice."""
+def _products_of(operator: Curvature, basis: Tensor, indices: range, seed: int, *, twice: bool = False) -> FloatArray:
+    """Return what these vectors find (n, 5); the variance of the second number where products are made twice."""
     found, size = [np.zeros((0, COLUMNS))], operator.shape[0] - len(basis)
     for start in range(indices.start, indices.stop, BLOCK):
         block = range(start, min(start + BLOCK, indices.stop))
-        z = _outside(torch.stack([draw(operator, "normal", "trace", "probe", seed, index) for index in block]), basis)
+        z = _outside(torch.stack([draw(operator, "normal", "trace", "vector", seed, index) for index in block]), basis)
         z *= size**0.5 / torch.linalg.vector_norm(z, dim=1, keepdim=True)
         one = (operator @ z.T).T
         numbers = [(z * one).sum(1), one.square().sum(1)]

@@ -19,7 +19,7 @@ from flatlab.metrics.flatness.perturbations import check_normalisation
 from flatlab.metrics.flatness.sampler import Goal, Sampler
 from flatlab.metrics.units import Keep, Unit, forget
 from flatlab.results.estimate import Cost, FloatArray
-from flatlab.results.rounding import TypicalRise
+from flatlab.results.rounding import RoundingRise
 from flatlab.results.sphere import Normalisation, SamplingPlan
 from flatlab.seeds import base_seed
 from flatlab.tensors.losses import wide
@@ -36,7 +36,7 @@ def typical_rise(
     num_samples: int = 100,
     seed: int | torch.Generator = 0,
     keep: Keep = forget,
-) -> TypicalRise:
+) -> RoundingRise:
     """Measure how far the loss rises at w + e, and on random twins of e, each on all the data.
 
     Args:
@@ -59,7 +59,7 @@ def typical_rise(
     own = [_own(landscape, name, vector, keep) for name, vector in vectors.items()]
     visits = [_visits(sampler, name, vector, num_samples) for name, vector in vectors.items()]
     passes = 1 + len(vectors) * (2 + num_samples)
-    return TypicalRise(
+    return RoundingRise(
         names=tuple(vectors),
         norms=np.array([_length(each) for each in vectors.values()]),
         rises=np.array([rises[0] for rises in own]),

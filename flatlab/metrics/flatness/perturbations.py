@@ -14,7 +14,7 @@ from flatlab.tensors.losses import wide
 Noise = Literal["sphere", "normal", "uniform"]
 
 
-def draw_ray(
+def draw_direction(
     landscape: Landscape,
     seed: int,
     k: int,

@@ -17,7 +17,7 @@ from flatlab.errors import UserError
 from flatlab.landscape.blocks import Block, Partition
 from flatlab.landscape.evaluation import Move
 from flatlab.landscape.landscape import Landscape
-from flatlab.metrics.flatness.perturbations import draw_ray, reach
+from flatlab.metrics.flatness.perturbations import draw_direction, reach
 from flatlab.metrics.flatness.sampler import MOST, SAFETY, Goal, Sampler, settled
 from flatlab.results.estimate import Components, FloatArray, components
 from flatlab.results.sphere import Normalisation, SamplingPlan
@@ -103,7 +103,7 @@ def _table(
             base = at(still, 0.0, block=each)
             for d in range(directions):
                 start = time.perf_counter()
-                ray = draw_ray(landscape, seed, -1 - g * directions - d, normalisation=normalisation)
+                ray = draw_direction(landscape, seed, -1 - g * directions - d, normalisation=normalisation)
                 drawing += time.perf_counter() - start
                 table[:, :, g, d] = (at(ray, ends, block=each) - base)[..., :images]
     return table, drawing / (len(blocks) * directions)
@@ -218,7 +218,7 @@ def _rising(sampler: Sampler) -> Iterator[Rise]:
     """Yield the mean rise at a radius along eight pairs of rays, each on a block."""
     landscape = sampler.landscapes[0]
     gathered = [landscape.gather(block) for block in _spanned(sampler)]
-    drawn = [draw_ray(landscape, sampler.seed, -1 - k, normalisation=sampler.normalisation) for k in range(RAYS)]
+    drawn = [draw_direction(landscape, sampler.seed, -1 - k, normalisation=sampler.normalisation) for k in range(RAYS)]
     with landscape.moving() as at, np.errstate(invalid="ignore"):
         bases = [at(ray, 0.0, block=each).mean() for ray, each in zip(drawn, gathered, strict=True)]
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from flatlab.landscape.blocks import Partition
 from flatlab.landscape.evaluation import Move
 from flatlab.landscape.landscape import Landscape
-from flatlab.metrics.flatness.perturbations import Noise, draw_ray
+from flatlab.metrics.flatness.perturbations import Noise, draw_direction
 from flatlab.metrics.units import Keep, forget
 from flatlab.results.estimate import Estimate, FloatArray, estimate
 from flatlab.results.sphere import Normalisation, SamplingPlan
@@ -213,7 +213,9 @@ class Sampler:
 
     def _visit(self, which: int, at: Move, plans: Sequence[SamplingPlan], visit: int) -> FloatArray:
         landscape, size = self.landscapes[which], plans[0].block_size
-        ray = draw_ray(landscape, self.seed, visit, normalisation=self.normalisation, noise=self.noise, like=self.like)
+        ray = draw_direction(
+            landscape, self.seed, visit, normalisation=self.normalisation, noise=self.noise, like=self.like
+        )
         signs = (1.0, -1.0) if plans[0].paired else (1.0,)
         radii = np.array([[sign * plan.radius for sign in signs] for plan in plans])
         if not size:

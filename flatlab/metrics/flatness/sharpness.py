@@ -18,7 +18,7 @@ from torch import Tensor
 from flatlab.arguments import distances, whole
 from flatlab.errors import choose
 from flatlab.landscape.landscape import Landscape
-from flatlab.metrics.flatness.perturbations import draw_ray
+from flatlab.metrics.flatness.perturbations import draw_direction
 from flatlab.metrics.flatness.sampler import Sampler
 from flatlab.metrics.flatness.sphere import sample
 from flatlab.metrics.flatness.worst import BACKWARD
@@ -191,8 +191,8 @@ class _Ascent:
     def _start(self, seed: int, block: int, restart: int) -> Tensor:
         number = -1 - restart - (block << 20)  # no ray of the average case
         if self.norm == "linf":
-            return self.rho * draw_ray(self.block, seed, number, noise="uniform")
-        return self.rho * draw_ray(self.block, seed, number)
+            return self.rho * draw_direction(self.block, seed, number, noise="uniform")
+        return self.rho * draw_direction(self.block, seed, number)
 
 
 def _checkpoints(steps: int) -> set[int]:

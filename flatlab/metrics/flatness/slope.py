@@ -4,7 +4,7 @@ import numpy as np
 
 from flatlab.landscape.blocks import Partition
 from flatlab.landscape.landscape import Landscape
-from flatlab.metrics.flatness.perturbations import draw_ray
+from flatlab.metrics.flatness.perturbations import draw_direction
 from flatlab.results.estimate import FloatArray
 from flatlab.results.sphere import Normalisation
 from flatlab.seeds import derive
@@ -29,7 +29,7 @@ def slopes(landscape: Landscape, radius: float, *, seed: int, normalisation: Nor
     products = np.zeros((DIRECTIONS, len(landscape.strata), len(landscape.strata)))
     with landscape.moving() as at, np.errstate(invalid="ignore"):
         for k in range(DIRECTIONS):
-            ray = draw_ray(landscape, derive("slope", seed), k, normalisation=normalisation)
+            ray = draw_direction(landscape, derive("slope", seed), k, normalisation=normalisation)
             pair = (blocks[(2 * k + each) % len(blocks)] for each in (0, 1))
             ends = [at(ray, [radius, -radius], block=landscape.gather(block)) for block in pair]
             one, other = ((there - back) / (2 * radius) for there, back in ends)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flatlab.arguments import distances, whole
 from flatlab.landscape.landscape import Landscape
-from flatlab.metrics.flatness.perturbations import draw_ray
+from flatlab.metrics.flatness.perturbations import draw_direction
 from flatlab.results.estimate import Cost
 from flatlab.results.sharpness import WorstRise
 from flatlab.seeds import base_seed
@@ -56,7 +56,7 @@ def _climb(landscape: Landscape, gamma: float, steps: int, seed: int, k: int) ->
     """Return the rise at the end of one ascent."""
     w, base = landscape.point, float(landscape.base_loss.mean())
     slope = landscape.gradient() if k == 0 else w.new_zeros(())
-    here = _unit(slope) if slope.norm() > 0 else draw_ray(landscape, seed, k)
+    here = _unit(slope) if slope.norm() > 0 else draw_direction(landscape, seed, k)
     height, angle = landscape.evaluate(w + gamma * here).loss, FIRST_ANGLE
     for _ in range(steps):
         uphill = landscape.gradient(w + gamma * here)

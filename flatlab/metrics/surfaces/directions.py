@@ -14,7 +14,7 @@ from torch import Tensor
 from flatlab.errors import UserError
 from flatlab.landscape.landscape import Landscape
 from flatlab.metrics.curvature.eigenvalues import hessian_spectrum
-from flatlab.metrics.flatness.perturbations import check_normalisation, draw_ray, scale_to_weights
+from flatlab.metrics.flatness.perturbations import check_normalisation, draw_direction, scale_to_weights
 from flatlab.results.estimate import FloatArray
 from flatlab.results.spectrum import Spectrum, Which
 from flatlab.results.sphere import Normalisation
@@ -61,7 +61,7 @@ def random_directions(
     `sphere_flatness`: models of one architecture share them.
     """
     kind = check_normalisation(normalisation, landscape)
-    vectors = torch.stack([draw_ray(landscape, seed, k, normalisation=kind) for k in range(count)])
+    vectors = torch.stack([draw_direction(landscape, seed, k, normalisation=kind) for k in range(count)])
     unit = "L2" if kind == "none" else f"share of each {kind}'s norm"
     return _bare(vectors, [f"random direction {k + 1} ({unit})" for k in range(count)])
 
