@@ -36,7 +36,7 @@ COUNTS = {
     "num_shares": [lambda **more: flatlab.ablation(torch.nn.Flatten().eval(), torch.ones(1, 1, 2, 2), SEEN, **more)],
 }
 ERRORS = [call("sphere_flatness", [0.5]), call("compare_flatness", LANDSCAPE, [0.5]), call("average_sharpness", [0.5])]
-RADII = ["sphere_flatness", "average_sharpness", "worst_sharpness", "worst_rise", "triangle"]
+RADII = ["sphere_flatness", "average_sharpness", "worst_sharpness", "worst_rise", "trace_check"]
 
 
 @pytest.mark.parametrize(
@@ -60,9 +60,9 @@ def test_an_error_and_a_budget_are_numbers(act, name):
 @pytest.mark.parametrize("name", RADII)
 def test_radii_are_numbers(name):
     for value in NO_RADII:
-        if name == "triangle":
+        if name == "trace_check":
             if value is not None:  # its own radii
-                refuses(lambda value=value: flatlab.triangle(LANDSCAPE, radii=value, rel_error=0.9), "radii must be")
+                refuses(lambda value=value: flatlab.trace_check(LANDSCAPE, radii=value, rel_error=0.9), "radii must be")
         else:
             refuses(lambda value=value: getattr(flatlab, name)(LANDSCAPE, value), "radii must be")
 

@@ -49,7 +49,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from flatlab import files, plots
-from flatlab.mistakes import of_system
+from flatlab.cli.errors import of_system
 folder = pathlib.Path(sys.argv[1])
 figure, ax = plt.subplots()
 ax.plot([0, 1])

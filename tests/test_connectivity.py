@@ -180,7 +180,7 @@ def test_mistakes_are_one_sentence():
     x = noise(20)
     refuses(lambda: connect(first, cases.make("mlp").landscape()), "one architecture")
     refuses(lambda: connect(wells(-1.0, x), wells(1.0, noise(20, 1))), "same data")
-    refuses(lambda: connect(first, second, grid=2), "at least 3 places")
+    refuses(lambda: connect(first, second, grid=2), "grid must be an integer >= 3, got 2")
     refuses(lambda: connect(wells(-1.0, x[:3]), wells(1.0, x[:3])), "at least 4 images")
     refuses(lambda: connect(first, second, recompute=[]), "recompute", "no sample")
     bare, images = cases.make("mlp").landscape(), [(x, x)]

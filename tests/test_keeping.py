@@ -11,7 +11,7 @@ from flatlab.metrics.curvature.eigenvalues import hessian_spectrum
 from flatlab.metrics.curvature.resumable import KeptHessian
 from flatlab.metrics.curvature.trace import hessian_trace
 from flatlab.metrics.scale_audit import scale_audit
-from flatlab.metrics.trace_check import triangle
+from flatlab.metrics.trace_check import trace_check
 
 
 class Drawer:
@@ -60,17 +60,17 @@ def test_the_units_are_the_measurements_of_the_kept_method(method):
 
 def measurements():
     return {
-        "triangle": lambda keep: triangle(around(), radii=[0.3], rel_error=0.5, density=(2, 3), keep=keep),
+        "trace_check": lambda keep: trace_check(around(), radii=[0.3], rel_error=0.5, density=(2, 3), keep=keep),
         "audit": lambda keep: scale_audit(around(), num_samples=2, keep=keep),
     }
 
 
-@pytest.mark.parametrize("name", ["triangle", "audit"])
+@pytest.mark.parametrize("name", ["trace_check", "audit"])
 def test_a_measurement_that_dies_goes_on_as_it_began(name, monkeypatch):
     measure, whole = measurements()[name], Drawer()
     expected = measure(whole).to_frame()
     curved = [unit for unit in whole.kept if unit.endswith(("trace", "top", "method")) or "density" in unit]
-    assert len(curved) == {"triangle": 4, "audit": 9}[name]
+    assert len(curved) == {"trace_check": 4, "audit": 9}[name]
     cut = Drawer(lives=2)
     with pytest.raises(KeyboardInterrupt):
         measure(cut)

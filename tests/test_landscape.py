@@ -376,7 +376,7 @@ def test_data_that_change_or_lack_are_refused(data, sentence):
 
 def test_a_batch_size_needs_shapes_that_fit():
     case = cases.make("mlp")
-    with pytest.raises(UserError, match="batch_size must be at least 1"):
+    with pytest.raises(UserError, match="batch_size must be an integer >= 1, got 0"):
         case.landscape(batch_size=0)
     ragged = [(torch.ones(2, 3, 6), torch.ones(2)), (torch.ones(2, 4, 6), torch.ones(2))]
     with pytest.raises(UserError, match="leave batch_size out"):

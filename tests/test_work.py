@@ -112,7 +112,7 @@ def test_a_killed_worker_lets_go(store):
 
 COMMAND = """
 import sys
-from flatlab.executors import run_locally
+from flatlab.jobs.local import run_locally
 from flatlab.jobs import WorkPlan
 run_locally(WorkPlan.parse(open(sys.argv[1]).read()), workers=1, hear=lambda event: print(event, flush=True))
 """

@@ -84,8 +84,9 @@ class Samples:
 
     def __init__(self, batches: Sequence[Sequence[Batch]]) -> None:
         each = [batch for stratum in batches for batch in stratum]
+        self.alike = len(each) == 1 or _alike(each)
         # From many batches, a few samples take as long to pick as a small network to evaluate.
-        self._batches = [_join(each)] if len(each) > 1 and _bytes(each) <= JOINED and _alike(each) else each
+        self._batches = [_join(each)] if len(each) > 1 and _bytes(each) <= JOINED and self.alike else each
         self._ends = np.cumsum([batch.size for batch in self._batches])
 
     def pick(self, rows: Indices) -> Batch:

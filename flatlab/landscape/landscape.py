@@ -189,11 +189,14 @@ class Landscape:
         rng = generator("landscape", "blocks", block_size, seed)
         return Partition(self.sizes.tolist(), block_size, generator=rng, weights=self.weights.tolist())
 
+    @property
+    def joinable(self) -> bool:
+        """Whether samples of several batches can share a block: they are all of one shape."""
+        return self._store().alike
+
     def gather(self, block: Block) -> Gathered:
         """Return a block's samples, to be evaluated at several points."""
-        if self._samples is None:
-            self._samples = Samples(self._batches)
-        batch = self._samples.pick(block.rows)
+        batch = self._store().pick(block.rows)
         cut = [Batch(None, part(batch.targets, p.start, p.stop), p.stop - p.start) for p in block.parts]
         return Gathered(batch, block, cut)
 
@@ -253,6 +256,11 @@ class Landscape:
                 yield
             finally:
                 self._put(self._w0)
+
+    def _store(self) -> Samples:
+        if self._samples is None:
+            self._samples = Samples(self._batches)
+        return self._samples
 
     def _weigh(self, metric: Metric) -> FloatArray:
         first = spread(self._batches[0], 1)[0]

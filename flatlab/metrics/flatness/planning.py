@@ -78,14 +78,16 @@ def plans_of(sampler: Sampler, radii: FloatArray, goal: Goal) -> list[SamplingPl
 
 
 def slopes_of(sampler: Sampler, plans: Sequence[SamplingPlan], goal: Goal) -> Sequence[FloatArray | None]:
-    """Return the slopes of each landscape at the smallest radius; none without a radius above zero.
+    """Return the slopes of each landscape at the smallest radius; None without a radius above zero.
+
+    None, too, where samples of different shapes cannot share a block.
 
     Args:
         sampler: of the measurement.
         plans: of the radii above zero.
         goal: whose budget may not reach so far.
     """
-    if not plans:
+    if not plans or not all(each.joinable for each in sampler.landscapes):
         return [None] * len(sampler.landscapes)
     radius = min(plan.radius for plan in plans)
     priced = sum(slope.price(each, seed=sampler.seed) for each in sampler.landscapes)

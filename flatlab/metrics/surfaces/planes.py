@@ -57,7 +57,7 @@ def line(
         grid: places t, or how many of them lie between -1 and 1.
         metrics: functions of the loss's form by name; loss and, for classes, accuracy by default.
         seed: of the random directions.
-        keep: keeps tiles (of `flatlab.shelf`, or the like).
+        keep: keeps tiles (of `flatlab.measure.units`, or the like).
         report: called with the places done and foreseen.
 
     Raises:
