@@ -133,7 +133,7 @@ def test_the_machine_is_recorded(made):
     assert {"processor", "instructions", "cpu_capability", "torch", "commit"} <= facts.keys()
     assert facts["processor"] not in ("", environment.platform.machine()) or not files.Path("/proc/cpuinfo").exists()
     assert made.run(RUN).measurement(PROBE).provenance["machine"] == facts
-    code = "import json, sys; from flatlab import machine; print(json.dumps(machine.facts()))"
+    code = "import json, sys; from flatlab import environment; print(json.dumps(environment.facts()))"
     code += "; assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     bare = json.loads(done.stdout)

@@ -74,9 +74,9 @@ class _PlainWeightNorm(TorchFunctionMode):
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    others = [axis for axis in range(v.ndim) if axis != dim]
-    squares = v.square().sum() if dim == -1 else v.square().sum(others, keepdim=True)  # -1 is torch's word for "all"
-    return v * (g / squares.sqrt())
+    others = [axis for axis in range(v.ndim) if axis != dim]  # all of them for -1, which torch calls them by
+    squares = v.square().sum(others, keepdim=True)
+    return v * (g.expand_as(squares) / squares.sqrt())
 
 
 @contextmanager

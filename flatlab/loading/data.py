@@ -50,20 +50,23 @@ class Domains:
 def domains(spec: RunSpec, place: Place) -> Domains:
     """Load (once in a process) and split the data of a run."""
     data = _load(spec.dataset, place.data_dir, spec.image_size, place.cache)
-    shares = {"fraction": spec.holdout, "tested": spec.test_share}
+    target = choose("held-out domain", spec.held_out, data.names)
     splits = {
-        name: split(len(data.domain(name).labels), index, trial_seed=spec.trial_seed, **shares)
+        name: split(
+            len(data.domain(name).labels),
+            index,
+            trial_seed=spec.trial_seed,
+            fraction=spec.holdout,
+            tested=0.0 if name == target else spec.test_share,  # an in-domain test takes nothing of the target
+        )
         for index, name in enumerate(data.names)
     }
-    target = choose("held-out domain", spec.held_out, data.names)
-    seen = {name: part for name, part in splits.items() if name != target}
-    reported = np.concatenate([splits[target].inside, splits[target].tested])  # an in-domain test needs none of it
     return Domains(
         data=data,
         target=target,
-        inside={name: seen[name].inside if name in seen else reported for name in splits},
+        inside={name: part.inside for name, part in splits.items()},
         outside={name: part.outside for name, part in splits.items()},
-        tested={name: part.tested for name, part in seen.items() if len(part.tested)},
+        tested={name: part.tested for name, part in splits.items() if len(part.tested)},
     )
 
 
