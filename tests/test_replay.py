@@ -149,7 +149,7 @@ def test_what_was_not_kept_is_a_sentence(tmp_path, store):
     refuses(lambda: replay(plain.run(QT), {}, PLACE), "is not finished")
     derived, joint = spec("RTN"), ERM.replace(members=(ERM, QT))
     for run in (derived, joint):
-        refuses(lambda run=run: replay(plain.run(run), {}, PLACE), "was not trained itself")
+        refuses(lambda run=run: replay(plain.run(run), {}, PLACE), "was not trained and has no iterates")
     gone = keeping(tmp_path / "gone", [ERM], 4).run(ERM)
     gone.kept()[8].unlink()
     refuses(lambda: replay(gone, {}, PLACE), *told)
