@@ -120,7 +120,7 @@ def test_radii_of_one_plan_share_rays_and_seeds_name_them():
 
 def test_a_block_size_leaves_nothing_to_timings(monkeypatch):
     first = in_blocks(network(), [0.5, 2.0], 8, errors=(0.1, 0))
-    monkeypatch.setattr("flatlab.metrics.flatness.pilot.fly", None)
+    monkeypatch.setattr("flatlab.metrics.flatness.pilot.run_pilot", None)
     again = in_blocks(network(), [0.5, 2.0], 8, errors=(0.1, 0))
     assert all(np.array_equal(a, b) for a, b in zip(first.visits, again.visits, strict=True))
     assert first.cost.images == again.cost.images and first.stopped == again.stopped

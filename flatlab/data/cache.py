@@ -91,7 +91,7 @@ def prepare(
         UserError: the size does not suit, a folder, class or image is not as it should be, or the entry is damaged.
     """
     if image_size < 1:
-        raise UserError(f"An image size is a number of pixels from 1 on, not {image_size}.")
+        raise UserError(f"image_size must be an integer >= 1, got {image_size}.")
     return _entry(listing(dataset, data_dir), image_size, cache, report)
 
 
@@ -204,6 +204,6 @@ def _open(found: Listing, image_size: int, folder: Path) -> Entry:
     except (OSError, ValueError, KeyError, TypeError):
         intact = False
     if not intact:
-        raise UserError(f"{folder} is damaged: its content does not match its own hash. Delete it: it is made anew.")
+        raise UserError(f"{folder} is damaged: its content does not match its hash. Delete it to create it again.")
     sizes = np.array(facts["sizes"], dtype=np.int64).reshape(-1, 2)
     return Entry(found, image_size, folder, facts["fingerprint"], sizes)

@@ -1,4 +1,4 @@
-"""What a landscape says at a point, and how one asks it at many."""
+"""The values of a landscape at a point, and the interface to evaluate many points."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -22,7 +22,7 @@ class Move(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """What a landscape says at one point; strata weigh equally in ``loss`` (nats) and ``accuracy`` (share)."""
+    """Loss and accuracy at one point; strata have equal weight in ``loss`` (nats) and ``accuracy`` (share)."""
 
     loss: float
     accuracy: float | None

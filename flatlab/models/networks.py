@@ -136,7 +136,7 @@ def _torchvision(name: str, last: str, width: int) -> Callable[[int], tuple[nn.M
         from torchvision import models  # takes seconds
 
         if in_channels != 3:
-            raise UserError(f"{name} takes images of 3 channels, not {in_channels}")
+            raise UserError(f"{name} needs images of 3 channels, got {in_channels}")
         features = models.get_model(name, weights=None)
         setattr(features, last, nn.Identity())
         return features, width

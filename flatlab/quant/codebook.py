@@ -21,7 +21,7 @@ def levels(bits: int, *, signed: bool = True) -> tuple[int, int]:
         UserError: `bits` is not a whole number from 2 to 16.
     """
     if bits not in BITS:
-        raise UserError(f"bits must be {BITS[0]} to {BITS[-1]}, not {bits}")
+        raise UserError(f"bits must be an integer from {BITS[0]} to {BITS[-1]}, got {bits}")
     return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
 
 

@@ -45,7 +45,9 @@ class INQ(nn.Module):
         self.grid = choose("grid", grid, GRIDS)
         high = levels(bits)[1] if grid == "uniform" else 2 ** (bits - 2)
         if grid == "power-of-two" and bits > 8:
-            raise UserError(f"A grid of powers of two has 2 to 8 bits, not {bits}: float32 has no smaller powers.")
+            raise UserError(
+                f"A grid of powers of two must have 2 to 8 bits, got {bits}: float32 has no smaller powers."
+            )
         self.levels = (-high, high)
         axes = shared_axes(weight, granularity, axis)
         widest = weight.detach().abs().amax(axes, keepdim=len(axes) < weight.dim()).clamp(min=SMALLEST_SCALE)
