@@ -231,7 +231,7 @@ def test_inq_before_its_last_stage_is_refused(store, tmp_path):
     files.save_arrays(run.checkpoint("early"), arrays, facts)
     refuses(
         lambda: export(run, tmp_path / "file.safetensors", PLACE, checkpoint="early"),
-        "features.4.weight is not wholly on its grid",
+        "features.4.weight is not completely on its grid",
     )
     run.checkpoint("early").unlink()
 

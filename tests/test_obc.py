@@ -238,7 +238,7 @@ def test_calibration_data_that_do_not_do(batch, sentence, untouched):
 
 
 def test_without_data_there_is_no_calibration():
-    with pytest.raises(UserError, match=r"^patches saw no calibration input: "):
+    with pytest.raises(UserError, match=r"^patches received no calibration input: "):
         second_moments(make("vit").model, [])
 
 
