@@ -8,6 +8,8 @@ import numpy.typing as npt
 
 from flatlab.errors import UserError
 
+FloatArray = npt.NDArray[np.float64]
+
 
 def whole(name: str, value: Any, *, least: int = 1) -> int:
     """Return an integer of at least `least`.
@@ -51,7 +53,7 @@ def finite(name: str, value: Any, *, above: float | None = None, least: float | 
     return number
 
 
-def distances(name: str, values: npt.ArrayLike, *, above: float | None = None) -> npt.NDArray[np.float64]:
+def distances(name: str, values: npt.ArrayLike, *, above: float | None = None) -> FloatArray:
     """Return radii (R,), one or more, as float64.
 
     Args:

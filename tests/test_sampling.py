@@ -196,10 +196,10 @@ def test_small_data_and_large_blocks_are_crossed():
 @pytest.mark.parametrize(
     ("given", "sentence"),
     [
-        ({"rel_error": -1}, "must not be negative, nor both zero"),
-        ({"rel_error": 0, "abs_error": 0}, "must not be negative, nor both zero"),
-        ({"budget": 0}, "budget must be a positive number"),
-        ({"num_samples": 1}, "at least 2"),
+        ({"rel_error": -1}, "rel_error must be a finite number >= 0, got -1"),
+        ({"rel_error": 0, "abs_error": 0}, "rel_error and abs_error must not both be 0"),
+        ({"budget": 0}, "budget must be a finite number > 0, got 0"),
+        ({"num_samples": 1}, "num_samples must be an integer >= 2, got 1"),
         ({"radii": "best"}, "must be numbers or"),
     ],
 )

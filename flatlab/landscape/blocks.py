@@ -15,12 +15,11 @@ import numpy.typing as npt
 import torch
 from torch.utils._pytree import tree_structure
 
-from flatlab.arguments import whole
+from flatlab.arguments import FloatArray, whole
 from flatlab.errors import UserError
 from flatlab.tensors.nested import Batch, concatenate, pick, tensors
 
 Indices = npt.NDArray[np.int64]
-FloatArray = npt.NDArray[np.float64]
 JOINED = 2**28  # bytes of all samples up to which a second copy of them is kept, as one batch
 
 

@@ -3,13 +3,11 @@
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from flatlab.arguments import FloatArray
 from flatlab.landscape.blocks import Gathered
-
-FloatArray = npt.NDArray[np.float64]
 
 
 class Move(Protocol):

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from flatlab.arguments import FloatArray
 from flatlab.derivatives.autograd import one_path, refuse_rounding
 from flatlab.derivatives.exact import attributes_restored
 from flatlab.derivatives.operators import Hessian, Term
@@ -31,8 +32,6 @@ from flatlab.tensors.flat import flatten, select, split_like
 from flatlab.tensors.losses import Metric, total, total_and_hits, totals, weight, wide
 from flatlab.tensors.memory import SplitOnOOM
 from flatlab.tensors.nested import Batch, Data, part, read_strata, recut, same, span, spread
-
-FloatArray = npt.NDArray[np.float64]
 
 
 class Landscape:

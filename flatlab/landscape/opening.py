@@ -12,10 +12,10 @@ from itertools import chain
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from flatlab.arguments import FloatArray
 from flatlab.derivatives.autograd import rounding
 from flatlab.errors import UserError
 from flatlab.landscape.checks import Total, Versions, refuse_rewriting, refuse_training, written
@@ -25,7 +25,6 @@ from flatlab.seeds import generator
 from flatlab.tensors.flat import flatten, refuse_overlap, scales_of, split_like
 from flatlab.tensors.nested import Batch, spread
 
-FloatArray = npt.NDArray[np.float64]
 SHARE, MOST = 10, 256  # derivatives are checked on one sample in `SHARE`, on at most `MOST`
 
 

@@ -1,4 +1,4 @@
-"""What a layer sees: the second moments of its inputs, over calibration data, for post-training quantization."""
+"""Second moments of the inputs of layers over calibration data, for post-training quantization."""
 
 import inspect
 import math
@@ -19,7 +19,7 @@ CONVOLUTIONS: dict[Any, tuple[str, ...]] = {
     **dict.fromkeys((torch.conv1d, torch.conv2d, torch.conv3d), CONVOLUTION),
     **dict.fromkeys((torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d), TRANSPOSED),
 }
-COLUMNS = 2**24  # numbers unfolded at a time: a depthwise layer's inputs grow ninefold
+COLUMNS = 2**24  # numbers unfolded at a time: the inputs of a depthwise layer become nine times as large
 
 
 def second_moments(network: nn.Module, batches: Iterable[Tensor], *, outside: str = "head") -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from flatlab.errors import UserError, choose
 
-BITS = range(2, 17)  # one signed bit has no positive level; beyond 16, float32 cannot tell the levels apart
+BITS = range(2, 17)  # one signed bit has no positive level; beyond 16, float32 cannot distinguish the levels
 GRANULARITIES = ("channel", "tensor")
 SMALLEST_SCALE = 1e-8  # the step size of a channel of zeros, and the floor that keeps learned ones positive
 
