@@ -1,6 +1,6 @@
-"""The doorway: every public name, grouped. `flatlab.NAME` is the same as `flatlab.api.NAME`.
+"""The public interface: every public name, grouped. `flatlab.NAME` is the same as `flatlab.api.NAME`.
 
-No public name is that of a module: `flatlab.train` is the package, `flatlab.train_runs` the function.
+No public name equals that of a module: `flatlab.train` is the package, `flatlab.train_runs` the function.
 """
 
 from flatlab.derivatives.operators import Hessian
@@ -64,7 +64,7 @@ from flatlab.train.loop import train as train_runs
 from flatlab.train.replay import Replay
 from flatlab.train.replay import replay as replay_averages
 
-# What can last longer than two seconds shows a bar.
+# Functions that can take longer than two seconds show a progress bar.
 sphere_flatness = counted(sphere_flatness)
 compare_flatness = counted(compare_flatness)
 worst_rise = counted(worst_rise)

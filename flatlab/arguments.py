@@ -1,4 +1,4 @@
-"""Numbers that a caller hands in, checked: one sentence says what was expected and what was given. Torch-free."""
+"""Validation of numerical arguments: the error states what was expected and what was given. Torch-free."""
 
 import operator
 from typing import Any
@@ -8,17 +8,19 @@ import numpy.typing as npt
 
 from flatlab.errors import UserError
 
+FloatArray = npt.NDArray[np.float64]
+
 
 def whole(name: str, value: Any, *, least: int = 1) -> int:
-    """Return a whole number of at least `least`.
+    """Return an integer of at least `least`.
 
     Args:
-        name: what it is, for the message.
-        value: an int, or what counts as one (of NumPy, a tensor of one integer); not a bool.
-        least: the smallest that is taken.
+        name: name of the argument, for the message.
+        value: an int, or an equivalent (a NumPy integer, a tensor of one integer); not a bool.
+        least: smallest accepted value.
 
     Raises:
-        UserError: if it is something else.
+        UserError: if the value is anything else.
     """
     try:
         number = None if isinstance(value, bool | np.bool_) else operator.index(value)
@@ -33,13 +35,13 @@ def finite(name: str, value: Any, *, above: float | None = None, least: float | 
     """Return a finite number.
 
     Args:
-        name: what it is, for the message.
+        name: name of the argument, for the message.
         value: a number; not a bool.
-        above: it must be larger than this.
-        least: it must be at least this.
+        above: exclusive lower bound.
+        least: inclusive lower bound.
 
     Raises:
-        UserError: if it is something else.
+        UserError: if the value is anything else.
     """
     try:
         number = float("nan") if isinstance(value, bool | np.bool_ | str | bytes) else float(value)
@@ -51,16 +53,16 @@ def finite(name: str, value: Any, *, above: float | None = None, least: float | 
     return number
 
 
-def distances(name: str, values: npt.ArrayLike, *, above: float | None = None) -> npt.NDArray[np.float64]:
+def distances(name: str, values: npt.ArrayLike, *, above: float | None = None) -> FloatArray:
     """Return radii (R,), one or more, as float64.
 
     Args:
-        name: what they are, for the message.
-        values: a number, or a row of them.
-        above: they must be larger than this; at least 0 by default.
+        name: name of the argument, for the message.
+        values: a number, or a sequence of numbers.
+        above: exclusive lower bound; by default values must be at least 0.
 
     Raises:
-        UserError: if they are something else, or there are none.
+        UserError: if they are anything else, or empty.
     """
     try:
         row = np.atleast_1d(np.asarray(values))

@@ -1,4 +1,4 @@
-"""Facts about the machine and the software, for provenance: never part of a digest."""
+"""Machine and software versions, for provenance: never part of a digest."""
 
 import os
 import platform
@@ -10,13 +10,13 @@ from pathlib import Path
 
 import flatlab
 
-# What decides which kernels run, and so the last digits of a sum: names as /proc/cpuinfo has them.
+# Instruction sets that decide which kernels run, and so the last digits of a sum; named as in /proc/cpuinfo.
 INSTRUCTIONS = ["avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512_bf16", "avx512_fp16", "avx512_vnni"]
 INSTRUCTIONS += ["avx_vnni", "amx_tile", "amx_int8", "amx_bf16", "asimd", "neon", "sve", "sve2", "bf16", "i8mm"]
 
 
 def facts() -> dict[str, str]:
-    """Return versions, processor, and the commit of the source tree where there is one; torch is not loaded for it."""
+    """Return versions, processor, and the commit of the source tree if there is one; does not import torch."""
     packages = {name: version(name) for name in ("torch", "numpy", "scipy", "scikit-learn")}
     return {
         "flatlab": flatlab.__version__,
@@ -43,7 +43,7 @@ def _processor() -> dict[str, str]:
     first = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in reversed(lines))}
     flags = (first.get("flags") or first.get("Features") or "").split()
     if platform.system() == "Darwin":
-        first["model name"] = _said("sysctl", "-n", "machdep.cpu.brand_string")
+        first["model name"] = _output_of("sysctl", "-n", "machdep.cpu.brand_string")
         flags = ["neon"] if platform.machine() == "arm64" else []
     part = f"{platform.machine()} {first.get('CPU implementer', '')} {first.get('CPU part', '')}".strip()  # ARM's
     known = " ".join(name for name in INSTRUCTIONS if name in flags)
@@ -56,15 +56,15 @@ def commit() -> str:
     "+changes" follows where a tracked file of the package or of the analyses differs from it.
     """
     tree = Path(flatlab.__file__).parents[1]
-    found = _said("git", "-C", str(tree), "rev-parse", "HEAD") if (tree / ".git").exists() else ""
+    found = _output_of("git", "-C", str(tree), "rev-parse", "HEAD") if (tree / ".git").exists() else ""
     if not found:
         return "unknown"
     changed = ("status", "--porcelain", "--untracked-files=no", "--", "flatlab", "analyses")
-    return found + ("+changes" if _said("git", "-C", str(tree), *changed) else "")
+    return found + ("+changes" if _output_of("git", "-C", str(tree), *changed) else "")
 
 
-def _said(*command: str) -> str:
-    """Return what a command prints; nothing where it fails or is not there."""
+def _output_of(*command: str) -> str:
+    """Return the output of a command; an empty string if it fails or is missing."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

@@ -1,31 +1,31 @@
-"""A user's mistake in one sentence: names with their nearest neighbour, numbers within their range."""
+"""Errors of users, each reported in one sentence; an unknown name is reported with the nearest known one."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend, or several; the command line prints a sentence each and exits with 2."""
+    """One or more mistakes that the user can correct; the command line prints a sentence for each and exits with 2."""
 
     def __str__(self) -> str:
-        """Return a line for each sentence: what a foreign name has of control characters is escaped."""
+        """Return a line for each sentence, with control characters (of foreign names) escaped."""
         return "\n".join(printable(str(sentence)) for sentence in self.args)
 
 
 class WorkerError(Exception):
-    """The traceback of a worker's own fault, as the cause of the error that the command line tells."""
+    """The traceback of an internal error of a worker, as the cause of the error that the command line reports."""
 
 
 def choose(kind: str, name: str, known: Iterable[str]) -> str:
-    """Return the known name that `name` means, blind to case and to `-` against `_`.
+    """Return the known name that matches `name`, ignoring case and the difference between `-` and `_`.
 
     Args:
-        kind: what is being named, for the message ("method", "held-out domain").
-        name: what the user wrote.
-        known: the names there are.
+        kind: what is named, for the message ("method", "held-out domain").
+        name: the name as the user wrote it.
+        known: the valid names.
 
     Raises:
-        UserError: lists the known names and suggests the nearest one.
+        UserError: if no known name matches; lists them and suggests the nearest.
     """
     names = list(known)
     plain = {_plain(each): each for each in names}
@@ -37,7 +37,7 @@ def choose(kind: str, name: str, known: Iterable[str]) -> str:
 
 
 def printable(text: str) -> str:
-    """Return text with line feeds, escapes and other control characters written out: foreign names may hold some."""
+    """Return text with line feeds, escapes and other control characters escaped: foreign names may contain them."""
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 

@@ -1,4 +1,4 @@
-"""Atomic writes, arrays with their hash, strict JSON."""
+"""Atomic writes, arrays with a hash, strict JSON."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ from flatlab.errors import UserError
 
 
 def strict_json(value: Any, **style: Any) -> str:
-    """Return JSON that any reader takes: what is not finite is null there."""
+    """Return JSON that any reader accepts: non-finite numbers become null."""
     return json.dumps(_finite(value), sort_keys=True, allow_nan=False, **style)
 
 
@@ -40,19 +40,19 @@ if sys.platform != "win32":
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 HOST = platform.node()
-SCRATCH, HELD = "flatlab-", ".flatlab.lock"  # of a folder for temporary files: how it begins, and what it holds
-_DIGEST = "[0-9a-f]{16}"  # below: what lies in a store (runs.py); an export that is written there has no owner
+SCRATCH, HELD = "flatlab-", ".flatlab.lock"  # a folder for temporary files: prefix of its name, and its lock file
+_DIGEST = "[0-9a-f]{16}"  # below: the files of a store (runs.py); an export that is written there has no owner
 _IN_STORE = re.compile(
     rf"(?:.*?/)?({_DIGEST}/(?:(?:checkpoints|state|kept|measurements/{_DIGEST})/[^/]+|[a-z]+\.jsonl?|done))"
 )
 _REMEDY = (
-    "Delete it, and the `done` of its run or measurement where there is one, and repeat the command: what was in it is "
-    "then made anew."
+    "Delete it, and the `done` of its run or measurement if there is one, and repeat the command, which then creates "
+    "it again."
 )
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all: to a neighbour first, then by rename."""
+    """Write a file atomically: to a temporary file in the same folder first, then by rename."""
     with aside(path) as neighbour, open(neighbour, "xb") as file:
         _hold(file)
         file.write(content)
@@ -62,7 +62,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 @contextmanager
 def aside(path: Path) -> Iterator[Path]:
-    """Yield a neighbour to write to, which takes the file's place when the block ends well; else it is removed."""
+    """Yield a temporary path in the same folder, renamed to `path` on success and removed on failure."""
     # Process ids repeat between nodes and containers, tokens do not.
     neighbour = path.with_name(f".{path.name}.{HOST}.{secrets.token_hex(8)}.tmp")
     try:
@@ -71,18 +71,18 @@ def aside(path: Path) -> Iterator[Path]:
     except BaseException as error:
         neighbour.unlink(missing_ok=True)
         if isinstance(error, OSError):
-            error.filename = str(path)  # the name that its user knows
+            error.filename = str(path)  # the name that the user knows
         raise
 
 
 def _hold(file: IO[bytes]) -> None:
-    """Lock a file until it is closed, so that `free` says that somebody writes it."""
+    """Lock a file until it is closed, so that `free` returns False meanwhile."""
     if sys.platform != "win32":
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def free(path: Path) -> bool:
-    """Whether nobody holds a temporary file; where files are not locked, nobody knows, and it counts as held."""
+    """Whether no process holds a temporary file; where files cannot be locked, it counts as held."""
     if sys.platform == "win32":
         return False
     try:
@@ -95,13 +95,13 @@ def free(path: Path) -> bool:
 
 @contextmanager
 def scratch() -> Iterator[Path]:
-    """Yield a folder for temporary files, held while the block runs: one of a killed process can be told apart."""
+    """Yield a folder for temporary files, locked while the block runs, so that those of killed processes are known."""
     with tempfile.TemporaryDirectory(prefix=SCRATCH) as folder, FileLock(Path(folder) / HELD):
         yield Path(folder)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON with sorted keys, whole or not at all."""
+    """Write JSON with sorted keys, atomically."""
     write_bytes(path, (strict_json(value, indent=1) + "\n").encode())
 
 
@@ -112,14 +112,14 @@ def read_json(path: Path) -> dict[str, Any]:
         path: the file.
 
     Raises:
-        UserError: where the file holds none; names it.
+        UserError: if the file contains none; names the file.
     """
     try:
         value = json.loads(path.read_bytes())
     except ValueError:
         value = None
     if not isinstance(value, dict):
-        raise UserError(f"{path} is damaged: it holds no JSON object. `flatlab runs verify` says what else is.")
+        raise UserError(f"{path} is damaged: it contains no JSON object. `flatlab runs verify` lists all damage.")
     return value
 
 
@@ -141,7 +141,7 @@ def read_record(path: Path) -> dict[str, Any]:
         path: the file.
 
     Raises:
-        UserError: where the file is altered, or is another owner's; names it.
+        UserError: if the file is altered, or belongs to another owner; names the file.
     """
     record = read_json(path)
     seal = record.pop("seal", None)
@@ -162,7 +162,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         path: the file.
 
     Raises:
-        UserError: where the file is altered, or is another owner's; names it.
+        UserError: if the file is altered, or belongs to another owner; names the file.
     """
     try:
         *lines, last = path.read_text().splitlines(keepends=True)
@@ -182,30 +182,30 @@ def _check_seal(path: Path, text: str, seal: Any) -> None:
     if not isinstance(seal, dict) or seal.keys() != {"owner", "sha256"}:
         seal = {"owner": "", "sha256": ""}
     if seal["sha256"] != hashlib.sha256(f"{seal['owner']}\n{text}".encode()).hexdigest():
-        raise UserError(f"{path} is damaged: its content does not match its own hash. {_REMEDY}")
+        raise UserError(f"{path} is damaged: its content does not match its hash. {_REMEDY}")
     check_owner(path, seal["owner"])
 
 
 def owner_of(path: Path) -> str:
-    """Return a file's path from its run's digest on; of a file outside a store, nothing."""
+    """Return a file's path from its run's digest on; an empty string for a file outside a store."""
     found = _IN_STORE.fullmatch(path.absolute().as_posix())
     return found[1] if found else ""
 
 
 def check_owner(path: Path, found: str) -> None:
-    """Refuse an intact file that is another owner's.
+    """Refuse an intact file that belongs to another owner.
 
     Args:
         path: the file.
-        found: the owner that it names.
+        found: the owner recorded in it.
 
     Raises:
-        UserError: names the file and both owners.
+        UserError: if the owners differ; names the file and both owners.
     """
     if found != owner_of(path):
         raise UserError(
-            f"{path} is the file of another run or measurement: it was written as {found or 'a file of no store'}, and "
-            f"must be {owner_of(path) or 'a file of no store'}. Put the right file back. Or: {_REMEDY}"
+            f"{path} belongs to another run or measurement: it was written as {found or 'a file outside a store'}, and "
+            f"must be {owner_of(path) or 'a file outside a store'}. Restore the right file. Or: {_REMEDY}"
         )
 
 
@@ -224,10 +224,10 @@ def load_arrays(path: Path) -> tuple[Arrays, Any]:
         path: the file.
 
     Raises:
-        UserError: where the file is missing, truncated, altered, or another owner's; names it.
+        UserError: if the file is missing, truncated, altered, or belongs to another owner; names the file.
     """
     if not path.exists():
-        raise UserError(f"{path} is missing; `flatlab runs verify` says what else is.")
+        raise UserError(f"{path} is missing; `flatlab runs verify` lists all that is missing.")
     try:
         with safe_open(path, framework="numpy") as file:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
@@ -237,7 +237,7 @@ def load_arrays(path: Path) -> tuple[Arrays, Any]:
     except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, RecursionError):
         intact = False
     if not intact:
-        raise UserError(f"{path} is damaged: its content does not match its own hash. {_REMEDY}")
+        raise UserError(f"{path} is damaged: its content does not match its hash. {_REMEDY}")
     check_owner(path, header["owner"])
     return arrays, meta
 

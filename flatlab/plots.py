@@ -1,4 +1,4 @@
-"""From frames to figures: one style for all, marks that take a frame, and files with embedded fonts."""
+"""Plotting: one style for all figures, functions that draw a data frame, and files with embedded fonts."""
 
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,7 +22,7 @@ from flatlab import files
 
 MARKERS = "oXsDPv^*<>"
 COLUMN = 3.4  # inches: the width of a paper's column
-LINES = ("-", "--", ":", "-.")  # where the ten colours are used up
+LINES = ("-", "--", ":", "-.")  # the next one after each ten colours
 STYLE: dict[Any, Any] = {
     "font.size": 8,
     "axes.titlesize": 8,
@@ -45,7 +45,7 @@ STYLE: dict[Any, Any] = {
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Draw in flatlab's style: small type for a paper's column, a palette that the colour-blind can read."""
+    """Draw in flatlab's style: small type for a paper's column, a palette suited to colour-blind readers."""
     with mpl.rc_context({**STYLE, "axes.prop_cycle": cycler(color=sns.color_palette("colorblind"))}):
         yield
 
@@ -57,8 +57,8 @@ def curves(ax: Axes, frame: pd.DataFrame, *, x: str, by: str, order: Sequence[st
         ax: the axes.
         frame: rows with x, `value`, `low`, `high` and the column `by`.
         x: the column of the horizontal axis.
-        by: the column that tells the lines apart.
-        order: its values, which fixes colours and markers from figure to figure.
+        by: the column that distinguishes the lines.
+        order: its values; fixes colours and markers across figures.
     """
     for index, name in enumerate(order):
         rows = frame[frame[by] == name].sort_values(x)
@@ -70,14 +70,14 @@ def curves(ax: Axes, frame: pd.DataFrame, *, x: str, by: str, order: Sequence[st
 
 
 def bars(ax: Axes, frame: pd.DataFrame, *, x: str, by: str, order: Sequence[str]) -> None:
-    """Draw a thin line with markers and staggered error bars for each value of a column: bands cover each other.
+    """Draw a thin line with markers and staggered error bars for each value of a column, where bands would overlap.
 
     Args:
         ax: the axes.
         frame: rows with x, `value`, `low`, `high` and the column `by`.
         x: the column of the horizontal axis.
-        by: the column that tells the lines apart.
-        order: its values, which fixes colours and markers from figure to figure.
+        by: the column that distinguishes the lines.
+        order: its values; fixes colours and markers across figures.
     """
     step = 0.008 * (frame[x].max() - frame[x].min())
     for index, name in enumerate(order):
@@ -94,7 +94,7 @@ def valley(ax: Axes, losses: Mapping[int, float], found: Mapping[str, Any], *, i
     Args:
         ax: the axes.
         losses: by step.
-        found: start and end (steps) and threshold (nats) of the valley; of none, start is None or absent.
+        found: start and end (steps) and threshold (nats) of the valley; without a valley, start is None or absent.
         index: of the colour and marker.
     """
     color = f"C{index % 10}"
@@ -134,12 +134,12 @@ def forest(
     """Draw two panels of dots with intervals for each value of `row`: quantities, and differences to the first line.
 
     Args:
-        left: rows with `row`, `method`, `value`, `low`, `high`, `published`, and `comparable`, which says where the
-            published value may stand on our axis.
-        right: the same of the differences.
+        left: rows with `row`, `method`, `value`, `low`, `high`, `published`, and `comparable`: whether the published
+            value may be shown on our axis.
+        right: the same for the differences.
         order: the methods, from top to bottom; the first has no difference.
         axes: names of the two axes.
-        caption: title, line feed, small print.
+        caption: title, line feed, notes.
     """
     titles = list(left["row"].drop_duplicates())
     height = 0.9 + len(titles) * (0.55 + 0.17 * len(order))
@@ -159,12 +159,12 @@ def forest(
 
 
 def captioned(figure: Figure, ax: Axes, caption: str) -> None:
-    """Put title and legend above all panels, and the small print below, wrapped to the width of the figure.
+    """Place title and legend above all panels, and the notes below, wrapped to the width of the figure.
 
     Args:
         figure: the figure.
-        ax: whose legend is shown.
-        caption: title, line feed, small print.
+        ax: the axes whose legend is shown.
+        caption: title, line feed, notes.
     """
     title, _, rest = caption.partition("\n")
     legend_above(figure, ax, "\n".join(textwrap.wrap(title, round(figure.get_figwidth() * 14))))  # at 9 points
@@ -195,12 +195,12 @@ def dots(ax: Axes, frame: pd.DataFrame, order: Sequence[str]) -> None:
 FloatArray = npt.NDArray[np.float64]
 HALO: list[effects.AbstractPathEffect] = [effects.withStroke(linewidth=1.5, foreground="white")]
 ENDS = ("low", "high")
-BAD = "0.8"  # where the number is not finite
-DECADES = 6.0  # that contours span at most, below the highest
+BAD = "0.8"  # colour where the number is not finite
+DECADES = 6.0  # largest span of the contours, below the highest
 
 
 def contour_levels(surfaces: Iterable[FloatArray], count: int = 12, *, log: bool = True) -> FloatArray:
-    """Return levels that fit all these surfaces, evenly spaced in the logarithm where all values are positive."""
+    """Return contour levels for all these surfaces, evenly spaced in the logarithm if all values are positive."""
     finite = np.concatenate([each[np.isfinite(each)] for each in surfaces])
     if not len(finite) or finite.min() == finite.max():
         middle = float(finite[0]) if len(finite) else 0.0
@@ -218,9 +218,9 @@ def contours(
 
     Args:
         ax: the axes.
-        places: of the grid's lines, in true units.
+        places: coordinates of the grid's lines, in true units.
         values: row i is x[i].
-        levels: of the lines, common to the panels that are to be compared.
+        levels: contour levels, common to the panels that are to be compared.
         label: write the level on each line.
     """
     shown = np.ma.masked_invalid(values.T)
@@ -249,7 +249,7 @@ def relief(ax: Any, places: tuple[FloatArray, FloatArray], values: FloatArray, *
 
 
 def marked(ax: Axes, marks: FloatArray, names: Sequence[str], *, connected: bool = False) -> None:
-    """Draw points (K, 2) of the plane with their names; as a path with its ends named where they are connected."""
+    """Draw points (K, 2) of the plane with their names; as a path with its ends named if they are connected."""
     if not len(marks):
         return
     ax.plot(*marks.T, "-o" if connected else "o", color="C3", ms=3, lw=1, mec="white", mew=0.5, zorder=5)
@@ -261,7 +261,7 @@ def marked(ax: Axes, marks: FloatArray, names: Sequence[str], *, connected: bool
 
 
 def factors(ax: Axes, frame: pd.DataFrame) -> None:
-    """Draw the factors by which measures of flatness moved, on a logarithmic axis, in the order of the rows.
+    """Draw the factors by which measures of flatness changed, on a logarithmic axis, in the order of the rows.
 
     Args:
         ax: the axes.

@@ -1,7 +1,7 @@
-"""Randomness by name: a name gives a seed, a seed gives a generator.
+"""Seeds derived from names.
 
-A draw is addressed by what it is for ("batches", seed, domain, step), so that adding a metric or a domain moves
-nobody else's draws, and a resumed run needs no saved generator.
+A draw is identified by its purpose ("batches", seed, domain, step), so that adding a metric or a domain changes
+no other draws, and a resumed run needs no saved generator.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def derive(*names: object) -> int:
-    """Return the seed in [0, 2**63) that belongs to these names."""
+    """Return the seed in [0, 2**63) derived from these names."""
     return int.from_bytes(hashlib.sha256(repr(names).encode()).digest()[:8], "big") >> 1
 
 
@@ -24,7 +24,7 @@ def generator(*names: object, device: str = "cpu") -> "torch.Generator":
 
 
 def base_seed(seed: "int | torch.Generator") -> int:
-    """Return `seed` itself, or one integer drawn from it where it is a generator."""
+    """Return `seed` itself, or one integer drawn from it if it is a generator."""
     import torch
 
     if isinstance(seed, torch.Generator):

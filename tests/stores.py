@@ -104,7 +104,7 @@ def forkserver():
 
 POINTS = {
     "step": (Trajectory, "after"),
-    "ray": (sampler, "draw_ray"),
+    "ray": (sampler, "draw_direction"),
     "sync": (os, "fsync"),
     "rename": (os, "replace"),
 }

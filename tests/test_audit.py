@@ -117,7 +117,7 @@ def test_other_refusals():
     refuses(lambda: find_pairs(Branching()), "torch.fx", "Branching")
     alone = Landscape(nn.Linear(6, 3).eval(), cases.make("mlp").batches(), F.cross_entropy)
     refuses(lambda: scale_audit(alone), "no two layers")
-    refuses(lambda: scale_audit(cases.make("conv_bn").landscape(), most=1.0), "more than 1")
+    refuses(lambda: scale_audit(cases.make("conv_bn").landscape(), most=1.0), "most must be > 1")
 
 
 @pytest.mark.parametrize("name", ["digits-cnn", "mobilenet_v2", "resnet18"])

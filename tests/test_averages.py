@@ -108,7 +108,7 @@ def test_running_means_go_on_from_any_state(spec):
 @pytest.mark.parametrize("kind", ["swa", "sma"])
 def test_a_start_beyond_the_end_is_refused(kind):
     fields = {"dataset": "digits", "held_out": "rot0", "image_size": 16, "model": "digits-cnn", "eval_every": 1}
-    with pytest.raises(UserError, match=rf"^{kind.upper()} would start at step 9, beyond the end at 5\.$"):
+    with pytest.raises(UserError, match=rf"^{kind.upper()} must start at a step <= 5, got 9\.$"):
         RunSpec.make(**fields, steps=5, lr=0.1, average=AverageSpec(kind=kind, start=9))
 
 

@@ -158,7 +158,7 @@ def test_damage_is_seen_on_opening(tree, kept, name, harm):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.unlink() if harm == "remove" else path.write_bytes(content if harm == "flip" else content[:-1])
-    with pytest.raises(UserError, match="is damaged: its content does not match its own hash. Delete it"):
+    with pytest.raises(UserError, match="is damaged: its content does not match its hash. Delete it"):
         prepare(tree, kept)
 
 

@@ -34,7 +34,7 @@ def test_pairs_without_common_rays_are_refused():
     for change in ({"seed": 1}, {"normalisation": "filter"}, {"num_params": 3}, {"radii": a.radii * 2}):
         with pytest.raises(UserError, match=f"but {next(iter(change))} differs"):
             paired_difference(a, dataclasses.replace(a, **change))
-    with pytest.raises(UserError, match=r"but their numbers differ \(\[6, 6\] and \[4, 4\]\)"):
+    with pytest.raises(UserError, match=r"numbers of draws, got \[6, 6\] and \[4, 4\]"):
         paired_difference(a, cases.stratified(4))
 
 

@@ -412,7 +412,7 @@ def test_wrong_classes_of_a_known_data_set_are_named(tmp_path: Path) -> None:
 
 
 def test_sizes_that_do_not_suit_are_refused(tree: Path) -> None:
-    with pytest.raises(UserError, match="An image size is a number of pixels from 1 on, not 0"):
+    with pytest.raises(UserError, match="image_size must be an integer >= 1, got 0"):
         load(tree, size=0)
 
 

@@ -183,7 +183,7 @@ def test_exported_files_make_an_ensemble_that_is_measured_and_exported(store, tm
     assert call("import", file, "--held-out", "rot15", *words) == 0
     other = json.loads(capsys.readouterr().out.splitlines()[-1])[0]["run"]
     assert call("ensemble", digests[0], other, *words) == 2
-    assert "have one data set, held-out domain" in capsys.readouterr().err
+    assert "must have the same data set, held-out domain" in capsys.readouterr().err
 
 
 def test_a_file_that_cannot_come_in_is_a_sentence(tmp_path):
@@ -231,7 +231,7 @@ def test_inq_before_its_last_stage_is_refused(store, tmp_path):
     files.save_arrays(run.checkpoint("early"), arrays, facts)
     refuses(
         lambda: export(run, tmp_path / "file.safetensors", PLACE, checkpoint="early"),
-        "features.4.weight is not wholly on its grid",
+        "features.4.weight is not completely on its grid",
     )
     run.checkpoint("early").unlink()
 

@@ -147,7 +147,7 @@ def test_what_is_no_checkpoint_is_refused(state, tmp_path, capsys, name):
 def test_a_domain_must_be_named(state, tmp_path, capsys):
     save_file(state, tmp_path / "net.safetensors")
     assert call("import", tmp_path / "net.safetensors", "--store", tmp_path) == 2
-    assert "Say which domain the checkpoint has not seen: --held-out rot0|rot15|rot30|rot45" in capsys.readouterr().err
+    assert "Give the domain held out in training: --held-out rot0|rot15|rot30|rot45" in capsys.readouterr().err
 
 
 def test_training_may_start_from_a_file_of_weights(tmp_path, capsys):

@@ -270,9 +270,9 @@ def test_inq_of_zeros_stays_zero_and_its_mistakes_are_sentences():
         quantizer.advance(weight, 1.0)
         assert torch.equal(quantizer(weight)[1], torch.zeros(4, dtype=torch.float64))
         assert torch.isfinite(quantizer(weight)).all()
-    with pytest.raises(UserError, match=r"^A grid of powers of two has 2 to 8 bits, not 9"):
+    with pytest.raises(UserError, match=r"^A grid of powers of two must have 2 to 8 bits, got 9"):
         INQ(weight, bits=9, grid="power-of-two")
-    with pytest.raises(UserError, match="^bits must be 2 to 16, not 17$"):
+    with pytest.raises(UserError, match="^bits must be an integer from 2 to 16, got 17$"):
         INQ(weight, bits=17)
     with pytest.raises(UserError, match="^Unknown grid 'unifrom'"):
         INQ(weight, grid="unifrom")

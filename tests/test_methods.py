@@ -176,7 +176,7 @@ def test_refreshed_statistics_are_the_mean_over_unseen_batches(average, tmp_path
 
 def test_runs_of_several_trajectories_are_refused(tmp_path):
     both = [compose(METHODS[name], SETTING, held_out="rot45", seed=0, trial_seed=0) for name in ("ERM", "SAM")]
-    with pytest.raises(UserError, match="2 runs of several trajectories came; train those of one trajectory"):
+    with pytest.raises(UserError, match="one trajectory, got 2 runs of several"):
         train(both, RunStore(tmp_path), PLACE)
     assert not list(tmp_path.iterdir())
 
@@ -285,7 +285,7 @@ def test_the_loss_that_an_average_is_shown_is_the_mean_over_source_domains(tmp_p
     spec = spec_of(Method(), eval_every=1, steps=3)
     training = Training([RunStore(tmp_path).run(spec)], RunStore(tmp_path), PLACE, forks=())
     seen = []
-    (member,) = training.trajectory.members
+    (member,) = training.trajectory.observers
     update = member.average.update
     member.average.update = lambda weights, step, validate: (seen.append(validate()), update(weights, step, validate))
     training.run(None)

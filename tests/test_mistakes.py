@@ -42,7 +42,7 @@ WORDS = {  # what the user writes -> what the answer names, before anything heav
     "train --select all": r"--select all does nothing without a switch; add --quantizer lsq, or leave it out\.",
     "train --test-share 1.0": r"--test-share must be a number <= 0.9, got 1.0\.",
     "train --swad-rule released": r"--swad-rule released does nothing without SWAD; add --average swad",
-    "train --method qt-dog --quantize-at 301": r"step 301 .* 300.*--quantize-at.*--steps",
+    "train --method qt-dog --quantize-at 301": r"<= 300 \(--steps\), got 301.*--quantize-at",
     "train --steps 0": r"--steps .*>= 1.* 0\.",
     "train --steps ten": r"--steps.*integer",
     "train --steps=1.5": r"--steps.*integer",
@@ -80,7 +80,7 @@ WORDS = {  # what the user writes -> what the answer names, before anything heav
     "flatness QT-DGo --store nix": r"'QT-DGo'; did you mean QT-DoG\?",
     "flatness beef --store nix": r"No run in nix begins with 'beef'; `flatlab runs list` shows them all\.",
     "runs show beef --store nix": r"No run in nix begins with 'beef'",
-    "runs merge nix": r"nix holds no run; a store is a folder such as \./runs\.",
+    "runs merge nix": r"nix contains no run; a store is a folder such as \./runs\.",
     "data check PCAS": r"Unknown dataset 'PCAS'",
 }
 
@@ -150,7 +150,7 @@ def test_wrong_measurements(mistake, store, tmp_path, words):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the device")
 def test_a_device_that_is_absent(mistake, tmp_path):
     sentence = mistake("train", *TINY, "--device", "cuda", "--store", tmp_path)
-    assert "The device 'cuda' is not to be had here; choose auto, cpu, cuda or mps." in sentence
+    assert "The device 'cuda' is not available; choose auto, cpu, cuda or mps." in sentence
 
 
 def test_a_loss_that_is_not_finite_names_the_step(mistake, tmp_path):
@@ -219,7 +219,7 @@ def test_a_run_that_is_not_finished(mistake, tmp_path):
     assert call("train", *TINY, "--store", tmp_path) == 0
     (RunStore(tmp_path).runs()[0].path / "done").unlink()
     sentence = mistake("flatness", only_run(tmp_path), "--store", tmp_path)
-    assert "is not finished; repeat the command that began it, then measure." in sentence
+    assert "is not finished; repeat the command that started it, then measure." in sentence
 
 
 @pytest.mark.parametrize("harm", ["truncated", "flipped"])
@@ -306,7 +306,7 @@ def test_a_worker_s_bug_is_told_as_such(mistake, tmp_path, monkeypatch):
         (lambda: SMOKE.replace(lr=0.0), "Setting: lr must be greater than 0.0, got 0.0."),
         (lambda: SMOKE.replace(stepps=3), "Setting has no field 'stepps'; it has name, dataset, "),
         (lambda: SphereSpec.make(radii=(0.0,), space="flat"), "space must be 'baked' or 'latent', got 'flat'."),
-        (lambda: RunSpec.make(dataset="digits"), "RunSpec needs the field 'held_out', and it is missing."),
+        (lambda: RunSpec.make(dataset="digits"), "RunSpec: the field 'held_out' is missing."),
         (lambda: SMOKE.replace(steps="ten"), "Setting: steps must be a valid integer, got 'ten'."),
     ],
 )

@@ -71,7 +71,7 @@ def test_initialisation_is_reproducible_the_seed_bites_and_global_draws_are_unto
 def test_unknown_names_and_channels_are_refused():
     with pytest.raises(UserError, match="Unknown model 'resnet51'.*did you mean resnet50"):
         build_network("resnet51", num_classes=2)
-    with pytest.raises(UserError, match="resnet18 takes images of 3 channels, not 1"):
+    with pytest.raises(UserError, match="resnet18 needs images of 3 channels, got 1"):
         build_network("resnet18", num_classes=2, in_channels=1)
 
 

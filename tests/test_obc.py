@@ -225,7 +225,7 @@ def test_each_layers_output_moves_less_than_by_rounding(name, exact_columns):
     ("batch", "sentence"),
     [
         (torch.zeros(4, 3, 9, 9), r"^Calibration inputs of shape \(4, 3, 9, 9\) do not fit the network: "),
-        ((torch.zeros(2, 1, 8, 8), 1), r"^Calibration data are batches of inputs, tensors; tuple came\.$"),
+        ((torch.zeros(2, 1, 8, 8), 1), r"^Calibration data must be batches .*got a tuple\.$"),
         (torch.full((2, 1, 8, 8), math.nan), r"^Calibration made inputs of 0 that are not finite"),
     ],
     ids=["shape", "kind", "nan"],
@@ -238,7 +238,7 @@ def test_calibration_data_that_do_not_do(batch, sentence, untouched):
 
 
 def test_without_data_there_is_no_calibration():
-    with pytest.raises(UserError, match=r"^patches saw no calibration input: "):
+    with pytest.raises(UserError, match=r"^patches received no calibration input: "):
         second_moments(make("vit").model, [])
 
 

@@ -47,8 +47,8 @@ def test_results_of_two_runs(store):
     mine, theirs = (store.run(run).measurement(PROBE).result for run in (RUN, OTHER))
     _swap(mine, theirs)
     wanted = [("a", run, PROBE) for run in (RUN, OTHER)]
-    words = ("is the file of another run or measurement", _relative(store, theirs), _relative(store, mine))
-    refuses(lambda: tables.flatness(store, wanted), mine, *words, "Put the right file back")
+    words = ("belongs to another run or measurement", _relative(store, theirs), _relative(store, mine))
+    refuses(lambda: tables.flatness(store, wanted), mine, *words, "Restore the right file")
     faults = store.faults()
     assert [str(path) in fault for path, fault in zip(sorted([mine, theirs]), faults, strict=True)] == [True, True]
 
@@ -63,7 +63,7 @@ def test_results_of_two_measurements_of_a_run(store):
 def test_checkpoints(store, other):
     mine, theirs = store.run(RUN).checkpoint("selected"), store.run(other[0]).checkpoint(other[1])
     _swap(mine, theirs)
-    words = (mine, "is the file of another run", _relative(store, theirs), _relative(store, mine))
+    words = (mine, "belongs to another run", _relative(store, theirs), _relative(store, mine))
     refuses(lambda: checkpoint.network(store.run(RUN), "selected", PLACE), *words)
     refuses(lambda: measure(store.run(RUN), PROBE.replace(seed=2), PLACE), *words)
 

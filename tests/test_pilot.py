@@ -41,13 +41,13 @@ def images(slope=1.0, common=0.0):
     return model, Landscape(model, [(index, torch.zeros(SIZE))], lambda outputs, targets: outputs)
 
 
-def fly(landscape, radii, seed=0):
-    return pilot.fly([landscape], np.array(radii), seed=seed, normalisation="none", value=lambda rises: rises[0])
+def pilot_of(landscape, radii, seed=0):
+    return pilot.run_pilot([landscape], np.array(radii), seed=seed, normalisation="none", value=lambda rises: rises[0])
 
 
 def test_components_are_those_of_quadratic_images():
     model, landscape = images(slope=1.0, common=2.0)
-    found = [fly(landscape, [0.5, 2.0], seed) for seed in range(12)]
+    found = [pilot_of(landscape, [0.5, 2.0], seed) for seed in range(12)]
     curvature, slopes = model.curvatures.numpy(), model.slopes.numpy()
     for index, gamma in enumerate((0.5, 2.0)):
         # On a sphere E (b.u)^2 = |b|^2 / d: the mean slope is shared by all images, the rest is interaction.
@@ -69,7 +69,7 @@ def test_its_draws_are_not_those_of_the_measurement(monkeypatch):
     drawn = []
     draw = perturbations.draw_direction
     monkeypatch.setattr(pilot, "draw_ray", lambda ls, seed, k, **given: drawn.append(k) or draw(ls, seed, k, **given))
-    fly(landscape, [1.0])
+    pilot_of(landscape, [1.0])
     assert len(drawn) == len(set(drawn)) == 64 and max(drawn) < 0
 
 
@@ -80,9 +80,9 @@ def test_there_are_64_directions_at_least_and_the_price_is_known(samples):
     landscape = Landscape(model, [(x, x[:, :1])], lambda o, t: ((o - t) ** 2)[:, 0])
     seen = []
     model.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
-    flown = fly(landscape, [1.0, 2.0])
+    found = pilot_of(landscape, [1.0, 2.0])
     assert sum(seen) == pilot.price([landscape], 2, seed=0)
-    assert len(seen) >= 64 * 4 and set(flown.seconds) == set(pilot._sizes(landscape))
+    assert len(seen) >= 64 * 4 and set(found.seconds) == set(pilot._sizes(landscape))
 
 
 # --- plans, of made-up pilots
@@ -94,8 +94,8 @@ NONE = Components(0.0, 0.0, 0.0)
 def planned(single, paired, *, alone=True, seconds=None, gathering=None, drawing=0.0, goal=None, samples=10_000):
     seconds = seconds or SECONDS
     gathering = gathering or dict.fromkeys(seconds, 0.0)
-    flown = Pilot([single], [paired], alone, np.array([1.0]), seconds, gathering, drawing)
-    (plan,) = pilot.plan(flown, np.array([1.0]), goal or Goal(0.1, 0.0), samples)
+    found = Pilot([single], [paired], alone, np.array([1.0]), seconds, gathering, drawing)
+    (plan,) = pilot.plan(found, np.array([1.0]), goal or Goal(0.1, 0.0), samples)
     return plan
 
 

@@ -344,7 +344,7 @@ class Complex(nn.Linear):
     ("model", "data", "loss", "sentence"),
     [
         (lambda: embedding(max_norm=0.1), [(WORDS, Y)], F.cross_entropy, "'e' has max_norm=0.1.*set max_norm to None"),
-        (lambda: Squeezed(6, 1), [(X[:3], X[:3, 0])], F.mse_loss, r"shapes \[\(\)\] came.*squeeze\(1\)"),
+        (lambda: Squeezed(6, 1), [(X[:3], X[:3, 0])], F.mse_loss, r"got shapes \[\(\)\].*squeeze\(1\)"),
         (lambda: nn.LazyLinear(3), [(X, Y)], F.cross_entropy, "'weight' has no shape yet: run one batch"),
         (lambda: Complex(6, 3), [(X, Y)], F.cross_entropy, "must be real, but 'w' is complex.*view_as_real"),
         (
@@ -353,8 +353,8 @@ class Complex(nn.Linear):
             F.cross_entropy,
             r"a dict, and fails .*self.model\(\*\*inputs\)",
         ),
-        (lambda: nn.Linear(6, 3), [[X, Y, Y]], F.cross_entropy, r"3 things came.*for inputs, targets, _ in loader\]"),
-        (lambda: nn.Linear(6, 3), [{"x": X, "labels": Y}], F.cross_entropy, "a dict with 'x', 'labels' came"),
+        (lambda: nn.Linear(6, 3), [[X, Y, Y]], F.cross_entropy, r"got 3 items.*for inputs, targets, _ in loader\]"),
+        (lambda: nn.Linear(6, 3), [{"x": X, "labels": Y}], F.cross_entropy, "got a dict with 'x', 'labels'"),
         (
             lambda: nn.Linear(6, 1),
             [(X, X[:, 0])],

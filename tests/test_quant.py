@@ -41,7 +41,7 @@ def test_levels(bits, signed, expected):
 
 @pytest.mark.parametrize("bits", [1, 17, 7.5])
 def test_bits_out_of_range_are_refused(bits):
-    with pytest.raises(UserError, match=f"^bits must be 2 to 16, not {bits}$"):
+    with pytest.raises(UserError, match=f"^bits must be an integer from 2 to 16, got {bits}$"):
         LSQ(gaussian(2, 3), bits=bits)
 
 

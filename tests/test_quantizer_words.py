@@ -35,7 +35,7 @@ IDLE = {  # what makes no sense -> what is said
     "--inq-grid uniform": r"--inq-grid uniform does nothing without INQ; add --quantizer inq" + LEFT_OUT,
     "--method qt-dog --inq-grid power-of-two": r"--inq-grid power-of-two does nothing without INQ",
     "--quantizer inq --inq-grid pow2": r"Unknown inq-grid 'pow2'.*: uniform, power-of-two\.",
-    "--quantizer inq --inq-grid power-of-two --bits 9": r"A grid of powers of two has 2 to 8 bits, not 9\.",
+    "--quantizer inq --inq-grid power-of-two --bits 9": r"A grid of powers of two must have 2 to 8 bits, got 9\.",
     "--granularity tensor": r"--granularity tensor does nothing without a quantizer; add --quantizer lsq" + LEFT_OUT,
     "--method qt-dog --granularity row": r"Unknown granularity 'row'.*: channel, tensor\.",
     "--quantizer obc --log-scale": r"--log-scale does nothing without LSQ; add --quantizer lsq" + LEFT_OUT,

@@ -142,14 +142,14 @@ def test_what_was_not_kept_is_a_sentence(tmp_path, store):
     refuses(lambda: replay(plain.run(ERM), {}, PLACE), *told)
     todo = jobs_plan.missing(plain, [ERM, QT], [], sizes=SIZES)
     refuses(
-        lambda: jobs_plan.keeping(todo, plain, [ERM], 5), ERM.digest, "no checkpoint each 5 steps", "--keep-every 5;"
+        lambda: jobs_plan.keeping(todo, plain, [ERM], 5), ERM.digest, "no checkpoint every 5 steps", "--keep-every 5;"
     )
     assert [job.keep_every for job in jobs_plan.keeping(todo, plain, [QT], 5)] == [5]
     assert jobs_plan.keeping([], store, [ERM], 5) == []  # they are there
     refuses(lambda: replay(plain.run(QT), {}, PLACE), "is not finished")
     derived, joint = spec("RTN"), ERM.replace(members=(ERM, QT))
     for run in (derived, joint):
-        refuses(lambda run=run: replay(plain.run(run), {}, PLACE), "was not trained itself")
+        refuses(lambda run=run: replay(plain.run(run), {}, PLACE), "was not trained and has no iterates")
     gone = keeping(tmp_path / "gone", [ERM], 4).run(ERM)
     gone.kept()[8].unlink()
     refuses(lambda: replay(gone, {}, PLACE), *told)
@@ -175,5 +175,5 @@ def test_the_command_says_what_each_average_is_of_and_draws_it(tmp_path, capsys)
     said = capsys.readouterr()
     assert "checkpoints that were kept, each 2 steps" in " ".join((said.out + said.err).split())
     assert call("train", *tiny, "--keep-every", "5", *words) == 2
-    assert "kept no checkpoint each 5 steps" in capsys.readouterr().err
+    assert "kept no checkpoint every 5 steps" in capsys.readouterr().err
     assert call("train", *tiny, "--keep-every", "0", *words) == 2

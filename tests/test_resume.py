@@ -201,7 +201,7 @@ def test_a_state_that_lacks_an_average_is_not_gone_on_from(tmp_path, together):
     first, second = store.run(pair[0]).provenance["sessions"]
     assert first["how"] == "begun"
     assert second["from_step"] == 0
-    assert second["how"] == "begun anew: the saved state lacks one of the averages"
+    assert second["how"] == "begun again: the saved state lacks one of the averages"
     for run in pair:
         assert content(store.run(run)) == content(together.run(run))
 

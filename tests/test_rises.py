@@ -78,7 +78,7 @@ def test_on_a_quadratic_the_radii_are_those_of_the_closed_form():
     drawn = torch.rand(4000, generator=seeds.generator("bowl"), dtype=torch.float64)
     found = pilot.reached(Sampler([bowl(drawn, shift=0.2)], 0, "none"), RISES)
     # u'Hu of a ray has the relative spread sqrt(2 var(h) / P) / mean(h), its radius half of it.
-    spread = 0.5 * np.sqrt(2 * drawn.var().item() / 4000) / drawn.mean().item() / np.sqrt(pilot.RAYS)
+    spread = 0.5 * np.sqrt(2 * drawn.var().item() / 4000) / drawn.mean().item() / np.sqrt(pilot.PAIRS)
     np.testing.assert_allclose(found, np.sqrt(2 * np.array(RISES) / drawn.mean().item()), rtol=4 * spread)
 
 

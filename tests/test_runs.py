@@ -73,7 +73,7 @@ def test_remove(store):
     for entry in (run, run.measurement(PROBE)):
         with entry.claim() as free:
             assert free
-            refuses(lambda: store.remove(run), f"Run {RUN.digest} is being worked on by another process")
+            refuses(lambda: store.remove(run), f"Run {RUN.digest} is in use by another process")
         assert run.done
         assert store.faults() == []
     store.remove(run)
@@ -149,10 +149,10 @@ def test_merge_takes_kept_checkpoints_along(store, tmp_path):
 
 def test_merge_names_what_it_cannot_take_and_goes_on(store, tmp_path):
     ours, measurement = RunStore(tmp_path / "ours"), store.run(RUN).measurement(PROBE)
-    refuses(lambda: merge(RunStore(tmp_path / "none"), ours), f"{tmp_path / 'none'} holds no run")
+    refuses(lambda: merge(RunStore(tmp_path / "none"), ours), f"{tmp_path / 'none'} contains no run")
     with ours.run(RUN).claim():
         (sentence,) = _merged(store, ours, runs=1, refused=[ours.run(RUN).path])
-        assert "is being worked on by another process; merge again when it is finished" in sentence
+        assert "is in use by another process; merge again" in sentence
     flip(measurement.result, 9_000)
     _merged(store, ours, runs=1, here_already=1, refused=[measurement.result])
     for path in (store.run(RUN).checkpoint("last"), store.run(RUN).path / "spec.json"):

@@ -120,7 +120,7 @@ def test_radii_of_one_plan_share_rays_and_seeds_name_them():
 
 def test_a_block_size_leaves_nothing_to_timings(monkeypatch):
     first = in_blocks(network(), [0.5, 2.0], 8, errors=(0.1, 0))
-    monkeypatch.setattr("flatlab.metrics.flatness.pilot.fly", None)
+    monkeypatch.setattr("flatlab.metrics.flatness.pilot.run_pilot", None)
     again = in_blocks(network(), [0.5, 2.0], 8, errors=(0.1, 0))
     assert all(np.array_equal(a, b) for a, b in zip(first.visits, again.visits, strict=True))
     assert first.cost.images == again.cost.images and first.stopped == again.stopped
@@ -196,10 +196,10 @@ def test_small_data_and_large_blocks_are_crossed():
 @pytest.mark.parametrize(
     ("given", "sentence"),
     [
-        ({"rel_error": -1}, "must not be negative, nor both zero"),
-        ({"rel_error": 0, "abs_error": 0}, "must not be negative, nor both zero"),
-        ({"budget": 0}, "budget must be a positive number"),
-        ({"num_samples": 1}, "at least 2"),
+        ({"rel_error": -1}, "rel_error must be a finite number >= 0, got -1"),
+        ({"rel_error": 0, "abs_error": 0}, "rel_error and abs_error must not both be 0"),
+        ({"budget": 0}, "budget must be a finite number > 0, got 0"),
+        ({"num_samples": 1}, "num_samples must be an integer >= 2, got 1"),
         ({"radii": "best"}, "must be numbers or"),
     ],
 )

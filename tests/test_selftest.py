@@ -56,7 +56,7 @@ def test_a_sheared_grid_is_caught(monkeypatch):
 def test_uniform_directions_are_caught(monkeypatch):
     monkeypatch.setattr(torch, "randn", torch.rand)
     failed = failures(selftest._randomness)
-    assert {"cpu: rays, largest cosine of two", "cpu: rays, mean of the entries"} <= set(failed)
+    assert {"cpu: directions, largest cosine of two", "cpu: directions, mean of the entries"} <= set(failed)
 
 
 @pytest.mark.parametrize("which", ["values", "derivatives"])

@@ -56,14 +56,14 @@ def _units(measurement):
 
 
 def _fills(root, tally, barrier):
-    walk = flatness_sampler.Sampler.walk
+    evaluate = flatness_sampler.Sampler.evaluate
 
     def counted(sampler, plans, visits):
         with open(tally, "a") as file:
             file.write(f"{os.getpid()} {visits.start}\n")
-        return walk(sampler, plans, visits)
+        return evaluate(sampler, plans, visits)
 
-    flatness_sampler.Sampler.walk = counted
+    flatness_sampler.Sampler.evaluate = counted
     barrier.wait()
     store = RunStore(root)
     assert _errors(_work(store, jobs_plan.missing(store, [], [(ERM, LONG)], sizes=SIZES))) == {}
@@ -131,7 +131,7 @@ def test_a_kept_plan_is_not_made_again(whole, tmp_path, monkeypatch):
     _, facts = files.load_arrays(measurement.result)
     for path in [measurement.path / "done", measurement.result, *measurement.path.glob("unit-*_*")]:
         path.unlink()
-    monkeypatch.setattr(pilot, "fly", None)
+    monkeypatch.setattr(pilot, "run_pilot", None)
     monkeypatch.setattr(pilot, "span", None)
     measure(mine.run(ERM), AUTO, PLACE)
     assert content(measurement) == before and facts["stopped"] and len(facts["plans"]) == pilot.PLACES

@@ -240,5 +240,5 @@ def test_what_does_not_do_is_said():
             way(landscape, [-1.0])
         with pytest.raises(UserError, match="Unknown norm 'l1'.*: l2, linf"):
             way(landscape, [0.1], norm="l1")
-    with pytest.raises(UserError, match="at least one step and one restart, but 0 and 1 came"):
+    with pytest.raises(UserError, match="steps must be an integer >= 1, got 0"):
         worst_sharpness(landscape, [0.1], steps=0)

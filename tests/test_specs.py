@@ -100,15 +100,18 @@ def test_a_trajectory_is_all_but_the_average_and_a_parent_all_before_the_switch(
         ({"lr": 0.0}, r"^RunSpec: lr must be greater than 0\.0, got 0\.0\.$"),
         ({"lr": float("nan")}, r"^RunSpec: lr must be a finite number, got nan\.$"),
         ({"objective": "irm"}, r"^RunSpec: objective must be 'erm' or 'coral', got 'irm'\.$"),
-        ({"switch": 4}, r"^A switch step goes with a quantizer, noise or freezing in training, and they with it\.$"),
-        ({"frozen": True}, r"^A switch step goes with a quantizer, noise or freezing in training, and they with it\.$"),
+        ({"switch": 4}, r"^A quantizer, noise or freezing in training needs a switch step, and only they have one\.$"),
+        (
+            {"frozen": True},
+            r"^A quantizer, noise or freezing in training needs a switch step, and only they have one\.$",
+        ),
         (
             {"members": (RUN.replace(held_out="rot15"),)},
-            r"^The members of an ensemble have one data set, held-out domain and image size, and .*rot0.*rot15",
+            r"^An ensemble and its members must have the same data set, .*, got .*rot0.*rot15",
         ),
         (
             {"frozen": True, "switch": 11},
-            r"^The switch at step 11 lies beyond the end at 10; choose --quantize-at of at most --steps\.$",
+            r"^The switch must be at a step <= 10 \(--steps\), got 11: choose a smaller --quantize-at",
         ),
     ],
 )
@@ -122,26 +125,32 @@ def test_what_does_not_do_is_one_sentence(changes, sentence):
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
-        (lambda: INQSpec.make(every=2, fractions=(0.5, 0.9)), r"^INQ's fractions rise to 1, .*: \(0\.5, 0\.9\)\.$"),
-        (lambda: INQSpec.make(every=2, fractions=(0.0, 1.0)), r"^INQ's fractions are above 0; these begin with 0\.$"),
+        (
+            lambda: INQSpec.make(every=2, fractions=(0.5, 0.9)),
+            r"^INQ's fractions must increase to 1, .*, got \(0\.5, 0\.9\)\.$",
+        ),
+        (lambda: INQSpec.make(every=2, fractions=(0.0, 1.0)), r"^INQ's fractions must be > 0, got \(0\.0,"),
         (
             lambda: INQSpec.make(every=2, bits=9, grid="power-of-two"),
-            r"^A grid of powers of two has 2 to 8 bits, not 9",
+            r"^A grid of powers of two must have 2 to 8 bits, got 9",
         ),
         (lambda: OBCSpec.make(bits=1), r"^OBCSpec: bits must be at least 2, got 1\.$"),
-        (NoiseSpec.make, r"^Noise has either an amplitude or the bits whose rounding it equals in norm; give one\.$"),
-        (lambda: NoiseSpec.make(amplitude=0.1, bits=7), r"^Noise has either an amplitude or the bits"),
+        (
+            NoiseSpec.make,
+            r"^Noise needs either an amplitude, or the bits of the rounding whose norm it has; give one\.$",
+        ),
+        (lambda: NoiseSpec.make(amplitude=0.1, bits=7), r"^Noise needs either an amplitude, or the bits"),
         (
             lambda: RUN.replace(quantizer=OBCSpec(), switch=4),
-            r"^A switch step goes with a quantizer, noise or freezing",
+            r"^A quantizer, noise or freezing in training needs a switch step",
         ),
         (
             lambda: RUN.replace(quantizer=QuantSpec(), noise=NoiseSpec(bits=7), switch=4),
-            r"^Noise stands in a quantizer",
+            r"^Noise replaces a quantizer",
         ),
         (
             lambda: RUN.replace(quantizer=INQSpec(every=3), switch=4),
-            r"^The last stage of INQ at step 13 lies beyond the end at 10; choose --quantize-at of at most --steps\.$",
+            r"^The last stage of INQ must be at a step <= 10 \(--steps\), got 13: choose a smaller --quantize-at",
         ),
     ],
 )
@@ -167,7 +176,7 @@ def test_bits_are_2_to_16(bits, bound):
 
 
 def test_a_missing_field_is_named():
-    with pytest.raises(UserError, match=r"^RunSpec needs the field 'lr', and it is missing\.$"):
+    with pytest.raises(UserError, match=r"^RunSpec: the field 'lr' is missing\.$"):
         RunSpec.make(**{name: value for name, value in FIELDS.items() if name != "lr"})
 
 

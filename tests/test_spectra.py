@@ -191,7 +191,7 @@ def test_the_command_prints_and_draws(store, tmp_path, capsys):
     ("words", "sentence"),
     [
         (("--split", "rot7"), "Unknown domain 'rot7'"),
-        (("-k", "99999999"), "k must lie between 1 and the 33658 parameters, but is 99999999"),
+        (("-k", "99999999"), "k must lie between 1 and the 33658 parameters, got 99999999"),
         (("--engine", "hessianpy"), "Unknown engine 'hessianpy'"),
         (("--which", "LM"), "Unknown end of the spectrum 'LM'"),
         (("--params", "nothing*"), "No trainable parameter matches 'nothing*'"),

@@ -14,7 +14,7 @@ from flatlab.results.sphere import SamplingPlan
 class Synthetic(Sampler):
     """Visits that are drawn, not measured: skewed like a rise, at a cost that counts."""
 
-    def walk(self, plans, visits):
+    def evaluate(self, plans, visits):
         rises = np.array([[self.draw(j, plan) for plan in plans] for j in visits])
         return rises[None, :, :, None]
 
@@ -33,41 +33,45 @@ SOFTMAX = softmax()
 
 
 def test_it_stops_at_the_larger_of_two_errors():
-    (walk,), _ = synthetic(Goal(0.05, 0.0))
-    assert walk.stopped == "accuracy" and 380 < walk.visits.shape[1] < 600  # (1 / 0.05)^2 = 400 visits
-    (walk,), _ = synthetic(Goal(0.0, 0.1))
-    assert walk.stopped == "accuracy" and 95 < walk.visits.shape[1] < 200
-    (walk,), _ = synthetic(Goal(0.01, 0.2))
-    assert walk.stopped == "accuracy" and walk.visits.shape[1] == 96  # a round of 12, and 80 at least
-    (walk,), _ = synthetic(Goal(0.01, 0.9), size=2)
-    assert walk.visits.shape[1] == 48 + 80 and walk.blocks == 48
-    (walk,), _ = synthetic(Goal(0.01, 0.9), size=1)
-    assert walk.visits.shape[1] == 88 and walk.blocks == 96  # short of a round, in units of 8
+    (draws,), _ = synthetic(Goal(0.05, 0.0))
+    assert draws.stopped == "accuracy" and 380 < draws.visits.shape[1] < 600  # (1 / 0.05)^2 = 400 visits
+    (draws,), _ = synthetic(Goal(0.0, 0.1))
+    assert draws.stopped == "accuracy" and 95 < draws.visits.shape[1] < 200
+    (draws,), _ = synthetic(Goal(0.01, 0.2))
+    assert draws.stopped == "accuracy" and draws.visits.shape[1] == 96  # a round of 12, and 80 at least
+    (draws,), _ = synthetic(Goal(0.01, 0.9), size=2)
+    assert draws.visits.shape[1] == 48 + 80 and draws.blocks == 48
+    (draws,), _ = synthetic(Goal(0.01, 0.9), size=1)
+    assert draws.visits.shape[1] == 88 and draws.blocks == 96  # short of a round, in units of 8
 
 
 def test_looks_come_when_the_spread_is_known_and_at_most_double():
     counts = []
-    synthetic(Goal(0.02, 0.0), report=lambda walks: counts.append(walks[0].visits.shape[1]))
+    synthetic(Goal(0.02, 0.0), report=lambda per_radius: counts.append(per_radius[0].visits.shape[1]))
     looks = []
     judge = Sampler._verdict
     try:
-        Sampler._verdict = lambda self, walk, group, goal: looks.append(group.done) or judge(self, walk, group, goal)
-        (walk,), _ = synthetic(Goal(0.02, 0.0), visits=150)
+        Sampler._verdict = lambda self, draws, group, goal: looks.append(group.done) or judge(self, draws, group, goal)
+        (draws,), _ = synthetic(Goal(0.02, 0.0), visits=150)
     finally:
         Sampler._verdict = judge
     assert looks[:2] == [96, 156]  # 80 visits and a round at least; then what was foreseen, in whole rounds
-    assert all(a < b <= 2 * a for a, b in zip(looks, looks[1:], strict=False)) and looks[-1] == walk.visits.shape[1]
+    assert all(a < b <= 2 * a for a, b in zip(looks, looks[1:], strict=False)) and looks[-1] == draws.visits.shape[1]
     assert counts[0] == 12 and counts == sorted(counts)
 
 
 def test_a_budget_is_kept_shared_and_said():
     for budget in (200, 1000, 3000):
-        walks, sampler = synthetic(Goal(0.001, 0.0, budget), radii=(1.0, 2.0))
-        assert {walk.stopped for walk in walks} == {"budget"}
+        per_radius, sampler = synthetic(Goal(0.001, 0.0, budget), radii=(1.0, 2.0))
+        assert {draws.stopped for draws in per_radius} == {"budget"}
         assert budget - 8 * 3 < sampler.spent <= budget
     sampler = Synthetic([SOFTMAX], 0, "none")
-    walks = sampler.run([SamplingPlan(1.0, 8), SamplingPlan(2.0, 16), SamplingPlan(3.0, 0)], Goal(0.001, 0.0, 9000))
-    assert {walk.stopped for walk in walks} == {"budget"} and all(walk.visits.shape[1] > 2 for walk in walks)
+    per_radius = sampler.run(
+        [SamplingPlan(1.0, 8), SamplingPlan(2.0, 16), SamplingPlan(3.0, 0)], Goal(0.001, 0.0, 9000)
+    )
+    assert {draws.stopped for draws in per_radius} == {"budget"} and all(
+        draws.visits.shape[1] > 2 for draws in per_radius
+    )
     found = in_blocks(softmax(), [1.0, 2.0], 8, budget=1000)
     assert found.stopped == ("budget", "budget") and not found.converged and found.cost.images <= 1000
     assert np.isfinite(found.interval()).all()
@@ -87,8 +91,8 @@ def test_stopping_leaves_the_interval_whole():
     """Skewed visits, looked at and stopped 1,500 times: the interval covers, and the value is hardly biased."""
     values, hits = [], 0
     for seed in range(1500):
-        (walk,), sampler = synthetic(Goal(0.06, 0.0), visits=300, seed=seed)
-        found = sampler.estimate(walk)
+        (draws,), sampler = synthetic(Goal(0.06, 0.0), visits=300, seed=seed)
+        found = sampler.estimate(draws)
         values.append(found.value)
         hits += abs(found.value - 1) <= found.half_width()
     assert 0.93 <= hits / 1500 <= 0.965

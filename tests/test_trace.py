@@ -192,7 +192,7 @@ def test_a_result_can_be_tabulated_and_drawn():
 
 def test_bad_input_is_refused():
     landscape = double("mlp").landscape()
-    with pytest.raises(UserError, match="rel_error must not be negative, but is -1"):
+    with pytest.raises(UserError, match="rel_error must be >= 0, got -1"):
         hessian_trace(landscape, rel_error=-1.0)
     with pytest.raises(UserError, match=r"budget must be at least 48 products for intervals that hold, got 1\."):
         hessian_trace(landscape, budget=1)

@@ -127,7 +127,7 @@ def test_a_frame_has_a_row_for_each_perturbation_and_a_plot_its_points():
         ({"perturbations": {}}, "needs a perturbation"),
         ({"perturbations": {"e": torch.zeros(53)}}, "'e' must be finite and not zero"),
         ({"perturbations": {"e": torch.full((53,), float("nan"))}}, "'e' must be finite"),
-        ({"perturbations": {"e": torch.zeros(5)}}, "(53,), but (5,) came"),
+        ({"perturbations": {"e": torch.zeros(5)}}, "(53,), got (5,)"),
         ({"normalisation": "flter"}, "did you mean filter"),
     ],
 )

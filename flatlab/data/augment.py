@@ -26,7 +26,7 @@ UNIFORMS = 2 * TRIES + 12  # numbers that a sample needs
 
 
 class Draws(NamedTuple):
-    """What happens to each of n pictures.
+    """The transform of each of n pictures.
 
     Attributes:
         boxes: (n, 4) top, left, height, width of the crop, in pixels.
@@ -44,7 +44,7 @@ class Draws(NamedTuple):
 
 
 def draw(sizes: npt.NDArray[np.int64], generator: torch.Generator) -> Draws:
-    """Draw what happens to pictures of these sizes, (n, 2) heights and widths.
+    """Draw the transforms of pictures of these sizes, (n, 2) heights and widths.
 
     A sample takes the same number of draws whatever its size, so that no picture moves another's.
     """

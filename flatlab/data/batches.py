@@ -130,7 +130,7 @@ def _source(data: DomainSet, name: str, rows: np.ndarray, device: torch.device, 
     return _Source(domain.name, torch.tensor(rows), images, originals, domain.labels.to(device))
 
 
-class _MadeAnew(Sequence[tuple[Tensor, Tensor]]):
+class _BatchesByRows(Sequence[tuple[Tensor, Tensor]]):
     """Evaluation batches of which the bytes are kept, on the device; or the files' names, where those are too many."""
 
     def __init__(self, data: DomainSet, chunks: Sequence[tuple[Tensor | Decoded, Tensor, Tensor]]) -> None:
@@ -161,13 +161,13 @@ def evaluation_batches(
         rows: (n,) row numbers.
         device: where the batches are kept.
         batch_size: samples in a batch; the last one may be smaller.
-        limit: take only the first so many rows, a fair sample where the rows come shuffled by `domains.split`.
+        limit: use only this number of rows, the first: a random sample if the rows were shuffled by `domains.split`.
     """
     domain, wanted = data.domain(name), torch.tensor(rows[:limit])
     images, chunks = domain.images, []
     for chunk in torch.split(wanted, batch_size) if len(wanted) else ():
         own = domain.images[chunk].to(device) if isinstance(images, Tensor) else images.to(device)
         chunks.append((own, chunk, domain.labels[chunk].to(device)))
-    batches = _MadeAnew(data, chunks)
+    batches = _BatchesByRows(data, chunks)
     made_once = 4 * len(wanted) * int(np.prod(images.shape[1:])) <= KEPT
     return list(batches) if made_once else batches

@@ -1,4 +1,4 @@
-"""Images decoded once: bytes in two flat files that are mapped into memory, beside an index that vouches for them.
+"""Images decoded once: bytes in two memory-mapped files, with an index that contains their hashes.
 
     <cache>/<data set>-<size>-<key>/index.json  squares.bin  originals.bin
 
@@ -14,7 +14,6 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,10 +25,8 @@ import PIL
 from filelock import FileLock
 
 from flatlab.data.decode import decode, file_digest, in_order, stored_side
-from flatlab.data.folders import Listing, listing
+from flatlab.data.folders import Listing, Report, listing
 from flatlab.errors import UserError
-
-Report = Callable[[int, int], None]  # images read so far, images in all
 
 FORMAT = 1  # of an entry; part of its key
 LIMIT = 32 * 2**30  # bytes of an entry: all of DomainBed's but DomainNet (at 224 pixels 250 GiB)
@@ -91,7 +88,7 @@ def prepare(
         UserError: the size does not suit, a folder, class or image is not as it should be, or the entry is damaged.
     """
     if image_size < 1:
-        raise UserError(f"An image size is a number of pixels from 1 on, not {image_size}.")
+        raise UserError(f"image_size must be an integer >= 1, got {image_size}.")
     return _entry(listing(dataset, data_dir), image_size, cache, report)
 
 
@@ -133,7 +130,7 @@ def _key(found: Listing, image_size: int) -> str:
 
 def _build(found: Listing, image_size: int, folder: Path, report: Report) -> None:
     partial_ = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial_, ignore_errors=True)  # of a builder that was killed: nobody else is at it, we hold the lock
+    shutil.rmtree(partial_, ignore_errors=True)  # of a killed process; the lock is held here
     partial_.mkdir()
     try:
         write = _store if image_size and _needed(found, image_size) <= LIMIT else _hash_only
@@ -204,6 +201,6 @@ def _open(found: Listing, image_size: int, folder: Path) -> Entry:
     except (OSError, ValueError, KeyError, TypeError):
         intact = False
     if not intact:
-        raise UserError(f"{folder} is damaged: its content does not match its own hash. Delete it: it is made anew.")
+        raise UserError(f"{folder} is damaged: its content does not match its hash. Delete it to create it again.")
     sizes = np.array(facts["sizes"], dtype=np.int64).reshape(-1, 2)
     return Entry(found, image_size, folder, facts["fingerprint"], sizes)

@@ -1,4 +1,4 @@
-"""The data sets known by name: their domains, where they lie on disk, and which domain is held out.
+"""The data sets known by name: their domains, their folders, and the held-out domain.
 
 Torch-free: a held-out domain is checked before anything is loaded. Index order is DomainBed's, the sorted folder names.
 """
@@ -13,7 +13,7 @@ from flatlab.errors import UserError, choose
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of a data set before it is read.
+    """Facts about a data set that are known before it is read.
 
     Attributes:
         folder: name of its folder on disk; empty for embedded data.
@@ -71,7 +71,7 @@ def canonical(dataset: str) -> str:
 
 
 def facts(dataset: str) -> Facts | None:
-    """Return what the catalog knows of a data set; None for `folder:NAME`."""
+    """Return the catalog's entry of a data set; None for `folder:NAME`."""
     return CATALOG.get(canonical(dataset))
 
 
@@ -142,7 +142,7 @@ def domain_names(dataset: str, data_dir: Path | None) -> tuple[str, ...]:
 
 
 def held_out(dataset: str, data_dir: Path | None, which: str) -> tuple[str, ...]:
-    """Return the domains that `which` asks to hold out, one after another.
+    """Return the domains to hold out, one after another.
 
     Args:
         dataset: a catalog name, or `folder:NAME`.

@@ -1,4 +1,4 @@
-"""From a file to bytes: an image as DomainBed evaluates it, and as it is cropped for training. No torch."""
+"""Decoding of images: as DomainBed evaluates them, and as they are cropped for training. Torch-free."""
 
 import hashlib
 import io

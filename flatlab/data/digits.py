@@ -27,7 +27,7 @@ def load() -> DomainSet:
 
 
 def _deal(labels: np.ndarray, hands: int) -> list[np.ndarray]:
-    """Deal the row numbers out like cards sorted by class: sizes and class counts differ by at most one.
+    """Split the row numbers evenly by class: sizes and class counts differ by at most one.
 
     The shuffle before the sort parts the digits of one writer, who follow each other in scikit-learn's order.
     """

@@ -1,4 +1,4 @@
-"""The fingerprint of the data at hand, which finished runs are compared with before they are believed.
+"""The fingerprint of the available data, which is compared with that of finished runs before they are used.
 
 It is computed from the bytes once, and kept in the cache of images under the files' names, sizes and times; torch is
 not loaded but for the first fingerprint of the embedded digits.

@@ -1,4 +1,4 @@
-"""DomainBed's folders root/domain/class/image: what lies there, and what is off. No torch."""
+"""DomainBed's folders root/domain/class/image: their content, and faults in it. Torch-free."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -88,7 +88,7 @@ def _classes(dataset: str, tree: Tree) -> tuple[str, ...]:
 
 
 class Row(NamedTuple):
-    """What `check` found of one domain.
+    """Result of `check` for one domain.
 
     Attributes:
         domain: its name.
@@ -108,12 +108,12 @@ class Row(NamedTuple):
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is off."""
+        """Whether there is no fault."""
         return not self.off
 
 
 def check(dataset: str, data_dir: Path | None, *, report: Report | None = None) -> list[Row]:
-    """Return each domain's counts beside the catalog's, and what is off; an absent domain has no images.
+    """Return each domain's counts, the catalog's, and faults; an absent domain has no images.
 
     Every image is decoded, as training would.
 

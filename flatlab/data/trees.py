@@ -1,4 +1,4 @@
-"""Folders root/domain/class and below: which files lie there, each real folder once. No image is opened."""
+"""Files in folders root/domain/class and below, each real folder once. No image is opened."""
 
 import os
 from collections import deque

@@ -1,4 +1,4 @@
-"""Second derivatives that mean something: refused where autograd's would silently be another function's."""
+"""Second derivatives by autograd, refused where they would silently be those of another function."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -119,7 +119,7 @@ def refuse_rounding(model: nn.Module, moved: Collection[Tensor]) -> None:
 
 
 def rounding(model: nn.Module, moved: Collection[Tensor]) -> str:
-    """Say which weights, or activations, are rounded on the way, where any are.
+    """Return which weights, or activations, are rounded, as a sentence; empty if none are.
 
     The loss is a staircase in them, whose derivatives are zero almost everywhere; autograd's belong to the function
     behind the rounding. So each parametrized weight that moves is moved by a little, to see whether it does.
@@ -142,15 +142,15 @@ def rounding(model: nn.Module, moved: Collection[Tensor]) -> str:
 
 
 def _way_out(layer: ParametrizationList) -> str:
-    """Say how a parametrized weight becomes a plain one: ours by `bake`, others by torch's own function."""
+    """Return how to make a parametrized weight a plain one: ours by `bake`, others by torch's own function."""
     ours = type(layer[0]).__module__.startswith("flatlab.")
     return "bake(model) first" if ours else "torch.nn.utils.parametrize.remove_parametrizations(layer, name) first"
 
 
 def is_staircase(layer: ParametrizationList) -> bool:
-    """Say whether entries that autograd says depend on the originals stay where they are when those move a little.
+    """Return whether entries with a gradient by the originals do not change when those change slightly.
 
-    Each entry moves up or down at random: a common factor would leave what is scale-invariant where it is.
+    Each entry is moved up or down at random, since a common factor would not change a scale-invariant function.
     """
     names = ["original"] if layer.is_tensor else [f"original{index}" for index in range(layer.ntensors)]
     originals: list[Tensor] = [getattr(layer, name) for name in names]
@@ -180,8 +180,8 @@ def _through(layer: ParametrizationList, originals: Sequence[Tensor]) -> Tensor:
 def _refuse_dead_ends(ends: Sequence[Any]) -> None:
     """Raise where a path ends in a function that is marked as differentiable once.
 
-    torch means to raise there itself, but only if it walks that path; asked for the derivative by the parameters it
-    prunes it, and the curvature behind is silently zero.
+    torch raises there only if it follows that path; for the derivative by the parameters it prunes the path, and the
+    curvature behind it is silently zero.
     """
     if any(node.name() == "torch::autograd::Error" for node in nodes_behind(ends)):
         raise OnceDifferentiableError("a function in it is marked with @once_differentiable")

@@ -26,7 +26,7 @@ Pair = tuple[nn.Module, nn.Module]
 
 @dataclass(frozen=True)
 class Folds:
-    """Pairs (layer, BatchNorm behind it) that are folded, and in words how many, or why not all."""
+    """Pairs (layer, BatchNorm behind it) that are folded, with a text on how many, or why not all."""
 
     pairs: tuple[Pair, ...] = ()
     reason: str = "not asked for"
@@ -66,7 +66,7 @@ def find_folds(model: nn.Module, call: Callable[[], Any]) -> Folds:
 
 
 class _Seen:
-    """What one run of a model shows: which layer's output each BatchNorm gets, and whether nothing else does."""
+    """A record of one run of a model: which layer's output each BatchNorm receives, and whether nothing else does."""
 
     def __init__(self, model: nn.Module) -> None:
         self.layers = [m for m in model.modules() if type(m) in (*CONVS, nn.Linear)]

@@ -1,4 +1,4 @@
-"""Two ways to a product with a second derivative, and the choice between them by a small measurement."""
+"""Two methods for a product with a second derivative, and the choice between them by timing."""
 
 import time
 import warnings

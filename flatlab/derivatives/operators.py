@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 Method = Literal["auto", "reverse", "forward"]
 Term = tuple[Any, Callable[[Any], Tensor], float]
 """Inputs of a batch; from its outputs to the sum of its losses; what that sum is divided by in the loss."""
-PROBED = 8  # samples on which is seen what can be folded
+TRIED = 8  # samples on which it is determined what can be folded
 
 
 class Around(Protocol):
@@ -172,7 +172,7 @@ class Curvature(ABC):
 
     def _look(self, fold: bool) -> None:
         """See on a few samples what the model computes: what can be folded, and what needs another way."""
-        inputs, model = part(self.landscape.terms()[0][0], 0, PROBED), self.landscape.model
+        inputs, model = part(self.landscape.terms()[0][0], 0, TRIED), self.landscape.model
         with exact_derivatives(model, weight_norm=False):
             self._fused = uses_fused_weight_norm(tensors(self._outputs(inputs)))
         if fold:
@@ -234,7 +234,7 @@ class Hessian(Curvature):
 
 
 def _refuse_parallel(model: nn.Module) -> None:
-    """Refuse replicas on several devices: they are made anew in each pass, and share nothing with the parameters."""
+    """Refuse replicas on several devices: they are created in each pass, and do not share the parameters."""
     for name, module in model.named_modules():
         if isinstance(module, nn.DataParallel) and len(module.device_ids) > 1:
             raise UserError(

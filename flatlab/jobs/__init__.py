@@ -1,1 +1,1 @@
-"""What is missing, as ordered jobs, and the processes that do them."""
+"""Missing work as ordered jobs, and the processes that run them."""

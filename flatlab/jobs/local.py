@@ -1,4 +1,4 @@
-"""Executors: they start workers on a plan and hear their events; they know commands, not science."""
+"""Executors: start workers on a plan and receive their events."""
 
 import json
 import os
@@ -34,17 +34,17 @@ def run_locally(plan: WorkPlan, *, workers: int, on_event: Callable[[Event], Non
         The errors, as events, one for each job that nobody finished, and one for each worker that died, unless others
         finished all jobs without it.
     """
-    heard: queue.Queue[Event] = queue.Queue()
+    events: queue.Queue[Event] = queue.Queue()
     with files.scratch() as folder:
         path = folder / "plan.json"
         path.write_text(plan.canonical())
-        with _workers(path, workers, plan.place.threads, heard) as running:
-            return _errors(running, heard, on_event, {job.name for job in plan.jobs})
+        with _workers(path, workers, plan.place.threads, events) as running:
+            return _errors(running, events, on_event, {job.name for job in plan.jobs})
 
 
 @contextmanager
 def _workers(
-    plan: Path, count: int, threads: int, heard: "queue.Queue[Event]"
+    plan: Path, count: int, threads: int, events: "queue.Queue[Event]"
 ) -> Iterator[list[subprocess.Popen[str]]]:
     environment = {**ALLOCATOR, **os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
     command = [sys.executable, "-m", "flatlab.jobs.worker", str(plan), "--end-with-input"]
@@ -54,7 +54,7 @@ def _workers(
     )
     with ExitStack() as stack:
         running = [stack.enter_context(start(command)) for _ in range(count)]
-        listeners = [threading.Thread(target=_listen, args=(process, heard), daemon=True) for process in running]
+        listeners = [threading.Thread(target=_listen, args=(process, events), daemon=True) for process in running]
         try:
             for listener in listeners:
                 listener.start()
@@ -66,17 +66,17 @@ def _workers(
                 listener.join()
 
 
-def _listen(process: "subprocess.Popen[str]", heard: "queue.Queue[Event]") -> None:
-    """Pass on a worker's events; where it dies unasked, tell its last words."""
+def _listen(process: "subprocess.Popen[str]", events: "queue.Queue[Event]") -> None:
+    """Pass on a worker's events; if it ends with an error, its last output as well."""
     last_words: list[str] = []
     listener = threading.Thread(target=_collect, args=(process.stderr, last_words), daemon=True)
     listener.start()
     for line in process.stdout or ():
         if line.startswith("{") and line.endswith("}\n"):  # else it is a library's, or half of one cut off by a kill
-            heard.put(json.loads(line))
+            events.put(json.loads(line))
     code = process.wait()
     listener.join()
-    heard.put({"ended": code, "trace": "".join(last_words)})
+    events.put({"ended": code, "trace": "".join(last_words)})
 
 
 def _collect(stream: IO[str] | None, lines: list[str]) -> None:
@@ -85,14 +85,14 @@ def _collect(stream: IO[str] | None, lines: list[str]) -> None:
 
 def _errors(
     running: "list[subprocess.Popen[str]]",
-    heard: "queue.Queue[Event]",
+    events: "queue.Queue[Event]",
     on_event: Callable[[Event], None],
     jobs: set[str],
 ) -> list[Event]:
     failed: dict[str, Event] = {}
     died, finished, alive = list[Event](), set[str](), len(running)
     while alive:
-        event = heard.get()
+        event = events.get()
         if "ended" in event:
             alive -= 1
             if event["ended"]:

@@ -1,4 +1,4 @@
-"""What is missing for these runs and measurements? Jobs: which work belongs together, what it needs, what it costs.
+"""Plan of the missing runs and measurements: jobs, with their requirements and costs.
 
 Torch-free: a plan is made, printed and priced before anything heavy is loaded.
 """
@@ -104,7 +104,7 @@ def missing(store: RunStore, runs: Sequence[RunSpec], measurements: Wanted, *, s
     training = _training([spec for spec in lacking.values() if not spec.made_from], sizes)
     making = [_making(spec, lacking, sizes) for spec in lacking.values() if spec.made_from]
     measuring = [*_measuring(store, before, set(lacking), sizes), *_measuring(store, measurements, set(lacking), sizes)]
-    return _told_apart([*training, *making, *measuring])
+    return _with_distinct_names([*training, *making, *measuring])
 
 
 def pilots(store: RunStore, runs: Sequence[RunSpec], measurements: Wanted) -> list[tuple[RunSpec, MeasurementSpec]]:
@@ -128,7 +128,7 @@ def _measurement(digest: str, measurement: MeasurementSpec) -> str:
 
 
 def keeping(todo: Sequence[Job], store: RunStore, runs: Sequence[RunSpec], every: int) -> list[Job]:
-    """Return the jobs such that trainings keep a checkpoint each so many steps; no run becomes another by that.
+    """Return the jobs such that trainings keep a checkpoint every `every` steps; this does not change the runs.
 
     Args:
         todo: as `missing` returns them.
@@ -145,7 +145,7 @@ def keeping(todo: Sequence[Job], store: RunStore, runs: Sequence[RunSpec], every
     return [job if job.measurements else job.replace(keep_every=every) for job in todo]
 
 
-def _told_apart(jobs: Sequence[Job]) -> list[Job]:
+def _with_distinct_names(jobs: Sequence[Job]) -> list[Job]:
     """Add the run's digest to names that several jobs have: runs that differ in their bits, say."""
     counts = Counter(job.name for job in jobs)
     return [job.replace(name=f"{job.name} ({job.runs[0].digest[:6]})") if counts[job.name] > 1 else job for job in jobs]

@@ -79,12 +79,12 @@ def _attempt(job: Job, store: RunStore, place: Place, emit: Emit, *, join: bool 
                 _do(job, store, place, emit)
         emit({"job": job.name, "finished": True})
     except Exception as error:
-        emit({"job": job.name, **_told(error)})
+        emit({"job": job.name, **_event_of(error)})
     return True
 
 
-def _told(error: Exception) -> Event:
-    """Return what went wrong: a sentence, and a trace where it is our fault."""
+def _event_of(error: Exception) -> Event:
+    """Describe an error as an event: a sentence, and a traceback if it is a bug of flatlab."""
     if isinstance(error, UserError):
         return {"error": str(error)}
     if isinstance(error, OSError):
@@ -126,7 +126,7 @@ class _Reporter:
 
     def __init__(self, name: str, emit: Emit, *, parts: int) -> None:
         self.name, self.emit, self.parts, self.part = name, emit, parts, 0
-        self.told = 0.0
+        self.reported = 0.0  # time of the last event
 
     def begin(self) -> None:
         """Report that the job begins: what was loaded until now is no part of its seconds."""
@@ -136,8 +136,8 @@ class _Reporter:
         """Report a part's progress, and numbers to show beside it; a training can be stopped here."""
         if _asked_to_stop.is_set():
             raise KeyboardInterrupt
-        if time.monotonic() - self.told > EVENT_SECONDS:
-            self.told = time.monotonic()
+        if time.monotonic() - self.reported > EVENT_SECONDS:
+            self.reported = time.monotonic()
             share = (self.part + made / of) / self.parts
             self.emit({"job": self.name, "share": share, "shown": shown})
 

@@ -1,9 +1,9 @@
 """Blocks: a fixed, shuffled partition of a landscape's samples, in which each block holds its share of each stratum.
 
-A direction that sees one block costs a part of a pass over the data. The mean over one visit to each block is the mean
-over all samples, whatever the sizes: a block's total of stratum s is scaled by (number of blocks) / (size of s). A
+Evaluating a direction on one block costs a part of a pass over the data. The mean over all blocks is the mean over
+all samples, whatever the sizes: a block's total of stratum s is scaled by (number of blocks) / (size of s). A
 stratum of fewer samples than there are blocks has one in each: a sample that n blocks hold counts 1 / n in each of
-them. Without it, most blocks would know nothing of a part of the loss, and visits to a few of them no error of it.
+them. Otherwise most blocks would not contain a part of the loss, and a few of them would not show its variance.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,17 +15,16 @@ import numpy.typing as npt
 import torch
 from torch.utils._pytree import tree_structure
 
-from flatlab.arguments import whole
+from flatlab.arguments import FloatArray, whole
 from flatlab.errors import UserError
 from flatlab.tensors.nested import Batch, concatenate, pick, tensors
 
 Indices = npt.NDArray[np.int64]
-FloatArray = npt.NDArray[np.float64]
 JOINED = 2**28  # bytes of all samples up to which a second copy of them is kept, as one batch
 
 
 class Part(NamedTuple):
-    """Samples `start` to `stop` of a block, whose total loss counts into entry `row` of what a visit returns."""
+    """Samples `start` to `stop` of a block, whose total loss is added to entry `row` of an evaluation."""
 
     row: int
     start: int
@@ -39,7 +38,7 @@ class Block:
 
     rows: Indices  # numbers among the samples of all strata, ascending
     parts: tuple[Part, ...]
-    width: int  # entries of what a visit returns: one for each stratum
+    width: int  # number of entries of an evaluation: one for each stratum
 
     @property
     def size(self) -> int:
@@ -177,7 +176,7 @@ def _bytes(batches: Sequence[Batch]) -> int:
 
 
 def _alike(batches: Sequence[Batch]) -> bool:
-    """Say whether samples are of one structure, shape and dtype."""
+    """Return whether samples are of one structure, shape and dtype."""
     forms = {
         (str(tree_structure(batch[:2])), *((leaf.shape[1:], leaf.dtype) for leaf in tensors(batch[:2])))
         for batch in batches

@@ -1,4 +1,4 @@
-"""What a model must be for its loss to be a function of the parameters alone: seen without calling it."""
+"""Checks, without calling the model, that its loss is a function of the parameters alone."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -28,10 +28,8 @@ def alike(named: Mapping[str, nn.Parameter]) -> list[Tensor]:
         )
     kinds = {(p.dtype, p.device) for p in named.values()}
     if len(kinds) > 1 or not all(p.is_floating_point() for p in named.values()):
-        came = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))
-        raise UserError(
-            f"The parameters must be floats of one dtype on one device, but are {came}: use model.to(dtype)."
-        )
+        got = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))
+        raise UserError(f"The parameters must be floats of one dtype on one device, got {got}: use model.to(dtype).")
     return list(named.values())
 
 

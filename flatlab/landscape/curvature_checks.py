@@ -1,8 +1,8 @@
-"""A probe of second derivatives: whether autograd's Hessian is symmetric, and the derivative of autograd's gradient.
+"""A check of second derivatives: whether autograd's Hessian is symmetric, and the derivative of autograd's gradient.
 
-It looks at few samples in double precision, with steps so small that hardly a ReLU changes sides: the curvature that
-lies in the kinks is then in neither number. The point is moved a little first, since a kink at the point itself (a
-bias that is zero behind a black border) has no derivative to compare with.
+It uses a few samples in double precision, with steps so small that hardly any ReLU changes sign: the curvature of the
+kinks is then in neither number. The point is moved slightly first, since a kink at the point itself (a bias that is
+zero behind a black border) has no derivative to compare with.
 """
 
 from collections.abc import Callable, Mapping, Sequence

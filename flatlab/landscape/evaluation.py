@@ -1,15 +1,13 @@
-"""What a landscape says at a point, and how one asks it at many."""
+"""The values of a landscape at a point, and the interface to evaluate many points."""
 
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from flatlab.arguments import FloatArray
 from flatlab.landscape.blocks import Gathered
-
-FloatArray = npt.NDArray[np.float64]
 
 
 class Move(Protocol):
@@ -22,7 +20,7 @@ class Move(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """What a landscape says at one point; strata weigh equally in ``loss`` (nats) and ``accuracy`` (share)."""
+    """Loss and accuracy at one point; strata have equal weight in ``loss`` (nats) and ``accuracy`` (share)."""
 
     loss: float
     accuracy: float | None

@@ -1,7 +1,7 @@
 """A landscape: the mean loss of a model over fixed data, as a function of one flat vector of parameters.
 
-Data may weigh batches alike that differ in size, or change between two readings; a model may draw at random, or mix the
-samples of a batch. So data are kept and weighed by samples, and the function itself is probed before the first number.
+Batches may differ in size, and data may change between two readings; a model may draw at random, or mix the samples of
+a batch. So data are kept in memory and weighted by samples, and the function is checked before its first use.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from flatlab.arguments import FloatArray
 from flatlab.derivatives.autograd import one_path, refuse_rounding
 from flatlab.derivatives.exact import attributes_restored
 from flatlab.derivatives.operators import Hessian, Term
@@ -32,8 +33,6 @@ from flatlab.tensors.losses import Metric, total, total_and_hits, totals, weight
 from flatlab.tensors.memory import SplitOnOOM
 from flatlab.tensors.nested import Batch, Data, part, read_strata, recut, same, span, spread
 
-FloatArray = npt.NDArray[np.float64]
-
 
 class Landscape:
     """The mean loss of ``model`` on ``data`` around the parameters that it has now.
@@ -47,13 +46,13 @@ class Landscape:
         loss: ``loss(outputs, targets)``, the mean over the samples or a vector of per-sample losses; or a pair of
             vectors, each sample's sum and its weight, whose quotient of sums is the loss (a mean over tokens).
         params: shell patterns of the parameters that vary; all that require a gradient by default.
-        check: read the data twice, and probe the loss as a function: its values by joined and by cut batches, its
+        check: read the data twice, and check the loss as a function: its values on joined and on cut batches, its
             gradient against differences, and its Hessian before the first use. Opening costs 2 forward passes over the
             data and at most 2 more in all, the backward pass of a tenth of the samples included.
-        batch_size: cut the data anew into batches of this size; the value does not depend on it.
+        batch_size: cut the data into batches of this size; the value does not depend on it.
 
     Raises:
-        UserError: if one of the probes finds that the loss is not a function of the parameters alone.
+        UserError: if one of the checks finds that the loss is not a function of the parameters alone.
     """
 
     def __init__(
@@ -76,7 +75,7 @@ class Landscape:
         sources = data if isinstance(data, Mapping) else {"all": data}
         if not sources:
             raise UserError("The data hold no stratum: hand in {name: batches} with at least one name.")
-        # A DataLoader draws from torch's global generator each time it is read: nobody else's draws should move.
+        # A DataLoader draws from torch's global generator each time it is read; other draws must not change.
         with torch.random.fork_rng(devices=[]):
             kept = read_strata(sources, self._w0.device, check=check)
         self.strata = tuple(str(name) for name in sources)
@@ -131,8 +130,8 @@ class Landscape:
         """Return a flat vector (P,) in the dtype and on the device of the point."""
         if vector.shape != self._w0.shape:
             raise UserError(
-                f"A point of this landscape has shape ({self.num_params},), but {tuple(vector.shape)} came:"
-                " hand in one flat vector."
+                f"A point of this landscape must be one flat vector of shape ({self.num_params},), got"
+                f" {tuple(vector.shape)}."
             )
         return vector.to(self._w0)
 
@@ -162,7 +161,7 @@ class Landscape:
         A point costs one pass over the parameters to compute and one to copy. They are copied into the model's
         own tensors, not replaced by views of one flat vector, since a ``channels_last`` network is up to 1.5 times
         slower with row-major kernels. Several radii at once (..., S) wait for the device once. With `metrics`,
-        functions of the loss's form, their means (..., S, M) come instead. `settle` is called at each point.
+        functions of the loss's form, their means (..., S, M) are returned instead. `settle` is called at each point.
         """
         flat = torch.empty_like(self._w0)
         measured = partial(totals, metrics) if metrics else self._total
@@ -209,7 +208,7 @@ class Landscape:
         return other
 
     def shares_data(self, other: "Landscape") -> bool:
-        """Say whether another landscape lies over the same samples, however they are cut into batches."""
+        """Return whether another landscape has the same samples, however they are cut into batches."""
         pairs = zip(self._batches, other._batches, strict=False)
         return self.strata == other.strata and all(same(ours, theirs) for ours, theirs in pairs)
 
@@ -234,7 +233,7 @@ class Landscape:
         return self._hessian @ direction
 
     def check_curvature(self) -> None:
-        """Refuse weights that are rounded and, once, by a probe on a few samples, derivatives that are wrong."""
+        """Refuse weights that are rounded and, by a check on a few samples (once), derivatives that are wrong."""
         refuse_rounding(self.model, self._tensors)
         if not self._curved:
             few = [spread(batches, max(1, SAMPLED // len(self.strata))) for batches in self._batches]

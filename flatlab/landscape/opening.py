@@ -1,4 +1,4 @@
-"""What is found out about a loss before anyone believes its value: on opening a landscape, on the function itself.
+"""Checks of a loss when a landscape is created.
 
 Passes over the data, in forward passes: 2 for the values, 0.9 for first derivatives on a tenth of the samples (at
 least one of each stratum), and 1 more where parameters seem not to move the loss.
@@ -12,21 +12,20 @@ from itertools import chain
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from flatlab.arguments import FloatArray
 from flatlab.derivatives.autograd import rounding
 from flatlab.errors import UserError
 from flatlab.landscape.checks import Total, Versions, refuse_rewriting, refuse_training, written
-from flatlab.landscape.slope_checks import Slice, probe_slope
-from flatlab.landscape.value_checks import Weigh, probe_fixed, probe_values
+from flatlab.landscape.slope_checks import Slice, check_slope
+from flatlab.landscape.value_checks import Weigh, check_fixed, check_values
 from flatlab.seeds import generator
 from flatlab.tensors.flat import flatten, refuse_overlap, scales_of, split_like
 from flatlab.tensors.nested import Batch, spread
 
-FloatArray = npt.NDArray[np.float64]
-SHARE, MOST = 10, 256  # derivatives are looked at on one sample in so many, at most so many
+SHARE, MOST = 10, 256  # derivatives are checked on one sample in `SHARE`, on at most `MOST`
 
 
 @dataclass(frozen=True)
@@ -63,9 +62,9 @@ class Opening:
         # Not inference_mode: what a model caches in its first pass (rotary tables) must stay usable in training.
         with self._put_back(), self.visiting(None), torch.no_grad():
             for batch in self._few():
-                probe_fixed(self.forward, batch, self.total)
+                check_fixed(self.forward, batch, self.total)
             self._refuse_writing()
-            found = [probe_values(self.forward, each, self.total, self.weigh) for each in self.batches]
+            found = [check_values(self.forward, each, self.total, self.weigh) for each in self.batches]
             self._refuse_writing()
         sizes = [sum(batch.size for batch in each) for each in self.batches]
         weights = [size if weight is None else float(weight) for (_, weight), size in zip(found, sizes, strict=True)]
@@ -87,7 +86,7 @@ class Opening:
         few = self._few()
         part = Slice([*self.named], [*self.named.values()], partial(self._value, few), partial(self._gradient, few))
         try:
-            still = probe_slope(part)
+            still = check_slope(part)
         except (RuntimeError, MemoryError) as error:  # values need no gradient
             reason = str(error).strip().partition("\n")[0]
             return [f"The gradient was not checked against the values, since it cannot be computed: {reason}"]
@@ -117,7 +116,7 @@ class Opening:
         return found
 
     def _unmoved(self, names: Sequence[str], sums: FloatArray) -> list[str]:
-        """Say which of these parameters do not move the loss on any sample, whatever their gradient says."""
+        """Report parameters of zero gradient that do not change the loss on any sample."""
         tensors = [*self.named.values()]
         noise = torch.randn(sum(t.numel() for t in tensors), generator=generator("opening", "unmoved"))
         steps = split_like(scales_of(tensors) * noise.to(tensors[0]), tensors)

@@ -1,4 +1,4 @@
-"""A probe of first derivatives: whether autograd's gradient is the slope of the loss that is evaluated.
+"""A check of first derivatives: whether autograd's gradient is the slope of the loss that is evaluated.
 
 Slopes are central differences over random directions at two step sizes; a difference counts where both sizes give it.
 The point is moved a little first: a kink at the point itself (a bias that is zero behind a black border) has no slope
@@ -46,7 +46,7 @@ class Slope:
 
     loss: float
     autograd: float
-    slack: float  # differences up to this say nothing
+    slack: float  # differences up to this are not significant
     gradient: Sequence[Tensor | None]
 
     @property
@@ -55,11 +55,11 @@ class Slope:
         return not abs(self.loss - self.autograd) > self.slack
 
 
-def probe_slope(part: Slice) -> list[str]:
+def check_slope(part: Slice) -> list[str]:
     """Return the parameters that the gradient is zero in; refuse a gradient that is not the slope of the loss.
 
     Where autograd claims a slope and the loss does not move at all, a rounding is differentiated straight through: its
-    values are right, and it is left to the probe of curvature. Costs a gradient and four values.
+    values are right, and it is left to the check of curvature. Costs a gradient and four values.
 
     Args:
         part: the loss on a stratified sample of the batches.
@@ -79,19 +79,19 @@ def _slope(part: Slice, draw: int, only: int | None = None, known: Slope | None 
     rng = generator("slope", "probe", draw)
     scales = scales_of(part.tensors)
     point = flatten(part.tensors)
-    away, ray = (scales * torch.randn(len(scales), generator=rng).to(scales) for _ in range(2))
+    away, direction = (scales * torch.randn(len(scales), generator=rng).to(scales) for _ in range(2))
     here = point + AWAY * away
     slopes = known.gradient if known else part.gradient(here)
     gradient = flatten(torch.zeros_like(t) if s is None else s for s, t in zip(slopes, part.tensors, strict=True))
     gradient = gradient.to(wide(gradient))
     if only is not None:
-        pieces = split_like(ray, part.tensors)
-        ray = flatten(piece if index == only else torch.zeros_like(piece) for index, piece in enumerate(pieces))
+        pieces = split_like(direction, part.tensors)
+        direction = flatten(piece if index == only else torch.zeros_like(piece) for index, piece in enumerate(pieces))
     eps = torch.finfo(point.dtype).eps
     steps = eps ** (1 / 3), eps ** (1 / 3) / FINER
     of_loss, of_autograd, floor = list[float](), list[float](), 0.0
     for step in steps:
-        ends = here + step * ray, here - step * ray
+        ends = here + step * direction, here - step * direction
         high, low = (part.value(end) for end in ends)
         of_loss.append((high - low) / (2 * step))
         of_autograd.append(float(gradient @ (ends[0].to(gradient) - ends[1].to(gradient))) / (2 * step))

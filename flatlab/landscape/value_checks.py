@@ -1,4 +1,4 @@
-"""Probes of a loss's value: the same at each reading, and the same however the samples are joined or cut."""
+"""Checks of a loss's value: the same at each reading, and the same however the samples are joined or cut."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -22,7 +22,7 @@ _GPU_NOISE = 1e-4  # atomics reorder sums from run to run
 _GPU_MIXING = 1e-2  # another batch size may choose another TF32 kernel; mixing through BatchNorm moves 0.1 and more
 
 
-def probe_fixed(model: Forward, batch: Batch, total: Total) -> None:
+def check_fixed(model: Forward, batch: Batch, total: Total) -> None:
     """Refuse a model or a loss that draws at random; costs two passes over the batch."""
     outputs, again = _run(model, batch), _run(model, batch)
     losses = [total(outputs, batch), total(outputs, batch), total(again, batch)]
@@ -36,7 +36,7 @@ def probe_fixed(model: Forward, batch: Batch, total: Total) -> None:
     )
 
 
-def probe_values(model: Forward, batches: Sequence[Batch], total: Total, weigh: Weigh) -> tuple[Tensor, Tensor | None]:
+def check_values(model: Forward, batches: Sequence[Batch], total: Total, weigh: Weigh) -> tuple[Tensor, Tensor | None]:
     """Return the sum of the losses of a stratum and its weight; refuse one that depends on how samples are joined.
 
     Each sample passes the model twice: in its batch, and in a half of it, or with others where it is a batch of its
@@ -97,8 +97,8 @@ def _run(model: Forward, batch: Batch) -> Any:
     sizes = [tuple(leaf.shape) for leaf in tensors(outputs)]
     if {shape[:1] for shape in sizes} != {(batch.size,)}:
         raise UserError(
-            f"The model must return tensors with the sample axis ({batch.size} here) as dimension 0, but shapes"
-            f" {sizes} came: return something per sample, and reduce it in the loss (squeeze(1), not squeeze())."
+            f"The model must return tensors with the sample axis ({batch.size} here) as dimension 0, got shapes"
+            f" {sizes}: return something per sample, and reduce it in the loss (squeeze(1), not squeeze())."
         )
     return outputs
 

@@ -1,1 +1,1 @@
-"""From specs to things: domains, networks, checkpoints, exported files."""
+"""Loading of what specs describe: domains, networks, checkpoints, exported files."""

@@ -23,7 +23,7 @@ Batches = Sequence[tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Domains:
-    """The data of a run: who is seen, who is held out, and the split of each domain."""
+    """The data of a run: source domains, held-out domain, and the split of each domain."""
 
     data: DomainSet
     target: str
@@ -33,7 +33,7 @@ class Domains:
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """The seen domains."""
+        """The source domains."""
         return tuple(name for name in self.data.names if name != self.target)
 
     def evaluation(self, part: str, names: tuple[str, ...], device: torch.device) -> dict[str, Batches]:
@@ -78,7 +78,7 @@ def _load(dataset: str, data_dir: str | None, image_size: int, cache: str | None
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """Let torch compute with so many threads, and with as many as before afterwards: the process is the caller's."""
+    """Set torch's number of threads while the block runs, and restore it afterwards."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -94,7 +94,7 @@ def device(place: Place) -> torch.device:
         place: names it.
 
     Raises:
-        UserError: where the name is none, or the device is absent.
+        UserError: if the name is unknown, or the device is not available.
     """
     if place.device == "auto":
         best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -103,5 +103,5 @@ def device(place: Place) -> torch.device:
         named = torch.device(place.device)
         torch.empty(1, device=named)
     except (RuntimeError, AssertionError, NotImplementedError):
-        raise UserError(f"The device {place.device!r} is not to be had here; choose auto, cpu, cuda or mps.") from None
+        raise UserError(f"The device {place.device!r} is not available; choose auto, cpu, cuda or mps.") from None
     return named

@@ -66,14 +66,14 @@ class ExportedNetwork(Spec):
 
 
 class Export(Spec):
-    """What a file says of its network."""
+    """The description of a network in a file."""
 
     network: ExportedNetwork
     quantized: dict[str, Grid]
 
 
 class JointExport(Spec):
-    """What a file says of its ensemble."""
+    """The description of an ensemble in a file."""
 
     combine: Literal["logits", "probabilities"]
     members: Annotated[tuple["Export | JointExport", ...], Field(min_length=1)]
@@ -134,7 +134,7 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 def is_export(path: Path) -> bool:
-    """Return whether a file says that it is an export; whether it is whole, `opened` says."""
+    """Return whether a file is marked as an export; `opened` checks it."""
     try:
         with safe_open(path, framework="numpy") as file:
             note = json.loads(json.loads((file.metadata() or {})["flatlab"])["meta"])
@@ -260,7 +260,7 @@ FLOAT_BITS = 32
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export came to.
+    """The sizes of an exported network.
 
     Attributes:
         path: the file.
@@ -280,7 +280,7 @@ class Exported:
 
     @property
     def compression(self) -> float:
-        """What the file saves in truth."""
+        """The actual compression: bytes in float32 over bytes of the file."""
         return self.float_bytes / self.bytes
 
     def facts(self) -> dict[str, Any]:
@@ -335,7 +335,7 @@ def write(network: nn.Module, spec: RunSpec, path: str | Path, place: Place) -> 
 
 
 def _contents(network: nn.Module, spec: RunSpec, place: Place) -> tuple[files.Arrays, dict[str, Any]]:
-    """Bake a network; return its arrays, quantized ones packed, and what is needed to build it anew."""
+    """Bake a network; return its arrays, quantized ones packed, and the description needed to rebuild it."""
     if isinstance(network, Ensemble):
         arrays: files.Arrays = {}
         members = []
@@ -360,7 +360,7 @@ def _packed(name: str, layer: Quantized) -> tuple[np.ndarray[Any, Any], dict[str
     codes = quantizer.codes(layer.latent)
     if not torch.equal(decode(codes, quantizer.scale.detach(), quantizer.grid), layer.weight):
         raise UserError(
-            f"{name} is not wholly on its grid in this checkpoint: INQ has not come to its last stage there."
+            f"{name} is not completely on its grid in this checkpoint: INQ has not reached its last stage there."
         )
     bits = bits_of(low, high)
     facts = {"shape": list(codes.shape), "low": low, "bits": bits, "grid": quantizer.grid}

@@ -1,7 +1,7 @@
 """GradCAM of a run on images of its held-out domain: maps and numbers, and the images themselves to draw them on.
 
-Which images: the rows of the target's split are shuffled by the measurement's seed, and the first of each class comes before
-the second of any; nothing a network says of them counts. Runs that share a split are shown the same images.
+Which images: the rows of the target's split are shuffled by the measurement's seed, and the first of each class comes
+before the second of any; the choice does not depend on a network. Runs that share a split are shown the same images.
 """
 
 from collections.abc import Callable
@@ -81,11 +81,14 @@ class _Cams:
         return np.stack([np.concatenate(curves) for curves in zip(*pairs, strict=True)])
 
     def moved(self, index: int) -> FloatArray:
-        """Return how far the maps agree (R, N) with those at w + radius * ray, along one ray."""
+        """Return the agreement (R, N) of the maps with those at w + radius * direction, for one direction."""
         targets = torch.tensor(self.labels, device=self.inputs.device)
         landscape = Landscape(self.model, [(self.inputs, targets)], F.cross_entropy, params=self.spec.params)
-        ray = draw_direction(landscape, self.spec.seed, index, normalisation="none")
-        parts = [moved_agreement(landscape, x, self._of(x, y), ray=ray, radii=self.radii) for x, y in self._parts()]
+        direction = draw_direction(landscape, self.spec.seed, index, normalisation="none")
+        parts = [
+            moved_agreement(landscape, x, self._of(x, y), direction=direction, radii=self.radii)
+            for x, y in self._parts()
+        ]
         return np.concatenate(parts, axis=1)
 
     def probabilities(self) -> FloatArray:

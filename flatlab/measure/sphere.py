@@ -12,7 +12,7 @@ from flatlab.loading import data as loading_data
 from flatlab.measure.inputs import landscape
 from flatlab.measure.units import UnitFiles
 from flatlab.metrics.flatness import planning
-from flatlab.metrics.flatness.sampler import Sampler, Walk, visits
+from flatlab.metrics.flatness.sampler import Draws, Sampler, visits
 from flatlab.metrics.flatness.sphere import sample
 from flatlab.results.estimate import FloatArray
 from flatlab.results.sphere import SphereFlatness
@@ -80,10 +80,10 @@ def foresee(measurement: Measurement, run: Run, place: Place) -> list[dict[str, 
     ]
 
 
-def _tell(report: Report, sampler: Sampler, walks: Sequence[Walk]) -> None:
+def _tell(report: Report, sampler: Sampler, per_radius: Sequence[Draws]) -> None:
     """Report the share of the visits that are foreseen, and F at each radius with its standard error so far."""
-    made, foreseen = visits(walks)
-    found = [sampler.estimate(walk) for walk in walks if walk.visits.shape[1] > 1]
+    made, foreseen = visits(per_radius)
+    found = [sampler.estimate(draws) for draws in per_radius if draws.visits.shape[1] > 1]
     shown = [f"{e.value:.2g}±{e.stderr / abs(e.value):.0%}" for e in found if e.value and np.isfinite(e.stderr)]
     report(made, foreseen, {"F": " ".join(shown)})
 

@@ -1,4 +1,4 @@
-"""How the outputs of a layer lie over an image: (N, C, H, W), (N, H, W, C), or tokens (N, T, D); a model's logits."""
+"""Spatial layout of the outputs of a layer: (N, C, H, W), (N, H, W, C), or tokens (N, T, D); a model's logits."""
 
 import math
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ Sides = tuple[int, int]
 
 
 def as_grid(outputs: Tensor, image: Sides, *, grid: Sides | None = None, trailing: bool = False) -> Tensor | None:
-    """Return outputs as a view (N, C, h, w); None where they are no grid, or one that cannot be told from another.
+    """Return outputs as a view (N, C, h, w); None if they are not a grid, or their layout is ambiguous.
 
     The grid has the aspect of the image: of (N, 7, 7, 768) over a square one, channels come last.
 
@@ -63,9 +63,9 @@ def scores_of(outputs: Any, images: int, *, one: float = 1.0) -> Tensor:
     if isinstance(logits, Tensor) and logits.shape == (images,):
         logits = logits.unsqueeze(1)
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != images:
-        came = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(outputs).__name__} without"
+        got = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(outputs).__name__} without"
         raise UserError(
-            f"GradCAM needs a model that returns logits (N, num_classes), got {came}: wrap it in a module that does."
+            f"GradCAM needs a model that returns logits (N, num_classes), got {got}: wrap it in a module that does."
         )
     return torch.cat([-one * logits, one * logits], dim=1) if logits.shape[1] == 1 else logits
 

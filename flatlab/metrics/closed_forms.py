@@ -1,4 +1,4 @@
-"""Golden problems: losses whose value, Hessian and spectrum are known in closed form, for `flatlab selftest`."""
+"""Losses whose value, Hessian and spectrum are known in closed form, for `flatlab selftest` and the tests."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

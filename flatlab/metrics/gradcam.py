@@ -1,4 +1,4 @@
-"""GradCAM (Selvaraju et al. 2017): where in an image a network finds evidence for a class, and numbers beside it.
+"""GradCAM (Selvaraju et al. 2017): maps of the evidence for a class in an image, and measures of their faithfulness.
 
 The maps are those of the `grad-cam` library before it scales each by itself: two networks can then be shown on one
 scale. A layer's outputs are kept from what works on them in place, and of a layer that runs twice one run is chosen.
@@ -196,20 +196,20 @@ def _left_alone(model: nn.Module) -> Iterator[None]:
 
 
 def moved_agreement(
-    landscape: Landscape, inputs: Tensor, maps: ClassMaps, *, ray: Tensor, radii: Sequence[float]
+    landscape: Landscape, inputs: Tensor, maps: ClassMaps, *, direction: Tensor, radii: Sequence[float]
 ) -> FloatArray:
-    """Return how far the maps stay the same when the weights move along a ray: correlations (R, N).
+    """Return how far the maps stay the same when the weights move along a direction: correlations (R, N).
 
     Args:
         landscape: around the network.
         inputs: (N, C, H, W).
         maps: of these images, at the point itself.
-        ray: direction (P,), of length 1 for absolute radii.
+        direction: vector (P,), of length 1 for absolute radii.
         radii: (R,) distances.
     """
     there = []
     for radius in radii:
-        with _moved(landscape, landscape.point + radius * ray):
+        with _moved(landscape, landscape.point + radius * direction):
             there.append(gradcam(landscape.model, inputs, maps.classes, layer=maps.layer, grid=maps.grid))
     return np.stack([agreement(maps.maps, each.maps) for each in there])
 

@@ -85,19 +85,19 @@ def counted(call: Callable[..., Any], *, products: Callable[[Arguments], int] | 
 
 
 def _both(count: Count, theirs: Callable[..., None] | None) -> Callable[..., None]:
-    """Return what tells the bar, and whom the caller wants told."""
+    """Return a function that updates the bar and calls the caller's own report."""
 
-    def report(*told: Any) -> None:
-        count(*(visits(*told) if len(told) == 1 else told))
+    def report(*progress: Any) -> None:
+        count(*(visits(*progress) if len(progress) == 1 else progress))
         if theirs:
-            theirs(*told)
+            theirs(*progress)
 
     return report
 
 
 @contextmanager
 def _watched(operator: Curvature, count: Count, foreseen: int) -> Iterator[None]:
-    """Tell the bar of an operator's products while the block runs."""
+    """Update the bar with an operator's products while the block runs."""
     before, theirs = operator.products, operator.watch
 
     def watch(made: int) -> None:

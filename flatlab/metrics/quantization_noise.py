@@ -57,11 +57,11 @@ def quantization_noise(
     start = time.perf_counter()
     w, w_q = _numbers(weight, "weight"), _numbers(quantized, "quantized weight")
     if w.shape != w_q.shape:
-        raise UserError(f"A weight and its quantized twin have one shape, but {w.shape} and {w_q.shape} came.")
+        raise UserError(f"weight and quantized must have the same shape, got {w.shape} and {w_q.shape}.")
     if normalise and step is None:
         raise UserError("Noise is normalised by its step sizes: hand in step=..., or leave normalise out.")
     if bins < 2:
-        raise UserError(f"A histogram needs at least 2 bins, but {bins} came.")
+        raise UserError(f"bins must be an integer >= 2, got {bins}.")
     alive = np.broadcast_to(_alive(w), w.shape)
     steps = None if step is None else np.broadcast_to(_numbers(step, "step size"), w.shape)
     ratio = None if steps is None else (w_q - w) / steps

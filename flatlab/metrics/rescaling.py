@@ -140,8 +140,8 @@ def rescaled(model: nn.Module, pairs: list[Pair], *, by: By, most: float = 4.0, 
         most: the largest factor; their logarithms are drawn evenly.
         seed: names the draws.
     """
-    twin = copy.deepcopy(model)
-    modules = dict(twin.named_modules())
+    copied = copy.deepcopy(model)
+    modules = dict(copied.named_modules())
     with torch.no_grad():
         for pair in pairs:
             first, second = modules[pair.first], modules[pair.second]
@@ -149,7 +149,7 @@ def rescaled(model: nn.Module, pairs: list[Pair], *, by: By, most: float = 4.0, 
             even = torch.rand(count, generator=generator("rescaling", seed, pair.first, pair.kind), dtype=torch.float64)
             factors = ((2 * even - 1) * math.log(most)).exp().expand(_outputs(first))
             _ACTS[pair.kind](first, second, factors)
-    return twin
+    return copied
 
 
 def _against_norm(layer: Any, norm: Any, factors: Tensor) -> None:

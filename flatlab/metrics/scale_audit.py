@@ -1,7 +1,7 @@
-"""Which flatness numbers depend on how a network is written down? Layers are rescaled, its function stays, they move.
+"""Dependence of flatness measures on the parametrisation: layers are rescaled such that the function is unchanged.
 
-A number that moves under a change that changes nothing says something of the parametrisation (Dinh et al. 2017). All
-spheres walk common rays, so that an invariant measure gives the same number up to rounding.
+A measure that changes nevertheless describes the parametrisation, not the function (Dinh et al. 2017). All spheres
+use common directions, so that an invariant measure gives the same number up to rounding.
 """
 
 import time
@@ -36,40 +36,40 @@ SPHERES: dict[str, Normalisation] = {
 }
 CURVATURES = ("trace", "top eigenvalue")
 SHARE = 0.1  # of the weights' norm: the radius of all spheres
-RAYS = 20
+DIRECTIONS = 20
 
 
 def scale_audit(
     landscape: Landscape,
     *,
     most: float = 4.0,
-    num_samples: int = RAYS,
+    num_samples: int = DIRECTIONS,
     seed: int | torch.Generator = 0,
     keep: Keep = forget,
 ) -> ScaleAudit:
-    """Rescale a network's layers by factors that its function does not feel, and see which measures do.
+    """Rescale layers without changing the function, and report how much the measures of flatness change.
 
     Args:
         landscape: around the network, in eval mode, plain weights (a quantized one baked).
         most: the largest factor.
-        num_samples: common rays of the spheres, whose radius is a tenth of the weights' norm.
-        seed: names factors and rays.
-        keep: keeps units: of the sampling, traces and eigenvalues, and how products are made.
+        num_samples: common directions of the spheres, whose radius is a tenth of the weights' norm.
+        seed: seed of factors and directions.
+        keep: stores units: of the sampling, traces and eigenvalues, and the method of products.
 
     Raises:
         UserError: where no two layers can be rescaled, each with its reason, or rescaling does change the function.
     """
     if not most > 1:
-        raise UserError(f"The largest factor must be more than 1, but is {most}: write 4.")
+        raise UserError(f"most must be > 1, got {most}.")
     start, name = time.perf_counter(), base_seed(seed)
     pairs, refusals = find_pairs(landscape.model)
     if not pairs:
         reasons = "; ".join(f"{each.first}: {each.reason}" for each in refusals) or "it has no two layers in a row"
         raise UserError(f"Nothing in {type(landscape.model).__name__} can be rescaled without a change: {reasons}.")
-    twins = [landscape.around(rescaled(landscape.model, pairs, by=way, most=most, seed=name)) for way in WAYS]
-    deviation = np.array([_deviation(landscape, twin) for twin in twins])
-    rows = [_sphere(landscape, twins, kind, num_samples, name, keep) for kind in SPHERES.values()]
-    hessians = [KeptHessian(each, keep, name=f"{index}-") for index, each in enumerate([landscape, *twins])]
+    others = [landscape.around(rescaled(landscape.model, pairs, by=way, most=most, seed=name)) for way in WAYS]
+    deviation = np.array([_deviation(landscape, other) for other in others])
+    rows = [_sphere(landscape, others, kind, num_samples, name, keep) for kind in SPHERES.values()]
+    hessians = [KeptHessian(each, keep, name=f"{index}-") for index, each in enumerate([landscape, *others])]
     curvatures, curvature_cost = _curvatures(hessians, name)
     values = np.array([*(row[0] for row in rows), *curvatures])
     blank = np.full((len(CURVATURES), 2), np.nan)
@@ -89,8 +89,8 @@ def scale_audit(
     )
 
 
-def _deviation(landscape: Landscape, twin: Landscape) -> float:
-    """Return how far outputs have moved, as a share of the largest.
+def _deviation(landscape: Landscape, other: Landscape) -> float:
+    """Return the largest change of an output, as a share of the largest output.
 
     Raises:
         UserError: where that is more than rounding.
@@ -98,7 +98,7 @@ def _deviation(landscape: Landscape, twin: Landscape) -> float:
     off = size = 0.0
     with torch.no_grad():
         for inputs, _, _ in landscape.terms():
-            for a, b in zip(tree_leaves(landscape.model(inputs)), tree_leaves(twin.model(inputs)), strict=True):
+            for a, b in zip(tree_leaves(landscape.model(inputs)), tree_leaves(other.model(inputs)), strict=True):
                 off, size = max(off, float((a - b).abs().max())), max(size, float(a.abs().max()))
     allowed = torch.finfo(landscape.point.dtype).eps ** 0.5
     if not off <= allowed * size:
@@ -110,11 +110,12 @@ def _deviation(landscape: Landscape, twin: Landscape) -> float:
 
 
 def _sphere(
-    landscape: Landscape, twins: list[Landscape], kind: Normalisation, num_samples: int, seed: int, keep: Keep
+    landscape: Landscape, rescalings: list[Landscape], kind: Normalisation, num_samples: int, seed: int, keep: Keep
 ) -> tuple[list[float], list[float], list[float], Cost]:
-    """Return values, and ends of the ratios' intervals, along common rays."""
+    """Return values, and ends of the ratios' intervals, along common directions."""
     radius = SHARE * landscape.norm / reach(landscape, kind)
-    sampler = Sampler([landscape, *twins], seed, kind, keep=lambda units: keep([(f"{kind}-{n}", c) for n, c in units]))
+    own = [landscape, *rescalings]
+    sampler = Sampler(own, seed, kind, keep=lambda units: keep([(f"{kind}-{n}", c) for n, c in units]))
     base, *others = sample(sampler, [radius], num_samples, (0.0, 0.0), None)
     ratios = [paired_difference(other, base).ratio() for other in others]
     values = [float(each.value[0]) for each in (base, *others)]

@@ -35,7 +35,7 @@ ROUNDING = {torch.float64: 1e-9, torch.float32: 2e-4}
 
 @dataclass(frozen=True)
 class Check:
-    """One line: what was checked, what should have come, what came, and how far off it may be."""
+    """One check: its name, the expected value, the computed value, and the allowed difference."""
 
     name: str
     expected: float
@@ -157,8 +157,8 @@ def _surfaces(where: Where) -> Iterator[Check]:
             found = plane(landscape, axes, grid=(np.linspace(-1, 2, 17), np.linspace(-2, 1, 17)), refine=refine)
             spots = np.stack(np.meshgrid(found.x, found.y, indexing="ij"), -1)[found.measured]
             exact = problem.value(w + torch.from_numpy(spots) @ vectors.double().cpu())
-            came = torch.from_numpy(found.of()[found.measured])
-            yield _near(f"{name}, plane{' (refined)' if refine else ''}", exact, came, where)
+            computed = torch.from_numpy(found.of()[found.measured])
+            yield _near(f"{name}, plane{' (refined)' if refine else ''}", exact, computed, where)
         along = line(landscape, axes, grid=[-1.0, 0.0, 0.7])
         steps = torch.from_numpy(along.places)[None, :, None] * vectors.double().cpu()[:, None]
         exact = problem.value((w + steps).reshape(-1, len(w)))
@@ -174,11 +174,11 @@ def _surfaces(where: Where) -> Iterator[Check]:
 def _moved(landscape: Any) -> torch.nn.Module:
     import copy
 
-    twin = copy.deepcopy(landscape.model)
+    moved = copy.deepcopy(landscape.model)
     with torch.no_grad():
-        for index, parameter in enumerate(twin.parameters()):
+        for index, parameter in enumerate(moved.parameters()):
             parameter.add_(1.0 if index else -1.0)
-    return twin  # type: ignore[no-any-return]
+    return moved  # type: ignore[no-any-return]
 
 
 def _invariance(where: Where) -> Iterator[Check]:
@@ -193,13 +193,15 @@ def _invariance(where: Where) -> Iterator[Check]:
 def _randomness(where: Where) -> Iterator[Check]:
     """Directions are Gaussian, a seed names its draws, and two seeds are two."""
     wide = closed_forms.quadratic(where, tuple(1.0 + k / 500 for k in range(500))).landscape
-    rays = torch.stack([draw_direction(wide, 0, k) for k in range(20)]).double().cpu()
-    count = rays.numel()
-    entries = rays.flatten() * wide.num_params**0.5
-    yield Check("rays, mean of the entries", 0.0, float(entries.mean()), SIGMAS / count**0.5)
-    yield Check("rays, fourth moment (3 is Gaussian)", 3.0, float(entries.pow(4).mean()), SIGMAS * (96 / count) ** 0.5)
-    cosines = (rays @ rays.T)[torch.triu_indices(20, 20, 1).unbind()]
-    yield Check("rays, largest cosine of two", 0.0, float(cosines.abs().max()), SIGMAS / wide.num_params**0.5)
+    directions = torch.stack([draw_direction(wide, 0, k) for k in range(20)]).double().cpu()
+    count = directions.numel()
+    entries = directions.flatten() * wide.num_params**0.5
+    yield Check("directions, mean of the entries", 0.0, float(entries.mean()), SIGMAS / count**0.5)
+    yield Check(
+        "directions, fourth moment (3 is Gaussian)", 3.0, float(entries.pow(4).mean()), SIGMAS * (96 / count) ** 0.5
+    )
+    cosines = (directions @ directions.T)[torch.triu_indices(20, 20, 1).unbind()]
+    yield Check("directions, largest cosine of two", 0.0, float(cosines.abs().max()), SIGMAS / wide.num_params**0.5)
     landscape = closed_forms.quadratic(where).landscape
     draws: dict[str, Callable[[int], Any]] = {
         "sphere": lambda seed: sphere_flatness(landscape, [1.0], num_samples=2, seed=seed).value,
@@ -241,11 +243,11 @@ def _problems(where: Where) -> dict[str, Golden]:
 
 def _near(name: str, expected: Tensor, got: Tensor, where: Where) -> Check:
     """Compare vectors by their first entry that is furthest off; the bound is a share of the largest."""
-    exact, came = expected.detach().double().cpu(), got.detach().double().cpu()
-    off = torch.nan_to_num((exact - came).abs(), nan=torch.inf)
+    exact, computed = expected.detach().double().cpu(), got.detach().double().cpu()
+    off = torch.nan_to_num((exact - computed).abs(), nan=torch.inf)
     worst = int(off.argmax())
     bound = ROUNDING[where["dtype"]] * max(float(exact.abs().max()), 1.0)
-    return Check(name, float(exact[worst]), float(came[worst]), bound)
+    return Check(name, float(exact[worst]), float(computed[worst]), bound)
 
 
 def _sampled(name: str, expected: float, found: Estimate, scale: float | None = None) -> Check:

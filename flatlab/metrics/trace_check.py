@@ -1,4 +1,4 @@
-"""Three ways to one number: the rise on small spheres, the trace, and the first moment of the eigenvalues' density.
+"""Three estimates of one number: from the rise on small spheres, the trace, and the mean of the spectral density.
 
 On a quadratic loss F_gamma = gamma^2 tr(H) / (2 P), so that 2 P F / gamma^2, tr(H) and P times the mean eigenvalue are
 one number. They are measured from independent draws; where they disagree, one of them is wrong, or the loss is not

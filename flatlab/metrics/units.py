@@ -9,5 +9,5 @@ Keep = Callable[[Sequence[Unit]], Iterator[FloatArray]]
 
 
 def forget(units: Sequence[Unit]) -> Iterator[FloatArray]:
-    """Compute units one after the other, and keep nothing."""
+    """Compute units one after the other, and store nothing."""
     return (compute() for _, compute in units)

@@ -155,8 +155,8 @@ def fitted(
     for key, ours in names.items():
         if fault := _impossible(state[key], ours):
             raise UserError(f"{source}: {key} {fault}.")
-        twin = state[found.setdefault(ours, key)]
-        if twin.dtype != state[key].dtype or not torch.equal(twin, state[key]):
+        first = state[found.setdefault(ours, key)]
+        if first.dtype != state[key].dtype or not torch.equal(first, state[key]):
             raise UserError(f"{source} holds {found[ours]} and {key}, which differ and are both {name}'s {ours}.")
     return {ours: state[key] for ours, key in found.items()}
 

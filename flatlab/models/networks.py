@@ -31,7 +31,7 @@ class Network(nn.Module):
 
 
 class Ensemble(nn.Module):
-    """Networks that answer together: the mean of their logits, or the logarithm of the mean of their probabilities."""
+    """An ensemble: the mean of the logits, or the logarithm of the mean of the probabilities."""
 
     def __init__(self, members: Iterable[nn.Module], *, combine: str = "logits") -> None:
         super().__init__()
@@ -136,7 +136,7 @@ def _torchvision(name: str, last: str, width: int) -> Callable[[int], tuple[nn.M
         from torchvision import models  # takes seconds
 
         if in_channels != 3:
-            raise UserError(f"{name} takes images of 3 channels, not {in_channels}")
+            raise UserError(f"{name} needs images of 3 channels, got {in_channels}")
         features = models.get_model(name, weights=None)
         setattr(features, last, nn.Identity())
         return features, width
@@ -144,7 +144,7 @@ def _torchvision(name: str, last: str, width: int) -> Callable[[int], tuple[nn.M
     return build
 
 
-STAGES = {  # where MixStyle acts: the ends of all stages but the last (of ResNets conv2_x to conv4_x, as SWAD's)
+STAGES = {  # where MixStyle is applied: the ends of all stages but the last (of ResNets conv2_x to conv4_x, as SWAD's)
     "digits-cnn": ("features.2", "features.6"),
     "resnet18": ("features.layer1", "features.layer2", "features.layer3"),
     "resnet50": ("features.layer1", "features.layer2", "features.layer3"),

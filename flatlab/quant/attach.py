@@ -1,4 +1,4 @@
-"""Which layers are quantized, and how a quantized network becomes a plain one again.
+"""Attaching quantizers to layers, and baking a quantized network into a plain one.
 
 QT-DoG (arXiv 2410.06020, App. B) quantizes the weights of every layer but the last: each convolution and, in a vision
 transformer, each linear map (qkv, projections, MLP, patch embedding), not the head.

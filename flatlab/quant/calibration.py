@@ -1,4 +1,4 @@
-"""What a layer sees: the second moments of its inputs, over calibration data, for post-training quantization."""
+"""Second moments of the inputs of layers over calibration data, for post-training quantization."""
 
 import inspect
 import math
@@ -19,7 +19,7 @@ CONVOLUTIONS: dict[Any, tuple[str, ...]] = {
     **dict.fromkeys((torch.conv1d, torch.conv2d, torch.conv3d), CONVOLUTION),
     **dict.fromkeys((torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d), TRANSPOSED),
 }
-COLUMNS = 2**24  # numbers unfolded at a time: a depthwise layer's inputs grow ninefold
+COLUMNS = 2**24  # numbers unfolded at a time: the inputs of a depthwise layer become nine times as large
 
 
 def second_moments(network: nn.Module, batches: Iterable[Tensor], *, outside: str = "head") -> dict[str, Tensor]:
@@ -52,7 +52,9 @@ def second_moments(network: nn.Module, batches: Iterable[Tensor], *, outside: st
         torch.backends.mha.set_fastpath_enabled(fast)
     for name, weight in known.items():
         if weight not in watch.sums:
-            raise UserError(f"{name} saw no calibration input: the network does not use it, or no data were given.")
+            raise UserError(
+                f"{name} received no calibration input: the network does not use it, or no data were given."
+            )
         if not torch.isfinite(watch.sums[weight]).all():
             raise UserError(f"Calibration made inputs of {name} that are not finite; look for NaN in the data.")
     return {name: 2 * watch.sums[weight] / watch.counts[weight] for name, weight in known.items()}
@@ -61,7 +63,7 @@ def second_moments(network: nn.Module, batches: Iterable[Tensor], *, outside: st
 @torch.no_grad()
 def _show(network: nn.Module, batch: Tensor, watch: "_Watch") -> None:
     if not isinstance(batch, Tensor):
-        raise UserError(f"Calibration data are batches of inputs, tensors; {type(batch).__name__} came.")
+        raise UserError(f"Calibration data must be batches of inputs (tensors), got a {type(batch).__name__}.")
     try:
         with watch:
             network(batch)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from flatlab.errors import UserError, choose
 
-BITS = range(2, 17)  # one signed bit has no positive level; beyond 16, float32 cannot tell the levels apart
+BITS = range(2, 17)  # one signed bit has no positive level; beyond 16, float32 cannot distinguish the levels
 GRANULARITIES = ("channel", "tensor")
 SMALLEST_SCALE = 1e-8  # the step size of a channel of zeros, and the floor that keeps learned ones positive
 
@@ -21,7 +21,7 @@ def levels(bits: int, *, signed: bool = True) -> tuple[int, int]:
         UserError: `bits` is not a whole number from 2 to 16.
     """
     if bits not in BITS:
-        raise UserError(f"bits must be {BITS[0]} to {BITS[-1]}, not {bits}")
+        raise UserError(f"bits must be an integer from {BITS[0]} to {BITS[-1]}, got {bits}")
     return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
 
 

@@ -1,4 +1,4 @@
-"""A weight whose codes are settled: what post-training quantization leaves behind."""
+"""A weight with fixed codes, the result of post-training quantization."""
 
 from typing import Self
 
@@ -9,7 +9,7 @@ from flatlab.quant.codebook import decode, initial_scale, levels
 
 
 class Fixed(nn.Module):
-    """A parametrization that gives the values of fixed codes, whatever the weight behind them is.
+    """A parametrization that returns the values of fixed codes, whatever the underlying weight.
 
     The weight that was quantized stays behind as the latent one, so that the noise can be looked at.
 

@@ -1,4 +1,4 @@
-"""INQ, incremental network quantization: the largest weights are quantized and frozen first, the others train on.
+"""INQ, incremental network quantization: the largest weights are quantized and frozen first, others stay trainable.
 
 Source: Zhou et al. 2017 (arXiv 1702.03044), Eq. 1-4 and algorithm 1. QT-DoG compares with it in Table 4.
 """
@@ -13,7 +13,7 @@ GRIDS = ("uniform", "power-of-two")
 
 
 class INQ(nn.Module):
-    """A parametrization that gives frozen weights their quantized values, and lets the others through.
+    """A parametrization that returns the quantized values of frozen weights, and the others unchanged.
 
     The grid is fixed by the weight as it is when this is built: uniform, 2^b - 1 levels from -max|w| to max|w|; or
     0 and +-2^n for n2 <= n <= n1, n1 = floor(log2(4 max|w| / 3)) and n2 = n1 + 1 - 2^(b-1) / 2 (Zhou et al., Eq. 1-3).
@@ -45,7 +45,9 @@ class INQ(nn.Module):
         self.grid = choose("grid", grid, GRIDS)
         high = levels(bits)[1] if grid == "uniform" else 2 ** (bits - 2)
         if grid == "power-of-two" and bits > 8:
-            raise UserError(f"A grid of powers of two has 2 to 8 bits, not {bits}: float32 has no smaller powers.")
+            raise UserError(
+                f"A grid of powers of two must have 2 to 8 bits, got {bits}: float32 has no smaller powers."
+            )
         self.levels = (-high, high)
         axes = shared_axes(weight, granularity, axis)
         widest = weight.detach().abs().amax(axes, keepdim=len(axes) < weight.dim()).clamp(min=SMALLEST_SCALE)

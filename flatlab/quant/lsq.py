@@ -59,7 +59,7 @@ class Rounding(torch.autograd.Function):
         values, scale = (saved.detach() for saved in ctx.saved_tensors)
         ratio = values / scale
         codes = ratio.clamp(*_strictly(*ctx.span, ratio.dtype))
-        inside = ratio.clone().eq_(codes)  # 1 and 0 in the ratio's type: each product would convert booleans anew
+        inside = ratio.clone().eq_(codes)  # 1 and 0 in the ratio's dtype: booleans would be converted in each product
         to_values = grad * inside if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
             return to_values, None, None, None

@@ -1,4 +1,4 @@
-"""OBC, optimal brain compression: weights are quantized one by one, and those left make up for the error.
+"""OBC, optimal brain compression: weights are quantized one by one, and the remaining ones compensate the error.
 
 Sources: Frantar and Alistarh 2022 (arXiv 2208.11580), section 4 and its trueobs.py: the exact greedy order of each
 row; Frantar et al. 2023 (GPTQ, arXiv 2210.17323), section 3: one fixed order for all rows.
@@ -18,7 +18,7 @@ AT_ONCE = (2**25, 2**20)  # numbers in the inverse Hessians of the rows that go 
 
 @dataclass(frozen=True)
 class Rounded:
-    """A weight that was quantized after training, beside its rounding to the nearest level.
+    """A weight that was quantized after training, compared with rounding to the nearest level.
 
     Attributes:
         codes: integers, in the weight's shape.
@@ -108,7 +108,7 @@ def _row_errors(difference: Tensor, moments: Tensor) -> Tensor:
 
 
 def _exactly(rows: Tensor, steps: Tensor, inverse: Tensor, span: tuple[int, int]) -> Tensor:
-    """Quantize each row greedily: next the weight that costs least, the others then make up for it."""
+    """Quantize each row greedily: next the weight of least cost, for which the others then compensate."""
     many = max(1, AT_ONCE[inverse.device.type == "cpu"] // inverse.numel())
     pairs = zip(torch.split(rows, many), torch.split(steps, many), strict=True)
     return torch.cat([_greedily(own, step, inverse.repeat(len(own), 1, 1), span) for own, step in pairs])

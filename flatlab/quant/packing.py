@@ -1,4 +1,4 @@
-"""Integer codes as bits: what a b-bit weight takes on disk."""
+"""Integer codes packed as bits, as stored on disk."""
 
 import numpy as np
 import numpy.typing as npt

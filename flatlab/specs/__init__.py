@@ -1,1 +1,1 @@
-"""What is asked for, as frozen records without torch."""
+"""Specifications of runs and measurements, as frozen records. Torch-free."""

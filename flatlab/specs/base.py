@@ -1,4 +1,4 @@
-"""A frozen, strict record: its canonical JSON names everything in it, and the digest of that JSON is its name."""
+"""Base class of the specs: a frozen, strict record, named by the digest of its canonical JSON."""
 
 import hashlib
 import json
@@ -11,20 +11,20 @@ from flatlab.errors import UserError
 
 
 class Spec(BaseModel):
-    """A frozen record that refuses unknown fields and loose types, with one sentence per mistake."""
+    """A frozen record that rejects unknown fields and implicit type conversions, with one sentence per mistake."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
-    later: ClassVar[tuple[str, ...]] = ()  # fields added since: unwritten at their default, so that old names hold
+    later: ClassVar[tuple[str, ...]] = ()  # fields added later: omitted at their default, so that old digests stay
 
     @classmethod
     def make(cls, **fields: Any) -> Self:
-        """Return a spec, with one sentence where a field is wrong.
+        """Return a spec with these fields.
 
         Args:
-            fields: by name.
+            fields: values by name.
 
         Raises:
-            UserError: where a field is unknown, missing or of the wrong type.
+            UserError: if a field is unknown, missing or of the wrong type.
         """
         try:
             return cls(**fields)
@@ -36,10 +36,10 @@ class Spec(BaseModel):
         """Read a spec from its JSON.
 
         Args:
-            text: JSON as `canonical` writes it.
+            text: JSON as written by `canonical`.
 
         Raises:
-            UserError: where a field is unknown, missing or of the wrong type.
+            UserError: if a field is unknown, missing or of the wrong type.
         """
         try:
             return cls.model_validate_json(text)
@@ -48,14 +48,14 @@ class Spec(BaseModel):
 
     @model_serializer(mode="wrap")
     def _written(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        told: dict[str, Any] = write(self)
+        fields: dict[str, Any] = write(self)
         kind = type(self)
         return {
-            n: v for n, v in told.items() if n not in kind.later or getattr(self, n) != kind.model_fields[n].default
+            n: v for n, v in fields.items() if n not in kind.later or getattr(self, n) != kind.model_fields[n].default
         }
 
     def canonical(self) -> str:
-        """Return the JSON with sorted keys and no spaces: equal specs, equal text."""
+        """Return the JSON with sorted keys and no spaces; equal specs have equal text."""
         return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
 
     @property
@@ -64,11 +64,11 @@ class Spec(BaseModel):
         return hashlib.sha256(self.canonical().encode()).hexdigest()[:16]
 
     def replace(self, **fields: Any) -> Self:
-        """Return a copy with other fields, checked anew."""
+        """Return a validated copy with some fields replaced."""
         return self.make(**{**dict(self), **fields})
 
 
-_BOUNDS = {  # pydantic's kinds of error -> what it should have said, with the bound's name
+_BOUNDS = {  # pydantic's kinds of error -> what was expected, with the bound's name
     "greater_than": "greater than {gt}",
     "greater_than_equal": "at least {ge}",
     "less_than": "less than {lt}",
@@ -79,16 +79,16 @@ _BOUNDS = {  # pydantic's kinds of error -> what it should have said, with the b
 
 
 def _sentence(kind: type[BaseModel], error: ValidationError) -> str:
-    """Say the first mistake of a validation in one sentence."""
+    """Describe the first mistake of a validation in one sentence."""
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
     what = first["msg"].removeprefix("Value error, ")
     if not where:
         return what
     if first["type"] == "extra_forbidden":
-        return f"{kind.__name__} has no field {where!r}; it has {', '.join(kind.model_fields)}."
+        return f"{kind.__name__} has no field {where!r}; its fields are {', '.join(kind.model_fields)}."
     if first["type"] == "missing":
-        return f"{kind.__name__} needs the field {where!r}, and it is missing."
+        return f"{kind.__name__}: the field {where!r} is missing."
     expected = _BOUNDS.get(first["type"], "").format(**first.get("ctx", {}))
     rule = f"must be {expected}" if expected else what.replace("Input should be", "must be")
     return f"{kind.__name__}: {where} {rule}, got {reprlib.repr(first['input'])}."

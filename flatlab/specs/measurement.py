@@ -1,4 +1,4 @@
-"""What every measurement says of itself, and how its passes are foreseen."""
+"""The fields common to all measurements, and the estimate of their cost."""
 
 from collections.abc import Mapping
 from typing import Literal
@@ -7,36 +7,36 @@ from pydantic import Field
 
 from flatlab.specs.base import Spec
 
-FORESEEN = 20  # images that one radius takes at a relative error of 1, whatever their number; the pilot knows better
-PRODUCT = 10  # forward passes that a Hessian-vector product costs
-PILOT = 64  # products that a trace takes as a rule, beyond its basis
+FORESEEN = 20  # images needed for one radius at a relative error of 1; the pilot gives a better estimate
+PRODUCT = 10  # cost of a Hessian-vector product, in forward passes
+PILOT = 64  # products that a trace usually needs, beyond its basis
 Sizes = Mapping[str, int]  # images of each domain
 
 
 class MeasurementSpec(Spec):
-    """What every measurement says of itself: which checkpoint, on which images."""
+    """The fields common to all measurements: which checkpoint, on which images."""
 
     metric: str
     checkpoint: Literal["selected", "last"] = "selected"
     split: Literal["in", "out"] = "in"
-    images: int | None = Field(None, ge=1)  # at most so many per domain; None is all
+    images: int | None = Field(None, ge=1)  # at most, per domain; None is all
     space: Literal["baked", "latent"] = "baked"
     params: str | None = None  # a pattern of parameter names; None is all
     seed: int = Field(0, ge=0)
 
     def count(self, sizes: Sizes) -> int:
-        """Return how many images are looked at."""
+        """Return the number of images evaluated."""
         return sum(min(size, self.images or size) for size in sizes.values())
 
     def passes(self, sizes: Sizes) -> float:
-        """Return the images that the measurement forwards, for plans and bars; one look at each, where nobody knows.
+        """Return the estimated number of images forwarded, for plans and progress bars; by default each once.
 
         Args:
-            sizes: images of each domain.
+            sizes: number of images of each domain.
         """
         return float(self.count(sizes))
 
     @property
     def pilots(self) -> tuple[tuple[str, "MeasurementSpec"], ...]:
-        """Measurements of other runs that must be there first, each with its run's digest."""
+        """Measurements of other runs that this one requires, each with its run's digest."""
         return ()

@@ -1,4 +1,4 @@
-"""What is measured of a checkpoint: one frozen spec for each kind of measurement, registered by its `metric`."""
+"""One frozen spec for each kind of measurement of a checkpoint, registered by its `metric`."""
 
 import json
 from typing import Annotated, Any, Literal
@@ -23,8 +23,8 @@ class SurfaceSpec(MeasurementSpec):
     every: int | None = Field(None, ge=1)  # steps between the checkpoints of a run's own trajectory
     grid: int = Field(33, ge=2)
     extent: float = Field(1.0, gt=0)  # half the length of each axis; around checkpoints where they span the plane
-    refine: float | None = Field(0.05, gt=0)  # share of the height that interpolation may be off by; None: whole grid
-    recompute: int | None = Field(None, ge=2)  # images of each seen domain: BatchNorm's statistics anew at each place
+    refine: float | None = Field(0.05, gt=0)  # interpolation tolerance, as a share of the height; None: whole grid
+    recompute: int | None = Field(None, ge=2)  # images of each source domain, for BatchNorm statistics at each point
 
     @property
     def spanned(self) -> bool:
@@ -32,55 +32,55 @@ class SurfaceSpec(MeasurementSpec):
         return self.axes in ("runs", "trajectory")
 
     def passes(self, sizes: Sizes) -> float:
-        """Return the images that are forwarded at most: refinement saves some.
+        """Return an upper bound of the number of images forwarded; refinement needs fewer.
 
         Args:
-            sizes: images of each domain.
+            sizes: number of images of each domain.
         """
         return _looked_at(self, sizes, self.recompute) * self.grid**2
 
 
 class ConnectionSpec(MeasurementSpec):
-    """The straight line from the checkpoint to another run's, over the seen domains and over the unseen one."""
+    """The straight line from the checkpoint to another run's, over the source domains and the held-out domain."""
 
     metric: Literal["connectivity"] = "connectivity"
     space: Literal["baked"] = "baked"  # both ends are networks as they compute
     to: str  # digest
     grid: int = Field(33, ge=3)
-    recompute: int | None = Field(None, ge=2)  # images of each seen domain: BatchNorm's statistics anew at each place
+    recompute: int | None = Field(None, ge=2)  # images of each source domain, for BatchNorm statistics at each point
 
     def passes(self, sizes: Sizes) -> float:
-        """Return the images that are forwarded; statistics are computed for the seen domains, and for the unseen one.
+        """Return the number of images forwarded; statistics are computed for the sources and for the held-out domain.
 
         Args:
-            sizes: images of each domain.
+            sizes: number of images of each domain.
         """
         return _looked_at(self, sizes, 2 * (self.recompute or 0)) * self.grid
 
 
 def _looked_at(spec: MeasurementSpec, sizes: Sizes, recompute: int | None) -> float:
-    """Return the images of a place: those evaluated, and those of the seen domains that give statistics."""
+    """Return the number of images per point: those evaluated, and those of the source domains for statistics."""
     return float(spec.count(sizes) + (recompute or 0) * (len(sizes) - 1))
 
 
 class TraceCheckSpec(MeasurementSpec):
-    """The trace of the Hessian in three independent ways."""
+    """Three independent estimates of the trace of the Hessian."""
 
     metric: Literal["trace_check"] = "trace_check"
-    space: Literal["baked"] = "baked"  # through rounding there is no curvature
+    space: Literal["baked"] = "baked"  # the loss has no curvature in weights that are rounded
     rel_error: float = Field(0.05, gt=0)
 
     def passes(self, sizes: Sizes) -> float:
-        """Return the images that are forwarded, roughly: products for trace and density, and seven spheres.
+        """Return the estimated number of images forwarded: products for trace and density, and seven spheres.
 
         Args:
-            sizes: images of each domain.
+            sizes: number of images of each domain.
         """
         return float(self.count(sizes) * PRODUCT * (20 + PILOT + 96) + 7 * FORESEEN / self.rel_error**2)
 
 
 class ScaleAuditSpec(MeasurementSpec):
-    """How measures of flatness move under rescalings that leave the function as it is."""
+    """How measures of flatness change under rescalings that leave the function unchanged."""
 
     metric: Literal["scale_audit"] = "scale_audit"
     space: Literal["baked"] = "baked"
@@ -88,19 +88,19 @@ class ScaleAuditSpec(MeasurementSpec):
     num_samples: int = Field(20, ge=2)
 
     def passes(self, sizes: Sizes) -> float:
-        """Return the images that are forwarded, roughly: four spheres, a trace and an eigenvalue of three networks.
+        """Return the estimated number of images forwarded: four spheres, a trace, an eigenvalue for three networks.
 
         Args:
-            sizes: images of each domain.
+            sizes: number of images of each domain.
         """
         return float(3 * self.count(sizes) * (4 * self.num_samples + PRODUCT * (20 + PILOT + 10)))
 
 
 LEAST = 2_600  # images of a radius: 81 pairs on blocks of 16
-BUDGET = 100  # passes for each radius at most
+BUDGET = 100  # maximum passes for each radius
 AUTO_RADII = 6
 PYHESSIAN = 18  # its products for an eigenvalue, by its defaults: 177 for ten on a ResNet-20
-PYHESSIAN_TRACE = 100  # its vectors at most
+PYHESSIAN_TRACE = 100  # its maximum number of vectors
 
 
 class SphereSpec(MeasurementSpec):
@@ -108,33 +108,33 @@ class SphereSpec(MeasurementSpec):
 
     metric: Literal["sphere"] = "sphere"
     radii: Radii  # absolute L2, or the share of each filter's norm
-    num_samples: int | None = Field(None, ge=2)  # directions on all images; None: as many as the accuracy needs
+    num_samples: int | None = Field(None, ge=2)  # directions on all images; None: as many as the accuracy requires
     rel_error: float = Field(0.02, ge=0)  # standard error / |F|
     abs_error: float = Field(1e-4, ge=0)  # nats
     budget: int | None = Field(None, ge=1)  # images forwarded; None: 100 passes for each radius
-    block_size: int | None = Field(None, ge=1)  # images that a direction sees; None: what a pilot finds
+    block_size: int | None = Field(None, ge=1)  # images per direction; None: chosen by a pilot
     normalisation: Literal["none", "filter", "layer", "parameter"] = "none"
 
     @property
     def piloted(self) -> bool:
-        """Whether a pilot finds out how to sample."""
+        """Whether a pilot chooses the sampling plan."""
         return self.num_samples is None and self.block_size is None
 
     @property
     def effort(self) -> str:
-        """How much was sampled, in words for a caption."""
+        """The sampling effort, as text for a caption."""
         return f"{self.num_samples} directions" if self.num_samples else f"directions for {self.rel_error:.0%} error"
 
     @property
     def pilots(self) -> tuple[tuple[str, MeasurementSpec], ...]:
-        """The reference runs' measurements that the radii rest on."""
+        """The measurements of reference runs that determine the radii."""
         return pilots_of(self, self.radii, normalisation=self.normalisation)
 
     def passes(self, sizes: Sizes) -> float:
-        """Return the images that are forwarded: for an accuracy a rule of thumb, since no pilot has flown.
+        """Return the number of images forwarded; for an accuracy target a rule of thumb, since no pilot has run yet.
 
         Args:
-            sizes: images of each domain.
+            sizes: number of images of each domain.
         """
         images = self.count(sizes)
         count = AUTO_RADII if isinstance(self.radii, str) else count_above_zero(self.radii)
@@ -144,11 +144,11 @@ class SphereSpec(MeasurementSpec):
 
 
 class SpectrumSpec(MeasurementSpec):
-    """Curvature of the mean loss over some domains, each weighing the same: extreme eigenvalues, trace, density."""
+    """Curvature of the mean loss over some domains, weighted equally: extreme eigenvalues, trace, density."""
 
     metric: Literal["spectrum"] = "spectrum"
-    space: Literal["baked"] = "baked"  # through rounding there is no curvature
-    domains: str = "source"  # "source" (the seen), "target" (the held-out one), or names with commas between
+    space: Literal["baked"] = "baked"  # the loss has no curvature in weights that are rounded
+    domains: str = "source"  # "source", "target" (the held-out domain), or names separated by commas
     engine: Literal["flatlab", "pyhessian"] = "flatlab"
     k: int = Field(10, ge=1)
     which: Literal["LA", "SA", "BE"] = "LA"
@@ -160,53 +160,53 @@ class SpectrumSpec(MeasurementSpec):
 
     @property
     def foreseen(self) -> int:
-        """Products, roughly: for the eigenvalues, a pilot of the trace, and the density, which PyHessian lacks."""
+        """Estimated products: for the eigenvalues, a pilot of the trace, and the density (not with PyHessian)."""
         if self.engine == "pyhessian":
             return PYHESSIAN * self.k + PYHESSIAN_TRACE
         return 3 * self.k + min(self.trace_budget, PILOT) + self.starts * self.steps
 
     def passes(self, sizes: Sizes) -> float:
-        """Return the images that are forwarded, a product counting as ten passes.
+        """Return the number of images forwarded, a product counting as ten passes.
 
         Args:
-            sizes: images of each domain.
+            sizes: number of images of each domain.
         """
         share = {"source": len(sizes) - 1, "target": 1}.get(self.domains, self.domains.count(",") + 1) / len(sizes)
         return float(self.count(sizes) * share * PRODUCT * self.foreseen)
 
 
 class GradCAMSpec(MeasurementSpec):
-    """GradCAM of images of the held-out domain, each explained for its true class, and the numbers beside the maps."""
+    """GradCAM of images of the held-out domain, each for its true class, with quantitative measures of the maps."""
 
     metric: Literal["gradcam"] = "gradcam"
     images: int | None = Field(24, ge=1)  # of the held-out domain alone
-    layer: str | None = None  # a module's name; None finds it
-    grid: tuple[int, int] | None = None  # of tokens, where it cannot be inferred
+    layer: str | None = None  # name of a module; None: chosen automatically
+    grid: tuple[int, int] | None = None  # of tokens, if it cannot be inferred
     num_shares: int = Field(10, ge=1)  # steps of the deletion and insertion curves
-    radii: tuple[float, ...] | ByRise = ()  # absolute L2, at which the maps are drawn again
+    radii: tuple[float, ...] | ByRise = ()  # absolute L2, at which the maps are computed again
     num_samples: int = Field(5, ge=1)  # directions
 
     @property
     def pilots(self) -> tuple[tuple[str, MeasurementSpec], ...]:
-        """The reference runs' measurements that the radii rest on: of all their source images."""
+        """The measurements of reference runs that determine the radii: on all their source images."""
         return pilots_of(self, self.radii, images=None)
 
     def count(self, sizes: Sizes) -> int:
-        """Return how many images are looked at: those of one domain."""
+        """Return the number of images evaluated: those of one domain."""
         return min(max(sizes.values()), self.images or max(sizes.values()))
 
     def passes(self, sizes: Sizes) -> float:
-        """Return the images that are forwarded; a map costs a forward and a backward pass.
+        """Return the number of images forwarded; a map costs a forward and a backward pass.
 
         Args:
-            sizes: images of each domain.
+            sizes: number of images of each domain.
         """
         maps = 1 + count_above_zero(self.radii) * self.num_samples
         return float(self.count(sizes) * (3 * maps + 2 * (self.num_shares + 1)))
 
 
 class _OfWeights(MeasurementSpec):
-    """Of the weights alone: no image is looked at and no space but their own, so that these fields stay as they are."""
+    """A measurement of the weights alone: no image is evaluated, so that these fields are fixed."""
 
     split: Literal["in"] = "in"
     images: None = None
@@ -230,49 +230,49 @@ class QuantizationNoiseSpec(_OfWeights):
         """Refuse a run that is not quantized.
 
         Args:
-            run: what is to be measured.
+            run: the run to be measured.
 
         Raises:
-            UserError: says what can be done instead.
+            UserError: if the run is not quantized on a uniform grid; suggests an alternative.
         """
         if getattr(run.quantizer, "grid", "uniform") != "uniform":
             raise UserError(
-                f"Run {run.digest} ({run.label}) is quantized to powers of two, which have no step that its noise "
-                "could be uniform over: name a run with a uniform grid."
+                f"Run {run.digest} ({run.label}) is quantized to powers of two, which have no step over which its "
+                "noise could be uniform: name a run with a uniform grid."
             )
         if run.quantizer is None:
             raise UserError(
                 f"Run {run.digest} ({run.label}) is not quantized, so it has no quantization noise: name a quantized "
-                "run (`flatlab train --quantizer lsq`), or see what rounding would do to this one "
-                "(`flatlab noise RUN --radius`)."
+                "run (`flatlab train --quantizer lsq`), or measure the effect of rounding this one (`flatlab noise "
+                "RUN --radius`)."
             )
 
 
 class RoundingSpec(MeasurementSpec):
-    """What rounding to some bit widths does to the loss, beside random perturbations of the same length.
+    """The rise of the loss under rounding to some bit widths, and under random perturbations of the same norm.
 
-    The base point is the latent weights, in full precision; what moves is what the quantizer quantizes.
+    The base point is the latent weights, in full precision; the weights that the quantizer quantizes are perturbed.
     """
 
     metric: Literal["rounding"] = "rounding"
-    space: Literal["baked"] = "baked"  # of no meaning here, see above: it stays as it is
+    space: Literal["baked"] = "baked"  # not used here, see above
     bits: tuple[Annotated[int, Field(ge=2, le=16)], ...] = (8, 7, 6, 5, 4, 3, 2)
-    layer_bits: tuple[Annotated[int, Field(ge=2, le=16)], ...] = ()  # at which each layer is rounded alone, too
-    granularity: Literal["channel", "tensor"] = "channel"  # of the step sizes, which are those that LSQ begins with
-    num_samples: int = Field(100, ge=2)  # random directions beside each perturbation, each on all images
+    layer_bits: tuple[Annotated[int, Field(ge=2, le=16)], ...] = ()  # at which each layer is also rounded alone
+    granularity: Literal["channel", "tensor"] = "channel"  # of the step sizes, which are the initial ones of LSQ
+    num_samples: int = Field(100, ge=2)  # random directions for each perturbation, each on all images
 
     def passes(self, sizes: Sizes) -> float:
-        """Return the images that are forwarded, as for a network of a few layers: how many there are is not known here.
+        """Return the estimated number of images forwarded, assuming a few layers: their number is not known here.
 
         Args:
-            sizes: images of each domain.
+            sizes: number of images of each domain.
         """
         few = 4
         return float(self.count(sizes) * 2 * self.num_samples * (len(self.bits) + 1 + few * len(self.layer_bits)))
 
 
 class SizeSpec(_OfWeights):
-    """The bytes of a run's network as a file, its quantized weights packed (export.py)."""
+    """The size in bytes of a run's network as a file, its quantized weights packed (export.py)."""
 
     metric: Literal["size"] = "size"
 
@@ -299,11 +299,11 @@ def parse_measurement(text: str) -> MeasurementSpec:
         text: JSON as `canonical` writes it.
 
     Raises:
-        UserError: where the metric is unknown, or a field is wrong.
+        UserError: if the metric is unknown, or a field is wrong.
     """
     metric = json.loads(text).get("metric")
     if not isinstance(metric, str):
-        raise UserError("A measurement's spec names its metric.")
+        raise UserError("The spec of a measurement must name its metric.")
     return KINDS[choose("metric", metric, KINDS)].parse(text)
 
 

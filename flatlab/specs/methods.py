@@ -1,4 +1,4 @@
-"""The paper's names as compositions: a method is a few fields of a run, never a class."""
+"""The paper's methods as compositions: a method is a few fields of a run, not a class."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,22 +13,22 @@ from flatlab.specs.settings import PAPER, Setting, for_data
 
 @dataclass(frozen=True)
 class Method:
-    """The parts of a method; each varies on its own."""
+    """The components of a method, which can be varied independently."""
 
     step: Literal["plain", "sam"] = "plain"
     average: Literal["last", "swa", "swad", "sma"] = "last"
     quantizer: Literal["none", "lsq", "inq", "rtn", "obc"] = "none"
     frozen: bool = False  # convolutions stop training at the switch
-    noise: Literal["none", "fresh", "kept"] = "none"  # uniform, of the quantizer's norm, in its place
+    noise: Literal["none", "fresh", "kept"] = "none"  # uniform noise of the quantizer's norm, instead of quantizing
     objective: Literal["erm", "coral"] = "erm"
     mixing: Literal["none", "mixstyle", "mixstyle-across"] = "none"  # of images' feature statistics
-    members: int = 0  # of an ensemble: so many of these, of consecutive seeds
-    combine: Literal["logits", "probabilities"] = "logits"  # what an ensemble averages
+    members: int = 0  # number of members of an ensemble, of consecutive seeds
+    combine: Literal["logits", "probabilities"] = "logits"  # averaged by an ensemble
     note: str = ""
 
     @property
     def switched(self) -> bool:
-        """Whether something sets in at the switch."""
+        """Whether training changes at a switch step."""
         return self.quantizer in ("lsq", "inq") or self.frozen or self.noise != "none"
 
 
@@ -69,13 +69,13 @@ RELEASED = (
 
 
 def method(name: str) -> tuple[str, Method]:
-    """Return a method's proper name and its composition.
+    """Return the canonical name of a method and its composition.
 
     Args:
-        name: a key of `METHODS`, blind to case.
+        name: a key of `METHODS`, ignoring case.
 
     Raises:
-        UserError: lists the methods and suggests the nearest.
+        UserError: if there is no such method; lists them and suggests the nearest.
     """
     proper = choose("method", name, METHODS)
     return proper, METHODS[proper]
@@ -92,12 +92,12 @@ KNOWN = {
 
 
 def vary(parts: Method, changes: Mapping[str, str]) -> Method:
-    """Return a composition with some parts exchanged, each by a known name."""
+    """Return a composition with some components replaced, each by a known name."""
     return replace(parts, **{part: choose(part, name, KNOWN[part]) for part, name in changes.items()})  # type: ignore[arg-type]
 
 
 def compose(parts: Method, setting: Setting, *, held_out: str, seed: int, trial_seed: int) -> RunSpec:
-    """Return the run that a composition means in a setting; an ensemble's members have the seeds from these on."""
+    """Return the run of a composition in a setting; the members of an ensemble have consecutive seeds from these on."""
     if parts.members:
         alone = replace(parts, members=0)
         members = [
@@ -169,14 +169,14 @@ def _average(kind: Literal["last", "swa", "swad", "sma"], setting: Setting) -> A
 
 
 def averages(setting: Setting) -> dict[str, AverageSpec]:
-    """Return the averages of a setting by the names of their methods: SWA, SWAD, SMA."""
+    """Return the weight averages of a setting by method: SWA, SWAD, SMA."""
     return {name: _average(METHODS[name].average, setting) for name in ("SWA", "SMA", "SWAD")}
 
 
 def replicates(parts: Method, setting: Setting) -> list[RunSpec]:
-    """Return a run for each held-out domain and seed; replicate i moves both the split's and the training's seed.
+    """Return a run for each held-out domain and seed; replicate i adds i to the seeds of the split and of training.
 
-    Of an ensemble there is one for each domain: the seeds are its members'.
+    An ensemble has one replicate for each domain, since its members use the seeds.
     """
     return [
         compose(parts, setting, held_out=target, seed=setting.seed + i, trial_seed=setting.trial_seed + i)
@@ -186,12 +186,12 @@ def replicates(parts: Method, setting: Setting) -> list[RunSpec]:
 
 
 def is_papers(parts: Method, ours: Setting, changes: Mapping[str, Any] | None = None) -> bool:
-    """Return whether the runs of a composition are the paper's own: equal specs, but for seeds and held-out domains.
+    """Return whether a composition equals the paper's: the specs agree, except for seeds and held-out domains.
 
     Args:
         parts: the composition.
-        ours: the setting; its data set says which of the paper's is meant.
-        changes: fields of the setting that this line of a table has otherwise, the paper's as well as ours.
+        ours: the setting; its data set selects the paper's.
+        changes: fields that are replaced in both settings for this row of a table.
     """
     at: dict[str, Any] = {"held_out": ours.held_out[0], "seed": 0, "trial_seed": 0}
     mine, theirs = (each.replace(**(changes or {})) for each in (ours, for_data(PAPER, ours.dataset)))
@@ -199,6 +199,6 @@ def is_papers(parts: Method, ours: Setting, changes: Mapping[str, Any] | None = 
 
 
 def radii_by_rise(setting: Setting, rises: Sequence[float]) -> ByRise:
-    """Return radii at which ERM's loss rises by so many nats: of all its runs in a setting, for whatever method."""
+    """Return radii at which the loss of ERM (all runs in a setting) rises by these amounts (nats), for all methods."""
     references = sorted(run.digest for run in replicates(METHODS["ERM"], setting))
     return ByRise.make(rises=tuple(rises), references=tuple(references))

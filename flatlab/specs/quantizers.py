@@ -1,4 +1,4 @@
-"""What stands between a network's weights and its output: quantizers, trained or not, and noise in their place."""
+"""Specs of quantizers, trained or not, and of the weight noise that can replace them."""
 
 from typing import Annotated, Literal, Self
 
@@ -10,7 +10,7 @@ Granularity = Literal["channel", "tensor"]
 
 
 class QuantSpec(Spec):
-    """Learned step size quantization of the weights (Esser et al. 2020; QT-DoG App. B), and of inputs where asked."""
+    """Learned step size quantization of the weights (Esser et al. 2020; QT-DoG App. B), optionally of inputs."""
 
     later = ("signed", "log_scale", "activations", "activation_bits")
 
@@ -18,7 +18,7 @@ class QuantSpec(Spec):
     bits: int = Field(7, ge=2, le=16)
     granularity: Granularity = "channel"
     grad_scale: Literal["shared", "tensor", "none"] = "shared"
-    scale_lr: float = Field(1e-5, ge=0)  # the paper is silent; Adam moves a step size of 3e-3 by 0.3 % a step
+    scale_lr: float = Field(1e-5, ge=0)  # not given in the paper; Adam changes a step size of 3e-3 by 0.3 % a step
     signed: bool = True  # codes of both signs, for weights
     log_scale: bool = False  # learn the logarithm of the step size
     activations: Literal["none", "signed", "unsigned"] = "none"  # of the quantized layers' inputs
@@ -26,7 +26,7 @@ class QuantSpec(Spec):
 
 
 class INQSpec(Spec):
-    """Incremental quantization (Zhou et al. 2017): the largest weights are frozen on the grid, share by share."""
+    """Incremental quantization (Zhou et al. 2017): a growing share of the largest weights is frozen on the grid."""
 
     kind: Literal["inq"] = "inq"
     bits: int = Field(7, ge=2, le=16)
@@ -38,16 +38,16 @@ class INQSpec(Spec):
     @model_validator(mode="after")
     def _ends_whole(self) -> Self:
         if not self.fractions or sorted(self.fractions) != [*self.fractions] or self.fractions[-1] != 1:
-            raise ValueError(f"INQ's fractions rise to 1, as (0.5, 0.75, 0.875, 1.0); these do not: {self.fractions}.")
+            raise ValueError(f"INQ's fractions must increase to 1, as (0.5, 0.75, 0.875, 1.0), got {self.fractions}.")
         if self.fractions[0] <= 0:
-            raise ValueError(f"INQ's fractions are above 0; these begin with {self.fractions[0]:g}.")
+            raise ValueError(f"INQ's fractions must be > 0, got {self.fractions}.")
         if self.grid == "power-of-two" and self.bits > 8:
-            raise ValueError(f"A grid of powers of two has 2 to 8 bits, not {self.bits}.")
+            raise ValueError(f"A grid of powers of two must have 2 to 8 bits, got {self.bits}.")
         return self
 
 
 class RTNSpec(Spec):
-    """Round-to-nearest of a finished run's weights, on the grid that OBC takes; nothing is trained."""
+    """Round-to-nearest of a finished run's weights, on the same grid as OBC; nothing is trained."""
 
     kind: Literal["rtn"] = "rtn"
     bits: int = Field(7, ge=2, le=16)
@@ -73,11 +73,11 @@ AnyQuantizer = Annotated[QuantSpec | INQSpec | RTNSpec | OBCSpec, Field(discrimi
 
 
 class NoiseSpec(Spec):
-    """Uniform noise on the weights that a quantizer would take, from the switch on (QT-DoG, Table 15).
+    """Uniform noise on the weights that a quantizer would quantize, from the switch on (QT-DoG, Table 15).
 
-    A fresh draw of U(-a, a) at each step: taken off again after the gradient, or, if `persistent`, kept.
-    `amplitude` is a. Where it is None, the noise has the norm, expected over draws, that rounding to `bits` has in
-    each channel at the switch: each draw of it, or, if persistent, the sum of all draws until the end.
+    A new draw of U(-a, a) at each step, subtracted again after the gradient, or, if `persistent`, kept. `amplitude`
+    is a. If it is None, the expected norm of the noise in each channel is that of rounding to `bits` at the switch:
+    for each draw, or, if persistent, for the sum of all draws until the end.
     """
 
     amplitude: float | None = Field(None, ge=0)
@@ -88,5 +88,7 @@ class NoiseSpec(Spec):
     @model_validator(mode="after")
     def _one_size(self) -> Self:
         if (self.amplitude is None) == (self.bits is None):
-            raise ValueError("Noise has either an amplitude or the bits whose rounding it equals in norm; give one.")
+            raise ValueError(
+                "Noise needs either an amplitude, or the bits of the rounding whose norm it has; give one."
+            )
         return self

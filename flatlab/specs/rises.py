@@ -1,4 +1,4 @@
-"""Radii that are chosen by rise: how far around reference runs the loss has risen by so many nats."""
+"""Radii chosen by rise: the distances around reference runs at which the loss has risen by given amounts (nats)."""
 
 from collections.abc import Collection
 from typing import Literal, Self
@@ -8,19 +8,19 @@ from pydantic import Field, model_validator
 from flatlab.specs.base import Spec
 from flatlab.specs.measurement import MeasurementSpec, Sizes
 
-REACHING = 20_000  # images that finding the radii of one run forwards at most (metrics/pilot.py)
+REACHING = 20_000  # maximum images forwarded to find the radii of one run (metrics/flatness/pilot.py)
 
 
 def _check(rises: tuple[float, ...]) -> None:
     if not rises or list(rises) != sorted(set(rises)) or rises[0] <= 0:
-        raise ValueError(f"The rises must be one or more numbers above 0, each larger than the one before, got {rises}")
+        raise ValueError(f"The rises must be one or more numbers > 0 in increasing order, got {rises}")
 
 
 class ByRise(Spec):
-    """Radii where the loss of reference runs has risen by so many nats on their source domains.
+    """Radii at which the loss of reference runs has risen by given amounts (nats) on their source domains.
 
-    Of several runs the geometric mean counts, rounded to two digits: the radii are found when they are needed, and
-    are no part of a measurement's name.
+    For several runs the geometric mean is used, rounded to two digits. The radii are computed when needed, and are
+    not part of a measurement's digest.
     """
 
     rises: tuple[float, ...]  # nats
@@ -33,7 +33,7 @@ class ByRise(Spec):
 
 
 class ReachSpec(MeasurementSpec):
-    """The radii at which the loss of a run rises by so many nats on its source domains: a pilot's, without interval."""
+    """The radii at which the loss of a run rises by given amounts on its source domains: a pilot, without intervals."""
 
     metric: Literal["reach"] = "reach"
     rises: tuple[float, ...]
@@ -45,7 +45,7 @@ class ReachSpec(MeasurementSpec):
         return self
 
     def passes(self, sizes: Sizes) -> float:
-        """Return the images that are forwarded at most.
+        """Return the maximum number of images forwarded.
 
         Args:
             sizes: images of each domain.
@@ -57,12 +57,12 @@ Radii = tuple[float, ...] | Literal["auto"] | ByRise
 
 
 def pilots_of(measurement: MeasurementSpec, radii: object, **fields: object) -> tuple[tuple[str, MeasurementSpec], ...]:
-    """Return the measurements of reference runs that radii rest on, each with its run's digest; none of plain numbers.
+    """Return the measurements of reference runs that determine radii, each with its run's digest; none for numbers.
 
     Args:
         measurement: the measurement at these radii.
-        radii: as it names them.
-        fields: of the pilots, where they differ from the measurement's.
+        radii: the radii of its spec.
+        fields: fields of the pilots that differ from the measurement's.
     """
     if not isinstance(radii, ByRise):
         return ()
@@ -72,5 +72,5 @@ def pilots_of(measurement: MeasurementSpec, radii: object, **fields: object) -> 
 
 
 def count_above_zero(radii: Collection[float] | ByRise) -> int:
-    """Return how many radii there are, zero left out: nothing is sampled there."""
+    """Return the number of radii above zero, those at which something is sampled."""
     return len(radii.rises) if isinstance(radii, ByRise) else sum(radius > 0 for radius in radii)

@@ -1,7 +1,7 @@
-"""What is asked for: a run, and the place where the work is done (measurements.py: what is measured of it).
+"""Specs of a run, and of the place where it is computed (for measurements see measurements.py).
 
-A spec is frozen, strict and complete: its canonical JSON names everything that decides the numbers, and the digest
-of that JSON is the name of the run. Machine facts (folders, device, threads) live in `Place` and never in a digest.
+A spec is frozen, strict and complete: its canonical JSON contains everything that determines the numbers, and the
+digest of that JSON identifies the run. Machine facts (folders, device, threads) are in `Place`, never in a digest.
 """
 
 from collections import Counter
@@ -21,11 +21,11 @@ class StepSpec(Spec):
 
 
 class AverageSpec(Spec):
-    """Which weights a run hands over: the trajectory's own, or an average of its iterates.
+    """Which weights a run returns: the trajectory's own, or an average of its iterates.
 
-    `start` and `every` count steps. SWA: iterates from `start` on, each `every`. SMA: all from `start` on.
+    `start` and `every` count steps. SWA: iterates from `start` on, every `every` steps. SMA: all from `start` on.
     SWAD (Cha et al. 2021): `every` is its evaluation interval, `converge`, `tolerance` and `ratio` its N_s, N_e, r; its
-    rule is Algorithm 1 of the paper, or that of the released code (khanrc/swad), which is another one.
+    rule is Algorithm 1 of the paper, or that of the released code (khanrc/swad), which differs.
     """
 
     kind: Literal["last", "swa", "swad", "sma"] = "last"
@@ -39,19 +39,19 @@ class AverageSpec(Spec):
 
 
 class MixSpec(Spec):
-    """MixStyle (Zhou et al. 2021): feature statistics mixed between the images of a batch, in training alone."""
+    """MixStyle (Zhou et al. 2021): feature statistics mixed between the images of a batch, during training only."""
 
     later = ("across",)
 
     p: float = Field(0.5, ge=0, le=1)  # probability that a stage of a step is mixed
     alpha: float = Field(0.1, gt=0)  # an image's own share is drawn from Beta(alpha, alpha)
-    across: bool = False  # the other image is of another domain ("MixStyle w/ domain label"); else any of the batch
+    across: bool = False  # mix with an image of another domain ("MixStyle w/ domain label"); else any of the batch
 
 
 class RunSpec(Spec):
-    """One trained network: data, composition, schedule and seeds. The paper's name for it is only a label.
+    """One trained network: data, composition, schedule and seeds. The paper's name of it is only a label.
 
-    A quantizer that does not train (rtn, obc) makes a derived run: of the same run without it, once that is done.
+    A quantizer that is not trained (rtn, obc) makes a derived run, computed from the finished run without it.
     """
 
     later = ("noise", "test_share", "coral_weight", "mixing", "members", "combine")
@@ -64,44 +64,44 @@ class RunSpec(Spec):
     freeze_batchnorm: bool = False
     augment: Literal["none", "domainbed"] = "none"  # DomainBed's crops, flips and colours, for training images
     objective: Literal["erm", "coral"] = "erm"
-    coral_weight: float = Field(1.0, ge=0)  # of CORAL's penalty beside the cross-entropy
+    coral_weight: float = Field(1.0, ge=0)  # of CORAL's penalty, relative to the cross-entropy
     mixing: MixSpec | None = None
     step: StepSpec = StepSpec()
     average: AverageSpec = AverageSpec()
     quantizer: AnyQuantizer | None = None
     noise: NoiseSpec | None = None
     frozen: bool = False  # convolutions (and step sizes) stop training at the switch
-    switch: int | None = Field(None, ge=0)  # before this step's update the quantizer or the freezing sets in
-    steps: int = Field(ge=1)  # updates 0..steps are made, as in DomainBed's forks: one more than the number says
+    switch: int | None = Field(None, ge=0)  # quantizing or freezing starts before the update of this step
+    steps: int = Field(ge=1)  # updates 0..steps, one more than this number, as in DomainBed's forks
     eval_every: int = Field(ge=1)
     batch_size: int = Field(32, ge=1)  # images per source domain
     lr: float = Field(gt=0)
     weight_decay: float = Field(0.0, ge=0)
-    precision: Literal["fp32", "bf16"] = "fp32"  # of the training's forward passes; all else is fp32
+    precision: Literal["fp32", "bf16"] = "fp32"  # of the forward passes in training; all else is fp32
     seed: int = Field(0, ge=0)  # initialisation and batches
     trial_seed: int = Field(0, ge=0)  # split
     holdout: float = Field(0.2, gt=0, lt=1)
-    test_share: float = Field(0.0, ge=0, lt=1)  # of each domain, for an in-domain test: neither trained nor selected on
+    test_share: float = Field(0.0, ge=0, lt=1)  # of each domain, for an in-domain test: not for training or selection
     source: str | None = None  # "sha256:..." of an imported checkpoint, which was not trained here
-    members: tuple["RunSpec", ...] = ()  # of an ensemble, which is not trained: the rest is as its first member has it
-    combine: Literal["logits", "probabilities"] = "logits"  # what an ensemble averages (QT-DoG Eq. 6: logits)
+    members: tuple["RunSpec", ...] = ()  # of an ensemble, which is not trained; other fields are the first member's
+    combine: Literal["logits", "probabilities"] = "logits"  # averaged by an ensemble (QT-DoG Eq. 6: logits)
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         trained = self.quantizer is not None and not isinstance(self.quantizer, RTNSpec | OBCSpec)
         if (self.switch is None) == (trained or self.frozen or self.noise is not None):
-            raise ValueError("A switch step goes with a quantizer, noise or freezing in training, and they with it.")
+            raise ValueError("A quantizer, noise or freezing in training needs a switch step, and only they have one.")
         if self.noise is not None and trained:
-            raise ValueError("Noise stands in a quantizer's place; give one of the two.")
+            raise ValueError("Noise replaces a quantizer; give one of the two.")
         if self.settled is not None and self.source is None and self.settled > self.steps:
             what = "switch" if self.settled == self.switch else "last stage of INQ"
             raise ValueError(
-                f"The {what} at step {self.settled} lies beyond the end at {self.steps}; "
-                "choose --quantize-at of at most --steps."
+                f"The {what} must be at a step <= {self.steps} (--steps), got {self.settled}: choose a smaller "
+                "--quantize-at."
             )
         if self.average.kind in ("swa", "sma") and self.average.start > self.steps:
             raise ValueError(
-                f"{self.average.kind.upper()} would start at step {self.average.start}, beyond the end at {self.steps}."
+                f"{self.average.kind.upper()} must start at a step <= {self.steps}, got {self.average.start}."
             )
         return self
 
@@ -110,14 +110,14 @@ class RunSpec(Spec):
         facts = {(m.dataset, m.held_out, m.image_size) for m in self.members}
         if facts and facts != {(self.dataset, self.held_out, self.image_size)}:
             raise ValueError(
-                "The members of an ensemble have one data set, held-out domain and image size, and the ensemble has "
-                f"the same; here they are {sorted(facts | {(self.dataset, self.held_out, self.image_size)})}."
+                "An ensemble and its members must have the same data set, held-out domain and image size, got "
+                f"{sorted(facts | {(self.dataset, self.held_out, self.image_size)})}."
             )
         return self
 
     @property
     def label(self) -> str:
-        """The composition in a word or two, such as "sam-swad"; "erm" where nothing is unusual; "erm + 2 x lsq"."""
+        """A short name of the composition, such as "sam-swad" or "erm + 2 x lsq"; "erm" for the defaults."""
         if self.members:
             counts = Counter(f"({each.label})" if each.members else each.label for each in self.members)
             return " + ".join(
@@ -132,35 +132,35 @@ class RunSpec(Spec):
 
     @property
     def trajectory(self) -> "RunSpec":
-        """The run whose iterates this one averages: all but the average."""
+        """The run whose iterates this one averages: the same spec without the average."""
         return self.replace(average=AverageSpec())
 
     def iterates(self, every: int) -> range:
-        """Return the steps that are multiples of a number and whose weights an average sees: from the switch on."""
+        """Return the steps from the switch on that are multiples of a number: those whose weights are averaged."""
         return range(-(-(self.switch or 0) // every) * every, self.steps + 1, every)
 
     @property
     def derived(self) -> bool:
-        """Whether the run is made from its finished parent, without training."""
+        """Whether the run is computed from its finished parent, without training."""
         return isinstance(self.quantizer, RTNSpec | OBCSpec) and not self.members
 
     @property
     def made_from(self) -> tuple["RunSpec", ...]:
-        """The finished runs that this one is made from: an ensemble's members, a derived one's parent; or none."""
+        """The finished runs this one is computed from: members of an ensemble, parent of a derived run; or none."""
         if self.derived and self.parent and not self.source:
             return (self.parent,)
         return self.members
 
     @property
     def settled(self) -> int | None:
-        """The step from which the network is what its name says: the switch, or the last stage of INQ."""
+        """The step from which the network is fully quantized or frozen: the switch, or the last stage of INQ."""
         if self.switch is not None and isinstance(self.quantizer, INQSpec):
             return self.switch + (len(self.quantizer.fractions) - 1) * self.quantizer.every
         return self.switch
 
     @property
     def parent(self) -> "RunSpec | None":
-        """The run that a derived one is made from; else the trajectory that this one equals up to its switch."""
+        """The run that a derived run is computed from; else the trajectory that equals this one up to its switch."""
         if self.derived:
             return self.replace(quantizer=None)
         if self.switch is None or self.members:
@@ -169,10 +169,10 @@ class RunSpec(Spec):
 
 
 class Place(Spec):
-    """Machine facts: where the data lie and what computes. Recorded beside a run, never part of its name."""
+    """Machine facts: location of the data, device and threads. Recorded with a run, never part of its digest."""
 
     data_dir: str | None = None
     weights_file: str | None = None
-    cache: str | None = None  # of decoded images; None: the platform's
+    cache: str | None = None  # folder of decoded images; None: the platform's default
     device: str = "auto"
     threads: int = Field(1, ge=1)

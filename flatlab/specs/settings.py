@@ -1,4 +1,4 @@
-"""SMOKE, QUICK and PAPER: how large a reproduction is, as one frozen record of numbers with their reasons."""
+"""SMOKE, QUICK and PAPER: the size of a reproduction, as one frozen record of numbers with their reasons."""
 
 from typing import Any, Literal
 
@@ -10,7 +10,7 @@ from flatlab.specs.run import RunSpec
 
 
 class Setting(Spec):
-    """Everything that a reproduction needs beyond the paper's names; shares of the schedule are of its steps."""
+    """All that a reproduction needs besides the names of methods; shares of the schedule are shares of its steps."""
 
     later = ("inq_grid", "signed", "log_scale", "activations", "activation_bits", "noise_amplitude")
 
@@ -24,7 +24,7 @@ class Setting(Spec):
     freeze_batchnorm: bool = False
     augment: str = "none"
     precision: str = "fp32"
-    test_share: float = 0.2  # of each domain, for in-domain numbers: what selects a checkpoint does not judge it
+    test_share: float = 0.2  # of each domain, for in-domain accuracy on images not used to select a checkpoint
     steps: int = Field(ge=1)
     eval_every: int = Field(ge=1)
     batch_size: int = Field(32, ge=1)
@@ -38,70 +38,70 @@ class Setting(Spec):
     log_scale: bool = False  # of LSQ's weights
     activations: str = "none"
     activation_bits: int = Field(8, ge=2, le=16)
-    switch: int | None = None  # None: that share of the steps (QT-DoG App. B: 2,000 of 5,000)
+    switch: int | None = None  # None: `switch_share` of the steps (QT-DoG App. B: 2,000 of 5,000)
     switch_share: float = 0.4
-    noise_lr: float | None = Field(None, gt=0)  # half-width of weight noise in learning rates; None: a quantizer's norm
-    noise_amplitude: float | None = Field(None, gt=0)  # that half-width itself
+    noise_lr: float | None = Field(None, gt=0)  # half-width of weight noise, in learning rates; None: quantizer's norm
+    noise_amplitude: float | None = Field(None, gt=0)  # absolute half-width of weight noise
     sam_rho: float = 0.05  # Foret et al.; SWAD's baselines
     swa_every: int = Field(100, ge=1)
     swad_every: int = Field(100, ge=1)
     swad_ratio: float = 0.3
-    swad_rule: Literal["paper", "released"] = "paper"  # Algorithm 1, or what SWAD's released code does
+    swad_rule: Literal["paper", "released"] = "paper"  # Algorithm 1, or that of SWAD's released code
     sma_start: int = Field(100, ge=0)
     refresh_batches: int = Field(500, ge=1)  # for BatchNorm statistics of SWA and SWAD, unless frozen
     seed: int = Field(0, ge=0)
     trial_seed: int = Field(0, ge=0)
     seeds: int = Field(3, ge=1)
     members: int | None = Field(None, ge=1)  # of an ensemble; None: as many as the method has
-    rises: tuple[float, ...] = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5)  # nats, of ERM on the seen domains: they name radii
-    beyond: float = 1.0  # nats: one radius more, for the look
-    num_samples: int | None = Field(100, ge=2)  # directions, each on all images; None: as many as `rel_error` needs
+    rises: tuple[float, ...] = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5)  # nats, of ERM on the source domains: define radii
+    beyond: float = 1.0  # nats: one further radius, for illustration
+    num_samples: int | None = Field(100, ge=2)  # directions, each on all images; None: as many as `rel_error` requires
     rel_error: float = 0.02
-    block_size: int | None = None  # images that a direction sees, where no `num_samples` are asked for
+    block_size: int | None = None  # images per direction, if `num_samples` is None
     images: int | None = None  # of each domain, for measurements
-    controls: bool = False  # beside what the paper shows: runs that part quantizing from freezing
-    others: tuple["Setting", ...] = ()  # the same for further data sets
+    controls: bool = False  # in addition to the paper: runs that separate quantizing from freezing
+    others: tuple["Setting", ...] = ()  # settings of further data sets
 
     @property
     def each(self) -> tuple["Setting", ...]:
-        """This setting and those of further data sets, each by itself."""
+        """This setting and those of further data sets, without `others`."""
         return (self.replace(others=()), *self.others)
 
     @property
     def effort(self) -> str:
-        """How much is sampled, in words for a caption."""
+        """The sampling effort, as text for a caption."""
         return f"{self.num_samples} directions" if self.num_samples else f"directions for {self.rel_error:.0%} error"
 
     @property
     def words(self) -> str:
-        """Which data, network and seeds, in words for a title; of photographs how large and how long, too."""
+        """Data, network and seeds, as text for a title; for photographs also image size and steps."""
         size = {one.dataset: f" at {one.image_size} pixels, {one.steps:,} steps" for one in self.each}
         data = ", ".join(f"{one.dataset}, {one.model}{size[one.dataset] * (one.image_size > 16)}" for one in self.each)
         return f"{data}, {'1 seed' if self.seeds == 1 else f'{self.seeds} seeds'}"
 
     @property
     def interval(self) -> str:
-        """What bars and bands show, in words for a caption: one seed has no interval."""
+        """The meaning of bars and bands, as text for a caption; one seed has no interval."""
         return "95 % intervals over seeds" if self.seeds > 1 else "none, since one seed has no interval"
 
     @property
     def switch_step(self) -> int:
-        """The step at which quantization or freezing sets in."""
+        """The step at which quantization or freezing starts."""
         return round(self.switch_share * self.steps) if self.switch is None else self.switch
 
     @property
     def radii(self) -> tuple[float, ...] | None:
-        """The paper's radii for the paper's network; None: they are chosen by rise."""
+        """The paper's radii for the paper's network; None: radii are chosen by rise."""
         return papers_radii(self)
 
     @property
     def inq_every(self) -> int:
-        """INQ's steps between stages, such that its four end where 15 % are left (750 of 5,000; methods.md 3.1)."""
+        """Steps between the stages of INQ, such that the four end when 15 % of the steps are left (750 of 5,000)."""
         return max(1, min(round(0.15 * self.steps), (self.steps - self.switch_step) // 3))
 
     @property
     def swa_start(self) -> int:
-        """SWA's first step: 60 % of the steps; the paper gives none."""
+        """First step of SWA: 60 % of the steps; not given in the paper."""
         return round(0.6 * self.steps)
 
 
@@ -133,10 +133,10 @@ QUICK = Setting(
     sma_start=10,
     refresh_batches=50,
     seeds=3,
-    members=5,  # of each ensemble alike, so that none wins by numbers
+    members=5,  # the same for all ensembles, so that they are comparable
     num_samples=None,
-    rel_error=0.1,  # of one checkpoint: the spread over seeds is larger
-    block_size=16,  # fixed, so that all methods share their rays and no timing decides a number
+    rel_error=0.1,  # for one checkpoint; the spread over seeds is larger
+    block_size=16,  # fixed, so that all methods share their directions and no number depends on timings
 )
 
 PAPER = Setting(
@@ -149,17 +149,17 @@ PAPER = Setting(
     weights="imagenet",
     freeze_batchnorm=True,
     augment="domainbed",
-    test_share=0.0,  # the paper's split: its in-domain numbers are those of the images that select
+    test_share=0.0,  # the paper's split: its in-domain accuracy is that on the images used for selection
     steps=5000,
     eval_every=300,
     lr=5e-5,
 )
 
-PAPERS_RADII = tuple(float(radius) for radius in range(0, 61, 5))  # QT-DoG's Figure 3, of one network alone
+PAPERS_RADII = tuple(float(radius) for radius in range(0, 61, 5))  # QT-DoG's Figure 3, for one network only
 
 
 def papers_radii(one: Setting | RunSpec) -> tuple[float, ...] | None:
-    """Return the radii of the paper's figure where the network is the paper's own; None where it is another."""
+    """Return the radii of the paper's figure if the network is the paper's; else None."""
     own = all(getattr(one, field) == getattr(PAPER, field) for field in ("dataset", "model", "weights", "image_size"))
     return PAPERS_RADII if own else None
 
@@ -167,24 +167,24 @@ def papers_radii(one: Setting | RunSpec) -> tuple[float, ...] | None:
 SETTINGS = {setting.name: setting for setting in (SMOKE, QUICK, PAPER)}
 
 
-BY_DATASET: dict[str, dict[str, Any]] = {  # where SWAD and QT-DoG depart from their own usual numbers
+BY_DATASET: dict[str, dict[str, Any]] = {  # exceptions of SWAD and QT-DoG from their default settings
     "VLCS": {"swad_every": 50, "swad_ratio": 0.2},
     "DomainNet": {"steps": 15000, "eval_every": 1000, "switch": 8000, "swad_every": 500},
 }
 
 
 def for_data(chosen: Setting, dataset: str, *, model: str | None = None, weights: str | None = None) -> Setting:
-    """Return a setting for a data set: the network and learning rates that suit it, the chosen one's schedule.
+    """Return a setting for a data set: its default network and learning rates, the schedule of the chosen setting.
 
-    Photographs take the paper's, digits QUICK's. BatchNorm's statistics are frozen where the network starts from
-    weights: frozen random ones mean nothing. The paper's learning rate is for pretrained weights: from scratch the
-    setting's own is kept.
+    Photographs use the paper's, digits those of QUICK. BatchNorm statistics are frozen only if the network starts
+    from pretrained weights. The paper's learning rate is for pretrained weights: from scratch that of the setting is
+    kept.
 
     Args:
-        chosen: whose schedule is kept.
-        dataset: its name; all but digits are photographs.
-        model: where another than the suiting one is wanted.
-        weights: where others than the suiting ones are wanted.
+        chosen: the setting whose schedule is kept.
+        dataset: name of the data set; all but digits are photographs.
+        model: network, if not the default one.
+        weights: initial weights, if not the default ones.
     """
     suiting = QUICK if dataset == QUICK.dataset else PAPER
     start = weights or ("none" if model == QUICK.model else suiting.weights)
@@ -200,11 +200,11 @@ def for_data(chosen: Setting, dataset: str, *, model: str | None = None, weights
 
 
 def setting(chosen: str | Setting, **changes: Any) -> Setting:
-    """Return a setting with those of `changes` that are not None.
+    """Return a setting with the entries of `changes` that are not None.
 
     Args:
         chosen: smoke, quick or paper, or a setting.
-        changes: fields of `Setting`; None leaves a field as it is.
+        changes: fields of `Setting`; None keeps a field.
     """
     known = SETTINGS[choose("setting", chosen, SETTINGS)] if isinstance(chosen, str) else chosen
     return known.replace(**{field: value for field, value in changes.items() if value is not None})

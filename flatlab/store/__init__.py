@@ -1,1 +1,1 @@
-"""Where runs and measurements lie: directories named by digests, without torch."""
+"""The store of runs and measurements: directories named by digests. Torch-free."""

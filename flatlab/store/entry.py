@@ -1,6 +1,6 @@
-"""An entry of the store: a directory named by the digest of its spec, whole once `done` is there.
+"""An entry of the store: a directory named by the digest of its spec, complete once it contains `done`.
 
-`done` lists the hash of every file that counts; provenance (machine facts, seconds) and state are outside it.
+`done` lists the hash of every file of the result; provenance (machine facts, seconds) and state are excluded.
 """
 
 import re
@@ -18,14 +18,14 @@ from flatlab.errors import UserError
 from flatlab.specs.base import Spec
 
 _NAME = re.compile("[0-9a-f]{16}")  # of an entry's folder
-_UNCOUNTED = ("state", "kept", "measurements", "provenance.json", "done", ".lock")  # outside the compared bytes
+_UNCOUNTED = ("state", "kept", "measurements", "provenance.json", "done", ".lock")  # not part of the result
 
 
 class Entry:
-    """A directory with a spec, files, and a `done` that is written last."""
+    """A directory with a spec, files, and a file `done` that is written last."""
 
-    parse: Callable[[str], Spec]  # its spec, from JSON
-    depth = 1  # folders from the store's on
+    parse: Callable[[str], Spec]  # reads its spec from JSON
+    depth = 1  # number of folders below that of the store
 
     def __init__(self, path: Path, spec: Spec) -> None:
         self.path, self.spec = path, spec
@@ -35,10 +35,10 @@ class Entry:
         """Return the entry in a folder.
 
         Args:
-            folder: with a spec.json.
+            folder: contains a spec.json.
 
         Raises:
-            UserError: where that is damaged; names it.
+            UserError: if spec.json is damaged; names the file.
         """
         path = folder / "spec.json"
         try:
@@ -55,25 +55,25 @@ class Entry:
         return (self.path / "done").exists()
 
     def create(self) -> None:
-        """Make the directory and its spec.json, where they are absent."""
+        """Create the directory and its spec.json if they are missing."""
         self.path.mkdir(parents=True, exist_ok=True)
         if not (self.path / "spec.json").exists():
             files.write_bytes(self.path / "spec.json", self.spec.canonical().encode() + b"\n")
 
     @contextmanager
     def claim(self) -> Iterator[bool]:
-        """Try to lock the entry; yields whether it worked. The kernel releases the lock of a killed process.
+        """Try to lock the entry; yields whether it succeeded. The kernel releases the lock of a killed process.
 
-        What a killed process has left is not removed here: others may be writing, to units and notes (leftovers.py).
+        Leftovers of killed processes are not removed here, since others may be writing units and notes (leftovers.py).
 
         Raises:
-            UserError: where the entry lies behind a symbolic link.
+            UserError: if the entry lies behind a symbolic link.
         """
         for folder in [self.path, *self.path.parents][: self.depth]:
             if folder.is_symlink():
                 raise UserError(
-                    f"{folder} is a symbolic link, and nothing behind one is written: put the folder in its place, or "
-                    "let --store name where it lies."
+                    f"{folder} is a symbolic link, and nothing is written behind one: replace it by the folder, or "
+                    "give the folder's own location as --store."
                 )
         self.path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.path / ".lock")
@@ -89,12 +89,12 @@ class Entry:
             lock.release()
 
     def finish(self) -> None:
-        """Write `done` with the hash of every file that counts."""
+        """Write `done` with the hash of every file of the result."""
         hashes = {name: files.file_hash(self.path / name) for name in self.files()}
         files.write_record(self.path / "done", {"files": hashes})
 
     def files(self) -> list[str]:
-        """Return the names of the files that count, sorted."""
+        """Return the names of the files of the result, sorted."""
         return sorted(
             str(path.relative_to(self.path))
             for path in self.path.rglob("*")
@@ -103,23 +103,23 @@ class Entry:
 
     @classmethod
     def inspect(cls, folder: Path) -> list[str]:
-        """Compare spec, files and `done` of the entry in a folder with their hashes and with each other.
+        """Check spec, files and `done` of the entry in a folder against their hashes and each other.
 
         Args:
-            folder: of an entry, damaged or not.
+            folder: folder of an entry, damaged or not.
 
         Returns:
             A sentence for each fault.
         """
         if not (folder / "spec.json").exists():
-            return [f"{folder} has no spec.json, so that it is no run or measurement: delete the folder."]
+            return [f"{folder} has no spec.json, so it is not a run or measurement: delete the folder."]
         return complaints(partial(cls.read, folder)) + cls(folder, Spec()).faults()
 
     def faults(self) -> list[str]:
-        """Compare the files with the hashes in `done`, and those that it does not list (states, kept) with their own.
+        """Check the files against the hashes in `done`, and those not listed there (states, kept) against their own.
 
         Returns:
-            A sentence for each fault; of the spec, which its digest vouches for, `read` says it.
+            A sentence for each fault; the spec, which is verified by its digest, is checked by `read`.
         """
         expected: dict[str, str] = {}
         faults = complaints(lambda: expected.update(self.hashes()), lambda: self.provenance)
@@ -131,11 +131,11 @@ class Entry:
         for name in sorted(present):
             faults += _fault(self.path / name, expected.get(name))
         for name in sorted({*self.files()} - {*expected, "spec.json"}) if expected else []:
-            faults.append(f"{self.path / name} is not listed in `done`, so that nothing vouches for it. Move it away.")
+            faults.append(f"{self.path / name} is not listed in `done`, so it cannot be verified. Move it away.")
         return faults
 
     def hashes(self) -> dict[str, str]:
-        """Return the hashes in `done`; none where the entry is not finished."""
+        """Return the hashes in `done`; empty if the entry is not finished."""
         if not self.done:
             return {}
         hashes = files.read_record(self.path / "done").get("files")
@@ -145,23 +145,23 @@ class Entry:
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """Machine facts and seconds; empty where nothing ran yet."""
+        """Machine facts and seconds; empty before anything has run."""
         path = self.path / "provenance.json"
         return files.read_record(path) if path.exists() else {}
 
     def note(self, **facts: Any) -> None:
-        """Add machine facts to provenance.json; others may be adding theirs, so that it is read under a lock."""
+        """Add machine facts to provenance.json, under a lock, since other processes may be adding theirs."""
         self.add_note(lambda _: facts)
 
     def add_note(self, facts: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-        """Add to provenance.json what a function makes of what is there, under a lock."""
+        """Add to provenance.json the result of a function of its present content, under a lock."""
         with FileLock(self.path / ".note.lock"):
             known = self.provenance
             files.write_record(self.path / "provenance.json", {**known, **facts(known)})
 
 
 def discard(folder: Path) -> None:
-    """Delete a folder, but nothing behind a symbolic link; another process may be deleting it, too."""
+    """Delete a folder, but nothing behind a symbolic link; another process may be deleting it at the same time."""
     if folder.is_symlink():
         folder.unlink()
     shutil.rmtree(folder, ignore_errors=True)
@@ -170,7 +170,7 @@ def discard(folder: Path) -> None:
 
 
 def holds_entry(folder: Path) -> bool:
-    """Whether a folder is an entry's, damaged or not; one that holds a lock alone is not begun."""
+    """Whether a folder is that of an entry, damaged or not; a folder with nothing but a lock is not."""
     if not folder.is_dir():
         return False
     named = _NAME.fullmatch(folder.name) is not None
@@ -178,7 +178,7 @@ def holds_entry(folder: Path) -> bool:
 
 
 def complaints(*acts: Callable[[], Any]) -> list[str]:
-    """Act, and return the sentences of what was refused."""
+    """Call functions, and return the messages of the user errors raised."""
     found = []
     for act in acts:
         try:
@@ -189,7 +189,7 @@ def complaints(*acts: Callable[[], Any]) -> list[str]:
 
 
 def _fault(path: Path, expected: str | None) -> list[str]:
-    """Read a file as its kind is read, and compare it with the hash that `done` has of it."""
+    """Read a file according to its type, and check it against its hash in `done`."""
     readers: dict[str, Callable[[Path], Any]] = {".safetensors": files.load_arrays, ".jsonl": files.read_rows}
     own = complaints(partial(readers[path.suffix], path)) if path.suffix in readers else []
     if own or expected in (None, files.file_hash(path)):

@@ -1,7 +1,7 @@
-"""What killed processes leave: half-written files, half-removed runs, folders for a plan. Only what nobody holds goes.
+"""Leftovers of killed processes: partly written files, partly removed runs, folders for a plan.
 
-A writer holds its temporary file by a lock that dies with it. The lock may not reach other machines: what was written
-on one of them is left alone for a day.
+Only what no process holds is removed. A writer locks its temporary file, and the lock is released when it dies. The
+lock may not be visible on other machines: files written on another machine are kept for a day.
 """
 
 import re
@@ -16,12 +16,12 @@ from flatlab import files
 from flatlab.store.entry import discard
 from flatlab.store.runs import RunStore
 
-SECONDS = 2.0  # a file is made before it is held
+SECONDS = 2.0  # a file is created before it is locked
 DAY = 86400.0
 
 
 def leftovers(store: RunStore) -> Iterator[Path]:
-    """Yield the files and folders that killed processes have left in a store, and in the folder for temporary files."""
+    """Yield the leftovers of killed processes in a store and in the folder for temporary files."""
     yield from sorted(store.root.glob(".removed-*"))
     for path in sorted(store.root.rglob(".*.tmp")):
         if _abandoned(path):
@@ -43,13 +43,13 @@ def clean(store: RunStore) -> list[Path]:
 
 
 def _abandoned(path: Path) -> bool:
-    """Whether a temporary file is old enough, and nobody writes it."""
+    """Whether a temporary file is old enough, and no process writes it."""
     if path.is_symlink() or not path.is_file():
         return False
     own = re.search(rf"\.{re.escape(files.HOST)}\.[0-9a-f]{{16}}\.tmp$", path.name)
     try:
         age = time.time() - path.stat().st_mtime
-    except FileNotFoundError:  # it was renamed: its writer lives
+    except FileNotFoundError:  # it was renamed: its writer is alive
         return False
     return age > (SECONDS if own else DAY) and files.free(path)
 

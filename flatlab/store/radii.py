@@ -1,4 +1,4 @@
-"""From rises to radii: what the pilots on reference runs found, as one list for all runs beside them. Torch-free."""
+"""Radii for given rises, from the pilots on reference runs. Torch-free."""
 
 import numpy as np
 
@@ -13,19 +13,19 @@ def by_rise(store: RunStore, radii: ByRise, spec: MeasurementSpec) -> FloatArray
     """Return a radius for each rise: the geometric mean over the reference runs, rounded to two digits.
 
     Args:
-        store: holds the pilots.
-        radii: what the measurement asks for.
+        store: contains the pilots.
+        radii: the rises and reference runs.
         spec: the measurement.
 
     Raises:
-        UserError: where a pilot is missing, or two rises fall on one radius.
+        UserError: if a pilot is missing, or two rises give the same radius.
     """
     found = [store.find(digest).measured(pilot)[0]["radii"] for digest, pilot in spec.pilots]
     means = np.exp(np.log(found).mean(axis=0))
     rounded = [float(f"{radius:.1e}") for radius in means.tolist()]
     if len(set(rounded)) < len(rounded):
         raise UserError(
-            f"The rises must be so far apart that their radii differ in two digits, got {radii.rises} nats at radii "
-            f"{rounded}: name fewer rises."
+            f"The rises must give radii that differ in two digits, got {radii.rises} nats at radii {rounded}: give "
+            "fewer rises."
         )
     return np.array(rounded)

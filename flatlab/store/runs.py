@@ -1,11 +1,11 @@
-"""The store: a run is a directory named by the digest of its spec, and `done` is written last.
+"""The store: a run is a directory named by the digest of its spec; `done` is written last.
 
     <store>/<digest>/spec.json  log.jsonl  checkpoints/*.safetensors  provenance.json  done
-    <store>/<digest>/state/ (resume, forks)  kept/step-*.safetensors (where asked for)
+    <store>/<digest>/state/ (resume, forks)  kept/step-*.safetensors (on request)
     <store>/<digest>/measurements/<digest>/spec.json  block-*.safetensors  result.safetensors  provenance.json  done
 
-Progress is read off the disk. `done` lists the hash of every file that counts; provenance (machine facts, seconds),
-state and kept checkpoints are outside it.
+Progress is read from disk. `done` lists the hash of every file of the result; provenance (machine facts, seconds),
+state and kept checkpoints are excluded.
 """
 
 import os
@@ -31,10 +31,10 @@ class Measurement(Entry):
 
     parse = staticmethod(parse_measurement)
     depth = 3
-    spec: Any  # a `MeasurementSpec`; of which kind, its metric says
+    spec: Any  # a `MeasurementSpec`; its `metric` names the kind
 
     def unit(self, name: str) -> Path:
-        """Return the file of one unit of the measurement: a plan, or some visits."""
+        """Return the file of one unit of the measurement: a plan, or some draws."""
         return self.path / f"unit-{name}.safetensors"
 
     @property
@@ -51,7 +51,7 @@ class Run(Entry):
 
     @property
     def name(self) -> str:
-        """What pictures and tables call it, apart from others of its composition."""
+        """Name in figures and tables, which distinguishes it from other runs of the same composition."""
         return f"{self.spec.label} {self.spec.digest[:6]}"
 
     def checkpoint(self, name: str) -> Path:
@@ -64,61 +64,61 @@ class Run(Entry):
 
     @property
     def lineage(self) -> "Run":
-        """The run of the same trajectory without an average: it keeps forks and checkpoints for the others, too."""
+        """The run of the same trajectory without an average, which stores forks and checkpoints for the others."""
         spec = self.spec.trajectory
         return Run(self.path.parent / spec.digest, spec)
 
     @property
     def lends(self) -> bool:
-        """Whether its own training has not begun: it only keeps states or checkpoints for runs of its trajectory."""
+        """Whether it only stores states or checkpoints for other runs of its trajectory, its training not started."""
         kept = any(self.path.glob("kept/step-*")) or any(self.path.glob("state/fork-*"))
         return kept and not self.done and not (self.path / "log.jsonl").exists()
 
     def kept(self) -> dict[int, Path]:
-        """Return the checkpoints that were kept along the trajectory, by step (`train --keep-every`)."""
+        """Return the checkpoints kept along the trajectory, by step (`train --keep-every`)."""
         found = self.lineage.path.glob("kept/step-*.safetensors")
         return dict(sorted((int(path.stem.removeprefix("step-")), path) for path in found))
 
     def kept_each(self, every: int | None = None) -> int:
-        """Return the steps between kept checkpoints, of which none may be missing.
+        """Return the number of steps between kept checkpoints, none of which may be missing.
 
         Args:
-            every: so many steps are asked for, multiples of those of others among them; else what there is.
+            every: requested number of steps, a multiple of the stored one; None: the stored one.
 
         Raises:
-            UserError: where the run was not trained here, is not finished, or lacks some: it says how to get them.
+            UserError: if the run was not trained here, is not finished, or lacks some; states how to obtain them.
         """
         spec, steps = self.spec, list(self.kept())
         if spec.made_from or spec.source:
             raise UserError(
-                f"Run {spec.digest} ({spec.label}) was not trained itself and has no iterates; name one that was."
+                f"Run {spec.digest} ({spec.label}) was not trained and has no iterates; name a trained run."
             )
         if not self.done:
-            raise UserError(f"Run {spec.digest} is not finished; repeat the command that began it.")
+            raise UserError(f"Run {spec.digest} is not finished; repeat the command that started it.")
         found = every or (steps[1] - steps[0] if len(steps) > 1 else 1)
         if not set(steps) >= set(spec.iterates(found)):
             raise UserError(
-                f"Run {spec.digest} is finished, and its training kept no checkpoint each {every or 'N'} steps: "
+                f"Run {spec.digest} is finished, and its training kept no checkpoint every {every or 'N'} steps: "
                 f"`flatlab runs rm {spec.digest[:8]}`, or name another --store, and train it again with "
-                f"--keep-every {every or 'N'}; it ends with the same bytes."
+                f"--keep-every {every or 'N'}; the result has the same bytes."
             )
         return found
 
     def keep(self, step: int) -> Path:
-        """Return where the trajectory's checkpoint of a step is kept, its folder made."""
+        """Return the path for the trajectory's checkpoint of a step, and create its folder."""
         folder = self.lineage.path / "kept"
         folder.mkdir(parents=True, exist_ok=True)
         return folder / f"step-{step}.safetensors"
 
     def write_log(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Write log.jsonl whole: it is always exactly as long as the state beside it."""
+        """Write log.jsonl completely, so that it always matches the saved state."""
         files.write_rows(self.path / "log.jsonl", rows)
 
     def rows(self) -> list[dict[str, Any]]:
         """Return the log's rows.
 
         Raises:
-            UserError: where the log is damaged, or the run is finished, and it is not the one that it finished with.
+            UserError: if the log is damaged, or the run is finished and the log has changed since.
         """
         path = self.path / "log.jsonl"
         if self.done and not (path.exists() and files.file_hash(path) == self.hashes().get(path.name)):
@@ -128,33 +128,33 @@ class Run(Entry):
         return files.read_rows(path) if path.exists() else []
 
     def create(self) -> None:
-        """Make the directory with its folders."""
+        """Create the directory with its folders."""
         super().create()
         for folder in ("checkpoints", "state", "measurements"):
             (self.path / folder).mkdir(exist_ok=True)
 
     def measurement(self, spec: MeasurementSpec) -> Measurement:
-        """Return the measurement of this run that a measurement spec names."""
+        """Return the measurement of this run with a given spec."""
         return Measurement(self.path / "measurements" / spec.digest, spec)
 
     def require_done(self) -> None:
         """Refuse to measure a run that is not finished.
 
         Raises:
-            UserError: where it is not.
+            UserError: if it is not finished.
         """
         if not self.done:
             raise UserError(f"Run {self.spec.digest} is not finished, or was removed: train it before it is measured.")
 
     def measured(self, spec: MeasurementSpec, label: str = "") -> tuple[files.Arrays, Any]:
-        """Return the arrays and facts that a finished measurement of this run has left.
+        """Return the arrays and facts of a finished measurement of this run.
 
         Args:
-            spec: of the measurement.
-            label: what the user calls the run, if not by its composition.
+            spec: spec of the measurement.
+            label: the user's name of the run, if not its composition.
 
         Raises:
-            UserError: where it is not measured yet.
+            UserError: if it is not measured yet.
         """
         measurement = self.measurement(spec)
         if not measurement.done:
@@ -171,16 +171,18 @@ class Run(Entry):
     def check_done(self) -> None:
         """Refuse a run that is not finished."""
         if not self.done:
-            raise UserError(f"Run {self.spec.digest} is not finished; repeat the command that began it, then measure.")
+            raise UserError(
+                f"Run {self.spec.digest} is not finished; repeat the command that started it, then measure."
+            )
 
     def check_data(self, fingerprint: str | None) -> None:
         """Refuse data that differ from what the run was trained on.
 
         Args:
-            fingerprint: of the data at hand; None where there are none.
+            fingerprint: of the available data; None if there are none.
 
         Raises:
-            UserError: where the run recorded another one.
+            UserError: if the run recorded another fingerprint.
         """
         recorded = self.provenance.get("data_fingerprint")
         if None not in (recorded, fingerprint) and recorded != fingerprint:
@@ -192,14 +194,14 @@ class Run(Entry):
 
 
 def check_data(runs: Iterable[Run], place: Place) -> None:
-    """Refuse data at hand that differ from what runs were trained on, before these are believed or gone on with.
+    """Refuse data that differ from those that runs were trained on, before these are used or resumed.
 
     Args:
-        runs: there or not.
+        runs: runs, present or not.
         place: data folder, cache.
 
     Raises:
-        UserError: names the first run that recorded other data.
+        UserError: if a run recorded other data; names the first.
     """
     at_hand = cache(lambda dataset: fingerprints.at_hand(dataset, place.data_dir, place.cache))
     for run in runs:
@@ -208,17 +210,17 @@ def check_data(runs: Iterable[Run], place: Place) -> None:
 
 
 class RunStore:
-    """All runs below one folder."""
+    """All runs in one folder."""
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self.root = Path(root)
 
     def run(self, spec: RunSpec) -> Run:
-        """Return the run that a spec names, there or not."""
+        """Return the run with a given spec, present or not."""
         return Run(self.root / spec.digest, spec)
 
     def finished(self, name: str) -> bool:
-        """Whether the run of that digest is finished, or the measurement at that path below the store."""
+        """Whether the run with this digest, or the measurement at this path in the store, is finished."""
         return (self.root / name / "done").exists()
 
     def runs(self) -> list[Run]:
@@ -226,17 +228,17 @@ class RunStore:
         return [Run.read(folder) for folder in self.folders() if (folder / "spec.json").exists()]
 
     def folders(self) -> list[Path]:
-        """Return the folders of runs, damaged or not; one that holds nothing is not begun."""
+        """Return the folders of runs, damaged or not; empty folders are not runs."""
         return [folder for folder in sorted(self.root.glob("[!.]*")) if holds_entry(folder)]
 
     def faults(self) -> list[str]:
-        """Return a sentence for each file of a run or measurement that is damaged, missing, or not vouched for.
+        """Return a sentence for each file of a run or measurement that is damaged, missing, or not listed in `done`.
 
         Raises:
-            UserError: where the store's folder is not there.
+            UserError: if the folder of the store does not exist.
         """
         if not self.root.is_dir():
-            raise UserError(f"There is no folder {self.root}; --store names the folder of the runs.")
+            raise UserError(f"The folder {self.root} does not exist; --store names the folder of the runs.")
         faults: list[str] = []
         for run in self.folders():
             faults += Run.inspect(run)
@@ -245,13 +247,13 @@ class RunStore:
         return faults
 
     def folder(self, prefix: str) -> Path:
-        """Return the folder of the one run whose digest begins so, damaged or not.
+        """Return the folder of the unique run whose digest begins with a prefix, damaged or not.
 
         Args:
             prefix: the digest or its beginning.
 
         Raises:
-            UserError: where none or several runs do.
+            UserError: if no run, or more than one, matches.
         """
         found = [folder for folder in self.folders() if folder.name.startswith(prefix)]
         if len(found) != 1:
@@ -260,30 +262,30 @@ class RunStore:
         return found[0]
 
     def find(self, prefix: str) -> Run:
-        """Return the one run whose digest begins so.
+        """Return the unique run whose digest begins with a prefix.
 
         Args:
             prefix: the digest or its beginning.
 
         Raises:
-            UserError: where none or several runs do, or its spec is damaged.
+            UserError: if no run, or more than one, matches, or its spec is damaged.
         """
         return Run.read(self.folder(prefix))
 
     @contextmanager
     def claim(self, entries: Sequence[Entry]) -> Iterator[bool]:
-        """Lock all of these or none; yields whether it worked."""
+        """Lock all of these entries or none; yields whether it succeeded."""
         with ExitStack() as stack:
             yield all(stack.enter_context(entry.claim()) for entry in entries)
 
     def remove(self, run: Run | Path) -> None:
-        """Delete a run and its measurements, but nothing behind a symbolic link; refused while a process works on it.
+        """Delete a run and its measurements, but nothing behind a symbolic link; refused while a process holds it.
 
         Args:
-            run: the run, or its folder, where its spec is damaged.
+            run: the run, or its folder if its spec is damaged.
 
         Raises:
-            UserError: where another process holds it.
+            UserError: if another process holds it.
         """
         path = run if isinstance(run, Path) else run.path
         if path.is_symlink():
@@ -298,6 +300,6 @@ class RunStore:
                 for folder in inside:
                     stack.enter_context(FileLock(folder / ".lock", timeout=0))
             except Timeout:
-                raise UserError(f"Run {path.name} is being worked on by another process; stop that first.") from None
-            path.rename(gone)  # at once: a half-deleted run must not look finished, nor get in a new one's way
+                raise UserError(f"Run {path.name} is in use by another process; stop that first.") from None
+            path.rename(gone)  # first: a partly deleted run must not look finished, nor conflict with a new one
             discard(gone)

@@ -1,8 +1,8 @@
-"""Which checkpoint counts: pure functions from the rows of a log to the chosen row.
+"""Selection of a checkpoint: pure functions from the rows of a log to the chosen row.
 
-A row holds `step`, `validation` (mean accuracy over the source domains' held-back images, each domain weighing the
-same), `target` (accuracies on the held-out domain's two splits, "in" and "out") and more. Nothing here touches a model,
-so another rule needs no second training.
+A row contains `step`, `validation` (accuracy on the validation images of the source domains, averaged over domains),
+`target` (accuracies on the held-out domain's two splits, "in" and "out") and more. No model is needed, so that
+another rule needs no second training.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ def training_domain(rows: Sequence[Row]) -> Row:
 
 
 def oracle(rows: Sequence[Row]) -> Row:
-    """Return the first row with the best accuracy on the target's "out" split: looks at the target."""
+    """Return the first row with the best accuracy on the target's "out" split (uses the target domain)."""
     return max(rows, key=lambda row: row["target"]["out"]["accuracy"])
 
 
@@ -34,5 +34,5 @@ RULES: dict[str, Callable[[Sequence[Row]], Row]] = {
 
 
 def candidates(rows: Sequence[Row], settled: int | None) -> list[Row]:
-    """Return the rows from the step on at which a run is what its name says: quantized, where it is to be."""
+    """Return the rows from the step on at which a run is fully quantized or frozen."""
     return [row for row in rows if row["step"] >= (settled or 0)]

@@ -1,4 +1,4 @@
-"""BatchNorm's running statistics, computed anew where weights have moved (Izmailov et al. 2018, section 3.2)."""
+"""BatchNorm's running statistics, recomputed for changed weights (Izmailov et al. 2018, section 3.2)."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,14 +11,14 @@ from flatlab.tensors.nested import Batch, Data, read
 
 
 class Statistics:
-    """Computes the running statistics of a model's BatchNorm layers from fixed batches, weighed by their sizes.
+    """Computes the running statistics of a model's BatchNorm layers from fixed batches, weighted by their sizes.
 
     Args:
-        model: in eval mode, its weights wherever they are when `renew` is called; a private copy.
-        data: batches, as of training; None leaves the statistics alone.
+        model: in eval mode; a private copy, whose weights may change between calls of `renew`.
+        data: batches, as of training; None keeps the statistics.
 
     Raises:
-        UserError: where there is nothing to compute: no BatchNorm that keeps statistics, or no sample.
+        UserError: if there is no BatchNorm with running statistics, or no sample.
     """
 
     def __init__(self, model: nn.Module, data: Data | None) -> None:
@@ -26,7 +26,7 @@ class Statistics:
         self.layers: list[Any] = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
         if data is not None and not self.layers:
             raise UserError(
-                "The model has no BatchNorm whose statistics could be computed anew: leave `recompute` out."
+                "recompute needs a model with BatchNorm layers that keep running statistics, got one without."
             )
         device = next(model.parameters()).device
         self.batches: Sequence[Batch] = [] if data is None else read("recompute", data, device)

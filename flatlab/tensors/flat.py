@@ -45,7 +45,7 @@ def select(model: nn.Module, pattern: str | Iterable[str] | None = None) -> dict
 def flatten(tensors: Iterable[Tensor]) -> Tensor:
     """Return a copy of the tensors as one vector (P,), each in its logical (row-major) order.
 
-    The order does not depend on strides, so that a ``channels_last`` model and its contiguous twin share one vector.
+    The order does not depend on strides: a model has the same vector in ``channels_last`` and contiguous format.
     Sparse gradients (of embeddings) become dense.
     """
     return torch.cat([tensor.detach().to_dense().reshape(-1) for tensor in tensors])

@@ -33,11 +33,11 @@ def total(loss: Metric, outputs: Any, batch: Batch) -> Tensor:
     sums = value[0] if _is_pair(value) else value
     if isinstance(sums, Tensor) and sums.shape == (batch.size,):
         return sums.sum(dtype=wide(sums))
-    came = f"shape {tuple(sums.shape)}" if isinstance(sums, Tensor) else f"a {type(value).__name__}"
+    got = f"shape {tuple(sums.shape)}" if isinstance(sums, Tensor) else f"a {type(value).__name__}"
     raise UserError(
-        f"The loss must be a tensor of shape () or, one loss per sample, ({batch.size},), but {came} came: sum it over"
-        " its other dimensions and return the pair (sums, weights), each sample's weight being the number of what was"
-        " summed and counts, such as (targets != -100).sum(1); or average it over them, if all samples weigh alike."
+        f"The loss must be a tensor of shape () or, one loss per sample, ({batch.size},), got {got}: sum it over its"
+        " other dimensions and return the pair (sums, weights), where the weight of a sample is the number of counted"
+        " terms, such as (targets != -100).sum(1); or average it over them, if all samples have equal weight."
     )
 
 
@@ -48,10 +48,10 @@ def weight(loss: Metric, outputs: Any, batch: Batch) -> Tensor | None:
         return None
     weights = value[1]
     if not isinstance(weights, Tensor) or weights.shape != (batch.size,) or weights.requires_grad:
-        came = f"shape {tuple(weights.shape)}" if isinstance(weights, Tensor) else f"a {type(weights).__name__}"
+        got = f"shape {tuple(weights.shape)}" if isinstance(weights, Tensor) else f"a {type(weights).__name__}"
         raise UserError(
-            f"The weights of a loss must have shape ({batch.size},) and not depend on the parameters, but {came} came:"
-            " count them in the targets, as (targets != -100).sum(1)."
+            f"The weights of a loss must have shape ({batch.size},) and not depend on the parameters, got {got}:"
+            " compute them from the targets, as (targets != -100).sum(1)."
         )
     return weights.sum(dtype=wide(weights))
 

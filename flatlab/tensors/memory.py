@@ -1,4 +1,4 @@
-"""Forward passes that fit into memory: a batch that does not is halved, and so are its like from then on."""
+"""Forward passes within memory: a batch that does not fit is halved, and later ones are cut to that size."""
 
 import logging
 from collections.abc import Callable
@@ -57,5 +57,5 @@ def _values(outputs: Any) -> Any:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, the device's or the machine's (which torch tells by a plain RuntimeError)."""
+    """Whether memory of the device or the host ran out (for the latter torch raises a plain RuntimeError)."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

@@ -1,4 +1,4 @@
-"""Batches of nested tensors, with samples along dimension 0: read into memory, compared, cut anew."""
+"""Batches of nested tensors, with samples along dimension 0: read into memory, compared, cut to another size."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import zip_longest
@@ -81,7 +81,7 @@ def recut(batches: list[Batch], batch_size: int | None) -> list[Batch]:
         inputs, targets = concatenate([batch[:2] for batch in batches])
     except (RuntimeError, ValueError) as error:
         raise UserError(
-            f"The batches cannot be cut anew, since their shapes or structures differ: leave batch_size out ({error})."
+            f"batch_size needs batches of equal shapes and structures, got others: leave it out ({error})."
         ) from error
     return cut(Batch(inputs, targets, sum(batch.size for batch in batches)), batch_size)
 
@@ -119,7 +119,7 @@ def converted(batch: Batch, dtype: torch.dtype) -> Batch:
 
 def part(nest: Any, start: int, stop: int) -> Any:
     """Return samples `start` to `stop` of a nest, as views."""
-    if isinstance(nest, Tensor):  # a walk through a tree of one leaf costs ten times as much as the slice
+    if isinstance(nest, Tensor):  # tree_map on a single leaf costs ten times as much as the slice
         return nest[start:stop]
     return tree_map(lambda leaf: leaf[start:stop] if isinstance(leaf, Tensor) else leaf, nest)
 
@@ -182,30 +182,30 @@ def _distance(a: Tensor, b: Tensor) -> float:
 def _pairs(source: Data, device: torch.device) -> Iterator[Batch]:
     for pair in source:
         if not isinstance(pair, tuple | list) or len(pair) != 2:
-            raise UserError(f"Each batch must be a pair (inputs, targets), but {_came(pair)}.")
+            raise UserError(f"Each batch must be a pair (inputs, targets), got {_described(pair)}.")
         leaves = [leaf for leaf in tree_leaves(list(pair)) if leaf is not None]
         sizes = {leaf.shape[:1] if isinstance(leaf, Tensor) else None for leaf in leaves}
         if len(sizes) != 1 or not sizes.isdisjoint({None, ()}):
             shapes = [tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__ for leaf in leaves]
             raise UserError(
-                "Inputs and targets must be nests of tensors that share dimension 0, the sample axis, but"
-                f" {shapes} came."
+                "Inputs and targets must be nests of tensors that share dimension 0, the sample axis, got shapes"
+                f" {shapes}."
             )
         if size := len(leaves[0]):
             yield _map_batch(lambda leaf: leaf.detach().to(device), Batch(pair[0], pair[1], size))
 
 
-def _came(batch: Any) -> str:
-    """Say what came instead of a pair, and how to make pairs of it."""
+def _described(batch: Any) -> str:
+    """Describe a batch that is not a pair, and how to make pairs of it."""
     if isinstance(batch, tuple | list) and len(batch) > 2:
         rest = ", ".join("_" * (len(batch) - 2))
-        return f"{len(batch)} things came: hand in [(inputs, targets) for inputs, targets, {rest} in loader]"
+        return f"{len(batch)} items: pass [(inputs, targets) for inputs, targets, {rest} in loader]"
     if isinstance(batch, Mapping):
         return (
-            f"a {type(batch).__name__} with {', '.join(map(repr, batch))} came: hand in pairs of what the model takes"
-            ' and what the loss takes, such as [(batch, batch["labels"]) for batch in loader]'
+            f"a {type(batch).__name__} with {', '.join(map(repr, batch))}: pass pairs of the model's and the loss's"
+            ' arguments, such as [(batch, batch["labels"]) for batch in loader]'
         )
-    return f"a {type(batch).__name__} came"
+    return f"a {type(batch).__name__}"
 
 
 def _map_batch(change: Callable[[Tensor], Tensor], batch: Batch) -> Batch:

@@ -1,9 +1,9 @@
-"""Averages: observers of one trajectory, which hand over weights of their own.
+"""Averages: observers of one trajectory, which return averaged weights.
 
 `update(weights, step, validate)` sees the network's weights after each step; `validate()` gives the mean validation
 loss of those weights over the source domains, and is computed only when asked. `result()` gives the weights handed
 over, and changes nothing. Buffers are averaged like weights; where an average is not `evaluated` as it goes and
-BatchNorm's statistics are not frozen, the loop computes those anew.
+BatchNorm's statistics are not frozen, the loop recomputes those.
 """
 
 from collections.abc import Callable

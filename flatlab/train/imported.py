@@ -37,7 +37,7 @@ def import_checkpoint(file: Path, setting: Setting, store: RunStore, place: Plac
     if not file.is_file():
         raise UserError(f"There is no file {file}; give the .safetensors or .pth file that is to be imported.")
     if len(setting.held_out) != 1:
-        raise UserError(f"Say which domain the checkpoint has not seen: --held-out {'|'.join(setting.domains)}.")
+        raise UserError(f"Give the domain held out in training: --held-out {'|'.join(setting.domains)}.")
     exported = opened(file) if is_export(file) else None
     spec = _spec(file, setting)
     if exported:

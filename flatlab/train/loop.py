@@ -33,8 +33,8 @@ from flatlab.train.steps import Step
 from flatlab.train.trajectory import Observer, Trajectory, arrays
 
 Report = Callable[[int, int, dict[str, float]], None]  # steps made, steps in all, numbers to show
-SAVE_SECONDS = 30.0  # a state at least so often, besides one at each evaluation
-CHECK_STEPS = 25  # how often losses are read off an accelerator: reading waits for it
+SAVE_SECONDS = 30.0  # maximum time between saved states, in addition to one at each evaluation
+CHECK_STEPS = 25  # steps between reads of the losses from an accelerator, since reading waits for it
 
 
 def train(
@@ -61,7 +61,7 @@ def train(
             trained on other data.
     """
     if len({spec.trajectory.digest for spec in specs}) > 1:
-        raise UserError(f"{len(specs)} runs of several trajectories came; train those of one trajectory at a time.")
+        raise UserError(f"specs must be of one trajectory, got {len(specs)} runs of several: train them separately.")
     check_data(map(store.run, specs), place)
     for spec in specs:
         if spec.derived:
@@ -126,7 +126,7 @@ class Training:
         self._finish()
 
     def _report(self, report: Report, step: int) -> None:
-        """Report a step; who stops the training here finds its state saved."""
+        """Report a step; if the training is stopped here, its state is saved."""
         try:
             report(step + 1, self.spec.steps + 1, self._shown())
         except KeyboardInterrupt:
@@ -164,7 +164,7 @@ class Training:
         return self.parent.state(f"fork-{self.spec.switch}")
 
     def _begin(self, place: Place) -> None:
-        """Take up a saved state, or the parent's at the switch, or begin anew; write down which."""
+        """Resume from a saved state or fork from the parent's at the switch, else start; record which."""
         how = self._take_up()
         self.started = self.saved = time.monotonic()
         self.session = {"from_step": self.trajectory.next_step, "how": how}
@@ -186,7 +186,7 @@ class Training:
             self.parent.check_data(self.domains.data.fingerprint)
             self.trajectory.fork(self._fork())
             return f"forked from {self.parent.spec.digest}"
-        return "begun anew: the saved state lacks one of the averages" if state.exists() else "begun"
+        return "begun again: the saved state lacks one of the averages" if state.exists() else "begun"
 
     def _session(self) -> dict[str, Any]:
         seconds = round(time.monotonic() - self.started, 3)
@@ -217,12 +217,12 @@ class Training:
         live["train_loss"] = float(torch.stack(trajectory.losses).cpu().double().mean())
         trajectory.losses.clear()
         trajectory.rows.append(live)
-        for member in trajectory.members:
-            if member.average.evaluated:
-                own = trajectory.observed and member.run.spec.average.kind != "last"
-                weights = member.average.result() if own else trajectory.network.state_dict()
+        for observer in trajectory.observers:
+            if observer.average.evaluated:
+                own = trajectory.observed and observer.run.spec.average.kind != "last"
+                weights = observer.average.result() if own else trajectory.network.state_dict()
                 row = self.judge.row(self._averaged(weights), step) if own else live
-                self._log(member, row, weights)
+                self._log(observer, row, weights)
 
     def _averaged(self, weights: dict[str, Tensor]) -> Network:
         """Return a copy of the network that holds these weights."""
@@ -231,31 +231,31 @@ class Training:
         self.shadow.load_state_dict(weights)
         return self.shadow
 
-    def _log(self, member: Observer, row: Row, weights: dict[str, Tensor]) -> None:
+    def _log(self, observer: Observer, row: Row, weights: dict[str, Tensor]) -> None:
         """Add a row to a run's log, and keep its checkpoint where the selection now falls on it."""
-        member.log(row)
-        eligible = candidates(member.rows, self.spec.settled)
-        if eligible and training_domain(eligible) is member.rows[-1]:
-            files.save_arrays(member.run.checkpoint("selected"), arrays(weights), {"step": row["step"]})
+        observer.log(row)
+        eligible = candidates(observer.rows, self.spec.settled)
+        if eligible and training_domain(eligible) is observer.rows[-1]:
+            files.save_arrays(observer.run.checkpoint("selected"), arrays(weights), {"step": row["step"]})
 
     def _keep(self, step: int) -> None:
         """Save a checkpoint or a fork where one is asked for, then the state at evaluations and every half minute."""
         if step in self.kept:
             files.save_arrays(self.lineage.keep(step), arrays(self.trajectory.network.state_dict()), {"step": step})
         if step + 1 in self.forks:
-            self.trajectory.save(self.lineage.state(f"fork-{step + 1}"), members=[])
+            self.trajectory.save(self.lineage.state(f"fork-{step + 1}"), observers=[])
         if step % self.spec.eval_every == 0 or time.monotonic() - self.saved > SAVE_SECONDS:
             self._save()
 
     def _save(self) -> None:
         self._write_logs()
-        self.trajectory.save(self.runs[0].state("resume"), members=self.trajectory.members)
+        self.trajectory.save(self.runs[0].state("resume"), observers=self.trajectory.observers)
         self.saved = time.monotonic()
 
     def _write_logs(self) -> None:
-        for member in self.trajectory.members:
-            member.run.write_log(member.rows)
-            member.run.note(sessions=[*member.run.provenance["sessions"][:-1], self._session()])
+        for observer in self.trajectory.observers:
+            observer.run.write_log(observer.rows)
+            observer.run.note(sessions=[*observer.run.provenance["sessions"][:-1], self._session()])
 
     def _shown(self) -> dict[str, float]:
         losses = self.trajectory.losses
@@ -267,14 +267,14 @@ class Training:
 
     def _finish(self) -> None:
         """Hand over: averages are refreshed and evaluated, checkpoints and logs written, runs marked as done."""
-        for member in self.trajectory.members:
-            weights = member.average.result()
-            if not member.average.evaluated:
+        for observer in self.trajectory.observers:
+            weights = observer.average.result()
+            if not observer.average.evaluated:
                 network = self._averaged(weights)
-                refresh(network, member.run.spec, self.domains, self.device)
+                refresh(network, observer.run.spec, self.domains, self.device)
                 weights = network.state_dict()
-                self._log(member, {**self.judge.row(network, self.spec.steps), **member.average.facts()}, weights)
-            files.save_arrays(member.run.checkpoint("last"), arrays(weights), {"step": self.spec.steps})
+                self._log(observer, {**self.judge.row(network, self.spec.steps), **observer.average.facts()}, weights)
+            files.save_arrays(observer.run.checkpoint("last"), arrays(weights), {"step": self.spec.steps})
         self._write_logs()
         for run in reversed(self.runs):  # the first, which keeps the state, is the last to be done without it
             run.finish()

@@ -1,4 +1,4 @@
-"""What averages are made of: a running mean of weights, and what is saved of an observer."""
+"""A running mean of weights, and the saved state of an observer."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""Offline: the rules of SWA, SMA and SWAD replayed, on the log of a finished run or on the checkpoints that it kept.
+"""The rules of SWA, SMA and SWAD applied after training, to the log or the kept checkpoints of a finished run.
 
 The observers are those of training (averages.py). Where each iterate was kept, they hand over what they would have
 handed over in training, to the byte; where each Nth was, they average those alone.
@@ -51,7 +51,7 @@ def _valley(rule: averages.Average) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class ReplayedAverage:
-    """What an average of kept checkpoints comes to.
+    """An average of kept checkpoints, and its scores.
 
     Attributes:
         weights: what is handed over, by name, BatchNorm's statistics included.

@@ -1,4 +1,4 @@
-"""What acts before each update from the switch on: INQ's stages and weight noise."""
+"""Actions before each update from the switch on: INQ's stages and weight noise."""
 
 from typing import Self
 

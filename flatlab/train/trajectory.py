@@ -1,4 +1,4 @@
-"""What a training holds while it runs: network, optimizer, observers; and how that is saved and taken up again."""
+"""The state of a training: network, optimizer, observers; saved and restored."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -45,7 +45,7 @@ class Trajectory:
         self.network = loading_network.network(self.spec, domains.data, place)
         groups = [{"params": list(group.values()), "role": role} for role, group in self._roles().items() if group]
         self.optimizer = torch.optim.Adam(groups, lr=self.spec.lr, weight_decay=self.spec.weight_decay, fused=True)
-        self.members = [Observer(run, averages.build(run.spec.average, switch=self.spec.switch)) for run in runs]
+        self.observers = [Observer(run, averages.build(run.spec.average, switch=self.spec.switch)) for run in runs]
         self.rows: list[Row] = []  # of the network itself, whoever observes it
         self.losses: list[Tensor] = []  # of each step since the last row
         self.next_step = 0
@@ -64,7 +64,7 @@ class Trajectory:
         return SAM(self.optimizer, self.network, moved, rho=self.spec.step.rho)
 
     def switch(self) -> None:
-        """Set in quantization or noise, freezing, or both.
+        """Start quantization or noise, freezing, or both.
 
         The optimizer keeps the latent weights with their moments (they stay the same parameters) and receives the
         step sizes as a group of their own. QT-DoG's released code does neither; `frozen` does as it does.
@@ -91,15 +91,15 @@ class Trajectory:
             clamp_scales(self.network)
         if self.observed:
             weights = self.network.state_dict()
-            for member in self.members:
-                member.average.update(weights, step, validate)
+            for observer in self.observers:
+                observer.average.update(weights, step, validate)
 
     @property
     def observed(self) -> bool:
         """Whether the observers have begun: from the switch on, where there is one."""
         return self.switched or self.spec.switch is None
 
-    def save(self, path: Path, *, members: Sequence[Observer]) -> None:
+    def save(self, path: Path, *, observers: Sequence[Observer]) -> None:
         """Write all that a later process needs to go on with the same bytes."""
         tensors = {f"network/{name}": value for name, value in self.network.state_dict().items()}
         for name, parameter in self.network.named_parameters():
@@ -108,10 +108,10 @@ class Trajectory:
         if self.noise:
             tensors |= {f"noise/{name}": value for name, value in self.noise.amplitudes.items()}
         notes = {}
-        for member in members:
-            digest = member.run.spec.digest
-            observed, facts = member.average.save()
-            notes[digest] = {"average": facts, "rows": member.rows}
+        for observer in observers:
+            digest = observer.run.spec.digest
+            observed, facts = observer.average.save()
+            notes[digest] = {"average": facts, "rows": observer.rows}
             tensors |= {f"{digest}/{name}": value for name, value in observed.items()}
         losses = torch.stack(self.losses).tolist() if self.losses else []
         facts = {"next_step": self.next_step, "rows": self.rows, "losses": losses, "members": notes}
@@ -120,24 +120,26 @@ class Trajectory:
     def resume(self, path: Path) -> bool:
         """Go on from a state, unless it lacks one of these runs: an average needs the early iterates."""
         saved, facts = files.load_arrays(path)
-        if not {member.run.spec.digest for member in self.members} <= facts["members"].keys():
+        if not {observer.run.spec.digest for observer in self.observers} <= facts["members"].keys():
             return False
         self._restore(saved, facts)
-        for member in self.members:
-            digest = member.run.spec.digest
+        for observer in self.observers:
+            digest = observer.run.spec.digest
             mine = {name.removeprefix(f"{digest}/"): a for name, a in saved.items() if name.startswith(f"{digest}/")}
-            member.rows = facts["members"][digest]["rows"]
-            member.average.load(({n: self._tensor(n, a) for n, a in mine.items()}, facts["members"][digest]["average"]))
+            observer.rows = facts["members"][digest]["rows"]
+            observer.average.load(
+                ({n: self._tensor(n, a) for n, a in mine.items()}, facts["members"][digest]["average"])
+            )
             if self.observed and not mine:  # the last weights are the network's own
-                member.average.update(self.network.state_dict(), self.next_step - 1, lambda: float("nan"))
+                observer.average.update(self.network.state_dict(), self.next_step - 1, lambda: float("nan"))
         return True
 
     def fork(self, path: Path) -> None:
         """Begin at a state of the parent, which this trajectory equals up to its switch."""
         self._restore(*files.load_arrays(path))
-        for member in self.members:
-            for row in self.rows if member.average.evaluated else []:
-                member.log(row)
+        for observer in self.observers:
+            for row in self.rows if observer.average.evaluated else []:
+                observer.log(row)
 
     def _restore(self, saved: files.Arrays, facts: dict[str, Any]) -> None:
         if self.spec.switch is not None and facts["next_step"] > self.spec.switch:

@@ -47,7 +47,7 @@ def spectral_density(
     """
     begin, name = time.perf_counter(), base_seed(seed)
     if num_vectors < 1 or steps < 1:
-        raise UserError(f"num_vectors and steps must be at least 1, but are {num_vectors} and {steps}.")
+        raise UserError(f"num_vectors and steps must be at least 1, got {num_vectors} and {steps}.")
     operator = landscape if isinstance(landscape, Curvature) else Hessian(landscape)
     before, rules = operator.products, []
     for index in range(num_vectors):

@@ -62,7 +62,7 @@ def hessian_spectrum(
     operator = landscape if isinstance(landscape, Curvature) else Hessian(landscape)
     before, size = operator.products, operator.shape[0]
     if not 1 <= k <= size:
-        raise UserError(f"k must lie between 1 and the {size} parameters, but is {k}.")
+        raise UserError(f"k must lie between 1 and the {size} parameters, got {k}.")
     total = BUDGET * k + (size if size <= SMALL else 0) if budget is None else budget
     search, whole = _Search(operator, k, which, tol, name), size <= SMALL and total >= size
     ended = search.run(total - size if whole else max(total, k))
@@ -112,8 +112,8 @@ class _Search:
         self.krylov = Krylov(operator, draw(operator, "normal", "lanczos", seed), capacity)
         self.fresh = 0  # directions taken after breakdowns
         self.best: FloatArray = np.zeros(0)  # the wanted values at the last breakdown
-        self.before: FloatArray = np.full(k, np.nan)  # and where they have stood for so many products since convergence
-        self.waited = 0
+        self.before: FloatArray = np.full(k, np.nan)  # the wanted values since convergence
+        self.waited = 0  # products for which they have not changed
 
     @property
     def need(self) -> int:

@@ -1,6 +1,6 @@
-"""Curvature as units that are kept: a measurement that is resumed goes on as it began.
+"""Curvature in units that are stored, so that a resumed measurement gives the same numbers.
 
-How products are made is chosen by the clock, and rounds its own way. So the choice is the first thing that is kept.
+The method of products is chosen by timing, and methods differ in rounding. So the choice is stored first.
 """
 
 import time

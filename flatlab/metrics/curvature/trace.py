@@ -1,14 +1,14 @@
-"""The trace of a landscape's curvature, with an interval: Hutchinson's vectors on what a Krylov basis leaves over.
+"""The trace of a landscape's curvature, with an interval: Hutchinson's estimator on the complement of a Krylov basis.
 
 As in Hutch++ (Meyer et al. 2021), tr(A) = tr(Q'AQ) + tr((1 - QQ') A (1 - QQ')) for an orthonormal Q: the first term
-is known exactly, and vectors see only the second, so that outliers of the spectrum cost no variance. Q is a Krylov
-basis here, since that finds outliers with half the products of a sketch and yields Q'AQ on the way. Its start and the vectors
-are drawn independently; otherwise the estimate would be biased.
+is known exactly, and only the second is estimated, so that outliers of the spectrum add no variance. Q is a Krylov
+basis here, since that finds outliers with half the products of a sketch and yields Q'AQ as well. Its start and the
+vectors are drawn independently; otherwise the estimate would be biased.
 
-Probes z are uniform on the sphere of radius sqrt(P') in the P' dimensions outside of Q. With B what A is there,
-z'Bz - tr(B) is a spherical harmonic of degree two, so that Var(z'Bz) = 2 E|Bz - (z'Bz / P') z|^2: the products tell the
-variance themselves, for any spectrum. Where few large eigenvalues are left, draws are skewed, and their spread is small
-whenever their mean is; this number is not, and its interval holds with few vectors. For |Az|^2 = z'Cz, with
+Vectors z are uniform on the sphere of radius sqrt(P') in the P' dimensions outside of Q. With B the restriction of A,
+z'Bz - tr(B) is a spherical harmonic of degree two, so that Var(z'Bz) = 2 E|Bz - (z'Bz / P') z|^2: the products give
+the variance as well, for any spectrum. Where few large eigenvalues are left, draws are skewed, and their spread is
+small whenever their mean is; this number is not, and its interval holds with few vectors. For |Az|^2 = z'Cz, with
 C = (1 - QQ') A^2 (1 - QQ'), the same needs A(Az), a second product, which the pilot's vectors have.
 """
 
@@ -45,8 +45,8 @@ def hessian_trace(
 ) -> Trace:
     """Estimate the trace of the Hessian of the mean loss, and of its square, until the trace is accurate enough.
 
-    Nothing stops when it looks accurate, since luck looks like accuracy. 32 pilot vectors say once how many are needed,
-    and the interval rests on them, whatever the others say (Stein 1945). Of 95 % intervals, 93 to 97 % held the truth
+    Sampling does not stop when it looks accurate, which would be biased. 32 pilot vectors determine once how many are
+    needed, and the interval's width (Stein 1945). Of 95 % intervals, 93 to 97 % contained the true value
     from the least budget on, on flat, decaying and indefinite spectra and on ones with outliers, deflated or not. Up to
     84 parameters the matrix is formed by P products, and nothing is sampled; so it is with more of them where sampling
     would cost more than that.
@@ -61,7 +61,7 @@ def hessian_trace(
             since its start and the vectors are different draws.
 
     Raises:
-        UserError: if a number does not do.
+        UserError: if a number is out of range.
     """
     start, name = time.perf_counter(), base_seed(seed)
     operator = landscape if isinstance(landscape, Curvature) else Hessian(landscape)
@@ -89,7 +89,7 @@ class _Parts(NamedTuple):
 
 def _check(rel_error: float, budget: int, deflate: "int | Spectrum | None", operator: Curvature) -> None:
     if not rel_error >= 0:
-        raise UserError(f"rel_error must not be negative, but is {rel_error}.")
+        raise UserError(f"rel_error must be >= 0, got {rel_error}.")
     if isinstance(deflate, Spectrum):
         if deflate.eigenvectors is None:
             raise UserError("The spectrum to deflate holds no vectors: make it by hessian_spectrum(..., vectors=True).")
@@ -160,7 +160,7 @@ def _sampled(
 
 
 def _missing(pilot: FloatArray, exact: float, rel_error: float) -> float:
-    """Return how many vectors are needed beyond the pilot's for the accuracy that is asked for."""
+    """Return how many vectors are needed beyond the pilot's for the requested accuracy."""
     found = mean_of_draws(pilot, 1.0, 0.0)
     tolerance = rel_error * abs(exact + found.value)
     if not found.stderr:
@@ -169,7 +169,7 @@ def _missing(pilot: FloatArray, exact: float, rel_error: float) -> float:
 
 
 def _products_of(operator: Curvature, basis: Tensor, indices: range, seed: int, *, twice: bool = False) -> FloatArray:
-    """Return what these vectors find (n, 5); the variance of the second number where products are made twice."""
+    """Return the numbers of these vectors (n, 5); with `twice`, including the variance of the second number."""
     found, size = [np.zeros((0, COLUMNS))], operator.shape[0] - len(basis)
     for start in range(indices.start, indices.stop, BLOCK):
         block = range(start, min(start + BLOCK, indices.stop))

@@ -1,4 +1,4 @@
-"""Is one minimum flatter than another? Differences along common rays, on common blocks of images."""
+"""Differences in flatness between two models, along common directions and on common blocks of images."""
 
 import numpy as np
 import numpy.typing as npt
@@ -26,13 +26,13 @@ def compare_flatness(
     normalisation: Normalisation = "none",
     report: Report | None = None,
 ) -> PairedDifference:
-    """Measure the flatness of two models of one architecture along the same rays, on the same blocks of images.
+    """Measure the flatness of two models of one architecture along the same directions, on the same blocks of images.
 
     Sampling stops when the standard error of the *difference* is small: `rel_error` of the larger of the two values.
     The arguments are those of `sphere_flatness`.
 
     Raises:
-        UserError: where the two have not the same parameters, or not the same data.
+        UserError: if the two differ in their parameters or in their data.
     """
     shapes = [[tensor.shape for tensor in each.split(each.point)] for each in (a, b)]
     if shapes[0] != shapes[1]:
@@ -50,22 +50,22 @@ def compare_flatness(
 
 
 def paired_difference(a: SphereFlatness, b: SphereFlatness) -> PairedDifference:
-    """Return the difference a - b along the rays that both have walked.
+    """Return the difference a - b along the directions on which both were evaluated.
 
     Raises:
-        UserError: if the two were not measured along the same rays, at the same radii, on the same blocks.
+        UserError: if the two were not measured along the same directions, at the same radii, on the same blocks.
     """
     for name in ("seed", "normalisation", "num_params", "radii", "blocks", "paired"):
         of_a, of_b = getattr(a, name), getattr(b, name)
         if not np.array_equal(of_a, of_b):
             raise UserError(
-                f"A paired difference needs the same rays, but {name} differs ({of_a} and {of_b}):"
+                f"A paired difference needs the same directions, but {name} differs ({of_a} and {of_b}):"
                 f" measure both with one {name}, or both at once by compare_flatness."
             )
     counts = [[len(rises) for rises in each.visits] for each in (a, b)]
     if counts[0] != counts[1]:
         raise UserError(
-            f"A paired difference needs the same visits, but their numbers differ ({counts[0]} and {counts[1]}):"
-            " give both one num_samples, or measure both at once by compare_flatness."
+            f"A paired difference needs equal numbers of draws, got {counts[0]} and {counts[1]}: use one num_samples"
+            " for both, or measure both at once by compare_flatness."
         )
     return PairedDifference(cost=a.cost + b.cost, radii=a.radii, a=a, b=b)

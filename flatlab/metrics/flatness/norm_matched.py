@@ -1,6 +1,7 @@
-"""Is a perturbation a typical direction? The rise of the loss that it causes, beside that of random twins.
+"""Comparison of a perturbation with random perturbations of the same norm, by the rise of the loss.
 
-Twins share its length on the whole ("none"), in each layer, in each filter, or number by number, as rays of spheres do.
+The norms agree on the whole ("none"), in each layer, in each filter, or in each parameter, as for the directions of
+spheres.
 """
 
 import time
@@ -37,18 +38,18 @@ def typical_rise(
     seed: int | torch.Generator = 0,
     keep: Keep = forget,
 ) -> RoundingRise:
-    """Measure how far the loss rises at w + e, and on random twins of e, each on all the data.
+    """Measure the rise of the loss at w + e, and at random perturbations with the norm of e, each on all the data.
 
     Args:
         landscape: the loss around w.
         perturbations: vectors e (P,) by name.
-        normalisation: where a twin is as long as e: "none" (on the whole), or in each layer, filter or parameter.
-        num_samples: K twins of each perturbation.
-        seed: names the rays; twins of equal number are one ray, scaled.
-        keep: keeps units, which makes the measurement resumable.
+        normalisation: what has the norm of e: the whole vector ("none"), or each layer, filter or parameter.
+        num_samples: K random perturbations for each perturbation.
+        seed: seed of the directions; random perturbations of equal index are one direction, scaled.
+        keep: stores units, which makes the measurement resumable.
 
     Raises:
-        UserError: where a perturbation is not a point of the landscape, not finite or zero, or K is below 2.
+        UserError: if a perturbation is not a point of the landscape, not finite or zero, or K is below 2.
     """
     whole("num_samples", num_samples, least=2)
     if not perturbations:
@@ -95,15 +96,15 @@ def _own(landscape: Landscape, name: str, vector: Tensor, keep: Keep) -> FloatAr
 
 
 def _visits(sampler: Sampler, name: str, vector: Tensor, num_samples: int) -> FloatArray:
-    """Return the rises (K, S) along the twins of one perturbation: a sphere of radius 1, in its lengths."""
+    """Return the rises (K, S) at the random perturbations: a sphere of radius 1, in units of the norms of e."""
 
     def keep(units: Sequence[Unit]) -> Iterator[FloatArray]:
         return sampler.keep([(f"{sampler.normalisation}-{name}-{unit}", compute) for unit, compute in units])
 
-    (walk,) = replace(sampler, like=vector, keep=keep).run(
+    (draws,) = replace(sampler, like=vector, keep=keep).run(
         [SamplingPlan(1.0, 0, visits=num_samples)], Goal(visits=num_samples)
     )
-    if walk.stopped == "interrupted":
-        raise KeyboardInterrupt  # what is kept is whole: the next call goes on from it
-    rises: FloatArray = walk.visits[0]
+    if draws.stopped == "interrupted":
+        raise KeyboardInterrupt  # completed units are stored: the next call resumes from them
+    rises: FloatArray = draws.visits[0]
     return rises

@@ -1,4 +1,4 @@
-"""Rays: random directions shared by all models of one architecture, raw or scaled to the weights."""
+"""Random directions, shared by all models of one architecture, raw or scaled to the weights."""
 
 from typing import Literal, get_args
 
@@ -25,9 +25,9 @@ def draw_direction(
 ) -> Tensor:
     """Return direction k (P,): of length 1, or as long as w (or a vector `like`) in each filter, layer or parameter.
 
-    Drawn on the CPU in float32, whatever the model's device and dtype: all models of one architecture share rays.
-    Other noise than on the sphere keeps its own length: entries normal, or uniform on [-1, 1]. On the sphere, without
-    a normalisation, a ray is as long as `like` on the whole, where that is given.
+    Drawn on the CPU in float32, whatever the model's device and dtype, so that models of one architecture share
+    directions. Noise other than "sphere" keeps its own length: entries normal, or uniform on [-1, 1]. On the sphere,
+    without a normalisation, a direction has the norm of `like`, if given.
     """
     rng = generator("sphere", seed, k)
     drawn = torch.randn(landscape.num_params, generator=rng)
@@ -49,8 +49,7 @@ def scale_to_weights(
 
     A filter is a slice along the first axis of a tensor of more than one axis, a layer is such a tensor; BatchNorm
     and biases are held still. "parameter" multiplies each entry by |w|, of whatever tensor (Kwon et al. 2021).
-    A vector `like` (P,) stands in for the weights, such as a perturbation whose random twins are sought. Where a
-    direction is zero it stays zero.
+    A vector `like` (P,), such as a perturbation, replaces the weights. Zero entries stay zero.
     """
     scaled = landscape.as_point(vector).clone()
     lengths = landscape.point if like is None else like
@@ -67,7 +66,7 @@ def scale_to_weights(
 
 
 def reach(landscape: Landscape, normalisation: Normalisation) -> float:
-    """Return the Euclidean length of a ray: 1, or that of the weights which it is scaled to (in the mean)."""
+    """Return the Euclidean norm of a direction: 1, or (in the mean) that of the weights to which it is scaled."""
     if normalisation == "none":
         return 1.0
     if normalisation == "parameter":
@@ -77,14 +76,14 @@ def reach(landscape: Landscape, normalisation: Normalisation) -> float:
 
 
 def check_normalisation(normalisation: str, landscape: Landscape) -> Normalisation:
-    """Return a known normalisation that the landscape has tensors for.
+    """Return a known normalisation that applies to the landscape's tensors.
 
     Args:
         normalisation: its name.
-        landscape: whose weights it scales to.
+        landscape: the landscape whose weights set the scale.
 
     Raises:
-        UserError: where nothing would move.
+        UserError: if no tensor would be perturbed.
     """
     known: tuple[Normalisation, ...] = get_args(Normalisation)
     name = known[known.index(choose("normalisation", normalisation, known))]

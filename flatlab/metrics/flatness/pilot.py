@@ -1,6 +1,6 @@
-"""The pilot: a few directions on a few images say how large blocks should be, whether to pair, and how many visits.
+"""The pilot: choice of block size, pairing and number of draws from a few directions on a few images.
 
-Its draws are not used again: what chooses the plan must not bias the number.
+Its draws are not used again, since the choice of the plan must not bias the result.
 """
 
 import sys
@@ -23,36 +23,36 @@ from flatlab.results.estimate import Components, FloatArray, components
 from flatlab.results.sphere import Normalisation, SamplingPlan
 
 GROUPS, DIRECTIONS, IMAGES = 16, 4, 16  # 64 independent directions, each on a block of 16 images
-FEWEST = 4 * IMAGES  # images of a landscape below which a pilot costs more than it saves: each ray meets them all
-SIZES = (16, 32, 64, 128, 256)  # of blocks that are tried; below 16 the cost of setting a point shows
-TIMED = 3  # turns of the clock: where others use the machine too, the best of each size
+FEWEST = 4 * IMAGES  # images below which a pilot costs more than it saves: each direction uses them all
+SIZES = (16, 32, 64, 128, 256)  # block sizes tried; below 16 the cost of setting a point is noticeable
+TIMED = 3  # timings of each size, of which the best is used: other processes may use the machine
 Value = Callable[[FloatArray], FloatArray]
 
 
 @dataclass(frozen=True)
 class Pilot:
-    """What the pilot found."""
+    """Result of the pilot."""
 
     single: list[Components]  # for each radius
     paired: list[Components]
-    alone: bool  # of one landscape: the images' share of a difference is not that of either
+    alone: bool  # of one landscape: for a difference the variance over images is unknown
     mean: FloatArray  # (R,) rises
     seconds: dict[int, float]  # of evaluating a block, by its size
     gathering: dict[int, float]  # seconds of cutting it and picking its images
-    drawing: float  # seconds of a ray
+    drawing: float  # seconds of a direction
 
 
-def fly(
+def run_pilot(
     landscapes: Sequence[Landscape], radii: FloatArray, *, seed: int, normalisation: Normalisation, value: Value
 ) -> Pilot:
-    """Fly the pilot: rises of single images at each radius along rays of its own, there and back.
+    """Run the pilot: rises of single images at each radius, along directions of its own and their opposites.
 
     Args:
         landscapes: one, or two to be compared.
         radii: (R,) above zero.
         seed: of the measurement.
-        normalisation: of the rays.
-        value: from rises (L, ...) of the landscapes to those of the number that is sought.
+        normalisation: of the directions.
+        value: from rises (L, ...) of the landscapes to those of the estimated quantity.
     """
     tables, drawing = [], 0.0
     for landscape in landscapes:
@@ -83,7 +83,7 @@ def price(landscapes: Sequence[Landscape], radii: int, *, seed: int) -> int:
 
 
 def _groups(landscape: Landscape, seed: int) -> tuple[list[Block], int]:
-    """Return blocks, and how many directions each of them sees: 64 in all at least."""
+    """Return blocks, and the number of directions for each of them, at least 64 in all."""
     blocks = list(islice(landscape.blocks(IMAGES, seed=seed), GROUPS))
     return blocks, -(-GROUPS * DIRECTIONS // len(blocks))
 
@@ -91,7 +91,7 @@ def _groups(landscape: Landscape, seed: int) -> tuple[list[Block], int]:
 def _table(
     landscape: Landscape, radii: FloatArray, seed: int, normalisation: Normalisation
 ) -> tuple[FloatArray, float]:
-    """Return the rises (2, R, G, D, n) of single images for both signs, and the seconds of drawing a ray."""
+    """Return the rises (2, R, G, D, n) of single images for both signs, and the seconds of drawing a direction."""
     blocks, directions = _groups(landscape, seed)
     images = min(block.size for block in blocks)
     table = np.zeros((2, len(radii), len(blocks), directions, images))
@@ -103,9 +103,9 @@ def _table(
             base = at(still, 0.0, block=each)
             for d in range(directions):
                 start = time.perf_counter()
-                ray = draw_direction(landscape, seed, -1 - g * directions - d, normalisation=normalisation)
+                direction = draw_direction(landscape, seed, -1 - g * directions - d, normalisation=normalisation)
                 drawing += time.perf_counter() - start
-                table[:, :, g, d] = (at(ray, ends, block=each) - base)[..., :images]
+                table[:, :, g, d] = (at(direction, ends, block=each) - base)[..., :images]
     return table, drawing / (len(blocks) * directions)
 
 
@@ -117,7 +117,7 @@ def _sizes(landscape: Landscape) -> list[int]:
 def _seconds(landscape: Landscape, seed: int) -> dict[int, tuple[float, float]]:
     """Return the seconds of picking and of evaluating a block, by its size.
 
-    Sizes take turns, so that a busy spell hits all.
+    Sizes alternate, so that a temporary load of the machine affects all.
     """
     partitions, still = _clocked_on(landscape, seed), landscape.point
     with landscape.moving() as at:
@@ -153,14 +153,14 @@ def _best(pilot: Pilot, index: int, radius: float, goal: Goal, samples: int) -> 
             price = (pilot.drawing + pilot.gathering[size]) / len(pilot.mean) + seconds * (2 if paired else 1)
             between = found.between(size) if pilot.alone else 0.0
             visits = foresee(found, size, max(1, round(samples / size)), tolerance, between)
-            foreseen = visits if visits < MOST else 0  # not finite, or out of reach: what is seen decides
+            foreseen = visits if visits < MOST else 0  # not finite, or too many: decided while sampling
             cut = 0 if size >= samples else size
             options.append((visits * price, SamplingPlan(radius, cut, paired, foreseen, between)))
     return min(options, key=lambda option: option[0])[1]
 
 
 def foresee(found: Components, size: int, blocks: int, tolerance: float, between: float) -> int:
-    """Return the visits that bring the standard error to the tolerance: short of a round, where that does."""
+    """Return the number of draws that reach the tolerance: fewer than one round over the images if that suffices."""
     wanted, long = max(tolerance**2 / SAFETY, sys.float_info.min), found.of_visit(size)
     whole = long + found.images / size
     short, long = whole / (wanted + between * whole / blocks), long / wanted
@@ -169,8 +169,8 @@ def foresee(found: Components, size: int, blocks: int, tolerance: float, between
     return settled(max(int(long), blocks), blocks) if long < MOST else MOST
 
 
-LOW, HIGH, PLACES = 0.01, 2.0, 6  # nats that automatic radii span, and how many there are
-RAYS, STEPS = 8, 12  # pairs of rays that find them, each on a block, and steps of a bisection
+LOW, HIGH, PLACES = 0.01, 2.0, 6  # range of rises (nats) of automatic radii, and their number
+PAIRS, STEPS = 8, 12  # pairs of directions used to find them, each on a block, and steps of a bisection
 OCTAVES = (-10.0, 6.0)  # powers of 2 of the weights' norm that are searched
 BETWEEN = 9  # places between which the rise is interpolated
 Rise = Callable[[float], float]
@@ -179,7 +179,7 @@ Rise = Callable[[float], float]
 def span(sampler: Sampler) -> FloatArray:
     """Return radii between those where the loss rises by 0.01 and by 2 nats, evenly spaced in their logarithm.
 
-    Found by bisection on eight pairs of rays; where the loss never rises so far, where it stops being finite.
+    Found by bisection on eight pairs of directions; where the loss never rises so far, where it stops being finite.
     """
     with _rising(sampler) as rise:
         low, high = (_bisect(rise, target, _unit(sampler)) for target in (LOW, HIGH))
@@ -187,7 +187,7 @@ def span(sampler: Sampler) -> FloatArray:
 
 
 def reached(sampler: Sampler, rises: Sequence[float]) -> FloatArray:
-    """Return the radii (R,) at which the loss rises by so many nats, found on eight pairs of rays.
+    """Return the radii (R,) at which the loss rises by given amounts (nats), found on eight pairs of directions.
 
     The first and the last by bisection; between them the rise is interpolated in logarithms, where a quadratic one is
     a straight line.
@@ -197,7 +197,7 @@ def reached(sampler: Sampler, rises: Sequence[float]) -> FloatArray:
         rises: (R,) above zero, ascending.
 
     Raises:
-        UserError: where the loss does not rise so far.
+        UserError: if the loss does not rise as far.
     """
     with _rising(sampler) as rise:
         low, high = (_bisect(rise, target, _unit(sampler)) for target in (rises[0], rises[-1]))
@@ -215,15 +215,18 @@ def reached(sampler: Sampler, rises: Sequence[float]) -> FloatArray:
 
 @contextmanager
 def _rising(sampler: Sampler) -> Iterator[Rise]:
-    """Yield the mean rise at a radius along eight pairs of rays, each on a block."""
+    """Yield the mean rise at a radius along eight pairs of directions, each on a block."""
     landscape = sampler.landscapes[0]
     gathered = [landscape.gather(block) for block in _spanned(sampler)]
-    drawn = [draw_direction(landscape, sampler.seed, -1 - k, normalisation=sampler.normalisation) for k in range(RAYS)]
+    drawn = [draw_direction(landscape, sampler.seed, -1 - k, normalisation=sampler.normalisation) for k in range(PAIRS)]
     with landscape.moving() as at, np.errstate(invalid="ignore"):
-        bases = [at(ray, 0.0, block=each).mean() for ray, each in zip(drawn, gathered, strict=True)]
+        bases = [at(direction, 0.0, block=each).mean() for direction, each in zip(drawn, gathered, strict=True)]
 
         def rise(radius: float) -> float:
-            ends = [at(ray, [radius, -radius], block=each).mean() for ray, each in zip(drawn, gathered, strict=True)]
+            ends = [
+                at(direction, [radius, -radius], block=each).mean()
+                for direction, each in zip(drawn, gathered, strict=True)
+            ]
             return float(np.mean(ends) - np.mean(bases))
 
         yield rise
@@ -236,18 +239,18 @@ def _unit(sampler: Sampler) -> float:
 
 
 def span_price(sampler: Sampler) -> int:
-    """Return the images that finding the radii forwards."""
+    """Return the number of images that `span` forwards."""
     return sum(block.size for block in _spanned(sampler)) * (1 + 2 * 2 * STEPS)
 
 
 def reached_price(sampler: Sampler) -> int:
-    """Return the images that finding where the loss rises so far forwards."""
+    """Return the number of images that `reached` forwards."""
     return sum(block.size for block in _spanned(sampler)) * (1 + 2 * (2 * STEPS + BETWEEN))
 
 
 def _spanned(sampler: Sampler) -> list[Block]:
     blocks = sampler.landscapes[0].blocks(2 * IMAGES, seed=sampler.seed)
-    return [blocks[k % len(blocks)] for k in range(RAYS)]
+    return [blocks[k % len(blocks)] for k in range(PAIRS)]
 
 
 def _bisect(rise: Rise, target: float, unit: float) -> float:

@@ -1,4 +1,4 @@
-"""From what is asked for to a plan: goal, radii, blocks and pairs, slopes. What rests on timings is kept as a unit."""
+"""Sampling plans: goal, radii, blocks and pairs, slopes. Plans that depend on timings are stored as a unit."""
 
 from collections.abc import Sequence
 from dataclasses import astuple
@@ -16,23 +16,23 @@ from flatlab.results.estimate import FloatArray
 from flatlab.results.sphere import SamplingPlan
 from flatlab.seeds import derive
 
-BUDGET = 100  # passes over the data for each radius, where none is given: what SWAD's script spends
+BUDGET = 100  # default number of passes over the data for each radius, as in SWAD's script
 
 
 def goal_of(
     landscape: Landscape, count: int, num_samples: int | None, errors: tuple[float, float], budget: float | None
 ) -> Goal:
-    """Return when to stop.
+    """Return the stopping criterion.
 
     Args:
         landscape: one of those that are measured.
         count: landscapes times radii.
-        num_samples: so many rays, each on all images; else
+        num_samples: fixed number of directions, each on all images; None: an accuracy target
         errors: rel_error and abs_error.
-        budget: images forwarded at most.
+        budget: maximum number of images forwarded.
 
     Raises:
-        UserError: where a number does not do.
+        UserError: if a number is out of range.
     """
     if num_samples is not None:
         return Goal(visits=whole("num_samples", num_samples, least=2))  # an interval needs a spread
@@ -45,7 +45,7 @@ def goal_of(
 
 
 def plans_of(sampler: Sampler, radii: FloatArray, goal: Goal) -> list[SamplingPlan]:
-    """Return how each radius above zero is sampled. A kept plan is not made again: it rests on timings.
+    """Return how each radius above zero is sampled. A stored plan is reused, since it depends on timings.
 
     Args:
         sampler: of the measurement.
@@ -53,7 +53,7 @@ def plans_of(sampler: Sampler, radii: FloatArray, goal: Goal) -> list[SamplingPl
         goal: when sampling stops.
 
     Raises:
-        UserError: where the budget does not reach beyond the pilot.
+        UserError: if the budget does not exceed the pilot's cost.
     """
     above, samples = above_zero(radii), sampler.landscapes[0].num_samples
     if goal.visits or not len(above) or samples < pilot.FEWEST:
@@ -66,10 +66,10 @@ def plans_of(sampler: Sampler, radii: FloatArray, goal: Goal) -> list[SamplingPl
         )
 
     def make() -> FloatArray:
-        flown = pilot.fly(
+        found = pilot.run_pilot(
             sampler.landscapes, above, seed=sampler.seed, normalisation=sampler.normalisation, value=sampler.value
         )
-        return np.array([astuple(each) for each in pilot.plan(flown, above, goal, samples)], dtype=float)
+        return np.array([astuple(each) for each in pilot.plan(found, above, goal, samples)], dtype=float)
 
     kept = next(iter(sampler.keep([("plan", make)])))
     return [
@@ -85,7 +85,7 @@ def slopes_of(sampler: Sampler, plans: Sequence[SamplingPlan], goal: Goal) -> Se
     Args:
         sampler: of the measurement.
         plans: of the radii above zero.
-        goal: whose budget may not reach so far.
+        goal: stopping criterion, whose budget may be too small for the slopes.
     """
     if not plans or not all(each.joinable for each in sampler.landscapes):
         return [None] * len(sampler.landscapes)
@@ -108,7 +108,7 @@ def above_zero(radii: FloatArray) -> FloatArray:
 
 
 def radii_of(sampler: Sampler, radii: npt.ArrayLike | str) -> FloatArray:
-    """Return the radii as an array; "auto" asks a small pilot where F is 0.01 and 2, and spans that.
+    """Return the radii as an array; "auto" spans the range in which F is 0.01 to 2, found by a small pilot.
 
     Args:
         sampler: of the measurement.
@@ -119,7 +119,7 @@ def radii_of(sampler: Sampler, radii: npt.ArrayLike | str) -> FloatArray:
     """
     if isinstance(radii, str):
         if radii != "auto":
-            raise UserError(f'radii must be numbers or "auto", but are {radii!r}.')
+            raise UserError(f'radii must be numbers or "auto", got {radii!r}.')
         sampler.spent += pilot.span_price(sampler)
         return next(iter(sampler.keep([("radii", lambda: pilot.span(sampler))])))
     return distances("radii", radii)

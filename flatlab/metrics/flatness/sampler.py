@@ -1,7 +1,8 @@
-"""The sampler: visits of directions to blocks of images, in units that can be kept as files, until accuracy is reached.
+"""The sampler: evaluates directions on blocks of images, in units that can be stored, until the goal is reached.
 
-A *visit* j draws ray j, walks to each radius (and to its antithesis, where the plan pairs) and evaluates block j mod B
-there and at w. The crossed design of SWAD's script is the same with B = 1: each ray meets all images.
+Draw j (a "visit" in the arrays) takes direction j and evaluates block j mod B at each radius (and in the opposite
+direction, if the plan pairs) and at w. The crossed design of SWAD's script is the case B = 1: each direction on all
+images.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,9 +23,9 @@ from flatlab.results.sphere import Normalisation, SamplingPlan
 from flatlab.seeds import derive
 
 MOST = 10**7  # visits that can be foreseen
-UNIT, LARGEST = 8, 32  # visits of a unit, the grain of resuming and sharing; as many as blocks in between
+UNIT, LARGEST = 8, 32  # smallest and largest number of draws of a unit, in which work is resumed and shared
 FREEDOM = 80  # of the spread at the first look: with 16, skewed visits stopped too early (coverage 0.92; 48: 0.935)
-SAFETY = 1.1  # more visits than a variance estimate asks for, so that most measurements need one look less
+SAFETY = 1.1  # draws relative to those of the variance estimate, so that most measurements need one look less
 
 
 @dataclass(frozen=True)
@@ -34,28 +35,24 @@ class Goal:
     relative: float = 0.02
     absolute: float = 1e-4  # nats
     budget: float = float("inf")  # images forwarded in all
-    visits: int | None = None  # exactly so many instead: no accuracy is asked for
+    visits: int | None = None  # fixed number of draws, instead of an accuracy target
 
     def tolerance(self, scale: float) -> float:
-        """Return the standard error that is asked for at a value of this size."""
+        """Return the allowed standard error of a value of this size."""
         return max(self.relative * abs(scale), self.absolute)
 
 
 def settled(visits: int, blocks: int) -> int:
-    """Return so many visits, or as many more as it takes to know their spread.
+    """Return the number of draws, increased where their spread would not be known well enough.
 
     Short of a round that is the spread of all visits, in which images count as sampled; after it that within blocks.
     """
     return max(visits, FREEDOM + 1) if max(visits, FREEDOM + 1) < blocks else max(visits, blocks + FREEDOM)
 
 
-"""A piece of work that can be kept: its name, and what computes it from nothing but that name and the seed."""
-"""Yields the arrays of units, in their order: as kept before, or computed (by whoever comes first) and kept."""
-
-
 @dataclass
-class Walk:
-    """What one radius has seen so far."""
+class Draws:
+    """The draws at one radius so far."""
 
     plan: SamplingPlan
     blocks: int
@@ -63,15 +60,15 @@ class Walk:
     stopped: str = ""  # "accuracy", "samples", "budget", "nonfinite" or "interrupted"
 
 
-Report = Callable[[list[Walk]], None]
-"""Called with what each radius has seen, after each unit of visits."""
+Report = Callable[[list[Draws]], None]
+"""Called with the draws at each radius, after each unit."""
 
 
 @dataclass
 class Group:
-    """Radii that are still sampled by one plan: they share rays and blocks."""
+    """Radii that are still sampled by one plan, with common directions and blocks."""
 
-    active: list[Walk]
+    active: list[Draws]
     done: int = 0  # visits
     look: int = 0  # visits at which it pauses next
     spent: float = 0.0  # images
@@ -79,31 +76,31 @@ class Group:
     @property
     def plans(self) -> list[SamplingPlan]:
         """Of the active radii."""
-        return [walk.plan for walk in self.active]
+        return [draws.plan for draws in self.active]
 
     @property
     def blocks(self) -> int:
-        """How many there are."""
+        """Number of blocks."""
         return self.active[0].blocks
 
     @property
     def foreseen(self) -> int:
-        """The visits after which the first of the radii should be accurate; no accuracy is judged before."""
+        """The number of draws after which the first radius should be accurate; accuracy is not judged before."""
         return min(plan.visits for plan in self.plans)
 
 
 @dataclass
 class Sampler:
-    """Samples one or several landscapes along common rays, over common blocks.
+    """Samples one or several landscapes along common directions, over common blocks.
 
     Args:
         landscapes: of models of one architecture, on the same data.
-        seed: names the rays and the partition.
-        normalisation: of the rays.
-        value: from the mean over strata (L, J) to the visits (J,) of the number that is sought.
-        keep: keeps units.
-        noise: what rays are before they are normalised.
-        like: a vector (P,) whose lengths the rays have instead of the weights'.
+        seed: seed of the directions and the partition.
+        normalisation: of the directions.
+        value: from the mean over strata (L, J) to the draws (J,) of the estimated quantity.
+        keep: stores units.
+        noise: distribution of the directions before normalisation.
+        like: a vector (P,) whose norms replace those of the weights.
     """
 
     landscapes: Sequence[Landscape]
@@ -113,56 +110,58 @@ class Sampler:
     keep: Keep = forget
     noise: Noise = "sphere"
     like: Tensor | None = None
-    spent: float = 0.0  # images forwarded, as one process alone would: a budget ends alike however work is shared
+    spent: float = 0.0  # images forwarded as by a single process: a budget does not depend on how work is shared
     _partitions: dict[tuple[int, int], Partition] = field(default_factory=dict)
     _bases: dict[tuple[int, int, int], FloatArray] = field(default_factory=dict)
     _rested: dict[int, int] = field(default_factory=dict)  # visits at rest that are paid, by block size
 
-    def run(self, plans: Sequence[SamplingPlan], goal: Goal, *, report: Report | None = None) -> list[Walk]:
-        """Sample each radius by its plan until the goal is reached; radii of one plan share their rays."""
+    def run(self, plans: Sequence[SamplingPlan], goal: Goal, *, report: Report | None = None) -> list[Draws]:
+        """Sample each radius by its plan until the goal is reached; radii of one plan share their directions."""
         shape = (len(self.landscapes), 0, len(self.landscapes[0].strata))
-        walks = [Walk(plan, len(self._sizes(plan.block_size)), np.zeros(shape)) for plan in plans]
-        kinds: dict[tuple[int, bool], list[Walk]] = {}
-        for walk in walks:
-            kinds.setdefault((walk.plan.block_size, walk.plan.paired), []).append(walk)
+        per_radius = [Draws(plan, len(self._sizes(plan.block_size)), np.zeros(shape)) for plan in plans]
+        kinds: dict[tuple[int, bool], list[Draws]] = {}
+        for draws in per_radius:
+            kinds.setdefault((draws.plan.block_size, draws.plan.paired), []).append(draws)
         groups = [Group(list(each)) for each in kinds.values()]
         try:
             # In turns, the one that has cost least first: all radii have an interval soon, and a fair share.
             while running := [group for group in groups if group.active]:
                 share = (goal.budget - self.spent) / len(running)
-                self._turn(min(running, key=lambda g: g.spent), share, goal, lambda: report(walks) if report else None)
+                self._turn(
+                    min(running, key=lambda g: g.spent), share, goal, lambda: report(per_radius) if report else None
+                )
         except KeyboardInterrupt:
-            for walk in walks:
-                walk.stopped = walk.stopped or "interrupted"
-        return walks
+            for draws in per_radius:
+                draws.stopped = draws.stopped or "interrupted"
+        return per_radius
 
-    def estimate(self, walk: Walk) -> Estimate:
-        """Return the number that is sought at a radius, with its standard error."""
-        return estimate(self.value(walk.visits.mean(axis=2)), walk.blocks, walk.plan.between)
+    def estimate(self, draws: Draws) -> Estimate:
+        """Return the estimate at a radius, with its standard error."""
+        return estimate(self.value(draws.visits.mean(axis=2)), draws.blocks, draws.plan.between)
 
-    def scale(self, walk: Walk) -> float:
+    def scale(self, draws: Draws) -> float:
         """Return the largest of the landscapes' values, which a relative error refers to."""
-        return max(abs(estimate(rises, walk.blocks).value) for rises in walk.visits.mean(axis=2))
+        return max(abs(estimate(rises, draws.blocks).value) for rises in draws.visits.mean(axis=2))
 
-    def _turn(self, group: Group, budget: float, goal: Goal, tell: Callable[[], None]) -> None:
-        """Go on to the next look, or as far as the budget reaches."""
+    def _turn(self, group: Group, budget: float, goal: Goal, notify: Callable[[], None]) -> None:
+        """Continue to the next look, or until the budget is spent."""
         group.look = self._next_look(group, goal)
         prices = np.cumsum(self._prices(group, range(group.done, group.look)))
         stop = group.done + int(np.searchsorted(prices, budget, side="right"))
-        self._extend(group, range(group.done, stop), tell)
-        for walk in group.active:
-            walk.stopped = self._verdict(walk, group, goal)
-        group.active = [walk for walk in group.active if not walk.stopped]
+        self._extend(group, range(group.done, stop), notify)
+        for draws in group.active:
+            draws.stopped = self._verdict(draws, group, goal)
+        group.active = [draws for draws in group.active if not draws.stopped]
 
-    def _verdict(self, walk: Walk, group: Group, goal: Goal) -> str:
-        """Say why a radius stops here, if it does."""
+    def _verdict(self, draws: Draws, group: Group, goal: Goal) -> str:
+        """Return why sampling of a radius stops here, or an empty string."""
         if goal.visits and group.done == goal.visits:
             return "samples"
-        found = self.estimate(walk)
+        found = self.estimate(draws)
         if group.done and not goal.visits and not np.isfinite(found.value):
             return "nonfinite"  # no further visit would change that
         judged = group.done == group.look >= group.foreseen
-        if judged and found.stderr <= goal.tolerance(self.scale(walk)):
+        if judged and found.stderr <= goal.tolerance(self.scale(draws)):
             return "accuracy"
         return "" if group.done == group.look else "budget"
 
@@ -172,7 +171,7 @@ class Sampler:
             return goal.visits
         visits = group.foreseen
         if group.done >= visits:
-            excess = [self.estimate(walk).stderr / goal.tolerance(self.scale(walk)) for walk in group.active]
+            excess = [self.estimate(draws).stderr / goal.tolerance(self.scale(draws)) for draws in group.active]
             least = min((SAFETY * group.done * each**2 for each in excess if np.isfinite(each)), default=np.inf)
             visits = max(int(min(least, MOST)), group.done + 1)
         visits = settled(min(visits, 2 * group.done), group.blocks)
@@ -187,45 +186,45 @@ class Sampler:
         images = self._sizes(size)[numbers % group.blocks]
         return np.asarray(len(self.landscapes) * images * (ends + first), dtype=float)
 
-    def _extend(self, group: Group, visits: range, tell: Callable[[], None]) -> None:
-        """Make visits to the active radii, in units, and add them to what these have seen."""
+    def _extend(self, group: Group, visits: range, notify: Callable[[], None]) -> None:
+        """Evaluate draws at the active radii, in units, and append them."""
         plans, length = group.plans, min(max(group.blocks, UNIT), LARGEST)
         radii = derive(*[plan.radius for plan in plans])
         kind = f"{plans[0].block_size}{'p' if plans[0].paired else ''}-{radii:016x}"
         parts = [range(start, min(start + length, visits.stop)) for start in range(visits.start, visits.stop, length)]
-        units = [(f"{kind}_{part.start}-{part.stop}", partial(self.walk, plans, part)) for part in parts]
+        units = [(f"{kind}_{part.start}-{part.stop}", partial(self.evaluate, plans, part)) for part in parts]
         for part, rises in zip(parts, self.keep(units), strict=True):
             price = float(self._prices(group, part).sum())
-            for index, walk in enumerate(group.active):
-                walk.visits = np.concatenate([walk.visits, rises[:, :, index]], axis=1)
+            for index, draws in enumerate(group.active):
+                draws.visits = np.concatenate([draws.visits, rises[:, :, index]], axis=1)
             self.spent, group.spent, group.done = self.spent + price, group.spent + price, part.stop
             self._rested[plans[0].block_size] = max(self._rested.get(plans[0].block_size, 0), part.stop)
-            tell()
+            notify()
 
-    def walk(self, plans: Sequence[SamplingPlan], visits: range) -> FloatArray:
-        """Return the rises (L, J, R, S) along the rays of some visits, at the radii of plans of one kind."""
+    def evaluate(self, plans: Sequence[SamplingPlan], visits: range) -> FloatArray:
+        """Return the rises (L, J, R, S) of some draws, at the radii of plans of one kind."""
         rises = np.zeros((len(self.landscapes), len(visits), len(plans), len(self.landscapes[0].strata)))
         with _moving(self.landscapes) as movers, np.errstate(invalid="ignore"):
             for row, visit in enumerate(visits):
                 for which, at in enumerate(movers):
-                    rises[which, row] = self._visit(which, at, plans, visit)
+                    rises[which, row] = self._evaluate(which, at, plans, visit)
         return rises
 
-    def _visit(self, which: int, at: Move, plans: Sequence[SamplingPlan], visit: int) -> FloatArray:
+    def _evaluate(self, which: int, at: Move, plans: Sequence[SamplingPlan], visit: int) -> FloatArray:
         landscape, size = self.landscapes[which], plans[0].block_size
-        ray = draw_direction(
+        direction = draw_direction(
             landscape, self.seed, visit, normalisation=self.normalisation, noise=self.noise, like=self.like
         )
         signs = (1.0, -1.0) if plans[0].paired else (1.0,)
         radii = np.array([[sign * plan.radius for sign in signs] for plan in plans])
         if not size:
-            return np.asarray(at(ray, radii).mean(axis=1) - landscape.base_loss)
+            return np.asarray(at(direction, radii).mean(axis=1) - landscape.base_loss)
         partition = self._partition(which, size)
         index = visit % len(partition)
         block = landscape.gather(partition[index])
         if (which, size, index) not in self._bases:
-            self._bases[which, size, index] = at(ray, 0.0, block=block)
-        return np.asarray(at(ray, radii, block=block).mean(axis=1) - self._bases[which, size, index])
+            self._bases[which, size, index] = at(direction, 0.0, block=block)
+        return np.asarray(at(direction, radii, block=block).mean(axis=1) - self._bases[which, size, index])
 
     def _sizes(self, block_size: int) -> FloatArray:
         """Return the images of each block."""
@@ -246,8 +245,8 @@ def _moving(landscapes: Sequence[Landscape]) -> Iterator[list[Move]]:
         yield [stack.enter_context(landscape.moving()) for landscape in landscapes]
 
 
-def visits(walks: Sequence[Walk]) -> tuple[int, int]:
-    """Return how many visits these walks have made, and how many are foreseen."""
-    seen = [(walk, walk.visits.shape[1]) for walk in walks]
+def visits(per_radius: Sequence[Draws]) -> tuple[int, int]:
+    """Return the number of draws so far, and the number foreseen."""
+    seen = [(draws, draws.visits.shape[1]) for draws in per_radius]
     made = sum(count for _, count in seen)
-    return made, max(made, sum(count if walk.stopped else max(walk.plan.visits, count + 1) for walk, count in seen))
+    return made, max(made, sum(count if draws.stopped else max(draws.plan.visits, count + 1) for draws, count in seen))

@@ -35,7 +35,7 @@ CLIMBING = 0.75  # share of steps that must find something better, or steps are 
 def normalised_logits(loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
     """Return the loss of logits (n, C) that are centred and scaled to length 1, each sample alone.
 
-    The size of the logits, which training makes as large as it likes, then has no say in sharpness.
+    The scale of the logits, which training can increase arbitrarily, then does not affect sharpness.
 
     Args:
         loss: such as torch.nn.functional.cross_entropy.
@@ -74,7 +74,7 @@ def average_sharpness(
         block_size: images that one pair of draws sees.
         num_samples: draws, each on all images, instead of an accuracy.
         rel_error: standard error over the value at which sampling stops.
-        abs_error: standard error in nats at which it stops anyhow.
+        abs_error: absolute standard error (nats) at which sampling also stops.
         budget: images forwarded at most; 100 passes for each radius by default.
         seed: names the draws.
 
@@ -125,7 +125,7 @@ def worst_sharpness(
         seed: names the starts and the blocks.
 
     Raises:
-        UserError: if a number or word does not do.
+        UserError: if a number is out of range or a word is unknown.
     """
     begin, name, places = time.perf_counter(), base_seed(seed), _places(radii, norm)
     steps, restarts = whole("steps", steps), whole("restarts", restarts)
@@ -189,7 +189,7 @@ class _Ascent:
         return u * shrink.clamp_max(1.0)
 
     def _start(self, seed: int, block: int, restart: int) -> Tensor:
-        number = -1 - restart - (block << 20)  # no ray of the average case
+        number = -1 - restart - (block << 20)  # no direction of the average case
         if self.norm == "linf":
             return self.rho * draw_direction(self.block, seed, number, noise="uniform")
         return self.rho * draw_direction(self.block, seed, number)

@@ -9,29 +9,30 @@ from flatlab.results.estimate import FloatArray
 from flatlab.results.sphere import Normalisation
 from flatlab.seeds import derive
 
-DIRECTIONS = 32  # each ray meets two blocks of images
+DIRECTIONS = 32  # each direction is evaluated on two blocks of images
 FEWEST, MOST = 16, 64  # images of a block: a 32nd of them within these, four passes in all
 
 
 def slopes(landscape: Landscape, radius: float, *, seed: int, normalisation: Normalisation = "none") -> FloatArray:
-    """Return products (K, S, S) of the strata's slopes along rays, per radius squared; their mean is g_s' C g_t.
+    """Return products (K, S, S) of the strata's slopes along directions, per radius squared; their mean is g_s' C g_t.
 
-    C is the covariance of a ray, 1/P without normalisation. The odd part of the loss along a ray is its slope on those
-    images. Two blocks of images of their own are multiplied, so that the images' scatter does not count.
+    C is the covariance of a direction, 1/P without normalisation. The odd part of the loss along a direction is its
+    slope on those images. The slopes on two disjoint blocks are multiplied, so that the variance over images adds no
+    bias.
 
     Args:
         landscape: of two samples at least.
         radius: small: the odd part there is the linear term.
-        seed: of the measurement; the rays are drawn for this alone.
-        normalisation: of the rays.
+        seed: of the measurement; the directions are drawn for this alone.
+        normalisation: of the directions.
     """
     blocks = _blocks(landscape, seed)
     products = np.zeros((DIRECTIONS, len(landscape.strata), len(landscape.strata)))
     with landscape.moving() as at, np.errstate(invalid="ignore"):
         for k in range(DIRECTIONS):
-            ray = draw_direction(landscape, derive("slope", seed), k, normalisation=normalisation)
+            direction = draw_direction(landscape, derive("slope", seed), k, normalisation=normalisation)
             pair = (blocks[(2 * k + each) % len(blocks)] for each in (0, 1))
-            ends = [at(ray, [radius, -radius], block=landscape.gather(block)) for block in pair]
+            ends = [at(direction, [radius, -radius], block=landscape.gather(block)) for block in pair]
             one, other = ((there - back) / (2 * radius) for there, back in ends)
             across = (np.outer(one, other) + np.outer(other, one)) / 2
             within = (np.outer(one, one) + np.outer(other, other)) / 2

@@ -13,7 +13,7 @@ from flatlab.arguments import whole
 from flatlab.landscape.landscape import Landscape
 from flatlab.metrics.flatness import planning
 from flatlab.metrics.flatness.perturbations import check_normalisation, reach
-from flatlab.metrics.flatness.sampler import Report, Sampler, Walk
+from flatlab.metrics.flatness.sampler import Draws, Report, Sampler
 from flatlab.results.estimate import Cost, FloatArray
 from flatlab.results.sphere import Normalisation, SamplingPlan, SphereFlatness
 from flatlab.seeds import base_seed
@@ -36,20 +36,20 @@ def sphere_flatness(
 ) -> SphereFlatness:
     """Measure F_gamma(w), the mean rise of the loss on spheres around w (arXiv 2410.06020, Eq. 5).
 
-    Ask for an accuracy, and a pilot chooses how: small blocks of images for each direction, in rounds over all images,
-    with or without antithetic pairs. Or ask for `num_samples`, and each of so many rays meets every radius and all the
+    For an accuracy target, a pilot chooses the design: small blocks of images for each direction, in rounds over all
+    images, with or without antithetic pairs. With `num_samples`, each direction is evaluated at every radius on all
     images: the crossed design of SWAD's script. On a quadratic loss with Hessian H, F = gamma^2 tr(H) / (2 P).
 
     Args:
         landscape: the loss around w.
         radii: (R,) distances gamma, relative radii rho with a normalisation, or "auto": six that span F = 0.01 to 2.
-        num_samples: K rays, each on all images, instead of an accuracy.
+        num_samples: K directions, each on all images, instead of an accuracy.
         rel_error: standard error / |F| at which sampling stops.
-        abs_error: standard error in nats at which it stops anyhow.
+        abs_error: absolute standard error (nats) at which sampling also stops.
         budget: images forwarded at most; 100 passes for each radius by default.
-        seed: names the rays; the same for all models that are to be compared.
+        seed: seed of the directions; use the same for all models that are to be compared.
         normalisation: "filter", "layer" or "parameter" takes the scale of the weights out (Dinh et al. 2017).
-        report: called with the walks so far after each unit of visits.
+        report: called with the draws at each radius after each unit.
     """
     sampler = Sampler([landscape], base_seed(seed), check_normalisation(normalisation, landscape))
     return sample(sampler, radii, num_samples, (rel_error, abs_error), budget, report=report)[0]
@@ -67,7 +67,7 @@ def sample(
 ) -> list[SphereFlatness]:
     """Measure a sampler's landscapes together; the arguments are those of `sphere_flatness`.
 
-    A given `block_size` is sampled in antithetic pairs, and no pilot is flown: a plan that rests on no timing is the
+    With `block_size`, sampling is in antithetic pairs without a pilot: a plan that does not depend on timings is the
     same on every machine.
     """
     start = time.perf_counter()
@@ -81,26 +81,30 @@ def sample(
     else:
         plans = planning.plans_of(sampler, places, goal)
     tilts = planning.slopes_of(sampler, plans, goal)
-    walks = sampler.run(plans, goal, report=report)
+    per_radius = sampler.run(plans, goal, report=report)
     seconds = time.perf_counter() - start
-    return [replace(assemble(sampler, which, places, walks, seconds), slopes=tilt) for which, tilt in enumerate(tilts)]
+    return [
+        replace(assemble(sampler, which, places, per_radius, seconds), slopes=tilt) for which, tilt in enumerate(tilts)
+    ]
 
 
-def assemble(sampler: Sampler, which: int, radii: FloatArray, walks: Sequence[Walk], seconds: float) -> SphereFlatness:
-    """Return what one of the landscapes' walks say, and its share of the cost; radius 0 is 0, and was not sampled."""
+def assemble(
+    sampler: Sampler, which: int, radii: FloatArray, per_radius: Sequence[Draws], seconds: float
+) -> SphereFlatness:
+    """Return the result of one landscape, with its share of the cost; radius 0 is 0, and was not sampled."""
     landscape, spent = sampler.landscapes[which], sampler.spent / len(sampler.landscapes)
-    by_radius = {walk.plan.radius: walk for walk in walks}
-    longest = max((walk.visits.shape[1] for walk in walks), default=2)
-    still = Walk(
+    by_radius = {draws.plan.radius: draws for draws in per_radius}
+    longest = max((draws.visits.shape[1] for draws in per_radius), default=2)
+    still = Draws(
         SamplingPlan(0.0, 0), 1, np.zeros((len(sampler.landscapes), longest, len(landscape.strata))), "samples"
     )
     each = [by_radius.get(float(radius), still) for radius in radii]
     return SphereFlatness(
         radii=radii,
-        visits=tuple(walk.visits[which] for walk in each),
-        plans=tuple(walk.plan for walk in each),
-        blocks=tuple(walk.blocks for walk in each),
-        stopped=tuple(walk.stopped for walk in each),
+        visits=tuple(draws.visits[which] for draws in each),
+        plans=tuple(draws.plan for draws in each),
+        blocks=tuple(draws.blocks for draws in each),
+        stopped=tuple(draws.stopped for draws in each),
         cost=Cost(spent / landscape.num_samples, int(spent), 0, seconds / len(sampler.landscapes)),
         strata=landscape.strata,
         base_loss=landscape.base_loss,

@@ -40,7 +40,7 @@ def worst_rise(
         seed: names the starts.
 
     Raises:
-        UserError: if a radius is not positive, or there is nothing to do.
+        UserError: if a radius is not positive, or restarts or steps are below 1.
     """
     places = distances("radii", radii, above=0.0)
     whole("restarts", restarts)

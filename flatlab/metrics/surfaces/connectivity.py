@@ -1,7 +1,7 @@
-"""Are two checkpoints connected by a straight line of low loss? The height of the barrier, with an interval.
+"""Linear connectivity of two checkpoints: the height of the barrier on the line between them, with an interval.
 
-The maximum along a path is biased upwards, since it picks its own noise. So the place is chosen on one half of the
-images, and the barrier is read there on the other half.
+The maximum along a path is biased upwards, since it selects noise. So the place is chosen on one half of the images,
+and the barrier is measured there on the other half.
 """
 
 import copy
@@ -44,13 +44,13 @@ def connect(
         first: the landscape of one end.
         second: that of the other, of the same architecture over the same data.
         grid: places along the line, the ends included.
-        recompute: batches, as of training, from which BatchNorm's running statistics are computed anew at each place
-            (Izmailov et al. 2018). Else they are interpolated like the weights: both ends are the checkpoints.
+        recompute: batches, as of training, from which BatchNorm statistics are recomputed at each place (Izmailov et
+            al. 2018). Else they are interpolated like the weights: both ends are the checkpoints.
         seed: of the halves and the bootstrap.
         report: called with the places done and foreseen.
 
     Raises:
-        UserError: where the two are of different models or data, or there are too few places or images.
+        UserError: if the two differ in model or data, or there are too few places or images.
     """
     start, name = time.perf_counter(), base_seed(seed)
     _check(first, second, grid)
@@ -145,7 +145,7 @@ def _bootstrap(excess: FloatArray, stratum: npt.NDArray[np.int64], seed: int) ->
 
 
 class _Buffers:
-    """Moves a model's buffers of floats along with its weights; BatchNorm's are computed anew where that is wished.
+    """Moves a model's floating-point buffers along with its weights; recomputes those of BatchNorm on request.
 
     Args:
         model: a private copy of the first.
@@ -161,7 +161,7 @@ class _Buffers:
         self.statistics, self.stale = Statistics(model, recompute), False
 
     def place(self, share: float) -> None:
-        """Interpolate; what is to be computed anew waits for the weights."""
+        """Interpolate; statistics are recomputed in `settle`, once the weights are set."""
         with torch.no_grad():
             for mine, first, second in self.pairs:
                 mine.copy_(torch.lerp(first, second.to(first), share))

@@ -1,4 +1,4 @@
-"""Directions that a line or a plane through a point is spanned by, with what lies in it and what it explains.
+"""Directions that span a line or a plane through a point, with points marked in it and the variance explained.
 
 Every plane passes through the point that its landscape lies around, so that the value at the origin is its loss.
 BatchNorm's running statistics are those of that network everywhere; weights alone move.
@@ -57,7 +57,7 @@ def random_directions(
 ) -> Directions:
     """Draw Gaussian directions; by default each filter as long as the weights' (Li et al. 2018, section 4).
 
-    BatchNorm and biases are held still, as in the authors' examples (`ignore="biasbn"`). They are the rays of
+    BatchNorm and biases are fixed, as in the authors' examples (`ignore="biasbn"`). They are the directions of
     `sphere_flatness`: models of one architecture share them.
     """
     kind = check_normalisation(normalisation, landscape)
@@ -98,7 +98,7 @@ def given_directions(
     """
     rows = [checked(landscape, vector) for vector in vectors]
     if not rows:
-        raise UserError("No direction came: hand in one flat vector for a line, two for a plane.")
+        raise UserError("vectors must hold one flat vector for a line, two for a plane, got none.")
     if normalisation != "none":
         rows = [scale_to_weights(row, landscape, check_normalisation(normalisation, landscape)) for row in rows]
     return _bare(torch.stack(rows), [f"direction {k + 1}" for k in range(len(rows))])
@@ -141,7 +141,7 @@ def trajectory_directions(
         UserError: where there are fewer iterates than directions, or they span too little.
     """
     if len(points) <= count:
-        raise UserError(f"{count} principal directions need at least {count + 1} checkpoints, but {len(points)} came.")
+        raise UserError(f"{count} principal directions need at least {count + 1} checkpoints, got {len(points)}.")
     rows = torch.stack([checked(landscape, point, zero=True).to(wide(point)) for point in points])
     rows = rows - rows.mean(dim=0)
     # The Gram matrix (T, T) has the same spectrum as the covariance (P, P), and fits.

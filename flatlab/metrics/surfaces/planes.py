@@ -1,6 +1,6 @@
-"""Lines and planes through a landscape: each place is set from the point itself, evaluated once, and kept as it is.
+"""Lines and planes through a landscape: each place is set from the point itself and evaluated once.
 
-Places go in tiles, each a unit that can be kept as a file (`keep`), so that a surface goes on where it was stopped.
+Places are grouped in tiles, each a unit that can be stored as a file (`keep`), so that a surface can be resumed.
 A plane can be refined from coarse to fine: evaluated where linear interpolation would be wrong.
 """
 
@@ -57,7 +57,7 @@ def line(
         grid: places t, or how many of them lie between -1 and 1.
         metrics: functions of the loss's form by name; loss and, for classes, accuracy by default.
         seed: of the random directions.
-        keep: keeps tiles (of `flatlab.measure.units`, or the like).
+        keep: stores tiles.
         report: called with the places done and foreseen.
 
     Raises:
@@ -66,19 +66,19 @@ def line(
     start, name = time.perf_counter(), base_seed(seed)
     found = directions or random_directions(landscape, count=5, seed=name)
     places = _axis(grid, (-1.0, 1.0))
-    walker = _Walker(landscape, found.vectors, _metrics(landscape, metrics), keep, report)
+    evaluator = _Evaluator(landscape, found.vectors, _metrics(landscape, metrics), keep, report)
     count = len(found.vectors)
     steps = np.zeros((count, len(places), count))
     steps[np.arange(count), :, np.arange(count)] = places
-    values = walker.visit(steps.reshape(-1, count))
+    values = evaluator.evaluate(steps.reshape(-1, count))
     return Profile(
         places=places,
         values=values.reshape(count, len(places), *values.shape[1:]),
         strata=landscape.strata,
-        metrics=tuple(walker.metrics),
+        metrics=tuple(evaluator.metrics),
         labels=found.labels,
         seed=name,
-        cost=walker.cost(start),
+        cost=evaluator.cost(start),
     )
 
 
@@ -105,7 +105,7 @@ def plane(
         refine: begin with a coarse grid, and halve the cells in which linear interpolation is off by more than this
             share of the loss's height above its minimum (plus 2 % of its range); 0.05 saves half to nine tenths. The
             number of cells along an axis should be a multiple of 8, or of 16: 49 or 65 places.
-        recompute: batches from which BatchNorm's statistics are computed anew at each place; the model's by default.
+        recompute: batches from which BatchNorm statistics are recomputed at each place; the model's by default.
         seed: of the random directions.
         keep: keeps tiles.
         report: called with the places done and foreseen.
@@ -116,26 +116,26 @@ def plane(
     start, name = time.perf_counter(), base_seed(seed)
     found = directions or random_directions(landscape, seed=name)
     if len(found.vectors) < 2:
-        raise UserError("A plane needs two directions, but one came: `line` goes along one.")
+        raise UserError("A plane needs two directions, got one: use `line` for one direction.")
     x, y = _axes(grid, found.marks)
-    walker = _Walker(landscape, found.vectors[:2], _metrics(landscape, metrics), keep, report, recompute)
-    values, measured = refined(walker.visit, x, y, _tolerance(refine))
+    evaluator = _Evaluator(landscape, found.vectors[:2], _metrics(landscape, metrics), keep, report, recompute)
+    values, measured = refined(evaluator.evaluate, x, y, _tolerance(refine))
     return Surface(
         x=x,
         y=y,
         values=values,
         measured=measured,
         strata=landscape.strata,
-        metrics=tuple(walker.metrics),
+        metrics=tuple(evaluator.metrics),
         seed=name,
-        cost=walker.cost(start),
+        cost=evaluator.cost(start),
         statistics="own" if recompute is None else "recomputed",
         **_described(found),
     )
 
 
 def _described(found: Directions) -> dict[str, Any]:
-    """Return what a surface says of the plane that it lies on."""
+    """Return the fields of a surface that describe its plane."""
     return {
         "labels": found.labels[:2],
         "marks": found.marks[:, :2],
@@ -149,7 +149,7 @@ def _described(found: Directions) -> dict[str, Any]:
 
 def _tolerance(refine: float | None) -> float | None:
     if refine is not None and not refine > 0:
-        raise UserError(f"refine must be a positive share, such as 0.05, or None for the whole grid, but is {refine}.")
+        raise UserError(f"refine must be a positive share, such as 0.05, or None for the whole grid, got {refine}.")
     return refine
 
 
@@ -163,7 +163,7 @@ def _metrics(landscape: Landscape, metrics: Mapping[str, Metric] | None) -> dict
 
 
 def _axis(grid: int | npt.ArrayLike, ends: tuple[float, float]) -> FloatArray:
-    """Return places: those given, or so many between two ends; the middle one of an odd number is exact."""
+    """Return places: those given, or a number of them between two ends; the middle one of an odd number is exact."""
     if np.ndim(grid) == 0:
         count, (low, high) = whole("grid", grid, least=2), ends
         return np.asarray(low + (high - low) * np.arange(count) / (count - 1))
@@ -171,7 +171,7 @@ def _axis(grid: int | npt.ArrayLike, ends: tuple[float, float]) -> FloatArray:
     places = places.astype(np.float64) if places.dtype.kind in "iuf" else np.zeros(0)
     if places.ndim != 1 or len(places) < 2 or not np.isfinite(places).all() or len(np.unique(places)) < len(places):
         raise UserError(
-            f"A grid needs at least two places along each axis, finite and each once, but {grid!r} came: write 51, or"
+            f"grid must have at least two places along each axis, finite and distinct, got {grid!r}: write 51, or"
             " np.linspace(-1, 1, 51)."
         )
     return places
@@ -193,8 +193,8 @@ def _axes(grid: int | tuple[npt.ArrayLike, npt.ArrayLike], marks: FloatArray) ->
 
 
 @dataclass
-class _Walker:
-    """Evaluates places, in tiles that are kept.
+class _Evaluator:
+    """Evaluates places, in tiles that are stored.
 
     Args:
         landscape: around w.
@@ -211,24 +211,24 @@ class _Walker:
     keep: Keep
     report: Report | None
     recompute: Data | None = None
-    visited: int = 0
+    evaluated: int = 0
     foreseen: int = 0
 
     def __post_init__(self) -> None:
         self.vectors = torch.stack([checked(self.landscape, vector) for vector in self.vectors])
         Statistics(self.landscape.model, self.recompute)  # refuses before anything is forwarded
 
-    def visit(self, places: FloatArray) -> FloatArray:
+    def evaluate(self, places: FloatArray) -> FloatArray:
         """Return the metrics (N, S, M) at places (N, D)."""
         tiles = [places[k : k + TILE] for k in range(0, len(places), TILE)]
         units = [(f"tile-{derive(tile.tolist()):016x}", partial(self.tile, tile)) for tile in tiles]
-        self.foreseen = max(self.foreseen, self.visited + len(places))
+        self.foreseen = max(self.foreseen, self.evaluated + len(places))
         found = [np.zeros((0, len(self.landscape.strata), len(self.metrics)))]
         for tile, values in zip(tiles, self.keep(units), strict=True):
             found.append(values)
-            self.visited += len(tile)
+            self.evaluated += len(tile)
             if self.report:
-                self.report(self.visited, self.foreseen)
+                self.report(self.evaluated, self.foreseen)
         return np.concatenate(found)
 
     def tile(self, places: FloatArray) -> FloatArray:
@@ -242,8 +242,8 @@ class _Walker:
 
     def cost(self, start: float) -> Cost:
         """Return what was forwarded."""
-        images = self.visited * self.landscape.num_samples
-        return Cost(float(self.visited), images, 0, time.perf_counter() - start)
+        images = self.evaluated * self.landscape.num_samples
+        return Cost(float(self.evaluated), images, 0, time.perf_counter() - start)
 
 
 def displacement(vectors: Tensor, place: Sequence[float], *, out: Tensor) -> Tensor:

@@ -11,14 +11,14 @@ from flatlab.results.estimate import FloatArray
 COARSEST = 9  # places along an axis that refinement begins with, at least
 FLOOR = 0.02  # of the range: how much of it is added to the height that the tolerance is a share of
 Mask = npt.NDArray[np.bool_]
-Visit = Callable[[FloatArray], FloatArray]
+Evaluate = Callable[[FloatArray], FloatArray]
 """From places (N, 2) to values (N, S, M); the first metric decides."""
 
 
-def refined(visit: Visit, x: FloatArray, y: FloatArray, tolerance: float | None) -> tuple[FloatArray, Mask]:
+def refined(evaluate: Evaluate, x: FloatArray, y: FloatArray, tolerance: float | None) -> tuple[FloatArray, Mask]:
     """Return values (G1, G2, S, M) on a grid, and where they were measured: everywhere without a tolerance."""
     stride = 1 if tolerance is None else _coarsest(len(x) - 1, len(y) - 1)
-    values = _evaluate(visit, x[::stride], y[::stride], np.ones((len(x[::stride]), len(y[::stride])), dtype=bool))
+    values = _evaluate(evaluate, x[::stride], y[::stride], np.ones((len(x[::stride]), len(y[::stride])), dtype=bool))
     measured, open_cells = np.ones(values.shape[:2], dtype=bool), np.ones(np.subtract(values.shape[:2], 1), dtype=bool)
     while stride > 1:
         stride //= 2
@@ -26,16 +26,16 @@ def refined(visit: Visit, x: FloatArray, y: FloatArray, tolerance: float | None)
         open_cells &= _bent(values[..., 0], tolerance)
         values, measured = _halved(values), _spread(measured)
         wanted = _corners(np.repeat(np.repeat(open_cells, 2, 0), 2, 1)) & ~measured
-        values[wanted] = _evaluate(visit, x[::stride], y[::stride], wanted)[wanted]
+        values[wanted] = _evaluate(evaluate, x[::stride], y[::stride], wanted)[wanted]
         measured |= wanted
         open_cells = np.repeat(np.repeat(open_cells, 2, 0), 2, 1)
     return values, measured
 
 
-def _evaluate(visit: Visit, x: FloatArray, y: FloatArray, wanted: Mask) -> FloatArray:
+def _evaluate(evaluate: Evaluate, x: FloatArray, y: FloatArray, wanted: Mask) -> FloatArray:
     """Return values (G1, G2, S, M), NaN where nothing was wanted."""
     rows, columns = np.nonzero(wanted)
-    found = visit(np.stack([x[rows], y[columns]], axis=1))
+    found = evaluate(np.stack([x[rows], y[columns]], axis=1))
     values = np.full((*wanted.shape, *found.shape[1:]), np.nan)
     values[rows, columns] = found
     return values
