@@ -41,7 +41,7 @@ COLUMNS = ["quantity", "method", "held_out", "seed", "share", "image", "label", 
 COLUMNS += ["value", "stderr", "low", "high", "over"]
 IMAGES = 24  # of each target: the numbers rest on all of them, the pictures show the first
 DIRECTIONS = 5
-RISES = (0.005, 0.02)  # nats on the seen domains, that name the radii; further out most maps are empty
+RISES = (0.005, 0.02)  # nats on the source domains, that name the radii; further out most maps are empty
 # This network's head reads the last grid cell by cell, where averaging gradients over cells leaves 7 maps of 10 empty
 # (measured on ERM and QT-DoG); one stage earlier none is.
 LAYERS = {"digits-cnn": "features.6"}
@@ -109,7 +109,7 @@ class CamFigure:
         """Say in a title and a line below which data, images and networks the picture shows."""
         measurement = self.measurement(setting)
         moved = " and ".join(f"{each:g}" for each in (setting.radii[1:5:3] if setting.radii else RISES))
-        moved = f"by γ = {moved}" if setting.radii else f"to where ERM's loss rises by {moved} nats on seen domains,"
+        moved = f"by γ = {moved}" if setting.radii else f"to where ERM's loss rises by {moved} nats on source domains,"
         return (
             f"GradCAM (Figure {self.number}): {setting.words}\n"
             f"Evidence for the true class in images {self.first + 1} to {self.first + self.shown} of each held-out "

@@ -12,6 +12,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from flatlab.report import rounding, tables
+from flatlab.report.panels import SOURCE, TITLES
 from flatlab.specs.measurements import RoundingSpec
 from flatlab.specs.methods import METHODS, replicates
 from flatlab.specs.run import RunSpec
@@ -23,9 +24,8 @@ ORDER = ("ERM", "QT-DoG")
 IMAGES, DIRECTIONS = 64, 48  # of each domain; beside each perturbation: a typical spread is known to 10 %
 LAYER_BITS = (4,)
 MOST = 5  # layers that are told one by one
-SUMMARY = "Rises (nats), seen domains, means over held-out domains and seeds; z: standard deviations above random "
+SUMMARY = "Rises (nats), source domains, means over held-out domains and seeds; z: standard deviations above random "
 SUMMARY += "directions, 95 % intervals over seeds; * excludes 0"
-PANELS = {"train": "seen domains", "test": "unseen domain"}
 
 
 def measurement(setting: Setting) -> RoundingSpec:
@@ -67,7 +67,7 @@ def findings(frame: pd.DataFrame) -> pd.DataFrame:
 
 def summary(findings: pd.DataFrame) -> pd.DataFrame:
     """Return a line for each method and bit width, the two nulls side by side."""
-    mine = findings[(findings["panel"] == "train") & (findings["part"] == "all")]
+    mine = findings[(findings["panel"] == SOURCE) & (findings["part"] == "all")]
     rows = []
     for (method, bits), cells in mine.groupby(["method", "perturbation"], sort=False):
         row: dict[str, Any] = {"method": method, "bits": str(bits), "γ": f"{cells['gamma'].iloc[0]:.2f}"}
@@ -84,7 +84,7 @@ def summary(findings: pd.DataFrame) -> pd.DataFrame:
 def remarks(frame: pd.DataFrame) -> list[str]:
     """Say under which null the noise is typical, at which bits, and whether training with it lowers its rise."""
     found = findings(frame)
-    z = found[(found["quantity"] == "z") & (found["panel"] == "train") & (found["part"] == "all")]
+    z = found[(found["quantity"] == "z") & (found["panel"] == SOURCE) & (found["part"] == "all")]
     said = []
     for (method, null), rows in z.groupby(["method", "null"], sort=False):
         verdicts = rows.groupby("verdict", sort=False)["perturbation"].agg(", ".join)
@@ -98,7 +98,7 @@ def remarks(frame: pd.DataFrame) -> list[str]:
     for panel, rows in less.groupby("panel", sort=False):
         told = ", ".join(f"{bits} bits {cell}" for bits, cell in zip(rows["perturbation"], rows["told"], strict=True))
         said.append(
-            f"Rise of rounding around {ORDER[1]} less that around {BASELINE}, {PANELS[str(panel)]}: {told} nats."
+            f"Rise of rounding around {ORDER[1]} less that around {BASELINE}, {TITLES[str(panel)]}: {told} nats."
         )
     return said
 
@@ -106,7 +106,7 @@ def remarks(frame: pd.DataFrame) -> list[str]:
 def _layer_by_layer(found: pd.DataFrame) -> list[str]:
     """Say how far the loss rises where one layer alone is rounded, for those where it rises most."""
     said = []
-    alone = found[(found["part"] != "all") & (found["panel"] == "train") & (found["null"] == "channel")]
+    alone = found[(found["part"] != "all") & (found["panel"] == SOURCE) & (found["null"] == "channel")]
     for (method, bits), rows in alone.groupby(["method", "perturbation"], sort=False):
         cells = rows.pivot(index=["part", "gamma"], columns="quantity", values="value").reset_index()
         most = cells.sort_values("rise", ascending=False).head(MOST).to_dict("records")
@@ -123,7 +123,7 @@ def caption(setting: Setting) -> str:
     chosen = measurement(setting)
     return (
         f"What a bit width is worth as a radius: {setting.words}\n"
-        f"Seen domains, {chosen.images} images of each; {chosen.num_samples} random directions beside each bit width. "
+        f"Source domains, {chosen.images} images of each; {chosen.num_samples} random directions beside each width. "
         f"Means over held-out domains; bars and bands: {setting.interval}. Grey: 95 % of random directions. "
         "own: the run's own quantizer."
     )

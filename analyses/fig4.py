@@ -1,4 +1,4 @@
-"""Figure 4: in-domain and out-of-domain accuracy along the training, ERM against QT-DoG, on two targets.
+"""Figure 4: accuracy on source and held-out domains along the training, ERM against QT-DoG, on two targets.
 
 The paper shows TerraIncognita's location_100 and location_46, and a line where quantization sets in. Beside the curves
 stand the numbers that the word "stable" is short for, over the evaluations from the switch on, the same for all
@@ -99,7 +99,7 @@ def caption(setting: Setting) -> str:
     return (
         f"Stability along training: {setting.words}\n"
         f"Means over seeds; bands and bars: {setting.interval}, on scales that end where accuracies and deviations do. "
-        "Out-of-domain accuracy on the target's in split, in-domain accuracy on images that "
+        "Accuracy on the held-out domain: in split; on source domains: of images that "
         f"{'select nothing' if setting.test_share else 'also select'}. Right: from step {setting.switch_step} on, over "
         "both targets. The first evaluations lie below the axes."
     )

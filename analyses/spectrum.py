@@ -1,4 +1,4 @@
-"""Hessian spectra of flat-minima methods on the seen and on the unseen domains: what QT-DoG argues with (section 3.3).
+"""Hessian spectra of flat-minima methods on source and held-out domains: what QT-DoG argues with (section 3.3).
 
 The paper reasons that a small Hessian means a flat minimum and shows none; here are its eigenvalues' density, its
 largest eigenvalue and its trace, around the checkpoint that training-domain validation selects. A quantized network is
@@ -15,6 +15,7 @@ from analyses import fig3
 from analyses.fig3 import BASELINE, ORDER, labelled
 from flatlab import plots
 from flatlab.report import spectrum, tables
+from flatlab.report.panels import TITLES
 from flatlab.specs.measurements import SpectrumSpec
 from flatlab.specs.run import RunSpec
 from flatlab.specs.settings import Setting
@@ -23,7 +24,6 @@ from flatlab.store.runs import RunStore
 __all__ = ["BASELINE", "labelled"]
 COLUMNS = ["panel", "number", "method", "held_out", "seed", "place", "value", "stderr", "low", "high", "over"]
 GROUP = ["panel", "number", "method"]
-TITLES = {"source": "seen domains", "target": "unseen domain"}
 TOP, TRACE, DENSITY = "top eigenvalue", "trace", "density"
 SUMMARY = "Difference to ERM in nats, paired by held-out domain and seed, 95 % intervals over seeds; * excludes 0"
 EFFORT = {  # few images and products, where a figure is to be had in minutes: the spread over seeds is larger
@@ -34,7 +34,7 @@ EFFORT = {  # few images and products, where a figure is to be had in minutes: t
 
 
 def measurements(setting: Setting) -> list[SpectrumSpec]:
-    """Return the two measurements of each run: on the seen domains, and on the unseen one."""
+    """Return the two measurements of each run: on the source domains, and on the held-out one."""
     return [SpectrumSpec.make(domains=domains, **EFFORT[setting.name]) for domains in TITLES]
 
 
@@ -98,7 +98,7 @@ def caption(setting: Setting) -> str:
 
 
 def draw(frame: pd.DataFrame, caption: str) -> Figure:
-    """Draw densities, and top eigenvalue and trace of each method against ERM's, on the seen and unseen domains."""
+    """Draw densities, and top eigenvalue and trace of each method against ERM's, on source and held-out domains."""
     with plots.style():
         figure, grid = plt.subplots(2, 3, figsize=(7.0, 4.8), layout="constrained")
         for row, (panel, title) in zip(grid, TITLES.items(), strict=True):

@@ -1,4 +1,4 @@
-"""Loss surfaces of flat-minima methods on the seen and on the unseen domains: what QT-DoG argues with (section 3.3).
+"""Loss surfaces of flat-minima methods on source and held-out domains: what QT-DoG argues with (section 3.3).
 
 Each method's checkpoint lies in the middle of a plane that two filter-normalised random directions span (Li et al.
 2018, section 4): the same Gaussian draws for all methods, each filter scaled to the weights it moves, and common
@@ -15,6 +15,7 @@ from analyses import fig3
 from analyses.fig3 import BASELINE, ORDER, labelled
 from flatlab import plots
 from flatlab.report import surface, tables
+from flatlab.report.panels import SOURCE, TITLES
 from flatlab.specs.measurements import SurfaceSpec
 from flatlab.specs.run import RunSpec
 from flatlab.specs.settings import Setting
@@ -24,7 +25,6 @@ __all__ = ["BASELINE", "labelled"]
 COLUMNS = ["panel", "number", "method", "held_out", "seed", "x", "y", "value", "stderr", "low", "high", "over"]
 Values = npt.NDArray[np.float64]
 GROUP = ["panel", "number", "method"]
-TITLES = surface.PANELS
 LOSS, RISE = "loss", "mean rise"
 SUMMARY = (
     "Mean rise of the loss over the plane, difference to ERM in nats, paired by held-out domain and seed, 95 %"
@@ -119,7 +119,7 @@ def caption(setting: Setting) -> str:
 
 
 def draw(frame: pd.DataFrame, caption: str) -> Figure:
-    """Draw the mean surfaces, methods side by side, the seen domains above the unseen one, on common levels."""
+    """Draw the mean surfaces, methods side by side, the source domains above the held-out one, on common levels."""
     shown = frame[frame["number"] == LOSS]
     levels = plots.contour_levels([shown["value"].to_numpy(float)], 10)
     with plots.style():
@@ -131,7 +131,7 @@ def draw(frame: pd.DataFrame, caption: str) -> Figure:
                 places = (wide.index.to_numpy(float), wide.columns.to_numpy(float))
                 filled = plots.contours(ax, places, wide.to_numpy(float), levels=levels)
                 ax.plot(0, 0, "+", color="white", markersize=5)
-                ax.set(title=method if panel == "source" else "", aspect="equal")
+                ax.set(title=method if panel == SOURCE else "", aspect="equal")
             row[0].set(ylabel=f"{title}\ndirection 2")
         figure.colorbar(filled, ax=grid, label="loss (nats)", format="%.2g", pad=0.01)
         head, _, rest = caption.partition("\n")

@@ -46,15 +46,15 @@ def test_a_page_states_its_tests_and_keeps_what_was_published_apart(tmp_path, mo
     ours, block, printed = page.partition("## As published: other data or another protocol than ours")
     assert block and "97." in printed and "agree" not in ours and "published" not in ours.split("## ", 1)[1]
     assert "corrected by Holm's method within each family" in page and "would by chance" in page
-    assert "in-domain test" in ours and "validation (selected on)" not in ours
+    assert "source domains, test split" in ours and "selected on" not in ours
     assert ("SWAD: no valley began in 1 of 2 runs (swad, rot0, seed 0)" in page) == (module is table12)
 
 
 def test_where_the_split_is_the_papers_the_column_says_that_it_selected(tmp_path):
     setting = ONE.replace(test_share=0.0)
     frame = table4.table(written(tmp_path, table4.plan(setting)[0]), setting)
-    assert "digits validation (selected on), mean" in table4.sheet(frame)
-    assert not [column for column in table4.sheet(frame) if "in-domain" in column]
+    assert "digits, source domains, out split (selected on), mean" in table4.sheet(frame)
+    assert not [column for column in table4.sheet(frame) if "test split" in column]
 
 
 def test_commands_say_that_no_valley_began(tmp_path, capsys):

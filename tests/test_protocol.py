@@ -44,4 +44,4 @@ def test_an_ensemble_has_no_in_domain_test_since_its_members_trained_on_some_of_
     )
     assert "validation (selected on)" in tables.reached(found, "one")
     twice = found[found["method"] == "one"]
-    assert "in-domain test" in tables.reached(pd.concat([twice, twice.assign(method="two")]), "one")
+    assert "source domains, test split" in tables.reached(pd.concat([twice, twice.assign(method="two")]), "one")

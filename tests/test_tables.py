@@ -131,15 +131,15 @@ def measured(store, spec, samples):
     measurement.finish()
 
 
-def test_flatness_has_a_panel_of_seen_and_one_of_unseen_domains(tmp_path):
+def test_flatness_has_a_panel_of_source_domains_and_one_of_the_held_out(tmp_path):
     samples = np.random.default_rng(2).normal(size=(4, 3, 4))  # directions, radii, domains
     measured(RunStore(tmp_path), RUN, samples)
     frame = tables.flatness(RunStore(tmp_path), [("ERM", RUN, PROBE)])
-    assert list(frame["panel"]) == ["train"] * 3 + ["test"] * 3
+    assert list(frame["panel"]) == ["source"] * 3 + ["target"] * 3
     assert list(frame["radius"]) == [0.0, 1.0, 2.0] * 2
     assert list(frame["base_loss"]) == [5 / 3] * 3 + [1.0] * 3 and set(frame["chance"]) == {2.3}
     assert frame["rise"].isna().all()
-    draws = {"train": samples[:, :, [0, 2, 3]].mean(axis=2), "test": samples[:, :, 1]}
+    draws = {"source": samples[:, :, [0, 2, 3]].mean(axis=2), "target": samples[:, :, 1]}
     for row in frame.itertuples():
         expected = draws[row.panel][:, PROBE.radii.index(row.radius)]
         assert (row.value, row.stderr) == pytest.approx((expected.mean(), stats.sem(expected)))

@@ -33,7 +33,7 @@ class Domains:
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """The seen domains."""
+        """The source domains."""
         return tuple(name for name in self.data.names if name != self.target)
 
     def evaluation(self, part: str, names: tuple[str, ...], device: torch.device) -> dict[str, Batches]:

@@ -14,6 +14,7 @@ import pandas as pd
 
 from flatlab import files
 from flatlab.errors import UserError
+from flatlab.report.panels import ACCURACY, SOURCE, TARGET, masks
 from flatlab.results import estimate as results_estimate
 from flatlab.results.estimate import Estimate, FloatArray, mean_of
 from flatlab.specs.measurements import SphereSpec
@@ -24,14 +25,13 @@ from flatlab.store.entry import complaints
 from flatlab.store.runs import Run, RunStore
 
 LEVEL = 0.95
-IN_DOMAIN = {"validation": "validation (selected on)", "test": "in-domain test"}
 Labelled = tuple[str, RunSpec]
 
 
 def flatness(store: RunStore, wanted: Iterable[tuple[str, RunSpec, SphereSpec]]) -> pd.DataFrame:
     """Return one row per run, panel and radius: the rise of the loss in nats, averaged over directions.
 
-    The panel "train" is the mean over the seen domains, each weighing the same; "test" is the held-out domain.
+    The panel "source" is the mean over the source domains, each weighing the same; "target" is the held-out domain.
     `rise` is what a radius was chosen for (NaN where it was given), `base_loss` the loss at the checkpoint, `chance`
     that of guessing, ln C; all in nats.
 
@@ -60,9 +60,8 @@ def _rises(
     run: RunSpec, measurement: SphereSpec, label: str, found: tuple[files.Arrays, Any]
 ) -> Iterable[dict[str, Any]]:
     arrays, facts = found
-    target = [name == run.held_out for name in facts["strata"]]
     named = facts.get("rises", [float("nan")] * len(arrays["radii"]))
-    for panel, mine in {"train": ~np.array(target), "test": np.array(target)}.items():
+    for panel, mine in masks(facts["strata"], run.held_out).items():
         for index, (radius, blocks) in enumerate(zip(arrays["radii"], facts["blocks"], strict=True)):
             rises = arrays[f"visits-{index:02d}"][:, mine].mean(axis=1)  # (J,)
             yield {
@@ -180,7 +179,7 @@ def paired_each(frame: pd.DataFrame, pairs: Iterable[tuple[str, str]], by: Seque
 def accuracies(store: RunStore, wanted: Iterable[Labelled], *, among_all: bool = False) -> pd.DataFrame:
     """Return one row per run and selection rule: step, accuracies, looks at the target.
 
-    `validation` and `test` are means over the seen domains: of the images that select, and of those that do not (NaN
+    `validation` and `test` are means over the source domains: of the images that select, and of those that do not (NaN
     where a run keeps none). `target` is the held-out domain's.
 
     Args:
@@ -275,20 +274,20 @@ def markdown(frame: pd.DataFrame) -> str:
 
 
 def reached(accuracies: pd.DataFrame, baseline: str) -> pd.DataFrame:
-    """Return one row per method: mean accuracies over held-out domains and seeds, and the target's less a baseline's.
+    """Return one row per method: mean accuracies, and that on the held-out domain less a baseline's.
 
-    In domain it is that of the images that select nothing, where all runs keep such.
+    On the source domains it is that of the images that select nothing, where all runs keep such.
 
     Args:
         accuracies: as `accuracies` returns them; rows by training-domain validation count.
         baseline: the method that is subtracted, paired by held-out domain and seed.
     """
     chosen = accuracies[accuracies["selection"] == "training-domain"].rename(columns={"target": "value"})
-    inside = "validation" if chosen["test"].isna().any() else "test"
-    names = {inside: IN_DOMAIN[inside], "value": "target"}
+    column, split = ("validation", "out") if chosen["test"].isna().any() else ("test", "test")
+    names = {column: ACCURACY[SOURCE, split], "value": ACCURACY[TARGET, "in"]}
     each = chosen.groupby("method", sort=False)[list(names)].mean().rename(columns=names)
-    less = paired(chosen.assign(target="target"), baseline, ["target"]).set_index("method")
+    less = paired(chosen.assign(panel=TARGET), baseline, ["panel"]).set_index("method")
     told = {
         name: bracketed(*row) for name, row in zip(less.index, less[["value", "low", "high"]].to_numpy(), strict=True)
     }
-    return each.assign(**{f"target less {baseline}": pd.Series(told)}).fillna("").reset_index()
+    return each.assign(**{f"{ACCURACY[TARGET, 'in']} less {baseline}": pd.Series(told)}).fillna("").reset_index()

@@ -24,7 +24,7 @@ class SurfaceSpec(MeasurementSpec):
     grid: int = Field(33, ge=2)
     extent: float = Field(1.0, gt=0)  # half the length of each axis; around checkpoints where they span the plane
     refine: float | None = Field(0.05, gt=0)  # share of the height that interpolation may be off by; None: whole grid
-    recompute: int | None = Field(None, ge=2)  # images of each seen domain: BatchNorm's statistics anew at each place
+    recompute: int | None = Field(None, ge=2)  # images of each source domain: BatchNorm's statistics anew at each place
 
     @property
     def spanned(self) -> bool:
@@ -41,16 +41,16 @@ class SurfaceSpec(MeasurementSpec):
 
 
 class ConnectionSpec(MeasurementSpec):
-    """The straight line from the checkpoint to another run's, over the seen domains and over the unseen one."""
+    """The straight line from the checkpoint to another run's, over the source domains and over the held-out one."""
 
     metric: Literal["connectivity"] = "connectivity"
     space: Literal["baked"] = "baked"  # both ends are networks as they compute
     to: str  # digest
     grid: int = Field(33, ge=3)
-    recompute: int | None = Field(None, ge=2)  # images of each seen domain: BatchNorm's statistics anew at each place
+    recompute: int | None = Field(None, ge=2)  # images of each source domain: BatchNorm's statistics anew at each place
 
     def passes(self, sizes: Sizes) -> float:
-        """Return the images that are forwarded; statistics are computed for the seen domains, and for the unseen one.
+        """Return the images that are forwarded; statistics are computed for the source and the held-out domains.
 
         Args:
             sizes: images of each domain.
@@ -59,7 +59,7 @@ class ConnectionSpec(MeasurementSpec):
 
 
 def _looked_at(spec: MeasurementSpec, sizes: Sizes, recompute: int | None) -> float:
-    """Return the images of a place: those evaluated, and those of the seen domains that give statistics."""
+    """Return the images of a place: those evaluated, and those of the source domains that give statistics."""
     return float(spec.count(sizes) + (recompute or 0) * (len(sizes) - 1))
 
 
@@ -148,7 +148,7 @@ class SpectrumSpec(MeasurementSpec):
 
     metric: Literal["spectrum"] = "spectrum"
     space: Literal["baked"] = "baked"  # through rounding there is no curvature
-    domains: str = "source"  # "source" (the seen), "target" (the held-out one), or names with commas between
+    domains: str = "source"  # "source" (those trained on), "target" (the held-out one), or names with commas between
     engine: Literal["flatlab", "pyhessian"] = "flatlab"
     k: int = Field(10, ge=1)
     which: Literal["LA", "SA", "BE"] = "LA"

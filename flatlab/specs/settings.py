@@ -53,7 +53,7 @@ class Setting(Spec):
     trial_seed: int = Field(0, ge=0)
     seeds: int = Field(3, ge=1)
     members: int | None = Field(None, ge=1)  # of an ensemble; None: as many as the method has
-    rises: tuple[float, ...] = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5)  # nats, of ERM on the seen domains: they name radii
+    rises: tuple[float, ...] = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5)  # nats, of ERM on the source domains: they name radii
     beyond: float = 1.0  # nats: one radius more, for the look
     num_samples: int | None = Field(100, ge=2)  # directions, each on all images; None: as many as `rel_error` needs
     rel_error: float = 0.02
