@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from analyses import _rank_agreement
 from analyses._percent import BY, Panel, accuracies, ensembles, over_datasets, over_members, over_seeds
 from flatlab import plots
-from flatlab.report import tables, verdicts
+from flatlab.report import verdicts
 from flatlab.report.panels import ACCURACY, SOURCE, TARGET
 from flatlab.resources import published
 from flatlab.specs.methods import METHODS, is_papers, replicates
@@ -195,7 +195,7 @@ class PaperTable:
         for row in findings[findings["baseline"] == self.baseline].to_dict("records"):
             cells, where = rows.setdefault(row["method"], {}), _title(row)
             starred = row["p_holm"] < verdicts.LEVEL
-            cells[where] = tables.bracketed(row["value"], row["low"], row["high"], digits=2, starred=starred)
+            cells[where] = verdicts.bracketed(row["value"], row["low"], row["high"], digits=2, starred=starred)
             if row["agrees"]:
                 cells[f"published ({where})"] = f"{row['published']:+.1f}"
                 cells[f"order agrees ({where})"] = row["agrees"]

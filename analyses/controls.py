@@ -105,10 +105,7 @@ def summary(findings: pd.DataFrame) -> pd.DataFrame:
     """Return a line for each question and a column for each measure."""
     cells = findings.assign(
         question=findings["question"] + ": " + findings["method"] + " less " + findings["baseline"],
-        cell=[
-            tables.bracketed(*row, digits=2, starred=p < verdicts.LEVEL)
-            for p, *row in findings[["p_holm", *fig3.TOLD]].itertuples(index=False)
-        ],
+        cell=verdicts.cells(findings, digits=2),
         measure=findings["measure"].map(MEASURES),
     )
     wide = cells.pivot_table(index="question", columns="measure", values="cell", aggfunc="first", sort=False)

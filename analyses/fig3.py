@@ -130,7 +130,7 @@ def summary(findings: pd.DataFrame) -> pd.DataFrame:
             for panel, kind, radius in mine[["panel", "normalisation", "radius"]].itertuples(index=False)
         ],
         cell=[
-            "not read" if verdict == verdicts.UNREAD else tables.bracketed(*told, starred=p < verdicts.LEVEL)
+            "not read" if verdict == verdicts.UNREAD else verdicts.bracketed(*told, starred=p < verdicts.LEVEL)
             for verdict, p, *told in mine[["verdict", "p_holm", *TOLD]].itertuples(index=False)
         ],
     )

@@ -76,20 +76,15 @@ def summary(findings: pd.DataFrame) -> pd.DataFrame:
     """Return the findings, a line per method."""
     cells = findings.assign(
         where=findings["quantity"].map(stability.NUMBERS),
-        cell=[
-            tables.bracketed(*told, digits=2, starred=p < verdicts.LEVEL)
-            for p, *told in findings[["p_holm", "value", "low", "high"]].itertuples(index=False)
-        ],
+        cell=verdicts.cells(findings, digits=2),
     )
     return cells.pivot_table(index="method", columns="where", values="cell", aggfunc="first", sort=False).reset_index()
 
 
 def remarks(frame: pd.DataFrame) -> list[str]:
-    """Say whether QT-DoG is steadier than ERM in each of the numbers."""
+    """Say what the tests say of each of the numbers."""
     tested = findings(frame)
-    found = tested.query("method == 'QT-DoG'").set_index("quantity")["verdict"]
-    said = "; ".join(f"{stability.NUMBERS[str(name)]}: {verdict}" for name, verdict in found.items())
-    told = [f"QT-DoG against ERM from step {int(frame['switch'].iloc[0])} on: {said} (the paper says: more stable)."]
+    told = verdicts.sentences(tested.assign(at=tested["quantity"].map(stability.NUMBERS).str.lower()), place="in")
     shown = set(frame["method"])
     return [*told, verdicts.statement(tested), *([RELEASED] if "release-parity" in shown else [])]
 

@@ -14,6 +14,7 @@ import pandas as pd
 
 from flatlab import files
 from flatlab.errors import UserError
+from flatlab.report import verdicts
 from flatlab.report.panels import ACCURACY, SOURCE, TARGET, masks
 from flatlab.results import estimate as results_estimate
 from flatlab.results.estimate import Estimate, FloatArray, mean_of
@@ -133,8 +134,7 @@ def _check_crossed(frame: pd.DataFrame, by: Sequence[str]) -> None:
 def paired(frame: pd.DataFrame, baseline: str, by: Sequence[str]) -> pd.DataFrame:
     """Return each method less the baseline, paired by held-out domain and seed, with intervals over seeds.
 
-    A column `verdict` says "lower", "higher" or "not distinguishable" as the interval lies, and `p` is the two-sided
-    p-value of the paired t test, both of this test alone: `verdicts.corrected` looks at the family.
+    `p` is the two-sided p-value of the paired t test, of this test alone: `verdicts.corrected` decides, by the family.
 
     Args:
         frame: rows with `method`, `held_out`, `seed` and `value`.
@@ -155,14 +155,21 @@ def paired(frame: pd.DataFrame, baseline: str, by: Sequence[str]) -> pd.DataFram
         )
     joined = others.join(base, on=keys)
     joined["difference"] = joined["value"] - joined["base"]
-    table = over_seeds(joined, ["method", *by], value="difference")
-    seeds = joined.groupby(["method", *by], sort=False)["seed"].nunique()
+    return against_zero(joined, ["method", *by], value="difference").assign(baseline=baseline)
+
+
+def against_zero(frame: pd.DataFrame, by: Sequence[str], *, value: str = "value") -> pd.DataFrame:
+    """Return mean and interval over seeds, and `p`, the two-sided p-value of the t test of a mean of zero.
+
+    Args:
+        frame: rows with `held_out`, `seed` and `value`.
+        by: the columns that name a group.
+        value: the column that is tested.
+    """
+    table = over_seeds(frame, by, value=value)
+    seeds = frame.groupby(list(by), sort=False)["seed"].nunique()
     told = zip(table["value"], table["stderr"], seeds, strict=True)
-    table["p"] = [Estimate(value, stderr, max(1, count - 1)).p_value for value, stderr, count in told]
-    table["verdict"] = np.select(
-        [table["high"] < 0, table["low"] > 0], ["lower", "higher"], default="not distinguishable"
-    )
-    return table.assign(baseline=baseline)
+    return table.assign(p=[Estimate(value, stderr, max(1, count - 1)).p_value for value, stderr, count in told])
 
 
 def paired_each(frame: pd.DataFrame, pairs: Iterable[tuple[str, str]], by: Sequence[str]) -> pd.DataFrame:
@@ -250,22 +257,6 @@ def _describe(folder: Path, row: dict[str, Any]) -> None:
     row["state"] = "done" if run.done else f"step {log[-1]['step']}" if log else "begun"
 
 
-def bracketed(value: float, low: float, high: float, *, digits: int = 3, starred: bool | None = None) -> str:
-    """Return "value [low, high]" and perhaps a star; one seed has no interval.
-
-    Args:
-        value: the number.
-        low: of its interval.
-        high: of its interval.
-        digits: behind the point.
-        starred: whether there is a star; None: where the interval excludes zero.
-    """
-    if not np.isfinite([low, high]).all():
-        return f"{value:+.{digits}f} (no interval)"
-    star = low * high > 0 if starred is None else starred
-    return f"{value:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]{'*' if star else ''}"
-
-
 def markdown(frame: pd.DataFrame) -> str:
     """Return a frame as a table in markdown, fractions with three digits."""
     cells = [[f"{v:.3f}" if isinstance(v, float) else str(v) for v in row] for row in frame.itertuples(index=False)]
@@ -273,21 +264,30 @@ def markdown(frame: pd.DataFrame) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def reached(accuracies: pd.DataFrame, baseline: str) -> pd.DataFrame:
-    """Return one row per method: mean accuracies, and that on the held-out domain less a baseline's.
-
-    On the source domains it is that of the images that select nothing, where all runs keep such.
+def gains(accuracies: pd.DataFrame, baseline: str) -> pd.DataFrame:
+    """Return each method's accuracy on the held-out domain less a baseline's, as one family of tests.
 
     Args:
         accuracies: as `accuracies` returns them; rows by training-domain validation count.
         baseline: the method that is subtracted, paired by held-out domain and seed.
     """
     chosen = accuracies[accuracies["selection"] == "training-domain"].rename(columns={"target": "value"})
+    found = paired(chosen.assign(panel=TARGET), baseline, ["panel"])
+    return verdicts.corrected(found, pd.Series(f"Accuracy, {ACCURACY[TARGET, 'in']}", found.index))
+
+
+def reached(accuracies: pd.DataFrame, gains: pd.DataFrame) -> pd.DataFrame:
+    """Return one row per method: mean accuracies, and that on the held-out domain less a baseline's.
+
+    On the source domains it is that of the images that select nothing, where all runs keep such.
+
+    Args:
+        accuracies: as `accuracies` returns them; rows by training-domain validation count.
+        gains: as `gains` returns them.
+    """
+    chosen = accuracies[accuracies["selection"] == "training-domain"]
     column, split = ("validation", "out") if chosen["test"].isna().any() else ("test", "test")
-    names = {column: ACCURACY[SOURCE, split], "value": ACCURACY[TARGET, "in"]}
+    names = {column: ACCURACY[SOURCE, split], "target": ACCURACY[TARGET, "in"]}
     each = chosen.groupby("method", sort=False)[list(names)].mean().rename(columns=names)
-    less = paired(chosen.assign(panel=TARGET), baseline, ["panel"]).set_index("method")
-    told = {
-        name: bracketed(*row) for name, row in zip(less.index, less[["value", "low", "high"]].to_numpy(), strict=True)
-    }
-    return each.assign(**{f"{ACCURACY[TARGET, 'in']} less {baseline}": pd.Series(told)}).fillna("").reset_index()
+    less = f"{ACCURACY[TARGET, 'in']} less {gains['baseline'].iloc[0]}"
+    return each.assign(**{less: pd.Series(verdicts.cells(gains), gains["method"])}).fillna("").reset_index()
