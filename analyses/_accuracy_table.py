@@ -7,16 +7,17 @@ percent, at the checkpoint that training-domain validation selects; intervals ar
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
 from analyses import _rank_agreement
+from analyses._percent import BY, Panel, accuracies, ensembles, over_datasets, over_members, over_seeds
 from flatlab import plots
-from flatlab.report import tables, verdicts
-from flatlab.report.percent import BY, PANELS, accuracies, ensembles, over_datasets, over_members, over_seeds
+from flatlab.report import verdicts
+from flatlab.report.panels import ACCURACY, SOURCE, TARGET
 from flatlab.resources import published
 from flatlab.specs.methods import METHODS, is_papers, replicates
 from flatlab.specs.run import RunSpec
@@ -67,8 +68,9 @@ class PaperTable:
     Attributes:
         number: as in published.json.
         lines: the first one is what the others are compared with.
-        columns: data set -> panel -> the paper's column. Panels: "out", "test" (images kept for it), and "in", which
-            is of test images where the runs keep such, else of those that select.
+        columns: data set -> panel -> the paper's column.
+        split: of the source domains, whose accuracies the paper prints: "out" (the images that select) or "test".
+            Ours are of test images wherever the runs keep such.
         domains: whether the paper prints a column for each held-out domain.
         average: the paper's column of the mean over all data sets, where it prints one.
     """
@@ -76,6 +78,7 @@ class PaperTable:
     number: str
     lines: tuple[Line, ...]
     columns: Mapping[str, Mapping[str, str]]
+    split: Literal["out", "test"] = "out"
     domains: bool = False
     average: str = ""
 
@@ -120,20 +123,21 @@ class PaperTable:
         there = [one.dataset for one in setting.each]
         return f"{AVERAGE}." if {*there} == {*self.columns} else f"{AVERAGE} of {', '.join(there)}"
 
-    def _panels(self, setting: Setting) -> list[str]:
-        """Return what of the logs is shown; in domain, images that select nothing wherever the runs keep such."""
+    def _panels(self, setting: Setting) -> list[Panel]:
+        """Return panels and splits; of the source domains images that select nothing wherever the runs keep such."""
         declared = dict.fromkeys(panel for panels in self.columns.values() for panel in panels)
-        inside = "test" if setting.test_share else "validation"
-        return [inside if panel == "in" else panel for panel in declared]
+        splits = {SOURCE: "test" if setting.test_share else self.split, TARGET: "in"}
+        return [(panel, splits[panel]) for panel in declared]
 
-    def printed(self, label: str, dataset: str, panel: str, held_out: str) -> Printed:
+    def printed(self, label: str, dataset: str, panel: Panel, held_out: str) -> Printed:
         """Return the paper's number for one of ours; none where it printed none."""
         line = next(line for line in self.lines if line.label == label)
-        columns = {**self.columns, f"{AVERAGE}.": {"out": self.average}}.get(dataset, {})
+        columns = {**self.columns, f"{AVERAGE}.": {TARGET: self.average}}.get(dataset, {})
+        other = (SOURCE, "test" if self.split == "out" else "out")
         of_domain = self.domains and held_out != "all"
         if not columns or (held_out != "all" and not self.domains):
             return Printed()
-        column = held_out if of_domain else columns.get("in" if panel == "validation" else panel, "")
+        column = held_out if of_domain else "" if panel == other else columns.get(panel[0], "")
         rows = [row for row in self.facts["rows"] if line.printed and line.printed.items() <= row.items()]
         found = rows[0].get(column) if rows else None
         if not isinstance(found, dict):
@@ -144,10 +148,10 @@ class PaperTable:
         """Fill in what the paper printed, but only where it did the same as we: on the same data, by its protocol."""
         same = self._same(setting)
         beside = [
-            self.printed(method, dataset, panel, held_out)
+            self.printed(method, dataset, (panel, split), held_out)
             if over == "seeds" and (method, dataset, held_out == "all") in same
             else Printed()
-            for dataset, panel, method, held_out, over in frame[[*BY, "method", "held_out", "over"]].itertuples(
+            for dataset, panel, split, method, held_out, over in frame[[*BY, "method", "held_out", "over"]].itertuples(
                 index=False
             )
         ]
@@ -189,9 +193,9 @@ class PaperTable:
         """Return each line's difference to the baseline, a column for each panel."""
         rows: dict[str, dict[str, str]] = {}
         for row in findings[findings["baseline"] == self.baseline].to_dict("records"):
-            cells, where = rows.setdefault(row["method"], {}), f"{row['dataset']}, {PANELS[row['panel']]}"
+            cells, where = rows.setdefault(row["method"], {}), _title(row)
             starred = row["p_holm"] < verdicts.LEVEL
-            cells[where] = tables.bracketed(row["value"], row["low"], row["high"], digits=2, starred=starred)
+            cells[where] = verdicts.bracketed(row["value"], row["low"], row["high"], digits=2, starred=starred)
             if row["agrees"]:
                 cells[f"published ({where})"] = f"{row['published']:+.1f}"
                 cells[f"order agrees ({where})"] = row["agrees"]
@@ -199,14 +203,14 @@ class PaperTable:
 
     def sheet(self, frame: pd.DataFrame) -> pd.DataFrame:
         """Return the table as the paper prints one: mean and standard error over seeds; published where comparable."""
-        shown = frame[(frame["over"] == "seeds") & ((frame["held_out"] == "all") | (frame["panel"] == "out"))]
+        shown = frame[(frame["over"] == "seeds") & ((frame["held_out"] == "all") | (frame["panel"] == TARGET))]
         rows: dict[str, dict[str, str]] = {label: {} for label in self.order}
         for row in shown.to_dict("records"):
-            where = f"{PANELS[row['panel']]}, {'mean' if row['held_out'] == 'all' else row['held_out']}"
-            rows[row["method"]][f"{row['dataset']} {where}"] = plus_minus(row["value"], row["stderr"])
+            where = f"{_title(row)}, {'mean' if row['held_out'] == 'all' else row['held_out']}"
+            rows[row["method"]][where] = plus_minus(row["value"], row["stderr"])
             if row["comparable"]:
                 beside = plus_minus(row["published"], row["published_stderr"])
-                rows[row["method"]][f"published ({row['dataset']} {where})"] = beside
+                rows[row["method"]][f"published ({where})"] = beside
         return _laid_out(rows)
 
     def remarks(self, frame: pd.DataFrame) -> list[str]:
@@ -214,8 +218,8 @@ class PaperTable:
         found = self.findings(frame)
         first = found[found["baseline"] == self.baseline]
         said = [*verdicts.sentences(first, unit="points", digits=2), verdicts.statement(first)]
-        panels = found[BY].drop_duplicates().itertuples(index=False)
-        said += [_rank_agreement.sentence(frame, found, *panel) for panel in panels]
+        there = found[BY].drop_duplicates().itertuples(index=False)
+        said += [_rank_agreement.sentence(frame, found, dataset, (panel, split)) for dataset, panel, split in there]
         return [sentence for sentence in [*said, *ensembles(frame)] if sentence] + self.notes()
 
     def notes(self) -> list[str]:
@@ -256,7 +260,11 @@ def _laid_out(rows: Mapping[str, Mapping[str, str]]) -> pd.DataFrame:
 
 
 def _titles(frame: pd.DataFrame) -> list[str]:
-    return [f"{dataset}, {PANELS[panel]}" for dataset, panel in zip(*(frame[by] for by in BY), strict=True)]
+    return [_title(row) for row in frame[BY].to_dict("records")]
+
+
+def _title(row: Mapping[Any, Any]) -> str:
+    return f"{row['dataset']}, {ACCURACY[row['panel'], row['split']]}"
 
 
 def plus_minus(value: float, stderr: float) -> str:

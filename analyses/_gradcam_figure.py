@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from flatlab import files, plots
-from flatlab.report import tables
+from flatlab.report import tables, verdicts
 from flatlab.results.gradcam import agreement, energy
 from flatlab.specs.measurements import GradCAMSpec
 from flatlab.specs.methods import METHODS, radii_by_rise, replicates
@@ -27,7 +27,10 @@ from flatlab.store.runs import RunStore
 
 BASELINE, OTHER = "ERM", "QT-DoG"
 METHODS_SHOWN = (BASELINE, OTHER)
-SUMMARY = "QT-DoG less ERM, paired by held-out domain and seed, 95 % intervals over seeds; * excludes 0"
+SUMMARY = (
+    "QT-DoG less ERM, paired by held-out domain and seed, 95 % intervals over seeds, each alone; * p < 0.05 after Holm "
+    "over the numbers"
+)
 NUMBERS = {
     "deletion": "Deletion area\n(low: a telling map)",
     "insertion": "Insertion area\n(high: a telling map)",
@@ -41,7 +44,7 @@ COLUMNS = ["quantity", "method", "held_out", "seed", "share", "image", "label", 
 COLUMNS += ["value", "stderr", "low", "high", "over"]
 IMAGES = 24  # of each target: the numbers rest on all of them, the pictures show the first
 DIRECTIONS = 5
-RISES = (0.005, 0.02)  # nats on the seen domains, that name the radii; further out most maps are empty
+RISES = (0.005, 0.02)  # nats on the source domains, that name the radii; further out most maps are empty
 # This network's head reads the last grid cell by cell, where averaging gradients over cells leaves 7 maps of 10 empty
 # (measured on ERM and QT-DoG); one stage earlier none is.
 LAYERS = {"digits-cnn": "features.6"}
@@ -109,7 +112,7 @@ class CamFigure:
         """Say in a title and a line below which data, images and networks the picture shows."""
         measurement = self.measurement(setting)
         moved = " and ".join(f"{each:g}" for each in (setting.radii[1:5:3] if setting.radii else RISES))
-        moved = f"by γ = {moved}" if setting.radii else f"to where ERM's loss rises by {moved} nats on seen domains,"
+        moved = f"by γ = {moved}" if setting.radii else f"to where ERM's loss rises by {moved} nats on source domains,"
         return (
             f"GradCAM (Figure {self.number}): {setting.words}\n"
             f"Evidence for the true class in images {self.first + 1} to {self.first + self.shown} of each held-out "
@@ -141,30 +144,30 @@ class CamFigure:
 
 
 def findings(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return QT-DoG's numbers less ERM's, paired by held-out domain and seed."""
+    """Return QT-DoG's numbers less ERM's, paired by held-out domain and seed; one family of tests."""
     each = frame[(frame["over"] == "images") & frame["share"].isna() & ~frame["quantity"].isin(["agreement", "area"])]
-    return tables.paired(each, BASELINE, ["quantity"])
+    found = tables.paired(each, BASELINE, ["quantity"])
+    return verdicts.corrected(found, pd.Series("Numbers of the maps", found.index))
 
 
 def summary(findings: pd.DataFrame) -> pd.DataFrame:
     """Return the findings in one line."""
-    cells = findings.assign(
-        cell=[tables.bracketed(v, lo, hi) for v, lo, hi in findings[["value", "low", "high"]].itertuples(index=False)]
-    )
+    cells = findings.assign(cell=verdicts.cells(findings))
     return cells.pivot_table(
         index="method", columns="quantity", values="cell", aggfunc="first", sort=False
     ).reset_index()
 
 
 def remarks(frame: pd.DataFrame) -> list[str]:
-    """Say in words what the numbers tell apart, and how alike the two networks' maps are."""
-    verdicts = findings(frame).set_index("quantity")["verdict"]
+    """Say how alike the two networks' maps are, and what the tests say of their numbers."""
+    found = findings(frame)
     whole = frame[(frame["over"] == "seeds") & (frame["quantity"] == "agreement")]["value"].item()
-    said = "; ".join(f"{name} {verdict}" for name, verdict in verdicts.items())
     empty = frame[(frame["over"] == "seeds") & (frame["quantity"] == "empty")].set_index("method")["value"]
     shares = " and ".join(f"{share:.0%} of {method}'s" for method, share in empty.items())
     return [
-        f"QT-DoG's maps against ERM's: {said}. The two networks' maps correlate by {whole:.2f}, image by image.",
+        f"The two networks' maps correlate by {whole:.2f}, image by image.",
+        *verdicts.sentences(found.assign(at=found["quantity"]), place="in"),
+        verdicts.statement(found),
         f"{shares} maps are empty: nothing speaks for the true class once gradients are averaged over the grid.",
     ]
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pandas as pd
 from matplotlib.figure import Figure
 
-from flatlab.report import quantization_noise, tables
+from flatlab.report import quantization_noise, verdicts
 from flatlab.resources import published
 from flatlab.seeds import derive
 from flatlab.specs.measurements import QuantizationNoiseSpec
@@ -16,8 +16,8 @@ from flatlab.store.runs import RunStore
 
 BASELINE, METHOD = "ERM", "QT-DoG"
 PROBE = QuantizationNoiseSpec()
-SUMMARY = "KL to the uniform (nats); corrected: less a uniform sample's, 95 % intervals over seeds; * excludes 0; "
-SUMMARY += "refused: share of runs in which the test refuses at 5 %"
+SUMMARY = "KL to the uniform (nats); corrected: less a uniform sample's, 95 % intervals over seeds, each alone; "
+SUMMARY += "* p < 0.05 after Holm over the layers; refused: share of runs in which the test alone refuses at 5 %"
 STAGES = ((64, 3), (128, 4), (256, 6), (512, 3))  # of ResNet-50: width and blocks
 
 
@@ -72,9 +72,10 @@ class NoiseFigure:
     @staticmethod
     def summary(findings: pd.DataFrame) -> pd.DataFrame:
         """Return the findings as they fit on a screen."""
-        told = [tables.bracketed(*each) for each in findings[["value", "low", "high"]].itertuples(index=False)]
         names = {"count": "N", "kl": "KL (nats)", "kl_null": "uniform sample"}
-        table = findings.assign(corrected=told, count=findings["count"].round().astype(int)).rename(columns=names)
+        table = findings.assign(corrected=verdicts.cells(findings), count=findings["count"].round().astype(int)).rename(
+            columns=names
+        )
         for name in ("KL (nats)", "uniform sample"):
             table[name] = table[name].map("{:.4f}".format)
         for test in quantization_noise.TESTS.values():
@@ -83,35 +84,25 @@ class NoiseFigure:
         return table[[*columns, *(f"{test} refused" for test in quantization_noise.TESTS.values())]]
 
     def remarks(self, frame: pd.DataFrame) -> list[str]:
-        """Say how often the noise is told from a uniform one, and what of the published numbers is the estimator's."""
-        said = []
+        """Say where the noise differs from a uniform one, and what of the published numbers is the estimator's."""
+        found = self.findings(frame).assign(at=lambda rows: rows["layer"])
+        said = [*verdicts.sentences(found, place="in"), verdicts.statement(found, test="t tests over seeds")]
         for mode, rows in frame.groupby("mode", sort=False):
-            refused = [
-                f"{what} {(rows[name] < quantization_noise.REJECTED).sum()}"
-                for name, what in quantization_noise.TESTS.items()
-            ]
+            counts = quantization_noise.refused(rows)
+            told = ", ".join(f"{what} in {kept} ({alone} without correction)" for what, (alone, kept) in counts.items())
             said.append(
-                f"{quantization_noise.MODES[str(mode)].capitalize()}: "
-                f"of {len(rows)} layers and runs, refused at 5 % by "
-                f"{', '.join(refused)} ({quantization_noise.REJECTED * len(rows):.0f} would be chance); "
-                f"a uniform sample "
-                f"explains {rows['explained'].median():.0%} of the KL in the median; {rows['clipped'].mean():.2%} "
-                "clipped."
+                f"{quantization_noise.MODES[str(mode)].capitalize()}: of {len(rows)} layers and runs, refused at 5 % "
+                f"after Holm by {told}; {quantization_noise.REJECTED * len(rows):.0f} without correction would be "
+                f"chance. A uniform sample explains {rows['explained'].median():.0%} of the KL in the median; "
+                f"{rows['clipped'].mean():.2%} clipped."
             )
         return [*said, *(explained(kl, int(frame["bins"].iloc[0])) for kl in self.published)]
 
     def caption(self, setting: Setting) -> str:
-        """Say which data and run the picture shows, and what the paper printed."""
-        kls, counts, shares = [], [], []
-        for kl in self.published:
-            kls.append(f"{kl:g}")
-            counts.append(f"{null_count(kl, PROBE.bins):,.0f}")
-            shares.append(f"{null_shares(kl, PROBE.bins).median():.0%}")
+        """Say which data and run the picture shows."""
         return (
             f"Quantization noise at {setting.bits} bits: {setting.dataset}, {setting.model}, {METHOD}\n"
-            f"{setting.held_out[0]} held out, seed {setting.seed}. {quantization_noise.NULL} Published, "
-            f"for layers of ResNet-50 not named: KL {', '.join(kls)}; so much give uniform samples of N = "
-            f"{', '.join(counts)} in {PROBE.bins} bins, explaining {', '.join(shares)} in its median layer."
+            f"{setting.held_out[0]} held out, seed {setting.seed}. {quantization_noise.NULL}"
         )
 
     @staticmethod

@@ -1,7 +1,7 @@
 """Is the order of our lines the paper's? Differences of all pairs, and Kendall's tau, with intervals over seeds.
 
-Verbs on the frame that `papertable` makes: rows with `dataset`, `panel`, `method`, `held_out`, `seed`, `value`, `over`,
-`published`. Torch-free.
+Verbs on the frame of an accuracy table: rows with `dataset`, `panel`, `split`, `method`, `held_out`, `seed`, `value`,
+`over`, `published`. Torch-free.
 """
 
 import itertools
@@ -11,8 +11,9 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from analyses._percent import BY, Panel
 from flatlab.report import tables, verdicts
-from flatlab.report.percent import BY, PANELS
+from flatlab.report.panels import ACCURACY
 
 
 def pairs(frame: pd.DataFrame, order: Sequence[str]) -> pd.DataFrame:
@@ -30,7 +31,7 @@ def pairs(frame: pd.DataFrame, order: Sequence[str]) -> pd.DataFrame:
     each = frame[frame["over"] == "run"]
     printed = frame[(frame["over"] == "seeds") & (frame["held_out"] == "all")].set_index([*BY, "method"])
     found = pd.concat([_pair(each, *pair) for pair in itertools.combinations(order, 2)], ignore_index=True)
-    where = found["dataset"] + ", " + found["panel"].map(PANELS)
+    where = found["dataset"] + ", " + pd.Series([*map(ACCURACY.get, zip(found["panel"], found["split"], strict=True))])
     family = where + np.where(found["baseline"] == order[0], f", less {order[0]}", ", other pairs")
     known = found["p"].notna()
     read = known | ~known.groupby(family).transform("any")  # an ensemble has no p-value, and counts in no family
@@ -61,25 +62,29 @@ def _agreement(pairs: pd.DataFrame, printed: pd.DataFrame) -> pd.DataFrame:
     return pairs.assign(published=theirs, published_stderr=spread, agrees=said)
 
 
-def sentence(frame: pd.DataFrame, found: pd.DataFrame, dataset: str, panel: str) -> str:
+def sentence(frame: pd.DataFrame, found: pd.DataFrame, dataset: str, panel: Panel) -> str:
     """Say how the order of the lines stands to the paper's; nothing where the paper tells none.
 
     Args:
         frame: as `pairs` takes it.
         found: what `pairs` returned.
         dataset: of the panel.
-        panel: of `PANELS`.
+        panel: and split.
     """
-    mine = found[(found["dataset"] == dataset) & (found["panel"] == panel) & (found["agrees"] != "")]
+    mine = _at(found, dataset, panel).query("agrees != ''")
     if mine.empty:
         return ""
     same, other = (mine[mine["agrees"] == said] for said in ("yes", "no"))
     return (
-        f"{dataset}, {PANELS[panel]}: of {len(mine)} pairs of lines {_named(same)} lie distinguishably in the order of "
-        f"the paper, {_named(other)} in the opposite one, and {len(mine) - len(same) - len(other)} are not "
+        f"{dataset}, {ACCURACY[panel]}: of {len(mine)} pairs of lines {_named(same)} lie distinguishably in the "
+        f"order of the paper, {_named(other)} in the opposite one, and {len(mine) - len(same) - len(other)} are not "
         f"distinguishable (p < {verdicts.LEVEL} after Holm's correction). "
         f"Kendall's tau with the printed order: {_bounds(kendall(frame, dataset, panel))}."
     )
+
+
+def _at(frame: pd.DataFrame, dataset: str, panel: Panel) -> pd.DataFrame:
+    return frame[(frame[BY] == [dataset, *panel]).all(axis=1)]
 
 
 def _named(found: pd.DataFrame) -> str:
@@ -89,9 +94,9 @@ def _named(found: pd.DataFrame) -> str:
     return f"{len(names)} ({'; '.join(names)})" if names else "0"
 
 
-def kendall(frame: pd.DataFrame, dataset: str, panel: str) -> Mapping[str, float]:
+def kendall(frame: pd.DataFrame, dataset: str, panel: Panel) -> Mapping[str, float]:
     """Return Kendall's tau-b of our lines' accuracies with the printed ones: mean and interval over seeds."""
-    here = frame[(frame["dataset"] == dataset) & (frame["panel"] == panel)]
+    here = _at(frame, dataset, panel)
     whole = here[(here["over"] == "seeds") & (here["held_out"] == "all")]
     printed = whole.set_index("method")["published"].dropna()
     cells = here[(here["over"] == "run") & here["method"].isin(printed.index)]

@@ -7,11 +7,11 @@ long on the whole, and as long in each channel. The norm of the noise is its rad
 
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from flatlab.report import rounding, tables
+from flatlab.report import rounding, tables, verdicts
+from flatlab.report.panels import SOURCE, TITLES
 from flatlab.specs.measurements import RoundingSpec
 from flatlab.specs.methods import METHODS, replicates
 from flatlab.specs.run import RunSpec
@@ -23,9 +23,8 @@ ORDER = ("ERM", "QT-DoG")
 IMAGES, DIRECTIONS = 64, 48  # of each domain; beside each perturbation: a typical spread is known to 10 %
 LAYER_BITS = (4,)
 MOST = 5  # layers that are told one by one
-SUMMARY = "Rises (nats), seen domains, means over held-out domains and seeds; z: standard deviations above random "
-SUMMARY += "directions, 95 % intervals over seeds; * excludes 0"
-PANELS = {"train": "seen domains", "test": "unseen domain"}
+SUMMARY = "Rise by rounding in standard deviations above random directions (z), source domains, means over held-out "
+SUMMARY += "domains and seeds; 95 % intervals over seeds, each alone; * p < 0.05 after Holm over the lines of a column"
 
 
 def measurement(setting: Setting) -> RoundingSpec:
@@ -58,55 +57,63 @@ def table(store: RunStore, setting: Setting) -> pd.DataFrame:
 
 
 def findings(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return the means over seeds, for `z` with a verdict: is the rise of the noise typical of random directions?"""
-    whole = frame[frame["over"] == "seeds"].drop(columns=["held_out", "seed"])
-    z = whole["quantity"] == "z"
-    cases = [~z, whole["low"] > 0, whole["high"] < 0, whole["low"].notna()]
-    return whole.assign(verdict=np.select(cases, ["", "above random", "below random", "typical"], default="one seed"))
+    """Return the means over seeds; `z` and the difference of the methods with verdicts.
+
+    Families: for each panel and null, z of all networks and bit widths; for each panel, the differences at all widths.
+    """
+    each = frame[(frame["over"] == "directions") & (frame["part"] == "all")]
+    z = tables.against_zero(each[each["quantity"] == "z"], rounding.KEYS).assign(baseline="random directions")
+    known = z["p"].notna() | ~z["p"].notna().any()
+    z = verdicts.corrected(z, "z, " + z["null"].map(rounding.LOOKS) + ", " + z["panel"].map(TITLES), read=known)
+    rise = each[(each["quantity"] == "rise") & (each["null"] == "channel") & (each["perturbation"] != "trained")]
+    less = tables.paired(rise, BASELINE, ["panel", "perturbation"]).assign(quantity="difference")
+    less = verdicts.corrected(less, "Rise by rounding, " + less["panel"].map(TITLES))
+    both = pd.concat([z, less], ignore_index=True)
+    return both.assign(at=both["perturbation"].replace("trained", "its own") + " bits")
+
+
+def _whole(frame: pd.DataFrame) -> pd.DataFrame:
+    return frame[(frame["over"] == "seeds") & (frame["panel"] == SOURCE)]
 
 
 def summary(findings: pd.DataFrame) -> pd.DataFrame:
-    """Return a line for each method and bit width, the two nulls side by side."""
-    mine = findings[(findings["panel"] == "train") & (findings["part"] == "all")]
+    """Return a line for each method and bit width: z under the two nulls side by side."""
+    z = findings[(findings["quantity"] == "z") & (findings["panel"] == SOURCE)]
+    z = z.assign(cell=verdicts.cells(z))
     rows = []
-    for (method, bits), cells in mine.groupby(["method", "perturbation"], sort=False):
-        row: dict[str, Any] = {"method": method, "bits": str(bits), "γ": f"{cells['gamma'].iloc[0]:.2f}"}
-        row["γ / norm of the weights"] = f"{cells['share'].iloc[0]:.3f}"
-        at = {(cell["null"], cell["quantity"]): cell for cell in cells.to_dict("records")}
-        row["noise"] = f"{at['channel', 'rise']['value']:+.4f}"
-        for null in rounding.LOOKS:
-            row[null] = f"{at[null, 'random']['value']:.4f}"
-            row[f"z {null}"] = tables.bracketed(*(at[null, "z"][name] for name in ("value", "low", "high")))
-        rows.append(row)
+    for (method, bits), cells in z.groupby(["method", "perturbation"], sort=False):
+        row: dict[str, Any] = {"method": method, "bits": str(bits)}
+        rows.append({**row, **{f"z {null}": cell for null, cell in zip(cells["null"], cells["cell"], strict=True)}})
     return pd.DataFrame(rows)
 
 
 def remarks(frame: pd.DataFrame) -> list[str]:
-    """Say under which null the noise is typical, at which bits, and whether training with it lowers its rise."""
+    """Say how far rounding raises the loss, and what the tests say."""
     found = findings(frame)
-    z = found[(found["quantity"] == "z") & (found["panel"] == "train") & (found["part"] == "all")]
+    z, less = found[found["quantity"] == "z"], found[found["quantity"] == "difference"]
+    said = [*_rises(_whole(frame)), *_layer_by_layer(_whole(frame)), *verdicts.sentences(z)]
+    said += [verdicts.statement(z, name="Tests of z", test="t tests over seeds"), *verdicts.sentences(less)]
+    return [*said, verdicts.statement(less, name="Tests of the rise")]
+
+
+def _rises(whole: pd.DataFrame) -> list[str]:
+    """Say how far the loss rises at each bit width, beside random directions."""
     said = []
-    for (method, null), rows in z.groupby(["method", "null"], sort=False):
-        verdicts = rows.groupby("verdict", sort=False)["perturbation"].agg(", ".join)
-        told = "; ".join(f"{verdict} at {bits}" for verdict, bits in verdicts.items())
-        said.append(f"{method!s}, {rounding.LOOKS[str(null)]}: the noise is {told} (bits; trained: its own quantizer).")
-    said += _layer_by_layer(found)
-    each = frame[(frame["over"] == "directions") & (frame["quantity"] == "rise") & (frame["null"] == "channel")]
-    each = each[(each["part"] == "all") & (each["perturbation"] != "trained")]
-    less = tables.paired(each, BASELINE, ["panel", "perturbation"])
-    less["told"] = [tables.bracketed(*cells) for cells in less[["value", "low", "high"]].itertuples(index=False)]
-    for panel, rows in less.groupby("panel", sort=False):
-        told = ", ".join(f"{bits} bits {cell}" for bits, cell in zip(rows["perturbation"], rows["told"], strict=True))
-        said.append(
-            f"Rise of rounding around {ORDER[1]} less that around {BASELINE}, {PANELS[str(panel)]}: {told} nats."
-        )
+    for method, mine in whole[whole["part"] == "all"].groupby("method", sort=False):
+        told = []
+        for bits, cells in mine.groupby("perturbation", sort=False):
+            at = cells.set_index(["null", "quantity"])["value"]
+            random = " and ".join(f"{at[null, 'random']:.4f} ({null})" for null in rounding.LOOKS)
+            length = f"γ {cells['gamma'].iloc[0]:.2f}, {cells['share'].iloc[0]:.1%} of the norm"
+            told.append(f"{bits} ({length}): {at['channel', 'rise']:+.4f}, random {random}")
+        said.append(f"{method!s}, rise in nats by bits (trained: its own quantizer): {'; '.join(told)}.")
     return said
 
 
 def _layer_by_layer(found: pd.DataFrame) -> list[str]:
     """Say how far the loss rises where one layer alone is rounded, for those where it rises most."""
     said = []
-    alone = found[(found["part"] != "all") & (found["panel"] == "train") & (found["null"] == "channel")]
+    alone = found[(found["part"] != "all") & (found["null"] == "channel")]
     for (method, bits), rows in alone.groupby(["method", "perturbation"], sort=False):
         cells = rows.pivot(index=["part", "gamma"], columns="quantity", values="value").reset_index()
         most = cells.sort_values("rise", ascending=False).head(MOST).to_dict("records")
@@ -123,7 +130,7 @@ def caption(setting: Setting) -> str:
     chosen = measurement(setting)
     return (
         f"What a bit width is worth as a radius: {setting.words}\n"
-        f"Seen domains, {chosen.images} images of each; {chosen.num_samples} random directions beside each bit width. "
+        f"Source domains, {chosen.images} images of each; {chosen.num_samples} random directions beside each width. "
         f"Means over held-out domains; bars and bands: {setting.interval}. Grey: 95 % of random directions. "
         "own: the run's own quantizer."
     )

@@ -1,17 +1,18 @@
 """Controls: what of QT-DoG is quantization, and what is freezing, noise, or merely fewer bits (not in the paper).
 
-Accuracy in and out of domain, its unrest after the switch, and the flatness that decides in Figure 3, the mean of F up
-to ERM's rise of 0.5 nats; intervals are of differences paired by held-out domain and seed.
+Accuracy on source and held-out domains, its unrest after the switch, and the flatness that decides in Figure 3, the
+mean of F up to ERM's rise of 0.5 nats; intervals are of differences paired by held-out domain and seed.
 """
 
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from analyses import fig3
+from analyses import _percent, fig3
 from flatlab import plots
-from flatlab.report import percent, stability, tables, verdicts
+from flatlab.report import stability, tables, verdicts
 from flatlab.report.areas import UP_TO, areas, limits, named_by_rise
+from flatlab.report.panels import SOURCE, TARGET
 from flatlab.specs.measurements import SphereSpec
 from flatlab.specs.methods import METHODS, RELEASED, replicates
 from flatlab.specs.run import RunSpec
@@ -34,15 +35,15 @@ CONTRASTS = {  # question -> of which two methods the difference answers it
     "Training with quantization rather than rounding after": ("QT-DoG", "RTN"),
 }
 MEASURES = {
-    "validation": "Validation, selected on (points)",
-    "test": "In-domain test (points)",
-    "out": "Accuracy out of domain (points)",
+    "source, out": "Source domains, out split, selected on (points)",
+    "source, test": "Source domains, test split (points)",
+    "target, in": "Held-out domain (points)",
     "spread": "Unrest: std (points)",
     "change": "Unrest: mean change (points)",
-    "seen, none": "Mean of F over γ, seen (nats)",
-    "unseen, none": "Mean of F over γ, unseen (nats)",
-    "seen, filter": "Mean of F over ρ, seen (nats)",
-    "unseen, filter": "Mean of F over ρ, unseen (nats)",
+    "source, none": "Mean of F over γ, source (nats)",
+    "target, none": "Mean of F over γ, target (nats)",
+    "source, filter": "Mean of F over ρ, source (nats)",
+    "target, filter": "Mean of F over ρ, target (nats)",
 }
 KEYS = ["measure", "method", "held_out", "seed"]
 SUMMARY = (
@@ -65,8 +66,9 @@ def plan(setting: Setting) -> tuple[list[RunSpec], list[tuple[RunSpec, SphereSpe
 def table(store: RunStore, setting: Setting) -> pd.DataFrame:
     """Return each measure of each run, and of each method over seeds."""
     runs = labelled(setting)
-    inside = "test" if setting.test_share else "validation"
-    accuracy = percent.accuracies(store, runs, [inside, "out"]).rename(columns={"panel": "measure"})
+    split = "test" if setting.test_share else "out"
+    accuracy = _percent.accuracies(store, runs, [(SOURCE, split), (TARGET, "in")])
+    accuracy = accuracy.assign(measure=accuracy["panel"] + ", " + accuracy["split"])
     parts = [accuracy, _unrest(store, runs, setting.switch_step), _flatness(store, runs, setting)]
     each = pd.concat([part[[*KEYS, "value"]] for part in parts], ignore_index=True).dropna()
     return pd.concat([each.assign(over="run"), tables.over_seeds(each, ["measure", "method"])], ignore_index=True)
@@ -84,7 +86,7 @@ def _flatness(store: RunStore, runs: list[tuple[str, RunSpec]], setting: Setting
     )
     each = named_by_rise(found, BASELINE)
     means = areas(each, limits(each))
-    return means.assign(measure=means["panel"].map(fig3.SHORT) + ", " + means["normalisation"])
+    return means.assign(measure=means["panel"] + ", " + means["normalisation"])
 
 
 def findings(frame: pd.DataFrame) -> pd.DataFrame:
@@ -103,10 +105,7 @@ def summary(findings: pd.DataFrame) -> pd.DataFrame:
     """Return a line for each question and a column for each measure."""
     cells = findings.assign(
         question=findings["question"] + ": " + findings["method"] + " less " + findings["baseline"],
-        cell=[
-            tables.bracketed(*row, digits=2, starred=p < verdicts.LEVEL)
-            for p, *row in findings[["p_holm", *fig3.TOLD]].itertuples(index=False)
-        ],
+        cell=verdicts.cells(findings, digits=2),
         measure=findings["measure"].map(MEASURES),
     )
     wide = cells.pivot_table(index="question", columns="measure", values="cell", aggfunc="first", sort=False)
@@ -154,8 +153,9 @@ def caption(setting: Setting) -> str:
     return (
         f"Controls, less {BASELINE}: {setting.words}\n"
         f"Held out in turn: {', '.join(setting.held_out)}; paired by held-out domain and seed. Bars: "
-        f"{setting.interval}. Unrest: of the accuracy out of domain from step {setting.switch_step} on. F: rise of the "
-        f"loss, up to radii where ERM's is {UP_TO} nats on the seen domains, {setting.effort}. RTN: no training."
+        f"{setting.interval}. Unrest: of the accuracy on the held-out domain from step {setting.switch_step} on. F: "
+        f"rise of the loss, up to radii where ERM's is {UP_TO} nats on the source domains, {setting.effort}. "
+        "RTN: no training."
     )
 
 

@@ -1,4 +1,4 @@
-"""Figure 1: accuracy out of domain, the area of a marker being the memory that the weights take (QT-DoG, Figure 1).
+"""Figure 1: accuracy on the held-out domain, the memory of the weights as the area of a marker (QT-DoG, Figure 1).
 
 Memory is that of the exported file, relative to one network in float32; the nominal one, members times bits over 32,
 as the paper prints it, stands beside it. The paper's own picture is drawn beside ours in a panel of its own.

@@ -1,4 +1,4 @@
-"""Figure 10: GradCAM of ERM and QT-DoG beside the original, TerraIncognita's location 46 unseen."""
+"""Figure 10: GradCAM of ERM and QT-DoG beside the original, TerraIncognita's location 46 held out."""
 
 from analyses import _gradcam_figure
 from analyses._gradcam_figure import CamFigure

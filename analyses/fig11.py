@@ -1,4 +1,4 @@
-"""Figure 11: GradCAM of ERM and QT-DoG beside the original, TerraIncognita's location 43 unseen."""
+"""Figure 11: GradCAM of ERM and QT-DoG beside the original, TerraIncognita's location 43 held out."""
 
 from analyses import _gradcam_figure
 from analyses._gradcam_figure import CamFigure

@@ -1,4 +1,4 @@
-"""Figure 12: GradCAM of ERM and QT-DoG beside the original, TerraIncognita's location 100 unseen."""
+"""Figure 12: GradCAM of ERM and QT-DoG beside the original, TerraIncognita's location 100 held out."""
 
 from analyses import _gradcam_figure
 from analyses._gradcam_figure import CamFigure

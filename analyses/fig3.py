@@ -1,4 +1,4 @@
-"""Figure 3: local flatness on spheres of growing radius, on the seen and on the unseen domains (QT-DoG, section 3.4).
+"""Figure 3: local flatness on spheres of growing radius, on source and held-out domains (QT-DoG, section 3.4).
 
 Each domain is held out in turn. F is the mean rise of the loss at distance gamma in a random direction (Eq. 5),
 measured around the checkpoint that training-domain validation selects. Below the published panels stand
@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from flatlab import plots
 from flatlab.report import tables, verdicts
 from flatlab.report.areas import UP_TO, areas, limits, named_by_rise
+from flatlab.report.panels import SOURCE, TARGET, TITLES
 from flatlab.resources import published
 from flatlab.specs.measurements import SphereSpec
 from flatlab.specs.methods import METHODS, radii_by_rise, replicates
@@ -30,8 +31,7 @@ PAIRS = [("QT-DoG", other) for other in ORDER[:-1]] + [(other, BASELINE) for oth
 COLUMNS = ["panel", "normalisation", "method", "held_out", "seed", "radius"]
 COLUMNS += ["value", "stderr", "low", "high", "over", "published", "rise", "base_loss", "chance"]
 GROUP = ["panel", "normalisation", "method", "radius"]
-TITLES = {"train": "Average train flatness (seen domains)", "test": "Average test flatness (unseen domain)"}
-SHORT = {"train": "seen", "test": "unseen"}
+PRINTED = {SOURCE: "train", TARGET: "test"}  # the paper's names: train and test flatness
 SUMMARY = (
     f"Mean of F up to ERM's rise of {UP_TO} nats, below chance: differences in nats, paired by held-out domain and "
     "seed; 95 % intervals over seeds, each alone; * p < 0.05 after Holm over the pairs of a column"
@@ -90,7 +90,7 @@ def findings(frame: pd.DataFrame) -> pd.DataFrame:
     told["at"] = told["normalisation"].map(SYMBOLS) + " = " + told["radius"].map("{:g}".format)
     upto = "Mean of F up to " + told["at"] + " (ERM's rise: " + told["rise"].map("{:.2g}".format) + " nats)"
     kind = upto.where(told["quantity"] != "at", "F at single radii " + told["normalisation"].map(SYMBOLS))
-    family = kind + ", " + told["panel"].map(SHORT) + " domains"
+    family = kind + ", " + told["panel"].map(TITLES)
     return verdicts.corrected(told, family, read=told["radius"] <= limit)
 
 
@@ -110,7 +110,7 @@ def _chance(ends: pd.DataFrame) -> list[str]:
     """Say from which radius on the loss is no longer below that of guessing."""
     said = []
     for row in ends.to_dict("records"):
-        where, guess = f"{SHORT[row['panel']]} domains, {SYMBOLS[row['normalisation']]}", f"{row['chance']:.2f} nats"
+        where, guess = f"{TITLES[row['panel']]}, {SYMBOLS[row['normalisation']]}", f"{row['chance']:.2f} nats"
         if np.isnan(row["met"]):
             said.append(f"Chance ({guess}), {where}: the loss stays below at all radii.")
         else:
@@ -126,11 +126,11 @@ def summary(findings: pd.DataFrame) -> pd.DataFrame:
     cells = mine.assign(
         pair=mine["method"] + " less " + mine["baseline"],
         where=[
-            f"{SHORT[panel]}, {SYMBOLS[kind]} ≤ {radius:g}"
+            f"{panel}, {SYMBOLS[kind]} ≤ {radius:g}"
             for panel, kind, radius in mine[["panel", "normalisation", "radius"]].itertuples(index=False)
         ],
         cell=[
-            "not read" if verdict == verdicts.UNREAD else tables.bracketed(*told, starred=p < verdicts.LEVEL)
+            "not read" if verdict == verdicts.UNREAD else verdicts.bracketed(*told, starred=p < verdicts.LEVEL)
             for verdict, p, *told in mine[["verdict", "p_holm", *TOLD]].itertuples(index=False)
         ],
     )
@@ -143,7 +143,7 @@ def caption(setting: Setting) -> str:
     return (
         f"Local flatness: {setting.words}, {setting.effort}\n"
         f"Held out in turn: {', '.join(setting.held_out)}; {images} images per domain (in split). "
-        "Mean over held-out domains; bars: 95 % interval over seeds. Radii: where ERM's loss on the seen domains has "
+        "Mean over held-out domains; bars: 95 % interval over seeds. Radii: where ERM's loss on the source domains has "
         f"risen by {', '.join(f'{rise:g}' for rise in setting.rises)} nats, and by {setting.beyond:g} for the look"
         f"{' (raw: those of the paper)' if setting.radii else ''}. Dotted: where the mean on the right ends, {UP_TO} "
         "nats or before chance. Grey: a method's loss is that of guessing; no verdict there. Right: 95 % intervals of "
@@ -158,9 +158,9 @@ def _with_published(frame: pd.DataFrame, setting: Setting) -> pd.DataFrame:
     if setting.replace(**ours) != PAPER:
         return frame
     curves = published()["figures"]["3"]
-    for panel in TITLES:
+    for panel, name in PRINTED.items():
         for method in ORDER:
-            for radius, value in zip(curves["radii"], curves[panel][method], strict=True):
+            for radius, value in zip(curves["radii"], curves[name][method], strict=True):
                 same = (frame["panel"] == panel) & (frame["method"] == method) & (frame["radius"] == radius)
                 same &= (frame["normalisation"] == "none") & (frame["held_out"] == "all")
                 frame.loc[same, "published"] = value
@@ -179,7 +179,11 @@ def draw(frame: pd.DataFrame, caption: str) -> Figure:
                 mine = shown[(shown["panel"] == panel) & (shown["normalisation"] == normalisation)]
                 plots.bars(ax, mine, x="radius", by="method", order=ORDER)
                 _marks(ax, ends[(ends["panel"] == panel) & (ends["normalisation"] == normalisation)], mine)
-                ax.set(title=TITLES[panel], xlabel=AXES[normalisation], ylabel="Flatness $F(w)$ (nats)")
+                ax.set(
+                    title=f"Average flatness, {TITLES[panel]}",
+                    xlabel=AXES[normalisation],
+                    ylabel="Flatness $F(w)$ (nats)",
+                )
             _differences(row[2], decisive[decisive["normalisation"] == normalisation])
         plots.captioned(figure, grid[0, 0], caption)
     return figure
@@ -200,7 +204,7 @@ def _marks(ax: Axes, ends: pd.DataFrame, mine: pd.DataFrame) -> None:
 def _differences(ax: Axes, rows: pd.DataFrame) -> None:
     """Draw the difference of each pair in the mean of F with its interval, the panels beside each other."""
     names = [f"{method} − {baseline}" for method, baseline in PAIRS]
-    for index, (panel, word) in enumerate(SHORT.items()):
+    for index, (panel, word) in enumerate(TITLES.items()):
         mine = rows[rows["panel"] == panel].set_index(["method", "baseline"]).loc[PAIRS]
         heights = np.arange(len(PAIRS)) + 0.3 * (index - 0.5)
         color = ("0.1", "C0")[index]

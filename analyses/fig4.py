@@ -1,4 +1,4 @@
-"""Figure 4: in-domain and out-of-domain accuracy along the training, ERM against QT-DoG, on two targets.
+"""Figure 4: accuracy on source and held-out domains along the training, ERM against QT-DoG, on two targets.
 
 The paper shows TerraIncognita's location_100 and location_46, and a line where quantization sets in. Beside the curves
 stand the numbers that the word "stable" is short for, over the evaluations from the switch on, the same for all
@@ -76,20 +76,15 @@ def summary(findings: pd.DataFrame) -> pd.DataFrame:
     """Return the findings, a line per method."""
     cells = findings.assign(
         where=findings["quantity"].map(stability.NUMBERS),
-        cell=[
-            tables.bracketed(*told, digits=2, starred=p < verdicts.LEVEL)
-            for p, *told in findings[["p_holm", "value", "low", "high"]].itertuples(index=False)
-        ],
+        cell=verdicts.cells(findings, digits=2),
     )
     return cells.pivot_table(index="method", columns="where", values="cell", aggfunc="first", sort=False).reset_index()
 
 
 def remarks(frame: pd.DataFrame) -> list[str]:
-    """Say whether QT-DoG is steadier than ERM in each of the numbers."""
+    """Say what the tests say of each of the numbers."""
     tested = findings(frame)
-    found = tested.query("method == 'QT-DoG'").set_index("quantity")["verdict"]
-    said = "; ".join(f"{stability.NUMBERS[str(name)]}: {verdict}" for name, verdict in found.items())
-    told = [f"QT-DoG against ERM from step {int(frame['switch'].iloc[0])} on: {said} (the paper says: more stable)."]
+    told = verdicts.sentences(tested.assign(at=tested["quantity"].map(stability.NUMBERS).str.lower()), place="in")
     shown = set(frame["method"])
     return [*told, verdicts.statement(tested), *([RELEASED] if "release-parity" in shown else [])]
 
@@ -99,7 +94,7 @@ def caption(setting: Setting) -> str:
     return (
         f"Stability along training: {setting.words}\n"
         f"Means over seeds; bands and bars: {setting.interval}, on scales that end where accuracies and deviations do. "
-        "Out-of-domain accuracy on the target's in split, in-domain accuracy on images that "
+        "Accuracy on the held-out domain: in split; on source domains: of images that "
         f"{'select nothing' if setting.test_share else 'also select'}. Right: from step {setting.switch_step} on, over "
         "both targets. The first evaluations lie below the axes."
     )

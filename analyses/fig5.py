@@ -1,4 +1,4 @@
-"""Figure 5: what each bit width gains over ERM out of domain (QT-DoG, Figure 5; its numbers are Table 9's)."""
+"""Figure 5: what each bit width gains over ERM on the held-out domain (QT-DoG, Figure 5; its numbers are Table 9's)."""
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -37,19 +37,19 @@ __all__ = [
 
 
 def remarks(frame: pd.DataFrame) -> list[str]:
-    """Say what the tests of the bit widths say out of domain."""
-    return TABLE.remarks(frame[frame["panel"] == "out"])
+    """Say what the tests of the bit widths say on the held-out domain."""
+    return TABLE.remarks(frame[frame["panel"] == "target"])
 
 
 def caption(setting: Setting) -> str:
     """Say in a title and a line below which data and seeds the picture shows."""
     band = f"Band: {setting.interval}; differences are paired by held-out domain and seed."
-    return f"Gain out of domain by bit width: {setting.words}\n{TABLE.protocol(setting)} {band}"
+    return f"Gain on the held-out domain by bit width: {setting.words}\n{TABLE.protocol(setting)} {band}"
 
 
 def draw(frame: pd.DataFrame, caption: str) -> Figure:
     """Draw the difference to ERM against the bits: a line for each data set, and bands where there are seeds."""
-    less = findings(frame[frame["panel"] == "out"])
+    less = findings(frame[frame["panel"] == "target"])
     less = less[less["baseline"] == BASELINE]
     less = less.assign(bits=less["method"].str.split().str[0].astype(int))
     theirs = less[less["published"].notna()].assign(value=less["published"], low=float("nan"), high=float("nan"))

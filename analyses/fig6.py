@@ -1,4 +1,4 @@
-"""Figure 6: where ERM and QT-DoG find evidence for the true class, three images of each unseen domain (GradCAM).
+"""Figure 6: where ERM and QT-DoG find evidence for the true class, three images of each held-out domain (GradCAM).
 
 PACS in the paper, one row a domain, in its order.
 """

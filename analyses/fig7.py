@@ -1,4 +1,4 @@
-"""Figure 7: more GradCAM of ERM and QT-DoG, the three images of each unseen domain after those of Figure 6."""
+"""Figure 7: more GradCAM of ERM and QT-DoG, the three images of each held-out domain after those of Figure 6."""
 
 from analyses import _gradcam_figure
 from analyses._gradcam_figure import CamFigure

@@ -1,4 +1,4 @@
-"""Figure 9: GradCAM of ERM and QT-DoG beside the original, TerraIncognita's location 38 unseen."""
+"""Figure 9: GradCAM of ERM and QT-DoG beside the original, TerraIncognita's location 38 held out."""
 
 from analyses import _gradcam_figure
 from analyses._gradcam_figure import CamFigure

@@ -1,4 +1,4 @@
-"""Hessian spectra of flat-minima methods on the seen and on the unseen domains: what QT-DoG argues with (section 3.3).
+"""Hessian spectra of flat-minima methods on source and held-out domains: what QT-DoG argues with (section 3.3).
 
 The paper reasons that a small Hessian means a flat minimum and shows none; here are its eigenvalues' density, its
 largest eigenvalue and its trace, around the checkpoint that training-domain validation selects. A quantized network is
@@ -11,10 +11,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
-from analyses import fig3
 from analyses.fig3 import BASELINE, ORDER, labelled
 from flatlab import plots
-from flatlab.report import spectrum, tables
+from flatlab.report import spectrum, tables, verdicts
+from flatlab.report.panels import TITLES
 from flatlab.specs.measurements import SpectrumSpec
 from flatlab.specs.run import RunSpec
 from flatlab.specs.settings import Setting
@@ -23,9 +23,11 @@ from flatlab.store.runs import RunStore
 __all__ = ["BASELINE", "labelled"]
 COLUMNS = ["panel", "number", "method", "held_out", "seed", "place", "value", "stderr", "low", "high", "over"]
 GROUP = ["panel", "number", "method"]
-TITLES = {"source": "seen domains", "target": "unseen domain"}
 TOP, TRACE, DENSITY = "top eigenvalue", "trace", "density"
-SUMMARY = "Difference to ERM in nats, paired by held-out domain and seed, 95 % intervals over seeds; * excludes 0"
+SUMMARY = (
+    "Difference to ERM in nats, paired by held-out domain and seed, 95 % intervals over seeds, each alone; "
+    "* p < 0.05 after Holm over the methods of a column"
+)
 EFFORT = {  # few images and products, where a figure is to be had in minutes: the spread over seeds is larger
     "smoke": {"images": 8, "k": 1, "tol": 0.1, "trace_budget": 32, "starts": 1, "steps": 3},
     "quick": {"images": 100, "k": 3, "tol": 0.01, "trace_budget": 32, "starts": 1, "steps": 16},
@@ -34,7 +36,7 @@ EFFORT = {  # few images and products, where a figure is to be had in minutes: t
 
 
 def measurements(setting: Setting) -> list[SpectrumSpec]:
-    """Return the two measurements of each run: on the seen domains, and on the unseen one."""
+    """Return the two measurements of each run: on the source domains, and on the held-out one."""
     return [SpectrumSpec.make(domains=domains, **EFFORT[setting.name]) for domains in TITLES]
 
 
@@ -58,8 +60,9 @@ def table(store: RunStore, setting: Setting) -> pd.DataFrame:
 
 
 def findings(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return each method's difference to ERM in top eigenvalue and trace, paired by held-out domain and seed."""
-    return tables.paired(_each(frame), BASELINE, ["panel", "number"])
+    """Return each method's difference to ERM, paired by domain and seed; a family for each number and panel."""
+    found = tables.paired(_each(frame), BASELINE, ["panel", "number"])
+    return verdicts.corrected(found, found["number"].str.capitalize() + ", " + found["panel"].map(TITLES))
 
 
 def _each(frame: pd.DataFrame) -> pd.DataFrame:
@@ -67,22 +70,16 @@ def _each(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def remarks(frame: pd.DataFrame) -> list[str]:
-    """Say how often each method's number is below ERM's, pair by pair."""
-    each = _each(frame).pivot_table(index=["panel", "number", "held_out", "seed"], columns="method", values="value")
-    said = []
-    for number in (TOP, TRACE):
-        for panel, title in TITLES.items():
-            pairs = each.xs((panel, number), level=("panel", "number"))
-            counts = [f"{name} {int((pairs[name] < pairs[BASELINE]).sum())}" for name in ORDER if name != BASELINE]
-            said.append(f"{number.capitalize()}, {title}: below ERM's in {', '.join(counts)} of {len(pairs)} pairs.")
-    return said
+    """Say what the tests say, and what was tested."""
+    found = findings(frame)
+    return [*verdicts.sentences(found, unit="nats"), verdicts.statement(found)]
 
 
 def summary(findings: pd.DataFrame) -> pd.DataFrame:
     """Return the findings with a line per method: enough to read on a screen."""
     cells = findings.assign(
         where=findings["number"] + ", " + findings["panel"],
-        cell=[tables.bracketed(v, lo, hi) for v, lo, hi in findings[fig3.TOLD].itertuples(index=False)],
+        cell=verdicts.cells(findings),
     )
     return cells.pivot_table(index="method", columns="where", values="cell", aggfunc="first", sort=False).reset_index()
 
@@ -98,7 +95,7 @@ def caption(setting: Setting) -> str:
 
 
 def draw(frame: pd.DataFrame, caption: str) -> Figure:
-    """Draw densities, and top eigenvalue and trace of each method against ERM's, on the seen and unseen domains."""
+    """Draw densities, and top eigenvalue and trace of each method against ERM's, on source and held-out domains."""
     with plots.style():
         figure, grid = plt.subplots(2, 3, figsize=(7.0, 4.8), layout="constrained")
         for row, (panel, title) in zip(grid, TITLES.items(), strict=True):

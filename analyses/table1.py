@@ -1,4 +1,4 @@
-"""Table 1: accuracy out of domain on each data set, of one model and of ensembles (QT-DoG, Table 1).
+"""Table 1: accuracy on the held-out domain on each data set, of one model and of ensembles (QT-DoG, Table 1).
 
 `--datasets PACS,VLCS,...` takes those at hand, and their mean: the printed one, of all five, stands beside that of all
 five alone. SAM and SMA are ours: the paper does not print them here. An ensemble takes up the seeds, so that it has no
@@ -14,7 +14,7 @@ TABLE = PaperTable(
     number="1",
     lines=tuple(Line(name, name, printed={"algorithm": name}) for name in SINGLE)
     + tuple(Line(name, method, printed={"algorithm": name}) for name, method in ENSEMBLES.items()),
-    columns={name: {"out": name} for name in ("PACS", "VLCS", "OfficeHome", "TerraIncognita", "DomainNet")},
+    columns={name: {"target": name} for name in ("PACS", "VLCS", "OfficeHome", "TerraIncognita", "DomainNet")},
     average="Avg",
 )
 

@@ -1,4 +1,4 @@
-"""Table 10: accuracy out of domain down to two bits a weight (QT-DoG, Table 10).
+"""Table 10: accuracy on the held-out domain down to two bits a weight (QT-DoG, Table 10).
 
 The runs differ in the number of bits alone: they share split, initialisation, batches, and the state at the switch.
 """
@@ -13,7 +13,7 @@ TABLE = PaperTable(
         Line("ERM", "ERM", printed={"bits": 32}),
         *(Line(f"{bits} bit", "QT-DoG", {"bits": bits}, {"bits": bits}) for bits in BITS),
     ),
-    columns={"PACS": {"out": "PACS_out"}},
+    columns={"PACS": {"target": "PACS_out"}},
 )
 
 SUMMARY, BASELINE = _accuracy_table.SUMMARY, TABLE.baseline

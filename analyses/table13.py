@@ -10,7 +10,7 @@ TABLE = PaperTable(
         Line("layer", "QT-DoG", {"granularity": "tensor"}, {"scale": "Layerwise"}),
         Line("channel", "QT-DoG", {"granularity": "channel"}, {"scale": "Channelwise"}),
     ),
-    columns={"PACS": {"out": "PACS_out"}},
+    columns={"PACS": {"target": "PACS_out"}},
 )
 
 SUMMARY, BASELINE = _accuracy_table.SUMMARY, TABLE.baseline

@@ -19,7 +19,7 @@ def line(step: int) -> Line:
 TABLE = PaperTable(
     number="14",
     lines=(Line("no quantization", "ERM", printed={"step": None}), *map(line, STEPS)),
-    columns={"PACS": {"out": "PACS_out"}},
+    columns={"PACS": {"target": "PACS_out"}},
 )
 
 SUMMARY, BASELINE = _accuracy_table.SUMMARY, TABLE.baseline

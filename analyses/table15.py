@@ -26,7 +26,7 @@ TABLE = PaperTable(
         *(line(width, "noise-kept", "kept") for width in WIDTHS),
         *(line(width, "noise", "not kept") for width in WIDTHS),
     ),
-    columns={"PACS": {"out": "PACS_out"}},
+    columns={"PACS": {"target": "PACS_out"}},
 )
 
 SUMMARY, BASELINE = _accuracy_table.SUMMARY, TABLE.baseline

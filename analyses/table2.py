@@ -8,7 +8,7 @@ LINES |= {"MixStyle + QT-DoG": "MixStyle+QT-DoG"}
 TABLE = PaperTable(
     number="2",
     lines=tuple(Line(label, method, printed={"algorithm": label}) for label, method in LINES.items()),
-    columns={"PACS": {"out": "PACS"}, "TerraIncognita": {"out": "TerraIncognita"}},
+    columns={"PACS": {"target": "PACS"}, "TerraIncognita": {"target": "TerraIncognita"}},
 )
 
 SUMMARY, BASELINE = _accuracy_table.SUMMARY, TABLE.baseline

@@ -1,4 +1,4 @@
-"""Table 4: quantization algorithms at 7 bits, trained and not, in and out of domain (QT-DoG, Table 4).
+"""Table 4: quantization algorithms at 7 bits, trained and not, on source and held-out domains (QT-DoG, Table 4).
 
 OBC and round-to-nearest start from ERM's checkpoint and train nothing; INQ and LSQ go on training from the switch on.
 Round-to-nearest is ours: the paper does not print it.
@@ -22,7 +22,7 @@ TABLE = PaperTable(
         Line("INQ", "INQ", printed={"algorithm": "INQ"}),
         Line("LSQ", "QT-DoG", printed={"algorithm": "LSQ"}),
     ),
-    columns={"PACS": {"in": "in_domain", "out": "out_domain"}},
+    columns={"PACS": {"source": "in_domain", "target": "out_domain"}},
 )
 
 SUMMARY, BASELINE = _accuracy_table.SUMMARY, TABLE.baseline

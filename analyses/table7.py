@@ -15,7 +15,7 @@ TABLE = PaperTable(
         Line("QT-DoG", "QT-DoG", printed={"algorithm": "QT-DoG"}),
         Line("EoQ", "EoQ", printed={"algorithm": "EoQ"}),
     ),
-    columns={"PACS": {"out": "Avg"}},
+    columns={"PACS": {"target": "Avg"}},
     domains=True,
 )
 

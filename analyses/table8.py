@@ -15,7 +15,7 @@ TABLE = PaperTable(
         Line("QT-DoG", "QT-DoG", printed={"algorithm": "QT-DoG"}),
         Line("EoQ", "EoQ", printed={"algorithm": "EoQ"}),
     ),
-    columns={"TerraIncognita": {"out": "Avg"}},
+    columns={"TerraIncognita": {"target": "Avg"}},
     domains=True,
 )
 

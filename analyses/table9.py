@@ -1,7 +1,7 @@
-"""Table 9: accuracy in and out of domain from eight bits a weight to five (QT-DoG, Table 9).
+"""Table 9: accuracy on source and held-out domains from eight bits a weight to five (QT-DoG, Table 9).
 
 The runs differ in the number of bits alone: they share split, initialisation, batches, and the state at the switch.
-In domain means the source domains' held-back images, which also select the checkpoint.
+On the source domains it is that of the test split, where the runs keep one.
 """
 
 from analyses import _accuracy_table
@@ -15,8 +15,8 @@ TABLE = PaperTable(
         *(Line(f"{bits} bit", "QT-DoG", {"bits": bits}, {"bits": bits}) for bits in BITS),
     ),
     columns={
-        "PACS": {"in": "PACS_in", "out": "PACS_out"},
-        "TerraIncognita": {"in": "TerraIncognita_in", "out": "TerraIncognita_out"},
+        "PACS": {"source": "PACS_in", "target": "PACS_out"},
+        "TerraIncognita": {"source": "TerraIncognita_in", "target": "TerraIncognita_out"},
     },
 )
 

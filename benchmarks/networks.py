@@ -78,7 +78,7 @@ class Problem:
 
 
 def of_subject(name):
-    """Return a problem from a trained network of `subjects.py`, about as many images of each seen domain, mixed."""
+    """Return a problem from a trained network of `subjects.py`, about as many images of each source domain, mixed."""
 
     def make(given):
         subject = subjects.digits(given.work) if name == "digits" else subjects.mobilenet(given.work, given.shared)

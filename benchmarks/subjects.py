@@ -41,7 +41,7 @@ class Subject:
         return run
 
     def load(self, count: int | None) -> tuple[nn.Module, dict[str, tuple[Tensor, Tensor]]]:
-        """Return the network and about `count` training images, the same number of each seen domain, or all of them."""
+        """Return the network and about `count` training images, as many of each source domain, or all of them."""
         run = self.run()
         place = Place(device="cpu", data_dir=None if self.data_dir is None else str(self.data_dir))
         domains = loading_data.domains(run.spec, place)

@@ -205,7 +205,7 @@ from analyses import fig3
 from flatlab import plots
 columns = ["panel", "normalisation", "method", "radius", "seed", "over"]
 seeds = [(0, "directions"), (1, "directions"), ("all", "seeds")]
-cells = itertools.product(fig3.TITLES, fig3.AXES, fig3.ORDER, (0.0, 0.5, 2.0), seeds)
+cells = itertools.product(fig3.PRINTED, fig3.AXES, fig3.ORDER, (0.0, 0.5, 2.0), seeds)
 frame = pd.DataFrame([(*cell, *seed) for *cell, seed in cells], columns=columns).assign(held_out="all")
 frame = frame.assign(value=frame["radius"], low=frame["radius"] - 0.1, high=frame["radius"] + 0.1)
 frame = frame.assign(rise=frame["radius"], base_loss=0.1, chance=2.3)

@@ -2,11 +2,15 @@
 
 import json
 
+import pandas as pd
 import pytest
 from commandline import call
 
 from analyses import controls, fig4, table4, table12
 from flatlab import reproduce
+from flatlab.measure.runner import FUNCTIONS
+from flatlab.report import tables
+from flatlab.specs.measurements import KINDS
 from flatlab.specs.methods import METHODS, RELEASED, replicates
 from flatlab.specs.settings import SMOKE
 from flatlab.store.runs import RunStore
@@ -46,15 +50,15 @@ def test_a_page_states_its_tests_and_keeps_what_was_published_apart(tmp_path, mo
     ours, block, printed = page.partition("## As published: other data or another protocol than ours")
     assert block and "97." in printed and "agree" not in ours and "published" not in ours.split("## ", 1)[1]
     assert "corrected by Holm's method within each family" in page and "would by chance" in page
-    assert "in-domain test" in ours and "validation (selected on)" not in ours
+    assert "source domains, test split" in ours and "selected on" not in ours
     assert ("SWAD: no valley began in 1 of 2 runs (swad, rot0, seed 0)" in page) == (module is table12)
 
 
 def test_where_the_split_is_the_papers_the_column_says_that_it_selected(tmp_path):
     setting = ONE.replace(test_share=0.0)
     frame = table4.table(written(tmp_path, table4.plan(setting)[0]), setting)
-    assert "digits validation (selected on), mean" in table4.sheet(frame)
-    assert not [column for column in table4.sheet(frame) if "in-domain" in column]
+    assert "digits, source domains, out split (selected on), mean" in table4.sheet(frame)
+    assert not [column for column in table4.sheet(frame) if "test split" in column]
 
 
 def test_commands_say_that_no_valley_began(tmp_path, capsys):
@@ -82,3 +86,21 @@ def test_captions_promise_an_interval_where_there_is_one(module):
 def test_the_released_codes_commit_is_named_and_what_is_not_modelled():
     for said in ("e9d55eb", "is not known", "momentum", "--select all", "--average swad --swad-rule released"):
         assert said in RELEASED
+
+
+def test_a_star_in_the_block_of_accuracies_is_holms():
+    """One of three methods has p = 0.03 alone: with two others in its family it has no star."""
+    seeds, noise = range(3), {"A": (0.9, 1.0, 1.1), "B": (-0.5, 0.1, 0.5), "C": (0.65, 1.0, 1.35)}
+    rows = [{"method": "ERM", "seed": seed, "target": 0.8} for seed in seeds]
+    rows += [
+        {"method": name, "seed": s, "target": 0.8 + 0.01 * values[s]} for name, values in noise.items() for s in seeds
+    ]
+    every = pd.DataFrame(rows).assign(selection="training-domain", held_out="rot0", validation=0.9, test=0.9)
+    found = tables.gains(every, "ERM")
+    assert set(found["family_size"]) == {3} and found["p"].iloc[2] < 0.05 < found["p_holm"].iloc[2]
+    shown = tables.reached(every, found).set_index("method")["held-out domain less ERM"]
+    assert shown["A"].endswith("*") and not shown["C"].endswith("*") and shown["ERM"] == ""
+
+
+def test_each_metric_has_a_function_that_measures_it():
+    assert set(FUNCTIONS) == set(KINDS)

@@ -12,6 +12,7 @@ from stores import ERM, PLACE, spec, trained
 
 from analyses import (
     _accuracy_table,
+    _percent,
     _rank_agreement,
     controls,
     fig1,
@@ -28,7 +29,7 @@ from analyses._accuracy_table import Line, PaperTable
 from flatlab.jobs import plan as jobs_plan
 from flatlab.loading.export import export
 from flatlab.measure.runner import measure
-from flatlab.report import percent, tables
+from flatlab.report import tables
 from flatlab.results.corrections import holm
 from flatlab.specs.methods import METHODS, RELEASED, compose, is_papers
 from flatlab.specs.settings import PAPER, QUICK, SMOKE, for_data
@@ -43,7 +44,7 @@ TABLE = PaperTable(
         Line("5 bit", "QT-DoG", {"bits": 5}, {"bits": 5}),
         Line("nobody's", "SAM"),
     ),
-    columns={"PACS": {"in": "PACS_in", "out": "PACS_out"}, "TerraIncognita": {"out": "TerraIncognita_out"}},
+    columns={"PACS": {"source": "PACS_in", "target": "PACS_out"}, "TerraIncognita": {"target": "TerraIncognita_out"}},
 )
 SETTING = SMOKE.replace(held_out=("rot0", "rot45"), seeds=3)
 SHIFT = {"ERM": 0.0, "7 bit": 0.1, "5 bit": -0.1, "nobody's": 0.0}
@@ -80,12 +81,12 @@ def test_a_table_holds_each_run_and_means_over_seeds(frame):
     assert not frame.duplicated(["dataset", "panel", "method", "held_out", "seed"]).any()
     runs = frame[frame["over"] == "run"]
     assert len(runs) == 4 * 2 * 2 * 3  # lines, panels, held-out domains, seeds
-    assert set(frame["panel"]) == {"test", "out"}  # images that select nothing
-    assert runs[runs["panel"] == "test"]["value"].tolist() == pytest.approx([85] * 24)
-    mine = runs[(runs["panel"] == "out") & (runs["method"] == "7 bit")]
+    assert {*zip(frame["panel"], frame["split"], strict=True)} == {("source", "test"), ("target", "in")}
+    assert runs[runs["panel"] == "source"]["value"].tolist() == pytest.approx([85] * 24)
+    mine = runs[(runs["panel"] == "target") & (runs["method"] == "7 bit")]
     for where, part in (("rot45", mine[mine["held_out"] == "rot45"]), ("all", mine)):
         seeds = part.groupby("seed")["value"].mean()
-        whole = frame[(frame["over"] == "seeds") & (frame["held_out"] == where) & (frame["panel"] == "out")]
+        whole = frame[(frame["over"] == "seeds") & (frame["held_out"] == where) & (frame["panel"] == "target")]
         told = whole[whole["method"] == "7 bit"].squeeze()
         assert (told["value"], told["stderr"]) == pytest.approx((seeds.mean(), stats.sem(seeds)))
 
@@ -99,15 +100,15 @@ def theirs(tmp_path_factory):
 
 def test_a_printed_number_stands_beside_ours_where_data_and_protocol_are_the_same(frame, theirs):
     assert frame["published"].isna().all() and not frame["comparable"].any()  # digits are not PACS
-    assert set(theirs["panel"]) == {"validation", "out"}  # the paper's split: it selects by what it reports
-    whole = theirs[(theirs["over"] == "seeds") & (theirs["panel"] == "out")].set_index(["method", "held_out"])
+    assert {*zip(theirs["panel"], theirs["split"], strict=True)} == {("source", "out"), ("target", "in")}
+    whole = theirs[(theirs["over"] == "seeds") & (theirs["panel"] == "target")].set_index(["method", "held_out"])
     told = whole.loc[("7 bit", "all")]
     assert (told["published"], told["published_stderr"], told["comparable"]) == (87.8, 0.3, True)
     assert np.isnan(whole.loc[("7 bit", "sketch"), "published"]) and np.isnan(
         whole.loc[("nobody's", "all"), "published"]
     )
     assert theirs[theirs["over"] == "run"]["published"].isna().all()
-    inside = theirs[(theirs["panel"] == "validation") & (theirs["held_out"] == "all")].set_index("method")
+    inside = theirs[(theirs["panel"] == "source") & (theirs["held_out"] == "all")].set_index("method")
     assert inside.loc["7 bit", "published"] == 97.3
 
 
@@ -144,13 +145,13 @@ def test_what_is_the_papers(changes):
 
 
 def test_a_table_of_domains_has_the_printed_number_of_each():
-    assert table7.TABLE.printed("SWAD", "PACS", "out", "sketch").value == 82.5
-    assert table7.TABLE.printed("SWAD", "PACS", "out", "all").value == 88.1
-    assert np.isnan(table7.TABLE.printed("SWAD", "digits", "out", "rot0").value)
-    assert np.isnan(table7.TABLE.printed("SWAD", "digits", "out", "all").value)
-    assert table9.TABLE.printed("8 bit", "TerraIncognita", "validation", "all").value == 90.9
-    assert np.isnan(table9.TABLE.printed("8 bit", "TerraIncognita", "test", "all").value)  # of other images
-    assert table12.TABLE.printed("ERM", "PACS", "test", "all").value == 96.6
+    assert table7.TABLE.printed("SWAD", "PACS", ("target", "in"), "sketch").value == 82.5
+    assert table7.TABLE.printed("SWAD", "PACS", ("target", "in"), "all").value == 88.1
+    assert np.isnan(table7.TABLE.printed("SWAD", "digits", ("target", "in"), "rot0").value)
+    assert np.isnan(table7.TABLE.printed("SWAD", "digits", ("target", "in"), "all").value)
+    assert table9.TABLE.printed("8 bit", "TerraIncognita", ("source", "out"), "all").value == 90.9
+    assert np.isnan(table9.TABLE.printed("8 bit", "TerraIncognita", ("source", "test"), "all").value)  # of other images
+    assert table12.TABLE.printed("ERM", "PACS", ("source", "test"), "all").value == 96.6
 
 
 def test_elsewhere_the_printed_numbers_have_a_block_of_their_own():
@@ -167,7 +168,7 @@ def test_pairs_are_paired_and_say_whether_the_order_agrees(frame, theirs):
     frame = theirs
     found = TABLE.findings(frame)
     assert len(found) == 2 * 6
-    out = found[found["panel"] == "out"].set_index(["method", "baseline"])
+    out = found[found["panel"] == "target"].set_index(["method", "baseline"])
     assert out["agrees"].to_dict() == {
         ("7 bit", "ERM"): "yes",  # 87.8 against 84.7
         ("5 bit", "ERM"): "no",  # 85.3 against 84.7
@@ -176,39 +177,39 @@ def test_pairs_are_paired_and_say_whether_the_order_agrees(frame, theirs):
         ("nobody's", "7 bit"): "",
         ("nobody's", "5 bit"): "",
     }
-    each = frame[(frame["over"] == "run") & (frame["panel"] == "out")]
+    each = frame[(frame["over"] == "run") & (frame["panel"] == "target")]
     means = each.groupby(["method", "seed"])["value"].mean()
     test = stats.ttest_rel(means["5 bit"], means["ERM"])
     row = out.loc[("5 bit", "ERM")]
     assert (row["low"], row["high"]) == pytest.approx(tuple(test.confidence_interval(0.95)))
     assert row["published"] == pytest.approx(0.6) and row["published_stderr"] == pytest.approx(np.hypot(0.4, 0.5))
-    inside = found[(found["panel"] == "validation") & found["published"].notna()]
+    inside = found[(found["panel"] == "source") & found["published"].notna()]
     assert set(inside["agrees"]) == {"not distinguishable"}  # all are 90 %
 
 
 def test_the_lines_less_the_first_are_a_family_and_the_verdict_is_holms(frame):
     found = TABLE.findings(frame)
-    first = found[(found["panel"] == "out") & (found["baseline"] == "ERM")]
-    assert set(first["family"]) == {"digits, out of domain, less ERM"} and set(first["family_size"]) == {3}
+    first = found[(found["panel"] == "target") & (found["baseline"] == "ERM")]
+    assert set(first["family"]) == {"digits, held-out domain, less ERM"} and set(first["family_size"]) == {3}
     assert first["p_holm"].tolist() == pytest.approx(holm(first["p"]).tolist())
     assert (first["verdict"] != "not distinguishable").tolist() == (first["p_holm"] < 0.05).tolist()
-    others = found[(found["panel"] == "out") & (found["baseline"] != "ERM")]
-    assert set(others["family"]) == {"digits, out of domain, other pairs"}
+    others = found[(found["panel"] == "target") & (found["baseline"] != "ERM")]
+    assert set(others["family"]) == {"digits, held-out domain, other pairs"}
     told = " ".join(TABLE.remarks(frame))
     assert "Tests: 2 families of 3 tests" in told and "exclude zero" in told and "the paper" not in told
 
 
 def test_the_sentence_counts_and_names_the_pairs(frame, theirs):
-    assert _rank_agreement.sentence(frame, TABLE.findings(frame), "digits", "out") == ""
+    assert _rank_agreement.sentence(frame, TABLE.findings(frame), "digits", ("target", "in")) == ""
     frame = theirs.assign(dataset="digits")
-    told = _rank_agreement.sentence(frame, TABLE.findings(frame), "digits", "out")
+    told = _rank_agreement.sentence(frame, TABLE.findings(frame), "digits", ("target", "in"))
     assert "of 3 pairs of lines 2 (7 bit > ERM; 5 bit < 7 bit) lie distinguishably in the order of the paper" in told
     assert "1 (5 bit < ERM) in the opposite one, and 0 are not" in told
-    assert _rank_agreement.sentence(frame, TABLE.findings(frame).assign(agrees=""), "digits", "out") == ""
+    assert _rank_agreement.sentence(frame, TABLE.findings(frame).assign(agrees=""), "digits", ("target", "in")) == ""
 
 
 def test_kendalls_tau_is_taken_in_each_seed(theirs):
-    found = _rank_agreement.kendall(theirs, "PACS", "out")
+    found = _rank_agreement.kendall(theirs, "PACS", ("target", "in"))
     each = stats.kendalltau([0.0, 0.1, -0.1], [84.7, 87.8, 85.3]).statistic
     assert found["value"] == pytest.approx(each) and -1 <= found["low"] <= found["high"] <= 1
 
@@ -216,17 +217,17 @@ def test_kendalls_tau_is_taken_in_each_seed(theirs):
 def test_a_line_with_other_seeds_is_compared_with_means_over_all_seeds(frame):
     one = frame[~((frame["method"] == "5 bit") & (frame["over"] == "run") & (frame["seed"] != 0))]
     found = TABLE.findings(one).set_index(["panel", "method", "baseline"])
-    alone = found.loc[("out", "5 bit", "ERM")]
-    runs = one[(one["over"] == "run") & (one["panel"] == "out")].groupby("method")["value"].mean()
+    alone = found.loc[("target", "5 bit", "ERM")]
+    runs = one[(one["over"] == "run") & (one["panel"] == "target")].groupby("method")["value"].mean()
     assert alone["value"] == pytest.approx(runs["5 bit"] - runs["ERM"])  # not with ERM's seed 0
     assert np.isnan(alone["low"]) and alone["verdict"] == "not read"
-    other = found.loc[("out", "7 bit", "ERM")]
+    other = found.loc[("target", "7 bit", "ERM")]
     assert np.isfinite(other["low"]) and other["family_size"] == 2  # what has no p-value is in no family
 
 
 def test_an_ensemble_stands_beside_the_mean_of_its_members(tmp_path):
     setting = SMOKE.replace(held_out=("rot0",), seeds=2, members=3)
-    chosen = PaperTable("7", (Line("ERM", "ERM"), Line("EoQ", "EoQ")), {"PACS": {"out": ""}})
+    chosen = PaperTable("7", (Line("ERM", "ERM"), Line("EoQ", "EoQ")), {"PACS": {"target": ""}})
     store = RunStore(tmp_path)
     (joint,) = (run for label, run in chosen.labelled(setting) if label == "EoQ")
     wanted = {run: 0.5 + 0.1 * run.seed for label, run in chosen.labelled(setting) if label == "ERM"}
@@ -259,21 +260,21 @@ def test_misprints_are_told_of_the_table_that_has_them():
 
 def test_the_sheet_and_the_summary_hold_ours_and_comparable_ones_alone(frame, theirs):
     sheet = TABLE.sheet(frame).set_index("method")
-    assert sheet.loc["ERM", "digits out of domain, rot45"].startswith("51.")
+    assert sheet.loc["ERM", "digits, held-out domain, rot45"].startswith("51.")
     assert list(sheet.columns) == [
-        "digits in-domain test, mean",
-        *(f"digits out of domain, {where}" for where in ("mean", "rot0", "rot45")),
+        "digits, source domains, test split, mean",
+        *(f"digits, held-out domain, {where}" for where in ("mean", "rot0", "rot45")),
     ]
     summary = TABLE.summary(TABLE.findings(frame)).set_index("method")
-    assert summary.loc["7 bit", "digits, out of domain"].endswith("]*")
+    assert summary.loc["7 bit", "digits, held-out domain"].endswith("]*")
     assert not [column for column in summary if "order" in column or "published" in column]
     both = TABLE.sheet(theirs).set_index("method")
-    assert both.loc["ERM", "published (PACS out of domain, mean)"] == "84.7 ± 0.5"
+    assert both.loc["ERM", "published (PACS, held-out domain, mean)"] == "84.7 ± 0.5"
     assert both.loc["ERM", "published (PACS validation (selected on), mean)"] == "96.9 ± 0.1"
-    assert both.loc["nobody's", "published (PACS out of domain, mean)"] == ""
+    assert both.loc["nobody's", "published (PACS, held-out domain, mean)"] == ""
     agreed = TABLE.summary(TABLE.findings(theirs)).set_index("method")
-    assert agreed.loc["7 bit", "published (PACS, out of domain)"] == "+3.1"
-    assert agreed.loc["5 bit", "order agrees (PACS, out of domain)"] == "no"
+    assert agreed.loc["7 bit", "published (PACS, held-out domain)"] == "+3.1"
+    assert agreed.loc["5 bit", "order agrees (PACS, held-out domain)"] == "no"
 
 
 def test_published_values_are_drawn_where_they_are_comparable_and_nowhere_else(frame, theirs):
@@ -284,23 +285,27 @@ def test_published_values_are_drawn_where_they_are_comparable_and_nowhere_else(f
         figure = TABLE.draw(shown, "title\nsmall print")
         drawn = {line.get_label() for ax in figure.axes for line in ax.lines if not line.get_label().startswith("_")}
         assert drawn == labels
-        inside = {"digits": "in-domain test", "PACS": "validation (selected on)"}[name]
-        assert [ax.get_title(loc="left") for ax in figure.axes][::2] == [f"{name}, {inside}", f"{name}, out of domain"]
+        inside = {"digits": "source domains, test split", "PACS": "source domains, out split (selected on)"}[name]
+        assert [ax.get_title(loc="left") for ax in figure.axes][::2] == [
+            f"{name}, {inside}",
+            f"{name}, held-out domain",
+        ]
 
 
 def test_figure_5_shows_the_gains_of_the_bits(tmp_path):
+    panels = [{"panel": "source", "split": "test"}, {"panel": "target", "split": "in"}]
     shift = {"ERM": 0.0, "8 bit": 0.1, "7 bit": 0.2, "6 bit": 0.1, "5 bit": -0.1}
     rows = [
-        {"dataset": "digits", "panel": panel, "method": m, "held_out": "rot0", "seed": s, "value": 50 + 100 * d + s}
-        for (m, d), s, panel in itertools.product(shift.items(), (0, 1), ("test", "out"))
+        {**where, "dataset": "digits", "method": m, "held_out": "rot0", "seed": s, "value": 50 + 100 * d + s}
+        for (m, d), s, where in itertools.product(shift.items(), (0, 1), panels)
     ]
     each = pd.DataFrame(rows).assign(over="run")
-    whole = pd.concat([each, tables.over_seeds(each, ["dataset", "panel", "method"])], ignore_index=True)
+    whole = pd.concat([each, tables.over_seeds(each, ["dataset", "panel", "split", "method"])], ignore_index=True)
     shown = whole.assign(published=np.nan, published_stderr=np.nan, comparable=False)
     (ax,) = fig5.draw(shown, "title\nsmall print").axes
     assert ax.lines[0].get_xdata().tolist() == [5, 6, 7, 8]
     assert ax.lines[0].get_ydata().tolist() == pytest.approx([-10, 10, 20, 10])
-    assert all("in-domain test" not in each for each in fig5.remarks(shown))
+    assert all("source domains" not in each for each in fig5.remarks(shown))
 
 
 def test_a_page_in_markdown():
@@ -371,7 +376,7 @@ def test_several_data_sets_are_planned_and_one_that_shows_one_refuses_them(tmp_p
 # --- controls ----------------------------------------------------------------------------------------------------
 
 
-MEASURES = [measure for measure in controls.MEASURES if measure != "validation"]
+MEASURES = [measure for measure in controls.MEASURES if measure != "source, out"]
 
 
 def controlled(**shifts):
@@ -408,7 +413,7 @@ def test_controls_say_what_the_data_allow(shifts, said):
     only = found.assign(verdict=np.where(found["value"].abs() > 0.5, found["verdict"], "not distinguishable"))
     assert only["verdict"].isin(("lower", "higher", "not distinguishable")).all()
     told = controls.words(only)
-    assert told[0] == f"{controls.MEASURES['test']}: {said}"
+    assert told[0] == f"{controls.MEASURES['source, test']}: {said}"
     assert len(told) == len(MEASURES) + 1 and told[-1].startswith(f"Tests: {len(MEASURES)} families of 10 tests")
 
 
@@ -443,7 +448,7 @@ def test_the_test_images_are_scored_beside_validation_and_shown(tmp_path):
     chosen = tables.accuracies(store, [("ERM", tested)]).set_index("selection")
     mean = np.mean([score["accuracy"] for score in rows[-1]["test"].values()])
     assert chosen.loc["last", "test"] == pytest.approx(mean)
-    (value,) = percent.accuracies(store, [("ERM", tested)], ["test"])["value"]
+    (value,) = _percent.accuracies(store, [("ERM", tested)], [("source", "test")])["value"]
     assert value == pytest.approx(100 * chosen.loc["training-domain", "test"])
 
 
@@ -452,7 +457,7 @@ def test_figure_1_scales_areas_by_memory():
     rows = pd.DataFrame(
         {"method": labels, "value": range(len(labels)), "memory": range(1, len(labels) + 1), "nominal": 0.25}
     )
-    whole = rows.assign(dataset="digits", panel="out", held_out="all", over="seeds", low=0.0, high=1.0)
+    whole = rows.assign(dataset="digits", panel="target", split="in", held_out="all", over="seeds", low=0.0, high=1.0)
     above, below = fig1.draw(whole, "title\nsmall print").axes
     ours, theirs = (
         {

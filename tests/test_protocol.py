@@ -42,6 +42,7 @@ def test_an_ensemble_has_no_in_domain_test_since_its_members_trained_on_some_of_
     assert (
         found[found["method"] == "both"]["test"].isna().all() and found[found["method"] == "one"]["test"].notna().all()
     )
-    assert "validation (selected on)" in tables.reached(found, "one")
-    twice = found[found["method"] == "one"]
-    assert "in-domain test" in tables.reached(pd.concat([twice, twice.assign(method="two")]), "one")
+    assert "source domains, out split (selected on)" in tables.reached(found, tables.gains(found, "one"))
+    one = found[found["method"] == "one"]
+    twice = pd.concat([one, one.assign(method="two")])
+    assert "source domains, test split" in tables.reached(twice, tables.gains(twice, "one"))

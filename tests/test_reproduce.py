@@ -70,9 +70,9 @@ def test_figure_3_is_tidy(smoke):
     assert (frame[frame.radius == 0][["value", "stderr"]] == 0).all(axis=None)
     assert frame.published.isna().all()
     assert ((frame.low <= frame.value) & (frame.value <= frame.high)).all()
-    one = each[(each.panel == "test") & (each.method == "SAM") & (each.normalisation == "none") & (each.rise == 0.5)]
+    one = each[(each.panel == "target") & (each.method == "SAM") & (each.normalisation == "none") & (each.rise == 0.5)]
     means = one.groupby("seed").value.mean()
-    same = whole[(whole.panel == "test") & (whole.method == "SAM") & (whole.normalisation == "none")]
+    same = whole[(whole.panel == "target") & (whole.method == "SAM") & (whole.normalisation == "none")]
     assert same[same.radius == one.radius.iloc[0]].value.item() == pytest.approx(means.mean())
 
 
@@ -108,7 +108,7 @@ def test_published_numbers_stand_beside_ours_where_the_setting_is_the_papers():
     fig3 = importlib.import_module("analyses.fig3")
     rows = [
         {"panel": panel, "normalisation": kind, "method": "QT-DoG", "held_out": held_out, "radius": 40.0}
-        for panel in ("train", "test")
+        for panel in ("source", "target")
         for kind in ("none", "filter")
         for held_out in ("all", "sketch")
     ]

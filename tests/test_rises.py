@@ -152,7 +152,7 @@ def test_all_runs_share_radii_where_the_references_rise_so_far(store, tmp_path):
     paired = PROBE.replace(num_samples=None, block_size=8, rel_error=0.1)  # four single rays know the slope, not F
     assert done_all(store, [(ERM, paired), (OTHER, paired)]) == []
     own = tables.flatness(store, [("ERM", ERM, paired), ("ERM", OTHER, paired)])
-    risen = own[(own["panel"] == "train") & (own["radius"] > 0)].groupby("rise")["value"].mean()
+    risen = own[(own["panel"] == "source") & (own["radius"] > 0)].groupby("rise")["value"].mean()
     np.testing.assert_allclose(risen, risen.index, rtol=0.5)
     assert store.run(QT).measured(CAM)[1]["radii"] == by_rise(store, CHOSEN, CAM).tolist()
 

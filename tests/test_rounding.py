@@ -109,7 +109,7 @@ def test_layers_alone_share_the_noise_of_all(store):
 
 def test_fewer_bits_are_larger_radii(store):
     frame = rounding.rises(store, [("ERM", ERM, RADIUS)])
-    whole = frame[(frame["part"] == "all") & (frame["panel"] == "train") & (frame["null"] == "channel")]
+    whole = frame[(frame["part"] == "all") & (frame["panel"] == "source") & (frame["null"] == "channel")]
     gamma = whole.groupby("perturbation")["gamma"].first()
     assert gamma["4"] < gamma["2"] and set(frame["quantity"]) == {"rise", "reverse", "random", "z", "rank"}
     random = frame[frame["quantity"] == "random"]

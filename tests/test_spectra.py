@@ -179,7 +179,7 @@ def test_the_command_prints_and_draws(store, tmp_path, capsys):
     words += ["--trace-budget", 32, "--split", "source", "--split", "rot0,rot45", "--store", store.root]
     assert commandline.call(*words, "--out", tmp_path, "--json") == 0
     rows = json.loads(capsys.readouterr().out)
-    assert {row["split"] for row in rows} == {"source", "rot0,rot45"}
+    assert {row["domains"] for row in rows} == {"source", "rot0,rot45"}
     assert [row["number"] for row in rows][:2] == ["eigenvalue", "trace"]
     assert len(pd.read_csv(tmp_path / "hessian.csv")) == len(rows)
     assert (tmp_path / "hessian.pdf").stat().st_size > 5000

@@ -94,7 +94,7 @@ def test_a_line_between_two_runs_is_measured_told_and_drawn(flatlab, store, tmp_
     ends = [RunStore(store).find(names[label]) for label in ("erm", "lsq")]
     words = (*(run.spec.digest for run in ends), "--axes", "line", "--grid", 5, *IMAGES)
     answer = flatlab("landscape", *words)
-    assert answer.code == 0 and "Unseen domain: the line is" in answer.err and "interpolated" in answer.err
+    assert answer.code == 0 and "Held-out domain: the line is" in answer.err and "interpolated" in answer.err
     frame = pd.read_csv(tmp_path / "connection.csv")
     rows = {row["panel"]: row for row in json.loads(flatlab("landscape", *words, "--json").out.splitlines()[0])}
     measurement = ConnectionSpec(to=names["lsq"], images=6)

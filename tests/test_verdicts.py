@@ -20,7 +20,7 @@ def frame(*, seeds=4, base=0.1, noise=0.01, radii=RADII, rises=RISES):
     rng = np.random.default_rng(0)
     rows = []
     for kind, method, held_out, seed in itertools.product(("none", "filter"), SCALE, ("a", "b"), range(seeds)):
-        for panel in ("train", "test"):
+        for panel in ("source", "target"):
             own = SCALE[method] + noise * rng.normal()
             for radius, rise in zip(radii, rises, strict=True):
                 where = {"panel": panel, "normalisation": kind, "method": method, "held_out": held_out, "seed": seed}
@@ -55,7 +55,7 @@ def test_nothing_is_read_beyond_half_a_nat_or_where_guessing_is_reached():
 
 def test_radii_that_were_given_are_named_by_the_baselines_rise():
     given = frame(noise=0.0).assign(rise=np.nan)
-    given.loc[given["panel"] == "test", "value"] *= 2
+    given.loc[given["panel"] == "target", "value"] *= 2
     named = named_by_rise(given, "ERM")
     assert named.groupby("radius")["rise"].unique().apply(list).to_dict() == {
         radius: [pytest.approx(rise)] for radius, rise in zip(RADII, RISES, strict=True)
@@ -76,8 +76,8 @@ def test_each_pair_is_tested_in_families_of_a_panel_and_a_normalisation():
     assert len(single) == 4 * 7 * 4 and set(single["family_size"]) == {0, 21}  # three radii of at most 0.5 nats
     assert (single[single["radius"] == 4.0]["verdict"] == verdicts.UNREAD).all()
     assert set(found["correction"]) == {"Holm"} and (primary["p_holm"] >= primary["p"]).all()
-    row = primary.set_index(["panel", "normalisation", "method", "baseline"]).loc[("train", "none", "SAM", "ERM")]
-    at = areas(each, limits(each)).query("panel == 'train' and normalisation == 'none'")
+    row = primary.set_index(["panel", "normalisation", "method", "baseline"]).loc[("source", "none", "SAM", "ERM")]
+    at = areas(each, limits(each)).query("panel == 'source' and normalisation == 'none'")
     less = at.pivot_table(index="seed", columns="method", values="value")
     assert row["value"] == pytest.approx((less["SAM"] - less["ERM"]).mean()) and row["verdict"] == "lower"
     assert (row["radius"], row["rise"]) == (3.0, 0.5)
@@ -87,15 +87,15 @@ def test_the_page_has_every_pair_and_says_which_corrections():
     each = frame()
     shown = fig3.summary(fig3.findings(each))
     assert shown["pair"].tolist() == [f"{a} less {b}" for a, b in fig3.PAIRS]
-    assert list(shown.columns[1:]) == ["seen, γ ≤ 3", "unseen, γ ≤ 3", "seen, ρ ≤ 3", "unseen, ρ ≤ 3"]
-    assert shown.set_index("pair").loc["SAM less ERM", "seen, γ ≤ 3"].endswith("]*")
+    assert list(shown.columns[1:]) == ["source, γ ≤ 3", "target, γ ≤ 3", "source, ρ ≤ 3", "target, ρ ≤ 3"]
+    assert shown.set_index("pair").loc["SAM less ERM", "source, γ ≤ 3"].endswith("]*")
     told = fig3.remarks(each)
-    start = "Mean of F up to γ = 3 (ERM's rise: 0.5 nats), seen domains: "
+    start = "Mean of F up to γ = 3 (ERM's rise: 0.5 nats), source domains: "
     assert told[0].startswith(start) and "SAM is flatter than ERM (-0.1" in told[0] and "SWA is" not in told[0]
     assert told[0].endswith("of the other pair nothing can be told.")  # SWA and ERM are alike
     assert "4 families of 7 tests" in told[4] and "Holm" in told[4] and "0.2 of 4" in told[4]
     assert "SAM is flatter than ERM at γ = 1, γ = 2, γ = 3" in told[5]
-    assert told[-1] == "Chance (2.30 nats), unseen domains, ρ: the loss stays below at all radii."
+    assert told[-1] == "Chance (2.30 nats), held-out domain, ρ: the loss stays below at all radii."
 
 
 def test_past_chance_and_with_one_seed_no_verdict_is_read():
@@ -103,7 +103,7 @@ def test_past_chance_and_with_one_seed_no_verdict_is_read():
     assert set(fig3.findings(beyond)["verdict"]) == {verdicts.UNREAD}
     assert set(fig3.summary(fig3.findings(beyond)).iloc[:, 1:].to_numpy().ravel()) == {"not read"}
     told = fig3.remarks(beyond)
-    assert told[0].endswith("seen domains: no verdict is read.") and "reached at 0 by ERM" in told[-1]
+    assert told[0].endswith("source domains: no verdict is read.") and "reached at 0 by ERM" in told[-1]
     alone = fig3.remarks(frame(seeds=1))
     assert alone[0].endswith("one seed gives no interval, so that no difference can be told from chance.")
 

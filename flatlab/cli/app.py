@@ -118,7 +118,9 @@ def train(chosen: Choices) -> None:
     if chosen.tensorboard:
         show_written([tensorboard.write(store.run(spec), chosen.tensorboard) for spec in wanted])
     table = tables.accuracies(store, [(label, spec) for spec in wanted], among_all=among_all)
-    chosen.answer(table, "Accuracy on source validation, in-domain test and target, by selection rule", ACCURACIES)
+    chosen.answer(
+        table, "Accuracy on source domains (validation, test split) and target, by selection rule", ACCURACIES
+    )
     for remark in valleys.remarks(map(store.run, wanted)):
         say(remark, mark="")
 
@@ -140,7 +142,7 @@ def flatness(
     budget: Annotated[int | None, typer.Option(help="Images forwarded at most (100 passes a radius).")] = None,
     block_size: Annotated[int | None, typer.Option(help="Images that a direction sees (a pilot finds out).")] = None,
     samples: Annotated[int | None, typer.Option(help="So many directions on all images, as SWAD's script.")] = None,
-    split: Annotated[str, typer.Option(help="source (the seen domains) or target (the unseen one).")] = "source",
+    split: Annotated[str, typer.Option(help="source (domains) or target (the held-out domain).")] = "source",
     normalisation: Annotated[
         str, typer.Option(help="none: radii are L2 distances; filter, layer, parameter: shares of the weights' norm.")
     ] = "none",
@@ -154,6 +156,7 @@ def flatness(
 ) -> None:  # the options of a measurement are its own, hence so many
     """Measure how fast the loss rises around trained runs: F on spheres (QT-DoG Eq. 5), with intervals."""
     from flatlab import reproduce
+    from flatlab.report.panels import TITLES
     from flatlab.report.sphere import SHOWN, chart, measurement_of, panel_of, said
 
     store, panel = chosen.runs(), panel_of(split)
@@ -170,7 +173,7 @@ def flatness(
         return
     table, written = chart(store, found, measurement, panel=panel, out=chosen.out)
     shown = table if chosen.json else table[list(SHOWN)]
-    chosen.answer(shown, f"Flatness on the {split} domains (nats), 95 % intervals over directions", SHOWN)
+    chosen.answer(shown, f"Flatness, {TITLES[panel]} (nats), 95 % intervals over directions", SHOWN)
     show_written(written, said(found, measurement, panel=panel))
 
 
@@ -204,7 +207,7 @@ def stability(
         int | None, typer.Option(help="The first step that counts (the latest switch of the runs).")
     ] = None,
 ) -> None:
-    """Say how steady runs' out-of-domain accuracy is, whether validation follows it, and what selecting costs."""
+    """Say how steady accuracy on the held-out domain is, whether validation follows it, and what selecting costs."""
     from flatlab.report.stability import SHOWN, chart, switch_of
     from flatlab.report.valleys import sentence
 
@@ -215,7 +218,7 @@ def stability(
     first = switch_of([run.spec for run in found]) if since is None else since
     valleys = [valley_of(run) for run in found] if valley else ()
     table, written = chart(store, found, since=first, out=chosen.out, valleys=valleys)
-    chosen.answer(table, f"Stability of the out-of-domain accuracy from step {first} on (percent)", SHOWN)
+    chosen.answer(table, f"Stability of the accuracy on the held-out domain from step {first} on (percent)", SHOWN)
     show_written(written, [f"{run.name}: {sentence(each)}" for run, each in zip(found, valleys, strict=False)])
 
 

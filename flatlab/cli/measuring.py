@@ -25,7 +25,7 @@ Axes = Annotated[
 Recompute = Annotated[
     int | None,
     typer.Option(
-        help="Compute BatchNorm's statistics anew at each place, from so many training images of each seen domain."
+        help="Recompute BatchNorm's statistics at each place, from this number of images of each source domain."
     ),
 ]
 Every = Annotated[int | None, typer.Option(help="Steps between a trajectory's checkpoints (as they were kept).")]
@@ -180,7 +180,7 @@ def selftest(chosen: Choices) -> None:
         raise typer.Exit(1)
 
 
-SHOWN = {"run": "", "split": "", "engine": "", "number": "", "index": "", "value": ".4g", "low": ".4g", "high": ".4g"}
+SHOWN = {"run": "", "domains": "", "engine": "", "number": "", "index": "", "value": ".4g", "low": ".4g", "high": ".4g"}
 SHOWN |= {"converged": ""}
 CITE = "PyHessian's numbers have no interval: its trace stops when the running mean moves little, which luck does too."
 
@@ -198,7 +198,7 @@ def hessian(
     split: Annotated[
         list[str] | None,
         typer.Option(
-            help="source (the seen domains), target (the unseen one), or domains by name, commas between: they weigh "
+            help="source (domains), target (the held-out domain), or domains by name, commas between: they weigh "
             "alike. Can be given several times (source)."
         ),
     ] = None,
@@ -223,7 +223,7 @@ def hessian(
     if not measured(chosen, found, measurements):
         return
     wanted = [(run.name, run.spec, measurement) for run in found for measurement in measurements]
-    table = spectrum.numbers(store, wanted).rename(columns={"method": "run", "panel": "split"})
+    table = spectrum.numbers(store, wanted).rename(columns={"method": "run", "panel": "domains"})
     written = spectrum.chart(store, wanted, chosen.out)
     shown = table if chosen.json else table[list(SHOWN)]
     chosen.answer(shown, "Hessian of the mean loss (nats per squared unit of the parameters)", SHOWN)

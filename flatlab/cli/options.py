@@ -195,7 +195,7 @@ WORDS: dict[str, tuple[Any, Any, Any]] = {  # name -> type, default, option
         None,
         _option(
             _DATA,
-            "Share of each seen domain that neither trains nor selects, for in-domain numbers (0.2; paper 0: then "
+            "Share of each source domain that neither trains nor selects, for a test (0.2; paper 0: then "
             "they are of the images that select).",
         ),
     ),

@@ -1,4 +1,4 @@
-"""The straight line to another run's checkpoint, over the seen domains and over the unseen one."""
+"""The straight line to another run's checkpoint, over the source domains and over the held-out one."""
 
 from collections.abc import Callable
 from functools import partial

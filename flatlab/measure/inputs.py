@@ -141,7 +141,7 @@ def images(run: Run, spec: MeasurementSpec, place: Place) -> dict[str, Data]:
 
 
 def training_images(run: Run, count: int | None, place: Place) -> Data | None:
-    """Return batches of the first `count` training images of each seen domain, the domains mixed in each batch."""
+    """Return batches of the first `count` training images of each source domain, the domains mixed in each batch."""
     if count is None:
         return None
     batches = loading_data.domains(run.spec, place).calibration(count, loading_data.device(place))

@@ -6,19 +6,21 @@ Torch-free. The frames are those of `tables.flatness`: a row for each run, panel
 import numpy as np
 import pandas as pd
 
-UP_TO = 0.5  # nats that the baseline has risen by on the seen domains, where the area ends
+from flatlab.report.panels import SOURCE
+
+UP_TO = 0.5  # nats that the baseline has risen by on the source domains, where the area ends
 WHERE = ["panel", "normalisation"]
 RUN = [*WHERE, "method", "held_out", "seed"]
 
 
 def named_by_rise(frame: pd.DataFrame, baseline: str) -> pd.DataFrame:
-    """Return the frame with `rise` filled where radii were given as numbers: the baseline's on the seen domains there.
+    """Return the frame with `rise` filled where radii were given: the baseline's on the source domains there.
 
     Args:
         frame: rows of runs.
         baseline: the method whose rise names a radius.
     """
-    own = frame[(frame["method"] == baseline) & (frame["panel"] == "train")]
+    own = frame[(frame["method"] == baseline) & (frame["panel"] == SOURCE)]
     risen = own.groupby(["normalisation", "radius"])["value"].mean().rename("risen")
     joined = frame.join(risen, on=["normalisation", "radius"])
     return joined.assign(rise=joined["rise"].fillna(joined["risen"])).drop(columns="risen")

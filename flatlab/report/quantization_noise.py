@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 
 from flatlab import files, plots
 from flatlab.errors import UserError, choose
-from flatlab.report import tables
+from flatlab.report import tables, verdicts
+from flatlab.results.corrections import holm
 from flatlab.results.estimate import FloatArray
 from flatlab.specs.measurements import QuantizationNoiseSpec
 from flatlab.specs.run import RunSpec
@@ -59,13 +60,25 @@ def statistics(store: RunStore, wanted: Iterable[tuple[str, RunSpec, Quantizatio
 
 
 def findings(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return one row per layer and mode: the corrected divergence over seeds, and the share that each test refuses."""
+    """Return one row per layer and mode: the divergence less a uniform sample's over seeds, and the share refused.
+
+    The layers of a mode are a family of tests.
+    """
     by = ["method", "mode", "layer"]
-    table = tables.over_seeds(frame, by, value="kl_corrected")
+    found = tables.against_zero(frame, by, value="kl_corrected").assign(baseline="a uniform sample")
+    table = verdicts.corrected(found, "KL, " + found["mode"].map(MODES))
     refused = frame.assign(**{name: frame[name] < REJECTED for name in TESTS}).rename(columns=TESTS)
     names = ["count", "bins", "kl", "kl_null", "explained", "clipped", "zero_channels", "variance_ratio"]
     means = refused.groupby(by)[[*names, *TESTS.values()]].mean()
     return table.merge(means.reset_index(), on=by)
+
+
+def refused(frame: pd.DataFrame) -> dict[str, tuple[int, int]]:
+    """Return for each test how many layers and runs it refuses at 5 %: each alone, and after Holm over all of them."""
+    return {
+        what: (int((frame[name] < REJECTED).sum()), int((holm(frame[name]) < REJECTED).sum()))
+        for name, what in TESTS.items()
+    }
 
 
 def chosen_layers(frame: pd.DataFrame, pattern: str | None = None, most: int = MOST) -> list[str]:

@@ -74,13 +74,13 @@ def _draw(pairs: Sequence[tuple[Run, Any]], table: pd.DataFrame) -> Figure:
             _spans(below, table[table["run"] == run.name])
         for ax in axes[:, 1:].ravel():
             ax.set_ylabel("")
-        title = "Shaded: SWAD's valley; dashed: its threshold.\nBelow: what is averaged; right: accuracy out of domain"
+        title = "Shaded: SWAD's valley; dashed: its threshold.\nBelow: what is averaged; right: held-out accuracy"
         figure.suptitle(title, fontsize=8)
     return figure
 
 
 def _spans(ax: Axes, rows: pd.DataFrame) -> None:
-    """Draw the steps that each average takes in, and its accuracy out of domain beside it."""
+    """Draw the steps that each average takes in, and its accuracy on the held-out domain beside it."""
     for place, row in enumerate(rows.to_dict("records")):
         look: Mapping[str, Any] = {"color": f"C{place}", "marker": plots.MARKERS[place], "linewidth": 2}
         ax.plot([row["first"], row["last"]], [place, place], **look)

@@ -15,6 +15,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from flatlab import files, plots
 from flatlab.errors import choose
 from flatlab.report import tables
+from flatlab.report.panels import SOURCE, masks
 from flatlab.results.estimate import FloatArray, standing
 from flatlab.specs.measurements import RoundingSpec
 from flatlab.specs.run import RunSpec
@@ -50,13 +51,12 @@ def rises(store: RunStore, wanted: Iterable[tuple[str, RunSpec, RoundingSpec]]) 
 
 def _rows(run: Run, measurement: RoundingSpec, label: str) -> Iterator[dict[str, Any]]:
     arrays, facts = run.measured(measurement, label)
-    target = np.array([name == run.spec.held_out for name in facts["strata"]])
     about = {"method": label, "held_out": run.spec.held_out, "seed": run.spec.seed, "over": "directions"}
     for index, row in enumerate(facts["rows"]):
         key = f"{index:04d}"
         about |= {"part": row["part"], "perturbation": row["perturbation"], "null": NULLS[row["null"]]}
         about |= {"gamma": row["norm"], "share": row["norm"] / facts["norm"]}
-        for panel, mine in {"train": ~target, "test": target}.items():
+        for panel, mine in masks(facts["strata"], run.spec.held_out).items():
             own, reverse = (float(arrays[f"{name}-{key}"][mine].mean()) for name in ("own", "reverse"))
             for quantity, told in _quantities(own, reverse, arrays[f"twins-{key}"][:, mine].mean(axis=1)):
                 yield {**about, "panel": panel, "quantity": quantity, **told}
@@ -93,13 +93,13 @@ def wide(rows: pd.DataFrame) -> pd.DataFrame:
     return table.reindex(columns=every).reset_index().rename_axis(columns=None)
 
 
-def draw(rows: pd.DataFrame, caption: str, *, panel: str = "train") -> Figure:
+def draw(rows: pd.DataFrame, caption: str, *, panel: str = SOURCE) -> Figure:
     """Draw for each method the rise over gamma, and below it how typical the noise is among its random twins.
 
     Args:
         rows: of one `over`: each method once.
         caption: title, and a line below.
-        panel: "train" (the seen domains) or "test" (the unseen one).
+        panel: "source" or "target" (the held-out domain).
     """
     shown = rows[(rows["panel"] == panel) & (rows["part"] == "all")]
     methods = list(dict.fromkeys(shown["method"]))
@@ -193,7 +193,7 @@ def chart(
     out.mkdir(parents=True, exist_ok=True)
     files.write_bytes(out / "radius.csv", frame.to_csv(index=False).encode())
     caption = (
-        f"What a bit width is worth as a radius\n{layers or 'All layers'}, seen domains; "
+        f"What a bit width is worth as a radius\n{layers or 'All layers'}, source domains; "
         f"{measurement.num_samples} random "
         "directions each, 95 % intervals over them; grey: 95 % of these"
     )

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from flatlab import files, plots
 from flatlab.errors import choose
+from flatlab.report.panels import TITLES
 from flatlab.results.estimate import Estimate, FloatArray
 from flatlab.results.spectrum import blur
 from flatlab.specs.measurements import SpectrumSpec
@@ -132,7 +133,7 @@ def _draw(frame: pd.DataFrame) -> Figure:
         figure, grid = plt.subplots(1, len(panels), figsize=size, layout="constrained", squeeze=False)
         for ax, panel in zip(grid[0], panels, strict=True):
             lines(ax, frame[frame["panel"] == panel], order)
-            ax.set(title=f"{panel}: density of the Hessian's eigenvalues")
+            ax.set(title=f"{TITLES.get(panel, panel).capitalize()}: density of the Hessian's eigenvalues")
             ax.legend()
     return figure
 

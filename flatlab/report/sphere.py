@@ -11,7 +11,7 @@ import pandas as pd
 
 from flatlab import files, plots
 from flatlab.errors import UserError, choose
-from flatlab.report import tables
+from flatlab.report import panels, tables
 from flatlab.results import verdicts
 from flatlab.results.estimate import Estimate, FloatArray, estimate
 from flatlab.specs.measurements import SphereSpec
@@ -20,8 +20,6 @@ from flatlab.specs.run import RunSpec
 from flatlab.specs.settings import QUICK, papers_radii
 from flatlab.store.runs import Run, RunStore
 
-PANELS = {"source": "train", "target": "test"}
-WHICH = {panel: f"{split}" for split, panel in PANELS.items()}
 SHOWN = {"method": "", "held_out": "", "seed": "", "radius": ".4g", "value": ".4g", "low": ".4g", "high": ".4g"}
 SHOWN |= {"l2": ".4g", "share": ".3f", "rms": ".2e"}  # what a screen has room for
 NORMALISATIONS = ("none", "filter", "layer", "parameter")
@@ -64,8 +62,8 @@ def _numbers(text: str) -> list[float]:
 
 
 def panel_of(split: str) -> str:
-    """Return the panel that `--split` means."""
-    return PANELS[choose("split", split, PANELS)]
+    """Return the panel that `--split` names."""
+    return choose("split", split, panels.TITLES)
 
 
 def measurement_of(radii: str | None, first: RunSpec, **fields: Any) -> SphereSpec:
@@ -91,7 +89,7 @@ def chart(
         store: holds the measurements.
         found: the runs.
         measurement: as measured.
-        panel: "train" (the seen domains) or "test" (the unseen one).
+        panel: "source" or "target" (the held-out domain).
         out: folder of the pictures.
     """
     wanted = [(run.name, run.spec, measurement) for run in found]
@@ -109,7 +107,7 @@ def said(found: list[Run], measurement: SphereSpec, *, panel: str) -> list[str]:
     Args:
         found: the runs, measured.
         measurement: as measured.
-        panel: "train" (the seen domains) or "test" (the unseen one).
+        panel: "source" or "target" (the held-out domain).
     """
     seen = {run.name: _seen(run, measurement, panel) for run in found}
     told = [
@@ -153,7 +151,7 @@ class Seen:
 
 def _seen(run: Run, measurement: SphereSpec, panel: str) -> Seen:
     arrays, facts = run.measured(measurement)
-    mine = np.array([(name == run.spec.held_out) == (panel == "test") for name in facts["strata"]])
+    mine = panels.masks(facts["strata"], run.spec.held_out)[panel]
     rises = [arrays[f"visits-{index:02d}"][:, mine].mean(axis=1) for index in range(len(arrays["radii"]))]
     slopes = arrays["slopes"][:, mine][:, :, mine].mean(axis=(1, 2)) if "slopes" in arrays else None
     plans = [(plan["block_size"], plan["paired"]) for plan in facts["plans"]]
@@ -198,7 +196,7 @@ def _draw(shown: pd.DataFrame, measurement: SphereSpec, panel: str) -> Any:
         ax.set(
             xlabel=distance,
             ylabel="Flatness $F(w)$ (nats)",
-            title=f"{WHICH[panel]} domains, {measurement.effort}",
+            title=f"{panels.TITLES[panel].capitalize()}, {measurement.effort}",
         )
         ax.legend()
     return figure

@@ -1,7 +1,7 @@
 """How steady the accuracy on the held-out domain is along a training: curves, and the numbers behind the word "stable".
 
-The paper shows curves (QT-DoG Fig. 4); the numbers are ours: `spread` and `change` say how much the out-of-domain
-accuracy moves, `correlation` whether validation follows it, and `regret` what selecting by validation costs.
+The paper shows curves (QT-DoG Fig. 4); the numbers are ours: `spread` and `change` say how much it moves,
+ `correlation` whether validation follows it, and `regret` what selecting by validation costs.
 """
 
 import textwrap
@@ -22,11 +22,12 @@ from scipy import stats
 from flatlab import files, plots
 from flatlab.errors import UserError
 from flatlab.report import tables
+from flatlab.report.panels import ACCURACY, SOURCE, TARGET
 from flatlab.specs.run import RunSpec
 from flatlab.store import selection
 from flatlab.store.runs import Run, RunStore
 
-QUANTITIES = {"test": "In-domain test", "validation": "Validation (selected on)", "target": "Out of domain"}
+QUANTITIES = {"test": ACCURACY[SOURCE, "test"], "validation": ACCURACY[SOURCE, "out"], "target": ACCURACY[TARGET, "in"]}
 NUMBERS = {
     "spread": "Standard deviation",
     "change": "Mean absolute change",
@@ -44,10 +45,10 @@ class Stability:
     """What "stable" stands for; accuracies are shares of 1.
 
     Attributes:
-        spread: standard deviation of the out-of-domain accuracy over the evaluations, with n - 1.
+        spread: standard deviation of the accuracy on the held-out domain over the evaluations, with n - 1.
         change: mean absolute difference between two evaluations in a row.
-        correlation: Spearman's, between validation and out-of-domain accuracy; NaN where one stands still, or of two.
-        regret: the best out-of-domain accuracy less that where validation is best (the first of equals).
+        correlation: Spearman's, between validation and held-out accuracy; NaN where one stands still, or of two.
+        regret: the best accuracy there less that where validation is best (the first of equals).
         points: evaluations.
     """
 
@@ -62,8 +63,8 @@ def stability(validation: npt.ArrayLike, target: npt.ArrayLike) -> Stability:
     """Return the numbers of one training.
 
     Args:
-        validation: in-domain accuracy (n,) at each evaluation, in the order of the steps.
-        target: out-of-domain accuracy (n,) at the same.
+        validation: accuracy (n,) on the source domains, at each evaluation, in the order of the steps.
+        target: accuracy (n,) on the held-out domain, at the same.
 
     Raises:
         UserError: where they are not of one length, or fewer than two.
@@ -209,7 +210,7 @@ def _valleys(ax: Axes, found: Sequence[Run], valleys: Sequence[dict[str, Any]]) 
 
 
 def panels(axes: Sequence[Axes], frame: pd.DataFrame, order: Sequence[str], since: int) -> None:
-    """Draw in-domain accuracy above and that out of domain below against the step, the switch marked.
+    """Draw accuracy on the source domains above and on the held-out domain below against the step, the switch marked.
 
     Args:
         axes: two, from top to bottom.
@@ -218,7 +219,7 @@ def panels(axes: Sequence[Axes], frame: pd.DataFrame, order: Sequence[str], sinc
         since: the step of the switch; 0 is not marked.
     """
     there = [name for name in QUANTITIES if name in set(frame["quantity"])]
-    for ax, quantity in zip(axes, (there[0], "target"), strict=True):  # in domain of images that select nothing, if any
+    for ax, quantity in zip(axes, (there[0], "target"), strict=True):  # of images that select nothing, if any
         name = QUANTITIES[quantity]
         mine = frame[frame["quantity"] == quantity]
         plots.curves(ax, mine, x="step", by="method", order=order)

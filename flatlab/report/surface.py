@@ -10,6 +10,7 @@ import pandas as pd
 
 from flatlab import files, plots
 from flatlab.errors import UserError
+from flatlab.report import panels
 from flatlab.results.connectivity import Connection
 from flatlab.results.surface import Surface
 from flatlab.specs.measurements import ConnectionSpec, SurfaceSpec
@@ -19,9 +20,8 @@ BARRIERS = {"panel": "", "barrier": ".4g", "low": ".4g", "high": ".4g", "positio
 ALIKE = ("dataset", "model", "image_size", "held_out", "trial_seed", "holdout", "test_share")
 OWN = "BatchNorm's statistics are those of the run in the origin: at another checkpoint's mark the loss is not its own."
 MIXED = "BatchNorm's statistics are interpolated like the weights: both ends are the checkpoints."
-ANEW = "BatchNorm's statistics are computed anew at each place, from up to {} training images of each seen domain."
+ANEW = "BatchNorm's statistics are computed anew at each place, from up to {} training images of each source domain."
 BAND = "Band: 95 % over images, of the height above the dashed line; the barrier's place is chosen on other images."
-PANELS = {"source": "seen domains", "target": "unseen domain"}
 
 
 def centres(found: Sequence[Run], axes: str) -> tuple[list[Run], tuple[str, ...]]:
@@ -84,35 +84,34 @@ def surface(run: Run, measurement: SurfaceSpec) -> Surface:
 
 
 def of_panel(found: Surface, panel: str, held_out: str, metric: str = "loss") -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Return a metric (G1, G2) on the seen domains, each weighing the same, or on the unseen one."""
-    names = [name for name in found.strata if (name == held_out) == (panel == "target")]
-    return found.of(metric, names)
+    """Return a metric (G1, G2) on the source domains, each weighing the same, or on the held-out one."""
+    return found.of(metric, np.array(found.strata)[panels.masks(found.strata, held_out)[panel]].tolist())
 
 
 def draw_surfaces(found: Sequence[Run], measurement: SurfaceSpec, *, out: Path) -> list[Path]:
-    """Draw contours of each run on seen and unseen domains, on common levels, with a relief; write npz and pictures."""
+    """Draw contours of each run on both panels, on common levels, with a relief; write npz and pictures."""
     surfaces = {run.spec.digest: surface(run, measurement) for run in found}
-    panels = {
+    values = {
         (run.spec.digest, panel): of_panel(surfaces[run.spec.digest], panel, run.spec.held_out)
         for run in found
-        for panel in PANELS
+        for panel in panels.TITLES
     }
-    levels, written = plots.contour_levels(panels.values()), []
+    levels, written = plots.contour_levels(values.values()), []
     out.mkdir(parents=True, exist_ok=True)
     with plots.style():
         rows = len(found)
         figure = plt.figure(figsize=(9.0, 3.0 * rows + 0.4), layout="constrained")
         for row, run in enumerate(found):
             mine = surfaces[run.spec.digest]
-            for column, (panel, title) in enumerate(PANELS.items()):
+            for column, (panel, title) in enumerate(panels.TITLES.items()):
                 ax = figure.add_subplot(rows, 3, 3 * row + column + 1)
-                filled = plots.contours(ax, (mine.x, mine.y), panels[run.spec.digest, panel], levels=levels)
+                filled = plots.contours(ax, (mine.x, mine.y), values[run.spec.digest, panel], levels=levels)
                 plots.marked(ax, mine.marks, mine.mark_labels, connected=mine.connected)
                 ax.set(xlabel=mine.labels[0], ylabel=mine.labels[1], title=f"{run.name}, {title}")
             figure.colorbar(filled, ax=ax, label="loss (nats)", format="%.2g")
             relief: Any = figure.add_subplot(rows, 3, 3 * row + 3, projection="3d")
-            plots.relief(relief, (mine.x, mine.y), panels[run.spec.digest, "source"], levels=levels)
-            relief.set(title=f"{run.name}, {PANELS['source']}")
+            plots.relief(relief, (mine.x, mine.y), values[run.spec.digest, panels.SOURCE], levels=levels)
+            relief.set(title=f"{run.name}, {panels.TITLES[panels.SOURCE]}")
             mine.save(out / f"landscape-{run.spec.digest[:6]}.npz")
             written.append(out / f"landscape-{run.spec.digest[:6]}.npz")
         if told := remarks(found, measurement):
@@ -141,7 +140,7 @@ def remarks(found: Sequence[Run], measurement: SurfaceSpec | ConnectionSpec) -> 
 
 
 def connection(run: Run, measurement: ConnectionSpec, panel: str) -> Connection:
-    """Return a measured line, over the seen domains ("source") or the unseen one ("target")."""
+    """Return a measured line, over the source domains ("source") or the held-out one ("target")."""
     arrays, facts = run.measured(measurement)
     mine = {name.removeprefix(f"{panel}."): each for name, each in arrays.items() if name.startswith(f"{panel}.")}
     return Connection.whole(mine, facts[panel])
@@ -164,8 +163,8 @@ def draw_line(
     rows, frames, told, written = [], [], [], []
     out.mkdir(parents=True, exist_ok=True)
     with plots.style():
-        figure, grid = plt.subplots(1, len(PANELS), figsize=(6.9, 3.0), layout="constrained")
-        for ax, (panel, title) in zip(grid, PANELS.items(), strict=True):
+        figure, grid = plt.subplots(1, len(panels.TITLES), figsize=(6.9, 3.0), layout="constrained")
+        for ax, (panel, title) in zip(grid, panels.TITLES.items(), strict=True):
             found = connection(run, measurement, panel)
             low, high = (float(end[0]) for end in found.interval())
             place = {"position": found.position, "distance": found.position * found.length}

@@ -14,6 +14,8 @@ import pandas as pd
 
 from flatlab import files
 from flatlab.errors import UserError
+from flatlab.report import verdicts
+from flatlab.report.panels import ACCURACY, SOURCE, TARGET, masks
 from flatlab.results import estimate as results_estimate
 from flatlab.results.estimate import Estimate, FloatArray, mean_of
 from flatlab.specs.measurements import SphereSpec
@@ -24,14 +26,13 @@ from flatlab.store.entry import complaints
 from flatlab.store.runs import Run, RunStore
 
 LEVEL = 0.95
-IN_DOMAIN = {"validation": "validation (selected on)", "test": "in-domain test"}
 Labelled = tuple[str, RunSpec]
 
 
 def flatness(store: RunStore, wanted: Iterable[tuple[str, RunSpec, SphereSpec]]) -> pd.DataFrame:
     """Return one row per run, panel and radius: the rise of the loss in nats, averaged over directions.
 
-    The panel "train" is the mean over the seen domains, each weighing the same; "test" is the held-out domain.
+    The panel "source" is the mean over the source domains, each weighing the same; "target" is the held-out domain.
     `rise` is what a radius was chosen for (NaN where it was given), `base_loss` the loss at the checkpoint, `chance`
     that of guessing, ln C; all in nats.
 
@@ -60,9 +61,8 @@ def _rises(
     run: RunSpec, measurement: SphereSpec, label: str, found: tuple[files.Arrays, Any]
 ) -> Iterable[dict[str, Any]]:
     arrays, facts = found
-    target = [name == run.held_out for name in facts["strata"]]
     named = facts.get("rises", [float("nan")] * len(arrays["radii"]))
-    for panel, mine in {"train": ~np.array(target), "test": np.array(target)}.items():
+    for panel, mine in masks(facts["strata"], run.held_out).items():
         for index, (radius, blocks) in enumerate(zip(arrays["radii"], facts["blocks"], strict=True)):
             rises = arrays[f"visits-{index:02d}"][:, mine].mean(axis=1)  # (J,)
             yield {
@@ -134,8 +134,7 @@ def _check_crossed(frame: pd.DataFrame, by: Sequence[str]) -> None:
 def paired(frame: pd.DataFrame, baseline: str, by: Sequence[str]) -> pd.DataFrame:
     """Return each method less the baseline, paired by held-out domain and seed, with intervals over seeds.
 
-    A column `verdict` says "lower", "higher" or "not distinguishable" as the interval lies, and `p` is the two-sided
-    p-value of the paired t test, both of this test alone: `verdicts.corrected` looks at the family.
+    `p` is the two-sided p-value of the paired t test, of this test alone: `verdicts.corrected` decides, by the family.
 
     Args:
         frame: rows with `method`, `held_out`, `seed` and `value`.
@@ -156,14 +155,21 @@ def paired(frame: pd.DataFrame, baseline: str, by: Sequence[str]) -> pd.DataFram
         )
     joined = others.join(base, on=keys)
     joined["difference"] = joined["value"] - joined["base"]
-    table = over_seeds(joined, ["method", *by], value="difference")
-    seeds = joined.groupby(["method", *by], sort=False)["seed"].nunique()
+    return against_zero(joined, ["method", *by], value="difference").assign(baseline=baseline)
+
+
+def against_zero(frame: pd.DataFrame, by: Sequence[str], *, value: str = "value") -> pd.DataFrame:
+    """Return mean and interval over seeds, and `p`, the two-sided p-value of the t test of a mean of zero.
+
+    Args:
+        frame: rows with `held_out`, `seed` and `value`.
+        by: the columns that name a group.
+        value: the column that is tested.
+    """
+    table = over_seeds(frame, by, value=value)
+    seeds = frame.groupby(list(by), sort=False)["seed"].nunique()
     told = zip(table["value"], table["stderr"], seeds, strict=True)
-    table["p"] = [Estimate(value, stderr, max(1, count - 1)).p_value for value, stderr, count in told]
-    table["verdict"] = np.select(
-        [table["high"] < 0, table["low"] > 0], ["lower", "higher"], default="not distinguishable"
-    )
-    return table.assign(baseline=baseline)
+    return table.assign(p=[Estimate(value, stderr, max(1, count - 1)).p_value for value, stderr, count in told])
 
 
 def paired_each(frame: pd.DataFrame, pairs: Iterable[tuple[str, str]], by: Sequence[str]) -> pd.DataFrame:
@@ -180,7 +186,7 @@ def paired_each(frame: pd.DataFrame, pairs: Iterable[tuple[str, str]], by: Seque
 def accuracies(store: RunStore, wanted: Iterable[Labelled], *, among_all: bool = False) -> pd.DataFrame:
     """Return one row per run and selection rule: step, accuracies, looks at the target.
 
-    `validation` and `test` are means over the seen domains: of the images that select, and of those that do not (NaN
+    `validation` and `test` are means over the source domains: of the images that select, and of those that do not (NaN
     where a run keeps none). `target` is the held-out domain's.
 
     Args:
@@ -251,22 +257,6 @@ def _describe(folder: Path, row: dict[str, Any]) -> None:
     row["state"] = "done" if run.done else f"step {log[-1]['step']}" if log else "begun"
 
 
-def bracketed(value: float, low: float, high: float, *, digits: int = 3, starred: bool | None = None) -> str:
-    """Return "value [low, high]" and perhaps a star; one seed has no interval.
-
-    Args:
-        value: the number.
-        low: of its interval.
-        high: of its interval.
-        digits: behind the point.
-        starred: whether there is a star; None: where the interval excludes zero.
-    """
-    if not np.isfinite([low, high]).all():
-        return f"{value:+.{digits}f} (no interval)"
-    star = low * high > 0 if starred is None else starred
-    return f"{value:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]{'*' if star else ''}"
-
-
 def markdown(frame: pd.DataFrame) -> str:
     """Return a frame as a table in markdown, fractions with three digits."""
     cells = [[f"{v:.3f}" if isinstance(v, float) else str(v) for v in row] for row in frame.itertuples(index=False)]
@@ -274,21 +264,30 @@ def markdown(frame: pd.DataFrame) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def reached(accuracies: pd.DataFrame, baseline: str) -> pd.DataFrame:
-    """Return one row per method: mean accuracies over held-out domains and seeds, and the target's less a baseline's.
-
-    In domain it is that of the images that select nothing, where all runs keep such.
+def gains(accuracies: pd.DataFrame, baseline: str) -> pd.DataFrame:
+    """Return each method's accuracy on the held-out domain less a baseline's, as one family of tests.
 
     Args:
         accuracies: as `accuracies` returns them; rows by training-domain validation count.
         baseline: the method that is subtracted, paired by held-out domain and seed.
     """
     chosen = accuracies[accuracies["selection"] == "training-domain"].rename(columns={"target": "value"})
-    inside = "validation" if chosen["test"].isna().any() else "test"
-    names = {inside: IN_DOMAIN[inside], "value": "target"}
+    found = paired(chosen.assign(panel=TARGET), baseline, ["panel"])
+    return verdicts.corrected(found, pd.Series(f"Accuracy, {ACCURACY[TARGET, 'in']}", found.index))
+
+
+def reached(accuracies: pd.DataFrame, gains: pd.DataFrame) -> pd.DataFrame:
+    """Return one row per method: mean accuracies, and that on the held-out domain less a baseline's.
+
+    On the source domains it is that of the images that select nothing, where all runs keep such.
+
+    Args:
+        accuracies: as `accuracies` returns them; rows by training-domain validation count.
+        gains: as `gains` returns them.
+    """
+    chosen = accuracies[accuracies["selection"] == "training-domain"]
+    column, split = ("validation", "out") if chosen["test"].isna().any() else ("test", "test")
+    names = {column: ACCURACY[SOURCE, split], "target": ACCURACY[TARGET, "in"]}
     each = chosen.groupby("method", sort=False)[list(names)].mean().rename(columns=names)
-    less = paired(chosen.assign(target="target"), baseline, ["target"]).set_index("method")
-    told = {
-        name: bracketed(*row) for name, row in zip(less.index, less[["value", "low", "high"]].to_numpy(), strict=True)
-    }
-    return each.assign(**{f"target less {baseline}": pd.Series(told)}).fillna("").reset_index()
+    less = f"{ACCURACY[TARGET, 'in']} less {gains['baseline'].iloc[0]}"
+    return each.assign(**{less: pd.Series(verdicts.cells(gains), gains["method"])}).fillna("").reset_index()

@@ -7,7 +7,6 @@ alone. `corrected` adds the family and the verdict, `sentences` and `statement` 
 import numpy as np
 import pandas as pd
 
-from flatlab.report.tables import bracketed
 from flatlab.results.corrections import holm
 
 LEVEL = 0.05
@@ -34,8 +33,26 @@ def corrected(
     return found.assign(verdict=np.select(cases, [UNREAD, "lower", "higher"], default=NONE))
 
 
+def bracketed(value: float, low: float, high: float, *, digits: int = 3, starred: bool = False) -> str:
+    """Return "value [low, high]" and perhaps a star; one seed has no interval."""
+    if not np.isfinite([low, high]).all():
+        return f"{value:+.{digits}f} (no interval)"
+    return f"{value:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]{'*' if starred else ''}"
+
+
+def cells(findings: pd.DataFrame, *, digits: int = 3) -> list[str]:
+    """Return each finding with its interval as text, starred where p < 0.05 after Holm within its family."""
+    rows = findings[["p_holm", "value", "low", "high"]].itertuples(index=False)
+    return [bracketed(*told, digits=digits, starred=p < LEVEL) for p, *told in rows]
+
+
 def sentences(
-    findings: pd.DataFrame, *, words: tuple[str, str] = ("lower", "higher"), unit: str = "", digits: int = 3
+    findings: pd.DataFrame,
+    *,
+    words: tuple[str, str] = ("lower", "higher"),
+    unit: str = "",
+    digits: int = 3,
+    place: str = "at",
 ) -> list[str]:
     """Return a sentence for each family: which differences can be told, and of how many pairs nothing can be.
 
@@ -44,6 +61,7 @@ def sentences(
         words: what a method with a lower value is, and with a higher one.
         unit: of the values.
         digits: of the values, behind the point.
+        place: what precedes the names in `at`.
     """
     told = []
     for family, rows in findings.groupby("family", sort=False):
@@ -53,20 +71,21 @@ def sentences(
         elif tests["p"].isna().all():
             told.append(f"{family}: one seed gives no interval, so that no difference can be told from chance.")
         else:
-            told.append(f"{family}: {'; '.join(_clauses(tests, words, unit, digits))}.")
+            told.append(f"{family}: {'; '.join(_clauses(tests, words, (unit, digits, place)))}.")
     return told
 
 
-def _clauses(tests: pd.DataFrame, words: tuple[str, str], unit: str, digits: int) -> list[str]:
+def _clauses(tests: pd.DataFrame, words: tuple[str, str], form: tuple[str, int, str]) -> list[str]:
+    unit, digits, place = form
     named = dict(zip(("lower", "higher"), words, strict=True))
     pairs, sure = ["method", "baseline"], tests[tests["verdict"] != NONE]
     clauses = []
     for (method, baseline, verdict), rows in sure.groupby([*pairs, "verdict"], sort=False):
         if "at" in rows:
-            how = f"at {', '.join(rows['at'])}"
+            how = f"{place} {', '.join(rows['at'])}"
         else:
             *told, p = rows[["value", "low", "high", "p_holm"]].iloc[0]
-            how = f"({bracketed(*told, digits=digits, starred=False)}{unit and f' {unit}'}, p = {p:.2g})"
+            how = f"({bracketed(*told, digits=digits)}{unit and f' {unit}'}, p = {p:.2g})"
         clauses.append(f"{method} is {named[str(verdict)]} than {baseline} {how}")
     count, left = len(tests[pairs].drop_duplicates()), len(sure[pairs].drop_duplicates())
     if left == count:

@@ -5,34 +5,39 @@ from collections.abc import Iterator
 import pandas as pd
 
 from flatlab.report import tables
+from flatlab.report.panels import SOURCE, TARGET
 from flatlab.specs.run import RunSpec
 from flatlab.store.runs import RunStore
 
-PANELS = {**tables.IN_DOMAIN, "out": "out of domain"}
-READ = {"validation": "validation", "test": "test", "out": "target"}  # panel -> what of a log's row
-BY = ["dataset", "panel"]
+Panel = tuple[str, str]  # and split
+READ = {(SOURCE, "out"): "validation", (SOURCE, "test"): "test", (TARGET, "in"): "target"}  # what of a log's row
+BY = ["dataset", "panel", "split"]
 
 
-def accuracies(store: RunStore, wanted: list[tuple[str, RunSpec]], panels: list[str]) -> pd.DataFrame:
+def accuracies(store: RunStore, wanted: list[tuple[str, RunSpec]], panels: list[Panel]) -> pd.DataFrame:
     """Return a row for each run and panel: the accuracy in percent.
 
     Args:
         store: holds the finished runs.
         wanted: line's name, run.
-        panels: of `READ`.
+        panels: each with its split, of `READ`.
     """
     found = tables.accuracies(store, wanted)
     found = found[found["selection"] == "training-domain"]
     found = found.assign(dataset=found["run"].map({run.digest: run.dataset for _, run in wanted}))
     shared = ["dataset", "method", "held_out", "seed"]
     return pd.concat(
-        [found[shared].assign(panel=panel, value=100 * found[READ[panel]]) for panel in panels], ignore_index=True
+        [
+            found[shared].assign(panel=panel, split=split, value=100 * found[READ[panel, split]])
+            for panel, split in panels
+        ],
+        ignore_index=True,
     )
 
 
 def over_datasets(each: pd.DataFrame, name: str) -> pd.DataFrame:
     """Return the mean over data sets, each the mean over its held-out domains, as that of one more data set."""
-    keys = ["panel", "method", "seed"]
+    keys = [*BY[1:], "method", "seed"]
     means = each.groupby([*keys, "dataset"], sort=False)["value"].mean()
     return means.groupby(level=keys, sort=False).mean().reset_index().assign(dataset=name, held_out="all")
 
@@ -44,7 +49,7 @@ def over_seeds(each: pd.DataFrame) -> Iterator[pd.DataFrame]:
         yield tables.over_seeds(mine, [*BY, "method"]).assign(held_out=target)
 
 
-def over_members(store: RunStore, wanted: list[tuple[str, RunSpec]], panels: list[str]) -> Iterator[pd.DataFrame]:
+def over_members(store: RunStore, wanted: list[tuple[str, RunSpec]], panels: list[Panel]) -> Iterator[pd.DataFrame]:
     """Return the mean over an ensemble's members of their own accuracies, and over held-out domains of that."""
     alone = [(label, member) for label, run in wanted for member in run.members]
     if not alone:
@@ -58,7 +63,7 @@ def over_members(store: RunStore, wanted: list[tuple[str, RunSpec]], panels: lis
 
 def ensembles(frame: pd.DataFrame) -> Iterator[str]:
     """Say what each ensemble gains over the mean of its members; it takes up their seeds, and has no interval."""
-    mine = frame[(frame["held_out"] == "all") & (frame["panel"] == "out")]
+    mine = frame[(frame["held_out"] == "all") & (frame["panel"] == TARGET)]
     keys = [*BY, "method"]
     members, whole = (mine[mine["over"] == over][[*keys, "value"]] for over in ("members", "seeds"))
     both = members.merge(whole, on=keys, suffixes=("_members", ""))
@@ -66,6 +71,6 @@ def ensembles(frame: pd.DataFrame) -> Iterator[str]:
         less = zip(rows["method"], rows["value"] - rows["value_members"], strict=True)
         gains = ", ".join(f"{method} {gain:+.2f}" for method, gain in less)
         yield (
-            f"{dataset}, out of domain, ensembles less the mean of their members, in points, without an interval: "
+            f"{dataset}, held-out domain, ensembles less the mean of their members, in points, without an interval: "
             f"{gains}. Above, an ensemble is compared with the mean of the other line over all its seeds."
         )
