@@ -6,7 +6,6 @@ One class serves Figures 6, 7 and 9 to 12: they differ in targets, images and la
 import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import matplotlib.pyplot as plt
@@ -40,7 +39,7 @@ NUMBERS = {
     "vanished": "Maps that vanish\nat moved weights",
     "agreement": "Agreement of the\ntwo networks",
 }
-COLUMNS = ["quantity", "method", "held_out", "seed", "share", "image", "label", "said", "path"]
+COLUMNS = ["quantity", "method", "held_out", "seed", "share", "image", "label", "said", "run"]
 COLUMNS += ["value", "stderr", "low", "high", "over"]
 IMAGES = 24  # of each target: the numbers rest on all of them, the pictures show the first
 DIRECTIONS = 5
@@ -92,13 +91,13 @@ class CamFigure:
         return runs, [(run, self.measurement(setting)) for run in runs]
 
     def table(self, store: RunStore, setting: Setting) -> pd.DataFrame:
-        """Return numbers of each run over images and of each method over seeds, and the pictures by path and index."""
+        """Return numbers of each run over images and of each method over seeds, and the pictures by run and index."""
         measurement = self.measurement(setting)
         found = {}
         for label, spec in self.labelled(setting):
             run = store.run(spec)
             arrays, _ = run.measured(measurement, label)
-            found[label, spec.held_out, spec.seed] = str(run.measurement(measurement).result), arrays
+            found[label, spec.held_out, spec.seed] = spec.digest, arrays
         each = pd.DataFrame(list(_numbers(found)))
         told, along = each[each["share"].isna()], each[each["share"].notna()]
         whole = [
@@ -107,6 +106,17 @@ class CamFigure:
         ]
         shown = pd.DataFrame(list(_pictures(found, range(self.first, self.first + self.shown), setting.seed)))
         return pd.concat([each, *whole, shown], ignore_index=True).reindex(columns=COLUMNS)
+
+    def arrays(self, frame: pd.DataFrame, store: RunStore, setting: Setting) -> files.Arrays:
+        """Return the images (C, H, W) and maps (H, W) that are shown, by run and index."""
+        shown = frame[frame["quantity"] == "picture"]
+        held: files.Arrays = {}
+        for label, spec in self.labelled(setting):
+            found, _ = store.run(spec).measured(self.measurement(setting), label)
+            for index in shown["image"][shown["run"] == spec.digest].astype(int):
+                held[f"{spec.digest}-image-{index}"] = found["images"][index]
+                held[f"{spec.digest}-map-{index}"] = found["maps"][index]
+        return held
 
     def caption(self, setting: Setting) -> str:
         """Say in a title and a line below which data, images and networks the picture shows."""
@@ -122,7 +132,7 @@ class CamFigure:
             f"{measurement.num_samples} directions. Layer: {measurement.layer or 'the last with a grid'}."
         )
 
-    def draw(self, frame: pd.DataFrame, caption: str) -> Figure:
+    def draw(self, frame: pd.DataFrame, caption: str, arrays: files.Arrays) -> Figure:
         """Draw the pictures, each map on its own scale and on one, and the numbers below."""
         shown = frame[frame["quantity"] == "picture"]
         pairs = self.layout == "pairs"
@@ -135,7 +145,7 @@ class CamFigure:
             above, below = list(figure.subfigures(2, 1, height_ratios=[height, 2.6]))  # type: ignore[arg-type]
             for part, (title, common) in zip(list(above.subfigures(2, 1)), blocks.items(), strict=True):
                 part.suptitle(title, fontsize=8)
-                (_pairs if pairs else _triples)(part, shown, common=common)
+                (_pairs if pairs else _triples)(part, shown, arrays, common=common)
             _charts(below, frame[frame["over"] == "seeds"])
             title, _, rest = caption.partition("\n")
             figure.suptitle(title, fontsize=9)
@@ -204,19 +214,19 @@ def _numbers(found: Found) -> Iterable[dict[str, Any]]:
 
 
 def _pictures(found: Found, indices: Iterable[int], seed: int) -> Iterable[dict[str, Any]]:
-    """Yield one row per picture: where its arrays lie, and what the network says of it."""
-    for (method, held_out, trial), (path, arrays) in found.items():
+    """Yield one row per picture: whose it is, and what the network says of it."""
+    for (method, held_out, trial), (run, arrays) in found.items():
         for index in indices if trial == seed else ():
             probabilities = arrays["probabilities"][index]
             facts = {"image": index, "label": int(arrays["labels"][index]), "said": int(probabilities.argmax())}
-            keys = {"quantity": "picture", "method": method, "held_out": held_out, "seed": trial, "path": path}
+            keys = {"quantity": "picture", "method": method, "held_out": held_out, "seed": trial, "run": run}
             yield {**keys, **facts, "value": float(probabilities[facts["label"]]), "over": "picture"}
 
 
 # --- drawing ----------------------------------------------------------------------------------------------------------
 
 
-def _pairs(part: Any, shown: pd.DataFrame, *, common: bool) -> None:
+def _pairs(part: Any, shown: pd.DataFrame, arrays: files.Arrays, *, common: bool) -> None:
     """Draw a row for each target: each image, and beside it ERM's and QT-DoG's map (the paper's Figure 6)."""
     targets, images = list(dict.fromkeys(shown["held_out"])), sorted(shown["image"].unique())
     grid = part.subplots(len(targets), 3 * len(images), squeeze=False)
@@ -224,32 +234,32 @@ def _pairs(part: Any, shown: pd.DataFrame, *, common: bool) -> None:
         row[0].set_ylabel(target)
         for place, image in enumerate(images):
             mine = shown[(shown["held_out"] == target) & (shown["image"] == image)]
-            original, _ = _arrays(mine["path"].iloc[0], int(image))
+            original, _ = _arrays(arrays, mine["run"].iloc[0], int(image))
             _show(row[3 * place], original, " ")
-            _explained(row[3 * place + 1 : 3 * place + 3], mine, common=common)
+            _explained(row[3 * place + 1 : 3 * place + 3], mine, arrays, common=common)
     for ax, name in zip(grid[0], ("image", *METHODS_SHOWN) * len(images), strict=True):
         ax.set_title(name, fontsize=7)
 
 
-def _triples(part: Any, shown: pd.DataFrame, *, common: bool) -> None:
+def _triples(part: Any, shown: pd.DataFrame, arrays: files.Arrays, *, common: bool) -> None:
     """Draw original, ERM and QT-DoG for each image, three images in a row (the paper's Figures 9 to 12)."""
     images = sorted(shown["image"].unique())
     grid = part.subplots(-(-len(images) // 3), 9, squeeze=False)
     for start, image in enumerate(images):
         cells = grid[start // 3, 3 * (start % 3) : 3 * (start % 3) + 3]
         mine = shown[shown["image"] == image]
-        original, _ = _arrays(mine["path"].iloc[0], int(image))
+        original, _ = _arrays(arrays, mine["run"].iloc[0], int(image))
         _show(cells[0], original, " ")
-        _explained(cells[1:], mine, common=common)
+        _explained(cells[1:], mine, arrays, common=common)
     for ax in grid.ravel()[len(images) * 3 :]:
         ax.set_axis_off()
     for ax, name in zip(grid[0], ("image", *METHODS_SHOWN) * 3, strict=True):
         ax.set_title(name, fontsize=7)
 
 
-def _explained(cells: Sequence[Axes], rows: pd.DataFrame, *, common: bool) -> None:
+def _explained(cells: Sequence[Axes], rows: pd.DataFrame, arrays: files.Arrays, *, common: bool) -> None:
     """Draw both networks' maps of one image; a wrong answer is named below."""
-    both = [_arrays(path, int(image)) for path, image in rows[["path", "image"]].itertuples(index=False)]
+    both = [_arrays(arrays, run, int(image)) for run, image in rows[["run", "image"]].itertuples(index=False)]
     peak = max(float(each.max()) for _, each in both)
     for ax, (image, evidence), (_, row) in zip(cells, both, rows.iterrows(), strict=True):
         own = peak if common else float(evidence.max())
@@ -257,11 +267,10 @@ def _explained(cells: Sequence[Axes], rows: pd.DataFrame, *, common: bool) -> No
         _show(ax, 0.5 * image + 0.5 * heat, " " if row["said"] == row["label"] else f"says {row['said']:.0f}")
 
 
-def _arrays(path: str, index: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+def _arrays(arrays: files.Arrays, run: str, index: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Return an image (H, W, 3) in [0, 1] and its map (H, W)."""
-    arrays, _ = files.load_arrays(Path(path))
-    image = np.moveaxis(arrays["images"][index].astype(float) / 255, 0, -1)
-    return np.broadcast_to(image, (*image.shape[:2], 3)), arrays["maps"][index].astype(float)
+    image = np.moveaxis(arrays[f"{run}-image-{index}"].astype(float) / 255, 0, -1)
+    return np.broadcast_to(image, (*image.shape[:2], 3)), arrays[f"{run}-map-{index}"].astype(float)
 
 
 def _show(ax: Axes, pixels: npt.NDArray[np.float64], below: str) -> None:

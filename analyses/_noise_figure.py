@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import pandas as pd
 from matplotlib.figure import Figure
 
+from flatlab import files
 from flatlab.report import quantization_noise, verdicts
 from flatlab.resources import published
 from flatlab.seeds import derive
@@ -53,9 +54,7 @@ class NoiseFigure:
 
     def table(self, store: RunStore, setting: Setting) -> pd.DataFrame:
         """Return a row for each layer and mode of each run; `shown` marks those that are drawn."""
-        frame = quantization_noise.statistics(
-            store, [(label, spec, PROBE) for label, spec in self.labelled(setting) if label == METHOD]
-        )
+        frame = quantization_noise.statistics(store, self._measured(setting))
         mine = (
             [_by_lot(frame, derive("figure", self.number, setting.seed))]
             if self.layers == 1
@@ -63,6 +62,19 @@ class NoiseFigure:
         )
         shown = (frame["run"] == frame["run"].iloc[0]) & frame["layer"].isin(mine) & frame["mode"].isin(self.modes)
         return frame.assign(shown=shown)
+
+    @staticmethod
+    def arrays(frame: pd.DataFrame, store: RunStore, setting: Setting) -> files.Arrays:
+        """Return the histograms and quantiles of the layers that are marked."""
+        return quantization_noise.drawn(store, NoiseFigure._shown(frame), NoiseFigure._measured(setting))
+
+    @staticmethod
+    def _measured(setting: Setting) -> list[tuple[str, RunSpec, QuantizationNoiseSpec]]:
+        return [(label, spec, PROBE) for label, spec in NoiseFigure.labelled(setting) if label == METHOD]
+
+    @staticmethod
+    def _shown(frame: pd.DataFrame) -> pd.DataFrame:
+        return frame[frame["shown"].astype(bool)]
 
     @staticmethod
     def findings(frame: pd.DataFrame) -> pd.DataFrame:
@@ -106,9 +118,9 @@ class NoiseFigure:
         )
 
     @staticmethod
-    def draw(frame: pd.DataFrame, caption: str) -> Figure:
+    def draw(frame: pd.DataFrame, caption: str, arrays: files.Arrays) -> Figure:
         """Draw the layers that are marked."""
-        return quantization_noise.draw(frame[frame["shown"].astype(bool)], caption)
+        return quantization_noise.draw(NoiseFigure._shown(frame), caption, arrays)
 
 
 def _by_lot(frame: pd.DataFrame, lot: int) -> str:

@@ -6,5 +6,6 @@ from analyses._gradcam_figure import CamFigure
 FIGURE = CamFigure("12", "triples", targets={"location_100": 0}, shown=6)
 
 BASELINE, SUMMARY = _gradcam_figure.BASELINE, _gradcam_figure.SUMMARY
-labelled, plan, table, caption, draw = FIGURE.labelled, FIGURE.plan, FIGURE.table, FIGURE.caption, FIGURE.draw
+labelled, plan, table, arrays = FIGURE.labelled, FIGURE.plan, FIGURE.table, FIGURE.arrays
+caption, draw = FIGURE.caption, FIGURE.draw
 findings, summary, remarks = _gradcam_figure.findings, _gradcam_figure.summary, _gradcam_figure.remarks

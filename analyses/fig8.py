@@ -9,5 +9,6 @@ from analyses._noise_figure import NoiseFigure
 FIGURE = NoiseFigure("8", layers=4, modes=("normalised",))
 
 SUMMARY, BASELINE = _noise_figure.SUMMARY, _noise_figure.BASELINE
-labelled, plan, table, caption = FIGURE.labelled, FIGURE.plan, FIGURE.table, FIGURE.caption
-findings, summary, remarks, draw = FIGURE.findings, FIGURE.summary, FIGURE.remarks, FIGURE.draw
+labelled, plan, table, arrays = FIGURE.labelled, FIGURE.plan, FIGURE.table, FIGURE.arrays
+caption, draw = FIGURE.caption, FIGURE.draw
+findings, summary, remarks = FIGURE.findings, FIGURE.summary, FIGURE.remarks

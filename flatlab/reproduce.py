@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from flatlab import environment, files, plots
+from flatlab import environment, figure_files
 from flatlab.data import catalog
 from flatlab.errors import UserError, WorkerError, choose
 from flatlab.jobs import local
@@ -23,9 +23,6 @@ from flatlab.specs.settings import QUICK, Setting
 from flatlab.store.runs import Run, RunStore, check_data
 
 OnEvent = Callable[[dict[str, Any]], None]
-PUBLISHED = "As published: other data or another protocol than ours, so that neither values nor order are compared"
-ACCURACIES = "Accuracies by training-domain validation, means over held-out domains and seeds"
-STARRED = "; differences with 95 % intervals, each alone; * p < 0.05 after Holm over the methods"
 
 
 @dataclass(frozen=True)
@@ -77,7 +74,7 @@ def missing(module: ModuleType, setting: Setting, store: RunStore, place: Place)
         UserError: where several data sets are asked of one that shows a single one.
     """
     if setting.others and len({run.dataset for run in module.plan(setting)[0]}) == 1:
-        raise UserError(f"{_name(module)} shows one data set; give --dataset instead of --datasets.")
+        raise UserError(f"{figure_files.name_of(module)} shows one data set; give --dataset instead of --datasets.")
     return missing_of([module], setting, store, place)
 
 
@@ -95,10 +92,6 @@ def missing_of(modules: Iterable[ModuleType], setting: Setting, store: RunStore,
             store, mine, [pair for pair in measurements if pair[0].dataset == one.dataset], sizes=sizes
         )
     return todo
-
-
-def _name(module: ModuleType) -> str:
-    return module.__name__.rsplit(".", 1)[-1]
 
 
 def carry_out(todo: list[Job], store: RunStore, place: Place, *, workers: int, on_event: OnEvent) -> None:
@@ -159,7 +152,9 @@ def place_of(found: list[Run], asked: Place) -> tuple[Place, str]:
     return asked.replace(data_dir=folder), datasets[0]
 
 
-def write(module: ModuleType, setting: Setting, store: RunStore, *, out: Path, redo: str) -> Reproduction:
+def write(
+    module: ModuleType, setting: Setting, store: RunStore, *, out: Path, redo: str, reference: bool = False
+) -> Reproduction:
     """Tabulate and draw a finished figure; write csv, pdf, png, a page to read, and a json that says how it came about.
 
     Args:
@@ -168,25 +163,44 @@ def write(module: ModuleType, setting: Setting, store: RunStore, *, out: Path, r
         store: holds the runs and measurements.
         out: folder of the pictures; those of other data than digits go into a folder of their own in it.
         redo: the command line that does it again.
+        reference: write what the repository keeps, too.
     """
     frame = module.table(store, setting)
-    findings = module.findings(frame)
-    folder = out if setting.dataset == QUICK.dataset else out / f"{setting.dataset}-{setting.model}".lower()
-    folder.mkdir(parents=True, exist_ok=True)
-    stem = folder / _name(module)
-    files.write_bytes(stem.with_suffix(".csv"), frame.to_csv(index=False).encode())
-    facts = _facts(module, setting, store)
-    pictures = plots.save(module.draw(frame, module.caption(setting)), stem)
+    arrays = module.arrays(frame, store, setting) if hasattr(module, "arrays") else {}
     accuracies, tests = _accuracies(module, setting, store, frame)
     remarks = [*module.remarks(frame), *tests, *valleys.remarks(store.run(spec) for spec in module.plan(setting)[0])]
-    page = _page(module, setting, (module.summary(findings), accuracies), [*remarks, *_published(module, frame)])
-    page += f"\nAgain: `{redo}`\n"
-    files.write_bytes(stem.with_suffix(".md"), page.encode())
-    record = {**facts, "redo": redo, "caption": module.caption(setting), "remarks": remarks}
-    record |= {"findings": findings.to_dict("records"), "accuracies": accuracies.to_dict("records")}
-    files.write_json(stem.with_suffix(".json"), record)
-    written = [*pictures, *(stem.with_suffix(suffix) for suffix in (".csv", ".json", ".md"))]
-    return Reproduction(written, findings, accuracies, remarks, facts["cost"])
+    record = {**_facts(module, setting, store), "redo": redo, "caption": module.caption(setting), "remarks": remarks}
+    record |= {"findings": module.findings(frame).to_dict("records")}
+    record |= {"accuracies": accuracies.to_dict("records"), "columns": list(accuracies.columns)}
+    folder = out / _own_folder(record["setting"])
+    folder.mkdir(parents=True, exist_ok=True)
+    figure_files.write_data(folder / figure_files.name_of(module), frame, arrays, record)
+    return redraw(module, folder, reference=reference)
+
+
+def redraw(module: ModuleType, folder: Path, *, reference: bool = False) -> Reproduction:
+    """Draw a figure and write its page again, from the files that `write` left; neither torch nor a store is needed.
+
+    Args:
+        module: of the figure or table.
+        folder: holds its csv, npz and json.
+        reference: write what the repository keeps, too.
+
+    Raises:
+        UserError: where one of them is missing, damaged or of another figure.
+    """
+    stem = folder / figure_files.name_of(module)
+    written, findings, record = figure_files.draw(module, stem)
+    if reference:
+        own = _own_folder(record["setting"])
+        root = folder.parent if own and folder.name == own else folder
+        written += figure_files.keep(module, stem, root / figure_files.REFERENCE / own)
+    return Reproduction(written, findings, figure_files.accuracies(record), record["remarks"], record["cost"])
+
+
+def _own_folder(setting: dict[str, Any]) -> str:
+    """Return the folder of the figures of a setting; of the embedded data there is none."""
+    return "" if setting["dataset"] == QUICK.dataset else f"{setting['dataset']}-{setting['model']}".lower()
 
 
 def _accuracies(
@@ -198,22 +212,6 @@ def _accuracies(
     found = tables.accuracies(store, module.labelled(setting))
     gains = tables.gains(found, module.BASELINE)
     return tables.reached(found, gains), [*verdicts.sentences(gains), verdicts.statement(gains, name="Accuracies")]
-
-
-def _page(module: ModuleType, setting: Setting, shown: tuple[pd.DataFrame, pd.DataFrame], told: list[str]) -> str:
-    """Return what came out as markdown, to be read without a program."""
-    title, _, rest = module.caption(setting).partition("\n")
-    summary, accuracies = (tables.markdown(each) for each in shown)
-    parts = [f"# {title}", (module.__doc__ or "").splitlines()[0], rest, f"## {module.SUMMARY}", summary]
-    parts += [f"## {ACCURACIES}{'' if hasattr(module, 'sheet') else STARRED}", accuracies, *told]
-    return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def _published(module: ModuleType, frame: pd.DataFrame) -> list[str]:
-    """Return a block of the paper's numbers, where they stand beside ours nowhere: other data, or another protocol."""
-    if not hasattr(module, "as_published") or frame["comparable"].any():
-        return []
-    return [f"## {PUBLISHED}", tables.markdown(module.as_published())]
 
 
 def _facts(module: ModuleType, setting: Setting, store: RunStore) -> dict[str, Any]:

@@ -2,16 +2,20 @@
 
 import importlib
 import json
+import shutil
 
 import commandline
 import pandas as pd
 import pytest
+from PIL import Image
+from test_architecture import without_torch
 
 from analyses import table4
 from flatlab import reproduce
 from flatlab.resources import published
 from flatlab.specs.settings import PAPER, SMOKE
 
+REDRAW = ("reproduce", "all", "--draw-only", "--out")
 COLUMNS = ["panel", "normalisation", "method", "held_out", "seed", "radius"]
 COLUMNS += ["value", "stderr", "low", "high", "over", "published", "rise", "base_loss", "chance"]
 
@@ -36,6 +40,81 @@ def test_every_figure_and_table_is_made(smoke):
         for suffix in ("pdf", "png", "csv", "json", "md"):
             assert (root / "figures" / f"{name}.{suffix}").stat().st_size > 400
         assert (root / "figures" / f"{name}.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_every_figure_is_drawn_again_from_its_files_alone(smoke, tmp_path):
+    root, _, codes = smoke
+    data = [path for path in (root / "figures").iterdir() if path.suffix in (".csv", ".npz", ".json")]
+    for path in data:
+        shutil.copy(path, tmp_path / path.name)
+    said = without_torch("from flatlab.cli import main; main(sys.argv[1:])", *REDRAW, tmp_path, "--reference")
+    assert "fig3.pdf" in said
+    for name in codes:
+        for suffix in ("png", "pdf", "md"):
+            made, again = (folder / f"{name}.{suffix}" for folder in (root / "figures", tmp_path))
+            assert made.read_bytes() == again.read_bytes(), again.name
+    assert {path: path.read_bytes() for path in data} == {path: (tmp_path / path.name).read_bytes() for path in data}
+    drawn_from_arrays = {path.stem for path in data if path.suffix == ".npz"}
+    assert drawn_from_arrays == {f"fig{number}" for number in (2, 6, 7, 8, 9, 10, 11, 12)}
+    _check_reference(tmp_path / "reference", codes)
+
+
+def _check_reference(folder, names):
+    """Three small files for each figure, and no row of a single run."""
+    kept = list(folder.iterdir())
+    assert {path.name for path in kept} == {f"{name}.{suffix}" for name in names for suffix in ("md", "png", "csv")}
+    assert sum(path.stat().st_size for path in kept) < 5e6
+    for name in names:
+        picture, rows = Image.open(folder / f"{name}.png"), pd.read_csv(folder / f"{name}.csv")
+        assert (folder / f"{name}.png").stat().st_size < 150_000
+        assert picture.size == Image.open(folder.parent / f"{name}.png").size and picture.mode == "P"
+        assert len(rows) and set(rows.get("over", ["seeds"])) == {"seeds"} and "run" not in rows
+
+
+@pytest.fixture
+def one(smoke, tmp_path):
+    """A figure's files, to be damaged."""
+    for path in (smoke[0] / "figures").glob("fig2.*"):
+        shutil.copy(path, tmp_path / path.name)
+    return tmp_path
+
+
+def refused(capsys, folder, *more):
+    capsys.readouterr()
+    assert commandline.call("reproduce", "fig2", "--draw-only", "--out", folder, *more) == 2
+    return " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("suffix", ["csv", "npz", "json"])
+def test_a_missing_file_is_named(one, capsys, suffix):
+    (one / f"fig2.{suffix}").unlink()
+    assert f"fig2.{suffix} is missing. Make the figure with `flatlab reproduce fig2`" in refused(capsys, one)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "npz"])
+def test_a_damaged_file_is_named_and_nothing_is_drawn(one, capsys, suffix):
+    path, picture = one / f"fig2.{suffix}", (one / "fig2.png").read_bytes()
+    path.write_bytes(path.read_bytes()[:-40])
+    assert f"fig2.{suffix} is damaged or of another figure" in refused(capsys, one)
+    assert (one / "fig2.png").read_bytes() == picture
+
+
+def test_files_of_another_figure_are_refused(smoke, one, capsys):
+    shutil.copy(smoke[0] / "figures" / "fig8.csv", one / "fig2.csv")
+    assert "fig2.csv is damaged or of another figure" in refused(capsys, one)
+    shutil.copy(smoke[0] / "figures" / "fig8.json", one / "fig2.json")
+    assert "fig2.json is of another figure, fig8" in refused(capsys, one)
+    (one / "fig2.json").write_text("[]")
+    assert "fig2.json is damaged" in refused(capsys, one)
+
+
+def test_what_the_store_is_for_does_nothing_where_a_figure_is_only_drawn(one, capsys):
+    assert "--seeds does nothing with --draw-only" in refused(capsys, one, "--seeds", "2")
+
+
+def test_other_data_are_kept_in_a_folder_of_their_own(smoke, tmp_path):
+    assert reproduce._own_folder({"dataset": "PACS", "model": "resnet50"}) == "pacs-resnet50"
+    assert reproduce._own_folder(SMOKE.model_dump()) == ""
 
 
 def test_every_analysis_keeps_the_contract():

@@ -127,16 +127,26 @@ def test_figure_7_goes_on_where_figure_6_ends_and_both_share_their_measurement()
     assert "images 4 to 6" in fig7.caption(QUICK) and "shuffled by seed 0" in fig7.caption(QUICK)
 
 
+def arrays_of(made, run):
+    spec = fig9.FIGURE.measurement(SMOKE.replace(held_out=("rot45",)))
+    (path,) = (made / "runs" / run / "measurements" / spec.digest).glob("*.safetensors")
+    return files.load_arrays(path)[0]
+
+
 def test_the_table_says_what_the_arrays_say(made):
     frame = pd.read_csv(made / "figures" / "fig9.csv")
     shown = frame[frame.quantity == "picture"]
     assert shown.image.tolist() == [0, 1, 2, 3, 4, 5] * 2 and set(shown.seed) == {"0"}
-    for path, mine in shown.groupby("path"):
-        arrays, _ = files.load_arrays(files.Path(path))
+    measured = {run: arrays_of(made, run) for run in shown.run.unique()}
+    drawn = np.load(made / "figures" / "fig9.npz")
+    for run, mine in shown.groupby("run"):
+        arrays = measured[run]
+        for index in range(6):
+            assert (drawn[f"{run}-map-{index}"] == arrays["maps"][index]).all()
+            assert (drawn[f"{run}-image-{index}"] == arrays["images"][index]).all()
         assert mine.label.tolist() == arrays["labels"][:6].tolist()
         assert mine.said.tolist() == arrays["probabilities"][:6].argmax(1).tolist()
-    erm, qt = (shown[shown.method == name].path.iloc[0] for name in ("ERM", "QT-DoG"))
-    (ours, _), (theirs, _) = (files.load_arrays(files.Path(path)) for path in (erm, qt))
+    ours, theirs = (measured[shown[shown.method == name].run.iloc[0]] for name in ("ERM", "QT-DoG"))
     one = frame[(frame.over == "images") & (frame.seed == "0") & frame.share.isna()].set_index(["quantity", "method"])
     inside = energy(ours["maps"].astype(float), ours["mask"])
     assert one.loc[("energy", "ERM"), "value"] == pytest.approx(np.nanmean(inside))

@@ -15,7 +15,7 @@ from flatlab.cli.effects import refuse_idle, refuse_without_effect
 from flatlab.cli.errors import Commands, say, spoken
 from flatlab.cli.measuring import hessian, noise
 from flatlab.cli.options import DATA, NAMED, PARTS, QUANTIZER, RUNNING, TRAINING, Runs
-from flatlab.cli.run_jobs import carry_out, catalogue, everything, measured, price, show_written
+from flatlab.cli.run_jobs import carry_out, catalogue, everything, measured, price, redraw, show_written
 from flatlab.cli.store import data_app, runs_app
 from flatlab.errors import UserError, choose
 from flatlab.files import strict_json
@@ -50,15 +50,25 @@ def _version(*, version: Annotated[bool, typer.Option("--version", help="Print t
 @app.command(epilog="Example: `flatlab reproduce fig3 --seeds 2 --dry-run`")
 @takes(*DATA, "datasets", *TRAINING, "controls", *RUNNING, "out")
 def reproduce(
-    chosen: Choices, name: Annotated[str, typer.Argument(help="fig3, ... (`flatlab list`), or all.")]
+    chosen: Choices,
+    name: Annotated[str, typer.Argument(help="fig3, ... (`flatlab list`), or all.")],
+    draw_only: Annotated[
+        bool, typer.Option("--draw-only", help="Draw again from the csv, npz and json in --out; no store is needed.")
+    ] = False,
+    reference: Annotated[
+        bool, typer.Option("--reference", help="Write the small files that the repository keeps to OUT/reference, too.")
+    ] = False,
 ) -> None:
     """Redo a figure or table of the paper: train and measure what is missing, tabulate, draw."""
-    from flatlab import reproduce
+    from flatlab import figure_files, reproduce
     from flatlab.cli import display
 
+    if draw_only:
+        redraw(chosen, name, reference=reference)
+        return
     setting, store, place = chosen.setting(), chosen.runs(), chosen.place()
     if name == "all":
-        everything(chosen)
+        everything(chosen, reference=reference)
         return
     module = reproduce.analysis(name)
     todo = reproduce.missing(module, setting, store, place)
@@ -67,13 +77,14 @@ def reproduce(
         price(chosen, todo, setting)
         return
     carry_out(chosen, todo)
-    done = reproduce.write(module, setting, store, out=chosen.out, redo=shlex.join(["flatlab", *sys.argv[1:]]))
+    redo = shlex.join(["flatlab", *sys.argv[1:]])
+    done = reproduce.write(module, setting, store, out=chosen.out, redo=redo, reference=reference)
     if chosen.json:
         written = [str(path) for path in done.written]
         typer.echo(strict_json({"written": written, "findings": done.findings.to_dict("records")}))
         return
     display.frame(module.summary(done.findings), module.SUMMARY)
-    display.frame(done.accuracies, reproduce.ACCURACIES, formats=dict.fromkeys(done.accuracies.columns, ".3f"))
+    display.frame(done.accuracies, figure_files.ACCURACIES, formats=dict.fromkeys(done.accuracies.columns, ".3f"))
     for remark in done.remarks:
         display.out.print(remark, soft_wrap=True, markup=False)
     show_written(done.written)

@@ -16,6 +16,8 @@ from flatlab.cli.errors import say
 from flatlab.errors import UserError
 from flatlab.files import strict_json
 
+DRAWING = frozenset({"name", "draw_only", "reference", "out", "json", "debug"})  # what --draw-only goes with
+
 
 def carry_out(chosen: Choices, todo: Sequence[Any], place: Any = None) -> None:
     """Do jobs in worker processes, images decoded first.
@@ -154,10 +156,34 @@ def _lacks(todo: Sequence[Any]) -> str:
     return ", ".join(f"{count} {what}" for what, count in counts.items() if count) or "nothing"
 
 
-def everything(chosen: Choices) -> None:
+def redraw(chosen: Choices, name: str, *, reference: bool) -> None:
+    """Draw a figure or table again, or all of them, from the files in the folder of the pictures."""
+    from flatlab import reproduce
+
+    chosen.refuse(sorted(chosen.written - DRAWING), "with --draw-only")
+    names = sorted(reproduce.analyses(), key=_in_order) if name == "all" else [name]
+    written, failed = [], []
+    for each in names:
+        try:
+            written += reproduce.redraw(reproduce.analysis(each), chosen.out, reference=reference).written
+        except UserError as error:
+            failed.append(str(error))
+    if chosen.json:
+        typer.echo(strict_json({"written": list(map(str, written))}))
+    elif written:
+        show_written(written)
+    if failed:
+        raise UserError(*failed)
+
+
+def everything(chosen: Choices, *, reference: bool) -> None:
     """Make all figures and tables: what they need is trained and measured together, once, and goes on where it stopped.
 
     What cannot be made does not keep the rest from being made; then the command ends with a mistake that says so.
+
+    Args:
+        chosen: what the user chose.
+        reference: write what the repository keeps, too.
     """
     import pandas as pd
 
@@ -178,7 +204,7 @@ def everything(chosen: Choices) -> None:
     rows = []
     for name, module in modules.items():
         try:
-            rows.append(_made(chosen, name, module))
+            rows.append(_made(chosen, name, module, reference=reference))
         except UserError as error:
             failed.append(f"{name}: {error}")
             rows.append({"name": name, "made": "no"})
@@ -189,14 +215,15 @@ def everything(chosen: Choices) -> None:
         raise UserError(*failed)
 
 
-def _made(chosen: Choices, name: str, module: Any) -> dict[str, Any]:
+def _made(chosen: Choices, name: str, module: Any, *, reference: bool) -> dict[str, Any]:
     """Write one figure or table; say what it cost, and how it stands to the paper."""
     from flatlab import reproduce
 
     words = zip(sys.argv[1:], sys.argv, strict=False)  # each with the one before: `--held-out all` stays
     redo = shlex.join(["flatlab", *(name if word == "all" and left != "--held-out" else word for word, left in words)])
     started = time.monotonic()
-    done = reproduce.write(module, chosen.setting(), chosen.runs(), out=chosen.out, redo=redo)
+    setting, store = chosen.setting(), chosen.runs()
+    done = reproduce.write(module, setting, store, out=chosen.out, redo=redo, reference=reference)
     cost = {"trained": done.cost["training_seconds"], "measured": done.cost["measuring_seconds"]}
     against = " ".join(remark for remark in done.remarks if "paper" in remark)
     return {"name": name, "made": "yes", **cost, "drawn": time.monotonic() - started, "against the paper": against}

@@ -36,12 +36,13 @@ SHOWN |= {"departure_pvalue": ".3f"}
 NULL = "Right: quartile skewness, and the range of 95 % of symmetric samples of as many weights."
 WIDE = 112  # characters of a line below a picture
 MOST = 6  # layers of a picture, unless a pattern names more
+PARTS = "weight edges-weight {0} edges-{0} lower-{0} upper-{0}"  # arrays of a row
 REJECTED = 0.05  # p-values below it
 TESTS = {"kl_pvalue": "KL", "ks_pvalue": "Kolmogorov-Smirnov", "departure_pvalue": "symmetry"}
 
 
 def statistics(store: RunStore, wanted: Iterable[tuple[str, RunSpec, QuantizationNoiseSpec]]) -> pd.DataFrame:
-    """Return one row per run, layer and mode: divergences with their nulls, tests, symmetry; `arrays` names a file.
+    """Return one row per run, layer and mode: divergences with their nulls, tests, symmetry.
 
     Args:
         store: holds the finished measurements.
@@ -55,8 +56,27 @@ def statistics(store: RunStore, wanted: Iterable[tuple[str, RunSpec, Quantizatio
         run = store.run(spec)
         facts = run.measured(measurement, label)[1]
         about = {"method": label, "held_out": spec.held_out, "seed": spec.seed, "run": spec.digest}
-        rows += [{**about, **fact, "arrays": str(run.measurement(measurement).result)} for fact in facts]
+        rows += [{**about, **fact} for fact in facts]
     return pd.DataFrame(rows)
+
+
+def drawn(
+    store: RunStore, rows: pd.DataFrame, wanted: Iterable[tuple[str, RunSpec, QuantizationNoiseSpec]]
+) -> files.Arrays:
+    """Return the histograms and quantiles that a picture of these rows shows, by run and name.
+
+    Args:
+        store: holds the finished measurements.
+        rows: of `statistics`.
+        wanted: method's name, run, measurement.
+    """
+    held: files.Arrays = {}
+    for label, spec, measurement in wanted:
+        found, _ = store.run(spec).measured(measurement, label)
+        mine = rows.loc[rows["run"] == spec.digest, ["mode", "index"]].itertuples(index=False)
+        names = {f"{part}-{index:03d}" for mode, index in mine for part in PARTS.format(mode).split()}
+        held |= {f"{spec.digest}-{name}": found[name] for name in sorted(names)}
+    return held
 
 
 def findings(frame: pd.DataFrame) -> pd.DataFrame:
@@ -101,21 +121,27 @@ def chosen_layers(frame: pd.DataFrame, pattern: str | None = None, most: int = M
     return matching
 
 
-def draw(rows: pd.DataFrame, caption: str) -> Figure:
-    """Draw weights, noise and symmetry, one line of panels for each row of the frame."""
+def draw(rows: pd.DataFrame, caption: str, arrays: files.Arrays) -> Figure:
+    """Draw weights, noise and symmetry, one line of panels for each row of the frame.
+
+    Args:
+        rows: of `statistics`.
+        caption: title, line feed, small print.
+        arrays: as `drawn` returns them.
+    """
     title, _, rest = caption.partition("\n")
     with plots.style(), plt.rc_context({"axes.titlesize": 7}):
         figure, grid = plt.subplots(
             len(rows), 3, figsize=(7.0, 1.0 + 1.75 * len(rows)), layout="constrained", squeeze=False
         )
         for axes, row in zip(grid, rows.to_dict("records"), strict=True):
-            arrays, _ = files.load_arrays(Path(row["arrays"]))
             mode, index = row["mode"], f"{row['index']:03d}"
-            _histogram(axes[0], arrays, f"weight-{index}", "C7")
+            mine = {part: arrays[f"{row['run']}-{part}-{index}"] for part in PARTS.format(mode).split()}
+            _histogram(axes[0], mine, "weight", "C7")
             axes[0].set(title=f"{row['layer']}\n{LABELS[mode]}", xlabel="Weight $w$", ylabel="Density")
-            _histogram(axes[1], arrays, f"{mode}-{index}", "C0")
-            _noise(axes[1], arrays[f"edges-{mode}-{index}"], row)
-            _mirror(axes[2], arrays[f"lower-{mode}-{index}"], arrays[f"upper-{mode}-{index}"], row)
+            _histogram(axes[1], mine, mode, "C0")
+            _noise(axes[1], mine[f"edges-{mode}"], row)
+            _mirror(axes[2], mine[f"lower-{mode}"], mine[f"upper-{mode}"], row)
         plots.legend_above(figure, grid[0, 1], title)
         figure.supxlabel(textwrap.fill(rest, WIDE), fontsize=7, color="0.3")
     return figure
@@ -181,7 +207,8 @@ def chart(
         layers: pattern of those that are drawn.
         out: folder of the pictures.
     """
-    frame = statistics(store, [(run.name, run.spec, measurement) for run in found])
+    wanted = [(run.name, run.spec, measurement) for run in found]
+    frame = statistics(store, wanted)
     names = chosen_layers(frame, layers)
     rows = frame[frame["layer"].isin(names) & (frame["mode"] == "normalised")]
     out.mkdir(parents=True, exist_ok=True)
@@ -190,4 +217,4 @@ def chart(
     caption = (
         f"Quantization noise, {bits} bits: {', '.join(dict.fromkeys(frame['method']))}\n{MODES['normalised']}. {NULL}"
     )
-    return frame, [*plots.save(draw(rows, caption), out / "noise"), out / "noise.csv"]
+    return frame, [*plots.save(draw(rows, caption, drawn(store, rows, wanted)), out / "noise"), out / "noise.csv"]

@@ -1,0 +1,170 @@
+"""The files of a figure or table: csv, arrays and json hold what is drawn; pictures and page are made from these alone.
+
+Beside a csv lies an npz where the figure draws maps or histograms. The json states the hashes of both, so that no
+picture is drawn from a damaged file or from another figure's.
+"""
+
+import hashlib
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from flatlab import files, plots
+from flatlab.errors import UserError
+from flatlab.report import tables
+
+PUBLISHED = "As published: other data or another protocol than ours, so that neither values nor order are compared"
+ACCURACIES = "Accuracies by training-domain validation, means over held-out domains and seeds"
+STARRED = "; differences with 95 % intervals, each alone; * p < 0.05 after Holm over the methods"
+DATA = (".csv", ".npz")
+WORDS = ("dataset", "method", "held_out", "panel", "measure", "layer", "part")  # columns that are text, whatever it is
+REFERENCE = "reference"  # the folder of what the repository keeps
+
+
+def name_of(module: ModuleType) -> str:
+    """Return a figure's name, such as fig3."""
+    return module.__name__.rsplit(".", 1)[-1]
+
+
+def write_data(stem: Path, frame: pd.DataFrame, arrays: files.Arrays, record: Mapping[str, Any]) -> None:
+    """Write all that is drawn and said: `<stem>.csv`, `<stem>.npz` where there are arrays, and `<stem>.json`.
+
+    Args:
+        stem: path without suffix.
+        frame: the table.
+        arrays: what the picture shows beside it.
+        record: what the page says beside it, and how it came about.
+    """
+    contents = {".csv": frame.to_csv(index=False).encode()}
+    if arrays:
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
+        contents[".npz"] = buffer.getvalue()
+    else:
+        stem.with_suffix(".npz").unlink(missing_ok=True)
+    for suffix, content in contents.items():
+        files.write_bytes(stem.with_suffix(suffix), content)
+    hashes = {suffix: hashlib.sha256(content).hexdigest() for suffix, content in contents.items()}
+    files.write_json(stem.with_suffix(".json"), {**record, "name": stem.name, "sha256": hashes})
+
+
+def read_data(stem: Path) -> tuple[pd.DataFrame, files.Arrays, dict[str, Any]]:
+    """Read what `write_data` wrote.
+
+    Args:
+        stem: path without suffix.
+
+    Raises:
+        UserError: where a file is missing, damaged or of another figure; names it.
+    """
+    remedy = f"Make the figure with `flatlab reproduce {stem.name}`."
+    record = _record(stem.with_suffix(".json"), remedy)
+    contents = {}
+    for suffix, expected in record["sha256"].items():
+        path = stem.with_suffix(suffix)
+        contents[suffix] = _bytes(path, remedy)
+        if hashlib.sha256(contents[suffix]).hexdigest() != expected:
+            raise UserError(f"{path} is damaged or of another figure: {stem.name}.json states another hash. {remedy}")
+    frame = pd.read_csv(
+        io.BytesIO(contents[".csv"]),
+        dtype=dict.fromkeys(WORDS, str),
+        keep_default_na=False,
+        na_values=[""],
+        low_memory=False,
+    )
+    return frame, _arrays(contents.get(".npz")), record
+
+
+def _record(path: Path, remedy: str) -> dict[str, Any]:
+    content = _bytes(path, remedy)
+    try:
+        record = json.loads(content)
+        name, whole = record["name"], set(record["sha256"]) <= {*DATA} and ".csv" in record["sha256"]
+    except (ValueError, TypeError, KeyError):
+        raise UserError(f"{path} is damaged or of another version of flatlab. {remedy}") from None
+    if name != path.stem or not whole:
+        raise UserError(f"{path} is of another figure, {name}. {remedy}")
+    return dict(record)
+
+
+def _bytes(path: Path, remedy: str) -> bytes:
+    if not path.is_file():
+        raise UserError(f"{path} is missing. {remedy}")
+    return path.read_bytes()
+
+
+def _arrays(content: bytes | None) -> files.Arrays:
+    if content is None:
+        return {}
+    with np.load(io.BytesIO(content), allow_pickle=False) as found:
+        return {name: found[name] for name in found.files}
+
+
+def draw(module: ModuleType, stem: Path) -> tuple[list[Path], pd.DataFrame, dict[str, Any]]:
+    """Draw the picture and write the page from a figure's data.
+
+    Args:
+        module: of the figure or table.
+        stem: path without suffix of its data.
+
+    Returns:
+        The files of the figure, its findings, and the record of its json.
+    """
+    frame, arrays, record = read_data(stem)
+    shown = (frame, record["caption"], *([arrays] if hasattr(module, "arrays") else []))
+    pictures = plots.save(module.draw(*shown), stem)
+    findings = module.findings(frame)
+    page = stem.with_suffix(".md")
+    files.write_bytes(page, _page(module, frame, module.summary(findings), record).encode())
+    data = [stem.with_suffix(suffix) for suffix in (*record["sha256"], ".json")]
+    return [*pictures, *data, page], findings, record
+
+
+def accuracies(record: Mapping[str, Any]) -> pd.DataFrame:
+    """Return the accuracies that a json holds, in the order of their columns."""
+    rows = [{key: float("nan") if v is None else v for key, v in row.items()} for row in record["accuracies"]]
+    return pd.DataFrame(rows, columns=record["columns"])
+
+
+def _page(module: ModuleType, frame: pd.DataFrame, summary: pd.DataFrame, record: Mapping[str, Any]) -> str:
+    """Return what came out as markdown, to be read without a program."""
+    title, _, rest = record["caption"].partition("\n")
+    parts = [f"# {title}", (module.__doc__ or "").splitlines()[0], rest]
+    parts += [f"## {module.SUMMARY}", tables.markdown(summary)]
+    starred = "" if hasattr(module, "sheet") else STARRED
+    parts += [f"## {ACCURACIES}{starred}", tables.markdown(accuracies(record)), *record["remarks"], *_published(module, frame)]
+    return "\n\n".join(part for part in parts if part) + f"\n\nAgain: `{record['redo']}`\n"
+
+
+def _published(module: ModuleType, frame: pd.DataFrame) -> list[str]:
+    """Return a block of the paper's numbers, where they stand beside ours nowhere: other data, or another protocol."""
+    if not hasattr(module, "as_published") or frame["comparable"].any():
+        return []
+    return [f"## {PUBLISHED}", tables.markdown(module.as_published())]
+
+
+def keep(module: ModuleType, stem: Path, folder: Path) -> list[Path]:
+    """Write what the repository keeps of a drawn figure: its page, a small png, and the csv rows over seeds.
+
+    Of a figure without rows over seeds the csv holds the table of its page.
+
+    Args:
+        module: of the figure or table.
+        stem: path without suffix of its files.
+        folder: receives the three files.
+    """
+    frame, _, _ = read_data(stem)
+    rows = frame[frame["over"] == "seeds"] if "over" in frame else frame.head(0)
+    rows = module.summary(module.findings(frame)) if rows.empty else rows.dropna(axis="columns", how="all")
+    folder.mkdir(parents=True, exist_ok=True)
+    page, picture, table = (folder / f"{stem.name}{suffix}" for suffix in (".md", ".png", ".csv"))
+    files.write_bytes(page, stem.with_suffix(".md").read_bytes())
+    files.write_bytes(table, rows.to_csv(index=False).encode())
+    files.write_bytes(picture, plots.reduced(stem.with_suffix(".png")))
+    return [page, picture, table]
