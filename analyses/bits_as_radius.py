@@ -63,7 +63,7 @@ def findings(frame: pd.DataFrame) -> pd.DataFrame:
     """
     each = frame[(frame["over"] == "directions") & (frame["part"] == "all")]
     z = tables.against_zero(each[each["quantity"] == "z"], rounding.KEYS).assign(baseline="random directions")
-    known = z["p"].notna() | ~z["p"].notna().any()
+    known = z["p"].notna() | bool(z["p"].isna().all())
     z = verdicts.corrected(z, "z, " + z["null"].map(rounding.LOOKS) + ", " + z["panel"].map(TITLES), read=known)
     rise = each[(each["quantity"] == "rise") & (each["null"] == "channel") & (each["perturbation"] != "trained")]
     less = tables.paired(rise, BASELINE, ["panel", "perturbation"]).assign(quantity="difference")

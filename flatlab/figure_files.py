@@ -138,7 +138,12 @@ def _page(module: ModuleType, frame: pd.DataFrame, summary: pd.DataFrame, record
     parts = [f"# {title}", (module.__doc__ or "").splitlines()[0], rest]
     parts += [f"## {module.SUMMARY}", tables.markdown(summary)]
     starred = "" if hasattr(module, "sheet") else STARRED
-    parts += [f"## {ACCURACIES}{starred}", tables.markdown(accuracies(record)), *record["remarks"], *_published(module, frame)]
+    parts += [
+        f"## {ACCURACIES}{starred}",
+        tables.markdown(accuracies(record)),
+        *record["remarks"],
+        *_published(module, frame),
+    ]
     return "\n\n".join(part for part in parts if part) + f"\n\nAgain: `{record['redo']}`\n"
 
 

@@ -8,6 +8,7 @@ import torch
 from flatlab.data import cache as store
 from flatlab.data import catalog, digits
 from flatlab.data.domains import Domain, DomainSet
+from flatlab.data.folders import Report
 from flatlab.data.images import Decoded, Ragged
 from flatlab.errors import UserError
 
@@ -21,7 +22,7 @@ def load(
     data_dir: Path | None = None,
     image_size: int | None = None,
     cache: Path | None = None,
-    report: store.Report | None = None,
+    report: Report | None = None,
 ) -> DomainSet:
     """Return a data set, its images decoded, resized, and mapped into memory; or decoded when they are needed.
 
