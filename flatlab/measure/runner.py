@@ -13,6 +13,7 @@ from flatlab.store.runs import Measurement, Run, check_data
 Report = Callable[[int, int, dict[str, Any]], None]
 FUNCTIONS = {
     "sphere": "sphere.fill",
+    "reach": "reach.fill",
     "spectrum": "spectrum.fill",
     "surface": "surface.fill",
     "connectivity": "connectivity.fill",

@@ -54,7 +54,7 @@ class RunSpec(Spec):
     A quantizer that does not train (rtn, obc) makes a derived run: of the same run without it, once that is done.
     """
 
-    later = ("noise", "test_share", "coral_weight", "mixing", "members", "combine")
+    later = ("noise", "test_share", "coral_weight", "mixing", "members", "combine", "target_logged")
 
     dataset: str
     held_out: str
@@ -82,6 +82,7 @@ class RunSpec(Spec):
     trial_seed: int = Field(0, ge=0)  # split
     holdout: float = Field(0.2, gt=0, lt=1)
     test_share: float = Field(0.0, ge=0, lt=1)  # of each domain, for an in-domain test: neither trained nor selected on
+    target_logged: bool = True  # False: the held-out domain is neither evaluated nor logged, as for tuning
     source: str | None = None  # "sha256:..." of an imported checkpoint, which was not trained here
     members: tuple["RunSpec", ...] = ()  # of an ensemble, which is not trained: the rest is as its first member has it
     combine: Literal["logits", "probabilities"] = "logits"  # what an ensemble averages (QT-DoG Eq. 6: logits)
