@@ -34,7 +34,7 @@ EFFECTS: Mapping[str, tuple[float, str]] = {  # the smallest of interest; of wha
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim of the paper.
+    """A claim of the paper, or the positive control.
 
     Attributes:
         words: the claim.
@@ -56,6 +56,9 @@ class Claim:
 
 
 CLAIMS = (
+    Claim(
+        "SAM x4 is flatter than ERM (positive control: what the tests can see)", FLATNESS, (("SAM x4", "ERM"),), "lower"
+    ),
     Claim("QT-DoG is flatter than ERM", FLATNESS, (("QT-DoG", "ERM"),), "lower"),
     Claim("QT-DoG is flatter than SAM and SWA", FLATNESS, (("QT-DoG", "SAM"), ("QT-DoG", "SWA")), "lower"),
     Claim("QT-DoG is steadier than ERM after the switch", ("spread", "change"), (("QT-DoG", "ERM"),), "lower"),

@@ -13,7 +13,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analyses import _claims, _correlation, fig3
+from analyses import _claims, _correlation, _grid, fig3
 from flatlab import plots
 from flatlab.report import percent, spectrum, stability, tables, verdicts
 from flatlab.report.areas import UP_TO, areas, limits, named_by_rise
@@ -41,10 +41,12 @@ MEASURES = {
     "target, none": "Mean of F over γ, target (nats)",
     "target, filter": "Mean of F over ρ, target (nats)",
 }
+GRID = "distance from the 8-bit grid of the start (steps)"
 KEYS = ["measure", "method", "held_out", "seed"]
 PANELS = {"train": "source", "test": "target"}
 IMAGES = {"smoke": 8, "quick": 48, "paper": 256}  # of each domain, for the curvature of one seed
 ALL, FEWER = "all targets", "without photo"
+CONTROL = _claims.CLAIMS[0].words
 PHOTO = ("PACS", "photo")  # the statistics of the shared weights were measured on its photographs
 SUMMARY = (
     "Differences paired by held-out domain and seed, 95 % intervals over seeds, each alone; * p < 0.05 after Holm "
@@ -94,7 +96,8 @@ def table(store: RunStore, setting: Setting) -> pd.DataFrame:
     parts = [accuracy, _unrest(store, runs, setting.switch_step), _flatness(store, runs, setting)]
     each = pd.concat([part[[*KEYS, "value"]] for part in parts], ignore_index=True).dropna()
     whole = tables.over_seeds(each, ["measure", "method"])
-    shown = [each.assign(over="run"), whole, _curvature(store, runs, setting), _correlations(each)]
+    off_grid = _grid.distances(store, runs).assign(measure=GRID, over="run")
+    shown = [each.assign(over="run"), whole, _curvature(store, runs, setting), _correlations(each), off_grid]
     return pd.concat(shown, ignore_index=True).assign(dataset=setting.dataset)
 
 
@@ -145,7 +148,7 @@ def findings(frame: pd.DataFrame) -> pd.DataFrame:
     A family is a claim's tests; of the others, for each measure those less ERM, and those of QT-DoG less the others.
     Besides the verdict: the smallest effect of interest, how many seeds would tell it, and what these seeds can detect.
     """
-    each = frame[frame["over"] == "run"]
+    each = frame[frame["measure"].isin(MEASURES) & (frame["over"] == "run")]
     parts = {ALL: each}
     if PHOTO in set(zip(each["dataset"], each["held_out"], strict=True)) and each["held_out"].nunique() > 1:
         parts[FEWER] = each[each["held_out"] != PHOTO[1]]
@@ -195,7 +198,7 @@ def remarks(frame: pd.DataFrame) -> list[str]:
     said.append(verdicts.statement(found[~primary], name="Other tests (secondary)"))
     if found["seeds"].max() > 1:
         said.append(_power(found))
-    return [*said, *_ranks(frame), *_curved(frame), RELEASED]
+    return [*said, *_ranks(frame), *_curved(frame), *_off_grid(frame), RELEASED]
 
 
 def _power(found: pd.DataFrame) -> str:
@@ -222,15 +225,23 @@ def _curved(frame: pd.DataFrame) -> list[str]:
     ]
 
 
+def _off_grid(frame: pd.DataFrame) -> list[str]:
+    """Say how far the convolutions have moved off the grid that they began on; nothing where they began on none."""
+    means = frame[frame["measure"] == GRID].groupby("method", sort=False)["value"].mean()
+    told = ", ".join(f"{method} {value:.3f}" for method, value in means.items())
+    said = f"Convolutions, mean distance to the nearest level of the 8-bit grid that they began on, in steps: {told}. "
+    return [f"{said}Weights that know no grid have {_grid.UNIFORM:g}."] if told else []
+
+
 def caption(setting: Setting) -> str:
     """Say in a title and a line below which data and seeds the picture shows."""
     return (
         f"Does quantization flatten, and does it help? {setting.words}\n"
         f"Held out in turn: {', '.join(setting.held_out)}; differences paired by held-out domain and seed, bars: "
         f"{setting.interval}, each alone, filled where p < 0.05 after Holm. F: rise of the loss, mean up to radii "
-        f"where ERM's (first seed) is {UP_TO} nats on the source domains, {setting.effort}. {STRONG}: SAM at four times its "
-        f"rho {setting.sam_rho:g}, the positive control. Stability from step {setting.switch_step} on. Bottom right: "
-        "a point is a run, less the mean of all methods at its held-out domain and seed."
+        f"where ERM's (first seed) is {UP_TO} nats on the source domains, {setting.effort}. {STRONG}: SAM at four "
+        f"times its rho {setting.sam_rho:g}, the positive control. Stability from step {setting.switch_step} on. "
+        "Last panel: a point is a run, less the mean of all methods at its held-out domain and seed."
     )
 
 
