@@ -142,6 +142,17 @@ def _correlations(each: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(rows, ignore_index=True).drop(columns="kind").assign(**shared)
 
 
+def runs(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return a row for each run and a column for each measure.
+
+    Args:
+        frame: as `table` returns it.
+    """
+    each = frame[frame["method"].isin(ORDER) & (frame["held_out"] != "all")]
+    keys = ["dataset", "method", "held_out", "seed"]
+    return each.pivot(index=keys, columns="measure", values="value").reset_index().rename_axis(columns=None)
+
+
 def findings(frame: pd.DataFrame) -> pd.DataFrame:
     """Return the differences of the pairs, of all targets and without `photo` where the data are PACS.
 

@@ -148,3 +148,10 @@ def test_the_distance_from_the_grid_is_none_on_it_and_a_quarter_off_it():
         assert _grid.distance(start, on) == pytest.approx(0, abs=1e-4)
         assert _grid.distance(start, off) == pytest.approx(_grid.UNIFORM, abs=0.02)
     assert np.isnan(_grid.distance(start, {"head.weight": np.ones((2, 2))}))
+
+
+def test_there_is_one_row_for_each_run():
+    whole = frame(lambda *_: 0.0)
+    wide = study.runs(pd.concat([whole, whole[:1].assign(held_out="all", seed="all", over="seeds")]))
+    assert len(wide) == len(study.ORDER) * len(TARGETS) * 3
+    assert {"method", "held_out", "seed", "out", "target, filter"} <= set(wide)
