@@ -4,8 +4,9 @@ The rule: a claim is supported where at least one test of its family has a verdi
 the other; contradicted the other way round; else it cannot be told at this size.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -50,7 +51,7 @@ class Claim:
     verdict: str
     note: str = ""
 
-    def holds(self, row: Mapping[str, str]) -> bool:
+    def holds(self, row: Mapping[Hashable, Any]) -> bool:
         """Return whether a finding is one of the claim's tests."""
         return row["measure"] in self.measures and (row["method"], row["baseline"]) in self.pairs
 
@@ -73,7 +74,7 @@ CLAIMS = (
 )
 
 
-def claim_of(row: Mapping[str, str]) -> str:
+def claim_of(row: Mapping[Hashable, Any]) -> str:
     """Return the claim that a finding is a test of; an empty string where it is of none."""
     return next((claim.words for claim in CLAIMS if claim.holds(row)), "")
 
@@ -162,5 +163,5 @@ def detectable(spread: float, seeds: int) -> float:
     """
     if seeds < 2:
         return float("nan")
-    quantiles = stats.t.ppf([(1 + tables.LEVEL) / 2, POWER], seeds - 1)
+    quantiles = np.asarray(stats.t.ppf([(1 + tables.LEVEL) / 2, POWER], seeds - 1))
     return float(quantiles.sum() * spread / np.sqrt(seeds))

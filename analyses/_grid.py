@@ -30,8 +30,8 @@ def distances(store: RunStore, wanted: list[Labelled]) -> pd.DataFrame:
     rows = []
     starts: dict[str, files.Arrays] = {}
     for method, spec in wanted:
-        path = store.run(spec).provenance.get("weights_file")
-        if spec.weights == "none" or not str(path).endswith(".safetensors") or not Path(path).is_file():
+        path = str(store.run(spec).provenance.get("weights_file"))
+        if spec.weights == "none" or not path.endswith(".safetensors") or not Path(path).is_file():
             continue
         if path not in starts:
             starts[path] = load_file(path)
