@@ -6,6 +6,7 @@ the other; contradicted the other way round; else it cannot be told at this size
 
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import pandas as pd
 from scipy import stats
 
 from flatlab.report import tables, verdicts
+from flatlab.results.estimate import FloatArray
 
 FLATNESS = ("source, none", "source, filter", "target, none", "target, filter")
 POWER = 0.8
@@ -146,10 +148,15 @@ def seeds_needed(spread: float, effect: float) -> float:
     """
     if not (np.isfinite(spread) and effect > 0):
         return float("nan")
+    enough = np.flatnonzero(_widths() * spread <= effect / 2)
+    return float(2 + enough[0]) if len(enough) else float("inf")
+
+
+@cache
+def _widths() -> FloatArray:
+    """Return the widths of 95 % intervals of 2, 3, ... seeds, in standard deviations over seeds."""
     counts = np.arange(2, MOST_SEEDS + 1)
-    widths = 2 * stats.t.ppf((1 + tables.LEVEL) / 2, counts - 1) * spread / np.sqrt(counts)
-    enough = counts[widths <= effect / 2]
-    return float(enough[0]) if len(enough) else float("inf")
+    return np.asarray(2 * stats.t.ppf((1 + tables.LEVEL) / 2, counts - 1) / np.sqrt(counts))
 
 
 def detectable(spread: float, seeds: int) -> float:

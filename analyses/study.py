@@ -170,8 +170,8 @@ def findings(frame: pd.DataFrame) -> pd.DataFrame:
         {(name, measure): float(mean) for name, means in own.items() for measure, mean in means.items()},
     )
     claim = pd.Series([_claims.claim_of(row) for row in found.to_dict("records")], found.index)
-    rest = np.where(found["baseline"] == BASELINE, f"less {BASELINE}", f"{QUANTIZED} less the others")
-    other = found["measure"].map(MEASURES) + ", " + rest
+    rest = found["baseline"].eq(BASELINE).map({True: f", less {BASELINE}", False: f", {QUANTIZED} less the others"})
+    other = found["measure"].map(MEASURES) + rest
     family = claim.where(claim != "", other) + found["targets"].map({ALL: "", FEWER: f", {FEWER}"})
     return verdicts.corrected(found.assign(claim=claim), family)
 
@@ -227,13 +227,13 @@ def _ranks(frame: pd.DataFrame) -> list[str]:
 def _curved(frame: pd.DataFrame) -> list[str]:
     """Say top eigenvalue and trace of each method, means over the held-out domains at the first seed."""
     rows = frame[frame["measure"].str.startswith(("top eigenvalue", "trace"))]
-    means = rows.groupby(["measure", "method"], sort=False)["value"].mean()
-    return [
-        f"{str(measure).capitalize()}, first seed, mean over targets (nats): "
-        + ", ".join(f"{method} {value:.3g}" for (_, method), value in mine.items())
-        + ". One seed gives no interval."
-        for measure, mine in means.groupby(level="measure", sort=False)
-    ]
+    said = []
+    for measure, mine in rows.groupby("measure", sort=False):
+        means = ", ".join(
+            f"{name} {value:.3g}" for name, value in mine.groupby("method", sort=False)["value"].mean().items()
+        )
+        said.append(f"{str(measure).capitalize()}, first seed, mean over targets (nats), without an interval: {means}.")
+    return said
 
 
 def _off_grid(frame: pd.DataFrame) -> list[str]:
