@@ -57,7 +57,7 @@ SUMMARY = (
 def labelled(setting: Setting) -> list[tuple[str, RunSpec]]:
     """Return each run with its method's name."""
     own = setting.replace(bits=BITS)
-    changed = {
+    changed: dict[str, tuple[str, dict[str, Any]]] = {
         STRONG: ("SAM", {"sam_rho": RHO_FACTOR * setting.sam_rho}),
         COARSE: (QUANTIZED, {"bits": COARSE_BITS}),
     }
@@ -98,7 +98,7 @@ def table(store: RunStore, setting: Setting) -> pd.DataFrame:
     whole = tables.over_seeds(each, ["measure", "method"])
     off_grid = _grid.distances(store, runs).assign(measure=GRID, over="run")
     shown = [each.assign(over="run"), whole, _curvature(store, runs, setting), _correlations(each), off_grid]
-    return pd.concat(shown, ignore_index=True).assign(dataset=setting.dataset)
+    return pd.concat([part for part in shown if len(part)], ignore_index=True).assign(dataset=setting.dataset)
 
 
 def _unrest(store: RunStore, runs: list[tuple[str, RunSpec]], since: int) -> pd.DataFrame:
@@ -167,7 +167,7 @@ def findings(frame: pd.DataFrame) -> pd.DataFrame:
     own = {name: mine[mine["method"] == BASELINE].groupby("measure")["value"].mean() for name, mine in parts.items()}
     found = _claims.powered(
         found.assign(seeds=each["seed"].nunique()),
-        {(name, measure): float(mean) for name, means in own.items() for measure, mean in means.items()},
+        {(name, str(measure)): float(mean) for name, means in own.items() for measure, mean in means.items()},
     )
     claim = pd.Series([_claims.claim_of(row) for row in found.to_dict("records")], found.index)
     rest = found["baseline"].eq(BASELINE).map({True: f", less {BASELINE}", False: f", {QUANTIZED} less the others"})
