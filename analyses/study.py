@@ -229,9 +229,8 @@ def _curved(frame: pd.DataFrame) -> list[str]:
     rows = frame[frame["measure"].str.startswith(("top eigenvalue", "trace"))]
     said = []
     for measure, mine in rows.groupby("measure", sort=False):
-        means = ", ".join(
-            f"{name} {value:.3g}" for name, value in mine.groupby("method", sort=False)["value"].mean().items()
-        )
+        each = mine.groupby("method", sort=False)["value"].mean()
+        means = ", ".join(f"{name} {value:.3g}" for name, value in each.items())
         said.append(f"{str(measure).capitalize()}, first seed, mean over targets (nats), without an interval: {means}.")
     return said
 
@@ -269,7 +268,7 @@ def draw(frame: pd.DataFrame, caption: str) -> Figure:
         for ax in (grid[0, 1], grid[0, 2], grid[1, 1]):
             ax.set_yticklabels([])
         _against(grid[1, 2], frame)
-        plots.captioned(figure, grid[1, 2], caption)
+        plots.captioned(figure, grid[0, 0], caption)
     return figure
 
 
@@ -280,7 +279,14 @@ def _differences(ax: Axes, found: pd.DataFrame, measures: tuple[str, ...]) -> No
         heights = np.arange(len(PAIRS)) + 0.3 * (index - (len(measures) - 1) / 2)
         color = ("0.1", "C0")[index]
         ax.hlines(heights, rows["low"], rows["high"], color=color, linewidth=1.1)
-        ax.plot(rows["value"], heights, "o", color=color, markerfacecolor="white", label=measure.split(",")[0])
+        ax.plot(
+            rows["value"],
+            heights,
+            "o",
+            color=color,
+            markerfacecolor="white",
+            label=measure.split(",")[0] if len(measures) > 1 else None,
+        )
         sure = (rows["p_holm"] < verdicts.LEVEL).to_numpy()
         ax.plot(rows["value"][sure], heights[sure], "o", color=color)
     ax.axvline(0, color="0.3", linewidth=0.8)
@@ -290,7 +296,7 @@ def _differences(ax: Axes, found: pd.DataFrame, measures: tuple[str, ...]) -> No
     ax.set_xlabel(MEASURES[measures[0]].replace(", source", ""))
     ax.grid(visible=False, axis="y")
     if len(measures) > 1:
-        ax.legend(fontsize=7, loc="best")
+        _legend(ax, columns=2)
 
 
 def _against(ax: Axes, frame: pd.DataFrame) -> None:
@@ -310,3 +316,9 @@ def _against(ax: Axes, frame: pd.DataFrame) -> None:
     ax.set(
         xlabel="Mean of F over ρ, target, less the block's (nats)", ylabel="Out of domain, less the block's (points)"
     )
+
+
+def _legend(ax: Axes, *, columns: int) -> None:
+    """Put a small legend above a panel."""
+    where: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderaxespad": 0}
+    ax.legend(**where, fontsize=6, ncols=columns, columnspacing=1, handletextpad=0.3)
