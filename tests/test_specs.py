@@ -53,7 +53,7 @@ def test_each_field_of_a_run_is_part_of_its_name():
     other |= {"eval_every": 2, "batch_size": 8, "lr": 0.1, "weight_decay": 0.1, "seed": 1, "trial_seed": 1}
     other |= {"augment": "domainbed", "precision": "bf16", "holdout": 0.3, "test_share": 0.2, "source": "sha256:0"}
     other |= {"objective": "coral", "coral_weight": 0.5, "mixing": MixSpec(), "members": (RUN,)}
-    other |= {"combine": "probabilities"}
+    other |= {"combine": "probabilities", "target_logged": False}
     names = {RUN.replace(**{field: value}).digest for field, value in other.items()}
     names |= {RUN.replace(frozen=True, switch=4).digest, RUN.replace(quantizer=QuantSpec(), switch=4).digest}
     kinds = (INQSpec(every=2), RTNSpec(), OBCSpec(), OBCSpec(images=9))

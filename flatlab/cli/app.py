@@ -94,7 +94,19 @@ def reproduce(
     epilog="Examples: `flatlab train --method qt-dog --held-out rot45`, "
     "`flatlab train --method sam --average swad --quantizer lsq --bits 4 --held-out 0`"
 )
-@takes(*DATA, "method", *PARTS, *TRAINING, *QUANTIZER, *RUNNING, "select", "keep_every", "tensorboard", seeds=1)
+@takes(
+    *DATA,
+    "method",
+    *PARTS,
+    *TRAINING,
+    *QUANTIZER,
+    *RUNNING,
+    "select",
+    "no_target",
+    "keep_every",
+    "tensorboard",
+    seeds=1,
+)
 def train(chosen: Choices) -> None:
     """Train a method, or any composition of parts, with each domain held out in turn or one of them."""
     from flatlab.data import catalog

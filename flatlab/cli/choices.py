@@ -36,6 +36,8 @@ SETTING_FIELDS += (
     "activation_bits",
     "noise_amplitude",
     "swad_rule",
+    "swad_every",
+    "sam_rho",
 )
 SETTING_FIELDS += ("test_share",)
 SHORT = 8  # digits of a digest on a screen
@@ -150,6 +152,7 @@ class Choices:
             held_out=catalog.held_out(dataset, folder, self.held_out),
             switch=self.quantize_at,
             signed=False if self.unsigned else None,
+            target_logged=False if self.no_target else None,
             **{**{f: self.given.get(f) for f in SETTING_FIELDS}, "model": self._model(), **self._known()},
         )
 

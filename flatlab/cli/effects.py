@@ -11,10 +11,11 @@ if TYPE_CHECKING:
     from flatlab.specs.methods import Method
     from flatlab.specs.settings import Setting
 
-EFFECTIVE = {*SETTING_FIELDS, "held_out", "weights", "quantize_at", "unsigned"}  # change what is planned
+EFFECTIVE = {*SETTING_FIELDS, "held_out", "weights", "quantize_at", "unsigned", "no_target"}  # change what is planned
 Needs = tuple[Callable[["Method"], bool], str, str]
 _GRID: Needs = (lambda m: m.quantizer != "none" or m.noise != "none", "a quantizer", "add --quantizer lsq")
 _LSQ: Needs = (lambda m: m.quantizer == "lsq", "LSQ", "add --quantizer lsq")
+_SWAD: Needs = (lambda m: m.average == "swad", "SWAD", "add --average swad")
 NEEDS: dict[str, Needs] = {  # option -> whether a composition uses it; what it lacks else; how to get that
     "bits": _GRID,
     "granularity": _GRID,
@@ -25,7 +26,9 @@ NEEDS: dict[str, Needs] = {  # option -> whether a composition uses it; what it 
     "activation_bits": _LSQ,
     "noise_amplitude": (lambda m: m.noise != "none", "noise on the weights", "take --method noise"),
     "quantize_at": (lambda m: m.switched, "a quantizer that trains", "add --quantizer lsq"),
-    "swad_rule": (lambda m: m.average == "swad", "SWAD", "add --average swad"),
+    "swad_rule": _SWAD,
+    "swad_every": _SWAD,
+    "sam_rho": (lambda m: m.step == "sam", "SAM", "add --step sam"),
     "select": (lambda m: m.switched, "a switch", "add --quantizer lsq"),
     "combine": (lambda m: m.members > 0, "an ensemble", "take --method eoq"),
 }

@@ -29,6 +29,7 @@ LIMITS: dict[str, tuple[int, int | None]] = {  # the integers, wherever they are
     "bits": (2, 16),
     "activation_bits": (2, 16),
     "quantize_at": (0, MOST),
+    "swad_every": (1, MOST),
     "steps": (1, MOST),
     "eval_every": (1, MOST),
     "batch_size": (1, 10**6),
@@ -56,6 +57,7 @@ NUMBERS: dict[str, tuple[str, float, float]] = {  # the others: how the least bi
     "lr": (">", 0, 1e30),
     "test_share": (">=", 0, 0.9),
     "noise_amplitude": (">", 0, 1e30),
+    "sam_rho": (">=", 0, 1e30),
     "rel_error": (">=", 0, 1),
     "abs_error": (">=", 0, 1e30),
     "tol": (">", 0, 1),
@@ -152,6 +154,12 @@ WORDS: dict[str, tuple[Any, Any, Any]] = {  # name -> type, default, option
             "to --bits has.",
         ),
     ),
+    "sam_rho": (float, None, _option(_COMPOSITION, "Radius of SAM's ascent, absolute L2 (0.05).")),
+    "swad_every": (
+        int,
+        None,
+        _option(_COMPOSITION, "Steps between two of SWAD's validations (smoke 2, quick 10, else 100)."),
+    ),
     "quantize_at": (
         int,
         None,
@@ -242,6 +250,16 @@ WORDS: dict[str, tuple[Any, Any, Any]] = {  # name -> type, default, option
         Path("figures"),
         _option(_OUTPUT, "Folder of the pictures; data other than digits have their own in it."),
     ),
+    "no_target": (
+        bool,
+        False,
+        _option(
+            _SCHEDULE,
+            "Neither evaluate nor log the held-out domain: for tuning, which must not look at it.",
+            "--no-target",
+            default=False,
+        ),
+    ),
     "keep_every": (
         int,
         None,
@@ -264,6 +282,16 @@ RUNNING = ("device", "workers", "cache", "store", "dry_run", "json", "debug")
 PARTS = ("objective", "mixing", "step", "average", "quantizer", "combine")  # of a method
 QUANTIZER = ("granularity", "inq_grid", "unsigned", "log_scale", "activations", "activation_bits", "noise_amplitude")
 DATA = ("dataset", "data_dir", "held_out", "image_size")
-TRAINING: tuple[str, ...] = ("test_share", "swad_rule", "bits", "quantize_at", "model", "weights", "freeze_batchnorm")
+TRAINING: tuple[str, ...] = (
+    "test_share",
+    "swad_rule",
+    "swad_every",
+    "sam_rho",
+    "bits",
+    "quantize_at",
+    "model",
+    "weights",
+    "freeze_batchnorm",
+)
 TRAINING += ("setting", "steps", "eval_every", "batch_size", "lr", "precision", "seed", "trial_seed")
 TRAINING += ("seeds",)

@@ -226,8 +226,10 @@ def training_passes(spec: RunSpec, sizes: Sizes, *, forked: bool) -> float:
     """Return the images that a training forwards, its backward passes counted as `BACKWARD` says."""
     steps = spec.steps + 1 - (spec.switch or 0 if forked else 0)
     batch = spec.batch_size * (len(sizes) - 1)
-    looks = steps / spec.eval_every * (spec.holdout + spec.test_share) * sum(sizes.values())
-    return float(steps * batch * BACKWARD * (2 if spec.step.kind == "sam" else 1) + looks)
+    target = sizes.get(spec.held_out, 0)  # evaluated as a whole
+    looks = (spec.holdout + spec.test_share) * (sum(sizes.values()) - target) + spec.target_logged * target
+    evaluations = steps / spec.eval_every * looks
+    return float(steps * batch * BACKWARD * (2 if spec.step.kind == "sam" else 1) + evaluations)
 
 
 def seconds_per_pass(store: RunStore, model: str, image_size: int) -> tuple[float, str]:

@@ -48,7 +48,7 @@ def _rows(run: Run, replay: Any) -> Iterator[dict[str, Any]]:
         yield {
             **{"run": run.name, "average": name, "held_out": run.spec.held_out, "seed": run.spec.seed, "steps": steps},
             **{field: row[field] for field in ("validation", "validation_loss")},
-            **{"test": tables.tested(row), "target": row["target"]["in"]["accuracy"], **span},
+            **{"test": tables.tested(row), "target": selection.target_accuracy(row), **span},
         }
 
 

@@ -103,9 +103,14 @@ def curves(store: RunStore, wanted: Iterable[tables.Labelled]) -> pd.DataFrame:
 def _points(run: Run, label: str) -> Iterable[dict[str, Any]]:
     if not run.done:
         raise UserError(f"Run {run.spec.digest} ({label}, {run.spec.held_out}) is not trained yet.")
+    if not run.spec.target_logged:
+        raise UserError(
+            f"Run {run.spec.digest} ({label}) was trained with --no-target, so that its log lacks the held-out domain; "
+            "train it without that option."
+        )
     for row in run.rows():
         values = {"test": tables.tested(row), "validation": row["validation"]}
-        values["target"] = row["target"]["in"]["accuracy"]
+        values["target"] = selection.target_accuracy(row)
         for quantity, value in values.items():
             if np.isnan(value):
                 continue

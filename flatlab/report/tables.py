@@ -200,7 +200,8 @@ def accuracies(store: RunStore, wanted: Iterable[Labelled], *, among_all: bool =
         if not run.done:
             raise UserError(f"Run {spec.digest} ({label}, {spec.held_out}, seed {spec.seed}) is not trained yet.")
         log = selection.candidates(run.rows(), spec.settled)
-        chosen = {rule: choose(log) for rule, choose in selection.RULES.items()}
+        rules = {rule: choose for rule, choose in selection.RULES.items() if spec.target_logged or rule != "oracle"}
+        chosen = {rule: choose(log) for rule, choose in rules.items()}
         if among_all and spec.settled:
             chosen["training-domain, all steps"] = selection.training_domain(run.rows())
         for rule, row in chosen.items():
@@ -214,8 +215,8 @@ def accuracies(store: RunStore, wanted: Iterable[Labelled], *, among_all: bool =
                     "step": row["step"],
                     "validation": row["validation"],
                     "test": tested(row),
-                    "target": row["target"]["in"]["accuracy"],
-                    "looks": len(log) if rule == "oracle" else 1,
+                    "target": selection.target_accuracy(row),
+                    "looks": (len(log) if rule == "oracle" else 1) * spec.target_logged,
                 }
             )
     return pd.DataFrame(rows)
@@ -253,7 +254,7 @@ def _describe(folder: Path, row: dict[str, Any]) -> None:
     log = selection.candidates(run.rows(), run.spec.settled)
     if log:
         best = selection.training_domain(log)
-        row |= {"validation": best["validation"], "test": tested(best), "target": best["target"]["in"]["accuracy"]}
+        row |= {"validation": best["validation"], "test": tested(best), "target": selection.target_accuracy(best)}
     row["state"] = "done" if run.done else f"step {log[-1]['step']}" if log else "begun"
 
 

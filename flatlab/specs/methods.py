@@ -105,7 +105,17 @@ def compose(parts: Method, setting: Setting, *, held_out: str, seed: int, trial_
             for i in range(setting.members or parts.members)
         ]
         return members[0].replace(members=tuple(members), combine=parts.combine)
-    data = {"dataset", "image_size", "model", "weights", "freeze_batchnorm", "augment", "precision", "test_share"}
+    data = {
+        "dataset",
+        "image_size",
+        "model",
+        "weights",
+        "freeze_batchnorm",
+        "augment",
+        "precision",
+        "test_share",
+        "target_logged",
+    }
     return RunSpec.make(
         **setting.model_dump(include={*data, "steps", "eval_every", "batch_size", "lr", "weight_decay"}),
         held_out=held_out,

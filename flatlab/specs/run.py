@@ -54,7 +54,7 @@ class RunSpec(Spec):
     A quantizer that is not trained (rtn, obc) makes a derived run, computed from the finished run without it.
     """
 
-    later = ("noise", "test_share", "coral_weight", "mixing", "members", "combine")
+    later = ("noise", "test_share", "coral_weight", "mixing", "members", "combine", "target_logged")
 
     dataset: str
     held_out: str
@@ -82,6 +82,7 @@ class RunSpec(Spec):
     trial_seed: int = Field(0, ge=0)  # split
     holdout: float = Field(0.2, gt=0, lt=1)
     test_share: float = Field(0.0, ge=0, lt=1)  # of each domain, for an in-domain test: not for training or selection
+    target_logged: bool = True  # False: the held-out domain is neither evaluated nor logged, as for tuning
     source: str | None = None  # "sha256:..." of an imported checkpoint, which was not trained here
     members: tuple["RunSpec", ...] = ()  # of an ensemble, which is not trained; other fields are the first member's
     combine: Literal["logits", "probabilities"] = "logits"  # averaged by an ensemble (QT-DoG Eq. 6: logits)

@@ -12,7 +12,7 @@ from flatlab.specs.run import RunSpec
 class Setting(Spec):
     """All that a reproduction needs besides the names of methods; shares of the schedule are shares of its steps."""
 
-    later = ("inq_grid", "signed", "log_scale", "activations", "activation_bits", "noise_amplitude")
+    later = ("inq_grid", "signed", "log_scale", "activations", "activation_bits", "noise_amplitude", "target_logged")
 
     name: str
     dataset: str = "digits"
@@ -25,6 +25,7 @@ class Setting(Spec):
     augment: str = "none"
     precision: str = "fp32"
     test_share: float = 0.2  # of each domain, for in-domain accuracy on images not used to select a checkpoint
+    target_logged: bool = True  # False: for tuning, nothing is computed on the held-out domain
     steps: int = Field(ge=1)
     eval_every: int = Field(ge=1)
     batch_size: int = Field(32, ge=1)

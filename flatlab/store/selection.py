@@ -1,8 +1,8 @@
 """Selection of a checkpoint: pure functions from the rows of a log to the chosen row.
 
 A row contains `step`, `validation` (accuracy on the validation images of the source domains, averaged over domains),
-`target` (accuracies on the held-out domain's two splits, "in" and "out") and more. No model is needed, so that
-another rule needs no second training.
+`target` where it was evaluated (accuracies on the held-out domain's two splits, "in" and "out") and more. No model is
+needed, so that another rule needs no second training.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,6 +19,11 @@ def training_domain(rows: Sequence[Row]) -> Row:
 def oracle(rows: Sequence[Row]) -> Row:
     """Return the first row with the best accuracy on the target's "out" split (uses the target domain)."""
     return max(rows, key=lambda row: row["target"]["out"]["accuracy"])
+
+
+def target_accuracy(row: Row) -> float:
+    """Return the accuracy on the held-out domain's "in" split; NaN where the run does not log that domain."""
+    return float(row["target"]["in"]["accuracy"]) if "target" in row else float("nan")
 
 
 def last(rows: Sequence[Row]) -> Row:

@@ -109,8 +109,9 @@ def join(spec: RunSpec, store: RunStore, place: Place) -> None:
     assert isinstance(network, Ensemble)
     loading_network.load(network, weights)
     run.create()
-    row = Evaluator(replace(domains, tested={}), loading_data.device(place)).row(network.eval(), spec.steps)
-    run.write_log([{**row, "looks": 1}])
+    judge = Evaluator(replace(domains, tested={}), loading_data.device(place), target=spec.target_logged)
+    row = judge.row(network.eval(), spec.steps)
+    run.write_log([{**row, "looks": int(spec.target_logged)}])
     for name in ("selected", "last"):
         files.save_arrays(run.checkpoint(name), arrays(network.state_dict()), {"step": spec.steps})
     run.note(**place.model_dump(), data_fingerprint=domains.data.fingerprint, machine=environment.facts())

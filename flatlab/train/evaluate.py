@@ -43,11 +43,13 @@ def mean(scores: Mapping[str, Score], field: str) -> float:
 class Evaluator:
     """Evaluates networks on the splits that selection and report need, its batches made once."""
 
-    def __init__(self, domains: Domains, device: torch.device) -> None:
+    def __init__(self, domains: Domains, device: torch.device, *, target: bool = True) -> None:
+        """Make the batches; of the held-out domain only where it is evaluated (`target`)."""
         self.validation = domains.evaluation("out", domains.sources, device)
         self.test = domains.evaluation("test", domains.sources, device) if domains.tested else {}
         self.target: dict[str, Batches] = {
-            part: domains.evaluation(part, (domains.target,), device)[domains.target] for part in ("in", "out")
+            part: domains.evaluation(part, (domains.target,), device)[domains.target]
+            for part in (("in", "out") if target else ())
         }
 
     def sources(self, network: nn.Module) -> dict[str, Score]:
@@ -55,14 +57,14 @@ class Evaluator:
         return evaluate(network, self.validation)
 
     def row(self, network: nn.Module, step: int, sources: dict[str, Score] | None = None) -> Row:
-        """Return a log's row: source validation, and the target's two splits (which is a look at the target)."""
+        """Return a log's row: source validation; the target's two splits (a look at the target), where evaluated."""
         sources = sources or self.sources(network)
         tested = evaluate(network, self.test)
         return {
             **({"test": tested} if tested else {}),
             "step": step,
             "source": sources,
-            "target": evaluate(network, self.target),
+            **({"target": evaluate(network, self.target)} if self.target else {}),
             "validation": mean(sources, "accuracy"),
             "validation_loss": mean(sources, "loss"),
         }

@@ -23,7 +23,7 @@ from flatlab.loading import data as loading_data
 from flatlab.models.networks import Network, set_training
 from flatlab.specs.run import Place, RunSpec
 from flatlab.store.runs import Run, RunStore, check_data
-from flatlab.store.selection import Row, candidates, training_domain
+from flatlab.store.selection import Row, candidates, target_accuracy, training_domain
 from flatlab.tensors.memory import out_of_memory
 from flatlab.train.batches import refresh, stream
 from flatlab.train.derived import derive
@@ -96,7 +96,7 @@ class Training:
         place = place.replace(threads=self._threads() or place.threads)
         self.threads = place.threads
         self.device = loading_data.device(place)
-        self.judge = Evaluator(self.domains, self.device)
+        self.judge = Evaluator(self.domains, self.device, target=self.spec.target_logged)
         self.trajectory = Trajectory(runs, self.domains, place)
         self.shadow: Network | None = None  # holds averages while they are evaluated
         self._begin(place)
@@ -262,7 +262,9 @@ class Training:
         shown = {"loss": float(losses[-1])} if losses and self.device.type == "cpu" else {}
         if self.trajectory.rows:
             newest = self.trajectory.rows[-1]
-            shown |= {"validation": newest["validation"], "target": newest["target"]["in"]["accuracy"]}
+            shown["validation"] = newest["validation"]
+            if self.spec.target_logged:
+                shown["target"] = target_accuracy(newest)
         return shown
 
     def _finish(self) -> None:

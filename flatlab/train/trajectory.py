@@ -34,7 +34,7 @@ class Observer:
 
     def log(self, row: Row) -> None:
         """Add a row, with the number of looks at the target so far."""
-        self.rows.append({**row, "looks": len(self.rows) + 1})
+        self.rows.append({**row, "looks": (len(self.rows) + 1) * self.run.spec.target_logged})
 
 
 class Trajectory:

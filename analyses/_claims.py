@@ -1,0 +1,174 @@
+"""The paper's claims, each with the tests that decide it, and how many seeds would decide more. Torch-free.
+
+The rule: a claim is supported where at least one test of its family has a verdict in its direction and none has one in
+the other; contradicted the other way round; else it cannot be told at this size.
+"""
+
+from collections.abc import Hashable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from flatlab.report import tables, verdicts
+from flatlab.results.estimate import FloatArray
+
+FLATNESS = ("source, none", "source, filter", "target, none", "target, filter")
+POWER = 0.8
+MOST_SEEDS = 10_000
+SUPPORTED, CONTRADICTED, MIXED, UNKNOWN = (
+    "supported",
+    "contradicted",
+    "supported in part and contradicted in part",
+    "cannot be told at this size",
+)
+EFFECTS: Mapping[str, tuple[float, str]] = {  # the smallest of interest; of what has no unit of its own, a share of ERM
+    "test": (1.0, "points"),
+    "validation": (1.0, "points"),
+    "out": (1.0, "points"),  # the paper reports about two on PACS
+    "spread": (0.5, "points"),
+    "change": (0.5, "points"),
+    **dict.fromkeys(FLATNESS, (0.1, "share")),
+}
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim of the paper, or the positive control.
+
+    Attributes:
+        words: the claim.
+        measures: what is compared.
+        pairs: method and baseline.
+        verdict: "lower" or "higher", that of the method.
+        note: what the tests leave open.
+    """
+
+    words: str
+    measures: tuple[str, ...]
+    pairs: tuple[tuple[str, str], ...]
+    verdict: str
+    note: str = ""
+
+    def holds(self, row: Mapping[Hashable, Any]) -> bool:
+        """Return whether a finding is one of the claim's tests."""
+        return row["measure"] in self.measures and (row["method"], row["baseline"]) in self.pairs
+
+
+CLAIMS = (
+    Claim(
+        "SAM x4 is flatter than ERM (positive control: what the tests can see)", FLATNESS, (("SAM x4", "ERM"),), "lower"
+    ),
+    Claim("QT-DoG is flatter than ERM", FLATNESS, (("QT-DoG", "ERM"),), "lower"),
+    Claim("QT-DoG is flatter than SAM and SWA", FLATNESS, (("QT-DoG", "SAM"), ("QT-DoG", "SWA")), "lower"),
+    Claim("QT-DoG is steadier than ERM after the switch", ("spread", "change"), (("QT-DoG", "ERM"),), "lower"),
+    Claim("QT-DoG is better than ERM out of domain", ("out",), (("QT-DoG", "ERM"),), "higher"),
+    Claim(
+        "7 bits are best",
+        ("out",),
+        (("QT-DoG", "QT-DoG 4 bits"),),
+        "higher",
+        " Compared with 4 bits alone: the other widths are not trained here.",
+    ),
+)
+
+
+def claim_of(row: Mapping[Hashable, Any]) -> str:
+    """Return the claim that a finding is a test of; an empty string where it is of none."""
+    return next((claim.words for claim in CLAIMS if claim.holds(row)), "")
+
+
+def verdict_of(claim: Claim, tests: pd.DataFrame) -> str:
+    """Return what the tests of a claim say of it.
+
+    Args:
+        claim: the claim.
+        tests: its findings, with verdicts.
+    """
+    told = set(tests["verdict"]) - {verdicts.NONE, verdicts.UNREAD}
+    return {(True, False): SUPPORTED, (False, True): CONTRADICTED, (True, True): MIXED}.get(
+        (claim.verdict in told, bool(told - {claim.verdict})), UNKNOWN
+    )
+
+
+def sentences(findings: pd.DataFrame, names: Mapping[str, str]) -> Iterator[str]:
+    """Yield a line for each claim: what the tests say, their intervals, and how many seeds would tell.
+
+    Args:
+        findings: with verdicts, `seeds`, `targets` and `seeds_needed`.
+        names: of the measures.
+    """
+    for claim in CLAIMS:
+        mine = findings[[claim.holds(row) for row in findings.to_dict("records")]]
+        said = [f"{which}: {_told(claim, rows, names)}" for which, rows in mine.groupby("targets", sort=False)]
+        yield f"{claim.words}. {' '.join(said) or 'Nothing was measured that would tell.'}{claim.note}"
+
+
+def _told(claim: Claim, rows: pd.DataFrame, names: Mapping[str, str]) -> str:
+    """Return the verdict with each test in brackets."""
+    several = len(claim.pairs) > 1
+    tests = [
+        f"{names[row['measure']]}{' less ' + row['baseline'] if several else ''} "
+        f"{tables.bracketed(row['value'], row['low'], row['high'], starred=row['p_holm'] < verdicts.LEVEL)}"
+        for row in rows.to_dict("records")
+    ]
+    seeds, needed = int(rows["seeds"].max()), rows["seeds_needed"].max()
+    what = f"; {needed:,.0f} seeds would tell" if np.isfinite(needed) else ""
+    return f"**{verdict_of(claim, rows)}** ({seeds} {'seed' if seeds == 1 else 'seeds'}; {', '.join(tests)}{what})."
+
+
+def powered(findings: pd.DataFrame, base: Mapping[tuple[str, str], float]) -> pd.DataFrame:
+    """Return the findings with `effect`, `seeds_needed` and `detectable`, in the units of the values.
+
+    Args:
+        findings: rows with `measure`, `targets`, `stderr` and `seeds`.
+        base: mean of ERM by targets and measure, of which some effects are shares.
+    """
+    effects = []
+    for measure, targets in findings[["measure", "targets"]].itertuples(index=False):
+        size, unit = EFFECTS.get(measure, (float("nan"), ""))
+        effects.append(size * abs(base[targets, measure]) if unit == "share" else size)
+    spread = findings["stderr"] * np.sqrt(findings["seeds"])
+    return findings.assign(
+        effect=effects,
+        seeds_needed=[seeds_needed(s, e) for s, e in zip(spread, effects, strict=True)],
+        detectable=[detectable(s, int(n)) for s, n in zip(spread, findings["seeds"], strict=True)],
+    )
+
+
+def seeds_needed(spread: float, effect: float) -> float:
+    """Return the fewest seeds whose 95 % interval is at most half as wide as an effect; NaN where nothing is known.
+
+    Args:
+        spread: standard deviation of the paired differences over seeds.
+        effect: the smallest of interest.
+    """
+    if not (np.isfinite(spread) and effect > 0):
+        return float("nan")
+    enough = np.flatnonzero(_widths() * spread <= effect / 2)
+    return float(2 + enough[0]) if len(enough) else float("inf")
+
+
+@cache
+def _widths() -> FloatArray:
+    """Return the widths of 95 % intervals of 2, 3, ... seeds, in standard deviations over seeds."""
+    counts = np.arange(2, MOST_SEEDS + 1)
+    return np.asarray(2 * stats.t.ppf((1 + tables.LEVEL) / 2, counts - 1) / np.sqrt(counts))
+
+
+def detectable(spread: float, seeds: int) -> float:
+    """Return the smallest true difference that a single test at 5 % finds with 80 % power, roughly.
+
+    (t(0.975) + t(0.8)) s / sqrt(n), both quantiles of Student's t with n - 1 degrees of freedom.
+
+    Args:
+        spread: standard deviation s of the paired differences over seeds.
+        seeds: n, at least 2; of one there is no test (NaN).
+    """
+    if seeds < 2:
+        return float("nan")
+    quantiles = np.asarray(stats.t.ppf([(1 + tables.LEVEL) / 2, POWER], seeds - 1))
+    return float(quantiles.sum() * spread / np.sqrt(seeds))

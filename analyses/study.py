@@ -1,0 +1,324 @@
+"""The study: does quantization flatten, and does it help out of domain? The paper's claims, each with its tests.
+
+Eleven methods at each held-out domain and seed: accuracy in and out of domain, stability after the switch, and the
+flatness that decides in Figure 3, raw and filter-normalised; top eigenvalue and trace of the first seed. Tests are of
+differences paired by held-out domain and seed, in families that figures/reference/pacs-study/PROTOCOL.md fixes.
+"""
+
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from analyses import _claims, _correlation, _grid, fig3
+from flatlab import plots
+from flatlab.report import percent, spectrum, stability, tables, verdicts
+from flatlab.report.areas import UP_TO, areas, limits, named_by_rise
+from flatlab.specs.measurement import MeasurementSpec
+from flatlab.specs.measurements import SpectrumSpec
+from flatlab.specs.methods import METHODS, RELEASED, replicates
+from flatlab.specs.run import RunSpec
+from flatlab.specs.settings import Setting
+from flatlab.store.runs import RunStore
+
+BASELINE, QUANTIZED, COARSE, STRONG = "ERM", "QT-DoG", "QT-DoG 4 bits", "SAM x4"
+ORDER = ("ERM", "SWA", "SWAD", "SMA", "SAM", STRONG, QUANTIZED, COARSE, "freeze", "release-parity", "noise")
+BITS, COARSE_BITS = 7, 4
+RHO_FACTOR = 4.0  # of the positive control
+AGAINST = ("freeze", "release-parity", "noise", "SAM", "SWA", "SWAD", COARSE)
+PAIRS = [(method, BASELINE) for method in ORDER[1:]] + [(QUANTIZED, other) for other in AGAINST]
+MEASURES = {
+    "test": "In-domain test (points)",
+    "validation": "In domain, selected on (points)",
+    "out": "Out of domain (points)",
+    "spread": "Std after the switch (points)",
+    "change": "Mean change after the switch (points)",
+    "source, none": "Mean of F over γ, source (nats)",
+    "source, filter": "Mean of F over ρ, source (nats)",
+    "target, none": "Mean of F over γ, target (nats)",
+    "target, filter": "Mean of F over ρ, target (nats)",
+}
+GRID = "distance from the 8-bit grid of the start (steps)"
+KEYS = ["measure", "method", "held_out", "seed"]
+PANELS = {"train": "source", "test": "target"}
+IMAGES = {"smoke": 8, "quick": 48, "paper": 256}  # of each domain, for the curvature of one seed
+ALL, FEWER = "all targets", "without photo"
+CONTROL = _claims.CLAIMS[0].words
+PHOTO = ("PACS", "photo")  # the statistics of the shared weights were measured on its photographs
+SUMMARY = (
+    "Differences paired by held-out domain and seed, 95 % intervals over seeds, each alone; * p < 0.05 after Holm "
+    "within the family"
+)
+
+
+def labelled(setting: Setting) -> list[tuple[str, RunSpec]]:
+    """Return each run with its method's name."""
+    own = setting.replace(bits=BITS)
+    changed: dict[str, tuple[str, dict[str, Any]]] = {
+        STRONG: ("SAM", {"sam_rho": RHO_FACTOR * setting.sam_rho}),
+        COARSE: (QUANTIZED, {"bits": COARSE_BITS}),
+    }
+    return [
+        (name, run)
+        for name in ORDER
+        for method, changes in [changed.get(name, (name, {}))]
+        for run in replicates(METHODS[method], own.replace(**changes))
+    ]
+
+
+def spheres(setting: Setting) -> list[Any]:
+    """Return Figure 3's measurements, with radii from ERM's first seed: so that seeds can be added later."""
+    return list(fig3.measurements(setting.replace(seeds=1)))
+
+
+def curvature(setting: Setting) -> list[SpectrumSpec]:
+    """Return the measurements of the first seed's Hessian: few images and products."""
+    effort: dict[str, Any] = {"k": 1, "tol": 0.05, "trace_budget": 32, "starts": 1, "steps": 3}
+    return [SpectrumSpec.make(domains=each, images=IMAGES[setting.name], **effort) for each in ("source", "target")]
+
+
+def plan(setting: Setting) -> tuple[list[RunSpec], list[tuple[RunSpec, MeasurementSpec]]]:
+    """Return the runs, the flatness of each, and the curvature of those of the first seed."""
+    runs = [spec for _, spec in labelled(setting)]
+    measured: list[tuple[RunSpec, MeasurementSpec]] = [(run, each) for run in runs for each in spheres(setting)]
+    first = [run for run in runs if run.seed == setting.seed]
+    return runs, [*measured, *((run, each) for run in first for each in curvature(setting))]
+
+
+def table(store: RunStore, setting: Setting) -> pd.DataFrame:
+    """Return each measure of each run and of each method over seeds; curvature; and rank correlations over blocks."""
+    runs = labelled(setting)
+    inside = "test" if setting.test_share else "validation"
+    accuracy = percent.accuracies(store, runs, [inside, "out"]).rename(columns={"panel": "measure"})
+    parts = [accuracy, _unrest(store, runs, setting.switch_step), _flatness(store, runs, setting)]
+    each = pd.concat([part[[*KEYS, "value"]] for part in parts], ignore_index=True).dropna()
+    whole = tables.over_seeds(each, ["measure", "method"])
+    off_grid = _grid.distances(store, runs).assign(measure=GRID, over="run")
+    shown = [each.assign(over="run"), whole, _curvature(store, runs, setting), _correlations(each), off_grid]
+    return pd.concat([part for part in shown if len(part)], ignore_index=True).assign(dataset=setting.dataset)
+
+
+def _unrest(store: RunStore, runs: list[tuple[str, RunSpec]], since: int) -> pd.DataFrame:
+    logged = [(method, run) for method, run in runs if run.average.kind in ("last", "sma")]  # others have one row
+    found = stability.numbers(stability.curves(store, logged), since)
+    long = found.melt(["method", "held_out", "seed"], ["spread", "change"], "measure")
+    return long.assign(value=100 * long["value"])
+
+
+def _flatness(store: RunStore, runs: list[tuple[str, RunSpec]], setting: Setting) -> pd.DataFrame:
+    """Return the mean of F of each run; of 4 bits only where its loss stays below chance as far as the others'."""
+    found = tables.flatness(store, [(method, run, each) for method, run in runs for each in spheres(setting)])
+    curves = named_by_rise(found, BASELINE)
+    coarse = curves["method"] == COARSE
+    ends, own = limits(curves[~coarse]), limits(curves[coarse])
+    means = areas(curves, ends)
+    short = own[~(own["limit"].to_numpy() >= ends["limit"].to_numpy())][["panel", "normalisation"]]
+    left_out = pd.MultiIndex.from_frame(means[["panel", "normalisation"]]).isin(pd.MultiIndex.from_frame(short))
+    means = means[~(left_out & (means["method"] == COARSE))]
+    return means.assign(measure=means["panel"].replace(PANELS) + ", " + means["normalisation"])
+
+
+def _curvature(store: RunStore, runs: list[tuple[str, RunSpec]], setting: Setting) -> pd.DataFrame:
+    first = [(method, run) for method, run in runs if run.seed == setting.seed]
+    found = spectrum.numbers(store, [(method, run, each) for method, run in first for each in curvature(setting)])
+    found = found[(found["index"] == 0) & found["number"].isin(["eigenvalue", "trace"])]
+    number = found["number"].replace("eigenvalue", "top eigenvalue")
+    return found.assign(measure=number + ", " + found["panel"])[[*KEYS, "value", "low", "high", "over"]]
+
+
+def _correlations(each: pd.DataFrame) -> pd.DataFrame:
+    """Return Spearman's correlation of each flatness with accuracy out of domain; negative: flatter is better."""
+    blocks = ["held_out", "seed"]
+    accuracy = each[each["measure"] == "out"].pivot(index="method", columns=blocks, values="value")
+    rows = []
+    for measure in [name for name in _claims.FLATNESS if name in set(each["measure"])]:
+        flatness = each[each["measure"] == measure].pivot(index="method", columns=blocks, values="value")
+        found = _correlation.correlations(flatness, accuracy.loc[flatness.index, flatness.columns])
+        rows.append(found.assign(measure="Spearman with accuracy out of domain, " + found["kind"] + ": F, " + measure))
+    shared = {"method": "all", "held_out": "all", "seed": "all", "over": "blocks"}
+    return pd.concat(rows, ignore_index=True).drop(columns="kind").assign(**shared)
+
+
+def runs(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return a row for each run and a column for each measure.
+
+    Args:
+        frame: as `table` returns it.
+    """
+    each = frame[frame["method"].isin(ORDER) & (frame["held_out"] != "all")]
+    keys = ["dataset", "method", "held_out", "seed"]
+    return each.pivot(index=keys, columns="measure", values="value").reset_index().rename_axis(columns=None)
+
+
+def findings(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return the differences of the pairs, of all targets and without `photo` where the data are PACS.
+
+    A family is a claim's tests; of the others, for each measure those less ERM, and those of QT-DoG less the others.
+    Besides the verdict: the smallest effect of interest, how many seeds would tell it, and what these seeds can detect.
+    """
+    each = frame[frame["measure"].isin(MEASURES) & (frame["over"] == "run")]
+    parts = {ALL: each}
+    if PHOTO in set(zip(each["dataset"], each["held_out"], strict=True)) and each["held_out"].nunique() > 1:
+        parts[FEWER] = each[each["held_out"] != PHOTO[1]]
+    found = pd.concat([_paired(mine).assign(targets=name) for name, mine in parts.items()], ignore_index=True)
+    own = {name: mine[mine["method"] == BASELINE].groupby("measure")["value"].mean() for name, mine in parts.items()}
+    found = _claims.powered(
+        found.assign(seeds=each["seed"].nunique()),
+        {(name, str(measure)): float(mean) for name, means in own.items() for measure, mean in means.items()},
+    )
+    claim = pd.Series([_claims.claim_of(row) for row in found.to_dict("records")], found.index)
+    rest = found["baseline"].eq(BASELINE).map({True: f", less {BASELINE}", False: f", {QUANTIZED} less the others"})
+    other = found["measure"].map(MEASURES) + rest
+    family = claim.where(claim != "", other) + found["targets"].map({ALL: "", FEWER: f", {FEWER}"})
+    return verdicts.corrected(found.assign(claim=claim), family)
+
+
+def _paired(each: pd.DataFrame) -> pd.DataFrame:
+    found = []
+    for method, base in PAIRS:
+        both = each[each["method"].isin((method, base))]
+        held = both.groupby("measure")["method"].transform("nunique") == 2  # SWA and SWAD have no log along the steps
+        found.append(tables.paired(both[held], base, ["measure"]))
+    return pd.concat(found, ignore_index=True)
+
+
+def summary(findings: pd.DataFrame) -> pd.DataFrame:
+    """Return a line for each pair and a column for each measure."""
+    starred = zip(findings["p_holm"], *(findings[name] for name in fig3.TOLD), strict=True)
+    cells = findings.assign(
+        pair=findings["method"] + " less " + findings["baseline"],
+        cell=[tables.bracketed(*told, digits=2, starred=p < verdicts.LEVEL) for p, *told in starred],
+        measure=findings["measure"].map(MEASURES),
+    )
+    wide = cells.pivot_table(
+        index=["targets", "pair"], columns="measure", values="cell", aggfunc="first", sort=False
+    ).fillna("")
+    return wide[[name for name in MEASURES.values() if name in wide]].reset_index()
+
+
+def remarks(frame: pd.DataFrame) -> list[str]:
+    """Say of each claim what the tests say; then of the other differences, of the correlations and of the curvature."""
+    found = findings(frame)
+    primary = found["claim"] != ""
+    said = list(_claims.sentences(found, MEASURES))
+    said.append(verdicts.statement(found[primary], name="Tests of the claims (primary)"))
+    said += verdicts.sentences(found[~primary])
+    said.append(verdicts.statement(found[~primary], name="Other tests (secondary)"))
+    if found["seeds"].max() > 1:
+        said.append(_power(found))
+    return [*said, *_ranks(frame), *_curved(frame), *_off_grid(frame), RELEASED]
+
+
+def _power(found: pd.DataFrame) -> str:
+    """Say what a single test at 5 % finds with 80 % power, of QT-DoG less ERM."""
+    mine = found[(found["method"] == QUANTIZED) & (found["baseline"] == BASELINE) & (found["targets"] == ALL)]
+    told = ", ".join(f"{MEASURES[name]} {size:.2g}" for name, size in mine[["measure", "detectable"]].to_numpy())
+    return f"Smallest difference of {QUANTIZED} to {BASELINE} that one test at 5 % finds with 80 % power: {told}."
+
+
+def _ranks(frame: pd.DataFrame) -> list[str]:
+    rows = frame[frame["over"] == "blocks"][["measure", *fig3.TOLD]].itertuples(index=False)
+    return [f"{name}: {tables.bracketed(*told, digits=2, starred=False)}." for name, *told in rows]
+
+
+def _curved(frame: pd.DataFrame) -> list[str]:
+    """Say top eigenvalue and trace of each method, means over the held-out domains at the first seed."""
+    rows = frame[frame["measure"].str.startswith(("top eigenvalue", "trace"))]
+    said = []
+    for measure, mine in rows.groupby("measure", sort=False):
+        each = mine.groupby("method", sort=False)["value"].mean()
+        means = ", ".join(f"{name} {value:.3g}" for name, value in each.items())
+        said.append(f"{str(measure).capitalize()}, first seed, mean over targets (nats), without an interval: {means}.")
+    return said
+
+
+def _off_grid(frame: pd.DataFrame) -> list[str]:
+    """Say how far the convolutions have moved off the grid that they began on; nothing where they began on none."""
+    means = frame[frame["measure"] == GRID].groupby("method", sort=False)["value"].mean()
+    told = ", ".join(f"{method} {value:.3f}" for method, value in means.items())
+    said = f"Convolutions, mean distance to the nearest level of the 8-bit grid that they began on, in steps: {told}. "
+    return [f"{said}Weights that know no grid have {_grid.UNIFORM:g}."] if told else []
+
+
+def caption(setting: Setting) -> str:
+    """Say in a title and a line below which data and seeds the picture shows."""
+    return (
+        f"Does quantization flatten, and does it help? {setting.words}\n"
+        f"Held out in turn: {', '.join(setting.held_out)}; differences paired by held-out domain and seed, bars: "
+        f"{setting.interval}, each alone, filled where p < 0.05 after Holm. F: rise of the loss, mean up to radii "
+        f"where ERM's (first seed) is {UP_TO} nats on the source domains, {setting.effort}. {STRONG}: SAM at four "
+        f"times its rho {setting.sam_rho:g}, the positive control. Stability from step {setting.switch_step} on. "
+        "Last panel: a point is a run, less the mean of all methods at its held-out domain and seed."
+    )
+
+
+def draw(frame: pd.DataFrame, caption: str) -> Figure:
+    """Draw the differences of all pairs: accuracies, stability, flatness; and flatness against accuracy."""
+    found = findings(frame)
+    found = found[found["targets"] == ALL]
+    inside = next(name for name in ("test", "validation") if name in set(found["measure"]))
+    panels = [(inside,), ("out",), ("spread",), ("source, none", "target, none"), ("source, filter", "target, filter")]
+    with plots.style():
+        figure, grid = plt.subplots(2, 3, figsize=(9.6, 7.2), layout="constrained")
+        for ax, measures in zip(grid.flat, panels, strict=False):
+            _differences(ax, found, measures)
+        for ax in (grid[0, 1], grid[0, 2], grid[1, 1]):
+            ax.set_yticklabels([])
+        _against(grid[1, 2], frame)
+        plots.captioned(figure, grid[0, 0], caption)
+    return figure
+
+
+def _differences(ax: Axes, found: pd.DataFrame, measures: tuple[str, ...]) -> None:
+    """Draw the differences of all pairs in one measure, or in that of the source and of the target domains."""
+    for index, measure in enumerate(measures):
+        rows = found[found["measure"] == measure].set_index(["method", "baseline"]).reindex(PAIRS)
+        heights = np.arange(len(PAIRS)) + 0.3 * (index - (len(measures) - 1) / 2)
+        color = ("0.1", "C0")[index]
+        ax.hlines(heights, rows["low"], rows["high"], color=color, linewidth=1.1)
+        ax.plot(
+            rows["value"],
+            heights,
+            "o",
+            color=color,
+            markerfacecolor="white",
+            label=measure.split(",")[0] if len(measures) > 1 else None,
+        )
+        sure = (rows["p_holm"] < verdicts.LEVEL).to_numpy()
+        ax.plot(rows["value"][sure], heights[sure], "o", color=color)
+    ax.axvline(0, color="0.3", linewidth=0.8)
+    ax.axhline(len(ORDER) - 1.5, color="0.7", linewidth=0.6)
+    names = [f"{method} − {base}" for method, base in PAIRS]
+    ax.set(yticks=range(len(PAIRS)), yticklabels=names, ylim=(len(PAIRS) - 0.4, -0.6))
+    ax.set_xlabel(MEASURES[measures[0]].replace(", source", ""))
+    ax.grid(visible=False, axis="y")
+    if len(measures) > 1:
+        _legend(ax, columns=2)
+
+
+def _against(ax: Axes, frame: pd.DataFrame) -> None:
+    """Draw the accuracy out of domain against the flatness there, both less the mean of their block."""
+    each = frame[frame["over"] == "run"]
+    wide = each.pivot(index=["held_out", "seed", "method"], columns="measure", values="value")[
+        ["target, filter", "out"]
+    ].dropna()
+    less = wide - wide.groupby(level=["held_out", "seed"]).transform("mean")
+    for index, name in enumerate(ORDER):
+        if name in less.index.get_level_values("method"):
+            mine = less.xs(name, level="method")
+            look: dict[str, Any] = {"color": f"C{index % 10}", "label": name, "markersize": 3.5}
+            ax.plot(mine["target, filter"], mine["out"], plots.MARKERS[index % len(plots.MARKERS)], **look)
+    ax.axhline(0, color="0.7", linewidth=0.6)
+    ax.axvline(0, color="0.7", linewidth=0.6)
+    ax.set(
+        xlabel="Mean of F over ρ, target, less the block's (nats)", ylabel="Out of domain, less the block's (points)"
+    )
+
+
+def _legend(ax: Axes, *, columns: int) -> None:
+    """Put a small legend above a panel."""
+    where: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderaxespad": 0}
+    ax.legend(**where, fontsize=6, ncols=columns, columnspacing=1, handletextpad=0.3)

@@ -1,0 +1,157 @@
+"""The study's claims, their tests and their power; rank correlations over blocks; on hand-made numbers."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from analyses import _claims, _correlation, _grid, study
+from flatlab.report import verdicts
+from flatlab.specs.settings import SMOKE, for_data
+
+TARGETS = ("art_painting", "photo", "sketch")
+
+
+def frame(shift, *, spread=0.01, seeds=3, dataset="PACS"):
+    """Return rows of single runs: each measure 1 (accuracies 80) plus a method's shift, and noise over seeds."""
+    draw = np.random.default_rng(0)
+    rows = [
+        {"measure": measure, "method": method, "held_out": target, "seed": seed, "over": "run", "dataset": dataset}
+        | {"value": (80 if measure in ("test", "out") else 1) + shift(measure, method, target) + spread * draw.normal()}
+        for measure in study.MEASURES
+        if measure != "validation"
+        for method in study.ORDER
+        if not (measure in ("spread", "change") and method in ("SWA", "SWAD"))
+        for target in TARGETS
+        for seed in range(seeds)
+    ]
+    return pd.DataFrame(rows)
+
+
+def lines(found):
+    return dict(zip([claim.words for claim in _claims.CLAIMS], _claims.sentences(found, study.MEASURES), strict=True))
+
+
+def test_a_claim_is_supported_contradicted_or_cannot_be_told():
+    def shift(measure, method, target):
+        del target
+        if method == "QT-DoG":
+            return {"out": 5.0, "spread": 3.0}.get(measure, 0.0)
+        return -0.9 if method == "SAM x4" and measure in _claims.FLATNESS else 0.0
+
+    told = lines(study.findings(frame(shift, seeds=5)))
+    assert "**supported**" in told["QT-DoG is better than ERM out of domain"]
+    assert "**contradicted**" in told["QT-DoG is steadier than ERM after the switch"]
+    assert "**cannot be told at this size**" in told["QT-DoG is flatter than ERM"]
+    assert "**supported**" in told[study.CONTROL]
+    assert all("without photo" in line and "5 seeds" in line for line in told.values())
+
+
+def test_both_directions_are_said_to_be_both():
+    claim = next(each for each in _claims.CLAIMS if each.words == "QT-DoG is flatter than ERM")
+    for said, words in {
+        ("lower", "higher"): _claims.MIXED,
+        ("lower", verdicts.NONE): _claims.SUPPORTED,
+        ("higher", verdicts.NONE): _claims.CONTRADICTED,
+        (verdicts.NONE, verdicts.UNREAD): _claims.UNKNOWN,
+    }.items():
+        assert _claims.verdict_of(claim, pd.DataFrame({"verdict": said})) == words
+
+
+def test_the_families_are_those_of_the_protocol():
+    found = study.findings(frame(lambda *_: 0.0))
+    sizes = found[found["targets"] == study.ALL].groupby("family")["family_size"].unique()
+    assert sizes.map(len).eq(1).all()
+    for claim, size in {"QT-DoG is flatter than ERM": 4, "QT-DoG is flatter than SAM and SWA": 8}.items():
+        assert sizes[claim].item() == size
+    assert sizes["QT-DoG is better than ERM out of domain"].item() == 1
+    assert sizes["Out of domain (points), less ERM"].item() == len(study.ORDER) - 2  # all but ERM and the claim's
+    assert sizes["Out of domain (points), QT-DoG less the others"].item() == len(study.AGAINST) - 1
+    assert set(found["correction"]) == {"Holm"}
+    assert study.FEWER not in set(study.findings(frame(lambda *_: 0.0, dataset="VLCS"))["targets"])
+
+
+def test_without_photo_the_differences_are_those_of_the_others():
+    found = study.findings(frame(lambda m, method, target: 9.0 * (target == "photo" and method == "SAM"), spread=0.0))
+    less = found[(found["method"] == "SAM") & (found["baseline"] == "ERM") & (found["measure"] == "out")]
+    assert less.set_index("targets")["value"].to_dict() == pytest.approx({study.ALL: 3.0, study.FEWER: 0.0})
+
+
+def test_one_seed_has_no_verdict_and_no_power():
+    found = study.findings(frame(lambda *_: 0.0, seeds=1))
+    assert found[["p_holm", "seeds_needed", "detectable"]].isna().all(axis=None)
+    assert all("cannot be told" in line for line in lines(found).values())
+
+
+def test_the_seeds_needed_give_an_interval_half_as_wide_as_the_effect():
+    for spread, effect in ((1.0, 2.0), (0.3, 0.2), (2.0, 1.0)):
+        count = int(_claims.seeds_needed(spread, effect))
+        width = [2 * stats.t.ppf(0.975, n - 1) * spread / n**0.5 for n in (count, max(2, count - 1))]
+        assert width[0] <= effect / 2 < width[1]
+    assert _claims.seeds_needed(0.0, 1.0) == 2 and np.isinf(_claims.seeds_needed(1e6, 1e-3))
+    assert np.isnan(_claims.seeds_needed(float("nan"), 1.0))
+
+
+def test_what_seeds_can_detect_is_found_with_about_the_power_it_says():
+    seeds, spread = 8, 1.0
+    true = _claims.detectable(spread, seeds)
+    power = stats.nct.sf(stats.t.ppf(0.975, seeds - 1), seeds - 1, true * seeds**0.5 / spread)
+    assert power == pytest.approx(_claims.POWER, abs=0.03)
+    assert np.isnan(_claims.detectable(spread, 1))
+
+
+def test_spearman_is_scipys():
+    x, y = np.random.default_rng(0).normal(size=(2, 3, 4, 9)).round(1)
+    ours = _correlation.spearman(x, y)
+    assert ours.shape == (3, 4)
+    assert ours[1, 2] == pytest.approx(stats.spearmanr(x[1, 2], y[1, 2]).statistic)
+    assert np.isnan(_correlation.spearman(np.ones(5), np.arange(5.0)))
+
+
+def test_correlations_within_and_between_are_told_apart():
+    """Flatter methods are better, while within each method flatter blocks are worse."""
+    draw = np.random.default_rng(0)
+    methods, blocks = np.arange(6)[:, None], draw.normal(size=12)[None]
+    x, y = (pd.DataFrame(10 * methods + blocks), pd.DataFrame(-10 * methods + blocks))
+    found = _correlation.correlations(x, y).set_index("kind")
+    assert found["value"]["between methods"] == pytest.approx(-1) == found["value"]["within block"]
+    assert found["value"]["within method"] == pytest.approx(1)
+    assert (found["low"] <= found["high"]).all()
+    assert _correlation.correlations(x, y).equals(_correlation.correlations(x, y))
+    other = pd.DataFrame(draw.normal(size=(6, 12)))
+    assert not _correlation.correlations(x, other).equals(_correlation.correlations(x, other, seed=1))
+    assert _correlation.correlations(x[[0]], y[[0]])["low"].isna().all()
+
+
+def test_the_plan_has_eleven_methods_and_the_curvature_of_one_seed():
+    setting = for_data(SMOKE, "PACS").replace(sam_rho=0.1, seeds=3, domains=TARGETS, held_out=TARGETS)
+    runs, measured = study.plan(setting)
+    assert len({run.digest for run in runs}) == 11 * 3 * 3
+    assert {run.step.rho for run in runs if run.step.kind == "sam"} == {0.1, 0.4}
+    assert {run.quantizer.bits for run in runs if run.quantizer} == {4, 7}
+    kinds = pd.Series([each.metric for _, each in measured]).value_counts()
+    assert kinds["sphere"] == 2 * 99 and kinds["spectrum"] == 2 * 33
+    more = study.plan(setting.replace(seeds=5))[1]
+    assert set(measured) <= set(more)  # seeds can be added: the radii are those of the first
+
+
+def test_the_distance_from_the_grid_is_none_on_it_and_a_quarter_off_it():
+    draw = np.random.default_rng(0)
+    codes = draw.integers(-127, 128, size=(8, 16, 3, 3))
+    codes[:, 0, 0, 0] = 127
+    scale = np.geomspace(1e-3, 1, 8)[:, None, None, None]
+    start = {"features.0.0.weight": (codes * scale).astype("float32")}
+    names = ("features.features.0.0.weight", "features.features.0.0.parametrizations.weight.original")
+    for name in names:
+        on = {name: start["features.0.0.weight"] - scale * draw.integers(0, 3, size=codes.shape)}
+        off = {name: start["features.0.0.weight"] + scale * draw.normal(size=codes.shape) * 50}
+        assert _grid.distance(start, on) == pytest.approx(0, abs=1e-4)
+        assert _grid.distance(start, off) == pytest.approx(_grid.UNIFORM, abs=0.02)
+    assert np.isnan(_grid.distance(start, {"head.weight": np.ones((2, 2))}))
+
+
+def test_there_is_one_row_for_each_run():
+    whole = frame(lambda *_: 0.0)
+    wide = study.runs(pd.concat([whole, whole[:1].assign(held_out="all", seed="all", over="seeds")]))
+    assert len(wide) == len(study.ORDER) * len(TARGETS) * 3
+    assert {"method", "held_out", "seed", "out", "target, filter"} <= set(wide)
