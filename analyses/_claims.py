@@ -28,7 +28,7 @@ SUPPORTED, CONTRADICTED, MIXED, UNKNOWN = (
 EFFECTS: Mapping[str, tuple[float, str]] = {  # the smallest of interest; of what has no unit of its own, a share of ERM
     "test": (1.0, "points"),
     "validation": (1.0, "points"),
-    "out": (1.0, "points"),  # the paper reports about two on PACS
+    "target": (1.0, "points"),  # the paper reports about two on PACS
     "spread": (0.5, "points"),
     "change": (0.5, "points"),
     **dict.fromkeys(FLATNESS, (0.1, "share")),
@@ -65,10 +65,10 @@ CLAIMS = (
     Claim("QT-DoG is flatter than ERM", FLATNESS, (("QT-DoG", "ERM"),), "lower"),
     Claim("QT-DoG is flatter than SAM and SWA", FLATNESS, (("QT-DoG", "SAM"), ("QT-DoG", "SWA")), "lower"),
     Claim("QT-DoG is steadier than ERM after the switch", ("spread", "change"), (("QT-DoG", "ERM"),), "lower"),
-    Claim("QT-DoG is better than ERM out of domain", ("out",), (("QT-DoG", "ERM"),), "higher"),
+    Claim("QT-DoG is better than ERM out of domain", ("target",), (("QT-DoG", "ERM"),), "higher"),
     Claim(
         "7 bits are best",
-        ("out",),
+        ("target",),
         (("QT-DoG", "QT-DoG 4 bits"),),
         "higher",
         " Compared with 4 bits alone: the other widths are not trained here.",
@@ -112,7 +112,7 @@ def _told(claim: Claim, rows: pd.DataFrame, names: Mapping[str, str]) -> str:
     several = len(claim.pairs) > 1
     tests = [
         f"{names[row['measure']]}{' less ' + row['baseline'] if several else ''} "
-        f"{tables.bracketed(row['value'], row['low'], row['high'], starred=row['p_holm'] < verdicts.LEVEL)}"
+        f"{verdicts.bracketed(row['value'], row['low'], row['high'], starred=row['p_holm'] < verdicts.LEVEL)}"
         for row in rows.to_dict("records")
     ]
     seeds, needed = int(rows["seeds"].max()), rows["seeds_needed"].max()

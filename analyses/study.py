@@ -13,10 +13,11 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analyses import _claims, _correlation, _grid, fig3
+from analyses import _claims, _correlation, _grid, _percent, fig3
 from flatlab import plots
-from flatlab.report import percent, spectrum, stability, tables, verdicts
+from flatlab.report import spectrum, stability, tables, verdicts
 from flatlab.report.areas import UP_TO, areas, limits, named_by_rise
+from flatlab.report.panels import SOURCE, TARGET
 from flatlab.specs.measurement import MeasurementSpec
 from flatlab.specs.measurements import SpectrumSpec
 from flatlab.specs.methods import METHODS, RELEASED, replicates
@@ -33,7 +34,7 @@ PAIRS = [(method, BASELINE) for method in ORDER[1:]] + [(QUANTIZED, other) for o
 MEASURES = {
     "test": "In-domain test (points)",
     "validation": "In domain, selected on (points)",
-    "out": "Out of domain (points)",
+    "target": "Out of domain (points)",
     "spread": "Std after the switch (points)",
     "change": "Mean change after the switch (points)",
     "source, none": "Mean of F over γ, source (nats)",
@@ -43,7 +44,6 @@ MEASURES = {
 }
 GRID = "distance from the 8-bit grid of the start (steps)"
 KEYS = ["measure", "method", "held_out", "seed"]
-PANELS = {"train": "source", "test": "target"}
 IMAGES = {"smoke": 8, "quick": 48, "paper": 256}  # of each domain, for the curvature of one seed
 ALL, FEWER = "all targets", "without photo"
 CONTROL = _claims.CLAIMS[0].words
@@ -91,8 +91,9 @@ def plan(setting: Setting) -> tuple[list[RunSpec], list[tuple[RunSpec, Measureme
 def table(store: RunStore, setting: Setting) -> pd.DataFrame:
     """Return each measure of each run and of each method over seeds; curvature; and rank correlations over blocks."""
     runs = labelled(setting)
-    inside = "test" if setting.test_share else "validation"
-    accuracy = percent.accuracies(store, runs, [inside, "out"]).rename(columns={"panel": "measure"})
+    split = "test" if setting.test_share else "out"
+    accuracy = _percent.accuracies(store, runs, [(SOURCE, split), (TARGET, "in")])
+    accuracy["measure"] = [_percent.READ[where] for where in zip(accuracy["panel"], accuracy["split"], strict=True)]
     parts = [accuracy, _unrest(store, runs, setting.switch_step), _flatness(store, runs, setting)]
     each = pd.concat([part[[*KEYS, "value"]] for part in parts], ignore_index=True).dropna()
     whole = tables.over_seeds(each, ["measure", "method"])
@@ -118,7 +119,7 @@ def _flatness(store: RunStore, runs: list[tuple[str, RunSpec]], setting: Setting
     short = own[~(own["limit"].to_numpy() >= ends["limit"].to_numpy())][["panel", "normalisation"]]
     left_out = pd.MultiIndex.from_frame(means[["panel", "normalisation"]]).isin(pd.MultiIndex.from_frame(short))
     means = means[~(left_out & (means["method"] == COARSE))]
-    return means.assign(measure=means["panel"].replace(PANELS) + ", " + means["normalisation"])
+    return means.assign(measure=means["panel"] + ", " + means["normalisation"])
 
 
 def _curvature(store: RunStore, runs: list[tuple[str, RunSpec]], setting: Setting) -> pd.DataFrame:
@@ -132,7 +133,7 @@ def _curvature(store: RunStore, runs: list[tuple[str, RunSpec]], setting: Settin
 def _correlations(each: pd.DataFrame) -> pd.DataFrame:
     """Return Spearman's correlation of each flatness with accuracy out of domain; negative: flatter is better."""
     blocks = ["held_out", "seed"]
-    accuracy = each[each["measure"] == "out"].pivot(index="method", columns=blocks, values="value")
+    accuracy = each[each["measure"] == "target"].pivot(index="method", columns=blocks, values="value")
     rows = []
     for measure in [name for name in _claims.FLATNESS if name in set(each["measure"])]:
         flatness = each[each["measure"] == measure].pivot(index="method", columns=blocks, values="value")
@@ -190,7 +191,7 @@ def summary(findings: pd.DataFrame) -> pd.DataFrame:
     starred = zip(findings["p_holm"], *(findings[name] for name in fig3.TOLD), strict=True)
     cells = findings.assign(
         pair=findings["method"] + " less " + findings["baseline"],
-        cell=[tables.bracketed(*told, digits=2, starred=p < verdicts.LEVEL) for p, *told in starred],
+        cell=[verdicts.bracketed(*told, digits=2, starred=p < verdicts.LEVEL) for p, *told in starred],
         measure=findings["measure"].map(MEASURES),
     )
     wide = cells.pivot_table(
@@ -221,7 +222,7 @@ def _power(found: pd.DataFrame) -> str:
 
 def _ranks(frame: pd.DataFrame) -> list[str]:
     rows = frame[frame["over"] == "blocks"][["measure", *fig3.TOLD]].itertuples(index=False)
-    return [f"{name}: {tables.bracketed(*told, digits=2, starred=False)}." for name, *told in rows]
+    return [f"{name}: {verdicts.bracketed(*told, digits=2, starred=False)}." for name, *told in rows]
 
 
 def _curved(frame: pd.DataFrame) -> list[str]:
@@ -260,7 +261,13 @@ def draw(frame: pd.DataFrame, caption: str) -> Figure:
     found = findings(frame)
     found = found[found["targets"] == ALL]
     inside = next(name for name in ("test", "validation") if name in set(found["measure"]))
-    panels = [(inside,), ("out",), ("spread",), ("source, none", "target, none"), ("source, filter", "target, filter")]
+    panels = [
+        (inside,),
+        ("target",),
+        ("spread",),
+        ("source, none", "target, none"),
+        ("source, filter", "target, filter"),
+    ]
     with plots.style():
         figure, grid = plt.subplots(2, 3, figsize=(9.6, 7.2), layout="constrained")
         for ax, measures in zip(grid.flat, panels, strict=False):
@@ -303,14 +310,14 @@ def _against(ax: Axes, frame: pd.DataFrame) -> None:
     """Draw the accuracy out of domain against the flatness there, both less the mean of their block."""
     each = frame[frame["over"] == "run"]
     wide = each.pivot(index=["held_out", "seed", "method"], columns="measure", values="value")[
-        ["target, filter", "out"]
+        ["target, filter", "target"]
     ].dropna()
     less = wide - wide.groupby(level=["held_out", "seed"]).transform("mean")
     for index, name in enumerate(ORDER):
         if name in less.index.get_level_values("method"):
             mine = less.xs(name, level="method")
             look: dict[str, Any] = {"color": f"C{index % 10}", "label": name, "markersize": 3.5}
-            ax.plot(mine["target, filter"], mine["out"], plots.MARKERS[index % len(plots.MARKERS)], **look)
+            ax.plot(mine["target, filter"], mine["target"], plots.MARKERS[index % len(plots.MARKERS)], **look)
     ax.axhline(0, color="0.7", linewidth=0.6)
     ax.axvline(0, color="0.7", linewidth=0.6)
     ax.set(

@@ -17,7 +17,11 @@ def frame(shift, *, spread=0.01, seeds=3, dataset="PACS"):
     draw = np.random.default_rng(0)
     rows = [
         {"measure": measure, "method": method, "held_out": target, "seed": seed, "over": "run", "dataset": dataset}
-        | {"value": (80 if measure in ("test", "out") else 1) + shift(measure, method, target) + spread * draw.normal()}
+        | {
+            "value": (80 if measure in ("test", "target") else 1)
+            + shift(measure, method, target)
+            + spread * draw.normal()
+        }
         for measure in study.MEASURES
         if measure != "validation"
         for method in study.ORDER
@@ -36,7 +40,7 @@ def test_a_claim_is_supported_contradicted_or_cannot_be_told():
     def shift(measure, method, target):
         del target
         if method == "QT-DoG":
-            return {"out": 5.0, "spread": 3.0}.get(measure, 0.0)
+            return {"target": 5.0, "spread": 3.0}.get(measure, 0.0)
         return -0.9 if method == "SAM x4" and measure in _claims.FLATNESS else 0.0
 
     told = lines(study.findings(frame(shift, seeds=5)))
@@ -73,7 +77,7 @@ def test_the_families_are_those_of_the_protocol():
 
 def test_without_photo_the_differences_are_those_of_the_others():
     found = study.findings(frame(lambda m, method, target: 9.0 * (target == "photo" and method == "SAM"), spread=0.0))
-    less = found[(found["method"] == "SAM") & (found["baseline"] == "ERM") & (found["measure"] == "out")]
+    less = found[(found["method"] == "SAM") & (found["baseline"] == "ERM") & (found["measure"] == "target")]
     assert less.set_index("targets")["value"].to_dict() == pytest.approx({study.ALL: 3.0, study.FEWER: 0.0})
 
 
@@ -154,4 +158,4 @@ def test_there_is_one_row_for_each_run():
     whole = frame(lambda *_: 0.0)
     wide = study.runs(pd.concat([whole, whole[:1].assign(held_out="all", seed="all", over="seeds")]))
     assert len(wide) == len(study.ORDER) * len(TARGETS) * 3
-    assert {"method", "held_out", "seed", "out", "target, filter"} <= set(wide)
+    assert {"method", "held_out", "seed", "target", "target, filter"} <= set(wide)
