@@ -317,7 +317,10 @@ def _against(ax: Axes, frame: pd.DataFrame) -> None:
         if name in less.index.get_level_values("method"):
             mine = less.xs(name, level="method")
             look: dict[str, Any] = {"color": f"C{index % 10}", "label": name, "markersize": 3.5}
+            if index >= len(plots.MARKERS):  # colours and markers are used up
+                look["markerfacecolor"] = "white"
             ax.plot(mine["target, filter"], mine["target"], plots.MARKERS[index % len(plots.MARKERS)], **look)
+    _legend(ax, columns=4)
     ax.axhline(0, color="0.7", linewidth=0.6)
     ax.axvline(0, color="0.7", linewidth=0.6)
     ax.set(
