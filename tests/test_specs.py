@@ -6,9 +6,22 @@ import pytest
 from pydantic import ValidationError
 
 from flatlab.errors import UserError
-from flatlab.specs.measurements import QuantizationNoiseSpec, RoundingSpec, SphereSpec
+from flatlab.specs.measurements import (
+    KINDS,
+    ConnectionSpec,
+    GradCAMSpec,
+    QuantizationNoiseSpec,
+    RoundingSpec,
+    ScaleAuditSpec,
+    SizeSpec,
+    SpectrumSpec,
+    SphereSpec,
+    SurfaceSpec,
+    TraceCheckSpec,
+)
 from flatlab.specs.methods import METHODS, Method, compose, method, replicates, vary
 from flatlab.specs.quantizers import INQSpec, NoiseSpec, OBCSpec, QuantSpec, RTNSpec
+from flatlab.specs.rises import ReachSpec
 from flatlab.specs.run import AverageSpec, MixSpec, Place, RunSpec, StepSpec
 from flatlab.specs.settings import PAPER, QUICK, SETTINGS, SMOKE, setting
 
@@ -26,6 +39,26 @@ def test_digests_stay_what_they_were():
     whole = RUN.replace(step=StepSpec(kind="sam"), average=AverageSpec(kind="swad"), quantizer=QuantSpec(), switch=4)
     # Renewed for `augment`, `precision` and SWAD's `rule` of runs, and for the engine's fields of measurements.
     assert [spec.digest for spec in (RUN, whole, PROBE)] == ["7f6e9dfe05725dcb", "baee3fb207c26b3e", "6c43c1ac4a4deb8b"]
+
+
+MEASUREMENTS = {
+    "6c43c1ac4a4deb8b": PROBE,
+    "cadcb715334ce12d": ReachSpec(rises=(0.1,)),
+    "4b50dbdbda44ffdd": SpectrumSpec(),
+    "2c348a848702e834": SurfaceSpec(),
+    "135c76240f05939a": ConnectionSpec(to="0" * 16),
+    "8e3b1f917928dc92": TraceCheckSpec(),
+    "c72ba3fc568cf558": ScaleAuditSpec(),
+    "868f9639bd27aaf0": GradCAMSpec(),
+    "3bee72b46e3f6525": QuantizationNoiseSpec(),
+    "b5aa8c195898affd": RoundingSpec(),
+    "1ce3adf553f86252": SizeSpec(),
+}
+
+
+def test_digests_of_every_kind_of_measurement_stay_what_they_were():
+    assert [spec.digest for spec in MEASUREMENTS.values()] == list(MEASUREMENTS)
+    assert sorted(spec.metric for spec in MEASUREMENTS.values()) == sorted(KINDS)
 
 
 def test_canonical_json_is_sorted_bare_and_complete():

@@ -10,6 +10,8 @@ from scipy import stats
 from flatlab import files
 from flatlab.errors import UserError
 from flatlab.report import tables
+from flatlab.results.estimate import Cost
+from flatlab.results.sphere import SamplingPlan, SphereFlatness
 from flatlab.specs.measurements import SphereSpec
 from flatlab.specs.quantizers import QuantSpec
 from flatlab.specs.run import RunSpec
@@ -116,10 +118,22 @@ def measured(store, spec, samples):
     run.finish()
     measurement = run.measurement(PROBE)
     measurement.create()
-    visits = {f"visits-{index:02d}": samples[:, index] for index in range(len(PROBE.radii))}
-    facts = {"strata": DOMAINS, "blocks": [1] * len(PROBE.radii), "chance": 2.3}
-    losses = {"radii": np.array(PROBE.radii), "base_loss": np.arange(4.0)}
-    files.save_arrays(measurement.result, {**visits, **losses}, facts)
+    flat = SphereFlatness(
+        radii=np.array(PROBE.radii),
+        visits=tuple(samples[:, index] for index in range(len(PROBE.radii))),
+        plans=tuple(SamplingPlan(radius, 0) for radius in PROBE.radii),
+        blocks=(1,) * len(PROBE.radii),
+        stopped=("samples",) * len(PROBE.radii),
+        strata=tuple(DOMAINS),
+        base_loss=np.arange(4.0),
+        chance=2.3,
+        normalisation="none",
+        seed=0,
+        num_params=10,
+        norm=2.0,
+        cost=Cost(),
+    )
+    files.save_arrays(measurement.result, *flat.to_arrays())
     measurement.finish()
 
 

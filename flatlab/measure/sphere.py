@@ -1,7 +1,7 @@
 """Flatness on spheres: sample in resumable units, and write the visits down."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,6 @@ from flatlab.metrics.flatness import planning
 from flatlab.metrics.flatness.sampler import Draws, Sampler, visits
 from flatlab.metrics.flatness.sphere import sample
 from flatlab.results.estimate import FloatArray
-from flatlab.results.sphere import SphereFlatness
 from flatlab.specs.measurements import SphereSpec
 from flatlab.specs.rises import ByRise
 from flatlab.specs.run import Place
@@ -42,8 +41,9 @@ def fill(measurement: Measurement, run: Run, place: Place, report: Report | None
     if "interrupted" in flatness.stopped:
         raise KeyboardInterrupt  # its units are kept: the next call goes on from them
     classes = len(loading_data.domains(run.spec, place).data.classes)
-    rises = {"rises": [0.0, *spec.radii.rises]} if isinstance(spec.radii, ByRise) else {}
-    _write(measurement, flatness, {"chance": float(np.log(classes)), **rises})
+    rises = (0.0, *spec.radii.rises) if isinstance(spec.radii, ByRise) else ()
+    found = replace(flatness, chance=float(np.log(classes)), rises=rises)
+    files.save_arrays(measurement.result, *found.to_arrays())
 
 
 def _radii(run: Run, spec: SphereSpec) -> FloatArray | str:
@@ -86,22 +86,3 @@ def _tell(report: Report, sampler: Sampler, per_radius: Sequence[Draws]) -> None
     found = [sampler.estimate(draws) for draws in per_radius if draws.visits.shape[1] > 1]
     shown = [f"{e.value:.2g}±{e.stderr / abs(e.value):.0%}" for e in found if e.value and np.isfinite(e.stderr)]
     report(made, foreseen, {"F": " ".join(shown)})
-
-
-def _write(measurement: Measurement, flatness: SphereFlatness, more: dict[str, Any]) -> None:
-    """Write the assembled measurement, readable without torch; more facts are the loss at chance (nats), the rises."""
-    visits = {f"visits-{index:02d}": rises for index, rises in enumerate(flatness.visits)}
-    facts = {
-        "strata": list(flatness.strata),
-        "blocks": list(flatness.blocks),
-        "plans": [asdict(plan) for plan in flatness.plans],
-        "stopped": list(flatness.stopped),
-        "num_params": flatness.num_params,
-        "norm": flatness.norm,
-        "reach": flatness.reach,
-        "images": flatness.cost.images,
-        **more,
-    }
-    if flatness.slopes is not None:
-        visits["slopes"] = flatness.slopes
-    files.save_arrays(measurement.result, {**visits, "radii": flatness.radii, "base_loss": flatness.base_loss}, facts)

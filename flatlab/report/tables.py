@@ -12,12 +12,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from flatlab import files
 from flatlab.errors import UserError
 from flatlab.report import verdicts
 from flatlab.report.panels import ACCURACY, SOURCE, TARGET, masks
-from flatlab.results import estimate as results_estimate
 from flatlab.results.estimate import Estimate, FloatArray, mean_of
+from flatlab.results.sphere import SphereFlatness
 from flatlab.specs.measurements import SphereSpec
 from flatlab.specs.rises import ByRise
 from flatlab.specs.run import RunSpec
@@ -46,37 +45,46 @@ def flatness(store: RunStore, wanted: Iterable[tuple[str, RunSpec, SphereSpec]])
     found: dict[SphereSpec, tuple[str, FloatArray]] = {}
     rows: list[dict[str, Any]] = []
     for label, run, measurement in wanted:
-        arrays, facts = store.run(run).measured(measurement, label)
-        first, radii = found.setdefault(measurement, (run.digest, arrays["radii"]))
-        if isinstance(measurement.radii, ByRise) and not np.array_equal(radii, arrays["radii"]):
+        flat: SphereFlatness = store.run(run).result(measurement, label)
+        first, radii = found.setdefault(measurement, (run.digest, flat.radii))
+        if isinstance(measurement.radii, ByRise) and not np.array_equal(radii, flat.radii):
             raise UserError(
-                f"The radii of runs {first} and {run.digest} must be the same, got {radii} and {arrays['radii']}: "
+                f"The radii of runs {first} and {run.digest} must be the same, got {radii} and {flat.radii}: "
                 f"reference runs were measured again in between. Remove {run.digest} (`flatlab runs rm`) and repeat."
             )
-        rows += _rises(run, measurement, label, (arrays, facts))
+        rows += _rises(run, label, flat)
     return pd.DataFrame(rows)
 
 
-def _rises(
-    run: RunSpec, measurement: SphereSpec, label: str, found: tuple[files.Arrays, Any]
-) -> Iterable[dict[str, Any]]:
-    arrays, facts = found
-    named = facts.get("rises", [float("nan")] * len(arrays["radii"]))
-    for panel, mine in masks(facts["strata"], run.held_out).items():
-        for index, (radius, blocks) in enumerate(zip(arrays["radii"], facts["blocks"], strict=True)):
-            rises = arrays[f"visits-{index:02d}"][:, mine].mean(axis=1)  # (J,)
+def panel_strata(flat: SphereFlatness, run: RunSpec, panel: str) -> SphereFlatness:
+    """Return a measurement on the domains of a panel.
+
+    Args:
+        flat: on all domains.
+        run: what is measured.
+        panel: "source" or "target" (the held-out domain).
+    """
+    mine = masks(flat.strata, run.held_out)[panel]
+    return flat.of([name for name, kept in zip(flat.strata, mine, strict=True) if kept])
+
+
+def _rises(run: RunSpec, label: str, whole: SphereFlatness) -> Iterable[dict[str, Any]]:
+    rises = whole.rises or [float("nan")] * len(whole.radii)
+    for panel in (SOURCE, TARGET):
+        flat = panel_strata(whole, run, panel)
+        for radius, found, rise in zip(flat.radii.tolist(), flat.estimates, rises, strict=True):
             yield {
                 "panel": panel,
-                "normalisation": measurement.normalisation,
+                "normalisation": flat.normalisation,
                 "method": label,
                 "held_out": run.held_out,
                 "seed": run.seed,
-                "radius": float(radius),
-                **_told(results_estimate.estimate(rises, blocks)),
-                "over": "directions",
-                "rise": named[index],
-                "base_loss": float(arrays["base_loss"][mine].mean()),
-                "chance": facts["chance"],
+                "radius": radius,
+                **_told(found),
+                "over": flat.over,
+                "rise": rise,
+                "base_loss": float(flat.base_loss.mean()),
+                "chance": flat.chance,
             }
 
 

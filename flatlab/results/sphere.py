@@ -1,13 +1,14 @@
 """Flatness on spheres: the rise of the loss at each radius, of one checkpoint or as a difference of two."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
+import numpy.typing as npt
 
 from flatlab.errors import UserError, choose
-from flatlab.results.estimate import MISSED, Estimate, FloatArray, Sampled, Stopped, estimate
+from flatlab.results.estimate import MISSED, Cost, Estimate, FloatArray, Sampled, Stopped, estimate
 from flatlab.results.verdicts import missed, remarks, verdict
 
 if TYPE_CHECKING:
@@ -15,6 +16,10 @@ if TYPE_CHECKING:
 
 
 Normalisation = Literal["none", "filter", "layer", "parameter"]
+
+
+LISTS = ("strata", "blocks", "stopped", "notes", "rises")  # facts of a file, under the fields' names
+PLAIN = ("num_params", "norm", "reach", "chance", "normalisation", "seed")
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,8 @@ class SphereFlatness(Stopped):
         slopes: (K, S, S) products of the strata's slopes along rays (`slope.slopes`); None where the budget did not
             reach so far.
         notes: what was found on opening the landscape, such as parameters that do not move the loss.
+        chance: the loss of guessing, ln C of C classes, in nats; None where it is not known.
+        rises: (R,) the rises in nats that the radii were chosen for; empty where the radii were given.
     """
 
     radii: FloatArray
@@ -66,6 +73,34 @@ class SphereFlatness(Stopped):
     reach: float = 1.0
     slopes: FloatArray | None = None
     notes: tuple[str, ...] = ()
+    chance: float | None = None
+    rises: tuple[float, ...] = ()
+
+    def to_arrays(self) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
+        """Return what a file holds: arrays, and facts for JSON; the seconds are left out."""
+        arrays = {_visits(index): rises for index, rises in enumerate(self.visits)}
+        arrays |= {"radii": self.radii, "base_loss": self.base_loss}
+        arrays |= {} if self.slopes is None else {"slopes": self.slopes}
+        facts: dict[str, Any] = {name: list(getattr(self, name)) for name in LISTS}
+        facts |= {name: getattr(self, name) for name in PLAIN}
+        facts |= {"plans": [asdict(plan) for plan in self.plans]}
+        facts |= {"images": self.cost.images, "forward_passes": self.cost.forward_passes}
+        return arrays, facts
+
+    @classmethod
+    def from_arrays(cls, arrays: dict[str, npt.NDArray[Any]], facts: dict[str, Any]) -> Self:
+        """Return what `to_arrays` took apart; a file that lacks the passes, as older ones do, has NaN of them."""
+        told: dict[str, Any] = {name: tuple(facts.get(name, ())) for name in LISTS}
+        told |= {name: facts[name] for name in PLAIN}
+        return cls(
+            radii=arrays["radii"],
+            visits=tuple(arrays[_visits(index)] for index in range(len(arrays["radii"]))),
+            base_loss=arrays["base_loss"],
+            slopes=arrays.get("slopes"),
+            plans=tuple(SamplingPlan(**plan) for plan in facts["plans"]),
+            cost=Cost(facts.get("forward_passes", np.nan), facts["images"]),
+            **told,
+        )
 
     @property
     def estimates(self) -> list[Estimate]:
@@ -103,16 +138,29 @@ class SphereFlatness(Stopped):
         return tuple(plan.paired for plan in self.plans)
 
     @property
+    def distances(self) -> FloatArray:
+        """The Euclidean distances (R,) at the radii."""
+        return self.radii * self.reach
+
+    @property
     def relative_radii(self) -> FloatArray:
-        """The Euclidean distances (R,) as shares of the length of w; infinite where w is zero."""
+        """The distances (R,) as shares of the length of w; infinite where w is zero."""
         if not self.norm:
-            return np.where(self.radii * self.reach > 0, np.inf, 0.0)
-        return self.radii * (self.reach / self.norm)
+            return np.where(self.distances > 0, np.inf, 0.0)
+        return self.distances / self.norm
 
     @property
     def rms(self) -> FloatArray:
-        """The Euclidean distances (R,) per parameter, |w' - w| / sqrt(P)."""
-        return np.asarray(self.radii * (self.reach / np.sqrt(self.num_params)))
+        """The distances (R,) per parameter, |w' - w| / sqrt(P)."""
+        return np.asarray(self.distances / np.sqrt(self.num_params))
+
+    @property
+    def guessing(self) -> npt.NDArray[np.bool_]:
+        """At which radii (R,) the loss is that of guessing, or not finite; at none where `chance` is not known."""
+        if self.chance is None:
+            return np.zeros(len(self.radii), dtype=bool)
+        means = np.array([rises.mean(axis=1).mean() for rises in self.visits])
+        return np.asarray(~(self.base_loss.mean() + means < self.chance))
 
     def of(self, strata: str | Iterable[str]) -> "SphereFlatness":
         """Return the same measurement on some of the strata, such as the source domains.
@@ -138,6 +186,9 @@ class SphereFlatness(Stopped):
         """Sentences on the landscape, on what is not finite or not as accurate as asked, and on the slope at w."""
         slopes = None if self.slopes is None else self.slopes.mean(axis=(1, 2))
         found = remarks(self.radii, [rises.mean(axis=1) for rises in self.visits], slopes)
+        if self.guessing.any():
+            where = f"({self.chance:.2f} nats) at radius {self.radii[self.guessing][0]:g}"
+            found.append(f"The loss reaches that of guessing {where}: no verdict from there on.")
         return [*self.notes, *found, *missed(self.radii, self.stopped, self.stderr)]
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
@@ -169,13 +220,28 @@ class PairedDifference(Sampled):
 
     @property
     def raw(self) -> list[FloatArray]:
-        """The differences (J,) at each radius, the mean over the strata."""
-        return [(a - b).mean(axis=1) for a, b in zip(self.a.visits, self.b.visits, strict=True)]
+        """The differences (J,) at each radius, the mean over the strata, of the visits that both have made."""
+        pairs = [(*each, min(map(len, each))) for each in zip(self.a.visits, self.b.visits, strict=True)]
+        return [(a[:common] - b[:common]).mean(axis=1) for a, b, common in pairs]
 
     @property
     def estimates(self) -> list[Estimate]:
-        """Mean difference at each radius, with its standard error."""
-        return [estimate(draws, blocks) for draws, blocks in zip(self.raw, self.a.blocks, strict=True)]
+        """Mean difference at each radius; where the two were sampled by different plans, of independent estimates."""
+        paired = [estimate(draws, blocks) for draws, blocks in zip(self.raw, self.a.blocks, strict=True)]
+        alone = zip(self.a.estimates, self.b.estimates, strict=True)
+        return [one if same else _less(*two) for same, one, two in zip(self.alike, paired, alone, strict=True)]
+
+    @property
+    def alike(self) -> list[bool]:
+        """Whether both were sampled by one plan at each radius, so that visits have rays and images in common."""
+        sizes = [[plan.block_size for plan in each.plans] for each in (self.a, self.b)]
+        both = zip(*sizes, self.a.paired, self.b.paired, self.a.blocks, self.b.blocks, strict=True)
+        return [each[::2] == each[1::2] for each in both]
+
+    @property
+    def read(self) -> npt.NDArray[np.bool_]:
+        """At which radii (R,) a verdict is given: up to where the loss of one of the two is that of guessing."""
+        return np.asarray(~np.logical_or.accumulate(self.a.guessing | self.b.guessing))
 
     @property
     def converged(self) -> bool:
@@ -216,8 +282,15 @@ class PairedDifference(Sampled):
         The level is that of the sentence as a whole, by Holm's method over the radii: it names one of two checkpoints
         that are equally flat with a probability of 1 - level at most, however many radii there are.
         """
-        return verdict(self.estimates, self.radii, (a, b), level=level)
+        found = [each for each, read in zip(self.estimates, self.read, strict=True) if read]
+        return verdict(found, self.radii[self.read], (a, b), level=level)
 
 
-def _difference(rises: FloatArray) -> FloatArray:
-    return np.asarray(rises[0] - rises[1])
+def _visits(index: int) -> str:
+    """Return the name of an array: the visits of a radius."""
+    return f"visits-{index:02d}"
+
+
+def _less(a: Estimate, b: Estimate) -> Estimate:
+    """Return the difference of two independent estimates."""
+    return Estimate(a.value - b.value, float(np.hypot(a.stderr, b.stderr)), min(a.freedom, b.freedom))

@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,10 @@ from flatlab.specs.measurement import MeasurementSpec
 from flatlab.specs.measurements import parse_measurement
 from flatlab.specs.run import Place, RunSpec
 from flatlab.store.entry import Entry, discard, holds_entry
+
+RESULTS = {  # the class below `flatlab.results` of each metric's result
+    "sphere": "sphere.SphereFlatness",
+}
 
 
 class Measurement(Entry):
@@ -163,6 +168,21 @@ class Run(Entry):
                 f"{measurement.path}."
             )
         return files.load_arrays(measurement.result)
+
+    def result(self, spec: MeasurementSpec, label: str = "") -> Any:
+        """Return the result of a finished measurement of this run, as the metric's public function returns it.
+
+        Args:
+            spec: of the measurement; its fields stand for facts that a file does not repeat.
+            label: what the user calls the run, if not by its composition.
+
+        Raises:
+            UserError: where it is not measured yet.
+        """
+        arrays, facts = self.measured(spec, label)
+        module, _, name = RESULTS[spec.metric].partition(".")
+        kind = getattr(import_module(f"flatlab.results.{module}"), name)
+        return kind.from_arrays(arrays, {**spec.model_dump(), **facts})
 
     def measurements(self) -> list[Measurement]:
         """Return the measurements that exist, finished or not."""

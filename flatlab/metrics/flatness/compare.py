@@ -9,7 +9,8 @@ from flatlab.landscape.landscape import Landscape
 from flatlab.metrics.flatness.perturbations import check_normalisation
 from flatlab.metrics.flatness.sampler import Report, Sampler
 from flatlab.metrics.flatness.sphere import sample
-from flatlab.results.sphere import Normalisation, PairedDifference, SphereFlatness, _difference
+from flatlab.results.estimate import FloatArray
+from flatlab.results.sphere import Normalisation, PairedDifference, SphereFlatness
 from flatlab.seeds import base_seed
 
 
@@ -69,3 +70,7 @@ def paired_difference(a: SphereFlatness, b: SphereFlatness) -> PairedDifference:
             " for both, or measure both at once by compare_flatness."
         )
     return PairedDifference(cost=a.cost + b.cost, radii=a.radii, a=a, b=b)
+
+
+def _difference(rises: FloatArray) -> FloatArray:
+    return np.asarray(rises[0] - rises[1])

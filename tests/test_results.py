@@ -1,0 +1,88 @@
+"""A result owns its file: what a run's measurement gives back is what the public function returns."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from stores import ERM, PLACE, PROBE, trained
+
+from flatlab import files
+from flatlab.measure.inputs import landscape
+from flatlab.measure.runner import measure
+from flatlab.metrics.flatness.sphere import sphere_flatness
+from flatlab.results.sphere import PairedDifference, SphereFlatness
+
+LATER = ("seed", "normalisation", "notes", "forward_passes")  # facts that the first files of a sphere lack
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return trained(tmp_path_factory.mktemp("results") / "runs", ERM).run(ERM)
+
+
+def check_same(found, expected):
+    """Assert that two results are of one class and hold the same bytes."""
+    assert type(found) is type(expected)
+    (arrays, facts), (others, theirs) = found.to_arrays(), expected.to_arrays()
+    assert facts == theirs and arrays.keys() == others.keys()
+    for name, array in arrays.items():
+        assert array.dtype == others[name].dtype and array.tobytes() == others[name].tobytes()
+
+
+def test_a_measured_sphere_is_what_the_function_returns(run):
+    measure(run, PROBE, PLACE)
+    found = run.result(PROBE)
+    expected = sphere_flatness(landscape(run, PROBE, PLACE), PROBE.radii, num_samples=PROBE.num_samples)
+    check_same(found, replace(expected, chance=float(np.log(10))))
+    assert found.value.tobytes() == expected.value.tobytes() and found.remarks == expected.remarks
+    path = run.measurement(PROBE).result
+    arrays, facts = files.load_arrays(path)
+    older = {name: fact for name, fact in facts.items() if name not in LATER}
+    files.save_arrays(path, arrays, older)
+    again = run.result(PROBE)
+    assert np.isnan(again.cost.forward_passes)
+    check_same(replace(again, cost=found.cost, notes=found.notes), found)
+
+
+def flat(visits, *, block_size=0, blocks=1, chance=None, seed=0):
+    count = len(visits)
+    return SphereFlatness.from_arrays(
+        {f"visits-{index:02d}": np.array(rises)[:, None] for index, rises in enumerate(visits)}
+        | {"radii": np.arange(1.0, count + 1), "base_loss": np.array([0.5])},
+        {
+            "plans": [{"radius": index + 1.0, "block_size": block_size} for index in range(count)],
+            "blocks": [blocks] * count,
+            "stopped": ["samples"] * count,
+            "strata": ["a"],
+            "chance": chance,
+            "images": 1,
+            "seed": seed,
+            "normalisation": "none",
+            "num_params": 4,
+            "norm": 2.0,
+            "reach": 1.0,
+        },
+    )
+
+
+def pair(a, b):
+    return PairedDifference(cost=a.cost + b.cost, radii=a.radii, a=a, b=b)
+
+
+def test_common_visits_are_paired_and_other_plans_are_independent():
+    a, b = flat([[1.0, 2.0, 4.0]]), flat([[0.5, 1.4]])
+    assert pair(a, b).value == pytest.approx([0.55])  # of the two visits that both have made
+    other = flat([[0.5, 1.4]], block_size=8, blocks=2)
+    (found,), (one,), (two,) = pair(a, other).estimates, a.estimates, other.estimates
+    assert found.value == pytest.approx(one.value - two.value)
+    assert found.stderr == pytest.approx(np.hypot(one.stderr, two.stderr))
+    assert found.freedom == min(one.freedom, two.freedom)
+
+
+def test_no_verdict_is_read_where_the_loss_is_that_of_guessing():
+    rises = [[0.1, 0.11, 0.12], [0.2, 0.21, 0.22], [5.0, 5.1, 5.2]]
+    a, b = flat(rises, chance=2.0), flat((np.array(rises) - 0.05).tolist(), chance=2.0)
+    assert a.guessing.tolist() == [False, False, True] and pair(a, b).read.tolist() == [True, True, False]
+    assert pair(a, b).verdict("A", "B") == "B is flatter at all radii measured"
+    assert "guessing (2.00 nats) at radius 3" in a.remarks[-1]
+    assert not flat(rises).guessing.any() and flat(rises).remarks == []
