@@ -1,4 +1,4 @@
-"""What is refused before any work begins: values out of range, files in place of folders, names that fit nothing."""
+"""What is refused before any work begins: files in place of folders, patterns that match nothing."""
 
 import os
 from collections.abc import Iterable, Sequence
@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flatlab.cli.options import DEVICES, FOLDERS, LIMITS, NUMBERS, flag
+from flatlab.cli.options import DEVICES, FOLDERS, flag
 from flatlab.data import catalog
 from flatlab.errors import UserError, choose
 
@@ -22,36 +22,19 @@ QUANTIZED = r"\.parametrizations\.(\w+)\.original"
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
-def check(given: dict[str, Any]) -> dict[str, Any]:
-    """Return the options with `~` expanded in paths; refuse numbers out of range, and files in place of folders.
+def paths(given: dict[str, Any]) -> dict[str, Any]:
+    """Return the options with `~` expanded in paths; refuse files in place of folders.
 
     Args:
         given: values by the names of options.
 
     Raises:
-        UserError: says what was expected.
+        UserError: where a folder is a file, or lies below one.
     """
-    for name, (least, most) in LIMITS.items():
-        _check_range(name, given.get(name), ("integer", ">=", least, most))
-    for name, (sign, low, high) in NUMBERS.items():
-        _check_range(name, given.get(name), ("number", sign, low, high))
-    paths = {name: Path(os.path.expanduser(value)) for name, value in given.items() if isinstance(value, Path)}
-    for name in paths.keys() & set(FOLDERS):
-        _check_folder(name, paths[name])
-    return {**given, **paths}
-
-
-def _check_range(name: str, value: float | None, rule: tuple[str, str, float, float | None]) -> None:
-    kind, sign, low, high = rule
-    if value is None:
-        return
-    if not (value > low if sign == ">" else value >= low):
-        raise UserError(f"{flag(name)} must be {_A[kind]} {sign} {low:g}, got {value}.")
-    if high is not None and value > high:
-        raise UserError(f"{flag(name)} must be {_A[kind]} <= {high}, got {value}.")
-
-
-_A = {"integer": "an integer", "number": "a number"}
+    found = {name: Path(os.path.expanduser(value)) for name, value in given.items() if isinstance(value, Path)}
+    for name in found.keys() & set(FOLDERS):
+        _check_folder(name, found[name])
+    return {**given, **found}
 
 
 def _check_folder(name: str, path: Path) -> None:

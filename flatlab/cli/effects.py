@@ -3,15 +3,15 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from flatlab.cli.choices import SETTING_FIELDS, Choices
-from flatlab.cli.options import flag
+from flatlab.cli.choices import Choices
+from flatlab.cli.options import LSQ, OF_SETTING, flag
 from flatlab.errors import UserError
 
 if TYPE_CHECKING:
     from flatlab.specs.methods import Method
     from flatlab.specs.settings import Setting
 
-EFFECTIVE = {*SETTING_FIELDS, "held_out", "weights", "quantize_at", "unsigned"}  # change what is planned
+EFFECTIVE = {*OF_SETTING, "held_out", "model", "weights", "unsigned"}  # change what is planned
 Needs = tuple[Callable[["Method"], bool], str, str]
 _GRID: Needs = (lambda m: m.quantizer != "none" or m.noise != "none", "a quantizer", "add --quantizer lsq")
 _LSQ: Needs = (lambda m: m.quantizer == "lsq", "LSQ", "add --quantizer lsq")
@@ -19,10 +19,7 @@ NEEDS: dict[str, Needs] = {  # option -> whether a composition uses it; what it 
     "bits": _GRID,
     "granularity": _GRID,
     "inq_grid": (lambda m: m.quantizer == "inq", "INQ", "add --quantizer inq"),
-    "unsigned": _LSQ,
-    "log_scale": _LSQ,
-    "activations": _LSQ,
-    "activation_bits": _LSQ,
+    **dict.fromkeys(LSQ, _LSQ),
     "noise_amplitude": (lambda m: m.noise != "none", "noise on the weights", "take --method noise"),
     "quantize_at": (lambda m: m.switched, "a quantizer that trains", "add --quantizer lsq"),
     "swad_rule": (lambda m: m.average == "swad", "SWAD", "add --average swad"),
@@ -37,7 +34,7 @@ def refuse_idle(chosen: Choices, parts: "Method") -> None:
     if sized and (chosen.bits or chosen.granularity):
         raise UserError("--noise-amplitude says how large the noise is; leave --bits and --granularity out.")
     for word, (used, needed, remedy) in NEEDS.items():
-        value = chosen.given.get(word)
+        value = getattr(chosen, word)
         if value is not None and value is not False and not used(parts):
             said = flag(word) + f" {value}" * (value is not True)
             raise UserError(f"{said} does nothing without {needed}; {remedy}, or leave it out.")
@@ -59,10 +56,10 @@ def refuse_without_effect(chosen: Choices, plan: "Callable[[Setting], Any]", wha
     Raises:
         UserError: names the first of them.
     """
-    setting = chosen.setting()
+    setting = chosen.make_setting()
     planned = plan(setting)
     for name in sorted(chosen.written & EFFECTIVE):
-        other = chosen.without(name).setting()
+        other = chosen.without(name).make_setting()
         if other != setting and _planned(plan, other) == planned:
             raise UserError(f"{flag(name)} does nothing for {what}; leave it out.")
 

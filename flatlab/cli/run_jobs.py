@@ -31,7 +31,7 @@ def carry_out(chosen: Choices, todo: Sequence[Any], place: Any = None) -> None:
     place = place or chosen.place()
     if todo:
         checks.start(todo, place)
-        for folder in (chosen.out, chosen.tensorboard):
+        for folder in (chosen.out if "out" in chosen.taken else None, chosen.tensorboard):
             if folder:  # before the work: a folder that cannot be made would end it without its pictures
                 folder.mkdir(parents=True, exist_ok=True)
     _decode({(spec.dataset, spec.image_size) for job in todo for spec in job.runs}, place)
@@ -126,32 +126,9 @@ def show_written(paths: Sequence[Path], sentences: Sequence[str] = ()) -> None:
     say(f"Written: {', '.join(map(str, paths))}", mark="")
 
 
-def catalogue(chosen: Choices) -> None:
-    """Say of each figure and table what it shows, and what is missing to make it."""
-    import pandas as pd
-
-    from flatlab import reproduce
-
-    setting, store, place = chosen.setting(), chosen.runs(), chosen.place()
-    rows = []
-    for name in sorted(reproduce.analyses(), key=_in_order):
-        module = reproduce.analysis(name)
-        lacks = _lacks(reproduce.missing(module, setting, store, place))
-        rows.append({"name": name, "shows": (module.__doc__ or "").splitlines()[0], "missing": lacks})
-    chosen.answer(pd.DataFrame(rows), f"Figures and tables, setting {setting.name}")
-
-
-def _in_order(name: str) -> list[Any]:
+def in_order(name: str) -> list[Any]:
     """Sort fig2 before fig10."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
-
-
-def _lacks(todo: Sequence[Any]) -> str:
-    """Say which jobs these are: to train, to put together, to measure."""
-    measured = sum(bool(job.measurements) for job in todo)
-    joined = sum(not job.measurements and bool(job.runs[0].members) for job in todo)
-    counts = {"to train": len(todo) - measured - joined, "to join": joined, "to measure": measured}
-    return ", ".join(f"{count} {what}" for what, count in counts.items() if count) or "nothing"
 
 
 def everything(chosen: Choices) -> None:
@@ -163,8 +140,8 @@ def everything(chosen: Choices) -> None:
 
     from flatlab import reproduce
 
-    setting, store, place = chosen.setting(), chosen.runs(), chosen.place()
-    modules = {name: reproduce.analysis(name) for name in sorted(reproduce.analyses(), key=_in_order)}
+    setting, store, place = chosen.make_setting(), chosen.runs(), chosen.place()
+    modules = {name: reproduce.analysis(name) for name in sorted(reproduce.analyses(), key=in_order)}
     todo = reproduce.missing_of(modules.values(), setting, store, place)
     if chosen.dry_run:
         price(chosen, todo, setting)
@@ -196,7 +173,7 @@ def _made(chosen: Choices, name: str, module: Any) -> dict[str, Any]:
     words = zip(sys.argv[1:], sys.argv, strict=False)  # each with the one before: `--held-out all` stays
     redo = shlex.join(["flatlab", *(name if word == "all" and left != "--held-out" else word for word, left in words)])
     started = time.monotonic()
-    done = reproduce.write(module, chosen.setting(), chosen.runs(), out=chosen.out, redo=redo)
+    done = reproduce.write(module, chosen.make_setting(), chosen.runs(), out=chosen.out, redo=redo)
     cost = {"trained": done.cost["training_seconds"], "measured": done.cost["measuring_seconds"]}
     against = " ".join(remark for remark in done.remarks if "paper" in remark)
     return {"name": name, "made": "yes", **cost, "drawn": time.monotonic() - started, "against the paper": against}

@@ -8,16 +8,16 @@ import typer
 
 from flatlab.cli.choices import Choices, takes
 from flatlab.cli.errors import Commands, say
-from flatlab.cli.names import HEX
 from flatlab.cli.options import NAMED, OneRun, Runs
+from flatlab.cli.parse import HEX
 from flatlab.errors import UserError, printable
 from flatlab.files import strict_json
 
-runs_app = Commands(help="Look at the runs of a store, and keep it in order.", no_args_is_help=True)
-data_app = Commands(help="Look at data sets.", no_args_is_help=True)
+runs_commands = Commands(help="Look at the runs of a store, and keep it in order.", no_args_is_help=True)
+data_commands = Commands(help="Look at data sets.", no_args_is_help=True)
 
 
-@runs_app.command("list", epilog="Example: `flatlab runs list --store runs`")
+@runs_commands.command("list", epilog="Example: `flatlab runs list --store runs`")
 @takes("store", "json", "debug")
 def list_runs(chosen: Choices) -> None:
     """List the runs of a store; exit with 1 where one is damaged."""
@@ -35,7 +35,7 @@ def list_runs(chosen: Choices) -> None:
         raise typer.Exit(1)
 
 
-@runs_app.command(epilog="Example: `flatlab runs show 3f2a`")
+@runs_commands.command(epilog="Example: `flatlab runs show 3f2a`")
 @takes(*NAMED, "store", "json", "debug")
 def show(chosen: Choices, run: OneRun) -> None:
     """Print a run's spec, provenance and log, always as JSON."""
@@ -51,7 +51,7 @@ def show(chosen: Choices, run: OneRun) -> None:
     typer.echo(strict_json({**told, "log": found.rows()}, indent=1))
 
 
-@runs_app.command(epilog="Example: `flatlab runs verify --store runs`")
+@runs_commands.command(epilog="Example: `flatlab runs verify --store runs`")
 @takes("store", "json", "debug")
 def verify(
     chosen: Choices,
@@ -74,7 +74,7 @@ def verify(
         raise typer.Exit(1)
 
 
-@runs_app.command(epilog="Example: `flatlab runs rm 3f2a 77c1`")
+@runs_commands.command(epilog="Example: `flatlab runs rm 3f2a 77c1`")
 @takes(*NAMED, "store", "json", "debug")
 def rm(chosen: Choices, runs: Runs) -> None:
     """Delete runs with their measurements."""
@@ -87,7 +87,7 @@ def rm(chosen: Choices, runs: Runs) -> None:
     chosen.answer_facts({"removed": removed}, f"Removed {', '.join(removed)}.")
 
 
-@runs_app.command("merge", epilog="Example: `flatlab runs merge /elsewhere/runs`")
+@runs_commands.command("merge", epilog="Example: `flatlab runs merge /elsewhere/runs`")
 @takes("store", "json", "debug")
 def merge_(chosen: Choices, other: Annotated[Path, typer.Argument(help="Folder of the other store.")]) -> None:
     """Copy the finished runs and measurements of another store into this one; exit with 1 where some are left out."""
@@ -105,7 +105,7 @@ def merge_(chosen: Choices, other: Annotated[Path, typer.Argument(help="Folder o
         raise typer.Exit(1)
 
 
-@data_app.command("list", epilog="Example: `flatlab data list`")
+@data_commands.command("list", epilog="Example: `flatlab data list`")
 @takes("json", "debug")
 def list_data(chosen: Choices) -> None:
     """List the data sets that are known by name."""
@@ -117,7 +117,7 @@ def list_data(chosen: Choices) -> None:
     chosen.answer(pd.DataFrame(rows), "Data sets; any other in the same layout: --dataset folder:PATH")
 
 
-@data_app.command(epilog="Example: `flatlab data check PACS --data-dir /data`")
+@data_commands.command(epilog="Example: `flatlab data check PACS --data-dir /data`")
 @takes("data_dir", "json", "debug")
 def check(chosen: Choices, dataset: Annotated[str, typer.Argument(help="PACS, ..., or folder:PATH.")]) -> None:
     """Decode every image of a data set on disk, and compare its counts with the known; exit with 1 where it fails."""
@@ -126,7 +126,7 @@ def check(chosen: Choices, dataset: Annotated[str, typer.Argument(help="PACS, ..
     from flatlab.cli import display
     from flatlab.data import catalog, folders
 
-    named = replace(chosen, given={**chosen.given, "dataset": dataset})
+    named = replace(chosen, dataset=dataset)
     if chosen.data_dir:
         catalog.place(named.name(), chosen.data_dir)  # embedded data have no folder
     with display.counter("reading images") as report:
