@@ -171,7 +171,12 @@ def test_an_accuracy_is_planned_by_a_pilot_whose_plan_is_kept(flatlab, store, tm
     (plan,) = measurement.path.glob("unit-plan*")
     before = plan.read_bytes()
     answer = flatlab(*given)
-    assert answer.code == 0 and measurement.done and plan.read_bytes() == before and "What the pilots" not in answer.out
+    assert (
+        answer.code == 0
+        and measurement.done
+        and plan.read_bytes() == before
+        and "Sampling plans of the pilots" not in answer.out
+    )
 
 
 def test_flatness_says_which_is_flatter(flatlab, store, tmp_path):
@@ -270,7 +275,7 @@ def test_interrupted_it_says_how_to_go_on_and_goes_on(tmp_path):
     os.killpg(running.pid, signal.SIGINT)
     out, err = running.communicate(timeout=60)
     assert (running.returncode, out) == (130, ""), err
-    assert err.endswith("Stopped. What is done is kept: the same command goes on from here.\n")
+    assert err.endswith("Stopped. Finished work is kept: repeat the command to continue.\n")
     again = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True, env=quiet)
     assert json.loads(again.stdout)[-1]["step"] == 200
     sessions = RunStore(store).runs()[0].provenance["sessions"]

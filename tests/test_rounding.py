@@ -183,7 +183,7 @@ def test_the_command_writes_a_picture_and_a_table(store, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (("--samples", "5"), "--samples 5 does nothing here"),
+        (("--samples", "5"), "--samples does nothing without --radius"),
         (("--images", "5"), "add --radius"),
         (("--layers", "nothing*"), "No quantized layer matches 'nothing*'"),
         (("--checkpoint", "lst"), "did you mean last"),

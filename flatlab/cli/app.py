@@ -18,7 +18,7 @@ from flatlab.files import strict_json
 HELP = """How flat is this minimum, is that one flatter, and does it matter out of domain?
 
 Begin with `flatlab reproduce fig3`: it trains five methods on embedded data, measures how flat their minima are, and
-draws Figure 3 of QT-DoG (arXiv 2410.06020) with error bands. Every command can be stopped and called again."""
+draws Figure 3 of QT-DoG (arXiv 2410.06020) with error bands. Every command can be stopped and repeated."""
 
 app = Commands(
     help=HELP,

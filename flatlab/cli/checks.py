@@ -29,7 +29,7 @@ def paths(given: dict[str, Any]) -> dict[str, Any]:
         given: values by the names of options.
 
     Raises:
-        UserError: where a folder is a file, or lies below one.
+        UserError: where a folder is a file, or is below one.
     """
     found = {name: Path(os.path.expanduser(value)) for name, value in given.items() if isinstance(value, Path)}
     for name in found.keys() & set(FOLDERS):
@@ -38,7 +38,7 @@ def paths(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_folder(name: str, path: Path) -> None:
-    """Refuse a path that is a file, or lies below one."""
+    """Refuse a path that is a file, or is below one."""
     there = next((each for each in (path, *path.parents) if each.exists()), path)
     if there.exists() and not there.is_dir():
         raise UserError(f"{flag(name)} must be a folder, got {path}: {there} is a file.")
@@ -54,24 +54,24 @@ def device(written: str) -> str:
 
 
 def weights(written: str) -> str:
-    """Return the setting's name for `--weights`: a file goes by its hash."""
+    """Return the setting's name for `--weights`: of a file its hash."""
     if written in ("none", "imagenet"):
         return written
     path = Path(written).expanduser()
     if not path.is_file():
-        raise UserError(f"--weights {written}: no such file; give none, imagenet, or a .safetensors or .pth file.")
+        raise UserError(f"--weights {written}: no such file; must be none, imagenet, or a .safetensors or .pth file.")
     from flatlab.files import file_hash
 
     return f"sha256:{file_hash(path)}"
 
 
 def space(found: "Sequence[Run]", wanted: str) -> None:
-    """Refuse latent weights where no run has some, or where nothing follows them."""
+    """Refuse latent weights of runs that have none."""
     if wanted == "latent":
         kinds = {run.spec.quantizer.kind if run.spec.quantizer else "none": run for run in found}
         if settled := next((kinds[kind] for kind in kinds if kind not in ("none", "lsq")), None):
             raise UserError(
-                f"--space latent needs weights that LSQ quantizes, and {settled.name} has settled codes; take baked."
+                f"--space latent needs weights that LSQ quantizes, and {settled.name} has fixed codes; use baked."
             )
         if "lsq" not in kinds:
             raise UserError("--space latent does nothing for runs that are not quantized; leave it out.")
@@ -105,11 +105,11 @@ def _weights(run: "Run", checkpoint: str) -> dict[str, int]:
 def _some_match(pattern: str, names: list[str], what: str) -> None:
     if not any(fnmatchcase(name, pattern) for name in names):
         shown = ", ".join(names[:SHOWN]) + ", ..." * (len(names) > SHOWN)
-        raise UserError(f"No {what} matches {pattern!r}; there are {shown}.")
+        raise UserError(f"No {what} matches {pattern!r}; available: {shown}.")
 
 
 def start(todo: "Sequence[Job]", place: "Place") -> None:
-    """Refuse weights to start from that are not a checkpoint of the model; torchvision downloads its own here, once."""
+    """Refuse initial weights that are not a checkpoint of the model; torchvision's are downloaded here, once."""
     starts = {
         (run.model, run.weights) for job in todo if not job.measurements for run in job.runs if run.weights != "none"
     }
@@ -121,7 +121,7 @@ def start(todo: "Sequence[Job]", place: "Place") -> None:
 
 
 def domains(splits: "Iterable[str]", place: "Place", dataset: str) -> None:
-    """Refuse domains that the data do not have; "source" and "target" are always there."""
+    """Refuse unknown domains; "source" and "target" are always known."""
     names = [name.strip() for each in splits if each not in ("source", "target") for name in each.split(",")]
     if names:
         known = catalog.domain_names(dataset, Path(place.data_dir) if place.data_dir else None)
@@ -130,7 +130,7 @@ def domains(splits: "Iterable[str]", place: "Place", dataset: str) -> None:
 
 
 def target(path: Path) -> None:
-    """Refuse a file to be written that is a folder, or lies in none."""
+    """Refuse a path to write to that is a folder, or whose folder does not exist."""
     if path.is_dir() or not path.parent.is_dir():
-        what = "is a folder" if path.is_dir() else f"lies in {path.parent}, which is no folder"
+        what = "is a folder" if path.is_dir() else f"is in {path.parent}, which is not a folder"
         raise UserError(f"--file must name a file in an existing folder, got {path}, which {what}.")

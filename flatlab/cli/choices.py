@@ -194,7 +194,7 @@ class Choices(Options):
 
 
 def _accelerated(device: str) -> bool:
-    """Return whether the work goes to an accelerator, without asking torch, which takes seconds to load."""
+    """Return whether an accelerator is used, without loading torch, which takes seconds."""
     if device != "auto":
         return not device.startswith("cpu")
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")

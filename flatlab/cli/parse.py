@@ -18,7 +18,7 @@ MOST_RADII = 10_000  # more are a slip of the keyboard
 
 
 def named(store: RunStore, words: Sequence[str], *, held_out: str = "all", seed: int | None = None) -> list[Run]:
-    """Return the runs that these words name, each once; of a method's the finished ones, where there are some.
+    """Return the runs that words name, each once; of a method the finished ones, if any.
 
     Args:
         store: holds them.
@@ -36,7 +36,7 @@ def named(store: RunStore, words: Sequence[str], *, held_out: str = "all", seed:
         if not set(word) <= HEX:
             choose("run, method or composition", word, dict.fromkeys([*METHODS, *(run.spec.label for run in runs)]))
     if len(digests) == len(words) and (held_out.strip().lower() != "all" or seed is not None):
-        raise UserError("--held-out and --seed choose among the runs of a method; with digests, leave them out.")
+        raise UserError("--held-out and --seed select among the runs of a method; with digests, leave them out.")
     found = []
     for word in words:
         if word in digests:
@@ -79,7 +79,7 @@ def _parts(spec: RunSpec) -> Method:
 
 
 def _held_out(spec: RunSpec, which: str) -> bool:
-    """Whether a run held one of these domains out, given by name or, of data sets known by name, by index."""
+    """Whether a run held one of these domains out, given by name, or by index for data sets known by name."""
     known = catalog.facts(spec.dataset)
     order = list(known.domains) if known else []
     for word in [which.strip(), *(each.strip() for each in which.split(","))]:
@@ -93,12 +93,12 @@ def _only(runs: Sequence[Run], word: str, store: RunStore) -> Run:
     if len(runs) == 1:
         return runs[0]
     if not runs:
-        raise UserError(f"No run of {word} in {store.root} fits; `flatlab runs list` shows them all.")
+        raise UserError(f"No run of {word} in {store.root} matches; `flatlab runs list` shows all runs.")
     shown = [f"{each.spec.digest[:8]} ({each.spec.held_out}, seed {each.spec.seed})" for each in runs[:SHOWN]]
     more = f" and {len(runs) - SHOWN} more" if len(runs) > SHOWN else ""
     raise UserError(
-        f"{word} names {len(runs)} runs in {store.root}: {', '.join(shown)}{more}; choose one by --held-out, --seed, or"
-        " its digest."
+        f"{word} names {len(runs)} runs in {store.root}: {', '.join(shown)}{more}; select one with --held-out, --seed "
+        "or its digest."
     )
 
 

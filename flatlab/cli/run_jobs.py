@@ -1,4 +1,4 @@
-"""What commands have done for them: jobs carried out under a bar, or priced and foreseen; and their last words."""
+"""Jobs of a command: run with a progress bar, or only priced; all figures and tables at once."""
 
 import re
 import shlex
@@ -18,12 +18,12 @@ from flatlab.files import strict_json
 
 
 def carry_out(chosen: Choices, todo: Sequence[Any], place: Any = None) -> None:
-    """Do jobs in worker processes, images decoded first.
+    """Run jobs in worker processes, after decoding their images.
 
     Args:
         chosen: what the user chose.
         todo: the jobs.
-        place: where; as chosen, if not given.
+        place: where; as chosen by default.
     """
     from flatlab import reproduce
     from flatlab.cli import display
@@ -32,7 +32,7 @@ def carry_out(chosen: Choices, todo: Sequence[Any], place: Any = None) -> None:
     if todo:
         checks.start(todo, place)
         for folder in (chosen.out if "out" in chosen.taken else None, chosen.tensorboard):
-            if folder:  # before the work: a folder that cannot be made would end it without its pictures
+            if folder:  # before the work, since without the folder its pictures would be lost
                 folder.mkdir(parents=True, exist_ok=True)
     _decode({(spec.dataset, spec.image_size) for job in todo for spec in job.runs}, place)
     processes = chosen.processes(len(todo))
@@ -41,7 +41,7 @@ def carry_out(chosen: Choices, todo: Sequence[Any], place: Any = None) -> None:
 
 
 def measured(chosen: Choices, found: Sequence[Any], measurements: Sequence[Any]) -> bool:
-    """Measure what is missing of runs; or, where that was asked for, only say what it would cost, and return False.
+    """Measure what is missing of runs; with --dry-run, print the cost and return False.
 
     Args:
         chosen: what the user chose.
@@ -69,7 +69,7 @@ def measured(chosen: Choices, found: Sequence[Any], measurements: Sequence[Any])
 
 
 def _decode(wanted: set[tuple[str, int]], place: Any) -> None:
-    """Bring images into the cache where they are not, before workers start: here it is one bar, and one mistake."""
+    """Decode images that are not cached, before workers start, so that there is one bar and one error."""
     from flatlab.cli import display
     from flatlab.data import cache, catalog
 
@@ -82,7 +82,7 @@ def _decode(wanted: set[tuple[str, int]], place: Any) -> None:
 
 
 def price(chosen: Choices, todo: list[Any], spec: Any) -> None:
-    """Say jobs, passes and estimated time; nothing is begun."""
+    """Print jobs, passes and estimated time."""
     from flatlab.cli import display
     from flatlab.jobs import plan as jobs_plan
 
@@ -96,7 +96,7 @@ def price(chosen: Choices, todo: list[Any], spec: Any) -> None:
 
 
 def foresee(chosen: Choices, todo: Sequence[Any], place: Any) -> None:
-    """Fly the pilots of measurements, and say what they plan; the plans are kept, and the measurements keep to them."""
+    """Run each measurement's pilot and print its sampling plan; the plan is stored and reused."""
     import pandas as pd
 
     from flatlab.jobs import plan as jobs_plan
@@ -116,25 +116,25 @@ def foresee(chosen: Choices, todo: Sequence[Any], place: Any) -> None:
     plans = pd.DataFrame(rows)
     if rows:
         plans["core_seconds"] = plans["images"] * seconds
-    chosen.answer(plans, f"What the pilots plan; seconds are {source}", {"core_seconds": ".1f"})
+    chosen.answer(plans, f"Sampling plans of the pilots; seconds are {source}", {"core_seconds": ".1f"})
 
 
 def show_written(paths: Sequence[Path], sentences: Sequence[str] = ()) -> None:
-    """Say what was found, in sentences, and which files were written."""
+    """Print sentences and the names of the files written."""
     for sentence in sentences:
         say(sentence, mark="")
     say(f"Written: {', '.join(map(str, paths))}", mark="")
 
 
 def in_order(name: str) -> list[Any]:
-    """Sort fig2 before fig10."""
+    """Return the key that sorts fig2 before fig10."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
 def everything(chosen: Choices) -> None:
-    """Make all figures and tables: what they need is trained and measured together, once, and goes on where it stopped.
+    """Make all figures and tables; what they share is trained and measured once, and resumes after an interruption.
 
-    What cannot be made does not keep the rest from being made; then the command ends with a mistake that says so.
+    A failure does not stop the rest; the command then ends with the errors.
     """
     import pandas as pd
 
@@ -167,7 +167,7 @@ def everything(chosen: Choices) -> None:
 
 
 def _made(chosen: Choices, name: str, module: Any) -> dict[str, Any]:
-    """Write one figure or table; say what it cost, and how it stands to the paper."""
+    """Write one figure or table; return its cost and its comparison with the paper."""
     from flatlab import reproduce
 
     words = zip(sys.argv[1:], sys.argv, strict=False)  # each with the one before: `--held-out all` stays
