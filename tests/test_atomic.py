@@ -37,7 +37,8 @@ def test_a_picture_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypat
         plots.save(_figure(), tmp_path / "fig")
     sentence = of_system(caught.value)
     assert (
-        str(tmp_path / "fig.pdf") in sentence and "make room, or name another folder with --store or --out" in sentence
+        str(tmp_path / "fig.pdf") in sentence
+        and "free some space, or choose another folder with --store or --out" in sentence
     )
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == old
     assert plt.get_fignums() == []
@@ -73,7 +74,7 @@ def test_a_limit_on_the_size_of_files_leaves_the_old_ones(tmp_path):
     assert [str(tmp_path / name) in line for name, line in zip(["fig.pdf", "table.csv"], told, strict=True)] == [
         True
     ] * 2
-    assert all("make room, or name another folder with --store or --out" in line for line in told)
+    assert all("free some space, or choose another folder with --store or --out" in line for line in told)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == old
 
 

@@ -8,14 +8,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Literal
 
 import pandas as pd
 import pytest
 from commandline import PETS, TINY, Answer, call, only_run, pets
+from pydantic import Field
 
 from flatlab.cli import app, options
+from flatlab.errors import UserError
 from flatlab.models import networks
 from flatlab.specs import settings
+from flatlab.specs.base import Spec
 from flatlab.store.runs import RunStore
 
 COMMANDS = ["reproduce", "train", "flatness", "noise", "hessian", "landscape", "audit", "selftest", "stability"]
@@ -86,17 +90,35 @@ def test_one_word_means_one_thing():
     assert {name for name, meanings in shared.items() if len(meanings) > 1} == set()
 
 
-def test_defaults_that_the_help_names_are_the_true_ones():
-    told = {name: option.help for name, (_, _, option) in options.WORDS.items()}
-    for field in ("steps", "eval_every"):
-        values = [f"{name} {getattr(setting, field)}" for name, setting in settings.SETTINGS.items()]
-        assert ", ".join(values) in told[field]
-    smoke, quick, paper = settings.SETTINGS.values()
-    assert f"smoke {smoke.lr}, quick {quick.lr}; paper, and from weights, {paper.lr}" in told["lr"]
-    assert (quick.batch_size, paper.batch_size, smoke.batch_size, quick.bits) == (32, 32, 8, 7)
-    assert (smoke.seeds, quick.seeds, paper.seeds) == (2, 3, 3)
+def test_help_names_the_bounds_choices_and_defaults_of_the_fields():
+    told = {name: each.metadata["option"].help for name, each in options.WORDS.items()}
+    assert told["bits"] == "Bits of a quantized weight. [>= 2, <= 16] (default: 7)"
+    assert told["steps"].endswith("[>= 1] (default: smoke 10, quick 300, paper 5000)")
+    assert told["lr"].endswith("[> 0] (default: smoke 0.003, quick 0.001, paper 5e-05)")
+    assert told["image_size"].endswith("(default: 16 for digits, 224 for photographs)")
+    assert "[none, signed, unsigned] (default: none)" in told["activations"] and "erm, coral" in told["objective"]
     assert set(options.MODELS) == set(networks.MODELS)
+    quick, paper = settings.QUICK, settings.PAPER
     assert (quick.rises[0], quick.beyond, paper.radii) == (0.02, 1.0, tuple(range(0, 61, 5)))  # of `flatness --radii`
+
+
+def test_bounds_and_names_are_those_of_the_field():
+    class Fictitious(Spec):
+        rate: float = Field(0.5, gt=0, le=1, description="Rate.")
+        kind: Literal["one", "other"] = Field("one", description="Kind.")
+
+    rate, kind = (options.Rule.of(Fictitious.model_fields[name]) for name in ("rate", "kind"))
+    assert rate.help("Rate.") == "Rate. [> 0, <= 1]" and kind.help("Kind.") == "Kind. [one, other]"
+    assert (rate.checked("rate", 1.0), rate.checked("rate", None), kind.checked("kind", "Other")) == (
+        1.0,
+        None,
+        "other",
+    )
+    for value, bound in ((0.0, "> 0"), (1.5, "<= 1"), (float("nan"), "> 0")):
+        with pytest.raises(UserError, match=f"--rate must be a number {bound}, got {value}"):
+            rate.checked("rate", value)
+    with pytest.raises(UserError, match=r"Unknown kind 'on'; did you mean one\?"):
+        kind.checked("kind", "on")
 
 
 def test_train_prints_a_table_and_json_alone_on_stdout(flatlab, store):
@@ -149,7 +171,12 @@ def test_an_accuracy_is_planned_by_a_pilot_whose_plan_is_kept(flatlab, store, tm
     (plan,) = measurement.path.glob("unit-plan*")
     before = plan.read_bytes()
     answer = flatlab(*given)
-    assert answer.code == 0 and measurement.done and plan.read_bytes() == before and "What the pilots" not in answer.out
+    assert (
+        answer.code == 0
+        and measurement.done
+        and plan.read_bytes() == before
+        and "Sampling plans of the pilots" not in answer.out
+    )
 
 
 def test_flatness_says_which_is_flatter(flatlab, store, tmp_path):
@@ -248,7 +275,7 @@ def test_interrupted_it_says_how_to_go_on_and_goes_on(tmp_path):
     os.killpg(running.pid, signal.SIGINT)
     out, err = running.communicate(timeout=60)
     assert (running.returncode, out) == (130, ""), err
-    assert err.endswith("Stopped. What is done is kept: the same command goes on from here.\n")
+    assert err.endswith("Stopped. Finished work is kept: repeat the command to continue.\n")
     again = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True, env=quiet)
     assert json.loads(again.stdout)[-1]["step"] == 200
     sessions = RunStore(store).runs()[0].provenance["sessions"]

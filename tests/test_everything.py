@@ -8,7 +8,7 @@ from commandline import call
 
 from analyses import fig4
 from flatlab import reproduce
-from flatlab.cli.run_jobs import _in_order
+from flatlab.cli.run_jobs import in_order
 from flatlab.errors import UserError
 
 NAMES = ["table2", "fig4", "fig9"]
@@ -68,4 +68,4 @@ def test_a_dry_run_counts_what_is_shared_once(few, tmp_path, capsys):
 
 
 def test_figures_come_in_the_order_of_their_numbers():
-    assert sorted(["fig10", "table1", "fig2", "surface"], key=_in_order) == ["fig2", "fig10", "surface", "table1"]
+    assert sorted(["fig10", "table1", "fig2", "surface"], key=in_order) == ["fig2", "fig10", "surface", "table1"]

@@ -67,14 +67,14 @@ WORDS = {  # what the user writes -> what the answer names, before anything heav
     "reproduce fig3 --swad-rule released --controls": r"--controls does nothing for fig3",
     "reproduce fig2 --swad-rule released": r"--swad-rule does nothing for fig2",
     "train --model resnet18": (
-        r"resnet18 takes images of 3 channels, and digits have 1; take --model digits-cnn, or another --dataset\."
+        r"resnet18 takes images of 3 channels, and digits have 1; use --model digits-cnn or another --dataset\."
     ),
     "train --image-size 32": r"digits are 16 x 16 pixels; leave --image-size 32 out\.",
-    "train --weights nix.pth": r"--weights nix\.pth: no such file; give none, imagenet, or a \.safetensors or ",
+    "train --weights nix.pth": r"--weights nix\.pth: no such file; must be none, imagenet, or a \.safetensors or ",
     "train --setting paper": r"PACS is read from disk; pass --data-dir, a folder with art_painting, ",
     "train --dataset PACS --data-dir nix": r"PACS is not in nix or nix/PACS: expected .*Pass its place as --data-dir\.",
-    "train --dataset folder:": r"A data set of your own goes by its folder: --dataset folder:PATH",
-    "train --dataset folder:nix": r"There is no folder nix; expected one with DOMAIN/CLASS/IMAGE\.",
+    "train --dataset folder:": r"--dataset folder:PATH must name a folder with DOMAIN/CLASS/IMAGE, got no path\.",
+    "train --dataset folder:nix": r"--dataset folder:PATH must name a folder with DOMAIN/CLASS/IMAGE, got nix\.",
     "train once": r"once.*flatlab train --help",
     "flatness": r"(?i)runs.*flatlab flatness --help",
     "flatness QT-DGo --store nix": r"'QT-DGo'; did you mean QT-DoG\?",
@@ -101,7 +101,7 @@ MEASURE = {  # of the finished run
     "--space latent": r"--space latent",
     "--checkpoint best": r"checkpoint 'best'.*: selected, last\.",
     "--seed 3": r"--seed .*digests",
-    "--params nix* --images 8 --samples 2": r"No trainable parameter matches 'nix\*'; there are features\.0\.weight",
+    "--params nix* --images 8 --samples 2": r"No trainable parameter matches 'nix\*'; available: features\.0\.weight",
 }
 
 
@@ -244,7 +244,7 @@ def test_a_disk_that_is_full_or_read_only(mistake, tmp_path, monkeypatch, number
     with monkeypatch.context() as patch:
         patch.setattr(files.os, "fsync", refuse)
         sentence = mistake("train", *TINY, "--store", tmp_path)
-    assert os.strerror(number) in sentence and "what is finished is kept" in sentence.lower(), sentence
+    assert os.strerror(number) in sentence and "finished work is kept" in sentence.lower(), sentence
     assert call("train", *TINY, "--store", tmp_path) == 0  # with room again, it goes on
 
 
@@ -281,7 +281,7 @@ def test_a_bug_is_told_as_such(mistake, tmp_path, monkeypatch):
     def fail(*_, **__):
         raise KeyError("momentum")
 
-    monkeypatch.setattr(RunStore, "runs", fail)
+    monkeypatch.setattr(RunStore, "folders", fail)
     sentence = mistake("runs", "list", "--store", tmp_path, code=1)
     assert "KeyError: 'momentum': a bug in flatlab" in sentence and "--debug" in sentence
     with pytest.raises(KeyError):

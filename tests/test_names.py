@@ -5,7 +5,7 @@ import re
 import pytest
 
 from flatlab.cli.choices import Choices
-from flatlab.cli.names import means, named
+from flatlab.cli.parse import means, named
 from flatlab.errors import UserError
 from flatlab.specs.methods import METHODS, compose
 from flatlab.specs.settings import SMOKE
@@ -72,6 +72,8 @@ def test_a_run_that_only_keeps_things_for_others_is_none(store):
 
 
 def test_a_misspelt_option_fails():
-    assert Choices({"dry_run": True}).dry_run and Choices({}).dry_run is None
+    assert Choices(dry_run=True).dry_run and not Choices().dry_run
     with pytest.raises(AttributeError, match="dryrun"):
-        Choices({}).dryrun  # noqa: B018
+        Choices().dryrun  # type: ignore[attr-defined]  # noqa: B018
+    with pytest.raises(TypeError, match="dryrun"):
+        Choices(dryrun=True)  # type: ignore[call-arg]

@@ -47,11 +47,11 @@ IDLE = {  # what makes no sense -> what is said
     ),
     "--method qt-dog --activations unsigned --activation-bits 1": (r"--activation-bits .*>= 2.* 1\."),
     "--method qt-dog --noise-amplitude 1": (
-        r"--noise-amplitude 1\.0 does nothing without noise on the weights; take --method noise" + LEFT_OUT
+        r"--noise-amplitude 1\.0 does nothing without noise on the weights; use --method noise" + LEFT_OUT
     ),
     "--method noise --noise-amplitude 0": r"--noise-amplitude .*> 0.* 0\.0",
     "--method noise --noise-amplitude 0.1 --bits 4": (
-        r"--noise-amplitude says how large the noise is; leave --bits and --granularity out\."
+        r"--noise-amplitude sets the size of the noise; leave --bits and --granularity out\."
     ),
     "--quantize-at 0": r"--quantize-at 0 does nothing without a quantizer that trains; add --quantizer lsq",
 }

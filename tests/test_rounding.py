@@ -183,11 +183,11 @@ def test_the_command_writes_a_picture_and_a_table(store, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (("--samples", "5"), "--samples 5 does nothing here"),
-        (("--images", "5"), "add --radius"),
-        (("--layers", "nothing*"), "No quantized layer matches 'nothing*'"),
+        (("--samples", "5"), "--samples does nothing without --radius"),
+        (("--images", "5"), "without --radius"),
+        (("--layers", "nothing*"), "No layer matches 'nothing*'"),
         (("--checkpoint", "lst"), "did you mean last"),
-        (("--radius", "--samples", "1"), "--samples 1"),
+        (("--radius", "--samples", "1"), "--samples must be an integer >= 2, got 1."),
     ],
 )
 def test_the_command_refuses_in_a_sentence(store, tmp_path, capsys, words, told):

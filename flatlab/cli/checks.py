@@ -1,12 +1,13 @@
-"""What is refused before any work begins: values out of range, files in place of folders, names that fit nothing."""
+"""What is refused before any work begins: files in place of folders, patterns that match nothing."""
 
 import os
+import re
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flatlab.cli.options import DEVICES, FOLDERS, LIMITS, NUMBERS, flag
+from flatlab.cli.options import DEVICES, FOLDERS, flag
 from flatlab.data import catalog
 from flatlab.errors import UserError, choose
 
@@ -22,40 +23,23 @@ QUANTIZED = r"\.parametrizations\.(\w+)\.original"
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
-def check(given: dict[str, Any]) -> dict[str, Any]:
-    """Return the options with `~` expanded in paths; refuse numbers out of range, and files in place of folders.
+def paths(given: dict[str, Any]) -> dict[str, Any]:
+    """Return the options with `~` expanded in paths; refuse files in place of folders.
 
     Args:
         given: values by the names of options.
 
     Raises:
-        UserError: says what was expected.
+        UserError: where a folder is a file, or is below one.
     """
-    for name, (least, most) in LIMITS.items():
-        _check_range(name, given.get(name), ("integer", ">=", least, most))
-    for name, (sign, low, high) in NUMBERS.items():
-        _check_range(name, given.get(name), ("number", sign, low, high))
-    paths = {name: Path(os.path.expanduser(value)) for name, value in given.items() if isinstance(value, Path)}
-    for name in paths.keys() & set(FOLDERS):
-        _check_folder(name, paths[name])
-    return {**given, **paths}
-
-
-def _check_range(name: str, value: float | None, rule: tuple[str, str, float, float | None]) -> None:
-    kind, sign, low, high = rule
-    if value is None:
-        return
-    if not (value > low if sign == ">" else value >= low):
-        raise UserError(f"{flag(name)} must be {_A[kind]} {sign} {low:g}, got {value}.")
-    if high is not None and value > high:
-        raise UserError(f"{flag(name)} must be {_A[kind]} <= {high}, got {value}.")
-
-
-_A = {"integer": "an integer", "number": "a number"}
+    found = {name: Path(os.path.expanduser(value)) for name, value in given.items() if isinstance(value, Path)}
+    for name in found.keys() & set(FOLDERS):
+        _check_folder(name, found[name])
+    return {**given, **found}
 
 
 def _check_folder(name: str, path: Path) -> None:
-    """Refuse a path that is a file, or lies below one."""
+    """Refuse a path that is a file, or is below one."""
     there = next((each for each in (path, *path.parents) if each.exists()), path)
     if there.exists() and not there.is_dir():
         raise UserError(f"{flag(name)} must be a folder, got {path}: {there} is a file.")
@@ -71,24 +55,24 @@ def device(written: str) -> str:
 
 
 def weights(written: str) -> str:
-    """Return the setting's name for `--weights`: a file goes by its hash."""
+    """Return the setting's name for `--weights`: of a file its hash."""
     if written in ("none", "imagenet"):
         return written
     path = Path(written).expanduser()
     if not path.is_file():
-        raise UserError(f"--weights {written}: no such file; give none, imagenet, or a .safetensors or .pth file.")
+        raise UserError(f"--weights {written}: no such file; must be none, imagenet, or a .safetensors or .pth file.")
     from flatlab.files import file_hash
 
     return f"sha256:{file_hash(path)}"
 
 
 def space(found: "Sequence[Run]", wanted: str) -> None:
-    """Refuse latent weights where no run has some, or where nothing follows them."""
+    """Refuse latent weights of runs that have none."""
     if wanted == "latent":
         kinds = {run.spec.quantizer.kind if run.spec.quantizer else "none": run for run in found}
         if settled := next((kinds[kind] for kind in kinds if kind not in ("none", "lsq")), None):
             raise UserError(
-                f"--space latent needs weights that LSQ quantizes, and {settled.name} has settled codes; take baked."
+                f"--space latent needs weights that LSQ quantizes, and {settled.name} has fixed codes; use baked."
             )
         if "lsq" not in kinds:
             raise UserError("--space latent does nothing for runs that are not quantized; leave it out.")
@@ -113,7 +97,7 @@ def _weights(run: "Run", checkpoint: str) -> dict[str, int]:
     from flatlab import files
 
     arrays, _ = files.load_arrays(run.checkpoint(checkpoint))
-    plain = {name.replace(QUANTIZED, ".weight"): array.ndim for name, array in sorted(arrays.items())}
+    plain = {re.sub(QUANTIZED, r".\1", name): array.ndim for name, array in sorted(arrays.items())}
     return {
         name: axes for name, axes in plain.items() if not name.endswith(BUFFERS) and ".parametrizations." not in name
     }
@@ -122,11 +106,11 @@ def _weights(run: "Run", checkpoint: str) -> dict[str, int]:
 def _some_match(pattern: str, names: list[str], what: str) -> None:
     if not any(fnmatchcase(name, pattern) for name in names):
         shown = ", ".join(names[:SHOWN]) + ", ..." * (len(names) > SHOWN)
-        raise UserError(f"No {what} matches {pattern!r}; there are {shown}.")
+        raise UserError(f"No {what} matches {pattern!r}; available: {shown}.")
 
 
 def start(todo: "Sequence[Job]", place: "Place") -> None:
-    """Refuse weights to start from that are not a checkpoint of the model; torchvision downloads its own here, once."""
+    """Refuse initial weights that are not a checkpoint of the model; torchvision's are downloaded here, once."""
     starts = {
         (run.model, run.weights) for job in todo if not job.measurements for run in job.runs if run.weights != "none"
     }
@@ -138,7 +122,7 @@ def start(todo: "Sequence[Job]", place: "Place") -> None:
 
 
 def domains(splits: "Iterable[str]", place: "Place", dataset: str) -> None:
-    """Refuse domains that the data do not have; "source" and "target" are always there."""
+    """Refuse unknown domains; "source" and "target" are always known."""
     names = [name.strip() for each in splits if each not in ("source", "target") for name in each.split(",")]
     if names:
         known = catalog.domain_names(dataset, Path(place.data_dir) if place.data_dir else None)
@@ -147,7 +131,7 @@ def domains(splits: "Iterable[str]", place: "Place", dataset: str) -> None:
 
 
 def target(path: Path) -> None:
-    """Refuse a file to be written that is a folder, or lies in none."""
+    """Refuse a path to write to that is a folder, or whose folder does not exist."""
     if path.is_dir() or not path.parent.is_dir():
-        what = "is a folder" if path.is_dir() else f"lies in {path.parent}, which is no folder"
+        what = "is a folder" if path.is_dir() else f"is in {path.parent}, which is not a folder"
         raise UserError(f"--file must name a file in an existing folder, got {path}, which {what}.")

@@ -1,4 +1,4 @@
-"""What a person sees while work goes on, and after: bars with time left on a terminal, plain lines elsewhere."""
+"""Tables and progress: bars with the time left on a terminal, plain lines elsewhere."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +24,7 @@ from flatlab.cli.timeleft import TimeLeft
 from flatlab.errors import printable
 from flatlab.jobs.plan import Job
 
-WIDEST = 100_000  # columns where there is no terminal: a pipe gets each row in one line, a terminal folds long cells
+WIDEST = 100_000  # columns without a terminal: each row is one line; a terminal folds long cells
 
 
 def _console(*, stderr: bool) -> Console:
@@ -34,21 +34,21 @@ def _console(*, stderr: bool) -> Console:
 
 out = _console(stderr=False)
 err = _console(stderr=True)
-PLAIN_SECONDS = 5.0  # between two lines where there is no terminal
+PLAIN_SECONDS = 5.0  # between two lines without a terminal
 
 
 class Board:
-    """Hears the workers' events and shows how far the jobs are, weighed by their cost."""
+    """Shows the progress of jobs, weighted by their cost, from the workers' events."""
 
     def __init__(self, jobs: Sequence[Job], progress: Progress | None, *, workers: int = 1) -> None:
         self.time = TimeLeft(jobs, workers=workers)
         self.progress = progress
         self.bars: dict[str, TaskID] = {}
-        self.told = time.monotonic()
+        self.printed = time.monotonic()
         self.total = progress.add_task(f"{len(jobs)} jobs", total=1.0, left="") if progress else None
 
     def __call__(self, event: dict[str, Any]) -> None:
-        """Take in an event, or a line that a worker has to say."""
+        """Show an event, or a worker's note."""
         if "note" in event:
             err.print(printable(event["note"]), soft_wrap=True, markup=False)
             return
@@ -58,14 +58,14 @@ class Board:
         if self.progress and self.total is not None:
             self._bar(name, event, over)
             self.progress.update(self.total, completed=self.time.done(), description=self._count(), left=self._left())
-        elif time.monotonic() - self.told > PLAIN_SECONDS:
-            self.told = time.monotonic()
+        elif time.monotonic() - self.printed > PLAIN_SECONDS:
+            self.printed = time.monotonic()
             line = f"{self.time.done():4.0%}  {self._left()}  {printable(name)}{_numbers(event)}"
             err.print(line, soft_wrap=True, markup=False)
 
     def _left(self) -> str:
         left = self.time.left()
-        return "beginning" if left is None else f"{_clock(left)} left"
+        return "starting" if left is None else f"{_clock(left)} left"
 
     def _count(self) -> str:
         shares = self.time.share.values()
@@ -83,7 +83,7 @@ class Board:
 
 @contextmanager
 def board(jobs: Sequence[Job], *, workers: int) -> Iterator[Board]:
-    """Show the progress of jobs that so many workers share, on standard error, while the block runs."""
+    """Show the progress of jobs on standard error while the block runs."""
     if not err.is_terminal:
         yield Board(jobs, None, workers=workers)
         return
@@ -94,18 +94,18 @@ def board(jobs: Sequence[Job], *, workers: int) -> Iterator[Board]:
 
 @contextmanager
 def counter(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Show how many of so many things are done, from the first report on: a bar, or a line each few seconds."""
+    """Show a count's progress, from the first report on: a bar, or a line each few seconds."""
     what = printable(what)
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeRemainingColumn(), console=err, disable=not err.is_terminal) as progress:
         task = progress.add_task(what, total=None, visible=False)
-        told = time.monotonic()
+        printed = time.monotonic()
 
         def report(done: int, of: int) -> None:
-            nonlocal told
+            nonlocal printed
             progress.update(task, completed=done, total=of, visible=True)
-            if progress.disable and time.monotonic() - told > PLAIN_SECONDS:
-                told = time.monotonic()
+            if progress.disable and time.monotonic() - printed > PLAIN_SECONDS:
+                printed = time.monotonic()
                 err.print(f"{what}: {done:,} of {of:,}", soft_wrap=True, markup=False)
 
         yield report
@@ -129,7 +129,7 @@ def frame(table: pd.DataFrame, title: str, *, formats: dict[str, str] | None = N
 
 
 def plan(jobs: Sequence[Job], seconds_per_pass: float, source: str, *, workers: int) -> None:
-    """Print jobs, passes and estimated time before anything begins."""
+    """Print jobs, passes and estimated time."""
     kinds: dict[str, list[float]] = {}
     for job in jobs:
         kinds.setdefault(job.name.partition(" on ")[0], []).append(job.passes)
@@ -155,7 +155,7 @@ def plan(jobs: Sequence[Job], seconds_per_pass: float, source: str, *, workers: 
 
 
 def _cell(value: Any, form: str | None) -> Text:
-    """Return a cell as it is: what looks like markup in a foreign name is none."""
+    """Return a cell, with markup in foreign names left uninterpreted."""
     return Text(format(value, form) if form and isinstance(value, float) else printable(str(value)))
 
 

@@ -1,49 +1,46 @@
-"""Options that would have no effect: they are refused, since a slip of the keyboard would go unseen."""
+"""Options that would have no effect are refused, since they are probably mistakes."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from flatlab.cli.choices import SETTING_FIELDS, Choices
-from flatlab.cli.options import flag
+from flatlab.cli.choices import Choices
+from flatlab.cli.options import LSQ, OF_SETTING, flag
 from flatlab.errors import UserError
 
 if TYPE_CHECKING:
     from flatlab.specs.methods import Method
     from flatlab.specs.settings import Setting
 
-EFFECTIVE = {*SETTING_FIELDS, "held_out", "weights", "quantize_at", "unsigned", "no_target"}  # change what is planned
+EFFECTIVE = {*OF_SETTING, "held_out", "model", "weights", "unsigned", "no_target"}  # change what is planned
 Needs = tuple[Callable[["Method"], bool], str, str]
 _GRID: Needs = (lambda m: m.quantizer != "none" or m.noise != "none", "a quantizer", "add --quantizer lsq")
 _LSQ: Needs = (lambda m: m.quantizer == "lsq", "LSQ", "add --quantizer lsq")
 _SWAD: Needs = (lambda m: m.average == "swad", "SWAD", "add --average swad")
-NEEDS: dict[str, Needs] = {  # option -> whether a composition uses it; what it lacks else; how to get that
+NEEDS: dict[str, Needs] = {  # option -> whether a composition uses it; what it needs; the remedy
     "bits": _GRID,
     "granularity": _GRID,
     "inq_grid": (lambda m: m.quantizer == "inq", "INQ", "add --quantizer inq"),
-    "unsigned": _LSQ,
-    "log_scale": _LSQ,
-    "activations": _LSQ,
-    "activation_bits": _LSQ,
-    "noise_amplitude": (lambda m: m.noise != "none", "noise on the weights", "take --method noise"),
+    **dict.fromkeys(LSQ, _LSQ),
+    "noise_amplitude": (lambda m: m.noise != "none", "noise on the weights", "use --method noise"),
     "quantize_at": (lambda m: m.switched, "a quantizer that trains", "add --quantizer lsq"),
     "swad_rule": _SWAD,
     "swad_every": _SWAD,
     "sam_rho": (lambda m: m.step == "sam", "SAM", "add --step sam"),
     "select": (lambda m: m.switched, "a switch", "add --quantizer lsq"),
-    "combine": (lambda m: m.members > 0, "an ensemble", "take --method eoq"),
+    "combine": (lambda m: m.members > 0, "an ensemble", "use --method eoq"),
 }
 
 
 def refuse_idle(chosen: Choices, parts: "Method") -> None:
-    """Refuse options that do nothing in the composition at hand, and say what would use them."""
+    """Refuse options that the composition does not use, and name the option that would use them."""
     sized = chosen.noise_amplitude is not None and parts.quantizer == "none"
     if sized and (chosen.bits or chosen.granularity):
-        raise UserError("--noise-amplitude says how large the noise is; leave --bits and --granularity out.")
+        raise UserError("--noise-amplitude sets the size of the noise; leave --bits and --granularity out.")
     for word, (used, needed, remedy) in NEEDS.items():
-        value = chosen.given.get(word)
+        value = getattr(chosen, word)
         if value is not None and value is not False and not used(parts):
-            said = flag(word) + f" {value}" * (value is not True)
-            raise UserError(f"{said} does nothing without {needed}; {remedy}, or leave it out.")
+            written = flag(word) + f" {value}" * (value is not True)
+            raise UserError(f"{written} does nothing without {needed}; {remedy}, or leave it out.")
     if chosen.activation_bits is not None and chosen.activations in (None, "none"):
         raise UserError(
             f"--activation-bits {chosen.activation_bits} does nothing without quantized activations; add "
@@ -52,7 +49,7 @@ def refuse_idle(chosen: Choices, parts: "Method") -> None:
 
 
 def refuse_without_effect(chosen: Choices, plan: "Callable[[Setting], Any]", what: str) -> None:
-    """Refuse written options that change the setting, and nothing of what is trained and measured.
+    """Refuse written options that change the setting, but nothing that is trained or measured.
 
     Args:
         chosen: what the user chose.
@@ -62,17 +59,17 @@ def refuse_without_effect(chosen: Choices, plan: "Callable[[Setting], Any]", wha
     Raises:
         UserError: names the first of them.
     """
-    setting = chosen.setting()
+    setting = chosen.make_setting()
     planned = plan(setting)
     for name in sorted(chosen.written & EFFECTIVE):
-        other = chosen.without(name).setting()
+        other = chosen.without(name).make_setting()
         if other != setting and _planned(plan, other) == planned:
             raise UserError(f"{flag(name)} does nothing for {what}; leave it out.")
 
 
 def _planned(plan: "Callable[[Setting], Any]", setting: "Setting") -> Any:
-    """Return the plan; None where there is none in this setting."""
+    """Return the plan; None if it is invalid."""
     try:
         return plan(setting)
-    except UserError:  # without the option nothing fits together: it has an effect
+    except UserError:  # without the option the plan is invalid: it has an effect
         return None

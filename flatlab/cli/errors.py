@@ -1,6 +1,6 @@
-"""From an exception to one sentence and an exit code: a mistake of the user's shows no traceback, a bug says so.
+"""From an exception to one sentence and an exit code; a user's mistake shows no traceback.
 
-Exit codes: 2 a mistake that the user can mend, 1 a fault of flatlab's own, 130 stopped by the user.
+Exit codes: 2 user's mistake, 1 internal error, 130 interrupted.
 """
 
 import errno
@@ -15,8 +15,7 @@ from typer.core import TyperCommand
 
 from flatlab.errors import UserError, WorkerError, printable
 
-# typer brings click's exceptions along, since 0.16 under its own name: they are found by theirs.
-USAGE: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "UsageError")
+USAGE: type[Exception] = typer.BadParameter.__bases__[0]  # click's UsageError, or that of typer's own copy of click
 ABORTED = 130  # as a shell gives for SIGINT
 UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS}
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -24,7 +23,7 @@ Command = Callable[..., None]
 
 
 class Strict(TyperCommand):
-    """A command that refuses an option given twice and an empty value: the last of two would win in silence."""
+    """A command that refuses repeated options (click keeps the last without a word) and empty values."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Check the words as they were written, then convert them."""
@@ -33,9 +32,9 @@ class Strict(TyperCommand):
             hint: dict[str, Any] = {"ctx": ctx, "param": param}
             given = _each(values.get(param.name))
             if len(set(given)) < len(given) or (order.count(param) > 1 and not param.multiple):
-                raise typer.BadParameter("it is given twice; give it once.", **hint)
+                raise typer.BadParameter("must not be given twice.", **hint)
             if any(isinstance(each, str) and not each.strip() for each in given):
-                raise typer.BadParameter("it must not be empty.", **hint)
+                raise typer.BadParameter("must not be empty.", **hint)
         return super().parse_args(ctx, args)
 
 
@@ -53,19 +52,19 @@ class Commands(typer.Typer):
 
 @contextmanager
 def spoken(*, debug: bool) -> Iterator[None]:
-    """Turn an exception into one sentence and an exit code.
+    """Convert an exception to one sentence and an exit code.
 
     Args:
-        debug: let a mistake or a bug through with its traceback.
+        debug: raise the exception, with its traceback.
     """
     try:
         yield
     except (typer.Exit, SystemExit):
         raise
     except KeyboardInterrupt:
-        say("Stopped. What is done is kept: the same command goes on from here.", mark="")
+        say("Stopped. Finished work is kept: repeat the command to continue.", mark="")
         raise typer.Exit(ABORTED) from None
-    except BrokenPipeError:  # `flatlab runs list | head`: nobody reads on
+    except BrokenPipeError:  # the reader has closed the pipe, as in `flatlab runs list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(1) from None
     except USAGE as error:
@@ -75,44 +74,47 @@ def spoken(*, debug: bool) -> Iterator[None]:
     except Exception as error:
         if debug:
             raise
-        sentence, code = told(error)
+        sentence, code = explain(error)
         say(sentence)
         raise typer.Exit(code) from None
 
 
-def told(error: Exception) -> tuple[str, int]:
+def explain(error: Exception) -> tuple[str, int]:
     """Return the sentence for an exception, and the exit code."""
     if isinstance(error, UserError):
         if not isinstance(error.__cause__, WorkerError):
             return str(error), 2
-        return f"{error} Run it again with --debug to see where.", 1  # a worker's bug, its traceback behind it
+        return (
+            f"{error} Run the command again with --debug to see the traceback.",
+            1,
+        )  # a worker's bug, its traceback behind it
     if isinstance(error, OSError):
         return of_system(error), 2
     if isinstance(error, MemoryError):
-        return "Out of memory; take a smaller --batch-size or --image-size, or fewer --workers.", 2
+        return "Out of memory; use a smaller --batch-size or --image-size, or fewer --workers.", 2
     name = type(error).__name__
-    return f"{name}: {error}: a bug in flatlab, not a mistake of yours. Run it again with --debug to see where.", 1
+    return f"{name}: {error}: a bug in flatlab. Run the command again with --debug to see the traceback.", 1
 
 
 def of_system(error: OSError) -> str:
-    """Return what the system refused, and what to do about it."""
+    """Return the system's error and a remedy."""
     what = f"{error.filename or 'the disk'}: {error.strerror or error}"
     if error.errno in FULL:
-        return f"{what}; make room, or name another folder with --store or --out. What is finished is kept."
+        return f"{what}; free some space, or choose another folder with --store or --out. Finished work is kept."
     if error.errno in UNWRITABLE:
-        return f"{what}; name a folder that can be written with --store or --out."
+        return f"{what}; choose a writable folder with --store or --out."
     return f"{what}; check the paths given (--store, --out, --data-dir)."
 
 
 def of_usage(error: Any) -> str:
-    """Return the sentence for an unknown word or a value of the wrong kind; none where the help was printed.
+    """Return the sentence for a usage error; empty if the help was printed.
 
     Args:
         error: a `USAGE`.
     """
     if type(error).__name__ == "NoArgsIsHelpError":  # the help is printed by now
         return ""
-    near = getattr(error, "possibilities", None)  # of an option, the nearest first
+    near = getattr(error, "possibilities", None)  # nearest first
     sentence = f"{error.message.rstrip('.')}. Did you mean {near[0]}?" if near else error.format_message()
     command = error.ctx.command_path if error.ctx else "flatlab"
     return f"{sentence if sentence[-1] in '.?' else f'{sentence}.'} See `{command} --help`."
@@ -124,5 +126,5 @@ def say(sentence: str, *, mark: str = "error: ") -> None:
     from rich.markup import escape
 
     colour = "red" if mark else "yellow"
-    told = "\n".join(map(printable, sentence.split("\n")))
-    Console(stderr=True, highlight=False).print(f"[{colour}]{mark}[/]{escape(told)}", soft_wrap=True)
+    text = "\n".join(map(printable, sentence.split("\n")))
+    Console(stderr=True, highlight=False).print(f"[{colour}]{mark}[/]{escape(text)}", soft_wrap=True)

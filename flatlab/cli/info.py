@@ -1,28 +1,110 @@
-"""What this machine computes with, and what would make it faster."""
+"""The commands that inform: methods, list, doctor, selftest."""
 
+import dataclasses
 import os
+from collections.abc import Sequence
 from importlib.util import find_spec
+from typing import Any
+
+import typer
 
 from flatlab import environment
+from flatlab.cli.choices import Choices, takes
+from flatlab.cli.errors import Commands
+from flatlab.cli.options import DATASET, TRAINING
+from flatlab.cli.run_jobs import in_order
+from flatlab.files import strict_json
 from flatlab.jobs import local
 from flatlab.specs.run import Place
 
+commands = Commands()
 
-def diagnose(place: Place) -> dict[str, str]:
+
+@commands.command(epilog="Example: `flatlab methods --json`")
+@takes("json", "debug")
+def methods(chosen: Choices) -> None:
+    """List the methods and their parts."""
+    import pandas as pd
+
+    from flatlab.specs.methods import METHODS
+
+    rows = [{"method": name, **dataclasses.asdict(parts)} for name, parts in METHODS.items()]
+    chosen.answer(pd.DataFrame(rows), "Methods; `flatlab train` takes any other composition of these parts, too")
+
+
+@commands.command("list", epilog="Example: `flatlab list --setting smoke`")
+@takes(*DATASET, *TRAINING, "store", "device", "json", "debug")
+def list_(chosen: Choices) -> None:
+    """List the figures and tables that can be reproduced, with the work that each still needs."""
+    import pandas as pd
+
+    from flatlab import reproduce
+
+    setting, store, place = chosen.make_setting(), chosen.runs(), chosen.place()
+    rows = []
+    for name in sorted(reproduce.analyses(), key=in_order):
+        module = reproduce.analysis(name)
+        lacks = _lacks(reproduce.missing(module, setting, store, place))
+        rows.append({"name": name, "shows": (module.__doc__ or "").splitlines()[0], "missing": lacks})
+    chosen.answer(pd.DataFrame(rows), f"Figures and tables, setting {setting.name}")
+
+
+def _lacks(todo: Sequence[Any]) -> str:
+    """Return the numbers of jobs to train, to combine and to measure."""
+    measured = sum(bool(job.measurements) for job in todo)
+    joined = sum(not job.measurements and bool(job.runs[0].members) for job in todo)
+    counts = {"to train": len(todo) - measured - joined, "to combine": joined, "to measure": measured}
+    return ", ".join(f"{count} {what}" for what, count in counts.items() if count) or "nothing"
+
+
+@commands.command(epilog="Example: `flatlab doctor --device cuda`")
+@takes("device", "json", "debug")
+def doctor(chosen: Choices) -> None:
+    """Report the hardware and software that decide speed and results, and what would make them faster."""
+    facts = _diagnose(chosen.place())
+    chosen.answer_facts(facts, "\n".join(f"{name}: {value}" for name, value in facts.items()))
+
+
+def _diagnose(place: Place) -> dict[str, str]:
     """Return the facts that decide speed or correctness, by name."""
     import torch
 
     from flatlab.loading import data as loading_data
 
     named = loading_data.device(place)
-    told = {**environment.facts(), "cores": f"{environment.cores()} (one worker each, of one thread)"}
-    told["device"] = f"{named}" + (f", {torch.cuda.get_device_name(named)}" if named.type == "cuda" else "")
-    told["tensorboard"] = "installed" if find_spec("tensorboard") else "absent; flatlab[tensorboard] brings it"
+    facts = {**environment.facts(), "cores": f"{environment.cores()} (one worker each, of one thread)"}
+    facts["device"] = f"{named}" + (f", {torch.cuda.get_device_name(named)}" if named.type == "cuda" else "")
+    facts["tensorboard"] = (
+        "installed" if find_spec("tensorboard") else "not installed (pip install 'flatlab[tensorboard]')"
+    )
     unset = [name for name in local.ALLOCATOR if name not in os.environ]
     if unset:
         words = " ".join(f"{name}={local.ALLOCATOR[name]}" for name in unset)
-        told["allocator"] = (
+        facts["allocator"] = (
             "flatlab's workers keep large blocks of memory, which glibc would give back at each free; "
             f"in your own scripts `export {words}` is worth up to 2.6 times for large batches on a CPU."
         )
-    return told
+    return facts
+
+
+@commands.command(epilog="Example: `flatlab selftest`")
+@takes("json", "debug")
+def selftest(chosen: Choices) -> None:
+    """Check each estimator against closed forms, on each device and dtype of this machine; exit with 1 if one fails."""
+    from flatlab.metrics.selftest import Fault
+    from flatlab.metrics.selftest import selftest as checks
+
+    made, failed = [], 0
+    for check in checks():
+        made.append({**vars(check), "passed": check.passed})
+        failed += not check.passed
+        if not chosen.json:
+            mark = "ok " if check.passed else "BAD"
+            numbers = f"expected {check.expected:.6g}, got {check.got:.6g}, within {check.bound:.2g}"
+            typer.echo(f"{mark} {check.name}: {check.reason if isinstance(check, Fault) else numbers}")
+    if chosen.json:
+        typer.echo(strict_json(made))
+    else:
+        typer.echo(f"{failed} of {len(made)} checks failed." if failed else f"All {len(made)} checks passed.")
+    if failed:
+        raise typer.Exit(1)

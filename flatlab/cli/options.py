@@ -1,71 +1,28 @@
-"""The words of the command line: each option is written once, here, and means the same thing in every command."""
+"""The options that commands share, each defined once; bounds, choices, help and default are read off a spec's field."""
 
+import operator
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
+from pydantic.fields import FieldInfo
 
-_RUN = "a method (QT-DoG) or composition (sam-swad), with --held-out and --seed, or a digest's beginning"
+from flatlab.errors import UserError, choose
+from flatlab.specs.base import LARGEST_INT, Spec
+from flatlab.specs.methods import KNOWN
+from flatlab.specs.quantizers import LSQOptions
+from flatlab.specs.settings import PAPER, QUICK, SETTINGS, Setting
+
+_RUN = "the name of a method (QT-DoG) or composition (sam-swad), with --held-out and --seed, or the start of a digest"
 Runs = Annotated[list[str], typer.Argument(help=f"Runs: each {_RUN} (`flatlab runs list`).")]
-OneRun = Annotated[str, typer.Argument(help=f"A run: {_RUN} (`flatlab runs list`).")]
+OneRun = Annotated[str, typer.Argument(help=f"Run: {_RUN} (`flatlab runs list`).")]
 
-_DATA, _COMPOSITION, _SCHEDULE, _PLACE, _OUTPUT = "Data", "Composition", "Schedule and seeds", "Place", "Output"
-_PARTS = "; instead of the method's own."
-
+DATA, COMPOSITION, SCHEDULE, PLACE, OUTPUT = "Data", "Composition", "Schedule and seeds", "Place", "Output"
 MODELS = {"digits-cnn": None, "resnet18": 3, "resnet50": 3, "mobilenet_v2": 3}  # -> channels; None: any number
-PRECISIONS = ("fp32", "bf16")
 DEVICES = ("auto", "cpu", "cuda", "mps")
-KNOWN = {  # words of the command line that name one of a few
-    "precision": PRECISIONS,
-    "granularity": ("channel", "tensor"),
-    "inq_grid": ("uniform", "power-of-two"),
-    "activations": ("none", "signed", "unsigned"),
-    "swad_rule": ("paper", "released"),
-}
-
-MOST = 10**9
-LIMITS: dict[str, tuple[int, int | None]] = {  # the integers, wherever they are asked for: least, most
-    "image_size": (1, 4096),
-    "bits": (2, 16),
-    "activation_bits": (2, 16),
-    "quantize_at": (0, MOST),
-    "swad_every": (1, MOST),
-    "steps": (1, MOST),
-    "eval_every": (1, MOST),
-    "batch_size": (1, 10**6),
-    "seed": (0, 2**31 - 1),
-    "trial_seed": (0, 2**31 - 1),
-    "seeds": (1, 1000),
-    "workers": (1, 1024),
-    "keep_every": (1, MOST),
-    "samples": (2, 10**6),  # one direction has no interval
-    "images": (1, MOST),
-    "budget": (1, 10**15),
-    "block_size": (1, MOST),
-    "direction_seed": (0, 2**31 - 1),
-    "start_seed": (0, 2**31 - 1),
-    "since": (0, MOST),
-    "k": (1, 10**4),
-    "trace_budget": (2, MOST),
-    "starts": (1, 10**4),
-    "lanczos_steps": (1, 10**4),
-    "grid": (2, 1000),
-    "recompute": (2, MOST),
-    "every": (1, MOST),
-}
-NUMBERS: dict[str, tuple[str, float, float]] = {  # the others: how the least binds, least, most
-    "lr": (">", 0, 1e30),
-    "test_share": (">=", 0, 0.9),
-    "noise_amplitude": (">", 0, 1e30),
-    "sam_rho": (">=", 0, 1e30),
-    "rel_error": (">=", 0, 1),
-    "abs_error": (">=", 0, 1e30),
-    "tol": (">", 0, 1),
-    "extent": (">", 0, 1e9),
-    "refine": (">=", 0, 1),
-    "most": (">", 1, 1e6),
-}
 FOLDERS = ("store", "out", "cache", "tensorboard", "data_dir")
+BY_DATA = ("image_size", "model", "freeze_batchnorm")  # defaults that the data decide
 
 
 def flag(name: str) -> str:
@@ -73,225 +30,235 @@ def flag(name: str) -> str:
     return f"-{name}" if len(name) == 1 else f"--{name.replace('_', '-')}"
 
 
-def _option(panel: str, help: str, *names: str, default: bool = True, **more: Any) -> Any:
-    return typer.Option(*names, help=help, rich_help_panel=panel, show_default=default, **more)
+SIGNS = {"ge": (">=", operator.ge), "gt": (">", operator.gt), "le": ("<=", operator.le), "lt": ("<", operator.lt)}
+TECHNICAL = 1000  # bounds from here on only catch slips of the keyboard
 
 
-WORDS: dict[str, tuple[Any, Any, Any]] = {  # name -> type, default, option
-    "dataset": (
-        str,
-        None,
-        _option(
-            _DATA,
-            "digits (embedded: the default), PACS (that of --setting paper), VLCS, ... (`flatlab data list`), "
-            "or folder:PATH with domain/class/image.",
-        ),
-    ),
-    "datasets": (str, None, _option(_DATA, "Of a table: several data sets, as PACS,VLCS; --data-dir holds them all.")),
-    "data_dir": (Path, None, _option(_DATA, "The folder that holds the data set; not for digits and folder:PATH.")),
-    "held_out": (
-        str,
-        "all",
-        _option(_DATA, "Domains held out, a run for each: names or indices, as sketch,photo, or all."),
-    ),
-    "image_size": (int, None, _option(_DATA, "Height and width of the images, in pixels (digits 16, else 224).")),
-    "method": (str, "ERM", _option(_COMPOSITION, "erm, sam, swa, swad, sma, qt-dog, ... (`flatlab methods`).")),
-    "objective": (str, None, _option(_COMPOSITION, f"erm or coral{_PARTS}")),
-    "mixing": (str, None, _option(_COMPOSITION, f"none, mixstyle or mixstyle-across (domains){_PARTS}")),
-    "step": (str, None, _option(_COMPOSITION, f"plain or sam{_PARTS}")),
-    "average": (str, None, _option(_COMPOSITION, f"last, swa, swad or sma{_PARTS}")),
-    "quantizer": (str, None, _option(_COMPOSITION, f"none, lsq, inq, obc or rtn{_PARTS}")),
-    "combine": (str, None, _option(_COMPOSITION, "What an ensemble averages: logits or probabilities (logits).")),
-    "bits": (int, None, _option(_COMPOSITION, "Bits of a quantized weight, 2 to 16 (7).")),
-    "granularity": (
-        str,
-        None,
-        _option(
-            _COMPOSITION,
-            "How many weights share a step size, or the size of the noise: those of an output channel, or the whole "
-            "tensor (channel).",
-        ),
-    ),
-    "inq_grid": (
-        str,
-        None,
-        _option(
-            _COMPOSITION,
-            "Levels of INQ: uniform, or power-of-two, as Zhou et al. have them, for which shifts replace products; "
-            "at most 8 bits (uniform).",
-        ),
-    ),
-    "unsigned": (
-        bool,
-        False,
-        _option(_COMPOSITION, "LSQ of codes from 0 on: negative weights become 0.", "--unsigned", default=False),
-    ),
-    "log_scale": (
-        bool,
-        False,
-        _option(
-            _COMPOSITION,
-            "LSQ learns the logarithm of a step size: it stays positive, and its updates are relative.",
-            "--log-scale",
-            default=False,
-        ),
-    ),
-    "activations": (
-        str,
-        None,
-        _option(
-            _COMPOSITION,
-            "LSQ of the layers' inputs too: none, unsigned (inputs that follow a ReLU) or signed (any). QT-DoG: none.",
-        ),
-    ),
-    "activation_bits": (int, None, _option(_COMPOSITION, "Bits of a quantized input, 2 to 16 (8).")),
-    "noise_amplitude": (
-        float,
-        None,
-        _option(
-            _COMPOSITION,
-            "Weight noise is uniform on (-a, a) for this a, at each step; not given, it has the norm that rounding "
-            "to --bits has.",
-        ),
-    ),
-    "sam_rho": (float, None, _option(_COMPOSITION, "Radius of SAM's ascent, absolute L2 (0.05).")),
-    "swad_every": (
-        int,
-        None,
-        _option(_COMPOSITION, "Steps between two of SWAD's validations (smoke 2, quick 10, else 100)."),
-    ),
-    "quantize_at": (
-        int,
-        None,
-        _option(_COMPOSITION, "Step at which quantization or freezing sets in (40 % of the steps)."),
-    ),
-    "swad_rule": (
-        str,
-        None,
-        _option(_COMPOSITION, "Where SWAD's valley lies: paper (its Algorithm 1) or released (its code) (paper)."),
-    ),
-    "select": (
-        str,
-        None,
-        _option(
-            _OUTPUT,
-            "settled: selects among the checkpoints from the switch on; all: says beside that what selecting among all "
-            "would give, as QT-DoG's released code does, though that network may not be quantized (settled).",
-        ),
-    ),
-    "model": (str, None, _option(_COMPOSITION, f"{', '.join(MODELS)} (digits: digits-cnn; photographs: resnet50).")),
-    "weights": (
-        str,
-        None,
-        _option(
-            _COMPOSITION,
-            "What training starts from: none, imagenet (torchvision downloads them), or a .safetensors or .pth file "
-            "(digits: none; photographs: imagenet). From none, photographs take the setting's own --lr.",
-        ),
-    ),
-    "freeze_batchnorm": (
-        bool,
-        None,
-        _option(
-            _COMPOSITION,
-            "Keep BatchNorm's statistics (as the paper; with weights) or update them (without).",
-            "--freeze-batchnorm/--train-batchnorm",
-        ),
-    ),
-    "test_share": (
-        float,
-        None,
-        _option(
-            _DATA,
-            "Share of each source domain that neither trains nor selects, for a test (0.2; paper 0: then "
-            "they are of the images that select).",
-        ),
-    ),
-    "setting": (str, "quick", _option(_SCHEDULE, "smoke (seconds), quick (minutes) or paper (its own, days).")),
-    "steps": (int, None, _option(_SCHEDULE, "Updates of a training (smoke 10, quick 300, paper 5000).")),
-    "eval_every": (int, None, _option(_SCHEDULE, "Steps between two evaluations (smoke 3, quick 30, paper 300).")),
-    "batch_size": (int, None, _option(_SCHEDULE, "Images of each source domain in a batch (32; smoke 8).")),
-    "lr": (
-        float,
-        None,
-        _option(_SCHEDULE, "Learning rate of Adam (smoke 0.003, quick 0.001; paper, and from weights, 5e-05)."),
-    ),
-    "precision": (
-        str,
-        None,
-        _option(_SCHEDULE, "fp32, or bf16 for the forward passes of training (fp32); measurements are fp32."),
-    ),
-    "seed": (
-        int,
-        None,
-        _option(_SCHEDULE, "Seed of initialisation and batches; of several the first (0)."),
-    ),
-    "trial_seed": (int, None, _option(_SCHEDULE, "First seed of the split (0).")),
-    "seeds": (
-        int,
-        None,
-        _option(_SCHEDULE, "How many seeds; each moves both split and training (smoke 2, else 3; `train`: 1)."),
-    ),
-    "controls": (
-        bool,
-        False,
-        _option(_COMPOSITION, "Add runs that part quantizing from freezing (fig4).", "--controls", default=False),
-    ),
-    "device": (str, "auto", _option(_PLACE, "auto (the best there is), cpu, cuda or mps.")),
-    "workers": (int, None, _option(_PLACE, "Processes that share the jobs (one per core; one on an accelerator).")),
-    "cache": (
-        Path,
-        None,
-        _option(_PLACE, "Folder of decoded images (flatlab's, where the platform caches).", envvar="FLATLAB_CACHE"),
-    ),
-    "store": (Path, None, _option(_PLACE, "Folder of the runs (./runs).", envvar="FLATLAB_STORE")),
-    "out": (
-        Path,
-        Path("figures"),
-        _option(_OUTPUT, "Folder of the pictures; data other than digits have their own in it."),
-    ),
-    "no_target": (
-        bool,
-        False,
-        _option(
-            _SCHEDULE,
-            "Neither evaluate nor log the held-out domain: for tuning, which must not look at it.",
-            "--no-target",
-            default=False,
-        ),
-    ),
-    "keep_every": (
-        int,
-        None,
-        _option(
-            _OUTPUT,
-            "Keep the weights each so many steps, for `flatlab replay` (none); the run is the same with and without.",
-        ),
-    ),
-    "tensorboard": (Path, None, _option(_OUTPUT, "Write the training's curves as TensorBoard events here (none).")),
-    "dry_run": (
-        bool,
-        False,
-        _option(_OUTPUT, "Only say what would be done, and what it would cost.", "--dry-run", default=False),
-    ),
-    "json": (bool, False, _option(_OUTPUT, "Print the result as JSON.", "--json", default=False)),
-    "debug": (bool, False, _option(_OUTPUT, "Show the traceback of an error.", "--debug", default=False)),
-}
-NAMED = ("held_out", "seed")  # narrow down which runs a method's name means
+@dataclass(frozen=True)
+class Rule:
+    """What the value of an option must be: one of a few names, or a number within bounds."""
+
+    choices: tuple[str, ...] = ()
+    bounds: tuple[tuple[str, float], ...] = ()  # "ge", "gt", "le" or "lt", and the limit
+
+    @classmethod
+    def of(cls, info: FieldInfo) -> "Rule":
+        """Return the rule of a spec's field."""
+        choices = get_args(info.annotation) if get_origin(info.annotation) is Literal else ()
+        return cls(
+            choices,
+            tuple((word, getattr(each, word)) for each in info.metadata for word in SIGNS if hasattr(each, word)),
+        )
+
+    def checked(self, name: str, value: Any) -> Any:
+        """Return a value, a name in its proper spelling.
+
+        Args:
+            name: of the option.
+            value: as given; None where it is not.
+
+        Raises:
+            UserError: where it breaks the rule.
+        """
+        if value is not None and self.choices:
+            return choose(name.replace("_", "-"), value, self.choices)
+        for word, limit in self.bounds if value is not None else ():
+            sign, holds = SIGNS[word]
+            if not holds(value, limit):
+                kind = "an integer" if isinstance(value, int) else "a number"
+                raise UserError(f"{flag(name)} must be {kind} {sign} {limit}, got {value}.")
+        return value
+
+    def help(self, text: str) -> str:
+        """Return a help text with the bounds, or with the names that it does not mention already."""
+        limits = tuple(f"{SIGNS[word][0]} {limit:g}" for word, limit in self.bounds if limit < TECHNICAL)
+        shown = () if self.choices and all(each in text for each in self.choices) else self.choices or limits
+        return f"{text} [{', '.join(shown)}]" if shown else text
+
+
+def _option(panel: str, text: str, *names: str, default: Any = None, rule: Rule | None = None, **more: Any) -> Any:
+    """Return the field of an option that has no field of a spec."""
+    rule = rule or Rule()
+    info = typer.Option(*names, help=rule.help(text), rich_help_panel=panel, **more)
+    return field(default=default, metadata={"option": info, "rule": rule})
+
+
+def _switch(panel: str, text: str, name: str) -> Any:
+    return _option(panel, text, name, default=False, show_default=False)
+
+
+def _part(part: str, what: str) -> Any:
+    return _option(COMPOSITION, f"{what}, instead of the method's own.", rule=Rule(KNOWN[part]))
+
+
+def _of_setting(panel: str, name: str, *names: str, default: Any = None) -> Any:
+    """Return the field of an option that is a field of `Setting`; not given, it is as the setting has it."""
+    info, rule = Setting.model_fields[name], Rule.of(Setting.model_fields[name])
+    text = f"{rule.help(info.description or '')}{'' if default is False else _usual(name)}"
+    option = typer.Option(*names, help=text, rich_help_panel=panel, show_default=False)
+    return field(default=default, metadata={"option": option, "rule": rule, "setting": name})
+
+
+def _usual(name: str) -> str:
+    """Return the default of a setting's field, in words for a help page."""
+    if name in BY_DATA:
+        return f" (default: {_word(getattr(QUICK, name))} for digits, {_word(getattr(PAPER, name))} for photographs)"
+    values = {size: getattr(setting, name) for size, setting in SETTINGS.items()}
+    if len(set(values.values())) > 1:
+        return f" (default: {', '.join(f'{size} {value}' for size, value in values.items())})"
+    (value,) = set(values.values())
+    return "" if value is None else f" (default: {value})"
+
+
+def _word(value: object) -> str:
+    return {True: "frozen", False: "updated"}[value] if isinstance(value, bool) else str(value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Every shared option; it means the same in each command that takes it."""
+
+    dataset: str | None = _option(
+        DATA,
+        "Data set: digits (embedded; the default), PACS (the default of --setting paper), VLCS, ... (`flatlab data "
+        "list`), or folder:PATH with images in DOMAIN/CLASS.",
+    )
+    datasets: str | None = _option(
+        DATA, "Several data sets of a table, such as PACS,VLCS; --data-dir must contain all of them."
+    )
+    data_dir: Path | None = _option(DATA, "Folder that contains the data set; not for digits and folder:PATH.")
+    held_out: str = _option(
+        DATA, "Held-out domains, one run for each: names or indices, such as sketch,photo, or all.", default="all"
+    )
+    image_size: int | None = _of_setting(DATA, "image_size")
+    test_share: float | None = _of_setting(DATA, "test_share")
+
+    method: str = _option(
+        COMPOSITION, "Method: erm, sam, swa, swad, sma, qt-dog, ... (`flatlab methods`).", default="ERM"
+    )
+    objective: str | None = _part("objective", "Objective")
+    mixing: str | None = _part("mixing", "Mixing of feature statistics between images")
+    step: str | None = _part("step", "Update rule")
+    average: str | None = _part("average", "Average of the iterates")
+    quantizer: str | None = _part("quantizer", "Quantizer of the weights")
+    combine: str | None = _part("combine", "What an ensemble averages")
+    bits: int | None = _of_setting(COMPOSITION, "bits")
+    granularity: str | None = _of_setting(COMPOSITION, "granularity")
+    inq_grid: str | None = _of_setting(COMPOSITION, "inq_grid")
+    unsigned: bool = _switch(
+        COMPOSITION, "Quantize weights with LSQ to codes >= 0; negative weights become 0.", "--unsigned"
+    )
+    log_scale: bool = _of_setting(COMPOSITION, "log_scale", "--log-scale", default=False)
+    activations: str | None = _of_setting(COMPOSITION, "activations")
+    activation_bits: int | None = _of_setting(COMPOSITION, "activation_bits")
+    noise_amplitude: float | None = _of_setting(COMPOSITION, "noise_amplitude")
+    quantize_at: int | None = _of_setting(COMPOSITION, "switch")
+    sam_rho: float | None = _of_setting(COMPOSITION, "sam_rho")
+    swad_rule: str | None = _of_setting(COMPOSITION, "swad_rule")
+    swad_every: int | None = _of_setting(COMPOSITION, "swad_every")
+    model: str | None = _option(COMPOSITION, f"Network. [{', '.join(MODELS)}]{_usual('model')}")
+    weights: str | None = _option(
+        COMPOSITION,
+        "Initial weights: none, imagenet (downloaded by torchvision), or a .safetensors or .pth file (default: none "
+        "for digits, imagenet for photographs). With none, photographs are trained with the setting's own --lr.",
+    )
+    freeze_batchnorm: bool | None = _of_setting(COMPOSITION, "freeze_batchnorm", "--freeze-batchnorm/--train-batchnorm")
+    controls: bool = _of_setting(COMPOSITION, "controls", "--controls", default=False)
+
+    setting: str = _option(
+        SCHEDULE,
+        "Size of the experiment: smoke (seconds), quick (minutes) or paper (the paper's, days).",
+        default="quick",
+    )
+    steps: int | None = _of_setting(SCHEDULE, "steps")
+    eval_every: int | None = _of_setting(SCHEDULE, "eval_every")
+    batch_size: int | None = _of_setting(SCHEDULE, "batch_size")
+    lr: float | None = _of_setting(SCHEDULE, "lr")
+    precision: str | None = _of_setting(SCHEDULE, "precision")
+    seed: int | None = _of_setting(SCHEDULE, "seed")
+    trial_seed: int | None = _of_setting(SCHEDULE, "trial_seed")
+    seeds: int | None = _of_setting(SCHEDULE, "seeds")
+    no_target: bool = _switch(
+        SCHEDULE, "Neither evaluate nor log the held-out domain, as tuning requires.", "--no-target"
+    )
+
+    device: str = _option(PLACE, "Device: auto (the fastest available), cpu, cuda, cuda:N or mps.", default="auto")
+    workers: int | None = _option(
+        PLACE,
+        "Number of worker processes (default: one per core; one on an accelerator).",
+        rule=Rule(bounds=(("ge", 1), ("le", 1024))),
+    )
+    cache: Path | None = _option(
+        PLACE, "Folder of decoded images (default: flatlab's in the platform's cache folder).", envvar="FLATLAB_CACHE"
+    )
+    store: Path | None = _option(PLACE, "Folder of the runs (default: ./runs).", envvar="FLATLAB_STORE")
+
+    out: Path = _option(
+        OUTPUT, "Folder of tables and pictures; data other than digits have a folder in it.", default=Path("figures")
+    )
+    select: str | None = _option(
+        OUTPUT,
+        "Checkpoints that are compared: settled (from the switch on; the default), or all, which also reports "
+        "selection among all checkpoints, as in QT-DoG's released code, where the network may not be quantized yet.",
+        rule=Rule(("settled", "all")),
+    )
+    keep_every: int | None = _option(
+        OUTPUT,
+        "Keep the weights each N steps for `flatlab replay`; the run itself does not change.",
+        rule=Rule(bounds=(("ge", 1), ("le", LARGEST_INT))),
+    )
+    tensorboard: Path | None = _option(OUTPUT, "Folder to write the training curves to as TensorBoard events.")
+    dry_run: bool = _switch(OUTPUT, "Print the planned work and its cost, and do nothing.", "--dry-run")
+    json: bool = _switch(OUTPUT, "Print the result as JSON.", "--json")
+    debug: bool = _switch(OUTPUT, "Show the traceback of an error.", "--debug")
+
+
+WORDS = {each.name: each for each in fields(Options)}
+TYPES = get_type_hints(Options)
+OF_SETTING = {name: each.metadata["setting"] for name, each in WORDS.items() if "setting" in each.metadata}
+
+NAMED = ("held_out", "seed")  # select among the runs of a method
 RUNNING = ("device", "workers", "cache", "store", "dry_run", "json", "debug")
-PARTS = ("objective", "mixing", "step", "average", "quantizer", "combine")  # of a method
-QUANTIZER = ("granularity", "inq_grid", "unsigned", "log_scale", "activations", "activation_bits", "noise_amplitude")
-DATA = ("dataset", "data_dir", "held_out", "image_size")
-TRAINING: tuple[str, ...] = (
-    "test_share",
-    "swad_rule",
-    "swad_every",
-    "sam_rho",
-    "bits",
-    "quantize_at",
-    "model",
-    "weights",
-    "freeze_batchnorm",
-)
-TRAINING += ("setting", "steps", "eval_every", "batch_size", "lr", "precision", "seed", "trial_seed")
-TRAINING += ("seeds",)
+LSQ = tuple("unsigned" if name == "signed" else name for name in LSQOptions.model_fields)
+QUANTIZER = ("granularity", "inq_grid", "noise_amplitude", *LSQ)
+DATASET = ("dataset", "data_dir", "held_out", "image_size")
+TRAINING: tuple[str, ...] = ("test_share", "swad_rule", "swad_every", "sam_rho", "bits", "quantize_at", "model")
+TRAINING += ("weights", "freeze_batchnorm")
+TRAINING += ("setting", "steps", "eval_every", "batch_size", "lr", "precision", "seed", "trial_seed", "seeds")
+
+
+def asked(spec: type[Spec], *same: str, **renamed: str) -> dict[str, tuple[str, FieldInfo]]:
+    """Return options of a measurement: by their names, each with the spec's field that it sets.
+
+    Args:
+        spec: has the fields.
+        same: fields whose options have their names.
+        renamed: other options, with their fields.
+    """
+    return {
+        name: (each, spec.model_fields[each])
+        for name, each in {**dict(zip(same, same, strict=True)), **renamed}.items()
+    }
+
+
+@dataclass(frozen=True)
+class Option:
+    """A parameter of a command: its annotation for typer, its default and its rule."""
+
+    annotation: Any
+    default: Any
+    rule: Rule
+
+
+def field_option(name: str, info: FieldInfo) -> Option:
+    """Return the option that sets a field of a spec."""
+    rule = Rule.of(info)
+    names = (flag(name),) if len(name) == 1 else ()
+    option = typer.Option(*names, help=rule.help(info.description or ""))
+    return Option(Annotated[str if rule.choices else info.annotation, option], info.default, rule)
+
+
+def shared_option(word: str) -> Option:
+    """Return a shared option."""
+    made = WORDS[word].metadata
+    return Option(Annotated[TYPES[word], made["option"]], WORDS[word].default, made["rule"])

@@ -1,4 +1,4 @@
-"""What commands have done for them: jobs carried out under a bar, or priced and foreseen; and their last words."""
+"""Jobs of a command: run with a progress bar, or only priced; all figures and tables at once."""
 
 import re
 import shlex
@@ -20,12 +20,12 @@ DRAWING = frozenset({"name", "draw_only", "reference", "out", "json", "debug"}) 
 
 
 def carry_out(chosen: Choices, todo: Sequence[Any], place: Any = None) -> None:
-    """Do jobs in worker processes, images decoded first.
+    """Run jobs in worker processes, after decoding their images.
 
     Args:
         chosen: what the user chose.
         todo: the jobs.
-        place: where; as chosen, if not given.
+        place: where; as chosen by default.
     """
     from flatlab import reproduce
     from flatlab.cli import display
@@ -33,8 +33,8 @@ def carry_out(chosen: Choices, todo: Sequence[Any], place: Any = None) -> None:
     place = place or chosen.place()
     if todo:
         checks.start(todo, place)
-        for folder in (chosen.out, chosen.tensorboard):
-            if folder:  # before the work: a folder that cannot be made would end it without its pictures
+        for folder in (chosen.out if "out" in chosen.taken else None, chosen.tensorboard):
+            if folder:  # before the work, since without the folder its pictures would be lost
                 folder.mkdir(parents=True, exist_ok=True)
     _decode({(spec.dataset, spec.image_size) for job in todo for spec in job.runs}, place)
     processes = chosen.processes(len(todo))
@@ -43,7 +43,7 @@ def carry_out(chosen: Choices, todo: Sequence[Any], place: Any = None) -> None:
 
 
 def measured(chosen: Choices, found: Sequence[Any], measurements: Sequence[Any]) -> bool:
-    """Measure what is missing of runs; or, where that was asked for, only say what it would cost, and return False.
+    """Measure what is missing of runs; with --dry-run, print the cost and return False.
 
     Args:
         chosen: what the user chose.
@@ -71,7 +71,7 @@ def measured(chosen: Choices, found: Sequence[Any], measurements: Sequence[Any])
 
 
 def _decode(wanted: set[tuple[str, int]], place: Any) -> None:
-    """Bring images into the cache where they are not, before workers start: here it is one bar, and one mistake."""
+    """Decode images that are not cached, before workers start, so that there is one bar and one error."""
     from flatlab.cli import display
     from flatlab.data import cache, catalog
 
@@ -84,7 +84,7 @@ def _decode(wanted: set[tuple[str, int]], place: Any) -> None:
 
 
 def price(chosen: Choices, todo: list[Any], spec: Any) -> None:
-    """Say jobs, passes and estimated time; nothing is begun."""
+    """Print jobs, passes and estimated time."""
     from flatlab.cli import display
     from flatlab.jobs import plan as jobs_plan
 
@@ -98,7 +98,7 @@ def price(chosen: Choices, todo: list[Any], spec: Any) -> None:
 
 
 def foresee(chosen: Choices, todo: Sequence[Any], place: Any) -> None:
-    """Fly the pilots of measurements, and say what they plan; the plans are kept, and the measurements keep to them."""
+    """Run each measurement's pilot and print its sampling plan; the plan is stored and reused."""
     import pandas as pd
 
     from flatlab.jobs import plan as jobs_plan
@@ -118,42 +118,19 @@ def foresee(chosen: Choices, todo: Sequence[Any], place: Any) -> None:
     plans = pd.DataFrame(rows)
     if rows:
         plans["core_seconds"] = plans["images"] * seconds
-    chosen.answer(plans, f"What the pilots plan; seconds are {source}", {"core_seconds": ".1f"})
+    chosen.answer(plans, f"Sampling plans of the pilots; seconds are {source}", {"core_seconds": ".1f"})
 
 
 def show_written(paths: Sequence[Path], sentences: Sequence[str] = ()) -> None:
-    """Say what was found, in sentences, and which files were written."""
+    """Print sentences and the names of the files written."""
     for sentence in sentences:
         say(sentence, mark="")
     say(f"Written: {', '.join(map(str, paths))}", mark="")
 
 
-def catalogue(chosen: Choices) -> None:
-    """Say of each figure and table what it shows, and what is missing to make it."""
-    import pandas as pd
-
-    from flatlab import reproduce
-
-    setting, store, place = chosen.setting(), chosen.runs(), chosen.place()
-    rows = []
-    for name in sorted(reproduce.analyses(), key=_in_order):
-        module = reproduce.analysis(name)
-        lacks = _lacks(reproduce.missing(module, setting, store, place))
-        rows.append({"name": name, "shows": (module.__doc__ or "").splitlines()[0], "missing": lacks})
-    chosen.answer(pd.DataFrame(rows), f"Figures and tables, setting {setting.name}")
-
-
-def _in_order(name: str) -> list[Any]:
-    """Sort fig2 before fig10."""
+def in_order(name: str) -> list[Any]:
+    """Return the key that sorts fig2 before fig10."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
-
-
-def _lacks(todo: Sequence[Any]) -> str:
-    """Say which jobs these are: to train, to put together, to measure."""
-    measured = sum(bool(job.measurements) for job in todo)
-    joined = sum(not job.measurements and bool(job.runs[0].members) for job in todo)
-    counts = {"to train": len(todo) - measured - joined, "to join": joined, "to measure": measured}
-    return ", ".join(f"{count} {what}" for what, count in counts.items() if count) or "nothing"
 
 
 def redraw(chosen: Choices, name: str, *, reference: bool) -> None:
@@ -161,7 +138,7 @@ def redraw(chosen: Choices, name: str, *, reference: bool) -> None:
     from flatlab import reproduce
 
     chosen.refuse(sorted(chosen.written - DRAWING), "with --draw-only")
-    names = sorted(reproduce.analyses(), key=_in_order) if name == "all" else [name]
+    names = sorted(reproduce.analyses(), key=in_order) if name == "all" else [name]
     written, failed = [], []
     for each in names:
         try:
@@ -177,20 +154,20 @@ def redraw(chosen: Choices, name: str, *, reference: bool) -> None:
 
 
 def everything(chosen: Choices, *, reference: bool) -> None:
-    """Make all figures and tables: what they need is trained and measured together, once, and goes on where it stopped.
+    """Make all figures and tables; what they share is trained and measured once, and resumes after an interruption.
 
-    What cannot be made does not keep the rest from being made; then the command ends with a mistake that says so.
+    A failure does not stop the rest; the command then ends with the errors.
 
     Args:
         chosen: what the user chose.
-        reference: write what the repository keeps, too.
+        reference: also write what the repository keeps.
     """
     import pandas as pd
 
     from flatlab import reproduce
 
-    setting, store, place = chosen.setting(), chosen.runs(), chosen.place()
-    modules = {name: reproduce.analysis(name) for name in sorted(reproduce.analyses(), key=_in_order)}
+    setting, store, place = chosen.make_setting(), chosen.runs(), chosen.place()
+    modules = {name: reproduce.analysis(name) for name in sorted(reproduce.analyses(), key=in_order)}
     todo = reproduce.missing_of(modules.values(), setting, store, place)
     if chosen.dry_run:
         price(chosen, todo, setting)
@@ -216,13 +193,13 @@ def everything(chosen: Choices, *, reference: bool) -> None:
 
 
 def _made(chosen: Choices, name: str, module: Any, *, reference: bool) -> dict[str, Any]:
-    """Write one figure or table; say what it cost, and how it stands to the paper."""
+    """Write one figure or table; return its cost and its comparison with the paper."""
     from flatlab import reproduce
 
     words = zip(sys.argv[1:], sys.argv, strict=False)  # each with the one before: `--held-out all` stays
     redo = shlex.join(["flatlab", *(name if word == "all" and left != "--held-out" else word for word, left in words)])
     started = time.monotonic()
-    setting, store = chosen.setting(), chosen.runs()
+    setting, store = chosen.make_setting(), chosen.runs()
     done = reproduce.write(module, setting, store, out=chosen.out, redo=redo, reference=reference)
     cost = {"trained": done.cost["training_seconds"], "measured": done.cost["measuring_seconds"]}
     against = " ".join(remark for remark in done.remarks if "paper" in remark)

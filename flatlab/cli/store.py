@@ -1,4 +1,4 @@
-"""`flatlab runs` and `flatlab data`: looking after a store and its data sets."""
+"""The commands of stores and data sets: runs list, show, verify, rm, merge; data list, check."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,24 +8,24 @@ import typer
 
 from flatlab.cli.choices import Choices, takes
 from flatlab.cli.errors import Commands, say
-from flatlab.cli.names import HEX
 from flatlab.cli.options import NAMED, OneRun, Runs
+from flatlab.cli.parse import HEX
 from flatlab.errors import UserError, printable
 from flatlab.files import strict_json
 
-runs_app = Commands(help="Look at the runs of a store, and keep it in order.", no_args_is_help=True)
-data_app = Commands(help="Look at data sets.", no_args_is_help=True)
+runs_commands = Commands(help="List, show, verify, remove and merge the runs of a store.", no_args_is_help=True)
+data_commands = Commands(help="List and check data sets.", no_args_is_help=True)
 
 
-@runs_app.command("list", epilog="Example: `flatlab runs list --store runs`")
+@runs_commands.command("list", epilog="Example: `flatlab runs list --store runs`")
 @takes("store", "json", "debug")
 def list_runs(chosen: Choices) -> None:
-    """List the runs of a store; exit with 1 where one is damaged."""
+    """List the runs of a store; exit with 1 if one is damaged."""
     from flatlab.report import tables
 
     store = chosen.runs()
     if not store.folders() and not chosen.json:
-        typer.echo(f"No runs in {store.root} yet: `flatlab train` makes some, and --store names another folder.")
+        typer.echo(f"No runs in {store.root}; create some with `flatlab train`, or choose another folder with --store.")
         return
     table, faults = tables.overview(store)
     chosen.answer(table, f"Runs in {store.root}", dict.fromkeys(("validation", "test", "target"), ".3f"))
@@ -35,29 +35,29 @@ def list_runs(chosen: Choices) -> None:
         raise typer.Exit(1)
 
 
-@runs_app.command(epilog="Example: `flatlab runs show 3f2a`")
+@runs_commands.command(epilog="Example: `flatlab runs show 3f2a`")
 @takes(*NAMED, "store", "json", "debug")
 def show(chosen: Choices, run: OneRun) -> None:
     """Print a run's spec, provenance and log, always as JSON."""
     from flatlab.report import valleys
 
     (found,) = chosen.named([run])
-    told = {"spec": found.spec.model_dump(mode="json"), "done": found.done, "provenance": found.provenance}
-    told["kept"] = list(found.kept())
-    told["remarks"] = valleys.remarks([found])
-    told["measurements"] = {
+    shown = {"spec": found.spec.model_dump(mode="json"), "done": found.done, "provenance": found.provenance}
+    shown["kept"] = list(found.kept())
+    shown["remarks"] = valleys.remarks([found])
+    shown["measurements"] = {
         measurement.path.name: measurement.spec.model_dump(mode="json") for measurement in found.measurements()
     }
-    typer.echo(strict_json({**told, "log": found.rows()}, indent=1))
+    typer.echo(strict_json({**shown, "log": found.rows()}, indent=1))
 
 
-@runs_app.command(epilog="Example: `flatlab runs verify --store runs`")
+@runs_commands.command(epilog="Example: `flatlab runs verify --store runs`")
 @takes("store", "json", "debug")
 def verify(
     chosen: Choices,
-    clean: Annotated[bool, typer.Option("--clean", help="Remove what killed processes have left.")] = False,
+    clean: Annotated[bool, typer.Option("--clean", help="Remove leftovers of killed processes.")] = False,
 ) -> None:
-    """Compare every file with its recorded hash and owner; exit with 1 where one is damaged or missing."""
+    """Compare every file with its recorded hash and owner; exit with 1 if one is damaged or missing."""
     from flatlab.store import leftovers
 
     store = chosen.runs()
@@ -74,7 +74,7 @@ def verify(
         raise typer.Exit(1)
 
 
-@runs_app.command(epilog="Example: `flatlab runs rm 3f2a 77c1`")
+@runs_commands.command(epilog="Example: `flatlab runs rm 3f2a 77c1`")
 @takes(*NAMED, "store", "json", "debug")
 def rm(chosen: Choices, runs: Runs) -> None:
     """Delete runs with their measurements."""
@@ -87,15 +87,15 @@ def rm(chosen: Choices, runs: Runs) -> None:
     chosen.answer_facts({"removed": removed}, f"Removed {', '.join(removed)}.")
 
 
-@runs_app.command("merge", epilog="Example: `flatlab runs merge /elsewhere/runs`")
+@runs_commands.command("merge", epilog="Example: `flatlab runs merge /elsewhere/runs`")
 @takes("store", "json", "debug")
 def merge_(chosen: Choices, other: Annotated[Path, typer.Argument(help="Folder of the other store.")]) -> None:
-    """Copy the finished runs and measurements of another store into this one; exit with 1 where some are left out."""
+    """Copy the finished runs and measurements of another store into this one; exit with 1 if some are left out."""
     from flatlab.store.merging import merge
     from flatlab.store.runs import RunStore
 
     if other.resolve() == chosen.runs().root.resolve():
-        raise UserError(f"{other} is this store; name another one to merge, or another --store.")
+        raise UserError(f"{other} is the store itself; choose another one to merge, or another --store.")
     counts, refused = merge(RunStore(other), chosen.runs())
     sentence = ", ".join(f"{count} {what}" for what, count in counts.items()) + "."
     chosen.answer_facts({**counts, "not merged": refused}, sentence)
@@ -105,10 +105,10 @@ def merge_(chosen: Choices, other: Annotated[Path, typer.Argument(help="Folder o
         raise typer.Exit(1)
 
 
-@data_app.command("list", epilog="Example: `flatlab data list`")
+@data_commands.command("list", epilog="Example: `flatlab data list`")
 @takes("json", "debug")
 def list_data(chosen: Choices) -> None:
-    """List the data sets that are known by name."""
+    """List the data sets known by name."""
     import pandas as pd
 
     from flatlab.data.catalog import CATALOG
@@ -117,16 +117,16 @@ def list_data(chosen: Choices) -> None:
     chosen.answer(pd.DataFrame(rows), "Data sets; any other in the same layout: --dataset folder:PATH")
 
 
-@data_app.command(epilog="Example: `flatlab data check PACS --data-dir /data`")
+@data_commands.command(epilog="Example: `flatlab data check PACS --data-dir /data`")
 @takes("data_dir", "json", "debug")
 def check(chosen: Choices, dataset: Annotated[str, typer.Argument(help="PACS, ..., or folder:PATH.")]) -> None:
-    """Decode every image of a data set on disk, and compare its counts with the known; exit with 1 where it fails."""
+    """Decode every image of a data set and compare the counts with known ones; exit with 1 if that fails."""
     import pandas as pd
 
     from flatlab.cli import display
     from flatlab.data import catalog, folders
 
-    named = replace(chosen, given={**chosen.given, "dataset": dataset})
+    named = replace(chosen, dataset=dataset)
     if chosen.data_dir:
         catalog.place(named.name(), chosen.data_dir)  # embedded data have no folder
     with display.counter("reading images") as report:

@@ -1,4 +1,4 @@
-"""How long will these jobs take? Jobs of one kind are timed apart: a pass of a training is not one of a measurement."""
+"""Time left of jobs; each kind of job is timed separately, since a pass costs more in training than in measuring."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -6,7 +6,7 @@ from statistics import median
 
 from flatlab.jobs.plan import Job
 
-LEAST_SHARE = 0.1  # of a job, before its own pace says something
+LEAST_SHARE = 0.1  # of a job, before its own pace counts
 Kind = tuple[str, ...]
 
 
@@ -18,7 +18,7 @@ def kind_of(job: Job) -> Kind:
 
 
 class TimeLeft:
-    """Seconds that are left, from what jobs have taken so far."""
+    """Seconds left, estimated from the time that jobs have taken so far."""
 
     def __init__(self, jobs: Sequence[Job], *, workers: int, now: Callable[[], float] = time.monotonic) -> None:
         self.now, self.workers = now, workers
@@ -30,7 +30,7 @@ class TimeLeft:
         self.seconds: dict[str, float] = {}  # of finished jobs
 
     def on_event(self, name: str, share: float, *, over: bool) -> None:
-        """Take in how far a job is."""
+        """Record the progress of a job."""
         if name not in self.share:
             return
         if name not in self.begun and len(self.begun) < self.workers:

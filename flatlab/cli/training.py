@@ -1,71 +1,123 @@
-"""`flatlab import`, `flatlab export` and `flatlab ensemble`: runs from files, files from runs, runs put together."""
+"""The commands that make runs: train, ensemble, import, export, replay."""
 
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from flatlab.cli import checks, run_jobs
-from flatlab.cli.choices import Choices
-from flatlab.cli.options import OneRun, Runs
-from flatlab.errors import UserError, choose
+from flatlab.cli.choices import Choices, takes
+from flatlab.cli.effects import refuse_idle, refuse_without_effect
+from flatlab.cli.errors import Commands, say
+from flatlab.cli.options import DATASET, NAMED, QUANTIZER, RUNNING, TRAINING, OneRun, Runs, asked
+from flatlab.errors import UserError
+from flatlab.specs.measurement import MeasurementSpec
+from flatlab.specs.methods import PARTS
+
+commands = Commands()
 
 ACCURACIES = dict.fromkeys(("validation", "test", "target"), ".3f")
 
 
-def import_(
-    chosen: Choices, file: Annotated[Path, typer.Argument(help=".safetensors, or .pth without pickled code.")]
-) -> None:
-    """Take a checkpoint trained elsewhere (torchvision's, DomainBed's or SWAD's names), or exported, in as a run."""
-    from flatlab.report import tables
-    from flatlab.train.imported import import_checkpoint
+@commands.command(
+    epilog="Examples: `flatlab train --method qt-dog --held-out rot45`, "
+    "`flatlab train --method sam --average swad --quantizer lsq --bits 4 --held-out 0`"
+)
+@takes(
+    *(*DATASET, "method", *PARTS, *TRAINING, *QUANTIZER, *RUNNING),
+    *("select", "no_target", "keep_every", "tensorboard"),
+    seeds=1,
+)
+def train(chosen: Choices) -> None:
+    """Train a method, or any composition of parts, with each domain held out in turn or one of them."""
+    from flatlab.data import catalog
+    from flatlab.jobs import plan as jobs_plan
+    from flatlab.report import tables, valleys
+    from flatlab.specs import methods
+    from flatlab.store.runs import check_data
 
-    spec = import_checkpoint(file, chosen.setting(), chosen.runs(), chosen.place())
-    table = tables.accuracies(chosen.runs(), [("imported", spec)])
-    chosen.answer(table[table["selection"] == "last"], f"Run {spec.digest}", ACCURACIES)
+    setting, store = chosen.make_setting(), chosen.runs()
+    among_all = chosen.select == "all"
+    if chosen.keep_every and chosen.keep_every > setting.steps:
+        raise UserError(f"--keep-every must be at most --steps, got {chosen.keep_every} > {setting.steps}.")
+    label, parts = methods.method(chosen.method)
+    changes = {part: getattr(chosen, part) for part in PARTS if getattr(chosen, part) is not None}
+    parts = methods.vary(parts, changes)
+    refuse_idle(chosen, parts)
+    refuse_without_effect(chosen, partial(methods.replicates, parts), "this method")
+    wanted = methods.replicates(parts, setting)
+    label += "".join(f", {part} {value}" for part, value in changes.items())
+    check_data(map(store.run, wanted), chosen.place())
+    todo = jobs_plan.missing(store, wanted, [], sizes=catalog.sizes(setting.dataset, chosen.folder()))
+    if chosen.keep_every:
+        todo = jobs_plan.keeping(todo, store, wanted, chosen.keep_every)
+    if chosen.dry_run:
+        run_jobs.price(chosen, todo, setting)
+        return
+    if chosen.tensorboard:
+        from flatlab.report import tensorboard
 
-
-def export(
-    chosen: Choices,
-    run: OneRun,
-    file: Annotated[Path | None, typer.Option(help="The file to write (DIGEST.safetensors).")] = None,
-    checkpoint: Annotated[str, typer.Option(help="selected (by source validation) or last.")] = "selected",
-) -> None:
-    """Write a quantized run with packed integer weights, and say what that saves in truth."""
-    from flatlab import reproduce
-    from flatlab.loading.export import export as write
-
-    found = chosen.found([run])[0]
-    path = file or Path(f"{found.spec.digest}.safetensors")
-    checks.target(path)
-    place, _ = reproduce.place_of([found], chosen.place())
-    done = write(found, path, place, checkpoint=choose("checkpoint", checkpoint, ("selected", "last")))
-    sentence = (
-        f"{done.path}: {done.bytes:,} bytes instead of {done.float_bytes:,}, {done.compression:.2f} times smaller; "
-        f"nominally {done.nominal:.2f} times, 32 bits to {done.bits}. {done.quantized_share:.1%} of the parameters are "
-        "quantized. flatlab.load_exported reads it."
+        tensorboard.needed()  # fails before hours of training, not after
+    run_jobs.carry_out(chosen, todo)
+    if chosen.tensorboard:
+        run_jobs.show_written([tensorboard.write(store.run(spec), chosen.tensorboard) for spec in wanted])
+    table = tables.accuracies(store, [(label, spec) for spec in wanted], among_all=among_all)
+    chosen.answer(
+        table, "Accuracy on source domains (validation, test split) and target, by selection rule", ACCURACIES
     )
-    chosen.answer_facts(done.facts(), sentence)
+    for remark in valleys.remarks(map(store.run, wanted)):
+        say(remark, mark="")
 
 
+@commands.command(epilog="Example: `flatlab train --keep-every 10 --held-out rot45`, then `flatlab replay 3f2a`")
+@takes(*NAMED, "setting", "data_dir", "device", "cache", "store", "out", "json", "debug")
+def replay(
+    chosen: Choices,
+    runs: Runs,
+) -> None:
+    """Apply SWA, SMA and SWAD to the checkpoints of `train --keep-every`, and draw SWAD's valley."""
+    from flatlab import reproduce
+    from flatlab.cli import display
+    from flatlab.report import replay as report_replay
+    from flatlab.specs import methods, settings
+    from flatlab.train.replay import replay as replayed
+
+    found = chosen.found(runs)
+    for run in found:
+        run.kept_each()
+    place, dataset = reproduce.place_of(found, chosen.place())
+    suiting = settings.for_data(settings.setting(chosen.setting), dataset)
+    done = []
+    for run in found:
+        rules = methods.averages(suiting.replace(steps=run.spec.steps))
+        with display.counter(f"{run.name}: averaging checkpoints") as report:
+            done.append(replayed(run, rules, place, report=report))
+    table, sentences, written = report_replay.chart(found, done, out=chosen.out)
+    shown = table if chosen.json else table[list(report_replay.SHOWN)]
+    chosen.answer(shown, f"Averages of kept checkpoints, as in setting {suiting.name}", report_replay.SHOWN)
+    run_jobs.show_written(written, sentences)
+
+
+@commands.command(epilog="Example: `flatlab ensemble 3f2a 77c1 90ab --combine probabilities`")
+@takes(*NAMED, "combine", "data_dir", *RUNNING)
 def ensemble(
     chosen: Choices,
     runs: Runs,
 ) -> None:
-    """Put finished runs together to an ensemble, a run of its own (QT-DoG, Eq. 6)."""
+    """Combine finished runs into an ensemble, which is a run itself (QT-DoG, Eq. 6)."""
     from flatlab import reproduce
     from flatlab.data import catalog
     from flatlab.jobs import plan as jobs_plan
     from flatlab.report import tables
-    from flatlab.specs.methods import KNOWN
     from flatlab.store.runs import check_data
 
     store = chosen.runs()
     found = chosen.found(runs)
     members = [run.spec for run in found]
     if len(members) < 2:
-        raise UserError("An ensemble has two members or more, and they are different runs; name another one.")
-    combine = choose("combination", chosen.combine or "logits", KNOWN["combine"])
+        raise UserError("An ensemble must have at least two different runs, got one.")
+    combine = chosen.combine or "logits"
     spec = members[0].replace(members=tuple(members), combine=combine)
     place, dataset = reproduce.place_of(found, chosen.place())
     check_data([*found, store.run(spec)], place)
@@ -78,3 +130,46 @@ def ensemble(
     run_jobs.carry_out(chosen, todo, place)
     table = tables.accuracies(store, [(spec.label, spec)])
     chosen.answer(table[table["selection"] == "last"], f"Run {spec.digest}, averaging {combine}", ACCURACIES)
+
+
+@commands.command(
+    "import",
+    epilog="Example: `flatlab import erm.pth --model resnet50 --dataset PACS --data-dir data --held-out sketch`",
+)
+@takes(*DATASET, "model", "trial_seed", "device", "store", "json", "debug")
+def import_(
+    chosen: Choices,
+    file: Annotated[Path, typer.Argument(help="Checkpoint: .safetensors, or .pth without pickled code.")],
+) -> None:
+    """Add a checkpoint to the store as a run: one with torchvision's, DomainBed's or SWAD's names, or an export."""
+    from flatlab.report import tables
+    from flatlab.train.imported import import_checkpoint
+
+    spec = import_checkpoint(file, chosen.make_setting(), chosen.runs(), chosen.place())
+    table = tables.accuracies(chosen.runs(), [("imported", spec)])
+    chosen.answer(table[table["selection"] == "last"], f"Run {spec.digest}", ACCURACIES)
+
+
+@commands.command(epilog="Example: `flatlab export 3f2a --file qt-dog.safetensors`")
+@takes(*NAMED, "data_dir", "device", "cache", "store", "json", "debug", asks=asked(MeasurementSpec, "checkpoint"))
+def export(
+    chosen: Choices,
+    run: OneRun,
+    fields: dict[str, Any],
+    file: Annotated[Path | None, typer.Option(help="File to write; DIGEST.safetensors if not given.")] = None,
+) -> None:
+    """Write a quantized run to a file of packed integer weights, and report the compression."""
+    from flatlab import reproduce
+    from flatlab.loading.export import export as write
+
+    found = chosen.found([run])[0]
+    path = file or Path(f"{found.spec.digest}.safetensors")
+    checks.target(path)
+    place, _ = reproduce.place_of([found], chosen.place())
+    done = write(found, path, place, **fields)
+    sentence = (
+        f"{done.path}: {done.bytes:,} bytes instead of {done.float_bytes:,}, {done.compression:.2f} times smaller; "
+        f"nominally {done.nominal:.2f} times, 32 bits to {done.bits}. {done.quantized_share:.1%} of the parameters are "
+        "quantized. flatlab.load_exported reads it."
+    )
+    chosen.answer_facts(done.facts(), sentence)

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from flatlab import files, plots
-from flatlab.errors import UserError, choose
+from flatlab.errors import UserError
 from flatlab.report import tables, verdicts
 from flatlab.results.corrections import holm
 from flatlab.results.estimate import FloatArray
@@ -170,29 +170,6 @@ def _mirror(ax: Axes, lower: FloatArray, upper: FloatArray, row: Row) -> None:
     )
     ax.set(xlabel="Median − lower half", ylabel="Upper half − median")
     ax.locator_params(nbins=4)
-
-
-def measurement_of(
-    found: list[Run], *, layers: str | None, checkpoint: str, samples: int | None, images: int | None
-) -> QuantizationNoiseSpec:
-    """Return the measurement that the command's words mean.
-
-    Args:
-        found: the runs.
-        layers: pattern of those that are drawn; all are measured.
-        checkpoint: "selected" or "last".
-        samples: of --radius.
-        images: of --radius.
-
-    Raises:
-        UserError: where a run is not quantized, or a word does nothing here.
-    """
-    for word, value in {"--samples": samples, "--images": images}.items():
-        if value is not None:
-            raise UserError(f"{word} {value} does nothing here, since no image is looked at; add --radius.")
-    for run in found:
-        QuantizationNoiseSpec.check(run.spec)
-    return QuantizationNoiseSpec.make(checkpoint=choose("checkpoint", checkpoint, ("selected", "last")))
 
 
 def chart(

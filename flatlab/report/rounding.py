@@ -13,7 +13,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from flatlab import files, plots
-from flatlab.errors import choose
 from flatlab.report import tables
 from flatlab.report.panels import SOURCE, masks
 from flatlab.results.estimate import FloatArray, standing
@@ -158,23 +157,6 @@ def _standing(ax: Axes, mine: pd.DataFrame) -> None:
     ax.yaxis.set_minor_formatter(NullFormatter())
     ax.set_xticks(list(places.values()), [OWN if name == "trained" else name for name in places])
     ax.set_xlabel("Bits of a weight")
-
-
-def measurement_of(
-    found: list[Run], *, layers: str | None, checkpoint: str, samples: int | None, images: int | None
-) -> RoundingSpec:
-    """Return the measurement that the command's words mean.
-
-    Args:
-        found: the runs; any can be rounded.
-        layers: pattern of those that are rounded.
-        checkpoint: "selected" or "last".
-        samples: random directions beside each bit width.
-        images: of each domain.
-    """
-    fields = {"checkpoint": choose("checkpoint", checkpoint, ("selected", "last")), "images": images}
-    fields |= {"params": layers} if layers else {}
-    return RoundingSpec.make(**fields, **({} if samples is None else {"num_samples": samples}))
 
 
 def chart(

@@ -11,7 +11,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from flatlab import files, plots
-from flatlab.errors import choose
 from flatlab.report.panels import TITLES
 from flatlab.results.estimate import Estimate, FloatArray
 from flatlab.results.spectrum import blur
@@ -24,22 +23,6 @@ SAMPLED = ("trace", "effective rank", "negative weight", "negative share")
 PLACES = 120  # of a density's grid
 WIDTH = 0.01  # of a kernel, as a share of the range
 FAINT = 1e-6  # density below which nothing is drawn
-
-
-def measurements_of(splits: Iterable[str], engine: str, **fields: Any) -> list[SpectrumSpec]:
-    """Return the measurements that the command's words mean: of each split, by flatlab's engine and any other.
-
-    Args:
-        splits: "source", "target", or domains by name.
-        engine: "flatlab" or "pyhessian".
-        fields: of the spec.
-    """
-    fields["which"] = choose("end of the spectrum", fields["which"], ("LA", "SA", "BE"))
-    fields["checkpoint"] = choose("checkpoint", fields["checkpoint"], ("selected", "last"))
-    engines = dict.fromkeys(("flatlab", choose("engine", engine, ("flatlab", "pyhessian"))))
-    return [
-        SpectrumSpec.make(domains=each, engine=kind, **fields) for each in dict.fromkeys(splits) for kind in engines
-    ]
 
 
 def numbers(store: RunStore, wanted: Wanted) -> pd.DataFrame:

@@ -9,6 +9,9 @@ from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, Valid
 
 from flatlab.errors import UserError
 
+LARGEST_INT = 10**9  # of counts and steps: more is a slip of the keyboard
+LARGEST_SEED = 2**31 - 1
+
 
 class Spec(BaseModel):
     """A frozen record that rejects unknown fields and implicit type conversions, with one sentence per mistake."""

@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from flatlab.specs.base import Spec
+from flatlab.specs.base import LARGEST_INT, LARGEST_SEED, Spec
 
 FORESEEN = 20  # images needed for one radius at a relative error of 1; the pilot gives a better estimate
 PRODUCT = 10  # cost of a Hessian-vector product, in forward passes
@@ -17,12 +17,20 @@ class MeasurementSpec(Spec):
     """The fields common to all measurements: which checkpoint, on which images."""
 
     metric: str
-    checkpoint: Literal["selected", "last"] = "selected"
+    checkpoint: Literal["selected", "last"] = Field(
+        "selected", description="Checkpoint: selected (by source validation accuracy) or last."
+    )
     split: Literal["in", "out"] = "in"
-    images: int | None = Field(None, ge=1)  # at most, per domain; None is all
-    space: Literal["baked", "latent"] = "baked"
-    params: str | None = None  # a pattern of parameter names; None is all
-    seed: int = Field(0, ge=0)
+    images: int | None = Field(
+        None, ge=1, le=LARGEST_INT, description="Maximum number of images of each domain; all if not given."
+    )
+    space: Literal["baked", "latent"] = Field(
+        "baked", description="Weights of a quantized run: baked (quantized) or latent (before quantization)."
+    )
+    params: str | None = Field(
+        None, description="Pattern of parameter names, such as 'features.0*'; all parameters if not given."
+    )
+    seed: int = Field(0, ge=0, le=LARGEST_SEED, description="Seed of the random directions.")
 
     def count(self, sizes: Sizes) -> int:
         """Return the number of images evaluated."""

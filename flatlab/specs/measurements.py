@@ -3,12 +3,28 @@
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, SerializeAsAny
+from pydantic import AfterValidator, BeforeValidator, Field, SerializeAsAny
 
 from flatlab.errors import UserError, choose
+from flatlab.specs.base import LARGEST_INT
 from flatlab.specs.measurement import FORESEEN, PILOT, PRODUCT, MeasurementSpec, Sizes
-from flatlab.specs.rises import ByRise, Radii, ReachSpec, count_above_zero, pilots_of
+from flatlab.specs.quantizers import Bits, Granularity
+from flatlab.specs.rises import ByRise, Normalisation, Radii, ReachSpec, count_above_zero, pilots_of
 from flatlab.specs.run import RunSpec
+
+Recompute = Annotated[
+    int | None,
+    Field(
+        ge=2,
+        le=LARGEST_INT,
+        description="Recompute BatchNorm's statistics at each grid point from this many training images of each source "
+        "domain.",
+    ),
+]
+
+
+def _none_if_zero(tolerance: float | None) -> float | None:
+    return tolerance or None
 
 
 class SurfaceSpec(MeasurementSpec):
@@ -17,14 +33,30 @@ class SurfaceSpec(MeasurementSpec):
     later = ("every", "recompute")
 
     metric: Literal["surface"] = "surface"
-    # filter-normalised; top eigenvectors; through other runs; principal ones of the run's kept checkpoints
-    axes: Literal["random", "hessian", "runs", "trajectory"] = "random"
+    axes: Literal["random", "hessian", "runs", "trajectory"] = Field(
+        "random",
+        description="Axes of the plane. random: filter-normalised directions; hessian: the two top eigenvectors; runs: "
+        "the plane through three runs, or with more their first two principal components, centred on the last; "
+        "trajectory: those of the run's own checkpoints (`train --keep-every`)",
+    )
     through: tuple[str, ...] = ()  # digests: two others that span the plane, or a trajectory of four and more
-    every: int | None = Field(None, ge=1)  # steps between the checkpoints of a run's own trajectory
-    grid: int = Field(33, ge=2)
-    extent: float = Field(1.0, gt=0)  # half the length of each axis; around checkpoints where they span the plane
-    refine: float | None = Field(0.05, gt=0)  # interpolation tolerance, as a share of the height; None: whole grid
-    recompute: int | None = Field(None, ge=2)  # images of each source domain, for BatchNorm statistics at each point
+    every: int | None = Field(
+        None,
+        ge=1,
+        le=LARGEST_INT,
+        description="Steps between the checkpoints of a trajectory; all that were kept if not given.",
+    )
+    grid: int = Field(33, ge=2, le=1000, description="Grid points along each axis; 33 and 49 refine best.")
+    extent: float = Field(  # around checkpoints where they span the plane
+        1.0, gt=0, le=1e9, description="Half the length of each axis; set by the runs where they span the plane."
+    )
+    refine: Annotated[float | None, AfterValidator(_none_if_zero)] = Field(
+        0.05,
+        ge=0,
+        le=1,
+        description="Interpolation tolerance as a fraction of the loss range; 0 evaluates the full grid.",
+    )
+    recompute: Recompute = None
 
     @property
     def spanned(self) -> bool:
@@ -47,7 +79,7 @@ class ConnectionSpec(MeasurementSpec):
     space: Literal["baked"] = "baked"  # both ends are networks as they compute
     to: str  # digest
     grid: int = Field(33, ge=3)
-    recompute: int | None = Field(None, ge=2)  # images of each source domain, for BatchNorm statistics at each point
+    recompute: Recompute = None
 
     def passes(self, sizes: Sizes) -> float:
         """Return the number of images forwarded; statistics are computed for the sources and for the held-out domain.
@@ -68,7 +100,9 @@ class TraceCheckSpec(MeasurementSpec):
 
     metric: Literal["trace_check"] = "trace_check"
     space: Literal["baked"] = "baked"  # the loss has no curvature in weights that are rounded
-    rel_error: float = Field(0.05, gt=0)
+    rel_error: float = Field(
+        0.05, gt=0, le=1, description="Relative standard error at which sampling of the trace stops."
+    )
 
     def passes(self, sizes: Sizes) -> float:
         """Return the estimated number of images forwarded: products for trace and density, and seven spheres.
@@ -84,8 +118,8 @@ class ScaleAuditSpec(MeasurementSpec):
 
     metric: Literal["scale_audit"] = "scale_audit"
     space: Literal["baked"] = "baked"
-    most: float = Field(4.0, gt=1)
-    num_samples: int = Field(20, ge=2)
+    most: float = Field(4.0, gt=1, le=1e6, description="Largest factor by which a layer or channel is rescaled.")
+    num_samples: int = Field(20, ge=2, le=10**6, description="Number of directions of each sphere, on all images.")
 
     def passes(self, sizes: Sizes) -> float:
         """Return the estimated number of images forwarded: four spheres, a trace, an eigenvalue for three networks.
@@ -108,12 +142,29 @@ class SphereSpec(MeasurementSpec):
 
     metric: Literal["sphere"] = "sphere"
     radii: Radii  # absolute L2, or the share of each filter's norm
-    num_samples: int | None = Field(None, ge=2)  # directions on all images; None: as many as the accuracy requires
-    rel_error: float = Field(0.02, ge=0)  # standard error / |F|
-    abs_error: float = Field(1e-4, ge=0)  # nats
-    budget: int | None = Field(None, ge=1)  # images forwarded; None: 100 passes for each radius
-    block_size: int | None = Field(None, ge=1)  # images per direction; None: chosen by a pilot
-    normalisation: Literal["none", "filter", "layer", "parameter"] = "none"
+    num_samples: int | None = Field(  # None: as many as the accuracy requires
+        None,
+        ge=2,
+        le=10**6,
+        description="Fixed number of directions, each on all images (SWAD's procedure), instead of an accuracy target.",
+    )
+    rel_error: float = Field(0.02, ge=0, le=1, description="Relative standard error (of |F|) at which sampling stops.")
+    abs_error: float = Field(
+        1e-4, ge=0, le=1e30, description="Absolute standard error (nats) at which sampling also stops."
+    )
+    budget: int | None = Field(
+        None, ge=1, le=10**15, description="Maximum number of forwarded images; 100 passes a radius if not given."
+    )
+    block_size: int | None = Field(
+        None,
+        ge=1,
+        le=LARGEST_INT,
+        description="Images on which a direction is evaluated; chosen by a pilot if not given.",
+    )
+    normalisation: Normalisation = Field(
+        "none",
+        description="Unit of the radii: none (L2 distance), or a share of the norm of each filter, layer or weight.",
+    )
 
     @property
     def piloted(self) -> bool:
@@ -149,14 +200,22 @@ class SpectrumSpec(MeasurementSpec):
     metric: Literal["spectrum"] = "spectrum"
     space: Literal["baked"] = "baked"  # the loss has no curvature in weights that are rounded
     domains: str = "source"  # "source", "target" (the held-out domain), or names separated by commas
-    engine: Literal["flatlab", "pyhessian"] = "flatlab"
-    k: int = Field(10, ge=1)
-    which: Literal["LA", "SA", "BE"] = "LA"
-    tol: float = Field(1e-3, gt=0)  # residual over eigenvalue
-    rel_error: float = Field(0.02, ge=0)  # of the trace
-    trace_budget: int = Field(500, ge=32)  # products for the trace, beyond those of the eigenvalues
-    starts: int = Field(5, ge=1)  # of the density
-    steps: int = Field(60, ge=1)  # of Lanczos from each start
+    engine: Literal["flatlab", "pyhessian"] = Field(
+        "flatlab", description="Implementation; pyhessian adds the results of PyHessian to those of flatlab."
+    )
+    k: int = Field(10, ge=1, le=10**4, description="Number of eigenvalues.")
+    which: Literal["LA", "SA", "BE"] = Field(
+        "LA", description="Eigenvalues: LA (largest), SA (most negative) or BE (from both ends)."
+    )
+    tol: float = Field(1e-3, gt=0, le=1, description="Tolerance: residual relative to the eigenvalue.")
+    rel_error: float = Field(
+        0.02, ge=0, le=1, description="Relative standard error of the trace at which sampling stops."
+    )
+    trace_budget: int = Field(  # beyond those of the eigenvalues
+        500, ge=32, le=LARGEST_INT, description="Maximum number of Hessian-vector products for the trace."
+    )
+    starts: int = Field(5, ge=1, le=10**4, description="Number of random starting vectors of the density.")
+    steps: int = Field(60, ge=1, le=10**4, description="Lanczos steps from each starting vector.")
 
     @property
     def foreseen(self) -> int:
@@ -256,10 +315,12 @@ class RoundingSpec(MeasurementSpec):
 
     metric: Literal["rounding"] = "rounding"
     space: Literal["baked"] = "baked"  # not used here, see above
-    bits: tuple[Annotated[int, Field(ge=2, le=16)], ...] = (8, 7, 6, 5, 4, 3, 2)
-    layer_bits: tuple[Annotated[int, Field(ge=2, le=16)], ...] = ()  # at which each layer is also rounded alone
-    granularity: Literal["channel", "tensor"] = "channel"  # of the step sizes, which are the initial ones of LSQ
-    num_samples: int = Field(100, ge=2)  # random directions for each perturbation, each on all images
+    bits: tuple[Bits, ...] = (8, 7, 6, 5, 4, 3, 2)
+    layer_bits: tuple[Bits, ...] = ()  # at which each layer is also rounded alone
+    granularity: Granularity = "channel"  # of the step sizes, which are the initial ones of LSQ
+    num_samples: int = Field(  # each on all images
+        100, ge=2, le=10**6, description="Number of random directions of each bit width, with --radius."
+    )
 
     def passes(self, sizes: Sizes) -> float:
         """Return the estimated number of images forwarded, assuming a few layers: their number is not known here.

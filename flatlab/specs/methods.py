@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 from flatlab.errors import choose
-from flatlab.specs.quantizers import AnyQuantizer, INQSpec, NoiseSpec, OBCSpec, QuantSpec, RTNSpec
+from flatlab.specs.quantizers import AnyQuantizer, INQSpec, LSQOptions, NoiseSpec, OBCSpec, QuantSpec, RTNSpec
 from flatlab.specs.rises import ByRise
 from flatlab.specs.run import AverageSpec, MixSpec, RunSpec, StepSpec
 from flatlab.specs.settings import PAPER, Setting, for_data
@@ -81,14 +81,8 @@ def method(name: str) -> tuple[str, Method]:
     return proper, METHODS[proper]
 
 
-KNOWN = {
-    "objective": ("erm", "coral"),
-    "mixing": ("none", "mixstyle", "mixstyle-across"),
-    "step": ("plain", "sam"),
-    "average": ("last", "swa", "swad", "sma"),
-    "quantizer": ("none", "lsq", "inq", "rtn", "obc"),
-    "combine": ("logits", "probabilities"),
-}
+PARTS = ("objective", "mixing", "step", "average", "quantizer", "combine")  # that an option exchanges
+KNOWN: dict[str, tuple[str, ...]] = {part: get_args(get_type_hints(Method)[part]) for part in PARTS}
 
 
 def vary(parts: Method, changes: Mapping[str, str]) -> Method:
@@ -136,8 +130,8 @@ def _quantizer(kind: str, setting: Setting) -> AnyQuantizer | None:
     grid = {"bits": setting.bits, "granularity": setting.granularity}
     match kind:
         case "lsq":
-            own = {"scale_lr", "signed", "log_scale", "activations", "activation_bits"}
-            return QuantSpec.make(**grid, **{field: getattr(setting, field) for field in own})
+            own = {field: getattr(setting, field) for field in LSQOptions.model_fields}
+            return QuantSpec.make(**grid, scale_lr=setting.scale_lr, **own)
         case "inq":
             return INQSpec.make(**grid, grid=setting.inq_grid, every=setting.inq_every)
         case "rtn":

@@ -1,37 +1,46 @@
 """Specs of quantizers, trained or not, and of the weight noise that can replace them."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from flatlab.specs.base import Spec
 
 Granularity = Literal["channel", "tensor"]
+INQGrid = Literal["uniform", "power-of-two"]
+Bits = Annotated[int, Field(ge=2, le=16)]
 
 
-class QuantSpec(Spec):
+class LSQOptions(Spec):
+    """Options of LSQ beyond its grid: fields of its spec and of a setting, and options of the command line."""
+
+    later: ClassVar[tuple[str, ...]] = ("signed", "log_scale", "activations", "activation_bits")
+
+    signed: bool = Field(True, description="Quantize weights to codes of both signs; else negative weights become 0.")
+    log_scale: bool = Field(False, description="Learn the logarithm of each LSQ step size.")
+    activations: Literal["none", "signed", "unsigned"] = Field(
+        "none", description="Also quantize the layers' inputs with LSQ; unsigned for inputs that follow a ReLU."
+    )
+    activation_bits: Bits = Field(8, description="Bits of a quantized input.")
+
+
+class QuantSpec(LSQOptions):
     """Learned step size quantization of the weights (Esser et al. 2020; QT-DoG App. B), optionally of inputs."""
 
-    later = ("signed", "log_scale", "activations", "activation_bits")
-
     kind: Literal["lsq"] = "lsq"
-    bits: int = Field(7, ge=2, le=16)
+    bits: Bits = 7
     granularity: Granularity = "channel"
     grad_scale: Literal["shared", "tensor", "none"] = "shared"
     scale_lr: float = Field(1e-5, ge=0)  # not given in the paper; Adam changes a step size of 3e-3 by 0.3 % a step
-    signed: bool = True  # codes of both signs, for weights
-    log_scale: bool = False  # learn the logarithm of the step size
-    activations: Literal["none", "signed", "unsigned"] = "none"  # of the quantized layers' inputs
-    activation_bits: int = Field(8, ge=2, le=16)
 
 
 class INQSpec(Spec):
     """Incremental quantization (Zhou et al. 2017): a growing share of the largest weights is frozen on the grid."""
 
     kind: Literal["inq"] = "inq"
-    bits: int = Field(7, ge=2, le=16)
+    bits: Bits = 7
     granularity: Granularity = "channel"
-    grid: Literal["uniform", "power-of-two"] = "uniform"
+    grid: INQGrid = "uniform"
     fractions: tuple[float, ...] = (0.5, 0.75, 0.875, 1.0)  # frozen after each stage; the first is at the switch
     every: int = Field(ge=1)  # steps from one stage to the next
 
@@ -50,7 +59,7 @@ class RTNSpec(Spec):
     """Round-to-nearest of a finished run's weights, on the same grid as OBC; nothing is trained."""
 
     kind: Literal["rtn"] = "rtn"
-    bits: int = Field(7, ge=2, le=16)
+    bits: Bits = 7
     granularity: Granularity = "channel"
 
 
@@ -62,7 +71,7 @@ class OBCSpec(Spec):
     """
 
     kind: Literal["obc"] = "obc"
-    bits: int = Field(7, ge=2, le=16)
+    bits: Bits = 7
     granularity: Granularity = "channel"
     images: int = Field(1024, ge=1)  # of the source domains together
     damping: float = Field(0.01, ge=0)  # added to the Hessian's diagonal, as a share of its mean
@@ -82,7 +91,7 @@ class NoiseSpec(Spec):
 
     amplitude: float | None = Field(None, ge=0)
     persistent: bool = False
-    bits: int | None = Field(None, ge=2, le=16)
+    bits: Bits | None = None
     granularity: Granularity = "channel"
 
     @model_validator(mode="after")

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from flatlab.specs.base import Spec
 from flatlab.specs.measurement import MeasurementSpec, Sizes
 
+Normalisation = Literal["none", "filter", "layer", "parameter"]
 REACHING = 20_000  # maximum images forwarded to find the radii of one run (metrics/flatness/pilot.py)
 
 
@@ -37,7 +38,7 @@ class ReachSpec(MeasurementSpec):
 
     metric: Literal["reach"] = "reach"
     rises: tuple[float, ...]
-    normalisation: Literal["none", "filter", "layer", "parameter"] = "none"
+    normalisation: Normalisation = "none"
 
     @model_validator(mode="after")
     def _ascending(self) -> Self:

@@ -5,54 +5,78 @@ from typing import Any, Literal
 from pydantic import Field
 
 from flatlab.errors import choose
-from flatlab.specs.base import Spec
+from flatlab.specs.base import LARGEST_INT, LARGEST_SEED
+from flatlab.specs.quantizers import Bits, Granularity, INQGrid, LSQOptions
 from flatlab.specs.run import RunSpec
 
 
-class Setting(Spec):
+class Setting(LSQOptions):
     """All that a reproduction needs besides the names of methods; shares of the schedule are shares of its steps."""
 
-    later = ("inq_grid", "signed", "log_scale", "activations", "activation_bits", "noise_amplitude", "target_logged")
+    later = ("inq_grid", *LSQOptions.later, "noise_amplitude", "target_logged")
 
     name: str
     dataset: str = "digits"
     domains: tuple[str, ...] = ("rot0", "rot15", "rot30", "rot45")
     held_out: tuple[str, ...] = ("rot0", "rot15", "rot30", "rot45")
-    image_size: int = 16
-    model: str = "digits-cnn"
+    image_size: int = Field(16, ge=1, le=4096, description="Height and width of the images in pixels.")
+    model: str = Field("digits-cnn", description="Network.")
     weights: str = "none"
-    freeze_batchnorm: bool = False
+    freeze_batchnorm: bool = Field(False, description="Freeze or update BatchNorm's statistics in training.")
     augment: str = "none"
-    precision: str = "fp32"
-    test_share: float = 0.2  # of each domain, for in-domain accuracy on images not used to select a checkpoint
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="Precision of the forward passes in training; measurements are fp32."
+    )
+    test_share: float = Field(  # images not used to select a checkpoint
+        0.2,
+        ge=0,
+        le=0.9,
+        description="Share of each source domain that is used neither for training nor for selection, but for "
+        "in-domain test accuracy; with 0, that accuracy is of the images that select.",
+    )
     target_logged: bool = True  # False: for tuning, nothing is computed on the held-out domain
-    steps: int = Field(ge=1)
-    eval_every: int = Field(ge=1)
-    batch_size: int = Field(32, ge=1)
-    lr: float = Field(gt=0)
+    steps: int = Field(ge=1, le=LARGEST_INT, description="Number of training updates.")
+    eval_every: int = Field(ge=1, le=LARGEST_INT, description="Steps between two evaluations.")
+    batch_size: int = Field(32, ge=1, le=10**6, description="Images of each source domain in a batch.")
+    lr: float = Field(gt=0, le=1e30, description="Learning rate of Adam.")
     weight_decay: float = 0.0
-    bits: int = Field(7, ge=2, le=16)
-    granularity: str = "channel"
+    bits: Bits = Field(7, description="Bits of a quantized weight.")
+    granularity: Granularity = Field(
+        "channel", description="Weights that share a step size or noise amplitude: an output channel or a tensor."
+    )
     scale_lr: float = 1e-5
-    inq_grid: str = "uniform"
-    signed: bool = True  # codes of LSQ's weights
-    log_scale: bool = False  # of LSQ's weights
-    activations: str = "none"
-    activation_bits: int = Field(8, ge=2, le=16)
-    switch: int | None = None  # None: `switch_share` of the steps (QT-DoG App. B: 2,000 of 5,000)
+    inq_grid: INQGrid = Field(
+        "uniform", description="Levels of INQ; power-of-two (Zhou et al. 2017) takes at most 8 bits."
+    )
+    switch: int | None = Field(  # None: `switch_share` of the steps (QT-DoG App. B: 2,000 of 5,000)
+        None,
+        ge=0,
+        le=LARGEST_INT,
+        description="Step at which quantization, noise or freezing begins; if not given, 40 % of the steps.",
+    )
     switch_share: float = 0.4
     noise_lr: float | None = Field(None, gt=0)  # half-width of weight noise, in learning rates; None: quantizer's norm
-    noise_amplitude: float | None = Field(None, gt=0)  # absolute half-width of weight noise
-    sam_rho: float = 0.05  # Foret et al.; SWAD's baselines
+    noise_amplitude: float | None = Field(  # absolute half-width of weight noise
+        None,
+        gt=0,
+        le=1e30,
+        description="Half-width a of the uniform weight noise on (-a, a); if not given, the noise has the norm that "
+        "rounding to --bits has.",
+    )
+    sam_rho: float = Field(  # Foret et al.; SWAD's baselines
+        0.05, ge=0, le=1e30, description="Radius of SAM's ascent step, absolute L2."
+    )
     swa_every: int = Field(100, ge=1)
-    swad_every: int = Field(100, ge=1)
+    swad_every: int = Field(100, ge=1, le=LARGEST_INT, description="Steps between two validations of SWAD.")
     swad_ratio: float = 0.3
-    swad_rule: Literal["paper", "released"] = "paper"  # Algorithm 1, or that of SWAD's released code
+    swad_rule: Literal["paper", "released"] = Field(
+        "paper", description="SWAD's averaging interval by Algorithm 1 of the paper, or as in its released code."
+    )
     sma_start: int = Field(100, ge=0)
     refresh_batches: int = Field(500, ge=1)  # for BatchNorm statistics of SWA and SWAD, unless frozen
-    seed: int = Field(0, ge=0)
-    trial_seed: int = Field(0, ge=0)
-    seeds: int = Field(3, ge=1)
+    seed: int = Field(0, ge=0, le=LARGEST_SEED, description="Seed of initialisation and batches; the first of several.")
+    trial_seed: int = Field(0, ge=0, le=LARGEST_SEED, description="Seed of the split; the first of several.")
+    seeds: int = Field(3, ge=1, le=1000, description="Number of seeds; each changes both the split and the training.")
     members: int | None = Field(None, ge=1)  # of an ensemble; None: as many as the method has
     rises: tuple[float, ...] = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5)  # nats, of ERM on the source domains: define radii
     beyond: float = 1.0  # nats: one further radius, for illustration
@@ -60,7 +84,7 @@ class Setting(Spec):
     rel_error: float = 0.02
     block_size: int | None = None  # images per direction, if `num_samples` is None
     images: int | None = None  # of each domain, for measurements
-    controls: bool = False  # in addition to the paper: runs that separate quantizing from freezing
+    controls: bool = Field(False, description="Add runs that separate quantization from freezing (fig4).")
     others: tuple["Setting", ...] = ()  # settings of further data sets
 
     @property

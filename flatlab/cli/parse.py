@@ -1,7 +1,9 @@
-"""Which runs do these words name? The name of a method or of a composition, or the beginning of a digest."""
+"""Words to values: runs by name or digest, and radii."""
 
 from collections.abc import Sequence
 from dataclasses import replace
+from math import floor
+from typing import Literal
 
 from flatlab.data import catalog
 from flatlab.errors import UserError, choose
@@ -11,10 +13,12 @@ from flatlab.store.runs import Run, RunStore
 
 SHOWN = 8  # candidates in a message
 HEX = set("0123456789abcdef")
+LARGEST_RADIUS = 1e9
+MOST_RADII = 10_000  # more are a slip of the keyboard
 
 
 def named(store: RunStore, words: Sequence[str], *, held_out: str = "all", seed: int | None = None) -> list[Run]:
-    """Return the runs that these words name, each once; of a method's the finished ones, where there are some.
+    """Return the runs that words name, each once; of a method the finished ones, if any.
 
     Args:
         store: holds them.
@@ -32,7 +36,7 @@ def named(store: RunStore, words: Sequence[str], *, held_out: str = "all", seed:
         if not set(word) <= HEX:
             choose("run, method or composition", word, dict.fromkeys([*METHODS, *(run.spec.label for run in runs)]))
     if len(digests) == len(words) and (held_out.strip().lower() != "all" or seed is not None):
-        raise UserError("--held-out and --seed choose among the runs of a method; with digests, leave them out.")
+        raise UserError("--held-out and --seed select among the runs of a method; with digests, leave them out.")
     found = []
     for word in words:
         if word in digests:
@@ -75,7 +79,7 @@ def _parts(spec: RunSpec) -> Method:
 
 
 def _held_out(spec: RunSpec, which: str) -> bool:
-    """Whether a run held one of these domains out, given by name or, of data sets known by name, by index."""
+    """Whether a run held one of these domains out, given by name, or by index for data sets known by name."""
     known = catalog.facts(spec.dataset)
     order = list(known.domains) if known else []
     for word in [which.strip(), *(each.strip() for each in which.split(","))]:
@@ -89,10 +93,44 @@ def _only(runs: Sequence[Run], word: str, store: RunStore) -> Run:
     if len(runs) == 1:
         return runs[0]
     if not runs:
-        raise UserError(f"No run of {word} in {store.root} fits; `flatlab runs list` shows them all.")
+        raise UserError(f"No run of {word} in {store.root} matches; `flatlab runs list` shows all runs.")
     shown = [f"{each.spec.digest[:8]} ({each.spec.held_out}, seed {each.spec.seed})" for each in runs[:SHOWN]]
     more = f" and {len(runs) - SHOWN} more" if len(runs) > SHOWN else ""
     raise UserError(
-        f"{word} names {len(runs)} runs in {store.root}: {', '.join(shown)}{more}; choose one by --held-out, --seed, or"
-        " its digest."
+        f"{word} names {len(runs)} runs in {store.root}: {', '.join(shown)}{more}; select one with --held-out, --seed "
+        "or its digest."
     )
+
+
+def parse_radii(text: str) -> tuple[float, ...] | Literal["auto"]:
+    """Read `start:stop:step`, the end included, or a comma-separated list; sorted, each once.
+
+    Args:
+        text: "0:60:5" or "0,0.5,1".
+
+    Raises:
+        UserError: where it is neither, or a radius is negative or not finite.
+    """
+    if text.strip().lower() == "auto":
+        return "auto"
+    radii = _numbers(text)
+    if not any(radii) or not all(0 <= radius <= LARGEST_RADIUS for radius in radii):
+        raise UserError(
+            f"--radii must be auto, start:stop:step such as 0:60:5, or numbers such as 0,0.5,1, all from 0 to "
+            f"{LARGEST_RADIUS:g}, got {text}."
+        )
+    return tuple(sorted(set(radii)))
+
+
+def _numbers(text: str) -> list[float]:
+    """Return the numbers; none if the text is neither a range nor a list."""
+    try:
+        if ":" not in text:
+            return [float(part) for part in text.split(",")]
+        start, stop, step = (float(part) for part in text.split(":"))
+        count = int(floor((stop - start) / step + 1e-9)) + 1 if step > 0 else 0
+    except (ValueError, OverflowError):
+        return []
+    if count > MOST_RADII:
+        raise UserError(f"--radii must name at most {MOST_RADII:,} radii, got {count:,} ({text}).")
+    return [round(start + i * step, 12) for i in range(count)]
