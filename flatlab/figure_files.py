@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from PIL import Image
 
 from flatlab import files, plots
 from flatlab.errors import UserError
@@ -25,6 +26,7 @@ STARRED = "; differences with 95 % intervals, each alone; * p < 0.05 after Holm 
 DATA = (".csv", ".npz")
 WORDS = ("dataset", "method", "held_out", "panel", "measure", "layer", "part")  # columns that are text, whatever it is
 REFERENCE = "reference"  # the folder of what the repository keeps
+MOST_BYTES = 150_000  # of a picture that the repository keeps
 
 
 def name_of(module: ModuleType) -> str:
@@ -171,5 +173,26 @@ def keep(module: ModuleType, stem: Path, folder: Path) -> list[Path]:
     page, picture, table = (folder / f"{stem.name}{suffix}" for suffix in (".md", ".png", ".csv"))
     files.write_bytes(page, stem.with_suffix(".md").read_bytes())
     files.write_bytes(table, rows.to_csv(index=False).encode())
-    files.write_bytes(picture, plots.reduced(stem.with_suffix(".png")))
+    files.write_bytes(picture, _reduced(stem.with_suffix(".png")))
     return [page, picture, table]
+
+
+def _reduced(path: Path) -> bytes:
+    """Return a png of the same pixels in a palette of as many colours as fit into `MOST_BYTES`, at most 256.
+
+    Maximum coverage bounds the error of each pixel; median cut leaves coloured streaks in photographs.
+
+    Args:
+        path: a png.
+
+    Raises:
+        UserError: where 16 colours are too many.
+    """
+    with Image.open(path, formats=["PNG"]) as picture:
+        whole = picture.convert("RGB")
+    for colours in (256, 128, 64, 32, 16):
+        buffer = io.BytesIO()
+        whole.quantize(colours, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(buffer, "png", optimize=True)
+        if buffer.tell() < MOST_BYTES:
+            return buffer.getvalue()
+    raise UserError(f"{path} must have fewer pixels: at 16 colours it has {buffer.tell():,} bytes.")

@@ -1,6 +1,5 @@
 """Plotting: one style for all figures, functions that draw a data frame, and files with embedded fonts."""
 
-import io
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,10 +17,8 @@ from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.contour import QuadContourSet
 from matplotlib.figure import Figure
-from PIL import Image
 
 from flatlab import files
-from flatlab.errors import UserError
 
 MARKERS = "oXsDPv^*<>"
 COLUMN = 3.4  # inches: the width of a paper's column
@@ -44,7 +41,6 @@ STYLE: dict[Any, Any] = {
     "pdf.fonttype": 42,  # fonts are embedded as outlines that stay text
     "savefig.dpi": 200,
 }
-MOST_BYTES = 150_000  # of a picture that the repository keeps
 
 
 @contextmanager
@@ -130,27 +126,6 @@ def save(figure: Figure, stem: Path) -> list[Path]:
         finally:
             plt.close(figure)
     return paths
-
-
-def reduced(path: Path) -> bytes:
-    """Return a png of the same pixels in a palette of as many colours as fit into `MOST_BYTES`, at most 256.
-
-    Maximum coverage bounds the error of each pixel; median cut leaves coloured streaks in photographs.
-
-    Args:
-        path: a png.
-
-    Raises:
-        UserError: where 16 colours are too many.
-    """
-    with Image.open(path, formats=["PNG"]) as picture:
-        whole = picture.convert("RGB")
-    for colours in (256, 128, 64, 32, 16):
-        buffer = io.BytesIO()
-        whole.quantize(colours, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(buffer, "png", optimize=True)
-        if buffer.tell() < MOST_BYTES:
-            return buffer.getvalue()
-    raise UserError(f"{path} must have fewer pixels: at 16 colours it has {buffer.tell():,} bytes.")
 
 
 def forest(
