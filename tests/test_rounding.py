@@ -140,7 +140,7 @@ def test_a_measurement_that_was_stopped_goes_on_to_the_same_bytes(store, tmp_pat
             raise KeyboardInterrupt
         return draw(*args, **kwargs)
 
-    monkeypatch.setattr(sampler, "draw_ray", counted)
+    monkeypatch.setattr(sampler, "draw_direction", counted)
     with pytest.raises(KeyboardInterrupt):
         measure(run, RADIUS, PLACE)
     assert not run.measurement(RADIUS).done
@@ -185,9 +185,9 @@ def test_the_command_writes_a_picture_and_a_table(store, tmp_path, capsys):
     [
         (("--samples", "5"), "--samples 5 does nothing here"),
         (("--images", "5"), "add --radius"),
-        (("--layers", "nothing*"), "No quantized layer matches 'nothing*'"),
+        (("--layers", "nothing*"), "No layer matches 'nothing*'"),
         (("--checkpoint", "lst"), "did you mean last"),
-        (("--radius", "--samples", "1"), "--samples 1"),
+        (("--radius", "--samples", "1"), "--samples must be an integer >= 2, got 1"),
     ],
 )
 def test_the_command_refuses_in_a_sentence(store, tmp_path, capsys, words, told):
