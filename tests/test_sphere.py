@@ -150,7 +150,7 @@ def test_strata_weigh_equally_and_can_be_chosen():
 def test_a_result_speaks_in_tables_and_pictures():
     flatness = cases.stratified()
     frame = flatness.to_frame()
-    assert list(frame.columns) == ["radius", "value", "stderr", "low", "high", "over"]
+    assert list(frame.columns) == ["radius", "value", "stderr", "low", "high", "over", "reached"]
     assert frame["over"].tolist() == ["directions"] * 2
     low, high = flatness.interval(0.5)
     assert np.all(frame["low"] < low) and np.all(high < frame["high"])
