@@ -18,7 +18,6 @@ from flatlab.cli.options import DATA, NAMED, PARTS, QUANTIZER, RUNNING, TRAINING
 from flatlab.cli.run_jobs import carry_out, catalogue, everything, measured, price, redraw, show_written
 from flatlab.cli.store import data_app, runs_app
 from flatlab.errors import UserError, choose
-from flatlab.files import strict_json
 
 HELP = """How flat is this minimum, is that one flatter, and does it matter out of domain?
 
@@ -62,6 +61,7 @@ def reproduce(
     """Redo a figure or table of the paper: train and measure what is missing, tabulate, draw."""
     from flatlab import figure_files, reproduce
     from flatlab.cli import display
+    from flatlab.files import strict_json
 
     if draw_only:
         redraw(chosen, name, reference=reference)

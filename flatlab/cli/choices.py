@@ -17,7 +17,6 @@ from flatlab.cli.errors import spoken
 from flatlab.cli.options import KNOWN, MODELS, WORDS, flag
 from flatlab.data import catalog
 from flatlab.errors import UserError, choose, printable
-from flatlab.files import strict_json
 
 if TYPE_CHECKING:  # imported where they are used: `--help` answers before numpy is there
     import pandas as pd
@@ -143,7 +142,8 @@ class Choices:
         dataset, folder = self.name(), self.folder()
         self._check_model(dataset)
         known = catalog.facts(dataset)
-        if known is None or known.folder or folder is not None:  # of embedded data, a folder is refused
+        several = "," in (self.datasets or "")  # --data-dir is then of those that have a folder
+        if known is None or known.folder or (folder is not None and not several):  # of embedded data, one is refused
             catalog.locate(dataset, folder)
         weights = checks.weights(self.weights) if self.weights else None
         return setting(
@@ -215,6 +215,8 @@ class Choices:
 
     def answer_facts(self, facts: Any, sentence: str) -> None:
         """Print a sentence, or the facts behind it as JSON where that was asked for."""
+        from flatlab.files import strict_json
+
         typer.echo(strict_json(facts) if self.json else "\n".join(map(printable, sentence.split("\n"))))
 
 

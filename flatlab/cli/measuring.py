@@ -9,7 +9,6 @@ from flatlab.cli.choices import Choices
 from flatlab.cli.options import Runs
 from flatlab.cli.run_jobs import measured, show_written
 from flatlab.errors import choose
-from flatlab.files import strict_json
 
 Checkpoint = Annotated[str, typer.Option(help="selected (by source validation) or last.")]
 Images = Annotated[int | None, typer.Option(help="At most so many images of each domain (all).")]
@@ -161,6 +160,7 @@ def replay(
 
 def selftest(chosen: Choices) -> None:
     """Check each estimator against closed forms, on each device and dtype of this machine; exit with 1 if one fails."""
+    from flatlab.files import strict_json
     from flatlab.metrics.selftest import Fault
     from flatlab.metrics.selftest import selftest as checks
 

@@ -11,7 +11,6 @@ from flatlab.cli.errors import Commands, say
 from flatlab.cli.names import HEX
 from flatlab.cli.options import NAMED, OneRun, Runs
 from flatlab.errors import UserError, printable
-from flatlab.files import strict_json
 
 runs_app = Commands(help="Look at the runs of a store, and keep it in order.", no_args_is_help=True)
 data_app = Commands(help="Look at data sets.", no_args_is_help=True)
@@ -39,6 +38,7 @@ def list_runs(chosen: Choices) -> None:
 @takes(*NAMED, "store", "json", "debug")
 def show(chosen: Choices, run: OneRun) -> None:
     """Print a run's spec, provenance and log, always as JSON."""
+    from flatlab.files import strict_json
     from flatlab.report import valleys
 
     (found,) = chosen.named([run])
