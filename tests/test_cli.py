@@ -133,6 +133,7 @@ def test_flatness_of_several_runs(flatlab, store, tmp_path):
     answer = flatlab(*given, "--split", "target", "--normalisation", "filter")
     assert answer.code == 0 and "held-out domain" in answer.out and "flatness.csv" in answer.err
     latent = flatlab(*given, "--space", "latent", "--params", "features.0*", "--json")
+    assert latent.code == 0, latent.err
     rows = pd.DataFrame(json.loads(latent.out))
     assert rows.groupby("method")["radius"].apply(list).tolist() == [[0, 1, 2, 3]] * 2
     assert (rows["l2"] == rows["radius"]).all() and (rows["low"] <= rows["value"]).all()

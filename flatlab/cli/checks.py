@@ -1,6 +1,7 @@
 """What is refused before any work begins: values out of range, files in place of folders, names that fit nothing."""
 
 import os
+import re
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -113,7 +114,7 @@ def _weights(run: "Run", checkpoint: str) -> dict[str, int]:
     from flatlab import files
 
     arrays, _ = files.load_arrays(run.checkpoint(checkpoint))
-    plain = {name.replace(QUANTIZED, ".weight"): array.ndim for name, array in sorted(arrays.items())}
+    plain = {re.sub(QUANTIZED, r".\1", name): array.ndim for name, array in sorted(arrays.items())}
     return {
         name: axes for name, axes in plain.items() if not name.endswith(BUFFERS) and ".parametrizations." not in name
     }
