@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Literal
@@ -152,8 +153,9 @@ def test_flatness_of_several_runs(flatlab, store, tmp_path):
     runs = digests(store).values()
     given = ("flatness", *runs, "--radii", "0:3:1", "--samples", 4, "--images", 20, "--store", store, "--out", tmp_path)
     answer = flatlab(*given, "--split", "target", "--normalisation", "filter")
-    assert answer.code == 0 and "target domains" in answer.out and "flatness.csv" in answer.err
+    assert answer.code == 0 and "held-out domain" in answer.out and "flatness.csv" in answer.err
     latent = flatlab(*given, "--space", "latent", "--params", "features.0*", "--json")
+    assert latent.code == 0, latent.err
     rows = pd.DataFrame(json.loads(latent.out))
     assert rows.groupby("method")["radius"].apply(list).tolist() == [[0, 1, 2, 3]] * 2
     assert (rows["l2"] == rows["radius"]).all() and (rows["low"] <= rows["value"]).all()
@@ -188,7 +190,8 @@ def test_flatness_says_which_is_flatter(flatlab, store, tmp_path):
         assert sentence.endswith(".") and ("radius" in sentence or "all radii" in sentence)
 
 
-def test_runs_are_listed_shown_verified_merged_and_removed(flatlab, store, tmp_path):
+def test_runs_are_listed_shown_verified_merged_and_removed(flatlab, store, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # other processes may have left something in the usual one
     digest = digests(store)["erm"]
     assert digest[:8] in flatlab("runs", "list", "--store", store).out
     shown = json.loads(flatlab("runs", "show", digest[:6], "--store", store).out)
@@ -196,7 +199,8 @@ def test_runs_are_listed_shown_verified_merged_and_removed(flatlab, store, tmp_p
     assert flatlab("runs", "verify", "--store", store).out.endswith("0 faults.\n")
     copy = tmp_path / "copy"
     assert json.loads(flatlab("runs", "merge", store, "--store", copy, "--json").out)["runs"] == 2
-    assert "Removed" in flatlab("runs", "rm", digest, digest, "--store", copy).out
+    assert "given twice" in flatlab("runs", "rm", digest, digest, "--store", copy).err
+    assert "Removed" in flatlab("runs", "rm", digest, "--store", copy).out
     assert only_run(copy) == digests(store)["sam-lsq-swad"]
 
 

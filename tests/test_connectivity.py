@@ -184,6 +184,6 @@ def test_mistakes_are_one_sentence():
     refuses(lambda: connect(wells(-1.0, x[:3]), wells(1.0, x[:3])), "at least 4 images")
     refuses(lambda: connect(first, second, recompute=[]), "recompute", "no sample")
     bare, images = cases.make("mlp").landscape(), [(x, x)]
-    refuses(lambda: connect(bare, bare, recompute=images), "no BatchNorm")
-    refuses(lambda: plane(bare, grid=3, recompute=images), "no BatchNorm")
+    refuses(lambda: connect(bare, bare, recompute=images), "recompute", "BatchNorm")
+    refuses(lambda: plane(bare, grid=3, recompute=images), "recompute", "BatchNorm")
     refuses(lambda: connect(first, second, grid=3).interval(1.5), "0.95")

@@ -128,6 +128,10 @@ def test_normed_weights_have_the_curvature_of_their_gradient(kind, method):
         with pytest.raises(UserError, match="has no Hessian: forward: its product is another one, by"):
             Hessian(landscape, method=method)
         method = "auto"
+    if (kind, method) == ("weight_norm by hooks, whole", "forward"):  # torch has no such derivative of a norm of all
+        with pytest.raises(UserError, match="has no Hessian: forward: "):
+            Hessian(landscape, method=method)
+        method = "auto"
     found = Hessian(landscape, method=method) @ torch.eye(landscape.num_params, dtype=torch.float64)
     torch.testing.assert_close(found, by_differences(landscape), rtol=0, atol=1e-8)
     torch.testing.assert_close(found, found.T, rtol=0, atol=1e-12)

@@ -23,7 +23,6 @@ from flatlab.jobs import plan as jobs_plan
 from flatlab.jobs.worker import work
 from flatlab.loading import checkpoint
 from flatlab.loading import data as loading_data
-from flatlab.loading import network as loading_network
 from flatlab.measure import inputs as measure_inputs
 from flatlab.quant.attach import quantized_layers
 from flatlab.quant.codebook import initial_scale, searched_scale
@@ -104,13 +103,13 @@ def test_a_derived_run_is_its_parents_checkpoint_on_the_grid(erm, tmp_path, kind
 
 def test_calibration_sees_training_images_of_the_sources_alone(erm, tmp_path, monkeypatch):
     seen = []
-    honest = loading_network.batches.evaluation_batches
+    honest = loading_data.batches.evaluation_batches
 
     def watched(data, name, rows, **options):
         seen.append((name, len(rows), options.get("limit")))
         return honest(data, name, rows, **options)
 
-    monkeypatch.setattr(loading_network.batches, "evaluation_batches", watched)
+    monkeypatch.setattr(loading_data.batches, "evaluation_batches", watched)
     wanted = ERM.replace(quantizer=OBCSpec(images=60, exact_columns=0))
     domains = loading_data.domains(wanted, PLACE)
     parts = domains.calibration(20, torch.device("cpu"))

@@ -270,7 +270,7 @@ def test_the_sheet_and_the_summary_hold_ours_and_comparable_ones_alone(frame, th
     assert not [column for column in summary if "order" in column or "published" in column]
     both = TABLE.sheet(theirs).set_index("method")
     assert both.loc["ERM", "published (PACS, held-out domain, mean)"] == "84.7 ± 0.5"
-    assert both.loc["ERM", "published (PACS validation (selected on), mean)"] == "96.9 ± 0.1"
+    assert both.loc["ERM", "published (PACS, source domains, out split (selected on), mean)"] == "96.9 ± 0.1"
     assert both.loc["nobody's", "published (PACS, held-out domain, mean)"] == ""
     agreed = TABLE.summary(TABLE.findings(theirs)).set_index("method")
     assert agreed.loc["7 bit", "published (PACS, held-out domain)"] == "+3.1"

@@ -68,7 +68,9 @@ def test_its_draws_are_not_those_of_the_measurement(monkeypatch):
     _, landscape = images()
     drawn = []
     draw = perturbations.draw_direction
-    monkeypatch.setattr(pilot, "draw_ray", lambda ls, seed, k, **given: drawn.append(k) or draw(ls, seed, k, **given))
+    monkeypatch.setattr(
+        pilot, "draw_direction", lambda ls, seed, k, **given: drawn.append(k) or draw(ls, seed, k, **given)
+    )
     pilot_of(landscape, [1.0])
     assert len(drawn) == len(set(drawn)) == 64 and max(drawn) < 0
 

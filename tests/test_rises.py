@@ -103,8 +103,8 @@ def test_a_loss_that_does_not_rise_so_far_is_refused():
 
 @pytest.mark.parametrize("rises", [(), (0.0, 1.0), (0.2, 0.1), (0.1, 0.1)])
 def test_rises_ascend_from_above_zero(rises):
-    refuses(lambda: ByRise.make(rises=rises, references=("ab",)), "above 0", "got")
-    refuses(lambda: ReachSpec.make(rises=rises), "above 0")
+    refuses(lambda: ByRise.make(rises=rises, references=("ab",)), "rises must be", "> 0", f"got {rises}")
+    refuses(lambda: ReachSpec.make(rises=rises), "rises must be", "> 0", f"got {rises}")
 
 
 # --- from runs to radii

@@ -140,7 +140,7 @@ def test_a_measurement_that_was_stopped_goes_on_to_the_same_bytes(store, tmp_pat
             raise KeyboardInterrupt
         return draw(*args, **kwargs)
 
-    monkeypatch.setattr(sampler, "draw_ray", counted)
+    monkeypatch.setattr(sampler, "draw_direction", counted)
     with pytest.raises(KeyboardInterrupt):
         measure(run, RADIUS, PLACE)
     assert not run.measurement(RADIUS).done

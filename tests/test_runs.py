@@ -14,7 +14,6 @@ from stores import GROUP, PLACE, PROBE, content, copied, flip, refuses, spec, tr
 
 from flatlab import files
 from flatlab.loading import data as loading_data
-from flatlab.loading import network as loading_network
 from flatlab.measure.runner import measure
 from flatlab.store import leftovers
 from flatlab.store.merging import COUNTS, merge
@@ -39,7 +38,7 @@ def store(made, tmp_path):
 
 def test_other_data_are_refused(store, monkeypatch):
     run, old = store.run(RUN), loading_data.domains
-    monkeypatch.setattr(loading_network, "domains", lambda *given: _renamed(old(*given)))
+    monkeypatch.setattr(loading_data, "domains", lambda *given: _renamed(old(*given)))
     same = "The data of digits differ from those that run"
     refuses(lambda: measure(run, PROBE.replace(seed=1), PLACE), same, RUN.digest, "another --store")
     (run.path / "done").unlink()
@@ -162,7 +161,8 @@ def test_merge_names_what_it_cannot_take_and_goes_on(store, tmp_path):
         assert not fresh.run(RUN).done
         path.write_bytes(whole)
     (store.run(OTHER).path / "provenance.json").write_text("{}")
-    _merged(store, RunStore(tmp_path / "last"), runs=1, refused=[measurement.result, store.run(OTHER).path])
+    refused = sorted([measurement.result, store.run(OTHER).path / "provenance.json"])  # runs are merged in their order
+    _merged(store, RunStore(tmp_path / "last"), runs=1, refused=refused)
 
 
 def test_nothing_follows_a_symbolic_link(store, tmp_path):
@@ -206,7 +206,7 @@ def test_verify_counts_what_nothing_vouches_for(store, tmp_path):
     }.items():
         assert len([fault for fault in faults if str(path) in fault and words in fault]) == 1, path
     assert len(faults) == 4
-    refuses(RunStore(tmp_path / "nowhere").faults, f"There is no folder {tmp_path / 'nowhere'}")
+    refuses(RunStore(tmp_path / "nowhere").faults, f"{tmp_path / 'nowhere'} does not exist")
 
 
 def test_the_flipped_file_is_blamed(store):

@@ -124,13 +124,12 @@ def test_figure_7_goes_on_where_figure_6_ends_and_both_share_their_measurement()
     ends = [(each.FIGURE.first, each.FIGURE.first + each.FIGURE.shown) for each in (fig6, fig7)]
     assert ends == [(0, 3), (3, 6)]
     assert fig6.plan(CHOSEN) == fig7.plan(CHOSEN)
-    assert "images 4 to 6" in fig7.caption(QUICK) and "shuffled by seed 0" in fig7.caption(QUICK)
+    assert "images 4 to 6" in fig7.caption(QUICK) and "in split, seed 0, by classes" in fig7.caption(QUICK)
 
 
 def arrays_of(made, run):
     spec = fig9.FIGURE.measurement(SMOKE.replace(held_out=("rot45",)))
-    (path,) = (made / "runs" / run / "measurements" / spec.digest).glob("*.safetensors")
-    return files.load_arrays(path)[0]
+    return files.load_arrays(made / "runs" / run / "measurements" / spec.digest / "result.safetensors")[0]
 
 
 def test_the_table_says_what_the_arrays_say(made):

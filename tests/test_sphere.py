@@ -150,7 +150,7 @@ def test_strata_weigh_equally_and_can_be_chosen():
 def test_a_result_speaks_in_tables_and_pictures():
     flatness = cases.stratified()
     frame = flatness.to_frame()
-    assert list(frame.columns) == ["radius", "value", "stderr", "low", "high", "over"]
+    assert list(frame.columns) == ["radius", "value", "stderr", "low", "high", "over", "reached"]
     assert frame["over"].tolist() == ["directions"] * 2
     low, high = flatness.interval(0.5)
     assert np.all(frame["low"] < low) and np.all(high < frame["high"])
@@ -174,13 +174,13 @@ def test_infinite_losses_stay_infinite():
 
 @pytest.mark.parametrize("radii", [[], [-1.0], [np.nan], [np.inf], [[1.0]]])
 def test_radii_that_are_none_are_refused(radii):
-    with pytest.raises(UserError, match="radii must be finite numbers of at least 0"):
+    with pytest.raises(UserError, match="radii must be one or more finite numbers >= 0"):
         sphere_flatness(cases.make("mlp").landscape(), radii, num_samples=2)
 
 
 def test_requests_without_meaning_are_refused():
     landscape = cases.make("mlp").landscape()
-    with pytest.raises(UserError, match="num_samples must be at least 2"):
+    with pytest.raises(UserError, match="num_samples must be an integer >= 2, got 1"):
         sphere_flatness(landscape, [1.0], num_samples=1)
     with pytest.raises(UserError, match="Unknown normalisation 'row'.*: none, filter, layer, parameter"):
         sphere_flatness(landscape, [1.0], normalisation="row")

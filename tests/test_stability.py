@@ -97,9 +97,11 @@ def test_figure_4_shows_what_the_logs_say(tmp_path):
     assert last == tables.tested(rows[-1])
     figure = fig4.draw(frame, fig4.caption(chosen))
     labels = [ax.get_ylabel() for ax in figure.axes]
-    assert "In-domain test (%)" in labels and "Out of domain (%)" in labels
+    assert "source domains, test split (%)" in labels and "held-out domain (%)" in labels
     assert all(
-        ax.get_ylim()[1] <= 1 for ax in figure.axes if ax.get_ylabel() in ("In-domain test (%)", "Out of domain (%)")
+        ax.get_ylim()[1] <= 1
+        for ax in figure.axes
+        if ax.get_ylabel() in ("source domains, test split (%)", "held-out domain (%)")
     )
     told = fig4.findings(frame).set_index(["method", "quantity"])
     spreads = mine_of(frame, "spread")

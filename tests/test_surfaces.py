@@ -324,14 +324,14 @@ def test_mistakes_are_one_sentence():
     other = cases.make("conv_bn").landscape()
     axes = random_directions(landscape)
     for grid in (1, 0, [0.5], [0.0, np.inf], [1.0, 1.0]):
-        refuses(lambda grid=grid: line(landscape, grid=grid), "at least two places")
-    refuses(lambda: plane(landscape, grid=([0.0, 1.0], [0.0])), "at least two places")
+        refuses(lambda grid=grid: line(landscape, grid=grid), "grid must", f"got {grid!r}")
+    refuses(lambda: plane(landscape, grid=([0.0, 1.0], [0.0])), "grid must have at least two places")
     refuses(lambda: plane(landscape, random_directions(landscape, count=1)), "two directions")
     refuses(lambda: plane(other, axes), "not of this landscape's model")
     refuses(lambda: line(other, axes), "not of this landscape's model")
     refuses(lambda: plane(landscape, refine=0.0), "refine")
     refuses(lambda: plane(landscape, metrics={}), "metric")
-    refuses(lambda: given_directions(landscape, []), "direction")
+    refuses(lambda: given_directions(landscape, []), "vectors must hold one flat vector", "got none")
     refuses(lambda: given_directions(landscape, [torch.zeros(landscape.num_params)]), "not zero")
     refuses(lambda: given_directions(landscape, [torch.full((landscape.num_params,), torch.nan)]), "finite")
     w = landscape.point

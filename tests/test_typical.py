@@ -123,8 +123,8 @@ def test_a_frame_has_a_row_for_each_perturbation_and_a_plot_its_points():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"num_samples": 1}, "at least 2"),
-        ({"perturbations": {}}, "needs a perturbation"),
+        ({"num_samples": 1}, "num_samples must be an integer >= 2, got 1"),
+        ({"perturbations": {}}, "perturbations must be a mapping from names to vectors"),
         ({"perturbations": {"e": torch.zeros(53)}}, "'e' must be finite and not zero"),
         ({"perturbations": {"e": torch.full((53,), float("nan"))}}, "'e' must be finite"),
         ({"perturbations": {"e": torch.zeros(5)}}, "(53,), got (5,)"),
@@ -146,6 +146,6 @@ def test_an_interruption_is_no_result_and_leaves_the_model_alone(untouched, monk
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sampler, "draw_ray", interrupt)
+    monkeypatch.setattr(sampler, "draw_direction", interrupt)
     with untouched(case.model), pytest.raises(KeyboardInterrupt):
         typical_rise(landscape, {"e": torch.ones(53)}, num_samples=4)

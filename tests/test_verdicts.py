@@ -36,7 +36,7 @@ def test_the_mean_of_f_is_the_trapezoid_over_the_radius():
     found = areas(each, limits(each)).set_index(["panel", "normalisation", "method", "held_out", "seed"])["value"]
     own = (0.05 * 1 + 0.2 * 1 + 0.4 * 1) / 3  # between 0, 0.1, 0.3 and 0.5 nats
     for method, scale in SCALE.items():
-        assert found["train", "none", method, "a", 0] == pytest.approx(own * scale)
+        assert found["source", "none", method, "a", 0] == pytest.approx(own * scale)
     fine = np.linspace(0, 1, 301)
     curve = frame(noise=0.0, radii=list(2 * fine), rises=list(0.5 * fine**2))
     assert areas(curve, limits(curve))["value"].iloc[0] == pytest.approx(0.5 / 3, rel=1e-4)  # of c r^2: c R^2 / 3

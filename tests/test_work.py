@@ -113,8 +113,8 @@ def test_a_killed_worker_lets_go(store):
 COMMAND = """
 import sys
 from flatlab.jobs.local import run_locally
-from flatlab.jobs import WorkPlan
-run_locally(WorkPlan.parse(open(sys.argv[1]).read()), workers=1, hear=lambda event: print(event, flush=True))
+from flatlab.jobs.plan import WorkPlan
+run_locally(WorkPlan.parse(open(sys.argv[1]).read()), workers=1, on_event=lambda event: print(event, flush=True))
 """
 
 

@@ -13,7 +13,6 @@ from flatlab.cli.effects import refuse_without_effect
 from flatlab.cli.errors import Commands, spoken
 from flatlab.cli.options import DATASET, RUNNING, TRAINING
 from flatlab.cli.run_jobs import carry_out, everything, price, redraw, show_written
-from flatlab.files import strict_json
 
 HELP = """How flat is this minimum, is that one flatter, and does it matter out of domain?
 
@@ -54,6 +53,7 @@ def reproduce(
     """Reproduce a figure or table of the paper: train and measure what is missing, tabulate, draw."""
     from flatlab import figure_files, reproduce
     from flatlab.cli import display
+    from flatlab.files import strict_json
 
     if draw_only:
         redraw(chosen, name, reference=reference)

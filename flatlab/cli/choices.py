@@ -17,7 +17,6 @@ from flatlab.cli.errors import spoken
 from flatlab.cli.options import MODELS, OF_SETTING, WORDS, Options, field_option, flag, shared_option
 from flatlab.data import catalog
 from flatlab.errors import UserError, choose, printable
-from flatlab.files import strict_json
 
 if TYPE_CHECKING:  # imported where they are used: `--help` answers before numpy is there
     import pandas as pd
@@ -123,7 +122,8 @@ class Choices(Options):
         dataset, folder = self.name(), self.folder()
         self._check_model(dataset)
         known = catalog.facts(dataset)
-        if known is None or known.folder or folder is not None:  # of embedded data, a folder is refused
+        several = "," in (self.datasets or "")  # --data-dir is then of those that have a folder
+        if known is None or known.folder or (folder is not None and not several):  # of embedded data, one is refused
             catalog.locate(dataset, folder)
         weights = checks.weights(self.weights) if self.weights else None
         changes = {field: getattr(self, option) for option, field in OF_SETTING.items()}
@@ -191,6 +191,8 @@ class Choices(Options):
 
     def answer_facts(self, facts: Any, sentence: str) -> None:
         """Print a sentence, or with --json its facts as JSON."""
+        from flatlab.files import strict_json
+
         typer.echo(strict_json(facts) if self.json else "\n".join(map(printable, sentence.split("\n"))))
 
 

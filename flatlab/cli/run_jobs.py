@@ -14,7 +14,6 @@ from flatlab.cli import checks
 from flatlab.cli.choices import Choices
 from flatlab.cli.errors import say
 from flatlab.errors import UserError
-from flatlab.files import strict_json
 
 DRAWING = frozenset({"name", "draw_only", "reference", "out", "json", "debug"})  # what --draw-only goes with
 
@@ -86,6 +85,7 @@ def _decode(wanted: set[tuple[str, int]], place: Any) -> None:
 def price(chosen: Choices, todo: list[Any], spec: Any) -> None:
     """Print jobs, passes and estimated time."""
     from flatlab.cli import display
+    from flatlab.files import strict_json
     from flatlab.jobs import plan as jobs_plan
 
     seconds, source = jobs_plan.seconds_per_pass(chosen.runs(), spec.model, spec.image_size)
@@ -136,6 +136,7 @@ def in_order(name: str) -> list[Any]:
 def redraw(chosen: Choices, name: str, *, reference: bool) -> None:
     """Draw a figure or table again, or all of them, from the files in the folder of the pictures."""
     from flatlab import reproduce
+    from flatlab.files import strict_json
 
     chosen.refuse(sorted(chosen.written - DRAWING), "with --draw-only")
     names = sorted(reproduce.analyses(), key=in_order) if name == "all" else [name]

@@ -17,6 +17,7 @@ from flatlab.results.sphere import SamplingPlan
 from flatlab.seeds import derive
 
 BUDGET = 100  # default number of passes over the data for each radius, as in SWAD's script
+SLOPES = 1.5  # of the cost of a fixed number of directions: what the slopes may cost beside it
 
 
 def goal_of(
@@ -80,7 +81,8 @@ def plans_of(sampler: Sampler, radii: FloatArray, goal: Goal) -> list[SamplingPl
 def slopes_of(sampler: Sampler, plans: Sequence[SamplingPlan], goal: Goal) -> Sequence[FloatArray | None]:
     """Return the slopes of each landscape at the smallest radius; None without a radius above zero.
 
-    None, too, where samples of different shapes cannot share a block.
+    None, too, where samples of different shapes cannot share a block, and where a fixed number of directions costs
+    less than the slopes would.
 
     Args:
         sampler: of the measurement.
@@ -91,7 +93,8 @@ def slopes_of(sampler: Sampler, plans: Sequence[SamplingPlan], goal: Goal) -> Se
         return [None] * len(sampler.landscapes)
     radius = min(plan.radius for plan in plans)
     priced = sum(slope.price(each, seed=sampler.seed) for each in sampler.landscapes)
-    if sampler.spent + priced > goal.budget:
+    fixed = goal.visits * len(plans) * sum(each.num_samples for each in sampler.landscapes) if goal.visits else np.inf
+    if sampler.spent + priced > goal.budget or priced > SLOPES * fixed:
         return [None] * len(sampler.landscapes)
     sampler.spent += priced
 
