@@ -13,7 +13,6 @@ from flatlab.cli.effects import refuse_without_effect
 from flatlab.cli.errors import Commands, spoken
 from flatlab.cli.options import DATASET, RUNNING, TRAINING
 from flatlab.cli.run_jobs import carry_out, everything, price, show_written
-from flatlab.files import strict_json
 
 HELP = """How flat is this minimum, is that one flatter, and does it matter out of domain?
 
@@ -63,7 +62,7 @@ def reproduce(
     done = reproduce.write(module, setting, runs, out=chosen.out, redo=shlex.join(["flatlab", *sys.argv[1:]]))
     if chosen.json:
         written = [str(path) for path in done.written]
-        typer.echo(strict_json({"written": written, "findings": done.findings.to_dict("records")}))
+        chosen.answer_facts({"written": written, "findings": done.findings.to_dict("records")}, "")
         return
     display.frame(module.summary(done.findings), module.SUMMARY)
     display.frame(done.accuracies, reproduce.ACCURACIES, formats=dict.fromkeys(done.accuracies.columns, ".3f"))

@@ -17,7 +17,6 @@ from flatlab.cli.errors import spoken
 from flatlab.cli.options import MODELS, OF_SETTING, WORDS, Options, field_option, flag, shared_option
 from flatlab.data import catalog
 from flatlab.errors import UserError, choose, printable
-from flatlab.files import strict_json
 
 if TYPE_CHECKING:  # imported where they are used: `--help` answers before numpy is there
     import pandas as pd
@@ -190,6 +189,8 @@ class Choices(Options):
 
     def answer_facts(self, facts: Any, sentence: str) -> None:
         """Print a sentence, or with --json its facts as JSON."""
+        from flatlab.files import strict_json
+
         typer.echo(strict_json(facts) if self.json else "\n".join(map(printable, sentence.split("\n"))))
 
 

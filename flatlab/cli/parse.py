@@ -3,13 +3,15 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from math import floor
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from flatlab.data import catalog
 from flatlab.errors import UserError, choose
 from flatlab.specs.methods import METHODS, Method
 from flatlab.specs.run import RunSpec
-from flatlab.store.runs import Run, RunStore
+
+if TYPE_CHECKING:  # it loads numpy
+    from flatlab.store.runs import Run, RunStore
 
 SHOWN = 8  # candidates in a message
 HEX = set("0123456789abcdef")
@@ -17,7 +19,7 @@ LARGEST_RADIUS = 1e9
 MOST_RADII = 10_000  # more are a slip of the keyboard
 
 
-def named(store: RunStore, words: Sequence[str], *, held_out: str = "all", seed: int | None = None) -> list[Run]:
+def named(store: "RunStore", words: Sequence[str], *, held_out: str = "all", seed: int | None = None) -> "list[Run]":
     """Return the runs that words name, each once; of a method the finished ones, if any.
 
     Args:
@@ -89,7 +91,7 @@ def _held_out(spec: RunSpec, which: str) -> bool:
     return False
 
 
-def _only(runs: Sequence[Run], word: str, store: RunStore) -> Run:
+def _only(runs: "Sequence[Run]", word: str, store: "RunStore") -> "Run":
     if len(runs) == 1:
         return runs[0]
     if not runs:

@@ -11,7 +11,6 @@ from flatlab.cli.errors import Commands, say
 from flatlab.cli.options import NAMED, OneRun, Runs
 from flatlab.cli.parse import HEX
 from flatlab.errors import UserError, printable
-from flatlab.files import strict_json
 
 runs_commands = Commands(help="List, show, verify, remove and merge the runs of a store.", no_args_is_help=True)
 data_commands = Commands(help="List and check data sets.", no_args_is_help=True)
@@ -39,6 +38,7 @@ def list_runs(chosen: Choices) -> None:
 @takes(*NAMED, "store", "json", "debug")
 def show(chosen: Choices, run: OneRun) -> None:
     """Print a run's spec, provenance and log, always as JSON."""
+    from flatlab.files import strict_json
     from flatlab.report import valleys
 
     (found,) = chosen.named([run])
