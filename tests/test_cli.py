@@ -196,7 +196,7 @@ def test_runs_are_listed_shown_verified_merged_and_removed(flatlab, store, tmp_p
     assert digest[:8] in flatlab("runs", "list", "--store", store).out
     shown = json.loads(flatlab("runs", "show", digest[:6], "--store", store).out)
     assert shown["spec"]["held_out"] == "rot0" and shown["log"][-1]["step"] == 10
-    assert flatlab("runs", "verify", "--store", store).out.endswith("0 faults.\n")
+    assert ", 0 faults.\n" in flatlab("runs", "verify", "--store", store).out  # leftovers may be another process's
     copy = tmp_path / "copy"
     assert json.loads(flatlab("runs", "merge", store, "--store", copy, "--json").out)["runs"] == 2
     assert "given twice" in flatlab("runs", "rm", digest, digest, "--store", copy).err

@@ -244,7 +244,7 @@ def test_a_disk_that_is_full_or_read_only(mistake, tmp_path, monkeypatch, number
     with monkeypatch.context() as patch:
         patch.setattr(files.os, "fsync", refuse)
         sentence = mistake("train", *TINY, "--store", tmp_path)
-    assert os.strerror(number) in sentence and "finished work is kept" in sentence.lower(), sentence
+    assert os.strerror(number) in sentence and "what is finished is kept" in sentence.lower(), sentence
     assert call("train", *TINY, "--store", tmp_path) == 0  # with room again, it goes on
 
 

@@ -73,7 +73,7 @@ def reproduce(
     done = reproduce.write(module, setting, runs, out=chosen.out, redo=redo, reference=reference)
     if chosen.json:
         written = [str(path) for path in done.written]
-        typer.echo(strict_json({"written": written, "findings": done.findings.to_dict("records")}))
+        chosen.answer_facts({"written": written, "findings": done.findings.to_dict("records")}, "")
         return
     display.frame(module.summary(done.findings), module.SUMMARY)
     display.frame(done.accuracies, figure_files.ACCURACIES, formats=dict.fromkeys(done.accuracies.columns, ".3f"))

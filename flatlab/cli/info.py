@@ -8,13 +8,10 @@ from typing import Any
 
 import typer
 
-from flatlab import environment
 from flatlab.cli.choices import Choices, takes
 from flatlab.cli.errors import Commands
 from flatlab.cli.options import DATASET, TRAINING
 from flatlab.cli.run_jobs import in_order
-from flatlab.files import strict_json
-from flatlab.jobs import local
 from flatlab.specs.run import Place
 
 commands = Commands()
@@ -69,6 +66,8 @@ def _diagnose(place: Place) -> dict[str, str]:
     """Return the facts that decide speed or correctness, by name."""
     import torch
 
+    from flatlab import environment
+    from flatlab.jobs import local
     from flatlab.loading import data as loading_data
 
     named = loading_data.device(place)
@@ -102,9 +101,7 @@ def selftest(chosen: Choices) -> None:
             mark = "ok " if check.passed else "BAD"
             numbers = f"expected {check.expected:.6g}, got {check.got:.6g}, within {check.bound:.2g}"
             typer.echo(f"{mark} {check.name}: {check.reason if isinstance(check, Fault) else numbers}")
-    if chosen.json:
-        typer.echo(strict_json(made))
-    else:
-        typer.echo(f"{failed} of {len(made)} checks failed." if failed else f"All {len(made)} checks passed.")
+    sentence = f"{failed} of {len(made)} checks failed." if failed else f"All {len(made)} checks passed."
+    chosen.answer_facts(made, sentence)
     if failed:
         raise typer.Exit(1)

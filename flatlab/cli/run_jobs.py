@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import typer
-
 from flatlab.cli import checks
 from flatlab.cli.choices import Choices
 from flatlab.cli.errors import say
@@ -94,7 +92,7 @@ def price(chosen: Choices, todo: list[Any], spec: Any) -> None:
         display.plan(todo, seconds, source, workers=workers)
         return
     rows = [{"name": job.name, "passes": job.passes, "core_seconds": job.passes * seconds} for job in todo]
-    typer.echo(strict_json({"jobs": rows, "seconds_per_pass": seconds, "source": source, "workers": workers}))
+    chosen.answer_facts({"jobs": rows, "seconds_per_pass": seconds, "source": source, "workers": workers}, "")
 
 
 def foresee(chosen: Choices, todo: Sequence[Any], place: Any) -> None:
