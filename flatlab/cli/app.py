@@ -53,7 +53,6 @@ def reproduce(
     """Reproduce a figure or table of the paper: train and measure what is missing, tabulate, draw."""
     from flatlab import figure_files, reproduce
     from flatlab.cli import display
-    from flatlab.files import strict_json
 
     if draw_only:
         redraw(chosen, name, reference=reference)

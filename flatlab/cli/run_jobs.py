@@ -83,7 +83,6 @@ def _decode(wanted: set[tuple[str, int]], place: Any) -> None:
 def price(chosen: Choices, todo: list[Any], spec: Any) -> None:
     """Print jobs, passes and estimated time."""
     from flatlab.cli import display
-    from flatlab.files import strict_json
     from flatlab.jobs import plan as jobs_plan
 
     seconds, source = jobs_plan.seconds_per_pass(chosen.runs(), spec.model, spec.image_size)
@@ -134,7 +133,6 @@ def in_order(name: str) -> list[Any]:
 def redraw(chosen: Choices, name: str, *, reference: bool) -> None:
     """Draw a figure or table again, or all of them, from the files in the folder of the pictures."""
     from flatlab import reproduce
-    from flatlab.files import strict_json
 
     chosen.refuse(sorted(chosen.written - DRAWING), "with --draw-only")
     names = sorted(reproduce.analyses(), key=in_order) if name == "all" else [name]
@@ -145,7 +143,7 @@ def redraw(chosen: Choices, name: str, *, reference: bool) -> None:
         except UserError as error:
             failed.append(str(error))
     if chosen.json:
-        typer.echo(strict_json({"written": list(map(str, written))}))
+        chosen.answer_facts({"written": list(map(str, written))}, "")
     elif written:
         show_written(written)
     if failed:
