@@ -152,7 +152,7 @@ def test_dry_run_begins_nothing(flatlab, tmp_path, held_out):
 def test_flatness_of_several_runs(flatlab, store, tmp_path):
     runs = digests(store).values()
     given = ("flatness", *runs, "--radii", "0:3:1", "--samples", 4, "--images", 20, "--store", store, "--out", tmp_path)
-    answer = flatlab(*given, "--split", "target", "--normalisation", "filter")
+    answer = flatlab(*given, "--domains", "target", "--normalisation", "filter")
     assert answer.code == 0 and "held-out domain" in answer.out and "flatness.csv" in answer.err
     latent = flatlab(*given, "--space", "latent", "--params", "features.0*", "--json")
     assert latent.code == 0, latent.err

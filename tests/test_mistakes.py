@@ -95,7 +95,7 @@ MEASURE = {  # of the finished run
     "--samples few": r"--samples.*integer",
     "--samples 10 --block-size 5": r"--block-size does nothing with --samples",
     "--images 0": r"--images .*>= 1.* 0\.",
-    "--split both": r"split 'both'.*: source, target\.",
+    "--domains both": r"domains 'both'.*: source, target\.",
     "--normalisation row": r"normalisation 'row'.*: none, filter, layer, parameter\.",
     "--space flat": r"space 'flat'.*: baked, latent\.",
     "--space latent": r"--space latent",
@@ -304,7 +304,7 @@ def test_a_worker_s_bug_is_told_as_such(mistake, tmp_path, monkeypatch):
     [
         (lambda: SMOKE.replace(bits=17), "Setting: bits must be at most 16, got 17."),
         (lambda: SMOKE.replace(lr=0.0), "Setting: lr must be greater than 0.0, got 0.0."),
-        (lambda: SMOKE.replace(stepps=3), "Setting has no field 'stepps'; its fields are name, dataset, "),
+        (lambda: SMOKE.replace(stepps=3), "Setting has no field 'stepps'; its fields are "),
         (lambda: SphereSpec.make(radii=(0.0,), space="flat"), "space must be 'baked' or 'latent', got 'flat'."),
         (lambda: RunSpec.make(dataset="digits"), "RunSpec: the field 'held_out' is missing."),
         (lambda: SMOKE.replace(steps="ten"), "Setting: steps must be a valid integer, got 'ten'."),

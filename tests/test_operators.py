@@ -187,6 +187,21 @@ def test_bad_input_is_refused():
         Fisher(cases.Quadratic(torch.eye(3)).landscape())
 
 
+def test_a_loss_that_weighs_samples_has_a_ggn_and_no_fisher():
+    x, y = normal("weighed", shape=(6, 3)).double(), torch.tensor([0, 1, 1, 0, 1, 0])
+    weights = torch.tensor([1.0, 4.0, 0.0, 2.0, 0.5, 1.0])
+
+    def loss(outputs, targets):
+        labels, weight = targets[:, 0].long(), targets[:, 1]
+        return nn.functional.cross_entropy(outputs, labels, reduction="none") * weight, weight
+
+    landscape = Landscape(nn.Linear(3, 2).double().eval(), [(x, torch.stack([y, weights], dim=1))], loss)
+    agree(GGN(landscape), Hessian(landscape) @ torch.eye(landscape.num_params).double())  # equal for a linear network
+    for kind in ("expected", "empirical"):
+        with pytest.raises(UserError, match=r"the loss returns a pair \(sums, weights\): use GGN"):
+            Fisher(landscape, kind=kind)
+
+
 def test_a_model_with_a_nest_of_outputs_has_no_ggn():
     class Nest(nn.Linear):
         def forward(self, x):

@@ -85,8 +85,8 @@ def test_unweighted_batches_are_caught(monkeypatch, which):
 
 
 def test_a_halved_trace_is_caught(monkeypatch):
-    original = trace._measurement
-    monkeypatch.setattr(trace, "_probe", lambda *args: original(*args) / 2)
+    original = trace._products_of
+    monkeypatch.setattr(trace, "_products_of", lambda *args, **kwargs: original(*args, **kwargs) / 2)
     failed = failures(selftest._spectra, selftest._coverage)
     assert "cpu: quadratic, trace (Hutchinson)" in failed and "cpu: trace, 90% intervals that hold it" in failed
 

@@ -236,7 +236,7 @@ def test_worst_is_above_the_average_and_above_any_point(seed, norm):
 def test_what_does_not_do_is_said():
     landscape = cases.make("mlp").landscape()
     for way in (average_sharpness, worst_sharpness):
-        with pytest.raises(UserError, match="radii must be finite numbers of at least 0"):
+        with pytest.raises(UserError, match="radii must be one or more finite numbers >= 0"):
             way(landscape, [-1.0])
         with pytest.raises(UserError, match="Unknown norm 'l1'.*: l2, linf"):
             way(landscape, [0.1], norm="l1")

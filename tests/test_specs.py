@@ -126,7 +126,7 @@ def test_a_trajectory_is_all_but_the_average_and_a_parent_all_before_the_switch(
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"bits": 7}, r"^RunSpec has no field 'bits'; it has dataset, held_out, .*, combine\.$"),
+        ({"bits": 7}, r"^RunSpec has no field 'bits'; its fields are dataset, held_out, .*, combine\.$"),
         ({"steps": "10"}, r"^RunSpec: steps must be a valid integer, got '10'\.$"),
         ({"steps": 10.0}, r"^RunSpec: steps must be a valid integer, got 10\.0\.$"),
         ({"steps": 0}, r"^RunSpec: steps must be at least 1, got 0\.$"),

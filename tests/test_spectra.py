@@ -176,7 +176,7 @@ def test_tables_are_tidy_and_densities_integrate_to_one(store):
 
 def test_the_command_prints_and_draws(store, tmp_path, capsys):
     words = ["hessian", ERM.digest[:8], "-k", 1, "--images", 8, "--starts", 1, "--lanczos-steps", 4, "--tol", 0.1]
-    words += ["--trace-budget", 32, "--split", "source", "--split", "rot0,rot45", "--store", store.root]
+    words += ["--trace-budget", 32, "--domains", "source", "--domains", "rot0,rot45", "--store", store.root]
     assert commandline.call(*words, "--out", tmp_path, "--json") == 0
     rows = json.loads(capsys.readouterr().out)
     assert {row["domains"] for row in rows} == {"source", "rot0,rot45"}
@@ -190,10 +190,10 @@ def test_the_command_prints_and_draws(store, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (("--split", "rot7"), "Unknown domain 'rot7'"),
-        (("-k", "99999999"), "k must lie between 1 and the 33658 parameters, got 99999999"),
+        (("--domains", "rot7"), "Unknown domain 'rot7'"),
+        (("-k", "99999999"), "-k must be an integer <= 10000, got 99999999"),
         (("--engine", "hessianpy"), "Unknown engine 'hessianpy'"),
-        (("--which", "LM"), "Unknown end of the spectrum 'LM'"),
+        (("--which", "LM"), "Unknown which 'LM'; did you mean LA?"),
         (("--params", "nothing*"), "No trainable parameter matches 'nothing*'"),
         (("--tol", "0"), "--tol must be a number > 0, got 0.0"),
     ],

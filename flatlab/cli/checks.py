@@ -121,9 +121,9 @@ def start(todo: "Sequence[Job]", place: "Place") -> None:
             build_network(model, num_classes=2, weights=weights if weights == "imagenet" else str(place.weights_file))
 
 
-def domains(splits: "Iterable[str]", place: "Place", dataset: str) -> None:
+def domains(groups: "Iterable[str]", place: "Place", dataset: str) -> None:
     """Refuse unknown domains; "source" and "target" are always known."""
-    names = [name.strip() for each in splits if each not in ("source", "target") for name in each.split(",")]
+    names = [name.strip() for each in groups if each not in ("source", "target") for name in each.split(",")]
     if names:
         known = catalog.domain_names(dataset, Path(place.data_dir) if place.data_dir else None)
         for name in names:

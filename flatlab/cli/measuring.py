@@ -48,7 +48,7 @@ AUDIT = asked(ScaleAuditSpec, "most", "checkpoint", "images", samples="num_sampl
 ROUNDING = asked(RoundingSpec, "checkpoint", "images", samples="num_samples")
 
 
-@commands.command(epilog="Example: `flatlab flatness ERM QT-DoG --held-out rot45 --radii 0:3:0.5 --split target`")
+@commands.command(epilog="Example: `flatlab flatness ERM QT-DoG --held-out rot45 --radii 0:3:0.5 --domains target`")
 @takes(*NAMED, "data_dir", *RUNNING, "out", asks=SPHERE)
 def flatness(
     chosen: Choices,
@@ -62,7 +62,7 @@ def flatness(
             "network 0:60:5."
         ),
     ] = None,
-    split: Annotated[str, typer.Option(help="Domains: source (trained on) or target (held out).")] = "source",
+    domains: Annotated[str, typer.Option(help="source (trained on) or target (held out).")] = "source",
 ) -> None:
     """Measure how fast the loss rises around trained runs: F on spheres (QT-DoG Eq. 5), with intervals."""
     from flatlab import reproduce
@@ -71,7 +71,7 @@ def flatness(
     from flatlab.specs.rises import ByRise
     from flatlab.specs.settings import QUICK, papers_radii
 
-    store, panel = chosen.runs(), choose("split", split, TITLES)
+    store, panel = chosen.runs(), choose("domains", domains, TITLES)
     if fields["num_samples"] is not None:
         chosen.refuse(("rel_error", "abs_error", "budget", "block_size"), "with --samples")
     found = chosen.found(runs)
@@ -128,17 +128,17 @@ def noise(
     show_written(written)
 
 
-@commands.command(epilog="Example: `flatlab hessian 3f2a --split source --split target -k 5 --images 200`")
+@commands.command(epilog="Example: `flatlab hessian 3f2a --domains source --domains target -k 5 --images 200`")
 @takes(*NAMED, "data_dir", *RUNNING, "out", asks=SPECTRUM)
 def hessian(
     chosen: Choices,
     runs: Runs,
     fields: dict[str, Any],
-    split: Annotated[
+    domains: Annotated[
         list[str] | None,
         typer.Option(
-            help="Domains: source (trained on; the default), target (held out), or names separated by commas, of equal "
-            "weight. Repeatable."
+            help="source (trained on; the default), target (held out), or names separated by commas, of equal weight. "
+            "Repeatable."
         ),
     ] = None,
 ) -> None:
@@ -147,10 +147,10 @@ def hessian(
     from flatlab.report import spectrum
 
     store, found = chosen.runs(), chosen.found(runs)
-    checks.domains(split or (), *reproduce.place_of(found, chosen.place()))
+    checks.domains(domains or (), *reproduce.place_of(found, chosen.place()))
     engines = dict.fromkeys(("flatlab", fields.pop("engine")))
-    splits = split or ["source"]
-    measurements = [SpectrumSpec.make(domains=each, engine=name, **fields) for each in splits for name in engines]
+    groups = domains or ["source"]
+    measurements = [SpectrumSpec.make(domains=each, engine=name, **fields) for each in groups for name in engines]
     if not measured(chosen, found, measurements):
         return
     wanted = [(run.name, run.spec, measurement) for run in found for measurement in measurements]

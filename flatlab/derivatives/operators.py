@@ -44,6 +44,8 @@ class Around(Protocol):
     def num_params(self) -> int: ...  # noqa: D102
     @property
     def point(self) -> Tensor: ...  # noqa: D102
+    @property
+    def weighs_samples(self) -> bool: ...  # noqa: D102
     def split(self, vector: Tensor) -> list[Tensor]: ...  # noqa: D102
     def terms(self) -> list[Term]: ...  # noqa: D102
     def check_curvature(self) -> None: ...  # noqa: D102

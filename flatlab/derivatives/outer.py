@@ -76,6 +76,9 @@ class Fisher(_OuterProduct):
             label smoothing; "empirical" takes the data's labels, the mean of g g' over the samples' gradients g, which
             is another matrix (Kunstner et al. 2019).
         method, fold: as for any curvature.
+
+    Raises:
+        UserError: if the loss weighs the samples itself, by a pair (sums, weights).
     """
 
     name = "Fisher matrix"
@@ -89,6 +92,11 @@ class Fisher(_OuterProduct):
         fold: bool = True,
     ) -> None:
         self.kind = choose("kind of Fisher matrix", kind, ("expected", "empirical"))
+        if landscape.weighs_samples:
+            raise UserError(
+                f"The {self.name} is a mean over samples of equal weight, but the loss returns a pair (sums, weights):"
+                " use GGN, or hand in a loss with one number per sample."
+            )
         super().__init__(landscape, method=method, fold=fold)
 
     def _middle(self, outputs: Tensor, total: Callable[[Any], Tensor], count: float) -> Callable[[Tensor], Tensor]:

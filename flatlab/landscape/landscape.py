@@ -126,6 +126,13 @@ class Landscape:
             self._weights = self._weigh(self.loss)
         return self._weights
 
+    @property
+    def weighs_samples(self) -> bool:
+        """Whether the loss returns a pair (sums, weights), so that samples have unequal weight."""
+        first = spread(self._batches[0], 1)[0]
+        with self._visiting(), torch.no_grad():
+            return weight(self.loss, self._forward(first.inputs), first) is not None
+
     def as_point(self, vector: Tensor) -> Tensor:
         """Return a flat vector (P,) in the dtype and on the device of the point."""
         if vector.shape != self._w0.shape:
