@@ -61,7 +61,7 @@ IDLE = {  # what makes no sense -> what is said
 def asked(monkeypatch):
     """The runs that a dry run would train."""
     found = []
-    monkeypatch.setattr("flatlab.cli.training.price", lambda _, todo, __: found.extend(todo[-1].runs))
+    monkeypatch.setattr("flatlab.cli.run_jobs.price", lambda _, todo, __: found.extend(todo[-1].runs))
     return found
 
 

@@ -15,6 +15,7 @@ from flatlab import reproduce
 from flatlab.resources import published
 from flatlab.specs.settings import PAPER, SMOKE
 
+pytestmark = pytest.mark.timeout(900)  # the fixture makes every figure
 REDRAW = ("reproduce", "all", "--draw-only", "--out")
 COLUMNS = ["panel", "normalisation", "method", "held_out", "seed", "radius"]
 COLUMNS += ["value", "stderr", "low", "high", "over", "published", "rise", "base_loss", "chance"]
