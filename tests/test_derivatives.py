@@ -239,7 +239,7 @@ def test_replicas_on_several_devices_are_refused():
     wrapped = nn.DataParallel(case.model).eval()
     landscape = cases.Case(wrapped, case.inputs, case.targets).landscape()
     wrapped.device_ids = [0, 1]
-    with pytest.raises(UserError, match=r"is a DataParallel on 2: hand in its `.module`"):
+    with pytest.raises(UserError, match=r"is a DataParallel on 2: pass its `.module`"):
         Hessian(landscape)
 
 

@@ -184,7 +184,7 @@ BROKEN = torch.full((4, 4), float("nan"))
         (ONES, ONES, {"step": BROKEN}, "step size holds 16"),
         (ONES, ONES, {}, "before quantization"),
         (0 * ONES, 0 * ONES, {"step": 1.0}, "only zeros"),
-        (ONES, ONES, {"normalise": True}, "hand in step"),
+        (ONES, ONES, {"normalise": True}, "pass step"),
         (ONES, ONES, {"bins": 1}, "bins must be an integer >= 2"),
         (9 * torch.rand(4, 4) + 1, ONES, {"step": 1e-3}, "are not clipped"),
     ],

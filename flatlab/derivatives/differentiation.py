@@ -81,7 +81,7 @@ def measure(
     """Try what `method` allows on one batch.
 
     With a `single` batch the graph is kept and nothing is faster, so forward mode is tried only where backwards fails.
-    Forward mode is always held against the other way, even where it is asked for: some of torch's formulas are wrong.
+    Forward mode is always compared with the other way, even where it is asked for: some of torch's formulas are wrong.
 
     Returns:
         the choice, and the graph where one was built.

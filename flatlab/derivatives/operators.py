@@ -215,7 +215,7 @@ class Curvature(ABC):
 class Hessian(Curvature):
     """The matrix of second derivatives of the mean loss, in nats per squared unit of the parameters.
 
-    The kinks of ReLU have no curvature that autograd sees: this is the Hessian almost everywhere.
+    Autograd ignores the curvature at the kinks of ReLU: this is the Hessian almost everywhere.
     """
 
     name = "Hessian"
@@ -241,5 +241,5 @@ def _refuse_parallel(model: nn.Module) -> None:
         if isinstance(module, nn.DataParallel) and len(module.device_ids) > 1:
             raise UserError(
                 f"Curvature needs a model on one device, but {name or 'the model'} is a DataParallel on"
-                f" {len(module.device_ids)}: hand in its `.module`."
+                f" {len(module.device_ids)}: pass its `.module`."
             )

@@ -95,7 +95,7 @@ class Fisher(_OuterProduct):
         if landscape.weighs_samples:
             raise UserError(
                 f"The {self.name} is a mean over samples of equal weight, but the loss returns a pair (sums, weights):"
-                " use GGN, or hand in a loss with one number per sample."
+                " use GGN, or pass a loss with one number per sample."
             )
         super().__init__(landscape, method=method, fold=fold)
 

@@ -75,7 +75,7 @@ class Gathered(NamedTuple):
 
     batch: Batch
     block: Block
-    targets: list[Batch]  # of each part, cut once: a loss knows no inputs
+    targets: list[Batch]  # of each part, cut once: a loss takes no inputs
 
 
 class Samples:

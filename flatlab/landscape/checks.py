@@ -62,7 +62,7 @@ def refuse_rewriting(model: nn.Module) -> None:
 
 
 def refuse_training(model: nn.Module) -> None:
-    """Refuse a model of which any part is in training mode: dropout is on, BatchNorm looks at the batch."""
+    """Refuse a model of which any part is in training mode: dropout is on, BatchNorm uses batch statistics."""
     for name, module in model.named_modules():
         if module.training:
             raise UserError(

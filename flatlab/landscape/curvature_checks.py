@@ -26,7 +26,7 @@ from flatlab.tensors.nested import Batch, converted
 Loss = Callable[[Sequence[Tensor]], Tensor]
 """The mean loss on a few samples, of tensors with the shapes of the parameters."""
 
-SAMPLED = 8  # samples that it looks at
+SAMPLED = 8  # samples that the check uses
 DRAWS = 2  # what fails must fail along new directions from another point too
 AWAY = 1e-3  # of each tensor's size: how far the point is moved
 STEPS = (1e-5, 1e-7, 1e-8)  # of each tensor's size; 1e7 activations change sides 0.1 times at the last

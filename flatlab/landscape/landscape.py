@@ -74,7 +74,7 @@ class Landscape:
         self._w0 = flatten(self._tensors)
         sources = data if isinstance(data, Mapping) else {"all": data}
         if not sources:
-            raise UserError("The data hold no stratum: hand in {name: batches} with at least one name.")
+            raise UserError("The data hold no stratum: pass {name: batches} with at least one name.")
         # A DataLoader draws from torch's global generator each time it is read; other draws must not change.
         with torch.random.fork_rng(devices=[]):
             kept = read_strata(sources, self._w0.device, check=check)

@@ -40,7 +40,7 @@ def check_values(model: Forward, batches: Sequence[Batch], total: Total, weigh: 
     """Return the sum of the losses of a stratum and its weight; refuse one that depends on how samples are joined.
 
     Each sample passes the model twice: in its batch, and in a half of it, or with others where it is a batch of its
-    own. The loss is held against those of small pieces, and those of samples from different batches against that of
+    own. The loss is compared with those of small pieces, and those of samples from different batches against that of
     all of them: batches of one class each, or of one sample, have the same mean whatever the weights.
     """
     sums, weights, across = list[Tensor](), list[Tensor | None](), list[Batch]()

@@ -59,7 +59,7 @@ def quantization_noise(
     if w.shape != w_q.shape:
         raise UserError(f"weight and quantized must have the same shape, got {w.shape} and {w_q.shape}.")
     if normalise and step is None:
-        raise UserError("Noise is normalised by its step sizes: hand in step=..., or leave normalise out.")
+        raise UserError("Noise is normalised by its step sizes: pass step=..., or leave normalise out.")
     if bins < 2:
         raise UserError(f"bins must be an integer >= 2, got {bins}.")
     alive = np.broadcast_to(_alive(w), w.shape)
@@ -105,6 +105,6 @@ def _no_noise(w: FloatArray, noise: FloatArray) -> str:
     if len(noise) < FEWEST:
         return f"Only {len(noise)} of {w.size} weights are not clipped; a distribution needs {FEWEST} at least."
     return (
-        f"The noise is {noise[0]:g} at each of {len(noise)} weights, so it has no distribution: hand in the weights "
+        f"The noise is {noise[0]:g} at each of {len(noise)} weights, so it has no distribution: pass the weights "
         "before quantization (a baked network has only those after it)."
     )

@@ -74,7 +74,5 @@ def kinks_of(model: nn.Module) -> tuple[str, ...]:
 def _radii(landscape: Landscape, trace: Trace) -> FloatArray:
     size = abs(trace.trace.value)
     if not size > 0:
-        raise UserError(
-            "The trace of the Hessian is zero or not finite here, so that no radius suits it: hand in radii."
-        )
+        raise UserError("The trace of the Hessian is zero or not finite here, so that no radius suits it: pass radii.")
     return np.asarray(np.sqrt(2 * landscape.num_params * np.geomspace(*RISES) / size))

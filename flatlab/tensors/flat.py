@@ -38,7 +38,7 @@ def select(model: nn.Module, pattern: str | Iterable[str] | None = None) -> dict
         if any(fnmatchcase(name, each) for each in patterns):
             chosen.setdefault(id(parameter), (name, parameter))
     if not chosen:
-        raise UserError("An empty list of patterns selects no parameter: name one, or hand in None for all.")
+        raise UserError("An empty list of patterns selects no parameter: name one, or pass None for all.")
     return dict(chosen.values())
 
 

@@ -22,7 +22,7 @@ def total(loss: Metric, outputs: Any, batch: Batch) -> Tensor:
     Args:
         loss: gives the mean over the samples, a vector of per-sample losses, or a pair of per-sample sums and weights.
         outputs: of the model.
-        batch: whose targets they are held against.
+        batch: whose targets they are compared with.
 
     Raises:
         UserError: where the loss gives none of these.

@@ -39,18 +39,18 @@ def read(name: object, source: Data, device: torch.device, *, check: bool = True
     """
     if isinstance(source, Iterator):
         raise UserError(
-            f"The data of {name!r} are a one-shot iterator, but must be read twice: hand in a list or a DataLoader."
+            f"The data of {name!r} are a one-shot iterator, but must be read twice: pass a list or a DataLoader."
         )
     batches = [] if copy else list(_pairs(source, device))
     if copy or _overlap(batches):  # A loader that refills one buffer would leave us its last batch many times.
         batches = [_map_batch(torch.clone, batch) for batch in _pairs(source, device)]
     if not batches:
-        raise UserError(f"The data of {name!r} hold no sample: hand in at least one batch that is not empty.")
+        raise UserError(f"The data of {name!r} hold no sample: pass at least one batch that is not empty.")
     if check:
         for first, second in zip_longest(batches, _pairs(source, device)):
             if first is None or second is None or not near(first[:2], second[:2]):
                 raise UserError(
-                    f"Two passes over the data of {name!r} differ: hand in a loader that neither shuffles nor"
+                    f"Two passes over the data of {name!r} differ: pass a loader that neither shuffles nor"
                     " augments (shuffle=False, the test transform) and can be read again."
                 )
     return batches

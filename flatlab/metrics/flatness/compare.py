@@ -44,7 +44,7 @@ def compare_flatness(
     if not a.shares_data(b):
         raise UserError(
             "A comparison needs the same data in the same order, but the two landscapes lie over different samples"
-            f" ({a.num_samples:,} and {b.num_samples:,}): hand in the same batches."
+            f" ({a.num_samples:,} and {b.num_samples:,}): pass the same batches."
         )
     sampler = Sampler([a, b], base_seed(seed), check_normalisation(normalisation, a), value=_difference)
     return paired_difference(*sample(sampler, radii, num_samples, (rel_error, abs_error), budget, report=report))

@@ -87,7 +87,7 @@ def _check(first: Landscape, second: Landscape, grid: int) -> None:
             f" ({first.num_params:,} and {second.num_params:,} numbers)."
         )
     if not first.shares_data(second):
-        raise UserError("A line between two checkpoints needs the same data in the same order: hand in the same.")
+        raise UserError("A line between two checkpoints needs the same data in the same order: pass the same.")
     whole("grid", grid, least=3)  # a barrier lies between the ends
     if first.sizes.min() < FEWEST:
         raise UserError(f"Each stratum is cut in halves, and needs at least {FEWEST} images, but one has fewer.")

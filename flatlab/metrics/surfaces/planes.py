@@ -156,7 +156,7 @@ def _tolerance(refine: float | None) -> float | None:
 def _metrics(landscape: Landscape, metrics: Mapping[str, Metric] | None) -> dict[str, Metric]:
     if metrics is not None:
         if not metrics:
-            raise UserError("No metric was named: hand in {name: function}, or None for loss and accuracy.")
+            raise UserError("No metric was named: pass {name: function}, or None for loss and accuracy.")
         return dict(metrics)
     named: dict[str, Metric] = {"loss": landscape.loss}
     return named if landscape.evaluate().accuracy is None else {**named, "accuracy": correct}
