@@ -15,18 +15,19 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from flatlab import plots
+from flatlab.analysis import Analysis, by_method, crossed, from_table
 from flatlab.report import tables, verdicts
 from flatlab.report.areas import UP_TO, areas, limits, named_by_rise
 from flatlab.report.panels import SOURCE, TARGET, TITLES
 from flatlab.resources import published
 from flatlab.specs.measurements import SphereSpec
-from flatlab.specs.methods import METHODS, radii_by_rise, replicates
-from flatlab.specs.run import RunSpec
+from flatlab.specs.methods import radii_by_rise
 from flatlab.specs.settings import PAPER, Setting
 from flatlab.store.runs import RunStore
 
 BASELINE = "ERM"
 ORDER = ("ERM", "SAM", "SWA", "SWAD", "QT-DoG")
+labelled = by_method(ORDER)
 PAIRS = [("QT-DoG", other) for other in ORDER[:-1]] + [(other, BASELINE) for other in ORDER[1:-1]]
 COLUMNS = ["panel", "normalisation", "method", "held_out", "seed", "radius"]
 COLUMNS += ["value", "stderr", "low", "high", "over", "published", "rise", "base_loss", "chance"]
@@ -51,17 +52,6 @@ def measurements(setting: Setting) -> list[SphereSpec]:
         SphereSpec.make(radii=setting.radii or risen, normalisation="none", **shared),
         SphereSpec.make(radii=risen, normalisation="filter", **shared),
     ]
-
-
-def labelled(setting: Setting) -> list[tuple[str, RunSpec]]:
-    """Return each run with its method's name."""
-    return [(name, spec) for name in ORDER for spec in replicates(METHODS[name], setting)]
-
-
-def plan(setting: Setting) -> tuple[list[RunSpec], list[tuple[RunSpec, SphereSpec]]]:
-    """Return the runs and the measurements that the figure needs."""
-    runs = [spec for _, spec in labelled(setting)]
-    return runs, [(run, measurement) for run in runs for measurement in measurements(setting)]
 
 
 def table(store: RunStore, setting: Setting) -> pd.DataFrame:
@@ -218,3 +208,19 @@ def _differences(ax: Axes, rows: pd.DataFrame) -> None:
     ax.set_xlabel("nats (left of 0: the first is flatter)")
     ax.grid(visible=False, axis="y")
     ax.legend(fontsize=7, loc="lower center", ncols=2)
+
+
+FIGURE = Analysis(
+    __name__,
+    __doc__,
+    BASELINE,
+    labelled=labelled,
+    measured=lambda setting: crossed(labelled(setting), measurements(setting)),
+    table=table,
+    findings=findings,
+    summary=summary,
+    summary_title=SUMMARY,
+    remarks=remarks,
+    caption=caption,
+    draw=from_table(draw),
+)
