@@ -202,12 +202,12 @@ def _differences(ax: Axes, rows: pd.DataFrame) -> None:
         ax.plot(mine["value"], heights, "o", color=color, markerfacecolor="white", label=word)
         sure = (mine["p_holm"] < verdicts.LEVEL).to_numpy()
         ax.plot(mine["value"][sure], heights[sure], "o", color=color)
-    ax.axvline(0, color="0.3", linewidth=0.8)
-    ax.set(yticks=range(len(PAIRS)), yticklabels=names, ylim=(len(PAIRS) + 0.3, -0.5))
+    ax.vlines(0, -0.5, len(PAIRS) - 0.5, color="0.3", linewidth=0.8)  # ends above the legend
+    ax.set(yticks=range(len(PAIRS)), yticklabels=names, ylim=(len(PAIRS) + 0.5, -0.5))
     ax.set(title=f"Difference in mean $F$ up to {SYMBOLS[rows['normalisation'].iloc[0]]} = {rows['radius'].max():g}")
     ax.set_xlabel("nats (left of 0: the first is flatter)")
     ax.grid(visible=False, axis="y")
-    ax.legend(fontsize=7, loc="lower center", ncols=2)
+    ax.legend(fontsize=7, loc="lower center", ncols=2, handletextpad=0.2, columnspacing=1)
 
 
 FIGURE = Analysis(

@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "resources": "",
     "arguments": "errors",
     "files": "errors",
-    "plots": "files errors",
+    "plots": "files",
     # what is asked for, where it lies, what comes out: without torch
     "specs": "",
     "results": "",
