@@ -1,4 +1,4 @@
-"""Pictures of GradCAM as the paper lays them out, and the numbers that a picture does not tell.
+"""Pictures of GradCAM as the paper lays them out, and the numbers behind them.
 
 One class serves Figures 6, 7 and 9 to 12: they differ in targets, images and layout.
 """

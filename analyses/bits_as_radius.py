@@ -1,8 +1,8 @@
 """What a bit width is worth as a radius: rounding noise beside random directions of its length (no figure of QT-DoG).
 
-The paper takes quantization noise for a random step that finds flat minima. Around the latent weights of each run the
-loss is looked at where rounding puts them, at 8 to 2 bits, and along random twins of that noise under two nulls: as
-long on the whole, and as long in each channel. The norm of the noise is its radius in Figure 3.
+The paper treats quantization noise as a random step that finds flat minima. Around the latent weights of each run the
+loss is evaluated at the rounded weights, at 8 to 2 bits, and along random directions under two nulls: of the same norm
+overall, and of the same norm in each channel. The norm of the noise is its radius in Figure 3.
 """
 
 from typing import Any
@@ -22,7 +22,7 @@ ORDER = ("ERM", "QT-DoG")
 labelled = by_method(ORDER)
 IMAGES, DIRECTIONS = 64, 48  # of each domain; beside each perturbation: a typical spread is known to 10 %
 LAYER_BITS = (4,)
-MOST = 5  # layers that are told one by one
+MOST = 5  # layers that are listed one by one
 SUMMARY = "Rise by rounding in standard deviations above random directions (z), source domains, means over held-out "
 SUMMARY += "domains and seeds; 95 % intervals over seeds, each alone; * p < 0.05 after Holm over the lines of a column"
 

@@ -2,8 +2,9 @@
 
 Each domain is held out in turn. F is the mean rise of the loss at distance gamma in a random direction (Eq. 5),
 measured around the checkpoint that training-domain validation selects. Below the published panels stand
-their filter-normalised twins, which large weights cannot flatter. Radii are those where ERM's loss has risen by so
-many nats, but for the paper's own network; what decides is the mean of F up to ERM's rise of 0.5 nats.
+their filter-normalised twins, which do not depend on the scale of the weights. Radii are those at which ERM's loss
+has risen by given amounts, except for the paper's own network; the primary quantity is the mean of F up to ERM's rise
+of 0.5 nats.
 """
 
 from typing import Any
@@ -63,7 +64,7 @@ def table(store: RunStore, setting: Setting) -> pd.DataFrame:
 
 
 def findings(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return the differences of the pairs that the paper speaks of: in the mean of F (primary), and at each radius.
+    """Return the differences of the pairs that the paper compares: in the mean of F (primary), and at each radius.
 
     Families: for each panel and normalisation the pairs, and secondly the radii times pairs. A radius counts up to
     ERM's rise of 0.5 nats, and where no method's loss has reached chance; the others have no verdict.

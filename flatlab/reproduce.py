@@ -114,19 +114,19 @@ def carry_out(todo: list[Job], store: RunStore, place: Place, *, workers: int, o
     plan = WorkPlan(store=str(store.root.resolve()), place=place, jobs=tuple(todo))
     errors = local.run_locally(plan, workers=workers, on_event=on_event)
     if errors:
-        raise UserError(*_told(errors)) from _traces(errors)
+        raise UserError(*_sentences(errors)) from _traces(errors)
 
 
-def _told(errors: list[dict[str, Any]]) -> list[str]:
-    """Say what went wrong once: for each sentence the first job that met it, and how many others."""
+def _sentences(errors: list[dict[str, Any]]) -> list[str]:
+    """Return each error once, with the first job that raised it and the number of others."""
     jobs_by_sentence: dict[str, list[str]] = {}
     for event in errors:
         jobs_by_sentence.setdefault(event["error"], []).append(event["job"])
-    told = []
+    found = []
     for sentence, names in jobs_by_sentence.items():
         others = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-        told.append(f"{names[0]}{others}: {sentence}")
-    return told
+        found.append(f"{names[0]}{others}: {sentence}")
+    return found
 
 
 def _traces(errors: list[dict[str, Any]]) -> WorkerError | None:
