@@ -5,7 +5,7 @@ percent, at the checkpoint that training-domain validation selects; intervals ar
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from analyses import _rank_agreement
 from analyses._percent import BY, Panel, accuracies, ensembles, over_datasets, over_members, over_seeds
 from flatlab import plots
+from flatlab.analysis import Analysis, from_table
 from flatlab.report import verdicts
 from flatlab.report.panels import ACCURACY, SOURCE, TARGET
 from flatlab.resources import published
@@ -101,10 +102,6 @@ class PaperTable:
     def labelled(self, setting: Setting) -> list[tuple[str, RunSpec]]:
         """Return each run with its line's name."""
         return [(line.label, run) for one in setting.each for line in self.lines for run in line.runs(one)]
-
-    def plan(self, setting: Setting) -> tuple[list[RunSpec], list[Any]]:
-        """Return the runs that the table needs; it measures nothing."""
-        return [run for _, run in self.labelled(setting)], []
 
     def table(self, store: RunStore, setting: Setting) -> pd.DataFrame:
         """Return accuracies in percent: of each run, over seeds of each held-out domain and of their mean.
@@ -252,6 +249,37 @@ class PaperTable:
             axes=("Accuracy (%)", "Difference (points)"),
             caption=caption,
         )
+
+    def figure(self, module: str, doc: str) -> Analysis:
+        """Return what the module of the table declares."""
+        return Analysis(
+            module,
+            doc,
+            self.baseline,
+            labelled=self.labelled,
+            table=self.table,
+            findings=self.findings,
+            summary=self.summary,
+            summary_title=SUMMARY,
+            remarks=self.remarks,
+            caption=self.caption,
+            draw=from_table(self.draw),
+            sheet=self.sheet,
+            as_published=self.as_published,
+        )
+
+
+def domains_table(number: str, dataset: str) -> PaperTable:
+    """Return a table of the accuracies on each held-out domain of a data set (Tables 7 and 8)."""
+    names = {"ERM": "ERM (our runs)", **{name: name for name in ("SWAD", "EoA", "QT-DoG", "EoQ")}}
+    lines = tuple(Line(name, name, printed={"algorithm": theirs}) for name, theirs in names.items())
+    return PaperTable(number, lines, {dataset: {"target": "Avg"}}, domains=True)
+
+
+def bit_widths(widths: Sequence[int]) -> tuple[Line, ...]:
+    """Return lines that differ in the bits of a weight alone, after that of ERM."""
+    quantized = (Line(f"{bits} bit", "QT-DoG", {"bits": bits}, {"bits": bits}) for bits in widths)
+    return (Line("ERM", "ERM", printed={"bits": 32}), *quantized)
 
 
 def _laid_out(rows: Mapping[str, Mapping[str, str]]) -> pd.DataFrame:

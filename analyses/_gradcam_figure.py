@@ -1,4 +1,4 @@
-"""Pictures of GradCAM as the paper lays them out, and the numbers that a picture does not tell.
+"""Pictures of GradCAM as the paper lays them out, and the numbers behind them.
 
 One class serves Figures 6, 7 and 9 to 12: they differ in targets, images and layout.
 """
@@ -16,10 +16,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from flatlab import files, plots
+from flatlab.analysis import Analysis, by_method, crossed
 from flatlab.report import tables, verdicts
 from flatlab.results.gradcam import agreement, energy
 from flatlab.specs.measurements import GradCAMSpec
-from flatlab.specs.methods import METHODS, radii_by_rise, replicates
+from flatlab.specs.methods import radii_by_rise
 from flatlab.specs.run import RunSpec
 from flatlab.specs.settings import Setting
 from flatlab.store.runs import RunStore
@@ -82,13 +83,7 @@ class CamFigure:
 
     def labelled(self, setting: Setting) -> list[tuple[str, RunSpec]]:
         """Return each run with its method's name."""
-        chosen = setting.replace(held_out=self.held_out(setting))
-        return [(name, spec) for name in METHODS_SHOWN for spec in replicates(METHODS[name], chosen)]
-
-    def plan(self, setting: Setting) -> tuple[list[RunSpec], list[tuple[RunSpec, GradCAMSpec]]]:
-        """Return the runs and the measurements that the figure needs."""
-        runs = [spec for _, spec in self.labelled(setting)]
-        return runs, [(run, self.measurement(setting)) for run in runs]
+        return by_method(METHODS_SHOWN)(setting.replace(held_out=self.held_out(setting)))
 
     def table(self, store: RunStore, setting: Setting) -> pd.DataFrame:
         """Return numbers of each run over images and of each method over seeds, and the pictures by run and index."""
@@ -151,6 +146,24 @@ class CamFigure:
             figure.suptitle(title, fontsize=9)
             figure.supxlabel("\n".join(textwrap.wrap(rest, 130)), fontsize=6, color="0.3")
         return figure
+
+    def figure(self, module: str, doc: str) -> Analysis:
+        """Return what the module of the figure declares."""
+        return Analysis(
+            module,
+            doc,
+            BASELINE,
+            labelled=self.labelled,
+            measured=lambda setting: crossed(self.labelled(setting), [self.measurement(setting)]),
+            table=self.table,
+            arrays=self.arrays,
+            findings=findings,
+            summary=summary,
+            summary_title=SUMMARY,
+            remarks=remarks,
+            caption=self.caption,
+            draw=self.draw,
+        )
 
 
 def findings(frame: pd.DataFrame) -> pd.DataFrame:

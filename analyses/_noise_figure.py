@@ -6,17 +6,18 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from flatlab import files
+from flatlab.analysis import Analysis, by_method
 from flatlab.report import quantization_noise, verdicts
 from flatlab.resources import published
 from flatlab.seeds import derive
 from flatlab.specs.measurements import QuantizationNoiseSpec
-from flatlab.specs.methods import METHODS, replicates
 from flatlab.specs.run import RunSpec
 from flatlab.specs.settings import Setting
 from flatlab.store.runs import RunStore
 
 BASELINE, METHOD = "ERM", "QT-DoG"
-PROBE = QuantizationNoiseSpec()
+labelled = by_method((BASELINE, METHOD))  # the baseline for the accuracies alone
+MEASUREMENT = QuantizationNoiseSpec()
 SUMMARY = "KL to the uniform (nats); corrected: less a uniform sample's, 95 % intervals over seeds, each alone; "
 SUMMARY += "* p < 0.05 after Holm over the layers; refused: share of runs in which the test alone refuses at 5 %"
 STAGES = ((64, 3), (128, 4), (256, 6), (512, 3))  # of ResNet-50: width and blocks
@@ -42,16 +43,6 @@ class NoiseFigure:
         facts = published()["figures"][self.number]
         return list(facts["kl_top_to_bottom"]) if "kl_top_to_bottom" in facts else [facts["kl"]]
 
-    @staticmethod
-    def labelled(setting: Setting) -> list[tuple[str, RunSpec]]:
-        """Return each run with its method's name: the quantized ones, and their baseline for the accuracies."""
-        return [(name, spec) for name in (BASELINE, METHOD) for spec in replicates(METHODS[name], setting)]
-
-    def plan(self, setting: Setting) -> tuple[list[RunSpec], list[tuple[RunSpec, QuantizationNoiseSpec]]]:
-        """Return the runs and the measurements that the figure needs."""
-        every = self.labelled(setting)
-        return [spec for _, spec in every], [(spec, PROBE) for label, spec in every if label == METHOD]
-
     def table(self, store: RunStore, setting: Setting) -> pd.DataFrame:
         """Return a row for each layer and mode of each run; `shown` marks those that are drawn."""
         frame = quantization_noise.statistics(store, self._measured(setting))
@@ -70,7 +61,7 @@ class NoiseFigure:
 
     @staticmethod
     def _measured(setting: Setting) -> list[tuple[str, RunSpec, QuantizationNoiseSpec]]:
-        return [(label, spec, PROBE) for label, spec in NoiseFigure.labelled(setting) if label == METHOD]
+        return [(label, spec, MEASUREMENT) for label, spec in labelled(setting) if label == METHOD]
 
     @staticmethod
     def _shown(frame: pd.DataFrame) -> pd.DataFrame:
@@ -121,6 +112,24 @@ class NoiseFigure:
     def draw(frame: pd.DataFrame, caption: str, arrays: files.Arrays) -> Figure:
         """Draw the layers that are marked."""
         return quantization_noise.draw(NoiseFigure._shown(frame), caption, arrays)
+
+    def figure(self, module: str, doc: str) -> Analysis:
+        """Return what the module of the figure declares."""
+        return Analysis(
+            module,
+            doc,
+            BASELINE,
+            labelled=labelled,
+            measured=lambda setting: [(spec, measurement) for _, spec, measurement in self._measured(setting)],
+            table=self.table,
+            arrays=self.arrays,
+            findings=self.findings,
+            summary=self.summary,
+            summary_title=SUMMARY,
+            remarks=self.remarks,
+            caption=self.caption,
+            draw=self.draw,
+        )
 
 
 def _by_lot(frame: pd.DataFrame, lot: int) -> str:

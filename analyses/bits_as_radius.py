@@ -1,8 +1,8 @@
 """What a bit width is worth as a radius: rounding noise beside random directions of its length (no figure of QT-DoG).
 
-The paper takes quantization noise for a random step that finds flat minima. Around the latent weights of each run the
-loss is looked at where rounding puts them, at 8 to 2 bits, and along random twins of that noise under two nulls: as
-long on the whole, and as long in each channel. The norm of the noise is its radius in Figure 3.
+The paper treats quantization noise as a random step that finds flat minima. Around the latent weights of each run the
+loss is evaluated at the rounded weights, at 8 to 2 bits, and along random directions under two nulls: of the same norm
+overall, and of the same norm in each channel. The norm of the noise is its radius in Figure 3.
 """
 
 from typing import Any
@@ -10,19 +10,19 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
+from flatlab.analysis import Analysis, by_method, crossed, from_table
 from flatlab.report import rounding, tables, verdicts
 from flatlab.report.panels import SOURCE, TITLES
 from flatlab.specs.measurements import RoundingSpec
-from flatlab.specs.methods import METHODS, replicates
-from flatlab.specs.run import RunSpec
 from flatlab.specs.settings import Setting
 from flatlab.store.runs import RunStore
 
 BASELINE = "ERM"
 ORDER = ("ERM", "QT-DoG")
+labelled = by_method(ORDER)
 IMAGES, DIRECTIONS = 64, 48  # of each domain; beside each perturbation: a typical spread is known to 10 %
 LAYER_BITS = (4,)
-MOST = 5  # layers that are told one by one
+MOST = 5  # layers that are listed one by one
 SUMMARY = "Rise by rounding in standard deviations above random directions (z), source domains, means over held-out "
 SUMMARY += "domains and seeds; 95 % intervals over seeds, each alone; * p < 0.05 after Holm over the lines of a column"
 
@@ -36,17 +36,6 @@ def measurement(setting: Setting) -> RoundingSpec:
         layer_bits=LAYER_BITS,
         granularity=setting.granularity,
     )
-
-
-def labelled(setting: Setting) -> list[tuple[str, RunSpec]]:
-    """Return each run with its method's name."""
-    return [(name, spec) for name in ORDER for spec in replicates(METHODS[name], setting)]
-
-
-def plan(setting: Setting) -> tuple[list[RunSpec], list[tuple[RunSpec, RoundingSpec]]]:
-    """Return the runs and the measurements that the figure needs."""
-    runs = [spec for _, spec in labelled(setting)]
-    return runs, [(run, measurement(setting)) for run in runs]
 
 
 def table(store: RunStore, setting: Setting) -> pd.DataFrame:
@@ -139,3 +128,19 @@ def caption(setting: Setting) -> str:
 def draw(frame: pd.DataFrame, caption: str) -> Figure:
     """Draw for each method the rises over the radius, and how typical the noise is."""
     return rounding.draw(frame[frame["over"] == "seeds"], caption)
+
+
+FIGURE = Analysis(
+    __name__,
+    __doc__,
+    BASELINE,
+    labelled=labelled,
+    measured=lambda setting: crossed(labelled(setting), [measurement(setting)]),
+    table=table,
+    findings=findings,
+    summary=summary,
+    summary_title=SUMMARY,
+    remarks=remarks,
+    caption=caption,
+    draw=from_table(draw),
+)

@@ -10,11 +10,11 @@ from matplotlib.figure import Figure
 
 from analyses import _percent, fig3
 from flatlab import plots
+from flatlab.analysis import Analysis, by_method, crossed, from_table
 from flatlab.report import stability, tables, verdicts
 from flatlab.report.areas import UP_TO, areas, limits, named_by_rise
 from flatlab.report.panels import SOURCE, TARGET
-from flatlab.specs.measurements import SphereSpec
-from flatlab.specs.methods import METHODS, RELEASED, replicates
+from flatlab.specs.methods import RELEASED
 from flatlab.specs.run import RunSpec
 from flatlab.specs.settings import Setting
 from flatlab.store.runs import RunStore
@@ -22,6 +22,7 @@ from flatlab.store.runs import RunStore
 BASELINE = "ERM"
 QUANTIZED = "QT-DoG"
 ORDER = ("ERM", "QT-DoG", "release-parity", "freeze", "noise", "noise-kept", "RTN")
+labelled = by_method(ORDER)
 CONTRASTS = {  # question -> of which two methods the difference answers it
     "Quantization-aware training": ("QT-DoG", "ERM"),
     "Freezing alone": ("freeze", "ERM"),
@@ -50,17 +51,6 @@ SUMMARY = (
     "Differences paired by held-out domain and seed, 95 % intervals over seeds, each alone; * p < 0.05 after Holm over "
     "the questions of a column"
 )
-
-
-def labelled(setting: Setting) -> list[tuple[str, RunSpec]]:
-    """Return each run with its method's name."""
-    return [(name, spec) for name in ORDER for spec in replicates(METHODS[name], setting)]
-
-
-def plan(setting: Setting) -> tuple[list[RunSpec], list[tuple[RunSpec, SphereSpec]]]:
-    """Return the runs, and Figure 3's measurements of them."""
-    runs = [spec for _, spec in labelled(setting)]
-    return runs, [(run, measurement) for run in runs for measurement in fig3.measurements(setting)]
 
 
 def table(store: RunStore, setting: Setting) -> pd.DataFrame:
@@ -174,3 +164,19 @@ def draw(frame: pd.DataFrame, caption: str) -> Figure:
             ax.set_title(name.replace(" (", "\n("), fontsize=7)
         plots.captioned(figure, grid[0, 0], caption)
     return figure
+
+
+FIGURE = Analysis(
+    __name__,
+    __doc__,
+    BASELINE,
+    labelled=labelled,
+    measured=lambda setting: crossed(labelled(setting), fig3.measurements(setting)),
+    table=table,
+    findings=findings,
+    summary=summary,
+    summary_title=SUMMARY,
+    remarks=remarks,
+    caption=caption,
+    draw=from_table(draw),
+)

@@ -4,6 +4,7 @@ Memory is that of the exported file, relative to one network in float32; the nom
 as the paper prints it, stands beside it. The paper's own picture is drawn beside ours in a panel of its own.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -11,33 +12,24 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analyses import table1
 from analyses._accuracy_table import AVERAGE
-from analyses.table1 import BASELINE, SUMMARY, TABLE, as_published, findings, labelled, remarks, sheet, summary
+from analyses.table1 import TABLE
 from flatlab import plots
+from flatlab.analysis import from_table
 from flatlab.resources import published
 from flatlab.specs.measurements import SizeSpec
 from flatlab.specs.run import RunSpec
 from flatlab.specs.settings import Setting
 from flatlab.store.runs import RunStore
 
-__all__ = ["BASELINE", "SUMMARY", "as_published", "caption", "draw", "findings", "labelled", "plan", "remarks", "sheet"]
-__all__ += ["summary", "table"]
-
 AREA = 60  # square points for the memory of one network
 THEIRS = ("ERM", "MIRO", "SWAD", "DART", "QT-DoG", "DiWA", "EoA", "EoQ")  # in the paper's picture
 SIZE = SizeSpec()
 
 
-def plan(setting: Setting) -> tuple[list[RunSpec], list[tuple[RunSpec, Any]]]:
-    """Return Table 1's runs, and the size of the file of one run of each line."""
-    runs, _ = table1.plan(setting)
-    return runs, [(run, SIZE) for run in _sized(setting).values()]
-
-
 def _sized(setting: Setting) -> dict[str, RunSpec]:
     """Return one run of each line: the others' files are as large."""
-    return dict(reversed(labelled(setting.replace(others=()))))
+    return dict(reversed(TABLE.labelled(setting.replace(others=()))))
 
 
 def nominal(run: RunSpec) -> float:
@@ -50,8 +42,8 @@ def table(store: RunStore, setting: Setting) -> pd.DataFrame:
     """Return Table 1 with the memory of each line: that of its file, and the nominal one."""
     runs = _sized(setting)
     sizes = {label: store.run(run).measured(SIZE, label)[0] for label, run in runs.items()}
-    one = float(sizes[BASELINE]["float_bytes"])
-    frame = table1.table(store, setting)
+    one = float(sizes[TABLE.baseline]["float_bytes"])
+    frame = TABLE.table(store, setting)
     return frame.assign(
         memory=frame["method"].map({label: float(size["bytes"]) / one for label, size in sizes.items()}),
         nominal=frame["method"].map({label: nominal(run) for label, run in runs.items()}),
@@ -103,3 +95,12 @@ def _bubbles(ax: Axes, frame: pd.DataFrame) -> None:
     ax.set_xticks(range(len(frame)), list(frame.index), rotation=40, ha="right")
     ax.set_ylabel("Accuracy (%)")
     ax.margins(0.12)
+
+
+FIGURE = replace(
+    TABLE.figure(__name__, __doc__),
+    measured=lambda setting: [(run, SIZE) for run in _sized(setting).values()],
+    table=table,
+    caption=caption,
+    draw=from_table(draw),
+)

@@ -4,12 +4,6 @@ The layer is that of a weight drawn by lot. The three lines are three ways to po
 raw, and for one step size in the whole layer; raw noise of channels with steps of their own is a mixture.
 """
 
-from analyses import _noise_figure
 from analyses._noise_figure import NoiseFigure
 
-FIGURE = NoiseFigure("2", layers=1, modes=("normalised", "raw", "tensor"))
-
-SUMMARY, BASELINE = _noise_figure.SUMMARY, _noise_figure.BASELINE
-labelled, plan, table, arrays = FIGURE.labelled, FIGURE.plan, FIGURE.table, FIGURE.arrays
-caption, draw = FIGURE.caption, FIGURE.draw
-findings, summary, remarks = FIGURE.findings, FIGURE.summary, FIGURE.remarks
+FIGURE = NoiseFigure("2", layers=1, modes=("normalised", "raw", "tensor")).figure(__name__, __doc__)

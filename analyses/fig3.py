@@ -2,8 +2,9 @@
 
 Each domain is held out in turn. F is the mean rise of the loss at distance gamma in a random direction (Eq. 5),
 measured around the checkpoint that training-domain validation selects. Below the published panels stand
-their filter-normalised twins, which large weights cannot flatter. Radii are those where ERM's loss has risen by so
-many nats, but for the paper's own network; what decides is the mean of F up to ERM's rise of 0.5 nats.
+their filter-normalised twins, which do not depend on the scale of the weights. Radii are those at which ERM's loss
+has risen by given amounts, except for the paper's own network; the primary quantity is the mean of F up to ERM's rise
+of 0.5 nats.
 """
 
 from typing import Any
@@ -15,18 +16,19 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from flatlab import plots
+from flatlab.analysis import Analysis, by_method, crossed, from_table
 from flatlab.report import tables, verdicts
 from flatlab.report.areas import UP_TO, areas, limits, named_by_rise
 from flatlab.report.panels import SOURCE, TARGET, TITLES
 from flatlab.resources import published
 from flatlab.specs.measurements import SphereSpec
-from flatlab.specs.methods import METHODS, radii_by_rise, replicates
-from flatlab.specs.run import RunSpec
+from flatlab.specs.methods import radii_by_rise
 from flatlab.specs.settings import PAPER, Setting
 from flatlab.store.runs import RunStore
 
 BASELINE = "ERM"
 ORDER = ("ERM", "SAM", "SWA", "SWAD", "QT-DoG")
+labelled = by_method(ORDER)
 PAIRS = [("QT-DoG", other) for other in ORDER[:-1]] + [(other, BASELINE) for other in ORDER[1:-1]]
 COLUMNS = ["panel", "normalisation", "method", "held_out", "seed", "radius"]
 COLUMNS += ["value", "stderr", "low", "high", "over", "published", "rise", "base_loss", "chance"]
@@ -53,17 +55,6 @@ def measurements(setting: Setting) -> list[SphereSpec]:
     ]
 
 
-def labelled(setting: Setting) -> list[tuple[str, RunSpec]]:
-    """Return each run with its method's name."""
-    return [(name, spec) for name in ORDER for spec in replicates(METHODS[name], setting)]
-
-
-def plan(setting: Setting) -> tuple[list[RunSpec], list[tuple[RunSpec, SphereSpec]]]:
-    """Return the runs and the measurements that the figure needs."""
-    runs = [spec for _, spec in labelled(setting)]
-    return runs, [(run, measurement) for run in runs for measurement in measurements(setting)]
-
-
 def table(store: RunStore, setting: Setting) -> pd.DataFrame:
     """Return the curves: of each run with intervals over directions, and of each method over seeds."""
     wanted = [(name, run, measurement) for name, run in labelled(setting) for measurement in measurements(setting)]
@@ -73,7 +64,7 @@ def table(store: RunStore, setting: Setting) -> pd.DataFrame:
 
 
 def findings(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return the differences of the pairs that the paper speaks of: in the mean of F (primary), and at each radius.
+    """Return the differences of the pairs that the paper compares: in the mean of F (primary), and at each radius.
 
     Families: for each panel and normalisation the pairs, and secondly the radii times pairs. A radius counts up to
     ERM's rise of 0.5 nats, and where no method's loss has reached chance; the others have no verdict.
@@ -212,9 +203,25 @@ def _differences(ax: Axes, rows: pd.DataFrame) -> None:
         ax.plot(mine["value"], heights, "o", color=color, markerfacecolor="white", label=word)
         sure = (mine["p_holm"] < verdicts.LEVEL).to_numpy()
         ax.plot(mine["value"][sure], heights[sure], "o", color=color)
-    ax.axvline(0, color="0.3", linewidth=0.8)
-    ax.set(yticks=range(len(PAIRS)), yticklabels=names, ylim=(len(PAIRS) + 0.3, -0.5))
+    ax.vlines(0, -0.5, len(PAIRS) - 0.5, color="0.3", linewidth=0.8)  # ends above the legend
+    ax.set(yticks=range(len(PAIRS)), yticklabels=names, ylim=(len(PAIRS) + 0.5, -0.5))
     ax.set(title=f"Difference in mean $F$ up to {SYMBOLS[rows['normalisation'].iloc[0]]} = {rows['radius'].max():g}")
     ax.set_xlabel("nats (left of 0: the first is flatter)")
     ax.grid(visible=False, axis="y")
-    ax.legend(fontsize=7, loc="lower center", ncols=2)
+    ax.legend(fontsize=7, loc="lower center", ncols=2, handletextpad=0.2, columnspacing=1)
+
+
+FIGURE = Analysis(
+    __name__,
+    __doc__,
+    BASELINE,
+    labelled=labelled,
+    measured=lambda setting: crossed(labelled(setting), measurements(setting)),
+    table=table,
+    findings=findings,
+    summary=summary,
+    summary_title=SUMMARY,
+    remarks=remarks,
+    caption=caption,
+    draw=from_table(draw),
+)

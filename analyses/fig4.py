@@ -9,10 +9,10 @@ released code trains.
 import pandas as pd
 from matplotlib.figure import Figure
 
+from flatlab.analysis import Analysis, by_method, from_table
 from flatlab.report import stability, tables, verdicts
 from flatlab.resources import published
-from flatlab.specs.measurement import MeasurementSpec
-from flatlab.specs.methods import METHODS, RELEASED, replicates
+from flatlab.specs.methods import RELEASED
 from flatlab.specs.run import RunSpec
 from flatlab.specs.settings import Setting
 from flatlab.store.runs import RunStore
@@ -40,13 +40,7 @@ def targets(setting: Setting) -> tuple[str, ...]:
 
 def labelled(setting: Setting) -> list[tuple[str, RunSpec]]:
     """Return each run with its method's name."""
-    chosen = setting.replace(held_out=targets(setting))
-    return [(name, spec) for name in order(setting) for spec in replicates(METHODS[name], chosen)]
-
-
-def plan(setting: Setting) -> tuple[list[RunSpec], list[tuple[RunSpec, MeasurementSpec]]]:
-    """Return the runs that the figure needs; their logs hold all of it."""
-    return [spec for _, spec in labelled(setting)], []
+    return by_method(order(setting))(setting.replace(held_out=targets(setting)))
 
 
 def table(store: RunStore, setting: Setting) -> pd.DataFrame:
@@ -104,3 +98,18 @@ def draw(frame: pd.DataFrame, caption: str) -> Figure:
     """Draw the curves for both targets, and the numbers beside them."""
     shown = frame[frame["over"] == "seeds"]
     return stability.picture(shown, list(dict.fromkeys(shown["method"])), caption)
+
+
+FIGURE = Analysis(
+    __name__,
+    __doc__,
+    BASELINE,
+    labelled=labelled,
+    table=table,
+    findings=findings,
+    summary=summary,
+    summary_title=SUMMARY,
+    remarks=remarks,
+    caption=caption,
+    draw=from_table(draw),
+)

@@ -1,39 +1,15 @@
 """Figure 5: what each bit width gains over ERM on the held-out domain (QT-DoG, Figure 5; its numbers are Table 9's)."""
 
+from dataclasses import replace
+
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from analyses.table9 import (
-    BASELINE,
-    BITS,
-    SUMMARY,
-    TABLE,
-    as_published,
-    findings,
-    labelled,
-    plan,
-    sheet,
-    summary,
-    table,
-)
+from analyses.table9 import BITS, TABLE
 from flatlab import plots
+from flatlab.analysis import from_table
 from flatlab.specs.settings import Setting
-
-__all__ = [
-    "BASELINE",
-    "SUMMARY",
-    "as_published",
-    "caption",
-    "draw",
-    "findings",
-    "labelled",
-    "plan",
-    "remarks",
-    "sheet",
-    "summary",
-    "table",
-]
 
 
 def remarks(frame: pd.DataFrame) -> list[str]:
@@ -49,8 +25,8 @@ def caption(setting: Setting) -> str:
 
 def draw(frame: pd.DataFrame, caption: str) -> Figure:
     """Draw the difference to ERM against the bits: a line for each data set, and bands where there are seeds."""
-    less = findings(frame[frame["panel"] == "target"])
-    less = less[less["baseline"] == BASELINE]
+    less = TABLE.findings(frame[frame["panel"] == "target"])
+    less = less[less["baseline"] == TABLE.baseline]
     less = less.assign(bits=less["method"].str.split().str[0].astype(int))
     theirs = less[less["published"].notna()].assign(value=less["published"], low=float("nan"), high=float("nan"))
     shown = pd.concat([less, theirs.assign(dataset=theirs["dataset"] + ", published")])
@@ -58,7 +34,10 @@ def draw(frame: pd.DataFrame, caption: str) -> Figure:
         figure, ax = plt.subplots(figsize=(plots.COLUMN, 2.4), layout="constrained")
         plots.curves(ax, shown, x="bits", by="dataset", order=list(shown["dataset"].drop_duplicates()))
         ax.axhline(0, color="0.3", linewidth=0.8)
-        ax.set(xticks=BITS, xlabel="Bits of a weight", ylabel=f"Accuracy less {BASELINE} (points)")
+        ax.set(xticks=BITS, xlabel="Bits of a weight", ylabel=f"Accuracy less {TABLE.baseline} (points)")
         ax.invert_xaxis()
         plots.captioned(figure, ax, caption)
     return figure
+
+
+FIGURE = replace(TABLE.figure(__name__, __doc__), remarks=remarks, caption=caption, draw=from_table(draw))

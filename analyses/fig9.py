@@ -1,11 +1,6 @@
 """Figure 9: GradCAM of ERM and QT-DoG beside the original, TerraIncognita's location 38 held out."""
 
-from analyses import _gradcam_figure
 from analyses._gradcam_figure import CamFigure
 
-FIGURE = CamFigure("9", "triples", targets={"location_38": 1}, shown=6)
-
-BASELINE, SUMMARY = _gradcam_figure.BASELINE, _gradcam_figure.SUMMARY
-labelled, plan, table, arrays = FIGURE.labelled, FIGURE.plan, FIGURE.table, FIGURE.arrays
-caption, draw = FIGURE.caption, FIGURE.draw
-findings, summary, remarks = _gradcam_figure.findings, _gradcam_figure.summary, _gradcam_figure.remarks
+CAMS = CamFigure("9", "triples", targets={"location_38": 1}, shown=6)
+FIGURE = CAMS.figure(__name__, __doc__)

@@ -13,14 +13,13 @@ from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from analyses.fig3 import BASELINE, ORDER, labelled
 from flatlab import plots
+from flatlab.analysis import Analysis, crossed, from_table
 from flatlab.report import spectrum, tables, verdicts
 from flatlab.report.panels import TITLES
 from flatlab.specs.measurements import SpectrumSpec
-from flatlab.specs.run import RunSpec
 from flatlab.specs.settings import Setting
 from flatlab.store.runs import RunStore
 
-__all__ = ["BASELINE", "labelled"]
 COLUMNS = ["panel", "number", "method", "held_out", "seed", "place", "value", "stderr", "low", "high", "over"]
 GROUP = ["panel", "number", "method"]
 TOP, TRACE, DENSITY = "top eigenvalue", "trace", "density"
@@ -38,12 +37,6 @@ EFFORT = {  # few images and products, where a figure is to be had in minutes: t
 def measurements(setting: Setting) -> list[SpectrumSpec]:
     """Return the two measurements of each run: on the source domains, and on the held-out one."""
     return [SpectrumSpec.make(domains=domains, **EFFORT[setting.name]) for domains in TITLES]
-
-
-def plan(setting: Setting) -> tuple[list[RunSpec], list[tuple[RunSpec, SpectrumSpec]]]:
-    """Return the runs and the measurements that the figure needs."""
-    runs = [spec for _, spec in labelled(setting)]
-    return runs, [(run, measurement) for run in runs for measurement in measurements(setting)]
 
 
 def table(store: RunStore, setting: Setting) -> pd.DataFrame:
@@ -125,3 +118,19 @@ def _pairs(ax: Axes, frame: pd.DataFrame) -> None:
             axis.set_minor_formatter(NullFormatter())
     ends = [wide.min().min(), wide.max().max()]
     ax.plot(ends, ends, color="0.5", linewidth=0.8)
+
+
+FIGURE = Analysis(
+    __name__,
+    __doc__,
+    BASELINE,
+    labelled=labelled,
+    measured=lambda setting: crossed(labelled(setting), measurements(setting)),
+    table=table,
+    findings=findings,
+    summary=summary,
+    summary_title=SUMMARY,
+    remarks=remarks,
+    caption=caption,
+    draw=from_table(draw),
+)

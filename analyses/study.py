@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 
 from analyses import _claims, _correlation, _grid, _percent, fig3
 from flatlab import plots
+from flatlab.analysis import Analysis, crossed, from_table
 from flatlab.report import spectrum, stability, tables, verdicts
 from flatlab.report.areas import UP_TO, areas, limits, named_by_rise
 from flatlab.report.panels import SOURCE, TARGET
@@ -80,12 +81,11 @@ def curvature(setting: Setting) -> list[SpectrumSpec]:
     return [SpectrumSpec.make(domains=each, images=IMAGES[setting.name], **effort) for each in ("source", "target")]
 
 
-def plan(setting: Setting) -> tuple[list[RunSpec], list[tuple[RunSpec, MeasurementSpec]]]:
-    """Return the runs, the flatness of each, and the curvature of those of the first seed."""
-    runs = [spec for _, spec in labelled(setting)]
-    measured: list[tuple[RunSpec, MeasurementSpec]] = [(run, each) for run in runs for each in spheres(setting)]
-    first = [run for run in runs if run.seed == setting.seed]
-    return runs, [*measured, *((run, each) for run in first for each in curvature(setting))]
+def measured(setting: Setting) -> list[tuple[RunSpec, MeasurementSpec]]:
+    """Return the flatness of each run, and the curvature of those of the first seed."""
+    wanted = labelled(setting)
+    first = [(name, run) for name, run in wanted if run.seed == setting.seed]
+    return [*crossed(wanted, spheres(setting)), *crossed(first, curvature(setting))]
 
 
 def table(store: RunStore, setting: Setting) -> pd.DataFrame:
@@ -332,3 +332,19 @@ def _legend(ax: Axes, *, columns: int) -> None:
     """Put a small legend above a panel."""
     where: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderaxespad": 0}
     ax.legend(**where, fontsize=6, ncols=columns, columnspacing=1, handletextpad=0.3)
+
+
+FIGURE = Analysis(
+    __name__,
+    __doc__,
+    BASELINE,
+    labelled=labelled,
+    measured=measured,
+    table=table,
+    findings=findings,
+    summary=summary,
+    summary_title=SUMMARY,
+    remarks=remarks,
+    caption=caption,
+    draw=from_table(draw),
+)

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from analyses.fig3 import BASELINE, ORDER, labelled
 from flatlab import plots
+from flatlab.analysis import Analysis, crossed, from_table
 from flatlab.report import surface, tables, verdicts
 from flatlab.report.areas import UP_TO
 from flatlab.report.panels import SOURCE, TITLES
@@ -21,24 +22,9 @@ from flatlab.specs.run import RunSpec
 from flatlab.specs.settings import Setting
 from flatlab.store.runs import RunStore
 
-__all__ = ["BASELINE", "labelled"]
-COLUMNS = [
-    "panel",
-    "number",
-    "method",
-    "held_out",
-    "seed",
-    "x",
-    "y",
-    "value",
-    "stderr",
-    "low",
-    "high",
-    "over",
-    "counted",
-]
 Values = npt.NDArray[np.float64]
 GROUP = ["panel", "number", "method"]
+COLUMNS = [*GROUP, *["held_out", "seed", "x", "y", "value", "stderr", "low", "high", "over", "counted"]]
 LOSS, RISE = "loss", "mean rise"
 SUMMARY = (
     f"Mean rise of the loss over the places where ERM's is at most {UP_TO} nats on the source domains, difference to "
@@ -55,12 +41,6 @@ EFFORT = {  # all places are evaluated: a mean over methods needs the same ones
 def measurement(setting: Setting) -> SurfaceSpec:
     """Return the measurement of each run."""
     return SurfaceSpec.make(refine=None, **EFFORT[setting.name])
-
-
-def plan(setting: Setting) -> tuple[list[RunSpec], list[tuple[RunSpec, SurfaceSpec]]]:
-    """Return the runs and the measurements that the figure needs."""
-    runs = [spec for _, spec in labelled(setting)]
-    return runs, [(run, measurement(setting)) for run in runs]
 
 
 def table(store: RunStore, setting: Setting) -> pd.DataFrame:
@@ -165,3 +145,19 @@ def draw(frame: pd.DataFrame, caption: str) -> Figure:
         figure.suptitle(head, fontsize=9)
         figure.supxlabel(f"direction 1 (both: share of each filter's norm)\n{rest}", fontsize=7, color="0.3")
     return figure
+
+
+FIGURE = Analysis(
+    __name__,
+    __doc__,
+    BASELINE,
+    labelled=labelled,
+    measured=lambda setting: crossed(labelled(setting), [measurement(setting)]),
+    table=table,
+    findings=findings,
+    summary=summary,
+    summary_title=SUMMARY,
+    remarks=remarks,
+    caption=caption,
+    draw=from_table(draw),
+)

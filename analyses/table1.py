@@ -5,7 +5,6 @@ five alone. SAM and SMA are ours: the paper does not print them here. An ensembl
 interval.
 """
 
-from analyses import _accuracy_table
 from analyses._accuracy_table import Line, PaperTable
 
 SINGLE = ("ERM", "SAM", "SMA", "CORAL", "MixStyle", "SWAD", "QT-DoG")
@@ -17,8 +16,4 @@ TABLE = PaperTable(
     columns={name: {"target": name} for name in ("PACS", "VLCS", "OfficeHome", "TerraIncognita", "DomainNet")},
     average="Avg",
 )
-
-SUMMARY, BASELINE = _accuracy_table.SUMMARY, TABLE.baseline
-labelled, plan, table, sheet, caption = TABLE.labelled, TABLE.plan, TABLE.table, TABLE.sheet, TABLE.caption
-findings, summary, remarks, draw = TABLE.findings, TABLE.summary, TABLE.remarks, TABLE.draw
-as_published = TABLE.as_published
+FIGURE = TABLE.figure(__name__, __doc__)

@@ -3,7 +3,6 @@
 Each domain is split 60/20/20. Accuracies on the held-out domain stand beside.
 """
 
-from analyses import _accuracy_table
 from analyses._accuracy_table import Line, PaperTable
 
 METHODS = ("ERM", "SAM", "SWA", "SMA", "SWAD", "QT-DoG")
@@ -13,8 +12,4 @@ TABLE = PaperTable(
     columns={name: {"source": name, "target": ""} for name in ("PACS", "TerraIncognita")},
     split="test",
 )
-
-SUMMARY, BASELINE = _accuracy_table.SUMMARY, TABLE.baseline
-labelled, plan, table, sheet, caption = TABLE.labelled, TABLE.plan, TABLE.table, TABLE.sheet, TABLE.caption
-findings, summary, remarks, draw = TABLE.findings, TABLE.summary, TABLE.remarks, TABLE.draw
-as_published = TABLE.as_published
+FIGURE = TABLE.figure(__name__, __doc__)

@@ -1,6 +1,5 @@
 """Table 13: one step size for a layer, or one for each of its channels, at 7 bits (QT-DoG, Table 13)."""
 
-from analyses import _accuracy_table
 from analyses._accuracy_table import Line, PaperTable
 
 TABLE = PaperTable(
@@ -12,8 +11,4 @@ TABLE = PaperTable(
     ),
     columns={"PACS": {"target": "PACS_out"}},
 )
-
-SUMMARY, BASELINE = _accuracy_table.SUMMARY, TABLE.baseline
-labelled, plan, table, sheet, caption = TABLE.labelled, TABLE.plan, TABLE.table, TABLE.sheet, TABLE.caption
-findings, summary, remarks, draw = TABLE.findings, TABLE.summary, TABLE.remarks, TABLE.draw
-as_published = TABLE.as_published
+FIGURE = TABLE.figure(__name__, __doc__)

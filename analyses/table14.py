@@ -3,7 +3,6 @@
 The paper's steps 1,000 to 4,000 of 5,000 are shares of the schedule here.
 """
 
-from analyses import _accuracy_table
 from analyses._accuracy_table import Line, PaperTable
 from flatlab.specs.settings import PAPER
 
@@ -21,8 +20,4 @@ TABLE = PaperTable(
     lines=(Line("no quantization", "ERM", printed={"step": None}), *map(line, STEPS)),
     columns={"PACS": {"target": "PACS_out"}},
 )
-
-SUMMARY, BASELINE = _accuracy_table.SUMMARY, TABLE.baseline
-labelled, plan, table, sheet, caption = TABLE.labelled, TABLE.plan, TABLE.table, TABLE.sheet, TABLE.caption
-findings, summary, remarks, draw = TABLE.findings, TABLE.summary, TABLE.remarks, TABLE.draw
-as_published = TABLE.as_published
+FIGURE = TABLE.figure(__name__, __doc__)

@@ -5,7 +5,6 @@ printed numbers stand beside the noise that is kept, since one draw of theirs is
 the paper's as multiples of its learning rate: noise stands to a step of Adam as it does there.
 """
 
-from analyses import _accuracy_table
 from analyses._accuracy_table import Line, PaperTable
 from flatlab.specs.settings import PAPER
 
@@ -28,8 +27,4 @@ TABLE = PaperTable(
     ),
     columns={"PACS": {"target": "PACS_out"}},
 )
-
-SUMMARY, BASELINE = _accuracy_table.SUMMARY, TABLE.baseline
-labelled, plan, table, sheet, caption = TABLE.labelled, TABLE.plan, TABLE.table, TABLE.sheet, TABLE.caption
-findings, summary, remarks, draw = TABLE.findings, TABLE.summary, TABLE.remarks, TABLE.draw
-as_published = TABLE.as_published
+FIGURE = TABLE.figure(__name__, __doc__)

@@ -4,9 +4,10 @@ OBC and round-to-nearest start from ERM's checkpoint and train nothing; INQ and 
 Round-to-nearest is ours: the paper does not print it.
 """
 
+from dataclasses import replace
+
 import pandas as pd
 
-from analyses import _accuracy_table
 from analyses._accuracy_table import Line, PaperTable
 from flatlab.specs.settings import Setting
 from flatlab.store.runs import RunStore
@@ -25,16 +26,11 @@ TABLE = PaperTable(
     columns={"PACS": {"source": "in_domain", "target": "out_domain"}},
 )
 
-SUMMARY, BASELINE = _accuracy_table.SUMMARY, TABLE.baseline
-labelled, plan, sheet, caption = TABLE.labelled, TABLE.plan, TABLE.sheet, TABLE.caption
-findings, summary, draw = TABLE.findings, TABLE.summary, TABLE.draw
-as_published = TABLE.as_published
-
 
 def table(store: RunStore, setting: Setting) -> pd.DataFrame:
     """Return the accuracies; beside OBC's also its layers' errors, and how many rows rounding would serve better."""
     frame = TABLE.table(store, setting)
-    for label, run in labelled(setting):
+    for label, run in TABLE.labelled(setting):
         if label == POST:
             same = (frame["method"] == label) & (frame["dataset"] == run.dataset) & (frame["over"] == "run")
             same &= (frame["held_out"] == run.held_out) & (frame["seed"] == run.seed)
@@ -54,3 +50,6 @@ def remarks(frame: pd.DataFrame) -> list[str]:
         f"level ({ratio.min():.2f} to {ratio.max():.2f} over runs); {worse:.1%} of the rows "
         f"({mine['rows_worse'].sum():.0f} of {mine['rows'].sum():.0f}) have a larger one.",
     ]
+
+
+FIGURE = replace(TABLE.figure(__name__, __doc__), table=table, remarks=remarks)

@@ -9,7 +9,6 @@ import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ import pandas as pd
 from PIL import Image
 
 from flatlab import files, plots
+from flatlab.analysis import Analysis
 from flatlab.errors import UserError
 from flatlab.report import tables
 
@@ -27,11 +27,6 @@ DATA = (".csv", ".npz")
 WORDS = ("dataset", "method", "held_out", "panel", "measure", "layer", "part")  # columns that are text, whatever it is
 REFERENCE = "reference"  # the folder of what the repository keeps
 MOST_BYTES = 150_000  # of a picture that the repository keeps
-
-
-def name_of(module: ModuleType) -> str:
-    """Return a figure's name, such as fig3."""
-    return module.__name__.rsplit(".", 1)[-1]
 
 
 def write_data(stem: Path, frame: pd.DataFrame, arrays: files.Arrays, record: Mapping[str, Any]) -> None:
@@ -108,22 +103,21 @@ def _arrays(content: bytes | None) -> files.Arrays:
         return {name: found[name] for name in found.files}
 
 
-def draw(module: ModuleType, stem: Path) -> tuple[list[Path], pd.DataFrame, dict[str, Any]]:
+def draw(figure: Analysis, stem: Path) -> tuple[list[Path], pd.DataFrame, dict[str, Any]]:
     """Draw the picture and write the page from a figure's data.
 
     Args:
-        module: of the figure or table.
+        figure: the figure or table.
         stem: path without suffix of its data.
 
     Returns:
         The files of the figure, its findings, and the record of its json.
     """
     frame, arrays, record = read_data(stem)
-    shown = (frame, record["caption"], *([arrays] if hasattr(module, "arrays") else []))
-    pictures = plots.save(module.draw(*shown), stem)
-    findings = module.findings(frame)
+    pictures = plots.save(figure.draw(frame, record["caption"], arrays), stem)
+    findings = figure.findings(frame)
     page = stem.with_suffix(".md")
-    files.write_bytes(page, _page(module, frame, module.summary(findings), record).encode())
+    files.write_bytes(page, _page(figure, frame, figure.summary(findings), record).encode())
     data = [stem.with_suffix(suffix) for suffix in (*record["sha256"], ".json")]
     return [*pictures, *data, page], findings, record
 
@@ -134,41 +128,41 @@ def accuracies(record: Mapping[str, Any]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=record["columns"])
 
 
-def _page(module: ModuleType, frame: pd.DataFrame, summary: pd.DataFrame, record: Mapping[str, Any]) -> str:
+def _page(figure: Analysis, frame: pd.DataFrame, summary: pd.DataFrame, record: Mapping[str, Any]) -> str:
     """Return what came out as markdown, to be read without a program."""
     title, _, rest = record["caption"].partition("\n")
-    parts = [f"# {title}", (module.__doc__ or "").splitlines()[0], rest]
-    parts += [f"## {module.SUMMARY}", tables.markdown(summary)]
-    starred = "" if hasattr(module, "sheet") else STARRED
+    parts = [f"# {title}", figure.title, rest]
+    parts += [f"## {figure.summary_title}", tables.markdown(summary)]
+    starred = "" if figure.sheet else STARRED
     parts += [
         f"## {ACCURACIES}{starred}",
         tables.markdown(accuracies(record)),
         *record["remarks"],
-        *_published(module, frame),
+        *_published(figure, frame),
     ]
     return "\n\n".join(part for part in parts if part) + f"\n\nAgain: `{record['redo']}`\n"
 
 
-def _published(module: ModuleType, frame: pd.DataFrame) -> list[str]:
+def _published(figure: Analysis, frame: pd.DataFrame) -> list[str]:
     """Return a block of the paper's numbers, where they stand beside ours nowhere: other data, or another protocol."""
-    if not hasattr(module, "as_published") or frame["comparable"].any():
+    if not figure.as_published or frame["comparable"].any():
         return []
-    return [f"## {PUBLISHED}", tables.markdown(module.as_published())]
+    return [f"## {PUBLISHED}", tables.markdown(figure.as_published())]
 
 
-def keep(module: ModuleType, stem: Path, folder: Path) -> list[Path]:
+def keep(figure: Analysis, stem: Path, folder: Path) -> list[Path]:
     """Write what the repository keeps of a drawn figure: its page, a small png, and the csv rows over seeds.
 
     Of a figure without rows over seeds the csv holds the table of its page.
 
     Args:
-        module: of the figure or table.
+        figure: the figure or table.
         stem: path without suffix of its files.
         folder: receives the three files.
     """
     frame, _, _ = read_data(stem)
     rows = frame[frame["over"] == "seeds"] if "over" in frame else frame.head(0)
-    rows = module.summary(module.findings(frame)) if rows.empty else rows.dropna(axis="columns", how="all")
+    rows = figure.summary(figure.findings(frame)) if rows.empty else rows.dropna(axis="columns", how="all")
     folder.mkdir(parents=True, exist_ok=True)
     page, picture, table = (folder / f"{stem.name}{suffix}" for suffix in (".md", ".png", ".csv"))
     files.write_bytes(page, stem.with_suffix(".md").read_bytes())

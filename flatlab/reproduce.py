@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pandas as pd
 
 from flatlab import environment, figure_files
+from flatlab.analysis import Analysis
 from flatlab.data import catalog
 from flatlab.errors import UserError, WorkerError, choose
 from flatlab.jobs import local
@@ -36,16 +36,17 @@ class Reproduction:
     cost: dict[str, float]  # seconds of what it rests on, trained and measured, whenever that was
 
 
-def analysis(name: str) -> ModuleType:
-    """Import the module of a figure or table from the repository's `analyses/`.
+def analysis(name: str) -> Analysis:
+    """Return a figure or table of the repository's `analyses/`.
 
     Args:
         name: fig3 and the like.
 
     Raises:
-        UserError: where `analyses/` is not to be found, or has no such module.
+        UserError: where `analyses/` is not to be found, or has no such figure.
     """
-    return import_module(f"analyses.{choose('figure or table', name, analyses())}")
+    found: Analysis = import_module(f"analyses.{choose('figure or table', name, analyses())}").FIGURE
+    return found
 
 
 def analyses() -> list[str]:
@@ -67,20 +68,20 @@ def analyses() -> list[str]:
     return sorted(path.stem for folder in folders for path in folder.glob("[a-z]*.py"))
 
 
-def missing(module: ModuleType, setting: Setting, store: RunStore, place: Place) -> list[Job]:
+def missing(figure: Analysis, setting: Setting, store: RunStore, place: Place) -> list[Job]:
     """Return the jobs that a figure or table still needs.
 
     Raises:
         UserError: where several data sets are asked of one that shows a single one.
     """
-    if setting.others and len({run.dataset for run in module.plan(setting)[0]}) == 1:
-        raise UserError(f"{figure_files.name_of(module)} shows one data set; give --dataset instead of --datasets.")
-    return missing_of([module], setting, store, place)
+    if setting.others and len({run.dataset for run in figure.plan(setting)[0]}) == 1:
+        raise UserError(f"{figure.name} shows one data set; give --dataset instead of --datasets.")
+    return missing_of([figure], setting, store, place)
 
 
-def missing_of(modules: Iterable[ModuleType], setting: Setting, store: RunStore, place: Place) -> list[Job]:
+def missing_of(figures: Iterable[Analysis], setting: Setting, store: RunStore, place: Place) -> list[Job]:
     """Return the jobs that figures and tables still need, together: what several need is done once."""
-    plans = [module.plan(setting) for module in modules]
+    plans = [each.plan(setting) for each in figures]
     runs = [run for wanted, _ in plans for run in wanted]
     measurements = [pair for _, pairs in plans for pair in pairs]
     todo = []
@@ -113,19 +114,19 @@ def carry_out(todo: list[Job], store: RunStore, place: Place, *, workers: int, o
     plan = WorkPlan(store=str(store.root.resolve()), place=place, jobs=tuple(todo))
     errors = local.run_locally(plan, workers=workers, on_event=on_event)
     if errors:
-        raise UserError(*_told(errors)) from _traces(errors)
+        raise UserError(*_sentences(errors)) from _traces(errors)
 
 
-def _told(errors: list[dict[str, Any]]) -> list[str]:
-    """Say what went wrong once: for each sentence the first job that met it, and how many others."""
+def _sentences(errors: list[dict[str, Any]]) -> list[str]:
+    """Return each error once, with the first job that raised it and the number of others."""
     jobs_by_sentence: dict[str, list[str]] = {}
     for event in errors:
         jobs_by_sentence.setdefault(event["error"], []).append(event["job"])
-    told = []
+    found = []
     for sentence, names in jobs_by_sentence.items():
         others = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-        told.append(f"{names[0]}{others}: {sentence}")
-    return told
+        found.append(f"{names[0]}{others}: {sentence}")
+    return found
 
 
 def _traces(errors: list[dict[str, Any]]) -> WorkerError | None:
@@ -153,48 +154,48 @@ def place_of(found: list[Run], asked: Place) -> tuple[Place, str]:
 
 
 def write(
-    module: ModuleType, setting: Setting, store: RunStore, *, out: Path, redo: str, reference: bool = False
+    figure: Analysis, setting: Setting, store: RunStore, *, out: Path, redo: str, reference: bool = False
 ) -> Reproduction:
     """Tabulate and draw a finished figure; write csv, pdf, png, a page to read, and a json that says how it came about.
 
     Args:
-        module: of the figure or table.
+        figure: the figure or table.
         setting: as it was run.
         store: holds the runs and measurements.
         out: folder of the pictures; those of other data than digits go into a folder of their own in it.
         redo: the command line that does it again.
         reference: write what the repository keeps, too.
     """
-    frame = module.table(store, setting)
-    arrays = module.arrays(frame, store, setting) if hasattr(module, "arrays") else {}
-    accuracies, tests = _accuracies(module, setting, store, frame)
-    remarks = [*module.remarks(frame), *tests, *valleys.remarks(store.run(spec) for spec in module.plan(setting)[0])]
-    record = {**_facts(module, setting, store), "redo": redo, "caption": module.caption(setting), "remarks": remarks}
-    record |= {"findings": module.findings(frame).to_dict("records")}
+    frame = figure.table(store, setting)
+    arrays = figure.arrays(frame, store, setting) if figure.arrays else {}
+    accuracies, tests = _accuracies(figure, setting, store, frame)
+    remarks = [*figure.remarks(frame), *tests, *valleys.remarks(store.run(spec) for spec in figure.plan(setting)[0])]
+    record = {**_facts(figure, setting, store), "redo": redo, "caption": figure.caption(setting), "remarks": remarks}
+    record |= {"findings": figure.findings(frame).to_dict("records")}
     record |= {"accuracies": accuracies.to_dict("records"), "columns": list(accuracies.columns)}
     folder = out / _own_folder(record["setting"])
     folder.mkdir(parents=True, exist_ok=True)
-    figure_files.write_data(folder / figure_files.name_of(module), frame, arrays, record)
-    return redraw(module, folder, reference=reference)
+    figure_files.write_data(folder / figure.name, frame, arrays, record)
+    return redraw(figure, folder, reference=reference)
 
 
-def redraw(module: ModuleType, folder: Path, *, reference: bool = False) -> Reproduction:
+def redraw(figure: Analysis, folder: Path, *, reference: bool = False) -> Reproduction:
     """Draw a figure and write its page again, from the files that `write` left; neither torch nor a store is needed.
 
     Args:
-        module: of the figure or table.
+        figure: the figure or table.
         folder: holds its csv, npz and json.
         reference: write what the repository keeps, too.
 
     Raises:
         UserError: where one of them is missing, damaged or of another figure.
     """
-    stem = folder / figure_files.name_of(module)
-    written, findings, record = figure_files.draw(module, stem)
+    stem = folder / figure.name
+    written, findings, record = figure_files.draw(figure, stem)
     if reference:
         own = _own_folder(record["setting"])
         root = folder.parent if own and folder.name == own else folder
-        written += figure_files.keep(module, stem, root / figure_files.REFERENCE / own)
+        written += figure_files.keep(figure, stem, root / figure_files.REFERENCE / own)
     return Reproduction(written, findings, figure_files.accuracies(record), record["remarks"], record["cost"])
 
 
@@ -204,25 +205,25 @@ def _own_folder(setting: dict[str, Any]) -> str:
 
 
 def _accuracies(
-    module: ModuleType, setting: Setting, store: RunStore, frame: pd.DataFrame
+    figure: Analysis, setting: Setting, store: RunStore, frame: pd.DataFrame
 ) -> tuple[pd.DataFrame, list[str]]:
     """Return the accuracies of the methods, and what their tests say; a table of the paper lays them out itself."""
-    if hasattr(module, "sheet"):
-        return pd.DataFrame(module.sheet(frame)), []
-    found = tables.accuracies(store, module.labelled(setting))
-    gains = tables.gains(found, module.BASELINE)
+    if figure.sheet:
+        return figure.sheet(frame), []
+    found = tables.accuracies(store, figure.labelled(setting))
+    gains = tables.gains(found, figure.baseline)
     return tables.reached(found, gains), [*verdicts.sentences(gains), verdicts.statement(gains, name="Accuracies")]
 
 
-def _facts(module: ModuleType, setting: Setting, store: RunStore) -> dict[str, Any]:
-    runs, measurements = module.plan(setting)
+def _facts(figure: Analysis, setting: Setting, store: RunStore) -> dict[str, Any]:
+    runs, measurements = figure.plan(setting)
     here = [store.run(spec) for spec in runs]
     measured = [
         store.run(run).measurement(measurement)
         for run, measurement in [*jobs_plan.pilots(store, runs, measurements), *measurements]
     ]
     return {
-        "figure": (module.__doc__ or "").splitlines()[0],
+        "figure": figure.title,
         "setting": setting.model_dump(mode="json"),
         "runs": {run.spec.digest: run.spec.model_dump(mode="json") for run in here},
         "measurements": {measurement.spec.digest: measurement.spec.model_dump(mode="json") for measurement in measured},

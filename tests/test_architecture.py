@@ -48,9 +48,10 @@ MAY_IMPORT = {
     "jobs.worker": "jobs specs store train measure",  # the last two inside functions: workers alone load torch
     # how it is shown
     "report": "specs store results",
-    "figure_files": "report",
-    "reproduce": "figure_files jobs report specs store data.catalog",
-    "analyses": "specs store report results",
+    "analysis": "specs store",
+    "figure_files": "analysis report",
+    "reproduce": "analysis figure_files jobs report specs store data.catalog",
+    "analyses": "analysis specs store report results",
 }
 ORDER = {  # inside metrics: a package imports those before it, the modules beside them all three
     "metrics.units": "",
@@ -65,6 +66,7 @@ TORCH_FREE = (
     "results",
     "report",
     "plots",
+    "analysis",
     "figure_files",
     "reproduce",
     "jobs.plan",

@@ -1,6 +1,7 @@
 """`reproduce all`: what several figures need is done once, one table at the end, and a failure keeps no other back."""
 
 import json
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -52,7 +53,7 @@ def test_what_cannot_be_made_keeps_nothing_else_back(few, tmp_path, capsys, monk
     def broken(store, setting):
         raise UserError("Figure 4 is broken.")
 
-    monkeypatch.setattr(fig4, "table", broken)
+    monkeypatch.setattr(fig4, "FIGURE", replace(fig4.FIGURE, table=broken))
     monkeypatch.setattr(reproduce, "analyses", lambda: ["fig4", "table2"])
     assert call("reproduce", "all", *WORDS, *places(tmp_path)) == 2
     said = capsys.readouterr()
@@ -65,6 +66,30 @@ def test_a_dry_run_counts_what_is_shared_once(few, tmp_path, capsys):
     names = [job["name"] for job in json.loads(capsys.readouterr().out)["jobs"]]
     assert sum(name.startswith("train erm on rot0") for name in names) == 1
     assert not (tmp_path / "figures").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "fig12 --held-out rot0",
+        "fig4 --held-out rot0,rot45",
+        "fig3 --quantize-at 120",
+        "table9 --bits 7",
+        "fig3 --seeds 3 --steps 300 --sam-rho 0.05",
+    ],
+)
+def test_an_option_that_equals_the_default_is_accepted(tmp_path, words):
+    assert call("reproduce", *words.split(), "--dry-run", "--json", "--store", tmp_path) == 0
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["table9 --bits 4", "fig3 --controls", "table12 --test-share 0.3", "fig6 --sam-rho 0.1", "fig8 --swad-every 5"],
+)
+def test_an_option_without_effect_at_any_value_is_refused(tmp_path, capsys, words):
+    name, option, *_ = words.split()
+    assert call("reproduce", *words.split(), "--dry-run", "--json", "--store", tmp_path) == 2
+    assert f"{option} does nothing for {name}; leave it out." in capsys.readouterr().err
 
 
 def test_figures_come_in_the_order_of_their_numbers():

@@ -112,15 +112,15 @@ def test_the_embedded_digits_too(tmp_path):
 
 
 def test_reproduce_and_list_compare_too(tmp_path):
-    module, store = reproduce.analysis("fig3"), RunStore(tmp_path / "runs")
-    first = module.plan(SMOKE)[0][0]
+    figure, store = reproduce.analysis("fig3"), RunStore(tmp_path / "runs")
+    first = figure.plan(SMOKE)[0][0]
     run = store.run(first)
     run.create()
     run.write_log([])
     run.note(data_fingerprint=fingerprints.at_hand("digits", None, None))
     run.finish()
-    todo = reproduce.missing(module, SMOKE, store, PLACE)
+    todo = reproduce.missing(figure, SMOKE, store, PLACE)
     assert first not in [each for job in todo if not job.measurements for each in job.runs]
     run.note(data_fingerprint="0" * 64)
-    refuses(lambda: reproduce.missing(module, SMOKE, store, PLACE), "The data of digits differ", first.digest)
-    refuses(lambda: reproduce.missing_of([module], SMOKE, store, PLACE), "The data of digits differ", first.digest)
+    refuses(lambda: reproduce.missing(figure, SMOKE, store, PLACE), "The data of digits differ", first.digest)
+    refuses(lambda: reproduce.missing_of([figure], SMOKE, store, PLACE), "The data of digits differ", first.digest)

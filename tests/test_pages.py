@@ -41,24 +41,23 @@ def written(root, runs):
     return store
 
 
-@pytest.mark.parametrize("module", [table4, table12])
-def test_a_page_states_its_tests_and_keeps_what_was_published_apart(tmp_path, module):
-    store = written(tmp_path / "runs", module.plan(ONE)[0])
-    reproduce.write(module, ONE, store, out=tmp_path / "out", redo="flatlab")
-    name = module.__name__.rsplit(".", 1)[-1]
-    page = (tmp_path / "out" / f"{name}.md").read_text()
+@pytest.mark.parametrize("figure", [table4.FIGURE, table12.FIGURE], ids=lambda figure: figure.name)
+def test_a_page_states_its_tests_and_keeps_what_was_published_apart(tmp_path, figure):
+    store = written(tmp_path / "runs", figure.plan(ONE)[0])
+    reproduce.write(figure, ONE, store, out=tmp_path / "out", redo="flatlab")
+    page = (tmp_path / "out" / f"{figure.name}.md").read_text()
     ours, block, printed = page.partition("## As published: other data or another protocol than ours")
     assert block and "97." in printed and "agree" not in ours and "published" not in ours.split("## ", 1)[1]
     assert "corrected by Holm's method within each family" in page and "would by chance" in page
     assert "source domains, test split" in ours and "selected on" not in ours
-    assert ("SWAD: no valley began in 1 of 2 runs (swad, rot0, seed 0)" in page) == (module is table12)
+    assert ("SWAD: no valley began in 1 of 2 runs (swad, rot0, seed 0)" in page) == (figure is table12.FIGURE)
 
 
 def test_where_the_split_is_the_papers_the_column_says_that_it_selected(tmp_path):
     setting = ONE.replace(test_share=0.0)
-    frame = table4.table(written(tmp_path, table4.plan(setting)[0]), setting)
-    assert "digits, source domains, out split (selected on), mean" in table4.sheet(frame)
-    assert not [column for column in table4.sheet(frame) if "test split" in column]
+    frame = table4.FIGURE.table(written(tmp_path, table4.FIGURE.plan(setting)[0]), setting)
+    assert "digits, source domains, out split (selected on), mean" in table4.FIGURE.sheet(frame)
+    assert not [column for column in table4.FIGURE.sheet(frame) if "test split" in column]
 
 
 def test_commands_say_that_no_valley_began(tmp_path, capsys):
@@ -75,10 +74,12 @@ def test_commands_say_that_no_valley_began(tmp_path, capsys):
     assert "test" in answer.out
 
 
-@pytest.mark.parametrize("module", [table4, table12, fig4, controls])
-def test_captions_promise_an_interval_where_there_is_one(module):
-    assert "95 % intervals over seeds" in module.caption(ONE)
-    assert "95 %" not in module.caption(ONE.replace(seeds=1)) and "one seed has no interval" in module.caption(
+@pytest.mark.parametrize(
+    "figure", [each.FIGURE for each in (table4, table12, fig4, controls)], ids=lambda each: each.name
+)
+def test_captions_promise_an_interval_where_there_is_one(figure):
+    assert "95 % intervals over seeds" in figure.caption(ONE)
+    assert "95 %" not in figure.caption(ONE.replace(seeds=1)) and "one seed has no interval" in figure.caption(
         ONE.replace(seeds=1)
     )
 

@@ -327,24 +327,24 @@ def test_the_tables_share_their_runs():
         for i in range(3)
     }
     assert at_seven <= runs["9"] & runs["10"] & runs["14"]
-    assert {run.switch for label, run in table14.labelled(QUICK)} == {None, 60, 120, 180, 240}
-    assert {run.test_share for _, run in table12.labelled(QUICK)} == {0.2}
+    assert {run.switch for label, run in table14.TABLE.labelled(QUICK)} == {None, 60, 120, 180, 240}
+    assert {run.test_share for _, run in table12.TABLE.labelled(QUICK)} == {0.2}
 
 
 def test_noise_is_as_wide_as_the_papers_in_learning_rates():
-    widths = {run.noise.amplitude / run.lr for _, run in table15.labelled(QUICK) if run.noise}
+    widths = {run.noise.amplitude / run.lr for _, run in table15.TABLE.labelled(QUICK) if run.noise}
     assert sorted(widths) == pytest.approx([0.1, 0.2, 1, 2])
-    paper = {run.noise.amplitude for _, run in table15.labelled(PAPER) if run.noise}
+    paper = {run.noise.amplitude for _, run in table15.TABLE.labelled(PAPER) if run.noise}
     assert sorted(paper) == pytest.approx(sorted(table15.WIDTHS))
 
 
 def test_memory_is_bits_times_members():
-    sizes = {label: fig1.nominal(run) for label, run in table1.labelled(SMOKE)}
+    sizes = {label: fig1.nominal(run) for label, run in table1.TABLE.labelled(SMOKE)}
     assert (sizes["ERM"], sizes["QT-DoG"], sizes["EoA"], sizes["EoQ"]) == (1, 7 / 32, 2, 14 / 32)
 
 
 def test_jobs_that_differ_in_their_bits_have_names_of_their_own(tmp_path):
-    runs, _ = table10.plan(SMOKE)
+    runs, _ = table10.FIGURE.plan(SMOKE)
     todo = jobs_plan.missing(RunStore(tmp_path), runs, [], sizes={name: 450 for name in SMOKE.domains})
     assert len({job.name for job in todo}) == len(todo)
 

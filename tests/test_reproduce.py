@@ -1,6 +1,5 @@
 """Every figure and table through `reproduce`, at SMOKE; and what Figure 3's table says of hand-made measurements."""
 
-import importlib
 import json
 import shutil
 
@@ -10,8 +9,9 @@ import pytest
 from PIL import Image
 from test_architecture import without_torch
 
-from analyses import table4
+from analyses import fig3, table4
 from flatlab import reproduce
+from flatlab.analysis import Analysis
 from flatlab.resources import published
 from flatlab.specs.settings import PAPER, SMOKE
 
@@ -120,10 +120,10 @@ def test_other_data_are_kept_in_a_folder_of_their_own(smoke, tmp_path):
 
 def test_every_analysis_keeps_the_contract():
     for name in reproduce.analyses():
-        module = importlib.import_module(f"analyses.{name}")
-        assert module.__doc__.splitlines()[0].endswith(".")
-        contract = "BASELINE labelled caption plan table findings summary SUMMARY remarks draw"
-        assert all(hasattr(module, part) for part in contract.split())
+        figure = reproduce.analysis(name)
+        assert isinstance(figure, Analysis) and figure.name == name and figure.title.endswith(".")
+        runs, measured = figure.plan(SMOKE)
+        assert {run for run, _ in measured} <= {*runs} and figure.baseline in dict(figure.labelled(SMOKE))
 
 
 def test_a_second_call_makes_nothing_and_writes_the_same(smoke):
@@ -185,7 +185,6 @@ def test_the_json_says_how_it_came_about(smoke):
 
 
 def test_published_numbers_stand_beside_ours_where_the_setting_is_the_papers():
-    fig3 = importlib.import_module("analyses.fig3")
     rows = [
         {"panel": panel, "normalisation": kind, "method": "QT-DoG", "held_out": held_out, "radius": 40.0}
         for panel in ("source", "target")

@@ -129,13 +129,13 @@ def test_correlations_within_and_between_are_told_apart():
 
 def test_the_plan_has_eleven_methods_and_the_curvature_of_one_seed():
     setting = for_data(SMOKE, "PACS").replace(sam_rho=0.1, seeds=3, domains=TARGETS, held_out=TARGETS)
-    runs, measured = study.plan(setting)
+    runs, measured = study.FIGURE.plan(setting)
     assert len({run.digest for run in runs}) == 11 * 3 * 3
     assert {run.step.rho for run in runs if run.step.kind == "sam"} == {0.1, 0.4}
     assert {run.quantizer.bits for run in runs if run.quantizer} == {4, 7}
     kinds = pd.Series([each.metric for _, each in measured]).value_counts()
     assert kinds["sphere"] == 2 * 99 and kinds["spectrum"] == 2 * 33
-    more = study.plan(setting.replace(seeds=5))[1]
+    more = study.FIGURE.plan(setting.replace(seeds=5))[1]
     assert set(measured) <= set(more)  # seeds can be added: the radii are those of the first
 
 

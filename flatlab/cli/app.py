@@ -61,20 +61,20 @@ def reproduce(
     if name == "all":
         everything(chosen, reference=reference)
         return
-    module = reproduce.analysis(name)
-    todo = reproduce.missing(module, setting, runs, place)
-    refuse_without_effect(chosen, module.plan, name)
+    figure = reproduce.analysis(name)
+    todo = reproduce.missing(figure, setting, runs, place)
+    refuse_without_effect(chosen, figure.plan, name)
     if chosen.dry_run:
         price(chosen, todo, setting)
         return
     carry_out(chosen, todo)
     redo = shlex.join(["flatlab", *sys.argv[1:]])
-    done = reproduce.write(module, setting, runs, out=chosen.out, redo=redo, reference=reference)
+    done = reproduce.write(figure, setting, runs, out=chosen.out, redo=redo, reference=reference)
     if chosen.json:
         written = [str(path) for path in done.written]
         chosen.answer_facts({"written": written, "findings": done.findings.to_dict("records")}, "")
         return
-    display.frame(module.summary(done.findings), module.SUMMARY)
+    display.frame(figure.summary(done.findings), figure.summary_title)
     display.frame(done.accuracies, figure_files.ACCURACIES, formats=dict.fromkeys(done.accuracies.columns, ".3f"))
     for remark in done.remarks:
         display.out.print(remark, soft_wrap=True, markup=False)

@@ -4,14 +4,15 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from flatlab.cli.choices import Choices
-from flatlab.cli.options import LSQ, OF_SETTING, flag
+from flatlab.cli.options import LSQ, OF_SETTING, Rule, flag
 from flatlab.errors import UserError
 
 if TYPE_CHECKING:
     from flatlab.specs.methods import Method
     from flatlab.specs.settings import Setting
 
-EFFECTIVE = {*OF_SETTING, "held_out", "model", "weights", "unsigned", "no_target"}  # change what is planned
+FIELDS = {**OF_SETTING, "held_out": "held_out", "unsigned": "signed", "no_target": "target_logged"}  # of the setting
+EFFECTIVE = {*FIELDS, "model", "weights"}  # change what is planned
 Needs = tuple[Callable[["Method"], bool], str, str]
 _GRID: Needs = (lambda m: m.quantizer != "none" or m.noise != "none", "a quantizer", "add --quantizer lsq")
 _LSQ: Needs = (lambda m: m.quantizer == "lsq", "LSQ", "add --quantizer lsq")
@@ -49,7 +50,9 @@ def refuse_idle(chosen: Choices, parts: "Method") -> None:
 
 
 def refuse_without_effect(chosen: Choices, plan: "Callable[[Setting], Any]", what: str) -> None:
-    """Refuse written options that change the setting, but nothing that is trained or measured.
+    """Refuse written options that change the setting, but nothing that is trained or measured, at no value.
+
+    An option whose value is what would be planned without it is accepted where another value would change the plan.
 
     Args:
         chosen: what the user chose.
@@ -62,9 +65,24 @@ def refuse_without_effect(chosen: Choices, plan: "Callable[[Setting], Any]", wha
     setting = chosen.make_setting()
     planned = plan(setting)
     for name in sorted(chosen.written & EFFECTIVE):
-        other = chosen.without(name).make_setting()
-        if other != setting and _planned(plan, other) == planned:
+        others = [chosen.without(name).make_setting(), *_varied(setting, FIELDS.get(name, ""))]
+        if others[0] != setting and all(_planned(plan, other) == planned for other in others):
             raise UserError(f"{flag(name)} does nothing for {what}; leave it out.")
+
+
+def _varied(setting: "Setting", field: str) -> "list[Setting]":
+    """Return the setting with other values of a field; none if the field has no other values in general."""
+    value, info = getattr(setting, field, None), type(setting).model_fields.get(field)
+    values: tuple[Any, ...] = Rule.of(info).choices if info else ()
+    if field == "held_out":
+        values = tuple((name,) for name in setting.domains)
+    elif isinstance(value, bool):
+        values = (not value,)
+    elif isinstance(value, int):
+        values = (value + 1 if value <= 2 else value - 1,)
+    elif isinstance(value, float):
+        values = (value / 2 or 0.5,)
+    return [setting.replace(**{field: each}) for each in values]
 
 
 def _planned(plan: "Callable[[Setting], Any]", setting: "Setting") -> Any:

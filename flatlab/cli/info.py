@@ -40,9 +40,9 @@ def list_(chosen: Choices) -> None:
     setting, store, place = chosen.make_setting(), chosen.runs(), chosen.place()
     rows = []
     for name in sorted(reproduce.analyses(), key=in_order):
-        module = reproduce.analysis(name)
-        lacks = _lacks(reproduce.missing(module, setting, store, place))
-        rows.append({"name": name, "shows": (module.__doc__ or "").splitlines()[0], "missing": lacks})
+        figure = reproduce.analysis(name)
+        lacks = _lacks(reproduce.missing(figure, setting, store, place))
+        rows.append({"name": name, "shows": figure.title, "missing": lacks})
     chosen.answer(pd.DataFrame(rows), f"Figures and tables, setting {setting.name}")
 
 

@@ -164,8 +164,8 @@ def everything(chosen: Choices, *, reference: bool) -> None:
     from flatlab import reproduce
 
     setting, store, place = chosen.make_setting(), chosen.runs(), chosen.place()
-    modules = {name: reproduce.analysis(name) for name in sorted(reproduce.analyses(), key=in_order)}
-    todo = reproduce.missing_of(modules.values(), setting, store, place)
+    figures = {name: reproduce.analysis(name) for name in sorted(reproduce.analyses(), key=in_order)}
+    todo = reproduce.missing_of(figures.values(), setting, store, place)
     if chosen.dry_run:
         price(chosen, todo, setting)
         return
@@ -176,9 +176,9 @@ def everything(chosen: Choices, *, reference: bool) -> None:
     except UserError as error:
         failed.append(str(error))
     rows = []
-    for name, module in modules.items():
+    for name, figure in figures.items():
         try:
-            rows.append(_made(chosen, name, module, reference=reference))
+            rows.append(_made(chosen, figure, reference=reference))
         except UserError as error:
             failed.append(f"{name}: {error}")
             rows.append({"name": name, "made": "no"})
@@ -189,15 +189,15 @@ def everything(chosen: Choices, *, reference: bool) -> None:
         raise UserError(*failed)
 
 
-def _made(chosen: Choices, name: str, module: Any, *, reference: bool) -> dict[str, Any]:
+def _made(chosen: Choices, figure: Any, *, reference: bool) -> dict[str, Any]:
     """Write one figure or table; return its cost and its comparison with the paper."""
     from flatlab import reproduce
 
+    name, started = figure.name, time.monotonic()
     words = zip(sys.argv[1:], sys.argv, strict=False)  # each with the one before: `--held-out all` stays
     redo = shlex.join(["flatlab", *(name if word == "all" and left != "--held-out" else word for word, left in words)])
-    started = time.monotonic()
     setting, store = chosen.make_setting(), chosen.runs()
-    done = reproduce.write(module, setting, store, out=chosen.out, redo=redo, reference=reference)
+    done = reproduce.write(figure, setting, store, out=chosen.out, redo=redo, reference=reference)
     cost = {"trained": done.cost["training_seconds"], "measured": done.cost["measuring_seconds"]}
     against = " ".join(remark for remark in done.remarks if "paper" in remark)
     return {"name": name, "made": "yes", **cost, "drawn": time.monotonic() - started, "against the paper": against}

@@ -1,0 +1,68 @@
+"""What a module of `analyses/` declares of its figure or table, as one object."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from flatlab.files import Arrays
+from flatlab.specs.measurement import MeasurementSpec
+from flatlab.specs.methods import METHODS, replicates
+from flatlab.specs.run import RunSpec
+from flatlab.specs.settings import Setting
+from flatlab.store.runs import RunStore
+
+Measured = Sequence[tuple[RunSpec, MeasurementSpec]]
+Labelled = tuple[str, RunSpec]
+Draw = Callable[[pd.DataFrame, str, Arrays], Figure]  # of the table, the caption and the arrays alone
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """A figure or table: what it needs, tabulates, says and draws."""
+
+    module: str  # name of its module; the last part is the name of the figure
+    doc: str  # docstring of its module; the first line says what the figure shows
+    baseline: str  # the method with which the others are compared
+    labelled: Callable[[Setting], list[Labelled]]  # each run with its method's name
+    table: Callable[[RunStore, Setting], pd.DataFrame]
+    findings: Callable[[pd.DataFrame], pd.DataFrame]  # differences in the table, with their tests
+    summary: Callable[[pd.DataFrame], pd.DataFrame]  # of the findings, for the page
+    summary_title: str
+    remarks: Callable[[pd.DataFrame], list[str]]  # what the tests of the table say
+    caption: Callable[[Setting], str]  # title, line feed, notes
+    draw: Draw
+    measured: Callable[[Setting], Measured] = lambda setting: ()
+    arrays: Callable[[pd.DataFrame, RunStore, Setting], Arrays] | None = None  # drawn besides the table
+    sheet: Callable[[pd.DataFrame], pd.DataFrame] | None = None  # accuracies as the paper's table has them
+    as_published: Callable[[], pd.DataFrame] | None = None  # the paper's numbers
+
+    @property
+    def name(self) -> str:
+        """The name of the figure, such as fig3."""
+        return self.module.rsplit(".", 1)[-1]
+
+    @property
+    def title(self) -> str:
+        """What the figure shows, in one line."""
+        return self.doc.splitlines()[0]
+
+    def plan(self, setting: Setting) -> tuple[list[RunSpec], list[tuple[RunSpec, MeasurementSpec]]]:
+        """Return the runs and the measurements that the figure needs."""
+        return [run for _, run in self.labelled(setting)], list(self.measured(setting))
+
+
+def by_method(names: Iterable[str]) -> Callable[[Setting], list[Labelled]]:
+    """Return a function that returns all runs of these methods, each with its method's name."""
+    return lambda setting: [(name, run) for name in names for run in replicates(METHODS[name], setting)]
+
+
+def crossed(labelled: Iterable[Labelled], measurements: Sequence[MeasurementSpec]) -> Measured:
+    """Return each run with each measurement."""
+    return [(run, measurement) for _, run in labelled for measurement in measurements]
+
+
+def from_table(draw: Callable[[pd.DataFrame, str], Figure]) -> Draw:
+    """Return a function that draws from the table alone."""
+    return lambda frame, caption, _: draw(frame, caption)
