@@ -28,6 +28,10 @@ from flatlab.store.entry import Entry, discard, holds_entry
 
 RESULTS = {  # the class below `flatlab.results` of each metric's result
     "sphere": "sphere.SphereFlatness",
+    "reach": "sphere.Reach",
+    "size": "size.FileSize",
+    "surface": "surface.Surface",
+    "connectivity": "connectivity.Connections",
 }
 
 
