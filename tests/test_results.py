@@ -1,7 +1,9 @@
 """A result owns its file: what a run's measurement gives back is what the public function returns."""
 
+import ast
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -126,3 +128,19 @@ def test_a_trace_check_is_read_back():
     assert replace(found.cost, seconds=0.0) == replace(check.cost, seconds=0.0)
     with pytest.raises(UserError, match=r"draws of this trace check must be in its file.* repeat the command"):
         TraceCheck.from_arrays({"radii": np.ones(1)}, {"verdict": ""})
+
+
+NOT_YET = {"quantization_noise", "rounding", "gradcam", "_gradcam_figure"}  # whose files no class owns
+
+
+def test_results_alone_know_the_names_of_stored_arrays():
+    root = Path(__file__).parents[1]
+    folders = ("flatlab/measure", "flatlab/report", "flatlab/store", "flatlab/cli", "analyses")
+    found = set()
+    for path in [each for folder in folders for each in sorted((root / folder).glob("*.py"))]:
+        for call in [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]:
+            name, text = getattr(call.func, "attr", ""), ast.unparse(call)
+            reads = name == "measured" and "self" not in text
+            writes = name == "save_arrays" and "measurement.result" in text and "to_arrays()" not in text
+            found |= {path.stem} if reads or writes else set()
+    assert found == NOT_YET
