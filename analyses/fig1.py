@@ -41,11 +41,11 @@ def nominal(run: RunSpec) -> float:
 def table(store: RunStore, setting: Setting) -> pd.DataFrame:
     """Return Table 1 with the memory of each line: that of its file, and the nominal one."""
     runs = _sized(setting)
-    sizes = {label: store.run(run).measured(SIZE, label)[0] for label, run in runs.items()}
-    one = float(sizes[TABLE.baseline]["float_bytes"])
+    sizes = {label: store.run(run).result(SIZE, label) for label, run in runs.items()}
+    one = sizes[TABLE.baseline].float_bytes
     frame = TABLE.table(store, setting)
     return frame.assign(
-        memory=frame["method"].map({label: float(size["bytes"]) / one for label, size in sizes.items()}),
+        memory=frame["method"].map({label: size.bytes / one for label, size in sizes.items()}),
         nominal=frame["method"].map({label: nominal(run) for label, run in runs.items()}),
     )
 

@@ -53,7 +53,7 @@ def table(store: RunStore, setting: Setting) -> pd.DataFrame:
     sums: dict[tuple[str, str], Values] = {}
     counts: dict[tuple[str, str], int] = {}
     for name, spec in labelled(setting):
-        found = surface.surface(store.run(spec), measurement(setting))
+        found = store.run(spec).result(measurement(setting), name)
         for panel in TITLES:
             values = surface.of_panel(found, panel, spec.held_out)
             middle = len(found.x) // 2

@@ -230,7 +230,7 @@ print(*plots.save(fig3.draw(frame, "by hand"), pathlib.Path(sys.argv[1]) / "fig3
 
 def without_torch(code, *arguments):
     command = [sys.executable, "-c", WITHOUT_TORCH + code, *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -273,7 +273,7 @@ def test_interrupted_it_says_how_to_go_on_and_goes_on(tmp_path):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a child of what ignores it would ignore it too
     running = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True, env=quiet)
     signal.signal(signal.SIGINT, before)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while not list(store.glob("*/state/resume.safetensors")) and time.monotonic() < deadline:
         time.sleep(0.02)
     os.killpg(running.pid, signal.SIGINT)

@@ -179,7 +179,7 @@ def test_exported_files_make_an_ensemble_that_is_measured_and_exported(store, tm
     assert call("ensemble", digests[0], digests[0], *words) == 2
     assert "given twice" in capsys.readouterr().err
     assert call("ensemble", digests[0], *words) == 2
-    assert "two members or more" in capsys.readouterr().err
+    assert "at least two different runs" in capsys.readouterr().err
     assert call("import", tmp_path / "joint.safetensors", "--held-out", "rot45", *words) == 2
     assert "holds an ensemble" in capsys.readouterr().err
     assert call("import", file, "--held-out", "rot15", *words) == 0

@@ -1,6 +1,7 @@
 """Tables of the paper, on stores written by hand: what stands beside what, and whether the order agrees."""
 
 import itertools
+from dataclasses import asdict
 
 import numpy as np
 import pandas as pd
@@ -481,7 +482,7 @@ def test_figure_1s_memory_is_that_of_the_exported_file(tmp_path):
     told = {}
     for each in (ERM, quantized, joint):
         measure(store.run(each), fig1.SIZE, PLACE)
-        told[each] = {name: int(array) for name, array in store.run(each).measured(fig1.SIZE)[0].items()}
+        told[each] = asdict(store.run(each).result(fig1.SIZE))
     for each in (quantized, joint):
         file = export(store.run(each), tmp_path / "file.safetensors", PLACE)
         assert told[each] == {"bytes": file.bytes, "float_bytes": file.float_bytes}

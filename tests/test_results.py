@@ -1,16 +1,27 @@
 """A result owns its file: what a run's measurement gives back is what the public function returns."""
 
+import ast
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 from stores import ERM, PLACE, PROBE, trained
+from torch import nn
 
 from flatlab import files
+from flatlab.errors import UserError
+from flatlab.landscape.landscape import Landscape
 from flatlab.measure.inputs import landscape
 from flatlab.measure.runner import measure
 from flatlab.metrics.flatness.sphere import sphere_flatness
+from flatlab.metrics.scale_audit import scale_audit
+from flatlab.metrics.trace_check import trace_check
 from flatlab.results.sphere import PairedDifference, SphereFlatness
+from flatlab.results.trace_check import TraceCheck
 
 LATER = ("seed", "normalisation", "notes", "forward_passes")  # facts that the first files of a sphere lack
 
@@ -86,3 +97,50 @@ def test_no_verdict_is_read_where_the_loss_is_that_of_guessing():
     assert pair(a, b).verdict("A", "B") == "B is flatter at all radii measured"
     assert "guessing (2.00 nats) at radius 3" in a.remarks[-1]
     assert not flat(rises).guessing.any() and flat(rises).remarks == []
+
+
+def small(activation):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), activation, nn.Linear(6, 3)).eval()
+    return Landscape(model, [(torch.randn(40, 4), torch.randint(0, 3, (40,)))], F.cross_entropy)
+
+
+def back(result, **spec):
+    """What is read from the file of a result."""
+    arrays, facts = result.to_arrays()
+    return type(result).from_arrays(arrays, {**spec, **json.loads(json.dumps(facts))})
+
+
+def test_an_audit_is_read_back():
+    audit = scale_audit(small(nn.ReLU()), num_samples=3)
+    found = back(audit, most=4.0, seed=0)
+    assert found.to_frame().equals(audit.to_frame())
+    assert (found.pairs, found.refusals, found.cost.hvps) == (audit.pairs, audit.refusals, audit.cost.hvps)
+
+
+def test_a_trace_check_is_read_back():
+    check = trace_check(small(nn.Tanh()), rel_error=0.2, density=(12, 3))
+    found = back(check, rel_error=0.2, seed=0)
+    assert found.verdict() == check.verdict() and found.differences() == check.differences()
+    assert (
+        found.value.tobytes() == check.value.tobytes() and found.density.negative_share == check.density.negative_share
+    )
+    assert replace(found.cost, seconds=0.0) == replace(check.cost, seconds=0.0)
+    with pytest.raises(UserError, match=r"draws of this trace check must be in its file.* repeat the command"):
+        TraceCheck.from_arrays({"radii": np.ones(1)}, {"verdict": ""})
+
+
+NOT_YET = {"quantization_noise", "rounding", "gradcam", "_gradcam_figure"}  # whose files no class owns
+
+
+def test_results_alone_know_the_names_of_stored_arrays():
+    root = Path(__file__).parents[1]
+    folders = ("flatlab/measure", "flatlab/report", "flatlab/store", "flatlab/cli", "analyses")
+    found = set()
+    for path in [each for folder in folders for each in sorted((root / folder).glob("*.py"))]:
+        for call in [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]:
+            name, text = getattr(call.func, "attr", ""), ast.unparse(call)
+            reads = name == "measured" and "self" not in text
+            writes = name == "save_arrays" and "measurement.result" in text and "to_arrays()" not in text
+            found |= {path.stem} if reads or writes else set()
+    assert found == NOT_YET

@@ -15,6 +15,7 @@ from flatlab.measure.runner import measure
 from flatlab.metrics.flatness import pilot
 from flatlab.metrics.flatness.sampler import Sampler
 from flatlab.report import tables
+from flatlab.results.sphere import Reach
 from flatlab.specs.measurements import GradCAMSpec, SphereSpec, parse_measurement
 from flatlab.specs.methods import radii_by_rise
 from flatlab.specs.rises import ByRise, ReachSpec
@@ -120,16 +121,20 @@ def test_a_measurement_names_rises_and_runs_and_not_the_radii():
     assert PROBE.passes(SIZES) == 2 * 4 * 4 * 12 and SphereSpec(radii=(1.0,)).pilots == ()
 
 
+def pilot_of(radii):
+    return Reach(radii=np.array(radii), rises=(0.02, 0.5), strata=("rot0",), images=1)
+
+
 def test_radii_are_geometric_means_rounded_to_two_digits(tmp_path):
     store = RunStore(tmp_path)
     for (_, pilot_), run, radii in zip(PROBE.pilots, (ERM, OTHER), ([1.0, 3.0], [1.21, 3.3]), strict=True):
         entry = store.run(run)
         entry.create()
         entry.measurement(pilot_).create()
-        files.save_arrays(entry.measurement(pilot_).result, {"radii": np.array(radii)}, {})
+        files.save_arrays(entry.measurement(pilot_).result, *pilot_of(radii).to_arrays())
         entry.measurement(pilot_).finish()
     assert by_rise(store, CHOSEN, PROBE).tolist() == [1.1, 3.1]  # sqrt(9.9) = 3.146
-    files.save_arrays(entry.measurement(pilot_).result, {"radii": np.array([1.21, 0.41])}, {})
+    files.save_arrays(entry.measurement(pilot_).result, *pilot_of([1.21, 0.41]).to_arrays())
     refuses(lambda: by_rise(store, CHOSEN, PROBE), "differ in two digits", "1.1")
 
 
@@ -139,8 +144,8 @@ def test_all_runs_share_radii_where_the_references_rise_so_far(store, tmp_path):
     assert done_all(store, [*wanted, (QT, CAM)]) == []
     for kind in ("none", "filter"):
         measurement = PROBE.replace(normalisation=kind)
-        arrays, facts = store.run(QT).measured(measurement)
-        assert arrays["radii"].tolist() == [0.0, *by_rise(store, CHOSEN, measurement)] and facts["rises"] == [
+        found = store.run(QT).result(measurement)
+        assert found.radii.tolist() == [0.0, *by_rise(store, CHOSEN, measurement)] and list(found.rises) == [
             0,
             0.02,
             0.1,

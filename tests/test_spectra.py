@@ -64,6 +64,9 @@ def test_what_is_written_is_what_the_library_says(store):
     assert facts["trace"][2] == trace.trace.freedom and facts["num_params"] == around.num_params
     assert arrays["nodes-01"] == pytest.approx(density.nodes[1], rel=1e-2, abs=1e-2 * found.eigenvalues[0])
     assert facts["negative weight"][0] == pytest.approx(density.negative_weight.value, abs=0.02)
+    again, told = store.run(ERM).result(PROBE).to_arrays()
+    assert json.loads(json.dumps(told)) == facts and again.keys() == arrays.keys()
+    assert all(again[name].tobytes() == each.tobytes() for name, each in arrays.items())
     assert facts["products"] == found.cost.hvps + trace.cost.hvps + density.cost.hvps
 
 

@@ -15,9 +15,9 @@ from flatlab.measure.inputs import landscape, training_images
 from flatlab.measure.runner import measure
 from flatlab.metrics.surfaces.connectivity import connect
 from flatlab.metrics.surfaces.planes import plane
-from flatlab.report.surface import barrier_sentence, centres, connection, of_panel, surface
+from flatlab.report.surface import barrier_sentence, centres, of_panel
 from flatlab.results.connectivity import Connection
-from flatlab.results.surface import Surface, parts
+from flatlab.results.surface import Surface
 from flatlab.specs.measurements import ConnectionSpec, ScaleAuditSpec, SurfaceSpec, TraceCheckSpec, parse_measurement
 from flatlab.store.runs import RunStore
 from flatlab.tensors.flat import flatten
@@ -116,7 +116,7 @@ def test_the_sentence_on_a_barrier_follows_its_interval(store):
     run = RunStore(store).find(names["erm"])
     measurement = ConnectionSpec(to=names["sam"], images=4, grid=3)
     measure(run, measurement, stores.PLACE)
-    found = connection(run, measurement, "target")
+    found = run.result(measurement).panels["target"]
     for shift, verdict in [
         (9.0, "a barrier stands"),
         (-9.0, "no barrier: the line lies below"),
@@ -220,10 +220,10 @@ def test_specs_are_read_back_and_surfaces_too(store):
     assert not {"every", "recompute"} & set(json.loads(SurfaceSpec().canonical()))  # as before there were these fields
     run = RunStore(store).find(digests(store)["sam"])
     spec = SurfaceSpec(images=4, grid=9, refine=0.2)
-    stores.refuses(lambda: surface(run, spec), "not measured yet")
+    stores.refuses(lambda: run.result(spec), "not measured yet")
     measure(run, spec, stores.PLACE)
-    found = surface(run, spec)
-    assert np.array_equal(Surface.whole(*parts(found)).values, found.values) and found.measured.sum() <= 81
+    found = run.result(spec)
+    assert np.array_equal(Surface.from_arrays(*found.to_arrays()).values, found.values) and found.measured.sum() <= 81
 
 
 def test_mistakes_are_one_sentence(flatlab, store):

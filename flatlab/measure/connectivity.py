@@ -2,13 +2,12 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 from flatlab import files
 from flatlab.loading import data as loading_data
 from flatlab.measure.inputs import landscape, other_of, training_images
 from flatlab.metrics.surfaces.connectivity import connect
-from flatlab.results.surface import parts
+from flatlab.results.connectivity import Connections
 from flatlab.specs.measurements import ConnectionSpec
 from flatlab.specs.run import Place
 from flatlab.store.runs import Measurement, Run
@@ -22,16 +21,12 @@ def fill(measurement: Measurement, run: Run, place: Place, report: Report | None
     other, data = other_of(run, spec.to, place), loading_data.domains(run.spec, place)
     recompute = training_images(run, spec.recompute, place)
     panels = {"source": data.sources, "target": (data.target,)}
-    arrays: files.Arrays = {}
-    facts: dict[str, Any] = {}
+    found = {}
     for index, (panel, names) in enumerate(panels.items()):
         ends = [landscape(each, spec, place, of=names) for each in (run, other)]
         tell = None if report is None else partial(_tell, report, index)
-        found = connect(*ends, grid=spec.grid, recompute=recompute, seed=spec.seed, report=tell)
-        mine, facts[panel] = parts(found)
-        facts[panel]["cost"]["seconds"] = 0.0  # in the provenance: results of equal specs are equal bytes
-        arrays |= {f"{panel}.{name}": array for name, array in mine.items()}
-    files.save_arrays(measurement.result, arrays, facts)
+        found[panel] = connect(*ends, grid=spec.grid, recompute=recompute, seed=spec.seed, report=tell)
+    files.save_arrays(measurement.result, *Connections(found).to_arrays())
 
 
 def _tell(report: Report, panel: int, done: int, of: int) -> None:

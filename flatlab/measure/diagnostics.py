@@ -1,9 +1,6 @@
 """The scale audit and the trace check of a run, as measurements."""
 
 from collections.abc import Callable
-from dataclasses import asdict
-
-import numpy as np
 
 from flatlab import files
 from flatlab.measure.inputs import landscape
@@ -24,9 +21,7 @@ def fill_scale_audit(measurement: Measurement, run: Run, place: Place, report: R
     found = scale_audit(
         landscape(run, spec, place), most=spec.most, num_samples=spec.num_samples, seed=spec.seed, keep=keep
     )
-    facts = {"rows": found.to_frame().to_dict("records"), "pairs": [asdict(each) for each in found.pairs]}
-    facts |= {"refusals": [asdict(each) for each in found.refusals], "hvps": found.cost.hvps}
-    files.save_arrays(measurement.result, {"deviation": found.deviation}, facts)
+    files.save_arrays(measurement.result, *found.to_arrays())
 
 
 def fill_trace_check(measurement: Measurement, run: Run, place: Place, report: Report | None) -> None:
@@ -35,10 +30,4 @@ def fill_trace_check(measurement: Measurement, run: Run, place: Place, report: R
     found = trace_check(
         landscape(run, spec, place), rel_error=spec.rel_error, seed=spec.seed, keep=UnitFiles(measurement).units
     )
-    corners = {name: [each.value, float(each.stderr), each.freedom] for name, each in found.corners.items()}
-    facts = {"corners": corners, "agrees": found.agrees(), "quadratic_radius": found.quadratic_radius()}
-    facts |= {"verdict": found.verdict(), "kinks": list(found.kinks), "norm": found.flatness.norm}
-    facts |= {"hvps": found.cost.hvps, "images": found.cost.images}
-    low, high = found.interval()
-    arrays = {"radii": found.flatness.radii, "value": found.value, "low": low, "high": high}
-    files.save_arrays(measurement.result, {name: np.asarray(array) for name, array in arrays.items()}, facts)
+    files.save_arrays(measurement.result, *found.to_arrays())

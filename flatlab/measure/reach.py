@@ -1,4 +1,4 @@
-"""How far around a run the loss has risen by so many nats on its source domains: radii for the runs beside it."""
+"""The radii at which the loss of a run rises by given amounts on its source domains, which other runs share."""
 
 from collections.abc import Callable
 from functools import partial
@@ -10,6 +10,7 @@ from flatlab.measure.inputs import landscape
 from flatlab.measure.units import UnitFiles
 from flatlab.metrics.flatness.pilot import reached, reached_price
 from flatlab.metrics.flatness.sampler import Sampler
+from flatlab.results.sphere import Reach
 from flatlab.specs.rises import ReachSpec
 from flatlab.specs.run import Place
 from flatlab.store.runs import Measurement, Run
@@ -18,11 +19,11 @@ Report = Callable[[int, int, dict[str, Any]], None]
 
 
 def fill(measurement: Measurement, run: Run, place: Place, report: Report | None) -> None:
-    """Find the radii, unless an earlier call has."""
+    """Determine the radii, unless an earlier call did."""
     del report  # seconds of work
     spec: ReachSpec = measurement.spec
     around = landscape(run, spec, place, of=loading_data.domains(run.spec, place).sources)
     sampler = Sampler([around], spec.seed, spec.normalisation, keep=UnitFiles(measurement).units)
     (radii,) = sampler.keep([("reach", partial(reached, sampler, spec.rises))])
-    facts = {"rises": list(spec.rises), "strata": list(around.strata), "images": reached_price(sampler)}
-    files.save_arrays(measurement.result, {"radii": radii}, facts)
+    found = Reach(radii=radii, rises=spec.rises, strata=around.strata, images=reached_price(sampler))
+    files.save_arrays(measurement.result, *found.to_arrays())

@@ -2,11 +2,10 @@
 
 from collections.abc import Callable
 
-import numpy as np
-
 from flatlab import files
 from flatlab.loading.checkpoint import network
 from flatlab.loading.export import write
+from flatlab.results.size import FileSize
 from flatlab.specs.measurements import SizeSpec
 from flatlab.specs.run import Place
 from flatlab.store.runs import Measurement, Run
@@ -19,6 +18,4 @@ def fill(measurement: Measurement, run: Run, place: Place, report: Report | None
     spec: SizeSpec = measurement.spec
     with files.scratch() as folder:
         told = write(network(run, spec.checkpoint, place).cpu(), run.spec, folder / "export", place)
-    files.save_arrays(
-        measurement.result, {"bytes": np.array(told.bytes), "float_bytes": np.array(told.float_bytes)}, {}
-    )
+    files.save_arrays(measurement.result, *FileSize(told.bytes, told.float_bytes).to_arrays())

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from functools import cache, partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +21,7 @@ from flatlab.metrics.curvature.resumable import KeptHessian
 from flatlab.metrics.curvature.trace import COLUMNS, hessian_trace
 from flatlab.quant.attach import bake
 from flatlab.results.estimate import Cost, FloatArray
-from flatlab.results.spectrum import SpectralDensity, Trace
+from flatlab.results.spectrum import FLOOR, NUMBERS, STATES, UNVERIFIED, MeasuredSpectrum, SpectralDensity, Trace
 from flatlab.seeds import derive
 from flatlab.specs.measurements import SpectrumSpec
 from flatlab.specs.run import Place
@@ -33,16 +32,15 @@ Report = Callable[[int, int, dict[str, float]], None]
 Operator = Callable[[], Hessian]
 HELD = 2**17  # numbers of a batch's inputs: one graph holds some thousand times their memory
 LEAST = 32  # images of a batch
-UNVERIFIED = 0.5  # of a pair that has converged, in a search that its budget ended
-FLOOR = 1e-6  # of the largest eigenvalue: rounding in float32, in which networks are kept
 
 
 def fill(measurement: Measurement, run: Run, place: Place, report: Report | None) -> None:
-    """Measure what the vector asks for, from where an earlier call was stopped."""
+    """Measure what the spec asks for, from where an earlier call was stopped."""
     spec: SpectrumSpec = measurement.spec
     if spec.engine == "pyhessian":
         (found,) = UnitFiles(measurement).units([("pyhessian", partial(_by_pyhessian, run, spec, place, report))])
-        files.save_arrays(measurement.result, {"eigenvalues": found[1:]}, {"trace": [float(found[0]), None, None]})
+        theirs = MeasuredSpectrum.by_pyhessian(found[1:], float(found[0]))
+        files.save_arrays(measurement.result, *theirs.to_arrays())
         return
     operator = cache(partial(_operator, measurement, run, place, report))
     units = [("extremes", lambda: _extremes(operator(), spec))]
@@ -134,18 +132,18 @@ def _write(measurement: Measurement, extremes: FloatArray, rules: list[FloatArra
         num_params=num_params,
         floor=FLOOR * float(np.abs(values).max()),
     )
-    numbers = {
-        "trace": trace.trace,
-        "effective rank": trace.effective_rank,
-        "negative weight": density.negative_weight,
-        "negative share": density.negative_share,
-    }
-    facts: dict[str, Any] = {name: [e.value, e.stderr, e.freedom] for name, e in numbers.items()}
-    facts |= {"num_params": num_params, "stopped": trace.stopped, "products": searched + traced + density.cost.hvps}
-    arrays = {"eigenvalues": values, "residuals": residuals, "converged": converged, "vectors": trace.vectors}
-    for index, (nodes, weights) in enumerate(rules):
-        arrays |= {f"nodes-{index:02d}": nodes, f"weights-{index:02d}": weights}
-    files.save_arrays(measurement.result, arrays, facts)
+    numbers = (trace.trace, trace.effective_rank, density.negative_weight, density.negative_share)
+    whole = MeasuredSpectrum(
+        eigenvalues=values,
+        residuals=residuals,
+        states=tuple(STATES[code] for code in converged.tolist()),
+        numbers=dict(zip(NUMBERS, numbers, strict=True)),
+        stopped=trace.stopped,
+        vectors=trace.vectors,
+        density=density,
+        products=searched + traced + density.cost.hvps,
+    )
+    files.save_arrays(measurement.result, *whole.to_arrays())
 
 
 def _by_pyhessian(run: Run, spec: SpectrumSpec, place: Place, report: Report | None) -> FloatArray:

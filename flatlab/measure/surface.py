@@ -22,7 +22,6 @@ from flatlab.metrics.surfaces.directions import (
 )
 from flatlab.metrics.surfaces.planes import plane
 from flatlab.quant.attach import bake
-from flatlab.results.surface import parts
 from flatlab.specs.measurements import SurfaceSpec
 from flatlab.specs.run import Place
 from flatlab.store.runs import Measurement, Run
@@ -46,9 +45,7 @@ def fill(measurement: Measurement, run: Run, place: Place, report: Report | None
         keep=UnitFiles(measurement).units,
         report=None if report is None else lambda done, of: report(done, of, {}),
     )
-    arrays, facts = parts(surface)
-    facts["cost"]["seconds"] = 0.0  # in the provenance: results of equal specs are equal bytes
-    files.save_arrays(measurement.result, arrays, facts)
+    files.save_arrays(measurement.result, *surface.to_arrays())
 
 
 def directions(around: Landscape, measurement: Measurement, run: Run, place: Place) -> Directions:

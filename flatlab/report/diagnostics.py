@@ -7,13 +7,13 @@ from typing import Any
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from flatlab import files, plots
-from flatlab.results.estimate import Estimate
+from flatlab import plots
+from flatlab.results.scale_audit import ScaleAudit
+from flatlab.results.trace_check import TraceCheck
 from flatlab.specs.measurement import MeasurementSpec
 from flatlab.store.runs import Run
 
 CORNERS = {"run": "", "way": "", "trace": ".4g", "low": ".4g", "high": ".4g"}
-WAYS = ("sphere", "trace", "density")
 
 
 def triangles(
@@ -25,31 +25,30 @@ def triangles(
     with plots.style():
         figure, grid = plt.subplots(1, len(found), figsize=(3.4 * len(found), 2.8), squeeze=False, layout="constrained")
         for ax, run in zip(grid[0], found, strict=True):
-            arrays, facts = run.measured(measurement)
-            for name in WAYS:
-                value, stderr, freedom = facts["corners"][name]
-                half = Estimate(value, stderr, freedom).half_width()
-                rows.append({"run": run.name, "way": name, "trace": value, "low": value - half, "high": value + half})
-            told.append(f"{run.name}: {facts['verdict']}")
-            _triangle(ax, arrays, facts)
+            check: TraceCheck = run.result(measurement)
+            for name, each in check.corners.items():
+                low, high = each.value - each.half_width(), each.value + each.half_width()
+                rows.append({"run": run.name, "way": name, "trace": each.value, "low": low, "high": high})
+            told.append(f"{run.name}: {check.verdict()}")
+            _triangle(ax, check)
             ax.set(title=run.name)
         return pd.DataFrame(rows), told, plots.save(figure, out / "triangle")
 
 
-def _triangle(ax: Any, arrays: files.Arrays, facts: dict[str, Any]) -> None:
-    (line,) = ax.plot(arrays["radii"], arrays["value"], marker="o", label="2 P F / γ²")
-    ax.fill_between(arrays["radii"], arrays["low"], arrays["high"], color=line.get_color(), alpha=0.25, lw=0)
+def _triangle(ax: Any, check: TraceCheck) -> None:
+    radii, (low, high), corners = check.flatness.radii, check.interval(), check.corners
+    (line,) = ax.plot(radii, check.value, marker="o", label="2 P F / γ²")
+    ax.fill_between(radii, low, high, color=line.get_color(), alpha=0.25, lw=0)
     for index, name in enumerate(("trace", "density"), start=1):
-        value, stderr, freedom = facts["corners"][name]
-        half = Estimate(value, stderr, freedom).half_width()
+        value, half = corners[name].value, corners[name].half_width()
         ax.axhline(
             value, color=f"C{index}", lw=1, label=f"{name} of the Hessian" if index == 1 else "density's mean × P"
         )
         ax.axhspan(value - half, value + half, color=f"C{index}", alpha=0.15, lw=0)
-    if facts["quadratic_radius"]:
-        ax.axvline(facts["quadratic_radius"], color="0.5", ls=":", lw=1)
+    if radius := check.quadratic_radius():
+        ax.axvline(radius, color="0.5", ls=":", lw=1)
     ax.set_xscale("log")
-    if (arrays["low"] > 0).all() and min(value for value, *_ in facts["corners"].values()) > 0:
+    if (low > 0).all() and min(each.value for each in corners.values()) > 0:
         ax.set_yscale("log")
     ax.set(xlabel="radius γ (L2); dotted: quadratic so far", ylabel="trace (nats)")
     ax.legend()
@@ -64,16 +63,16 @@ def audits(
     with plots.style():
         figure, grid = plt.subplots(len(found), 1, figsize=(6.5, 2.6 * len(found)), squeeze=False, layout="constrained")
         for ax, run in zip(grid[:, 0], found, strict=True):
-            arrays, facts = run.measured(measurement)
-            frame = pd.DataFrame(facts["rows"])
+            audit: ScaleAudit = run.result(measurement)
+            frame = audit.to_frame()
             frames.append(frame.assign(run=run.name))
-            kinds = [pair["kind"] for pair in facts["pairs"]]
+            kinds = [pair.kind for pair in audit.pairs]
             told.append(
                 f"{run.name}: rescaled {kinds.count('norm')} layers against their BatchNorm and"
-                f" {kinds.count('layers')} pairs of layers; outputs moved by {arrays['deviation'].max():.1e} of the"
+                f" {kinds.count('layers')} pairs of layers; outputs moved by {audit.deviation.max():.1e} of the"
                 " largest."
             )
-            told += [f"{run.name}: left alone {each['first']}: {each['reason']}." for each in facts["refusals"]]
+            told += [f"{run.name}: left alone {each.first}: {each.reason}." for each in audit.refusals]
             plots.factors(ax, frame)
             ax.set_title(run.name, loc="left", pad=18)  # the legend is between
         return pd.concat(frames, ignore_index=True), told, plots.save(figure, out / "audit")

@@ -12,14 +12,13 @@ from matplotlib.figure import Figure
 
 from flatlab import files, plots
 from flatlab.report.panels import TITLES
-from flatlab.results.estimate import Estimate, FloatArray
-from flatlab.results.spectrum import blur
+from flatlab.results.estimate import FloatArray
+from flatlab.results.spectrum import MeasuredSpectrum, SpectralDensity, blur
 from flatlab.specs.measurements import SpectrumSpec
 from flatlab.specs.run import RunSpec
 from flatlab.store.runs import Run, RunStore
 
 Wanted = Iterable[tuple[str, RunSpec, SpectrumSpec]]
-SAMPLED = ("trace", "effective rank", "negative weight", "negative share")
 PLACES = 120  # of a density's grid
 WIDTH = 0.01  # of a kernel, as a share of the range
 FAINT = 1e-6  # density below which nothing is drawn
@@ -37,11 +36,10 @@ def numbers(store: RunStore, wanted: Wanted) -> pd.DataFrame:
 
 
 def _rows(label: str, run: Run, measurement: SpectrumSpec) -> Iterable[dict[str, Any]]:
-    arrays, facts = run.measured(measurement, label)
+    found: MeasuredSpectrum = run.result(measurement, label)
     shared = {**_named(label, run, measurement), "engine": measurement.engine}
-    unknown = np.full(len(arrays["eigenvalues"]), np.nan)
-    residuals, converged = arrays.get("residuals", unknown), arrays.get("converged", unknown)
-    for index, (value, residual) in enumerate(zip(arrays["eigenvalues"].tolist(), residuals.tolist(), strict=True)):
+    pairs = zip(found.eigenvalues.tolist(), found.residuals.tolist(), found.states, strict=True)
+    for index, (value, residual, state) in enumerate(pairs):
         yield {
             **shared,
             "number": "eigenvalue",
@@ -49,16 +47,14 @@ def _rows(label: str, run: Run, measurement: SpectrumSpec) -> Iterable[dict[str,
             "value": value,
             "low": value - residual,
             "high": value + residual,
-            "converged": {1.0: "yes", 0.5: "not verified", 0.0: "no"}.get(float(converged[index]), "unknown"),
+            "converged": state,
             "over": "residual",
         }
-    for name in SAMPLED:
-        if name in facts:
-            value, stderr, freedom = facts[name]
-            half = Estimate(value, stderr, freedom).half_width() if stderr is not None else float("nan")
-            reached = {None: "unknown", "budget": "no"}.get(facts.get("stopped"), "yes") if name == "trace" else ""
-            told = {"value": value, "low": value - half, "high": value + half, "converged": reached, "over": "vectors"}
-            yield {**shared, "number": name, "index": 0, **told}
+    for name, each in found.numbers.items():
+        low, high = each.value - each.half_width(), each.value + each.half_width()
+        reached = found.reached if name == "trace" else ""
+        told = {"value": each.value, "low": low, "high": high, "converged": reached, "over": "vectors"}
+        yield {**shared, "number": name, "index": 0, **told}
 
 
 def densities(store: RunStore, wanted: Wanted) -> pd.DataFrame:
@@ -89,8 +85,8 @@ def _named(label: str, run: Run, measurement: SpectrumSpec) -> dict[str, Any]:
 
 
 def _rules(label: str, run: Run, measurement: SpectrumSpec) -> list[tuple[FloatArray, FloatArray]]:
-    arrays, _ = run.measured(measurement, label)
-    return [(arrays[f"nodes-{index:02d}"], arrays[f"weights-{index:02d}"]) for index in range(measurement.starts)]
+    density: SpectralDensity = run.result(measurement, label).density
+    return list(zip(density.nodes, density.weights, strict=True))
 
 
 def chart(store: RunStore, wanted: list[tuple[str, RunSpec, SpectrumSpec]], out: Path) -> list[Path]:

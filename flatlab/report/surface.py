@@ -11,7 +11,7 @@ import pandas as pd
 from flatlab import files, plots
 from flatlab.errors import UserError
 from flatlab.report import panels
-from flatlab.results.connectivity import Connection
+from flatlab.results.connectivity import Connection, Connections
 from flatlab.results.surface import Surface
 from flatlab.specs.measurements import ConnectionSpec, SurfaceSpec
 from flatlab.store.runs import Run
@@ -78,11 +78,6 @@ def steps_between(found: Sequence[Run], axes: str, every: int | None) -> int | N
     return every
 
 
-def surface(run: Run, measurement: SurfaceSpec) -> Surface:
-    """Return a measured surface."""
-    return Surface.whole(*run.measured(measurement))
-
-
 def of_panel(found: Surface, panel: str, held_out: str, metric: str = "loss") -> np.ndarray[Any, np.dtype[np.float64]]:
     """Return a metric (G1, G2) on the source domains, each weighing the same, or on the held-out one."""
     return found.of(metric, np.array(found.strata)[panels.masks(found.strata, held_out)[panel]].tolist())
@@ -90,7 +85,7 @@ def of_panel(found: Surface, panel: str, held_out: str, metric: str = "loss") ->
 
 def draw_surfaces(found: Sequence[Run], measurement: SurfaceSpec, *, out: Path) -> list[Path]:
     """Draw contours of each run on both panels, on common levels, with a relief; write npz and pictures."""
-    surfaces = {run.spec.digest: surface(run, measurement) for run in found}
+    surfaces = {run.spec.digest: run.result(measurement) for run in found}
     values = {
         (run.spec.digest, panel): of_panel(surfaces[run.spec.digest], panel, run.spec.held_out)
         for run in found
@@ -124,7 +119,7 @@ def remarks(found: Sequence[Run], measurement: SurfaceSpec | ConnectionSpec) -> 
     told = []
     if isinstance(measurement, SurfaceSpec) and measurement.axes == "trajectory":
         for run in found:
-            mine = surface(run, measurement)
+            mine: Surface = run.result(measurement)
             told.append(
                 f"{run.name}: the plane holds {mine.explained.sum():.1%} of the variance of {len(mine.marks)}"
                 f" checkpoints, each {measurement.every} steps, and lies at most"
@@ -137,13 +132,6 @@ def remarks(found: Sequence[Run], measurement: SurfaceSpec | ConnectionSpec) -> 
     elif measurement.spanned:
         told.append(OWN)
     return told
-
-
-def connection(run: Run, measurement: ConnectionSpec, panel: str) -> Connection:
-    """Return a measured line, over the source domains ("source") or the held-out one ("target")."""
-    arrays, facts = run.measured(measurement)
-    mine = {name.removeprefix(f"{panel}."): each for name, each in arrays.items() if name.startswith(f"{panel}.")}
-    return Connection.whole(mine, facts[panel])
 
 
 def draw_line(
@@ -161,11 +149,12 @@ def draw_line(
     """
     run, other = ends
     rows, frames, told, written = [], [], [], []
+    lines: Connections = run.result(measurement)
     out.mkdir(parents=True, exist_ok=True)
     with plots.style():
         figure, grid = plt.subplots(1, len(panels.TITLES), figsize=(6.9, 3.0), layout="constrained")
         for ax, (panel, title) in zip(grid, panels.TITLES.items(), strict=True):
-            found = connection(run, measurement, panel)
+            found = lines.panels[panel]
             low, high = (float(end[0]) for end in found.interval())
             place = {"position": found.position, "distance": found.position * found.length}
             rows.append({"panel": panel, "barrier": found.barrier, "low": low, "high": high, **place})

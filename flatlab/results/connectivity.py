@@ -1,7 +1,7 @@
 """The loss along the straight line between two checkpoints, and the barrier on it, as a result; no torch."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -109,6 +109,32 @@ class Connection(Kept, Sampled):
         axes.set(xlabel="distance between the checkpoints (L2)", ylabel="loss (nats)")
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0))
         return axes
+
+
+@dataclass(frozen=True, eq=False)
+class Connections:
+    """The line between two checkpoints on several panels of images.
+
+    Attributes:
+        panels: name of a panel ("source", "target") -> the line on its images.
+    """
+
+    panels: dict[str, Connection]
+
+    def to_arrays(self) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
+        """Return the content of a measurement's file: arrays, and facts for JSON; without the seconds."""
+        parts = {panel: found.to_arrays() for panel, found in self.panels.items()}
+        arrays = {f"{panel}.{name}": each for panel, (own, _) in parts.items() for name, each in own.items()}
+        return arrays, {panel: facts for panel, (_, facts) in parts.items()}
+
+    @classmethod
+    def from_arrays(cls, arrays: dict[str, npt.NDArray[Any]], facts: dict[str, Any]) -> Self:
+        """Return the result from what `to_arrays` returns; other facts are ignored."""
+        own: dict[str, dict[str, npt.NDArray[Any]]] = {}
+        for full, array in arrays.items():
+            panel, _, name = full.partition(".")
+            own.setdefault(panel, {})[name] = array
+        return cls({panel: Connection.from_arrays(each, facts[panel]) for panel, each in own.items()})
 
 
 def by_stratum(table: FloatArray, stratum: npt.NDArray[np.int64]) -> FloatArray:

@@ -1,9 +1,10 @@
 """Which measures of flatness a rescaling of the layers moves."""
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
+import numpy.typing as npt
 
 from flatlab.results.estimate import Cost, FloatArray
 
@@ -32,6 +33,7 @@ class Refusal:
 
 
 WAYS: tuple[By, ...] = ("layer", "channel")
+ENDS = ("after", "low", "high")
 SAME = 0.01  # a ratio nearer to one than that is called invariant: rounding of float32, and two eigenvalue searches
 
 
@@ -63,6 +65,29 @@ class ScaleAudit:
     most: float
     seed: int
     cost: Cost
+
+    def to_arrays(self) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
+        """Return the content of a measurement's file: arrays, and facts for JSON; of the cost the products alone."""
+        facts = {"rows": self.to_frame().to_dict("records"), "pairs": [asdict(each) for each in self.pairs]}
+        facts |= {"refusals": [asdict(each) for each in self.refusals]}
+        return {"deviation": self.deviation}, {**facts, "hvps": self.cost.hvps}
+
+    @classmethod
+    def from_arrays(cls, arrays: dict[str, npt.NDArray[Any]], facts: dict[str, Any]) -> Self:
+        """Return the result from what `to_arrays` returns and the spec's fields; the most invariant measure first."""
+        rows = facts["rows"]
+        ways = {name: np.array([[row[f"{name}, by {way}"] for row in rows] for way in WAYS]) for name in ENDS}
+        return cls(
+            measures=tuple(row["measure"] for row in rows),
+            before=np.array([row["before"] for row in rows]),
+            deviation=arrays["deviation"],
+            pairs=tuple(Pair(**each) for each in facts["pairs"]),
+            refusals=tuple(Refusal(**each) for each in facts["refusals"]),
+            most=facts["most"],
+            seed=facts["seed"],
+            cost=Cost(np.nan, 0, facts["hvps"]),
+            **ways,
+        )
 
     @property
     def ratio(self) -> FloatArray:

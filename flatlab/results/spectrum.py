@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,12 @@ def blur(places: FloatArray, nodes: FloatArray, weights: FloatArray, *, sigma: f
     """Return sum_i w_i N(x; node_i, sigma^2) at places x (G,) from nodes and weights (m,)."""
     kernel = np.exp(-0.5 * ((places[:, None] - nodes) / sigma) ** 2) / (sigma * np.sqrt(2 * np.pi))
     return np.asarray(kernel @ weights)
+
+
+FLOOR = 1e-6  # of the largest eigenvalue: rounding in float32, in which networks are kept
+UNVERIFIED = 0.5  # in a file, of a pair that has converged in a search that its budget ended
+STATES = {1.0: "yes", UNVERIFIED: "not verified", 0.0: "no"}
+NUMBERS = ("trace", "effective rank", "negative weight", "negative share")
 
 
 Which = Literal["LA", "SA", "BE"]
@@ -305,3 +311,90 @@ def ratio_of(above: FloatArray, below: FloatArray) -> Estimate:
     ratio = float(above.mean() / below.mean())
     spread = mean_of((above - ratio * below) / below.mean())
     return Estimate(ratio, spread.stderr, spread.freedom)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class MeasuredSpectrum:
+    """The spectrum of a Hessian as it is kept: extreme eigenvalues, numbers by sampling, and the spectral density.
+
+    Attributes:
+        eigenvalues: (k,).
+        residuals: (k,) an eigenvalue lies no further than that from each; NaN where the engine gives none.
+        states: (k,) "yes" where a pair has converged, "no", "not verified" where the budget ended the search, or
+            "unknown" where the engine does not say.
+        numbers: estimates by name, of `NUMBERS`; the engine PyHessian gives the trace alone, without an error.
+        stopped: why sampling of the trace ended; None where the engine does not say.
+        vectors: (n, 5) as in `Trace`; (0, 5) where the engine gives none.
+        density: by flatlab's engine, else None.
+        products: Hessian-vector products of all; None where the engine does not say.
+    """
+
+    eigenvalues: FloatArray
+    residuals: FloatArray
+    states: tuple[str, ...]
+    numbers: dict[str, Estimate]
+    stopped: str | None
+    vectors: FloatArray
+    density: SpectralDensity | None
+    products: int | None
+
+    @classmethod
+    def by_pyhessian(cls, eigenvalues: FloatArray, trace: float) -> Self:
+        """Return what PyHessian measures: eigenvalues and trace, without errors."""
+        return cls.from_arrays({"eigenvalues": eigenvalues}, {"trace": [trace, None, None]})
+
+    @property
+    def reached(self) -> str:
+        """Whether the trace is as accurate as asked: "yes", "no" or "unknown"."""
+        return {None: "unknown", "budget": "no"}.get(self.stopped, "yes")
+
+    def to_arrays(self) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
+        """Return the content of a measurement's file: arrays, and facts for JSON."""
+        if self.density is None:
+            return {"eigenvalues": self.eigenvalues}, {"trace": [self.numbers["trace"].value, None, None]}
+        codes = {state: code for code, state in STATES.items()}
+        arrays = {"eigenvalues": self.eigenvalues, "residuals": self.residuals, "vectors": self.vectors}
+        arrays |= {"converged": np.array([codes[state] for state in self.states])}
+        for index, rule in enumerate(zip(self.density.nodes, self.density.weights, strict=True)):
+            arrays |= dict(zip(_rule(index), rule, strict=True))
+        facts: dict[str, Any] = {name: [e.value, e.stderr, e.freedom] for name, e in self.numbers.items()}
+        facts |= {"num_params": self.density.num_params, "stopped": self.stopped, "products": self.products}
+        return arrays, facts
+
+    @classmethod
+    def from_arrays(cls, arrays: dict[str, npt.NDArray[Any]], facts: dict[str, Any]) -> Self:
+        """Return the result from what `to_arrays` returns; of the spec's fields the seed counts."""
+        values = arrays["eigenvalues"]
+        unknown = np.full(len(values), np.nan)
+        return cls(
+            eigenvalues=values,
+            residuals=arrays.get("residuals", unknown),
+            states=tuple(STATES.get(code, "unknown") for code in arrays.get("converged", unknown).tolist()),
+            numbers={name: _estimate(*facts[name]) for name in NUMBERS if name in facts},
+            stopped=facts.get("stopped"),
+            vectors=arrays.get("vectors", np.zeros((0, 5))),
+            density=_density(arrays, facts) if "stopped" in facts else None,
+            products=facts.get("products"),
+        )
+
+
+def _rule(index: int) -> tuple[str, str]:
+    """Return the names of two arrays: nodes and weights of one start."""
+    return f"nodes-{index:02d}", f"weights-{index:02d}"
+
+
+def _estimate(value: float, stderr: float | None, freedom: int | None) -> Estimate:
+    return Estimate(value, float("nan") if stderr is None else stderr, freedom or 1)
+
+
+def _density(arrays: dict[str, npt.NDArray[Any]], facts: dict[str, Any]) -> SpectralDensity:
+    count = sum(name.startswith("nodes-") for name in arrays)
+    nodes, weights = zip(*([arrays[name] for name in _rule(index)] for index in range(count)), strict=True)
+    return SpectralDensity(
+        nodes=nodes,
+        weights=weights,
+        seed=facts["seed"],
+        cost=Cost(hvps=sum(map(len, nodes))),
+        num_params=facts["num_params"],
+        floor=FLOOR * float(np.abs(arrays["eigenvalues"]).max()),
+    )

@@ -200,6 +200,33 @@ class SphereFlatness(Stopped):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
+class Reach:
+    """The radii at which the mean loss of some strata rises by given amounts.
+
+    Attributes:
+        radii: (R,) Euclidean distances; with another normalisation than "none" relative radii.
+        rises: (R,) in nats.
+        strata: names of the strata; they weigh equally.
+        images: upper bound of the number of images forwarded.
+    """
+
+    radii: FloatArray
+    rises: tuple[float, ...]
+    strata: tuple[str, ...]
+    images: int
+
+    def to_arrays(self) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
+        """Return the content of a measurement's file: arrays, and facts for JSON."""
+        return {"radii": self.radii}, {"rises": list(self.rises), "strata": list(self.strata), "images": self.images}
+
+    @classmethod
+    def from_arrays(cls, arrays: dict[str, npt.NDArray[Any]], facts: dict[str, Any]) -> Self:
+        """Return the result from what `to_arrays` returns; other facts are ignored."""
+        lists = {"rises": tuple(facts["rises"]), "strata": tuple(facts["strata"])}
+        return cls(radii=arrays["radii"], images=facts["images"], **lists)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
 class PairedDifference(Sampled):
     """F of one model less F of another, visit by visit: what rays and images have in common drops out.
 

@@ -1,7 +1,7 @@
 """What a line or a plane through a landscape says: values at true coordinates, kept as npz, drawn."""
 
 from collections.abc import Iterable
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -44,11 +44,20 @@ class Kept:
         cost = Cost(passes, int(images), int(hvps), seconds)
         return cls(**{"cost": cost, **{name: _plain(array) for name, array in found.items()}})
 
+    def to_arrays(self) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
+        """Return the content of a measurement's file: arrays, and facts for JSON; without the seconds."""
+        named = {each.name: getattr(self, each.name) for each in _kept(self)}
+        cost: Cost = getattr(self, "cost")  # noqa: B009 (of the dataclasses)
+        arrays = {name: value for name, value in named.items() if isinstance(value, np.ndarray)}
+        facts = {name: value for name, value in named.items() if name not in arrays}
+        return arrays, {**facts, "cost": asdict(replace(cost, seconds=0.0))}
+
     @classmethod
-    def whole(cls, arrays: dict[str, npt.NDArray[Any]], facts: dict[str, Any]) -> Self:
-        """Return what `parts` took apart."""
-        told = {name: tuple(value) if isinstance(value, list) else value for name, value in facts.items()}
-        return cls(**told | {**arrays, "cost": Cost(**facts["cost"])})
+    def from_arrays(cls, arrays: dict[str, npt.NDArray[Any]], facts: dict[str, Any]) -> Self:
+        """Return the result from what `to_arrays` returns; other facts are ignored."""
+        found = {**arrays, **{name: tuple(each) if isinstance(each, list) else each for name, each in facts.items()}}
+        known = {each.name: found[each.name] for each in _kept(cls) if each.name in found}
+        return cls(**known | {"cost": Cost(**facts["cost"])})
 
 
 class Grid(Kept):
@@ -71,14 +80,6 @@ class Grid(Kept):
             raise UserError(f"No stratum was named; there are {', '.join(self.strata)}.")
         with np.errstate(invalid="ignore"):
             return np.asarray(self.values[..., rows, column].mean(axis=-1))
-
-
-def parts(grid: Any) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
-    """Return what is kept as arrays of numbers, and the rest for JSON."""
-    named = {each.name: getattr(grid, each.name) for each in _kept(grid)}
-    arrays = {name: value for name, value in named.items() if isinstance(value, np.ndarray)}
-    facts = {name: value for name, value in named.items() if name not in arrays}
-    return arrays, {**facts, "cost": asdict(grid.cost)}
 
 
 def _kept(grid: Any) -> list[Any]:

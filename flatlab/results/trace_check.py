@@ -2,14 +2,18 @@
 
 from dataclasses import dataclass
 from itertools import combinations
+from typing import Any, Self
 
 import numpy as np
+import numpy.typing as npt
 from scipy.special import stdtrit
 
-from flatlab.results.estimate import Estimate, FloatArray, Sampled
+from flatlab.errors import UserError
+from flatlab.results.estimate import Cost, Estimate, FloatArray, Sampled
 from flatlab.results.spectrum import SpectralDensity, Trace
 from flatlab.results.sphere import SphereFlatness
 
+RULE = "rule-"
 WITHIN = 0.1  # of the trace: how far the rise may be off where the quadratic picture is said to hold
 
 
@@ -28,6 +32,49 @@ class TraceCheck(Sampled):
     trace: Trace
     density: SpectralDensity
     kinks: tuple[str, ...]
+
+    def to_arrays(self) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
+        """Return the content of a measurement's file: arrays, and facts for JSON; without the seconds."""
+        arrays, facts = self.flatness.to_arrays()
+        arrays |= {"exact": self.trace.exact, "vectors": self.trace.vectors}
+        for index, (nodes, weights) in enumerate(zip(self.density.nodes, self.density.weights, strict=True)):
+            arrays[_rule(index)] = np.stack([nodes, weights])
+        facts |= {"basis": self.trace.basis, "trace_stopped": self.trace.stopped, "trace_hvps": self.trace.cost.hvps}
+        return arrays, {**facts, "floor": self.density.floor, "kinks": list(self.kinks)}
+
+    @classmethod
+    def from_arrays(cls, arrays: dict[str, npt.NDArray[Any]], facts: dict[str, Any]) -> Self:
+        """Return the result from what `to_arrays` returns and the spec's fields.
+
+        Raises:
+            UserError: if the file is of an earlier version, which kept the three estimates and not their draws.
+        """
+        if "exact" not in arrays:
+            raise UserError(
+                "The draws of this trace check must be in its file, but an earlier version wrote it without: delete "
+                "the measurement's file `done`, and repeat the command, which then measures again."
+            )
+        rules = [arrays[name] for name in sorted(arrays) if name.startswith(RULE)]
+        shared = {"seed": facts["seed"], "num_params": facts["num_params"]}
+        trace = Trace(
+            exact=arrays["exact"],
+            vectors=arrays["vectors"],
+            basis=facts["basis"],
+            rel_error=facts["rel_error"],
+            stopped=facts["trace_stopped"],
+            cost=Cost(hvps=facts["trace_hvps"]),
+            **shared,
+        )
+        density = SpectralDensity(
+            nodes=tuple(nodes for nodes, _ in rules),
+            weights=tuple(weights for _, weights in rules),
+            floor=facts["floor"],
+            cost=Cost(hvps=sum(len(nodes) for nodes, _ in rules)),
+            **shared,
+        )
+        flatness = SphereFlatness.from_arrays(arrays, facts)
+        cost = flatness.cost + trace.cost + density.cost
+        return cls(flatness=flatness, trace=trace, density=density, kinks=tuple(facts["kinks"]), cost=cost)
 
     @property
     def estimates(self) -> list[Estimate]:
@@ -94,6 +141,11 @@ class TraceCheck(Sampled):
                 " and ".join(self.kinks) + " bend the loss in kinks, which add to the rise and not to the trace."
             )
         return " ".join(parts)
+
+
+def _rule(index: int) -> str:
+    """Return the name of an array: nodes and weights of one start of the density."""
+    return f"{RULE}{index:03d}"
 
 
 def _times(found: Estimate, factor: float) -> Estimate:

@@ -20,7 +20,7 @@ def by_rise(store: RunStore, radii: ByRise, spec: MeasurementSpec) -> FloatArray
     Raises:
         UserError: if a pilot is missing, or two rises give the same radius.
     """
-    found = [store.find(digest).measured(pilot)[0]["radii"] for digest, pilot in spec.pilots]
+    found = [store.find(digest).result(pilot).radii for digest, pilot in spec.pilots]
     means = np.exp(np.log(found).mean(axis=0))
     rounded = [float(f"{radius:.1e}") for radius in means.tolist()]
     if len(set(rounded)) < len(rounded):

@@ -28,6 +28,13 @@ from flatlab.store.entry import Entry, discard, holds_entry
 
 RESULTS = {  # the class below `flatlab.results` of each metric's result
     "sphere": "sphere.SphereFlatness",
+    "reach": "sphere.Reach",
+    "scale_audit": "scale_audit.ScaleAudit",
+    "trace_check": "trace_check.TraceCheck",
+    "size": "size.FileSize",
+    "spectrum": "spectrum.MeasuredSpectrum",
+    "surface": "surface.Surface",
+    "connectivity": "connectivity.Connections",
 }
 
 
