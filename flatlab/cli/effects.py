@@ -25,7 +25,8 @@ NEEDS: dict[str, Needs] = {  # option -> whether a composition uses it; what it 
     "quantize_at": (lambda m: m.switched, "a quantizer that trains", "add --quantizer lsq"),
     "swad_rule": _SWAD,
     "swad_every": _SWAD,
-    "sam_rho": (lambda m: m.step == "sam", "SAM", "add --step sam"),
+    **dict.fromkeys(("sam_rho", "perturb"), (lambda m: m.step != "plain", "SAM", "add --step sam")),
+    "sagm_alpha": (lambda m: m.step == "sagm", "SAGM", "add --step sagm"),
     "select": (lambda m: m.switched, "a switch", "add --quantizer lsq"),
     "combine": (lambda m: m.members > 0, "an ensemble", "use --method eoq"),
 }

@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args, get_type_hints
 from flatlab.errors import choose
 from flatlab.specs.quantizers import AnyQuantizer, INQSpec, LSQOptions, NoiseSpec, OBCSpec, QuantSpec, RTNSpec
 from flatlab.specs.rises import ByRise
-from flatlab.specs.run import AverageSpec, MixSpec, RunSpec, StepSpec
+from flatlab.specs.run import AverageSpec, MixSpec, RunSpec, StepKind, StepSpec
 from flatlab.specs.settings import PAPER, Setting, for_data
 
 
@@ -15,7 +15,7 @@ from flatlab.specs.settings import PAPER, Setting, for_data
 class Method:
     """The components of a method, which can be varied independently."""
 
-    step: Literal["plain", "sam"] = "plain"
+    step: StepKind = "plain"
     average: Literal["last", "swa", "swad", "sma"] = "last"
     quantizer: Literal["none", "lsq", "inq", "rtn", "obc"] = "none"
     frozen: bool = False  # convolutions stop training at the switch
@@ -35,6 +35,8 @@ class Method:
 METHODS = {
     "ERM": Method(note="empirical risk minimisation: the plain baseline"),
     "SAM": Method(step="sam", note="sharpness-aware minimisation, rho 0.05"),
+    "SAGM": Method(step="sagm", note="sharpness-aware gradient matching, rho 0.05, alpha 0.001"),
+    "SAQ": Method(step="saq", quantizer="lsq", note="QT-DoG, then SAM at the quantized weights"),
     "SWA": Method(average="swa", note="mean of late iterates"),
     "SWAD": Method(average="swad", note="mean of the iterates inside the validation valley"),
     "SMA": Method(average="sma", note="running mean from early on, selected by validation"),
@@ -117,13 +119,20 @@ def compose(parts: Method, setting: Setting, *, held_out: str, seed: int, trial_
         trial_seed=trial_seed,
         objective=parts.objective,
         mixing=None if parts.mixing == "none" else MixSpec(across=parts.mixing == "mixstyle-across"),
-        step=StepSpec(kind="sam", rho=setting.sam_rho) if parts.step == "sam" else StepSpec(),
+        step=_step(parts.step, setting),
         average=_average(parts.average, setting),
         quantizer=_quantizer(parts.quantizer, setting),
         noise=_noise(parts.noise, setting),
         frozen=parts.frozen,
         switch=setting.switch_step if parts.switched else None,
     )
+
+
+def _step(kind: StepKind, setting: Setting) -> StepSpec:
+    if kind == "plain":
+        return StepSpec()
+    own = {"alpha": setting.sagm_alpha} if kind == "sagm" else {}
+    return StepSpec.make(kind=kind, rho=setting.sam_rho, perturb=setting.perturb, **own)
 
 
 def _quantizer(kind: str, setting: Setting) -> AnyQuantizer | None:

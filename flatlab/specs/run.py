@@ -12,12 +12,26 @@ from pydantic import Field, model_validator
 from flatlab.specs.base import Spec
 from flatlab.specs.quantizers import AnyQuantizer, INQSpec, NoiseSpec, OBCSpec, RTNSpec
 
+StepKind = Literal["plain", "sam", "sagm", "saq"]
+
 
 class StepSpec(Spec):
-    """How one update is made: plain gradient, or SAM's two passes (Foret et al. 2021)."""
+    """How one update is made: plain gradient, or two passes.
 
-    kind: Literal["plain", "sam"] = "plain"
-    rho: float = Field(0.05, ge=0)  # radius of SAM's ascent, absolute L2
+    SAM (Foret et al. 2021), SAGM (Wang et al. 2023), SAQ (Liu et al. 2021: SAM at the quantized weight).
+    """
+
+    later = ("alpha", "perturb")
+
+    kind: StepKind = "plain"
+    rho: float = Field(0.05, ge=0)  # radius of the ascent, absolute L2
+    alpha: float = Field(1e-3, ge=0)  # SAGM's
+    perturb: Literal["weights", "all"] = "weights"  # all: step sizes, too
+
+    @property
+    def unquantized(self) -> "StepSpec":
+        """The rule that makes the same updates where nothing is quantized."""
+        return StepSpec(kind="sam", rho=self.rho) if self.kind == "saq" else self
 
 
 class AverageSpec(Spec):
@@ -94,6 +108,11 @@ class RunSpec(Spec):
             raise ValueError("A quantizer, noise or freezing in training needs a switch step, and only they have one.")
         if self.noise is not None and trained:
             raise ValueError("Noise replaces a quantizer; give one of the two.")
+        if self.step != self.step.unquantized and not trained:
+            raise ValueError(
+                f"The step rule {self.step.kind} needs a quantizer in training; add --quantizer lsq, or choose --step "
+                f"{self.step.unquantized.kind}."
+            )
         if self.settled is not None and self.source is None and self.settled > self.steps:
             what = "switch" if self.settled == self.switch else "last stage of INQ"
             raise ValueError(
@@ -166,7 +185,8 @@ class RunSpec(Spec):
             return self.replace(quantizer=None)
         if self.switch is None or self.members:
             return None
-        return self.replace(quantizer=None, noise=None, frozen=False, switch=None, average=AverageSpec())
+        before = {"step": self.step.unquantized, "average": AverageSpec()}
+        return self.replace(quantizer=None, noise=None, frozen=False, switch=None, **before)
 
 
 class Place(Spec):

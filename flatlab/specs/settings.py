@@ -13,7 +13,7 @@ from flatlab.specs.run import RunSpec
 class Setting(LSQOptions):
     """All that a reproduction needs besides the names of methods; shares of the schedule are shares of its steps."""
 
-    later = ("inq_grid", *LSQOptions.later, "noise_amplitude", "target_logged")
+    later = ("inq_grid", *LSQOptions.later, "noise_amplitude", "target_logged", "sagm_alpha", "perturb")
 
     name: str
     dataset: str = "digits"
@@ -65,6 +65,14 @@ class Setting(LSQOptions):
     )
     sam_rho: float = Field(  # Foret et al.; SWAD's baselines
         0.05, ge=0, le=1e30, description="Radius of SAM's ascent step, absolute L2."
+    )
+    sagm_alpha: float = Field(
+        1e-3, ge=0, le=1e30, description="Share of the gradient that SAGM takes off its ascent step."
+    )
+    perturb: Literal["weights", "all"] = Field(
+        "weights",
+        description="What the ascent of SAM, SAGM and SAQ moves: weights, or all, which adds step sizes (under SAQ "
+        "those of inputs).",
     )
     swa_every: int = Field(100, ge=1)
     swad_every: int = Field(100, ge=1, le=LARGEST_INT, description="Steps between two validations of SWAD.")

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from flatlab import files
 from flatlab.loading import data as loading_data
 from flatlab.loading import network as loading_network
-from flatlab.quant.attach import clamp_scales
+from flatlab.quant.attach import clamp_scales, quantized_layers
 from flatlab.specs.quantizers import INQSpec, QuantSpec
 from flatlab.specs.run import Place, RunSpec
 from flatlab.store.runs import Run
 from flatlab.store.selection import Row
 from flatlab.train import averages
-from flatlab.train.steps import SAM, Plain, Step
+from flatlab.train.steps import SAGM, SAM, SAQ, Plain, Step
 from flatlab.train.switch import Stages, WeightNoise
 
 SCALE_EPS = 1e-12  # Adam's eps for step sizes: their gradients are small, and the usual 1e-8 would show
@@ -57,11 +57,27 @@ class Trajectory:
         return loading_network.roles(self.network)
 
     def step_rule(self) -> Step:
-        """Return the spec's step rule; SAM moves all parameters but step sizes."""
-        if self.spec.step.kind == "plain":
-            return Plain(self.optimizer)
-        moved = [p for role, group in self._roles().items() if role != "scales" for p in group.values()]
-        return SAM(self.optimizer, self.network, moved, rho=self.spec.step.rho)
+        """Return the spec's step rule."""
+        step, common = self.spec.step, (self.optimizer, self.network, self._moved())
+        match step.kind:
+            case "plain":
+                return Plain(self.optimizer)
+            case "sam":
+                return SAM(*common, rho=step.rho)
+            case "saq":
+                return SAQ(*common, rho=step.rho)
+            case "sagm":
+                return SAGM(*common, rho=step.rho, alpha=step.alpha)
+
+    def _moved(self) -> list[nn.Parameter]:
+        """Return what an ascent moves: all but step sizes, or those, too; SAQ moves latent weights by their outputs."""
+        fixed = {id(parameter) for parameter in self._roles()["scales"].values()}
+        if self.spec.step.perturb == "all":
+            fixed = set()
+        if self.spec.step.kind == "saq":
+            for quantized in quantized_layers(self.network).values():
+                fixed |= {id(each) for each in (quantized.latent, *quantized.quantizer.parameters())}
+        return [p for group in self._roles().values() for p in group.values() if id(p) not in fixed]
 
     def switch(self) -> None:
         """Start quantization or noise, freezing, or both.
