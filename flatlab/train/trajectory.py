@@ -17,6 +17,7 @@ from flatlab.specs.run import Place, RunSpec
 from flatlab.store.runs import Run
 from flatlab.store.selection import Row
 from flatlab.train import averages
+from flatlab.train.freezing import Disorder, Freezing, disorder_of
 from flatlab.train.steps import SAGM, SAM, SAQ, Plain, Step
 from flatlab.train.switch import Stages, WeightNoise
 
@@ -52,6 +53,7 @@ class Trajectory:
         self.switched = False
         self.on_step: list[Callable[[int], None]] = []  # called before each update, from the switch on
         self.noise: WeightNoise | None = None
+        self.disorder: Disorder | None = None  # of step sizes' gradients, where they are frozen by it
 
     def _roles(self) -> dict[str, dict[str, nn.Parameter]]:
         return loading_network.roles(self.network)
@@ -66,7 +68,9 @@ class Trajectory:
                 return SAM(*common, rho=step.rho)
             case "saq":
                 return SAQ(*common, rho=step.rho)
-            case "sagm":
+            case _ if self.disorder:
+                return Freezing(*common, step=step, disorder=self.disorder)
+            case _:
                 return SAGM(*common, rho=step.rho, alpha=step.alpha)
 
     def _moved(self) -> list[nn.Parameter]:
@@ -89,6 +93,8 @@ class Trajectory:
         if isinstance(quantizer, QuantSpec):
             group = {"params": scales, "role": "scales", "lr": quantizer.scale_lr}
             self.optimizer.add_param_group({**group, "eps": SCALE_EPS, "weight_decay": 0.0})
+        if self.spec.step.freezing:
+            self.disorder = disorder_of(self.network, self.spec.step.freezing)
         if isinstance(quantizer, INQSpec):
             self.on_step.append(Stages(self.network, self.optimizer, quantizer, start=self.spec.switch or 0))
         if self.spec.noise:
@@ -123,6 +129,8 @@ class Trajectory:
             tensors |= {f"adam/{moment}/{name}": value for moment, value in moments.items()}
         if self.noise:
             tensors |= {f"noise/{name}": value for name, value in self.noise.amplitudes.items()}
+        if self.disorder:
+            tensors |= {f"disorder/{name}": value for name, value in self.disorder.save().items()}
         notes = {}
         for observer in observers:
             digest = observer.run.spec.digest
@@ -169,6 +177,8 @@ class Trajectory:
                 self.optimizer.state[parameter] = {m: self._tensor(name, a) for m, a in found.items()}
         if self.noise:
             self.noise.amplitudes = {n: torch.from_numpy(saved[f"noise/{n}"].copy()) for n in self.noise.amplitudes}
+        if self.disorder:
+            self.disorder.load({n: torch.from_numpy(saved[f"disorder/{n}"].copy()) for n in self.disorder.save()})
         self.next_step, self.rows = facts["next_step"], facts["rows"]
         self.losses = list(torch.tensor(facts["losses"], device=next(self.network.parameters()).device))
 
