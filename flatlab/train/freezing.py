@@ -188,7 +188,7 @@ class Freezing(SAGM):
     def _withheld(self) -> dict[nn.Parameter, tuple[Tensor, Tensor]]:
         """Return which entries of parameters get no gradient of the task, and none of the perturbed loss."""
         spec, found = self.disorder.spec, self.disorder.withheld
-        parts = zip(*(torch.split(each, self.disorder.sizes) for each in found.values()), strict=True)  # type: ignore[no-untyped-call]
+        parts = zip(*(torch.split(each, self.disorder.sizes) for each in found.values()), strict=True)
         off = {}
         for (name, scale), (no_task, no_smooth) in zip(self.disorder.step_sizes.items(), parts, strict=True):
             if spec.what != "weights":
