@@ -12,8 +12,8 @@ import torch
 from flatlab.errors import UserError
 from flatlab.report import valleys
 from flatlab.specs.run import AverageSpec, RunSpec
+from flatlab.tensors import means as tensors_means
 from flatlab.train import averages
-from flatlab.train import means as train_means
 
 NEVER = float("nan")
 
@@ -92,7 +92,7 @@ def test_sma_before_its_start_is_the_last_iterate():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_the_mean_of_equal_weights_is_the_identity(dtype):
     w = {"w": torch.randn(1000, generator=torch.Generator().manual_seed(0)).to(dtype)}
-    mean = train_means.Mean()
+    mean = tensors_means.Mean()
     for _ in range(37):
         mean.add(w)
     assert torch.equal(mean.tensors["w"], w["w"])

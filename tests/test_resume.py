@@ -51,6 +51,8 @@ FORKED = {
     "sam-lsq": spec("QT-DoG", step="sam"),
     "lsq-swad": spec("QT-DoG", average="swad"),
     "lsq-sma": spec("QT-DoG", average="sma"),
+    "sagm-lsq": spec("QT-DoG", step="sagm"),
+    "saq-lsq": spec("SAQ"),
     "mixstyle-sam-lsq": spec("MixStyle+QT-DoG", step="sam"),
 }
 

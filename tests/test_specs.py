@@ -273,7 +273,7 @@ def test_methods_go_by_their_names():
     with pytest.raises(UserError, match=r"^Unknown method 'swat'; did you mean SWA.*\? Known: ERM, SAM, "):
         method("swat")
     assert vary(METHODS["SAM"], {"average": "SWAD"}).average == "swad"
-    with pytest.raises(UserError, match=r"^Unknown step 'sagn'.*: plain, sam\."):
+    with pytest.raises(UserError, match=r"^Unknown step 'sagn'.*: plain, sam, sagm, saq, gaqat, fqat\."):
         vary(METHODS["ERM"], {"step": "sagn"})
 
 
@@ -315,7 +315,8 @@ def test_every_method_composes_in_every_setting(chosen):
             assert run.held_out in chosen.domains
             assert parts.average == run.average.kind and parts.step == run.step.kind
             assert (run.quantizer.kind if run.quantizer else "none") == parts.quantizer and run.frozen == parts.frozen
-            assert run.switch == (chosen.switch_step if parts.switched else None)
+            begun = 0 if parts.quantizer == "lsq-both" else chosen.switch_step
+            assert run.switch == (begun if parts.switched else None)
             assert (run.settled or 0) <= run.steps
 
 

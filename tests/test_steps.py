@@ -1,6 +1,7 @@
 """Step rules against closed forms and a re-implementation; evaluation and selection against counts by hand."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -8,9 +9,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from flatlab.data.batches import Batch
+from flatlab.errors import UserError
 from flatlab.loading import data as loading_data
 from flatlab.loading import network as loading_network
 from flatlab.models.networks import build_network, set_training
+from flatlab.quant.attach import attach, quantized_layers
 from flatlab.specs.methods import Method, compose
 from flatlab.specs.run import Place
 from flatlab.specs.settings import SMOKE
@@ -18,7 +21,7 @@ from flatlab.store import selection
 from flatlab.store.runs import RunStore
 from flatlab.train.evaluate import evaluate, mean
 from flatlab.train.objectives import erm
-from flatlab.train.steps import SAM, Plain
+from flatlab.train.steps import SAGM, SAM, SAQ, Plain
 from flatlab.train.trajectory import Trajectory
 
 
@@ -145,6 +148,173 @@ def test_sam_moves_latent_weights_and_not_step_sizes(tmp_path):
     assert torch.cat([part.flatten() for part in moved]).norm().item() == pytest.approx(spec.step.rho, rel=1e-4)
     after = dict(trajectory.network.named_parameters())
     assert not any(torch.equal(seen[0][name], after[name]) for name in scales)  # the step itself does move them
+
+
+# --- SAGM, SAQ ---------------------------------------------------------------------------------------------------
+
+
+def quadratic(seen):
+    """A parameter in two parts, and the closure of f = w'Aw/2, which notes where it is called."""
+    root = random(5, 5, dtype=torch.float64)
+    model = nn.Module()
+    model.a, model.b = nn.Parameter(random(2, seed=1, dtype=torch.float64)), nn.Parameter(random(3, seed=2).double())
+
+    def closure():
+        w = torch.cat([model.a, model.b])
+        seen.append(w.detach().clone())
+        loss = 0.5 * w @ (root @ root.T) @ w
+        loss.backward()
+        return loss.detach()
+
+    return model, root @ root.T, closure
+
+
+@pytest.mark.parametrize(("rho", "alpha"), [(0.05, 1e-3), (3.0, 0.2), (0.0, 0.3)])
+def test_sagm_on_a_quadratic_is_the_closed_form(rho, alpha):
+    points = []
+    model, hessian, closure = quadratic(points)
+    SAGM(torch.optim.SGD(model.parameters(), lr=1.0), model, model.parameters(), rho=rho, alpha=alpha).step(closure)
+    start, up = points
+    slope = hessian @ start
+    expected = (torch.eye(5).double() + (rho / slope.norm() - alpha) * hessian) @ start
+    torch.testing.assert_close(up, expected, rtol=1e-10, atol=1e-10)
+    applied = start - torch.cat([model.a, model.b]).detach()
+    torch.testing.assert_close(applied, 0.5 * slope + 0.5 * hessian @ expected, rtol=1e-10, atol=1e-10)
+
+
+def test_sagm_with_the_ascent_taken_off_whole_is_plain_descent():
+    points = []
+    model, hessian, closure = quadratic(points)
+    norm = (hessian @ torch.cat([model.a, model.b]).detach()).norm().item()
+    rule = SAGM(torch.optim.SGD(model.parameters(), lr=1.0), model, model.parameters(), rho=2 * norm, alpha=2.0)
+    rule.step(closure)
+    ended = torch.cat([model.a, model.b]).detach()
+    torch.testing.assert_close(ended, points[0] - hessian @ points[0], rtol=1e-9, atol=1e-9)
+
+
+def test_sagm_without_alpha_climbs_as_sam_and_without_a_radius_is_the_plain_step_to_the_bit():
+    climbed = {}
+    for kind, options in {"sam": {"rho": 0.7}, "sagm": {"rho": 0.7, "alpha": 0.0}}.items():
+        network = digits_network()
+        rule = {"sam": SAM, "sagm": SAGM}[kind](
+            torch.optim.SGD(network.parameters(), lr=0.0), network, network.parameters(), **options
+        )
+        rule.step(closure_of(network, climbed.setdefault(kind, [])))
+    assert same_bits(climbed["sam"][1], climbed["sagm"][1]) and not same_bits(climbed["sam"][0], climbed["sam"][1])
+    plain, matched = digits_network(), digits_network()
+    adam = [torch.optim.Adam(network.parameters(), lr=1e-2) for network in (plain, matched)]
+    rules = Plain(adam[0]), SAGM(adam[1], matched, matched.parameters(), rho=0.0, alpha=0.0)
+    for _ in range(3):
+        for rule, network in zip(rules, (plain, matched), strict=True):
+            rule.step(closure_of(network))
+    assert same_bits(plain.state_dict(), matched.state_dict())
+
+
+@pytest.mark.parametrize("kind", [SAGM, SAQ])
+def test_two_passes_leave_weights_and_statistics_where_one_would(kind):
+    network = digits_network()
+    attach(network, bits=3)
+    before = copy.deepcopy(network)
+    seen = []
+    latent = [each.latent for each in quantized_layers(network).values()]
+    moved = [p for p in network.parameters() if all(p is not each for each in latent) and p.dim() < 4]
+    options = {"alpha": 1e-3} if kind is SAGM else {}
+    kind(torch.optim.SGD(network.parameters(), lr=0.0), network, moved, rho=0.5, **options).step(
+        closure_of(network, seen)
+    )
+    assert not same_bits(seen[0], seen[1])
+    closure_of(before)()
+    assert same_bits(network.state_dict(), before.state_dict())
+    inputs, _ = images()
+    assert torch.equal(network.eval()(inputs), before.eval()(inputs))  # no hook is left
+
+
+def quantized_quadratic(scale, bits):
+    """A linear map whose weight is quantized, and the loss of its outputs."""
+    network = nn.Sequential(nn.Linear(6, 4, bias=False), nn.Linear(4, 1, bias=False))
+    with torch.no_grad():
+        for index, layer in enumerate(network):
+            layer.weight.copy_(random(*layer.weight.shape, seed=index))
+    attach(network, bits=bits, granularity="tensor", outside="1")
+    with torch.no_grad():
+        quantized_layers(network)["0"].quantizer.scale.fill_(scale)
+    inputs, losses = random(9, 6, seed=5), []
+
+    def closure():
+        loss = network(inputs).square().mean()
+        loss.backward()
+        losses.append(loss.item())
+        return loss.detach()
+
+    return network, closure, losses
+
+
+def test_a_step_that_moves_no_code_is_nothing_to_sam_and_something_to_saq():
+    losses = {}
+    for kind in (SAM, SAQ):
+        network, closure, losses[kind] = quantized_quadratic(scale=1.0, bits=3)
+        each = quantized_layers(network)["0"]
+        codes = each.quantizer.codes(each.latent)
+        rule = kind(torch.optim.SGD(network.parameters(), lr=0.0), network, [each.latent] * (kind is SAM), rho=1e-3)
+        rule.step(closure)
+        assert torch.equal(each.quantizer.codes(each.latent), codes)
+    assert losses[SAM][0] == losses[SAM][1] == losses[SAQ][0]
+    assert losses[SAQ][1] > losses[SAQ][0]
+
+
+def test_saq_of_many_bits_is_sam_at_the_latent_weights():
+    ends = {}
+    for kind in (SAM, SAQ):
+        network, closure, _ = quantized_quadratic(scale=1e-3, bits=16)
+        each = quantized_layers(network)["0"]
+        others = [network[1].weight]
+        moved = [each.latent, *others] if kind is SAM else others
+        kind(torch.optim.SGD([each.latent, *others], lr=0.1), network, moved, rho=0.5).step(closure)
+        ends[kind] = torch.cat([each.latent.detach().flatten(), network[1].weight.detach().flatten()])
+    torch.testing.assert_close(ends[SAM], ends[SAQ], rtol=0, atol=3e-3)
+    assert (ends[SAM] - ends[SAQ]).abs().max() > 0
+
+
+def test_saqs_ascent_has_the_radius_over_quantized_weights_and_the_rest():
+    network, closure, _ = quantized_quadratic(scale=0.3, bits=4)
+    each, shown = quantized_layers(network)["0"], []
+    plain = each.weight
+    rule = SAQ(torch.optim.SGD(network.parameters(), lr=0.0), network, [network[1].weight], rho=0.25)
+
+    def watching():
+        shown.append((network[0].weight.detach().clone(), network[1].weight.detach().clone()))
+        return closure()
+
+    rule.step(watching)
+    assert torch.equal(shown[0][0], plain)
+    shifts = [(after - before).double() for before, after in zip(*shown, strict=True)]
+    assert all(shift.any() for shift in shifts)
+    assert sum(shift.square().sum() for shift in shifts).sqrt().item() == pytest.approx(0.25, rel=1e-5)
+
+
+def test_what_an_ascent_moves_is_chosen_by_perturb(tmp_path):
+    place, moved = Place(device="cpu"), {}
+    for step, perturb in itertools.product(("sam", "sagm", "saq"), ("weights", "all")):
+        setting = SMOKE.replace(perturb=perturb, activations="unsigned")
+        spec = compose(Method(step=step, quantizer="lsq"), setting, held_out="rot0", seed=0, trial_seed=0)
+        trajectory = Trajectory([RunStore(tmp_path).run(spec)], loading_data.domains(spec, place), place)
+        trajectory.switch()
+        names = {id(parameter): name for name, parameter in trajectory.network.named_parameters()}
+        moved[step, perturb] = {names[id(each)] for each in trajectory._moved()}
+        every = set(names.values())
+    steps = {name for name in every if name.endswith("scale")}
+    inputs = {name for name in steps if "activations" in name}
+    latent = {name for name in every if name.endswith("original")}
+    assert len(inputs) == len(latent) == 3 and len(steps) == 6
+    assert moved["sam", "weights"] == moved["sagm", "weights"] == every - steps
+    assert moved["sam", "all"] == moved["sagm", "all"] == every
+    assert moved["saq", "weights"] == every - steps - latent
+    assert moved["saq", "all"] == every - (steps - inputs) - latent
+
+
+def test_saq_needs_a_quantizer():
+    with pytest.raises(UserError, match="saq needs a quantizer in training; add --quantizer lsq, or choose --step sam"):
+        compose(Method(step="saq"), SMOKE, held_out="rot0", seed=0, trial_seed=0)
 
 
 # --- objectives, evaluation --------------------------------------------------------------------------------------

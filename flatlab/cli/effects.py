@@ -4,8 +4,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from flatlab.cli.choices import Choices
-from flatlab.cli.options import LSQ, OF_SETTING, Rule, flag
+from flatlab.cli.options import FREEZE, LSQ, OF_SETTING, Rule, flag
 from flatlab.errors import UserError
+from flatlab.specs.run import FREEZING
 
 if TYPE_CHECKING:
     from flatlab.specs.methods import Method
@@ -26,7 +27,10 @@ NEEDS: dict[str, Needs] = {  # option -> whether a composition uses it; what it 
     "quantize_at": (lambda m: m.switched, "a quantizer that trains", "add --quantizer lsq"),
     "swad_rule": _SWAD,
     "swad_every": _SWAD,
-    "sam_rho": (lambda m: m.step == "sam", "SAM", "add --step sam"),
+    **dict.fromkeys(("sam_rho", "perturb"), (lambda m: m.step != "plain", "SAM", "add --step sam")),
+    "sagm_alpha": (lambda m: m.step in ("sagm", *FREEZING), "SAGM", "add --step sagm"),
+    "qat_bits": (lambda m: m.quantizer == "lsq-both", "the quantizer lsq-both", "add --quantizer lsq-both"),
+    **dict.fromkeys(FREEZE, (lambda m: m.step in FREEZING, "GAQAT or FQAT", "use --method gaqat")),
     "select": (lambda m: m.switched, "a switch", "add --quantizer lsq"),
     "combine": (lambda m: m.members > 0, "an ensemble", "use --method eoq"),
 }
@@ -37,6 +41,8 @@ def refuse_idle(chosen: Choices, parts: "Method") -> None:
     sized = chosen.noise_amplitude is not None and parts.quantizer == "none"
     if sized and (chosen.bits or chosen.granularity):
         raise UserError("--noise-amplitude sets the size of the noise; leave --bits and --granularity out.")
+    if chosen.bits is not None and parts.quantizer == "lsq-both":
+        raise UserError(f"--bits is of weights alone, lsq-both quantizes inputs, too; write --qat-bits {chosen.bits}.")
     for word, (used, needed, remedy) in NEEDS.items():
         value = getattr(chosen, word)
         if value is not None and value is not False and not used(parts):

@@ -12,6 +12,7 @@ from flatlab.errors import UserError, choose
 from flatlab.specs.base import LARGEST_INT, Spec
 from flatlab.specs.methods import KNOWN
 from flatlab.specs.quantizers import LSQOptions
+from flatlab.specs.run import FreezeSpec
 from flatlab.specs.settings import PAPER, QUICK, SETTINGS, Setting
 
 _RUN = "the name of a method (QT-DoG) or composition (sam-swad), with --held-out and --seed, or the start of a digest"
@@ -44,7 +45,8 @@ class Rule:
     @classmethod
     def of(cls, info: FieldInfo) -> "Rule":
         """Return the rule of a spec's field."""
-        choices = get_args(info.annotation) if get_origin(info.annotation) is Literal else ()
+        kinds = (info.annotation, *get_args(info.annotation))  # such as Literal["a", "b"] | None
+        choices = next((get_args(kind) for kind in kinds if get_origin(kind) is Literal), ())
         return cls(
             choices,
             tuple((word, getattr(each, word)) for each in info.metadata for word in SIGNS if hasattr(each, word)),
@@ -143,6 +145,7 @@ class Options:
     quantizer: str | None = _part("quantizer", "Quantizer of the weights")
     combine: str | None = _part("combine", "What an ensemble averages")
     bits: int | None = _of_setting(COMPOSITION, "bits")
+    qat_bits: int | None = _of_setting(COMPOSITION, "qat_bits")
     granularity: str | None = _of_setting(COMPOSITION, "granularity")
     inq_grid: str | None = _of_setting(COMPOSITION, "inq_grid")
     unsigned: bool = _switch(
@@ -154,6 +157,20 @@ class Options:
     noise_amplitude: float | None = _of_setting(COMPOSITION, "noise_amplitude")
     quantize_at: int | None = _of_setting(COMPOSITION, "switch")
     sam_rho: float | None = _of_setting(COMPOSITION, "sam_rho")
+    sagm_alpha: float | None = _of_setting(COMPOSITION, "sagm_alpha")
+    perturb: str | None = _of_setting(COMPOSITION, "perturb")
+    freeze_every: int | None = _of_setting(COMPOSITION, "freeze_every")
+    freeze_threshold: float | None = _of_setting(COMPOSITION, "freeze_threshold")
+    freeze_direction: str | None = _of_setting(COMPOSITION, "freeze_direction")
+    freeze_top: float | None = _of_setting(COMPOSITION, "freeze_top")
+    freeze_trigger: str | None = _of_setting(COMPOSITION, "freeze_trigger")
+    freeze_gradient: str | None = _of_setting(COMPOSITION, "freeze_gradient")
+    freeze_unit: str | None = _of_setting(COMPOSITION, "freeze_unit")
+    freeze_when: str | None = _of_setting(COMPOSITION, "freeze_when")
+    freeze_what: str | None = _of_setting(COMPOSITION, "freeze_what")
+    freeze_forever: bool = _of_setting(COMPOSITION, "freeze_forever", "--freeze-forever", default=False)
+    freeze_alternate: bool = _of_setting(COMPOSITION, "freeze_alternate", "--freeze-alternate", default=False)
+    freeze_rescale: bool = _of_setting(COMPOSITION, "freeze_rescale", "--freeze-rescale", default=False)
     swad_rule: str | None = _of_setting(COMPOSITION, "swad_rule")
     swad_every: int | None = _of_setting(COMPOSITION, "swad_every")
     model: str | None = _option(COMPOSITION, f"Network. [{', '.join(MODELS)}]{_usual('model')}")
@@ -221,6 +238,8 @@ NAMED = ("held_out", "seed")  # select among the runs of a method
 RUNNING = ("device", "workers", "cache", "store", "dry_run", "json", "debug")
 LSQ = tuple("unsigned" if name == "signed" else name for name in LSQOptions.model_fields)
 QUANTIZER = ("granularity", "inq_grid", "noise_amplitude", *LSQ)
+FREEZE = tuple(f"freeze_{name}" for name in FreezeSpec.model_fields)
+STEP = ("sagm_alpha", "perturb", "qat_bits", *FREEZE)
 DATASET = ("dataset", "data_dir", "held_out", "image_size")
 TRAINING: tuple[str, ...] = ("test_share", "swad_rule", "swad_every", "sam_rho", "bits", "quantize_at", "model")
 TRAINING += ("weights", "freeze_batchnorm")

@@ -10,7 +10,7 @@ from flatlab.cli import checks, run_jobs
 from flatlab.cli.choices import Choices, takes
 from flatlab.cli.effects import refuse_idle, refuse_without_effect
 from flatlab.cli.errors import Commands, say
-from flatlab.cli.options import DATASET, NAMED, QUANTIZER, RUNNING, TRAINING, OneRun, Runs, asked
+from flatlab.cli.options import DATASET, NAMED, QUANTIZER, RUNNING, STEP, TRAINING, OneRun, Runs, asked
 from flatlab.errors import UserError
 from flatlab.specs.measurement import MeasurementSpec
 from flatlab.specs.methods import PARTS
@@ -25,7 +25,7 @@ ACCURACIES = dict.fromkeys(("validation", "test", "target"), ".3f")
     "`flatlab train --method sam --average swad --quantizer lsq --bits 4 --held-out 0`"
 )
 @takes(
-    *(*DATASET, "method", *PARTS, *TRAINING, *QUANTIZER, *RUNNING),
+    *(*DATASET, "method", *PARTS, *TRAINING, *QUANTIZER, *STEP, *RUNNING),
     *("select", "no_target", "keep_every", "tensorboard"),
     seeds=1,
 )

@@ -229,7 +229,7 @@ def training_passes(spec: RunSpec, sizes: Sizes, *, forked: bool) -> float:
     target = sizes.get(spec.held_out, 0)  # evaluated as a whole
     looks = (spec.holdout + spec.test_share) * (sum(sizes.values()) - target) + spec.target_logged * target
     evaluations = steps / spec.eval_every * looks
-    return float(steps * batch * BACKWARD * (2 if spec.step.kind == "sam" else 1) + evaluations)
+    return float(steps * batch * BACKWARD * (1 if spec.step.kind == "plain" else 2) + evaluations)
 
 
 def seconds_per_pass(store: RunStore, model: str, image_size: int) -> tuple[float, str]:

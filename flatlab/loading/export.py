@@ -25,7 +25,7 @@ from flatlab.quant.attach import Quantized, attach_activations, bake, quantized_
 from flatlab.quant.codebook import BITS, decode
 from flatlab.quant.packing import bits_of, pack, unpack
 from flatlab.specs.base import Spec
-from flatlab.specs.quantizers import QuantSpec
+from flatlab.specs.quantizers import BothSpec, QuantSpec
 from flatlab.specs.run import Place, RunSpec
 from flatlab.store.runs import Run
 
@@ -54,6 +54,7 @@ class ExportedActivations(Spec):
 
     bits: Bits
     signed: bool
+    signed_first: bool = False  # of the first layer, whatever the others are
 
 
 class ExportedNetwork(Spec):
@@ -175,7 +176,7 @@ def _rebuilt(arrays: files.Arrays, facts: Export | JointExport) -> Network | Ens
 def _skeleton(facts: ExportedNetwork) -> Network:
     network = build_network(facts.name, num_classes=facts.num_classes, in_channels=facts.in_channels)
     if facts.activations:
-        attach_activations(network, bits=facts.activations.bits, signed=facts.activations.signed)
+        attach_activations(network, **facts.activations.model_dump(include={"bits", "signed", "signed_first"}))
     return network
 
 
@@ -370,7 +371,13 @@ def _packed(name: str, layer: Quantized) -> tuple[np.ndarray[Any, Any], dict[str
 def _built(spec: RunSpec, place: Place) -> dict[str, Any]:
     """Return how the network is built before its weights are loaded."""
     data, quantizer = loading_data.domains(spec, place).data, spec.quantizer
-    facts = {"name": spec.model, "num_classes": len(data.classes), "in_channels": data.domains[0].images.shape[1]}
+    facts: dict[str, Any] = {
+        "name": spec.model,
+        "num_classes": len(data.classes),
+        "in_channels": data.domains[0].images.shape[1],
+    }
     if isinstance(quantizer, QuantSpec) and quantizer.activations != "none":
         facts["activations"] = {"bits": quantizer.activation_bits, "signed": quantizer.activations == "signed"}
+        if isinstance(quantizer, BothSpec):
+            facts["activations"]["signed_first"] = True
     return facts

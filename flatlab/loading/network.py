@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +17,7 @@ from flatlab.models.networks import Ensemble, Network, build_network
 from flatlab.quant import attach
 from flatlab.quant.fixed import Fixed
 from flatlab.quant.inq import INQ
-from flatlab.specs.quantizers import INQSpec, QuantSpec
+from flatlab.specs.quantizers import BothSpec, INQSpec, QuantSpec
 from flatlab.specs.run import Place, RunSpec
 
 
@@ -60,9 +61,15 @@ def quantize(built: Network, spec: RunSpec) -> list[nn.Parameter]:
         case None:
             return []
         case QuantSpec() as q:
-            attach.attach(built, **q.model_dump(include={"bits", "granularity", "grad_scale", "signed", "log_scale"}))
+            options = q.model_dump(include={"bits", "granularity", "grad_scale", "signed", "log_scale"})
+            skip = [next(iter(attach.layers(built)))] if isinstance(q, BothSpec) else []
+            attach.attach(built, skip=skip, **options)
+            own: dict[str, Any] = (
+                {"start": q.activation_start, "count": q.activation_count} if isinstance(q, BothSpec) else {}
+            )
             if q.activations != "none":
-                attach.attach_activations(built, bits=q.activation_bits, signed=q.activations == "signed")
+                own |= {"bits": q.activation_bits, "signed": q.activations == "signed"}
+                attach.attach_activations(built, signed_first=isinstance(q, BothSpec), **own)
         case INQSpec() as q:
             grid = q.model_dump(include={"bits", "granularity", "grid"})
             attach.attach_each(built, lambda _, weight, axis: INQ(weight, axis=axis, **grid))

@@ -5,7 +5,7 @@ transformer, each linear map (qkv, projections, MLP, patch embedding), not the h
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -98,12 +98,18 @@ def _stored(layer: nn.Module) -> nn.Parameter | None:
     return cast("nn.Parameter | None", getattr(layer, name))
 
 
-def attach_each(network: nn.Module, make: Make, *, outside: str = "head") -> list[str]:
+def attach_each(network: nn.Module, make: Make, *, outside: str = "head", skip: Collection[str] = ()) -> list[str]:
     """Quantize the weight of each layer in place by what `make(name, weight, axis)` returns; return the layers' names.
 
     The latent weights stay the very parameters that they were, so an optimizer keeps their moments. A weight that
     several modules hold gets one quantizer, stays one weight, and goes by the first layer's name. Matrices that stay in
     floating point outside of the head are named in a warning. The network is left alone when this raises.
+
+    Args:
+        network: any module.
+        make: returns a layer's quantizer.
+        outside: the first part of the names that are left out: the head.
+        skip: names of other layers that are left out; no warning names them.
 
     Raises:
         UserError: nothing to quantize, a weight that is parametrized already or not finite, or what `make` refuses.
@@ -112,11 +118,13 @@ def attach_each(network: nn.Module, make: Make, *, outside: str = "head") -> lis
     left = {id(each): name for name, each in network.named_parameters() if not is_lazy(each) and each.dim() > 1}
     for name, layer in layers(network, outside=outside).items():
         weight = cast("nn.Parameter", _stored(layer))
+        left.pop(id(weight), None)
+        if name in skip:
+            continue
         holders = _holders(network, weight)
         _check_free(name, layer, holders)
         check_finite(weight, f"{name}.{tensor_of(layer)}")
         made[name] = make(name, weight, channel_axis(layer)), holders
-        left.pop(id(weight), None)
     for quantizer, holders in made.values():
         for holder, tensor in holders:
             parametrize.register_parametrization(holder, tensor, quantizer)
@@ -145,7 +153,7 @@ def _holders(network: nn.Module, weight: nn.Parameter) -> list[tuple[nn.Module, 
     return [(module, name) for module in network.modules() for name, own in module._parameters.items() if own is weight]
 
 
-def attach(network: nn.Module, *, outside: str = "head", **options: Any) -> list[str]:
+def attach(network: nn.Module, *, outside: str = "head", skip: Collection[str] = (), **options: Any) -> list[str]:
     """Quantize the weight of each convolution and linear map in place by LSQ; return the layers' names.
 
     Convolutions of any dimension, transposed ones, linear and bilinear maps, and the joint projection of attention are
@@ -159,19 +167,28 @@ def attach(network: nn.Module, *, outside: str = "head", **options: Any) -> list
     Args:
         network: any module.
         outside: the first part of the names that are left out: the head.
+        skip: names of other layers that are left out.
         options: LSQ's.
 
     Raises:
         UserError: nothing to quantize, a weight that is parametrized already, or what LSQ refuses.
     """
-    return attach_each(network, lambda _, weight, axis: LSQ(weight, axis=axis, **options), outside=outside)
+    return attach_each(network, lambda _, weight, axis: LSQ(weight, axis=axis, **options), outside=outside, skip=skip)
 
 
-def attach_activations(network: nn.Module, *, bits: int = 8, signed: bool = False, outside: str = "head") -> list[str]:
+def attach_activations(
+    network: nn.Module, *, signed_first: bool = False, outside: str = "head", **options: Any
+) -> list[str]:
     """Quantize the inputs of convolutions and linear maps too, by LSQ; return the layers' names.
 
     Inside of attention, inputs stay as they are: torch's fused kernels do not show them. So do those of bilinear maps,
     which have two.
+
+    Args:
+        network: any module.
+        signed_first: whether codes of the first layer's input, the images, have both signs whatever the others have.
+        outside: the first part of the names that are left out: the head.
+        options: those of `Activations`.
     """
     layers(network, outside=outside)  # refuses where there are none
     inside = tuple(
@@ -182,8 +199,9 @@ def attach_activations(network: nn.Module, *, bits: int = 8, signed: bool = Fals
         for name, layer in _places(network, outside)
         if not isinstance(layer, nn.MultiheadAttention | nn.Bilinear) and not name.startswith(inside or ("\0",))
     }
-    for layer in chosen.values():
-        layer.register_module("activations", Activations(bits=bits, signed=signed))
+    for index, layer in enumerate(chosen.values()):
+        own = {"signed": True} if signed_first and not index else {}
+        layer.register_module("activations", Activations(**{**options, **own}))
         layer.activations.to(getattr(layer, tensor_of(layer)).device)
         layer.train(layer.training)
         layer.register_forward_pre_hook(_quantize_input)

@@ -15,6 +15,7 @@ from flatlab.errors import choose
 from flatlab.quant.codebook import check_finite, initial_scale, levels
 
 GRAD_SCALES = ("shared", "tensor", "none")
+STARTS, COUNTS = ("batch", "one"), ("sample", "batch")  # of an input's step size
 
 
 class Rounding(torch.autograd.Function):
@@ -155,21 +156,27 @@ class LSQ(nn.Module):
 class Activations(nn.Module):
     """LSQ of a layer's input: one step size, set by the first batch that training shows (Esser et al. 2020, 2.1).
 
-    Before that batch the input passes unchanged. N in the gradient scale counts the features of one sample.
+    Before that batch the input passes unchanged.
 
     Args:
         bits: 2 to 16.
         signed: whether codes have both signs; after a ReLU, unsigned ones waste none.
+        start: of the step size: "batch", from the first batch, or "one", 1, as in JachinJiang/lsq-net.
+        count: N in the gradient scale counts the features of one "sample", or of the whole "batch", as lsq-net does.
+
+    Raises:
+        UserError: an option is not known.
     """
 
     straight_through = True  # autograd's second derivatives are not those of the loss
     ready: Tensor
 
-    def __init__(self, *, bits: int = 8, signed: bool = False) -> None:
+    def __init__(self, *, bits: int = 8, signed: bool = False, start: str = "batch", count: str = "sample") -> None:
         super().__init__()
         self.levels = levels(bits, signed=signed)
         self.scale = nn.Parameter(torch.ones(()))
-        self.register_buffer("ready", torch.tensor(False))
+        self.batch = choose("count", count, COUNTS) == "batch"
+        self.register_buffer("ready", torch.tensor(choose("start", start, STARTS) == "one"))
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the quantized input, in its shape and dtype."""
@@ -179,6 +186,7 @@ class Activations(nn.Module):
             with torch.no_grad():
                 self.scale.copy_(initial_scale(inputs, self.levels[1], granularity="tensor"))
                 self.ready.fill_(True)
-        factor = 1 / math.sqrt(inputs[0].numel() * self.levels[1])
+        counted = inputs if self.batch else inputs[0]
+        factor = 1 / math.sqrt(counted.numel() * self.levels[1])
         quantized: Tensor = Rounding.apply(inputs, self.scale, self.levels, factor)
         return quantized

@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args, get_type_hints
 
 from flatlab.errors import choose
-from flatlab.specs.quantizers import AnyQuantizer, INQSpec, LSQOptions, NoiseSpec, OBCSpec, QuantSpec, RTNSpec
+from flatlab.specs.quantizers import AnyQuantizer, BothSpec, INQSpec, LSQOptions, NoiseSpec, OBCSpec, QuantSpec, RTNSpec
 from flatlab.specs.rises import ByRise
-from flatlab.specs.run import AverageSpec, MixSpec, RunSpec, StepSpec
+from flatlab.specs.run import FREEZING, AverageSpec, FreezeSpec, MixSpec, RunSpec, StepKind, StepSpec
 from flatlab.specs.settings import PAPER, Setting, for_data
 
 
@@ -15,9 +15,9 @@ from flatlab.specs.settings import PAPER, Setting, for_data
 class Method:
     """The components of a method, which can be varied independently."""
 
-    step: Literal["plain", "sam"] = "plain"
+    step: StepKind = "plain"
     average: Literal["last", "swa", "swad", "sma"] = "last"
-    quantizer: Literal["none", "lsq", "inq", "rtn", "obc"] = "none"
+    quantizer: Literal["none", "lsq", "lsq-both", "inq", "rtn", "obc"] = "none"
     frozen: bool = False  # convolutions stop training at the switch
     noise: Literal["none", "fresh", "kept"] = "none"  # uniform noise of the quantizer's norm, instead of quantizing
     objective: Literal["erm", "coral"] = "erm"
@@ -29,12 +29,14 @@ class Method:
     @property
     def switched(self) -> bool:
         """Whether training changes at a switch step."""
-        return self.quantizer in ("lsq", "inq") or self.frozen or self.noise != "none"
+        return self.quantizer in ("lsq", "lsq-both", "inq") or self.frozen or self.noise != "none"
 
 
 METHODS = {
     "ERM": Method(note="empirical risk minimisation: the plain baseline"),
     "SAM": Method(step="sam", note="sharpness-aware minimisation, rho 0.05"),
+    "SAGM": Method(step="sagm", note="sharpness-aware gradient matching, rho 0.05, alpha 0.001"),
+    "SAQ": Method(step="saq", quantizer="lsq", note="QT-DoG, then SAM at the quantized weights"),
     "SWA": Method(average="swa", note="mean of late iterates"),
     "SWAD": Method(average="swad", note="mean of the iterates inside the validation valley"),
     "SMA": Method(average="sma", note="running mean from early on, selected by validation"),
@@ -52,6 +54,18 @@ METHODS = {
     "CORAL+QT-DoG": Method(objective="coral", quantizer="lsq", note="CORAL, quantized as QT-DoG"),
     "MixStyle": Method(mixing="mixstyle", note="feature statistics mixed between images, in training"),
     "MixStyle+QT-DoG": Method(mixing="mixstyle", quantizer="lsq", note="MixStyle, quantized as QT-DoG"),
+    "LSQ": Method(quantizer="lsq-both", note="ERM, weights and layers' inputs quantized from the first step, 4/4 bits"),
+    "LSQ+SAM": Method(step="sam", quantizer="lsq-both", note="SAM, quantized as LSQ"),
+    "LSQ+SAGM": Method(step="sagm", quantizer="lsq-both", note="SAGM, quantized as LSQ"),
+    "LSQ+SAQ": Method(step="saq", quantizer="lsq-both", note="SAM at the quantized weights, quantized as LSQ"),
+    "GAQAT": Method(
+        step="gaqat",
+        quantizer="lsq-both",
+        note="GAQAT (our reading): LSQ+SAGM, no task gradient to steady step sizes",
+    ),
+    "FQAT": Method(
+        step="fqat", quantizer="lsq-both", note="FQAT (our reading): LSQ+SAGM, no task gradient to unsteady layers"
+    ),
     "ERM-ensemble": Method(members=6, note="ERM networks of several seeds, logits averaged"),
     "EoA": Method(average="sma", members=6, note="ensemble of averages: SMA networks"),
     "EoQ": Method(quantizer="lsq", members=5, note="ensemble of quantized networks: QT-DoG's (Eq. 6)"),
@@ -117,13 +131,29 @@ def compose(parts: Method, setting: Setting, *, held_out: str, seed: int, trial_
         trial_seed=trial_seed,
         objective=parts.objective,
         mixing=None if parts.mixing == "none" else MixSpec(across=parts.mixing == "mixstyle-across"),
-        step=StepSpec(kind="sam", rho=setting.sam_rho) if parts.step == "sam" else StepSpec(),
+        step=_step(parts.step, setting),
         average=_average(parts.average, setting),
         quantizer=_quantizer(parts.quantizer, setting),
         noise=_noise(parts.noise, setting),
         frozen=parts.frozen,
-        switch=setting.switch_step if parts.switched else None,
+        switch=switch_of(parts, setting),
     )
+
+
+def switch_of(parts: Method, setting: Setting) -> int | None:
+    """Return the step at which a composition's training changes: with both quantized the first, unless one is given."""
+    if not parts.switched:
+        return None
+    return 0 if parts.quantizer == "lsq-both" and setting.switch is None else setting.switch_step
+
+
+def _step(kind: StepKind, setting: Setting) -> StepSpec:
+    if kind == "plain":
+        return StepSpec()
+    own: dict[str, Any] = {"alpha": setting.sagm_alpha} if kind in ("sagm", *FREEZING) else {}
+    if kind in FREEZING:
+        own["freezing"] = FreezeSpec.make(**FREEZING[kind] | setting.freezing)
+    return StepSpec.make(kind=kind, rho=setting.sam_rho, perturb=setting.perturb, **own)
 
 
 def _quantizer(kind: str, setting: Setting) -> AnyQuantizer | None:
@@ -132,6 +162,13 @@ def _quantizer(kind: str, setting: Setting) -> AnyQuantizer | None:
         case "lsq":
             own = {field: getattr(setting, field) for field in LSQOptions.model_fields}
             return QuantSpec.make(**grid, scale_lr=setting.scale_lr, **own)
+        case "lsq-both":
+            return BothSpec.make(
+                bits=setting.qat_bits,
+                activation_bits=setting.qat_bits,
+                granularity=setting.granularity,
+                scale_lr=setting.lr,
+            )
         case "inq":
             return INQSpec.make(**grid, grid=setting.inq_grid, every=setting.inq_every)
         case "rtn":

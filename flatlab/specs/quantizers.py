@@ -34,6 +34,24 @@ class QuantSpec(LSQOptions):
     scale_lr: float = Field(1e-5, ge=0)  # not given in the paper; Adam changes a step size of 3e-3 by 0.3 % a step
 
 
+class BothSpec(QuantSpec):
+    """LSQ of weights and of layers' inputs, from the first step on, as GAQAT and FQAT quantize.
+
+    FOUND in JachinJiang/lsq-net (99005dd), by their first author: step sizes of a weight for each channel, of an input
+    one; gradients scaled by the numel of the whole tensor; of the first layer the input alone is quantized, to codes of
+    both signs; the classifier is not. There an input's step size starts at 1. INFERRED for GAQAT and FQAT, as are the
+    start from the first batch and the count of one sample's features.
+    """
+
+    kind: Literal["lsq-both"] = "lsq-both"  # type: ignore[assignment]
+    bits: Bits = 4
+    grad_scale: Literal["shared", "tensor", "none"] = "tensor"
+    activations: Literal["none", "signed", "unsigned"] = "unsigned"
+    activation_bits: Bits = 4
+    activation_start: Literal["batch", "one"] = "batch"  # an input's step size: from the first batch, or 1
+    activation_count: Literal["sample", "batch"] = "sample"  # features in the gradient scale of an input's step size
+
+
 class INQSpec(Spec):
     """Incremental quantization (Zhou et al. 2017): a growing share of the largest weights is frozen on the grid."""
 
@@ -78,7 +96,7 @@ class OBCSpec(Spec):
     exact_columns: int = Field(640, ge=0)
 
 
-AnyQuantizer = Annotated[QuantSpec | INQSpec | RTNSpec | OBCSpec, Field(discriminator="kind")]
+AnyQuantizer = Annotated[QuantSpec | BothSpec | INQSpec | RTNSpec | OBCSpec, Field(discriminator="kind")]
 
 
 class NoiseSpec(Spec):

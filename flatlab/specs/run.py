@@ -5,19 +5,84 @@ digest of that JSON identifies the run. Machine facts (folders, device, threads)
 """
 
 from collections import Counter
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from flatlab.specs.base import Spec
-from flatlab.specs.quantizers import AnyQuantizer, INQSpec, NoiseSpec, OBCSpec, RTNSpec
+from flatlab.specs.quantizers import AnyQuantizer, INQSpec, NoiseSpec, OBCSpec, QuantSpec, RTNSpec
+
+StepKind = Literal["plain", "sam", "sagm", "saq", "gaqat", "fqat"]
+
+
+class FreezeSpec(Spec):
+    """Which step sizes get no task gradient in a step of SAGM, by the disorder of their gradients.
+
+    Disorder is the share of steps in which a gradient's sign differs from its last one (of `between`: in which the
+    task gradient's differs from that of the perturbed loss); zeros are passed over.
+
+    The defaults are those of "GAQAT (our reading)" (arXiv 2412.05551), whose text could not be read. FOUND (abstract):
+    task and perturbed loss give step sizes conflicting gradients, a metric of disorder, selective freezing. REVIEW
+    (public reviews): the disorder of the task gradient, every K steps, below a threshold, freezes the task gradient
+    until the next decision. INFERRED: K as 6 % of the steps, the threshold 0.3, one decision for a whole step-size
+    tensor, and the rest of the options.
+    """
+
+    every: int = Field(ge=1)  # K, in steps
+    threshold: float = Field(0.3, ge=0)
+    direction: Literal["low", "high"] = "low"  # frozen where the disorder is below the threshold, or above it
+    top: float | None = Field(None, ge=0, le=1)  # instead of a threshold: the share of units that is frozen
+    trigger: Literal["task", "smooth", "between"] = "task"
+    gradient: Literal["task", "smooth", "both"] = "task"  # that frozen units do not get
+    unit: Literal["scale", "channel", "layer"] = "scale"  # that a decision is about
+    when: Literal["window", "step"] = "window"  # each K steps over these; or at each, over a mean that forgets 1/K
+    what: Literal["steps", "weights", "layer"] = "steps"  # frozen: step sizes, latent weights, or both
+    forever: bool = False  # what is frozen stays so
+    alternate: bool = False  # no decision: task and smooth gradient in turn, K steps each
+    rescale: bool = False  # the gradient that is left counts whole, not half
+
+    @model_validator(mode="after")
+    def _whole_layers(self) -> Self:
+        if self.what != "steps" and self.unit != "layer":
+            raise ValueError(f"Freezing {self.what} needs the unit layer, got {self.unit}: write --freeze-unit layer.")
+        return self
+
+
+# "FQAT (our reading)" (arXiv 2509.00859): FOUND (abstract): layers are frozen, decided at each training step, by a
+# disorder that identifies unstable ones. INFERRED: the mean that forgets, the threshold 0.45, that high is unstable.
+FREEZING: dict[str, dict[str, Any]] = {
+    "gaqat": {},
+    "fqat": {"unit": "layer", "when": "step", "direction": "high", "threshold": 0.45},
+}
 
 
 class StepSpec(Spec):
-    """How one update is made: plain gradient, or SAM's two passes (Foret et al. 2021)."""
+    """How one update is made: plain gradient, or two passes.
 
-    kind: Literal["plain", "sam"] = "plain"
-    rho: float = Field(0.05, ge=0)  # radius of SAM's ascent, absolute L2
+    SAM (Foret et al. 2021), SAGM (Wang et al. 2023), SAQ (Liu et al. 2021: SAM at the quantized weight), and SAGM whose
+    gradients of step sizes are frozen in part: GAQAT and FQAT.
+    """
+
+    later = ("alpha", "perturb", "freezing")
+
+    kind: StepKind = "plain"
+    rho: float = Field(0.05, ge=0)  # radius of the ascent, absolute L2
+    alpha: float = Field(1e-3, ge=0)  # SAGM's
+    perturb: Literal["weights", "all"] = "weights"  # all: step sizes, too
+    freezing: FreezeSpec | None = None  # of GAQAT and FQAT
+
+    @property
+    def unquantized(self) -> "StepSpec":
+        """The rule that makes the same updates where nothing is quantized."""
+        if self.kind == "saq":
+            return StepSpec(kind="sam", rho=self.rho)
+        return self.replace(kind="sagm", perturb="weights", freezing=None) if self.freezing else self
+
+    @model_validator(mode="after")
+    def _frozen_by_rule(self) -> Self:
+        if (self.kind in FREEZING) != (self.freezing is not None):
+            raise ValueError(f"The step rules {', '.join(FREEZING)} need `freezing`, and only they; got {self.kind}.")
+        return self
 
 
 class AverageSpec(Spec):
@@ -94,6 +159,16 @@ class RunSpec(Spec):
             raise ValueError("A quantizer, noise or freezing in training needs a switch step, and only they have one.")
         if self.noise is not None and trained:
             raise ValueError("Noise replaces a quantizer; give one of the two.")
+        if self.step != self.step.unquantized and not trained:
+            raise ValueError(
+                f"The step rule {self.step.kind} needs a quantizer in training; add --quantizer lsq, or choose --step "
+                f"{self.step.unquantized.kind}."
+            )
+        if self.step.freezing and not isinstance(self.quantizer, QuantSpec):
+            raise ValueError(
+                f"The step rule {self.step.kind} needs learned step sizes, got the quantizer {self.quantizer.kind}; "  # type: ignore[union-attr]
+                "add --quantizer lsq, or choose --step sagm."
+            )
         if self.settled is not None and self.source is None and self.settled > self.steps:
             what = "switch" if self.settled == self.switch else "last stage of INQ"
             raise ValueError(
@@ -166,7 +241,8 @@ class RunSpec(Spec):
             return self.replace(quantizer=None)
         if self.switch is None or self.members:
             return None
-        return self.replace(quantizer=None, noise=None, frozen=False, switch=None, average=AverageSpec())
+        before = {"step": self.step.unquantized, "average": AverageSpec()}
+        return self.replace(quantizer=None, noise=None, frozen=False, switch=None, **before)
 
 
 class Place(Spec):

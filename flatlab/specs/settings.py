@@ -7,13 +7,14 @@ from pydantic import Field
 from flatlab.errors import choose
 from flatlab.specs.base import LARGEST_INT, LARGEST_SEED
 from flatlab.specs.quantizers import Bits, Granularity, INQGrid, LSQOptions
-from flatlab.specs.run import RunSpec
+from flatlab.specs.run import FreezeSpec, RunSpec
 
 
 class Setting(LSQOptions):
     """All that a reproduction needs besides the names of methods; shares of the schedule are shares of its steps."""
 
-    later = ("inq_grid", *LSQOptions.later, "noise_amplitude", "target_logged")
+    later = ("inq_grid", *LSQOptions.later, "noise_amplitude", "target_logged", "sagm_alpha", "perturb")
+    later += ("qat_bits", *(f"freeze_{name}" for name in (*FreezeSpec.model_fields, "share")))
 
     name: str
     dataset: str = "digits"
@@ -55,6 +56,7 @@ class Setting(LSQOptions):
         description="Step at which quantization, noise or freezing begins; if not given, 40 % of the steps.",
     )
     switch_share: float = 0.4
+    qat_bits: Bits = Field(4, description="Bits of weights and of layers' inputs under the quantizer lsq-both.")
     noise_lr: float | None = Field(None, gt=0)  # half-width of weight noise, in learning rates; None: quantizer's norm
     noise_amplitude: float | None = Field(  # absolute half-width of weight noise
         None,
@@ -66,6 +68,50 @@ class Setting(LSQOptions):
     sam_rho: float = Field(  # Foret et al.; SWAD's baselines
         0.05, ge=0, le=1e30, description="Radius of SAM's ascent step, absolute L2."
     )
+    sagm_alpha: float = Field(
+        1e-3, ge=0, le=1e30, description="Share of the gradient that SAGM takes off its ascent step."
+    )
+    perturb: Literal["weights", "all"] = Field(
+        "weights",
+        description="What the ascent of SAM, SAGM and SAQ moves: weights, or all, which adds step sizes (under SAQ "
+        "those of inputs).",
+    )
+    freeze_every: int | None = Field(  # GAQAT's K; None: `freeze_share` of the steps
+        None,
+        ge=1,
+        le=LARGEST_INT,
+        description="Steps over which GAQAT and FQAT take the disorder of gradients; if not given, 6 % of the steps.",
+    )
+    freeze_share: float = 0.06
+    freeze_threshold: float | None = Field(
+        None, ge=0, le=1e30, description="Disorder at which GAQAT (below) and FQAT (above) freeze: 0.3 and 0.45."
+    )
+    freeze_direction: Literal["low", "high"] | None = Field(
+        None, description="Freeze where the disorder is low (GAQAT) or high (FQAT)."
+    )
+    freeze_top: float | None = Field(
+        None, ge=0, le=1, description="Share of units that is frozen, those of the most extreme disorder."
+    )
+    freeze_trigger: Literal["task", "smooth", "between"] | None = Field(
+        None, description="Gradient whose disorder decides: task (the default), smooth, or between the two."
+    )
+    freeze_gradient: Literal["task", "smooth", "both"] | None = Field(
+        None, description="Gradient that is frozen: task (the default), smooth or both."
+    )
+    freeze_unit: Literal["scale", "channel", "layer"] | None = Field(
+        None, description="Unit of a decision: the tensor of step sizes, scale (GAQAT), a channel, or a layer (FQAT)."
+    )
+    freeze_when: Literal["window", "step"] | None = Field(
+        None, description="Decide after each window of steps (GAQAT) or at each step (FQAT)."
+    )
+    freeze_what: Literal["steps", "weights", "layer"] | None = Field(
+        None, description="What is frozen: step sizes, steps (the default), latent weights, or the whole layer."
+    )
+    freeze_forever: bool = Field(False, description="Never release what GAQAT or FQAT froze.")
+    freeze_alternate: bool = Field(
+        False, description="Instead of GAQAT's decisions, take task and smooth gradient of step sizes in turn."
+    )
+    freeze_rescale: bool = Field(False, description="Count the gradient that is left whole where the other is frozen.")
     swa_every: int = Field(100, ge=1)
     swad_every: int = Field(100, ge=1, le=LARGEST_INT, description="Steps between two validations of SWAD.")
     swad_ratio: float = 0.3
@@ -113,6 +159,13 @@ class Setting(LSQOptions):
     def switch_step(self) -> int:
         """The step at which quantization or freezing starts."""
         return round(self.switch_share * self.steps) if self.switch is None else self.switch
+
+    @property
+    def freezing(self) -> dict[str, Any]:
+        """Fields of a `FreezeSpec`: those that are given."""
+        fields = {name: getattr(self, f"freeze_{name}") for name in FreezeSpec.model_fields}
+        every = self.freeze_every or max(1, round(self.freeze_share * self.steps))
+        return {name: value for name, value in fields.items() if value is not None} | {"every": every}
 
     @property
     def radii(self) -> tuple[float, ...] | None:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from flatlab.specs.run import AverageSpec
-from flatlab.train.means import Mean, Saved, Weights
+from flatlab.tensors.means import Mean, Saved, Weights
 from flatlab.train.swad import Published, Released
 
 

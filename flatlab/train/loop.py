@@ -216,6 +216,8 @@ class Training:
             raise self._diverged("validation", step)
         live["train_loss"] = float(torch.stack(trajectory.losses).cpu().double().mean())
         trajectory.losses.clear()
+        if trajectory.disorder:
+            live["disorder"] = trajectory.disorder.row()
         trajectory.rows.append(live)
         for observer in trajectory.observers:
             if observer.average.evaluated:

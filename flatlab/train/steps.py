@@ -3,7 +3,9 @@
 Each call of the closure adds the gradient of the same batch at the current weights, and returns the loss (scalar).
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from flatlab.models.networks import frozen_statistics
+from flatlab.quant.attach import quantized_layers
 
 Closure = Callable[[], Tensor]
 
@@ -44,28 +47,135 @@ class SAM:
 
     def __init__(self, optimizer: Optimizer, network: nn.Module, moved: Iterable[nn.Parameter], *, rho: float) -> None:
         self.optimizer, self.network, self.rho = optimizer, network, rho
-        self.moved = list(moved)  # all parameters but step sizes
+        self.moved = list(moved)
 
     def step(self, closure: Closure) -> Tensor:
         """Make one update; return the loss at the weights before it."""
         self.optimizer.zero_grad()
         loss = closure()
-        home = self._ascend()
-        self.optimizer.zero_grad()
-        with frozen_statistics(self.network):
+        grads = _gradients(self.moved)
+        with frozen_statistics(self.network), _shifted(grads, self.rho / (_norm(grads.values()) + 1e-12)):
+            self.optimizer.zero_grad()
             closure()
-        with torch.no_grad():
-            for parameter, start in home.items():
-                parameter.copy_(start)  # copied, not subtracted: exact
         self.optimizer.step()
         return loss
 
-    @torch.no_grad()
-    def _ascend(self) -> dict[nn.Parameter, Tensor]:
-        graded = [parameter for parameter in self.moved if parameter.grad is not None]
-        grads = [parameter.grad for parameter in graded if parameter.grad is not None]
-        norm = torch.stack([grad.norm() for grad in grads]).norm()
-        home = {parameter: parameter.clone() for parameter in graded}
-        for parameter, grad in zip(graded, grads, strict=True):
-            parameter.add_(grad * (self.rho / (norm + 1e-12)))
-        return home
+
+class SAGM:
+    """Sharpness-aware gradient matching (Wang et al. 2023): the mean of the gradients g at w and g' at w + e.
+
+    FOUND in Wang-pengfei/SAGM (69d4d9d, domainbed/sagm.py): e = (rho / (||g|| + 1e-12) - alpha) g, one norm over all
+    that is moved; rho 0.05, alpha 0.001. There w + e is left by subtraction; here w is copied back, which is exact.
+
+    Args:
+        optimizer: of all parameters.
+        network: its BatchNorm statistics follow the first pass alone.
+        moved: the parameters that e moves, and whose gradients its norm counts.
+        rho: radius, absolute L2.
+        alpha: share of g that is taken off the ascent.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, network: nn.Module, moved: Iterable[nn.Parameter], *, rho: float, alpha: float
+    ) -> None:
+        self.optimizer, self.network, self.rho, self.alpha = optimizer, network, rho, alpha
+        self.moved = list(moved)
+
+    def step(self, closure: Closure) -> Tensor:
+        """Make one update; return the loss at the weights before it."""
+        self.optimizer.zero_grad()
+        loss = closure()
+        task, moved = _gradients(self._parameters()), _gradients(self.moved)
+        with frozen_statistics(self.network), _shifted(moved, self.rho / (_norm(moved.values()) + 1e-12) - self.alpha):
+            self.optimizer.zero_grad()  # which drops the gradients, and leaves those of the first pass as they are
+            closure()
+        self._join(task, _gradients(self._parameters()))
+        self.optimizer.step()
+        return loss
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    def _join(self, task: "Gradients", smooth: "Gradients") -> None:
+        for parameter, grad in smooth.items():
+            parameter.grad = 0.5 * task[parameter] + 0.5 * grad
+
+
+class SAQ:
+    """SAM at the quantized weight (Liu et al. 2021, arXiv 2111.12273): the gradient at Q(w) + e, applied at w.
+
+    FOUND in zip-group/SAQ (594e9c7): e = rho g / ||g||, where g holds the gradients of the loss in Q(w), and those of
+    the parameters that are not quantized; e is added behind the quantizer. A step that is too small to change a code
+    moves Q(w) nonetheless. Where nothing is quantized yet, it is SAM.
+
+    Args:
+        optimizer: of all parameters.
+        network: its quantized weights are moved.
+        moved: other parameters that e moves: no latent weights.
+        rho: radius, absolute L2.
+    """
+
+    def __init__(self, optimizer: Optimizer, network: nn.Module, moved: Iterable[nn.Parameter], *, rho: float) -> None:
+        self.optimizer, self.network, self.rho = optimizer, network, rho
+        self.moved = list(moved)
+        self.quantizers = [quantized.quantizer for quantized in quantized_layers(network).values()]
+
+    def step(self, closure: Closure) -> Tensor:
+        """Make one update; return the loss at the weights before it."""
+        self.optimizer.zero_grad()
+        outputs: list[list[Tensor]] = [[] for _ in self.quantizers]  # of each call: a tied weight is used several times
+        with self._behind([partial(_kept, found) for found in outputs]):
+            loss = closure()
+        grads = _gradients(self.moved)
+        behind = [sum(each.grad for each in found if each.grad is not None) for found in outputs]
+        factor = self.rho / (_norm([*grads.values(), *(g for g in behind if isinstance(g, Tensor))]) + 1e-12)
+        shifts = [partial(torch.add, grad * factor) for grad in behind]
+        with frozen_statistics(self.network), _shifted(grads, factor), self._behind(shifts):
+            self.optimizer.zero_grad()
+            closure()
+        self.optimizer.step()
+        return loss
+
+    @contextmanager
+    def _behind(self, acts: Sequence[Callable[[Tensor], Tensor]]) -> Iterator[None]:
+        """Let each quantizer return what an act makes of its output."""
+        with ExitStack() as stack:
+            for quantizer, act in zip(self.quantizers, acts, strict=True):
+                hook = quantizer.register_forward_hook(lambda _module, _inputs, output, act=act: act(output))
+                stack.callback(hook.remove)
+            yield
+
+
+Gradients = dict[nn.Parameter, Tensor]
+
+
+def _gradients(parameters: Iterable[nn.Parameter]) -> Gradients:
+    return {parameter: parameter.grad for parameter in parameters if parameter.grad is not None}
+
+
+def _norm(grads: Iterable[Tensor]) -> Tensor:
+    norm: Tensor = torch.stack([grad.norm() for grad in grads]).norm()
+    return norm
+
+
+def _kept(found: list[Tensor], output: Tensor) -> Tensor:
+    """Keep a quantizer's output, and its gradient where there will be one."""
+    if output.requires_grad:
+        output.retain_grad()
+    found.append(output)
+    return output
+
+
+@contextmanager
+def _shifted(grads: Gradients, factor: Tensor) -> Iterator[None]:
+    """Move parameters by a factor of these gradients; afterwards copy them back, which is exact."""
+    home = {parameter: parameter.detach().clone() for parameter in grads}
+    with torch.no_grad():
+        for parameter, grad in grads.items():
+            parameter.add_(grad * factor)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, start in home.items():
+                parameter.copy_(start)

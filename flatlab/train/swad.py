@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from flatlab.specs.run import AverageSpec
-from flatlab.train.means import Mean, Saved, Weights
+from flatlab.tensors.means import Mean, Saved, Weights
 
 
 @dataclass

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from flatlab import files
 from flatlab.loading import data as loading_data
 from flatlab.loading import network as loading_network
-from flatlab.quant.attach import clamp_scales
+from flatlab.quant.attach import clamp_scales, quantized_layers
 from flatlab.specs.quantizers import INQSpec, QuantSpec
 from flatlab.specs.run import Place, RunSpec
 from flatlab.store.runs import Run
 from flatlab.store.selection import Row
 from flatlab.train import averages
-from flatlab.train.steps import SAM, Plain, Step
+from flatlab.train.freezing import Disorder, Freezing, disorder_of
+from flatlab.train.steps import SAGM, SAM, SAQ, Plain, Step
 from flatlab.train.switch import Stages, WeightNoise
 
 SCALE_EPS = 1e-12  # Adam's eps for step sizes: their gradients are small, and the usual 1e-8 would show
@@ -52,16 +53,35 @@ class Trajectory:
         self.switched = False
         self.on_step: list[Callable[[int], None]] = []  # called before each update, from the switch on
         self.noise: WeightNoise | None = None
+        self.disorder: Disorder | None = None  # of step sizes' gradients, where they are frozen by it
 
     def _roles(self) -> dict[str, dict[str, nn.Parameter]]:
         return loading_network.roles(self.network)
 
     def step_rule(self) -> Step:
-        """Return the spec's step rule; SAM moves all parameters but step sizes."""
-        if self.spec.step.kind == "plain":
-            return Plain(self.optimizer)
-        moved = [p for role, group in self._roles().items() if role != "scales" for p in group.values()]
-        return SAM(self.optimizer, self.network, moved, rho=self.spec.step.rho)
+        """Return the spec's step rule."""
+        step, common = self.spec.step, (self.optimizer, self.network, self._moved())
+        match step.kind:
+            case "plain":
+                return Plain(self.optimizer)
+            case "sam":
+                return SAM(*common, rho=step.rho)
+            case "saq":
+                return SAQ(*common, rho=step.rho)
+            case _ if self.disorder:
+                return Freezing(*common, step=step, disorder=self.disorder)
+            case _:
+                return SAGM(*common, rho=step.rho, alpha=step.alpha)
+
+    def _moved(self) -> list[nn.Parameter]:
+        """Return what an ascent moves: all but step sizes, or those, too; SAQ moves latent weights by their outputs."""
+        fixed = {id(parameter) for parameter in self._roles()["scales"].values()}
+        if self.spec.step.perturb == "all":
+            fixed = set()
+        if self.spec.step.kind == "saq":
+            for quantized in quantized_layers(self.network).values():
+                fixed |= {id(each) for each in (quantized.latent, *quantized.quantizer.parameters())}
+        return [p for group in self._roles().values() for p in group.values() if id(p) not in fixed]
 
     def switch(self) -> None:
         """Start quantization or noise, freezing, or both.
@@ -73,6 +93,8 @@ class Trajectory:
         if isinstance(quantizer, QuantSpec):
             group = {"params": scales, "role": "scales", "lr": quantizer.scale_lr}
             self.optimizer.add_param_group({**group, "eps": SCALE_EPS, "weight_decay": 0.0})
+        if self.spec.step.freezing:
+            self.disorder = disorder_of(self.network, self.spec.step.freezing)
         if isinstance(quantizer, INQSpec):
             self.on_step.append(Stages(self.network, self.optimizer, quantizer, start=self.spec.switch or 0))
         if self.spec.noise:
@@ -107,6 +129,8 @@ class Trajectory:
             tensors |= {f"adam/{moment}/{name}": value for moment, value in moments.items()}
         if self.noise:
             tensors |= {f"noise/{name}": value for name, value in self.noise.amplitudes.items()}
+        if self.disorder:
+            tensors |= {f"disorder/{name}": value for name, value in self.disorder.save().items()}
         notes = {}
         for observer in observers:
             digest = observer.run.spec.digest
@@ -153,6 +177,8 @@ class Trajectory:
                 self.optimizer.state[parameter] = {m: self._tensor(name, a) for m, a in found.items()}
         if self.noise:
             self.noise.amplitudes = {n: torch.from_numpy(saved[f"noise/{n}"].copy()) for n in self.noise.amplitudes}
+        if self.disorder:
+            self.disorder.load({n: torch.from_numpy(saved[f"disorder/{n}"].copy()) for n in self.disorder.save()})
         self.next_step, self.rows = facts["next_step"], facts["rows"]
         self.losses = list(torch.tensor(facts["losses"], device=next(self.network.parameters()).device))
 
