@@ -116,7 +116,7 @@ class PaperTable:
         return self._with_published(pd.concat(parts, ignore_index=True), setting)[COLUMNS]
 
     def _average(self, setting: Setting) -> str:
-        """Return the name of the mean over the data sets at hand: the paper's, where they are all there."""
+        """Return the name of the mean over the data sets present: the paper's, where they are all there."""
         there = [one.dataset for one in setting.each]
         return f"{AVERAGE}." if {*there} == {*self.columns} else f"{AVERAGE} of {', '.join(there)}"
 

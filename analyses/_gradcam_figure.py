@@ -191,7 +191,7 @@ def remarks(frame: pd.DataFrame) -> list[str]:
         f"The two networks' maps correlate by {whole:.2f}, image by image.",
         *verdicts.sentences(found.assign(at=found["quantity"]), place="in"),
         verdicts.statement(found),
-        f"{shares} maps are empty: nothing speaks for the true class once gradients are averaged over the grid.",
+        f"{shares} maps are empty: there is no evidence for the true class once gradients are averaged over the grid.",
     ]
 
 

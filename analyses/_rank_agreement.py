@@ -26,7 +26,7 @@ def pairs(frame: pd.DataFrame, order: Sequence[str]) -> pd.DataFrame:
 
     Args:
         frame: rows of single runs (`over` is "run") and of lines over seeds ("seeds").
-        order: the lines; of two the later one less the earlier one is told.
+        order: the lines; of two the later one less the earlier one is given.
     """
     each = frame[frame["over"] == "run"]
     printed = frame[(frame["over"] == "seeds") & (frame["held_out"] == "all")].set_index([*BY, "method"])

@@ -2,7 +2,7 @@
 
 The paper reasons that a small Hessian means a flat minimum and shows none; here are its eigenvalues' density, its
 largest eigenvalue and its trace, around the checkpoint that training-domain validation selects. A quantized network is
-baked. Each method is held against ERM at the same held-out domain and seed.
+baked. Each method is compared with ERM at the same held-out domain and seed.
 """
 
 import matplotlib.pyplot as plt

@@ -12,7 +12,7 @@ WIDTHS = (5e-6, 1e-5, 5e-5, 1e-4)  # the paper's
 
 
 def line(width: float, method: str, word: str) -> Line:
-    """Return the line of a half-width; the paper's is told beside the noise that is kept."""
+    """Return the line of a half-width; the paper's is given beside the noise that is kept."""
     multiple = round(width / PAPER.lr, 6)
     printed = {"half_width": width} if method == "noise-kept" else {}
     return Line(f"{multiple:g} lr, {word}", method, {"noise_lr": multiple}, printed)

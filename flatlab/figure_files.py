@@ -30,13 +30,13 @@ MOST_BYTES = 150_000  # of a picture that the repository keeps
 
 
 def write_data(stem: Path, frame: pd.DataFrame, arrays: files.Arrays, record: Mapping[str, Any]) -> None:
-    """Write all that is drawn and said: `<stem>.csv`, `<stem>.npz` where there are arrays, and `<stem>.json`.
+    """Write the data and the text of a figure: `<stem>.csv`, `<stem>.npz` where there are arrays, and `<stem>.json`.
 
     Args:
         stem: path without suffix.
         frame: the table.
         arrays: what the picture shows beside it.
-        record: what the page says beside it, and how it came about.
+        record: text of the page, and origin of the numbers.
     """
     contents = {".csv": frame.to_csv(index=False).encode()}
     if arrays:
@@ -129,7 +129,7 @@ def accuracies(record: Mapping[str, Any]) -> pd.DataFrame:
 
 
 def _page(figure: Analysis, frame: pd.DataFrame, summary: pd.DataFrame, record: Mapping[str, Any]) -> str:
-    """Return what came out as markdown, to be read without a program."""
+    """Return the findings as a page in markdown."""
     title, _, rest = record["caption"].partition("\n")
     parts = [f"# {title}", figure.title, rest]
     parts += [f"## {figure.summary_title}", tables.markdown(summary)]

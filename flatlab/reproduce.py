@@ -1,4 +1,4 @@
-"""Reproduce a figure or table: plan, do what is missing, tabulate, draw, and write down how it came about."""
+"""Reproduce a figure or table: plan, do what is missing, tabulate, draw, and record the origin of the numbers."""
 
 import sys
 from collections.abc import Callable, Iterable
@@ -27,7 +27,7 @@ OnEvent = Callable[[dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class Reproduction:
-    """What `reproduce` wrote, and what came out."""
+    """The files that `reproduce` wrote, and the findings."""
 
     written: list[Path]
     findings: pd.DataFrame
@@ -156,7 +156,7 @@ def place_of(found: list[Run], asked: Place) -> tuple[Place, str]:
 def write(
     figure: Analysis, setting: Setting, store: RunStore, *, out: Path, redo: str, reference: bool = False
 ) -> Reproduction:
-    """Tabulate and draw a finished figure; write csv, pdf, png, a page to read, and a json that says how it came about.
+    """Tabulate and draw a finished figure; write csv, pdf, png, a page, and a json with the origin of the numbers.
 
     Args:
         figure: the figure or table.

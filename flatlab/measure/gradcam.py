@@ -92,7 +92,7 @@ class _Cams:
         return np.concatenate(parts, axis=1)
 
     def probabilities(self) -> FloatArray:
-        """Return what the network says (N, num_classes)."""
+        """Return the network's probabilities (N, num_classes)."""
         with torch.no_grad():
             said = [self.model(x).double().softmax(1).cpu().numpy() for x, _ in self._parts()]
         return np.concatenate(said)

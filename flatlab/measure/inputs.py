@@ -108,7 +108,7 @@ def landscape(run: Run, spec: MeasurementSpec, place: Place, *, of: Collection[s
     """Return the loss of a run's checkpoint on each domain, or on some, as a function of its weights.
 
     Strata are the domains. A quantized network is baked, so that all methods move in one space; or, for
-    `space="latent"`, quantized anew at each point, its step sizes held still.
+    `space="latent"`, quantized again at each point, its step sizes held still.
 
     Raises:
         UserError: where latent weights are asked for that nothing follows, or the data differ from the run's.

@@ -53,7 +53,7 @@ def _radii(run: Run, spec: SphereSpec) -> FloatArray | str:
 
 
 def foresee(measurement: Measurement, run: Run, place: Place) -> list[dict[str, Any]]:
-    """Fly the pilot, keep its plan for the measurement, and return a row for each radius above zero.
+    """Run the pilot, store its plan for the measurement, and return a row for each radius above zero.
 
     Args:
         measurement: asks for an accuracy, and leaves block size and pairs to the pilot.

@@ -38,7 +38,7 @@ def gradcam(
     Args:
         model: in eval mode, with logits (N, num_classes); a quantized one is baked first. It is left bit-identical.
             Of outputs in a tuple the first tensor is taken, of a mapping or dataclass the entry `logits`. One logit
-            (N, 1) speaks for class 1, and with the other sign for class 0.
+            (N, 1) is evidence for class 1, and with the other sign for class 0.
         inputs: (N, C, H, W).
         classes: (N,) which class is explained; the true one where two networks are compared.
         layer: name of a module; None finds the last one that has a grid with a gradient (`explained_layer`). Where it

@@ -3,7 +3,7 @@
 On a quadratic loss F_gamma = gamma^2 tr(H) / (2 P), so that 2 P F / gamma^2, tr(H) and P times the mean eigenvalue are
 one number. They are measured from independent draws; where they disagree, one of them is wrong, or the loss is not
 what its second derivatives say. The latter is so for ReLU and max pooling: their kinks add to the rise at any finite
-radius, and autograd does not see them.
+radius, and autograd ignores them.
 """
 
 import numpy as np

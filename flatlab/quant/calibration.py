@@ -26,7 +26,7 @@ def second_moments(network: nn.Module, batches: Iterable[Tensor], *, outside: st
     """Return H = 2 X X' / n of the inputs X of each layer that can be quantized, float64 (OBC, trueobs.py).
 
     A convolution is the linear map that acts on unfolded patches; of a transposed one, on those of the input with zeros
-    between, its columns in the order of the weight with output channels first. The network sees its own, unquantized
+    between, its columns in the order of the weight with output channels first. The network gets its own, unquantized
     activations.
 
     Args:
@@ -101,7 +101,7 @@ class _Watch(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def _attend(self, call: inspect.BoundArguments) -> Any:
-        """Attend with an identity in place of the output's map, whose input is then at hand."""
+        """Attend with an identity in place of the output's map, whose input is then available."""
         given = call.arguments
         if given["query"] is given["key"] is given["value"]:
             self._see(given["in_proj_weight"], given["query"])

@@ -1,4 +1,4 @@
-"""`flatlab flatness`: from words to a measurement, and from measured runs to a table and a picture."""
+"""`flatlab flatness`: table, sentences and picture of measured runs."""
 
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ def chart(
 
 
 def said(found: list[Run], measurement: SphereSpec, *, panel: str) -> list[str]:
-    """Say what the numbers say: where F means little, and which checkpoint is flatter than the first.
+    """Return sentences: where F means little, and which checkpoint is flatter than the first.
 
     Args:
         found: the runs, measured.

@@ -37,7 +37,7 @@ NUMBERS = {
 SETTLED = 0.1  # of the steps: before, accuracies rise from chance, and would flatten all that follows
 KEYS = ["quantity", "method", "held_out", "seed", "step"]
 SHOWN = {"method": "", "held_out": "", "seed": "", "points": "", **dict.fromkeys(NUMBERS, ".2f")}
-UNITLESS = "correlation"  # the other numbers are shares of 1, told in percent
+UNITLESS = "correlation"  # the other numbers are shares of 1, given in percent
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,8 @@ def stability(validation: npt.ArrayLike, target: npt.ArrayLike) -> Stability:
     inside, outside = np.asarray(validation, dtype=float), np.asarray(target, dtype=float)
     if inside.shape != outside.shape or inside.ndim != 1 or len(inside) < 2:
         raise UserError(
-            f"Stability needs two series of at least two evaluations each, but {inside.shape} and {outside.shape} "
-            "came: take a smaller --eval-every, or an earlier --since."
+            f"Stability needs two series of at least two evaluations each, got shapes {inside.shape} and "
+            f"{outside.shape}: give a smaller --eval-every, or an earlier --since."
         )
     moving = len(inside) > 2 and np.ptp(inside) > 0 and np.ptp(outside) > 0  # of two points it is always one
     return Stability(

@@ -20,7 +20,7 @@ BARRIERS = {"panel": "", "barrier": ".4g", "low": ".4g", "high": ".4g", "positio
 ALIKE = ("dataset", "model", "image_size", "held_out", "trial_seed", "holdout", "test_share")
 OWN = "BatchNorm's statistics are those of the run in the origin: at another checkpoint's mark the loss is not its own."
 MIXED = "BatchNorm's statistics are interpolated like the weights: both ends are the checkpoints."
-ANEW = "BatchNorm's statistics are computed anew at each place, from up to {} training images of each source domain."
+ANEW = "BatchNorm's statistics are recomputed at each place, from up to {} training images of each source domain."
 BAND = "Band: 95 % over images, of the height above the dashed line; the barrier's place is chosen on other images."
 
 
@@ -38,9 +38,9 @@ def centres(found: Sequence[Run], axes: str) -> tuple[list[Run], tuple[str, ...]
     if axes not in ("runs", "line"):
         return list(found), ()
     if axes == "line" and len(found) != 2:
-        raise UserError(f"--axes line goes from one run to another, but {len(found)} came: name two.")
+        raise UserError(f"--axes line needs two runs, got {len(found)}.")
     if axes == "runs" and len(found) < 3:
-        raise UserError(f"--axes runs spans a plane by three runs or more, but {len(found)} came: name others.")
+        raise UserError(f"--axes runs needs at least three runs, got {len(found)}.")
     _check_alike(found, axes)
     if len(found) <= 3:
         return [found[0]], tuple(run.spec.digest for run in found[1:])

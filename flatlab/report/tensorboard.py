@@ -20,7 +20,7 @@ def needed() -> None:
 
 
 def write(run: Run, folder: Path) -> Path:
-    """Write the scalars of a run's log below a folder, anew each time; returns the run's own folder.
+    """Write the scalars of a run's log below a folder, which is rewritten each time; returns the run's own folder.
 
     Args:
         run: trained, at least in part.

@@ -54,7 +54,7 @@ def sentences(
     digits: int = 3,
     place: str = "at",
 ) -> list[str]:
-    """Return a sentence for each family: which differences can be told, and of how many pairs nothing can be.
+    """Return a sentence for each family: which differences are significant, and for how many pairs none is.
 
     Args:
         findings: as `corrected` returns them; where a family tests a pair at several places, `at` names these.

@@ -1,1 +1,1 @@
-"""What a measurement says, with NumPy alone."""
+"""Results of measurements, with NumPy alone."""

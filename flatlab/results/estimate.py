@@ -111,7 +111,7 @@ class Sampled(ABC):
     cost: Cost
 
     over: ClassVar[str] = "directions"
-    """What was drawn anew for each sample; an interval speaks of nothing else."""
+    """What was drawn independently for each sample; intervals are over this alone."""
 
     @property
     @abstractmethod
@@ -121,7 +121,7 @@ class Sampled(ABC):
     @property
     @abstractmethod
     def raw(self) -> list[FloatArray]:
-        """The draws at each place on the axis, as they came."""
+        """The draws at each place on the axis."""
 
     @property
     @abstractmethod
@@ -145,7 +145,7 @@ class Sampled(ABC):
 
     @property
     def nonfinite_share(self) -> float:
-        """The share of raw numbers that are infinite or NaN; they are kept as they came."""
+        """The share of raw numbers that are infinite or NaN; they are kept."""
         broken = np.concatenate([~np.isfinite(draws).ravel() for draws in self.raw])
         return float(broken.mean()) if len(broken) else 0.0
 

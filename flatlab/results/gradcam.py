@@ -42,7 +42,7 @@ class ClassMaps:
     """Where images hold evidence for a class.
 
     Attributes:
-        maps: (N, H, W) at the images' size, not negative, in the units of the logit; zero where nothing speaks for it.
+        maps: (N, H, W) at the images' size, not negative, in the units of the logit; zero without evidence for it.
         classes: (N,) the class that each map explains.
         layer: name of the module whose outputs were weighed.
         grid: its height and width.

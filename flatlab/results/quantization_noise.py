@@ -127,7 +127,7 @@ class QuantizationNoise:
         kl_draws: (D,) divergences of uniform samples of the same size.
         symmetry: how far the two halves mirror each other.
         symmetry_draws: its three scalars (D,) for symmetric samples of the same size and shape.
-        cost: seconds; nothing goes forward.
+        cost: seconds; no forward pass is made.
     """
 
     noise: FloatArray

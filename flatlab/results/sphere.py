@@ -48,7 +48,7 @@ class SphereFlatness(Stopped):
         strata: names (S,) of the strata; they weigh equally in `value`.
         base_loss: (S,) mean loss at w.
         normalisation: "none": w + gamma u; else w + rho z with z as long as w in each filter, layer or parameter.
-        seed: names the rays and the blocks; equal seeds walk equal rays.
+        seed: names the directions and the blocks; equal seeds give equal directions.
         num_params: P, the dimension of the sphere's space.
         norm: Euclidean length of w.
         reach: Euclidean distance at radius 1: one, or the length of the weights that are scaled to.
@@ -134,7 +134,7 @@ class SphereFlatness(Stopped):
 
     @property
     def paired(self) -> tuple[bool, ...]:
-        """For each radius whether each ray was walked with its antithesis."""
+        """For each radius, whether each direction was evaluated with its negative."""
         return tuple(plan.paired for plan in self.plans)
 
     @property
@@ -178,7 +178,7 @@ class SphereFlatness(Stopped):
         rows = [self.strata.index(name) for name in names]
         visits = tuple(rises[:, rows] for rises in self.visits)
         slopes = None if self.slopes is None else self.slopes[:, rows][:, :, rows]
-        plans = tuple(replace(plan, between=0.0) for plan in self.plans)  # which speaks of all the strata
+        plans = tuple(replace(plan, between=0.0) for plan in self.plans)  # which is of all strata
         return replace(self, visits=visits, plans=plans, base_loss=self.base_loss[rows], strata=names, slopes=slopes)
 
     @property
@@ -289,7 +289,7 @@ class PairedDifference(Sampled):
     def ratio(self, level: float = 0.95) -> tuple[FloatArray, FloatArray, FloatArray]:
         """Return F_a / F_b at each radius with its interval (value, low, high), by the delta method.
 
-        Where F_b cannot be told from zero, so that a ratio means nothing, all three are NaN.
+        Where F_b does not differ significantly from zero, so that a ratio means nothing, all three are NaN.
         """
         rows = []
         for a, b, blocks in zip(self.a.visits, self.b.visits, self.a.blocks, strict=True):

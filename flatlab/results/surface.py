@@ -1,4 +1,4 @@
-"""What a line or a plane through a landscape says: values at true coordinates, kept as npz, drawn."""
+"""Losses on a line or a plane through a landscape: values at true coordinates, kept as npz, drawn."""
 
 from collections.abc import Iterable
 from dataclasses import MISSING, asdict, dataclass, fields, replace

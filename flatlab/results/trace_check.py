@@ -19,7 +19,7 @@ WITHIN = 0.1  # of the trace: how far the rise may be off where the quadratic pi
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class TraceCheck(Sampled):
-    """The trace of the Hessian, three times, and what the rise says of it at growing radii.
+    """Three estimates of the Hessian's trace, and the estimate from the rise at growing radii.
 
     Attributes:
         flatness: F on spheres, the first corner at its smallest radius.

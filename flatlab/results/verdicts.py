@@ -1,4 +1,4 @@
-"""What measured rises say, in sentences. Torch-free."""
+"""Sentences from measured rises. Torch-free."""
 
 from collections.abc import Sequence
 
@@ -18,7 +18,7 @@ def verdict(differences: Sequence[Estimate], radii: FloatArray, names: tuple[str
 
     Args:
         differences: (R,) of the first one's F less the second's.
-        radii: (R,) in any order; zero says nothing, and of equal ones the first counts.
+        radii: (R,) in any order; zero is ignored, and of equal ones the first counts.
         names: of the two.
         level: of the sentence.
     """
@@ -54,7 +54,7 @@ def remarks(radii: FloatArray, rises: Sequence[FloatArray], slopes: FloatArray |
         radii: (R,) in any order.
         rises: for each radius, of the visits (J,).
         slopes: products (K,) of slopes along rays, as `slope.slopes` returns them, of the same images; None where they
-            were not measured, and nothing is said of them.
+            were not measured, and get no remark.
     """
     return [*_broken(radii, rises), *_tilted(radii, rises, slopes)]
 

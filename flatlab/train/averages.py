@@ -1,6 +1,6 @@
 """Averages: observers of one trajectory, which return averaged weights.
 
-`update(weights, step, validate)` sees the network's weights after each step; `validate()` gives the mean validation
+`update(weights, step, validate)` receives the network's weights after each step; `validate()` gives the mean validation
 loss of those weights over the source domains, and is computed only when asked. `result()` gives the weights handed
 over, and changes nothing. Buffers are averaged like weights; where an average is not `evaluated` as it goes and
 BatchNorm's statistics are not frozen, the loop recomputes those.
@@ -22,7 +22,7 @@ class Average(Protocol):
     evaluated: bool  # at each evaluation, and selected by validation; else only at the end
 
     def update(self, weights: Weights, step: int, validate: Callable[[], float]) -> None:
-        """See the weights after the update of `step`."""
+        """Receive the weights after the update of `step`."""
 
     def result(self) -> dict[str, Tensor]:
         """Return the weights handed over."""
@@ -46,7 +46,7 @@ class Last:
         self.weights: Weights = {}
 
     def update(self, weights: Weights, step: int, validate: Callable[[], float]) -> None:
-        """See the weights after the update of `step`."""
+        """Receive the weights after the update of `step`."""
         del step, validate
         self.weights = weights
 
@@ -82,7 +82,7 @@ class Running:
         self.mean = Mean()
 
     def update(self, weights: Weights, step: int, validate: Callable[[], float]) -> None:
-        """See the weights after the update of `step`."""
+        """Receive the weights after the update of `step`."""
         del validate
         if step < self.start:
             self.mean = Mean(dict(weights), 0)

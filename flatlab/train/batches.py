@@ -24,7 +24,7 @@ def refresh(network: nn.Module, spec: RunSpec, domains: Domains, device: torch.d
 
     Args:
         network: holds the averaged weights.
-        spec: of the run that hands them over; the batches after its last step are taken.
+        spec: of the run that provides them; the batches after its last step are taken.
         domains: its data.
         device: where the network is.
     """

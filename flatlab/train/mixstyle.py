@@ -30,7 +30,7 @@ def mixing(
         network: in training.
         stages: names of the modules.
         spec: how often and how much.
-        names: seed and step: the same ones give the same draws, so that both passes of SAM see one function.
+        names: seed and step: the same ones give the same draws, so that both passes of SAM are of one function.
         sizes: images of each domain in a batch, for mixing across domains.
 
     Raises:

@@ -154,7 +154,7 @@ class _Replaying:
         return _Observer(self.spec.replace(average=rule), average, max(every, self.every))
 
     def show(self, step: int, observers: list[_Observer]) -> None:
-        """Let the observers see a checkpoint; log those that are evaluated as they go, where the run was."""
+        """Pass a checkpoint to the observers; log those that are evaluated along the way, where the run was."""
         loading_network.load(self.network, files.load_arrays(self.kept[step])[0])
         validate = cache(partial(self._validate, step))
         interval = 1 if self.spec.eval_every <= self.every else _upwards(self.spec.eval_every, self.every)

@@ -51,7 +51,7 @@ class SWAD(ABC):
         self.step = 0
 
     def update(self, weights: Weights, step: int, validate: Callable[[], float]) -> None:
-        """See the weights after the update of `step`."""
+        """Receive the weights after the update of `step`."""
         if self.valley["dead"]:
             return
         self.segment.add(weights)

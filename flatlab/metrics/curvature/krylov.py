@@ -1,6 +1,6 @@
 """A Krylov basis that stays orthonormal: what the spectrum, its density and the trace are all built on.
 
-It knows an operator by its products alone. The basis is orthogonalised against all its vectors, twice, so that no
+It uses products with the operator alone. The basis is orthogonalised against all its vectors, twice, so that no
 eigenvalue appears as a ghost; the projection Q' A Q is read off those coefficients, which holds through restarts too.
 """
 
@@ -23,7 +23,7 @@ def resolution(operator: Curvature | Tensor) -> float:
 
 def draw(operator: Curvature, kind: str, *names: object) -> Tensor:
     """Return random numbers (P,) that are named: "normal", or "signs" of -1 and 1."""
-    rng = generator(*names)  # drawn on the host, so that each device sees the same
+    rng = generator(*names)  # drawn on the host, so that each device gets the same
     if kind == "normal":
         return torch.randn(operator.shape[0], generator=rng).to(operator.device, operator.dtype)
     return (2 * torch.randint(2, (operator.shape[0],), generator=rng) - 1).to(operator.device, operator.dtype)

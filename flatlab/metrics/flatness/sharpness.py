@@ -71,7 +71,7 @@ def average_sharpness(
         radii: (R,) rho, relative to |w| where adaptive.
         norm: "l2" draws normal noise, "linf" uniform noise.
         adaptive: scale the noise by |w|.
-        block_size: images that one pair of draws sees.
+        block_size: images on which one pair of draws is evaluated.
         num_samples: draws, each on all images, instead of an accuracy.
         rel_error: standard error over the value at which sampling stops.
         abs_error: absolute standard error (nats) at which sampling also stops.
