@@ -7,6 +7,7 @@ picture is drawn from a damaged file or from another figure's.
 import hashlib
 import io
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ DATA = (".csv", ".npz")
 WORDS = ("dataset", "method", "held_out", "panel", "measure", "layer", "part")  # columns that are text, whatever it is
 REFERENCE = "reference"  # the folder of what the repository keeps
 MOST_BYTES = 150_000  # of a picture that the repository keeps
+TESTS = re.compile(r"\d+ famil(y|ies) of ")  # in the sentence that follows those of a page's primary tests
+INDEX = "What each figure and table shows, in the words of its page. `flatlab reproduce NAME --reference` writes both."
 
 
 def write_data(stem: Path, frame: pd.DataFrame, arrays: files.Arrays, record: Mapping[str, Any]) -> None:
@@ -168,7 +171,27 @@ def keep(figure: Analysis, stem: Path, folder: Path) -> list[Path]:
     files.write_bytes(page, stem.with_suffix(".md").read_bytes())
     files.write_bytes(table, rows.to_csv(index=False).encode())
     files.write_bytes(picture, _reduced(stem.with_suffix(".png")))
-    return [page, picture, table]
+    return [page, picture, table, _index(folder)]
+
+
+def _index(folder: Path) -> Path:
+    """Write README.md: for each page of the folder its title and the sentences of its primary tests."""
+    names = sorted((path.stem for path in folder.glob("*.md") if path.stem != "README"), key=in_order)
+    lines = ["# Reference figures and tables", INDEX]
+    for name in names:
+        _, title, *rest = (folder / f"{name}.md").read_text().split("\n\n")
+        ends = [i for i, part in enumerate(rest) if TESTS.search(part)]
+        tables_before = [i for i, part in enumerate(rest) if part.startswith("|")]
+        told = rest[tables_before[-1] + 1 : ends[0]] if ends and tables_before and tables_before[-1] < ends[0] else []
+        lines += [f"## [{name}]({name}.md)", title, *(f"- {part}" for part in told)]
+    index = folder / "README.md"
+    files.write_bytes(index, ("\n\n".join(lines) + "\n").encode())
+    return index
+
+
+def in_order(name: str) -> list[Any]:
+    """Return the key that sorts fig2 before fig10."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
 def _reduced(path: Path) -> bytes:

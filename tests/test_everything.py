@@ -9,8 +9,8 @@ from commandline import call
 
 from analyses import fig4
 from flatlab import reproduce
-from flatlab.cli.run_jobs import in_order
 from flatlab.errors import UserError
+from flatlab.figure_files import in_order
 
 NAMES = ["table2", "fig4", "fig9"]
 WORDS = ("--setting", "smoke", "--held-out", "rot0", "--seeds", "1", "--json")

@@ -63,7 +63,10 @@ def test_every_figure_is_drawn_again_from_its_files_alone(smoke, tmp_path):
 def _check_reference(folder, names):
     """Three small files for each figure, and no row of a single run."""
     kept = list(folder.iterdir())
-    assert {path.name for path in kept} == {f"{name}.{suffix}" for name in names for suffix in ("md", "png", "csv")}
+    files = {f"{name}.{suffix}" for name in names for suffix in ("md", "png", "csv")}
+    assert {path.name for path in kept} == files | {"README.md"}
+    index = (folder / "README.md").read_text()
+    assert all(f"## [{name}]({name}.md)" in index for name in names) and "Mean of F up to" in index
     assert sum(path.stat().st_size for path in kept) < 5e6
     for name in names:
         picture, rows = Image.open(folder / f"{name}.png"), pd.read_csv(folder / f"{name}.csv")

@@ -11,7 +11,6 @@ import typer
 from flatlab.cli.choices import Choices, takes
 from flatlab.cli.errors import Commands
 from flatlab.cli.options import DATASET, TRAINING
-from flatlab.cli.run_jobs import in_order
 from flatlab.specs.run import Place
 
 commands = Commands()
@@ -35,11 +34,11 @@ def list_(chosen: Choices) -> None:
     """List the figures and tables that can be reproduced, with the work that each still needs."""
     import pandas as pd
 
-    from flatlab import reproduce
+    from flatlab import figure_files, reproduce
 
     setting, store, place = chosen.make_setting(), chosen.runs(), chosen.place()
     rows = []
-    for name in sorted(reproduce.analyses(), key=in_order):
+    for name in sorted(reproduce.analyses(), key=figure_files.in_order):
         figure = reproduce.analysis(name)
         lacks = _lacks(reproduce.missing(figure, setting, store, place))
         rows.append({"name": name, "shows": figure.title, "missing": lacks})

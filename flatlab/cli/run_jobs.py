@@ -1,6 +1,5 @@
 """Jobs of a command: run with a progress bar, or only priced; all figures and tables at once."""
 
-import re
 import shlex
 import sys
 import time
@@ -125,17 +124,12 @@ def show_written(paths: Sequence[Path], sentences: Sequence[str] = ()) -> None:
     say(f"Written: {', '.join(map(str, paths))}", mark="")
 
 
-def in_order(name: str) -> list[Any]:
-    """Return the key that sorts fig2 before fig10."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
-
-
 def redraw(chosen: Choices, name: str, *, reference: bool) -> None:
     """Draw a figure or table again, or all of them, from the files in the folder of the pictures."""
-    from flatlab import reproduce
+    from flatlab import figure_files, reproduce
 
     chosen.refuse(sorted(chosen.written - DRAWING), "with --draw-only")
-    names = sorted(reproduce.analyses(), key=in_order) if name == "all" else [name]
+    names = sorted(reproduce.analyses(), key=figure_files.in_order) if name == "all" else [name]
     written, failed = [], []
     for each in names:
         try:
@@ -161,10 +155,10 @@ def everything(chosen: Choices, *, reference: bool) -> None:
     """
     import pandas as pd
 
-    from flatlab import reproduce
+    from flatlab import figure_files, reproduce
 
     setting, store, place = chosen.make_setting(), chosen.runs(), chosen.place()
-    figures = {name: reproduce.analysis(name) for name in sorted(reproduce.analyses(), key=in_order)}
+    figures = {name: reproduce.analysis(name) for name in sorted(reproduce.analyses(), key=figure_files.in_order)}
     todo = reproduce.missing_of(figures.values(), setting, store, place)
     if chosen.dry_run:
         price(chosen, todo, setting)
