@@ -23,6 +23,7 @@ from flatlab.report import tables
 
 PUBLISHED = "As published: other data or another protocol than ours, so that neither values nor order are compared"
 ACCURACIES = "Accuracies by training-domain validation, means over held-out domains and seeds"
+SHEET = "; percent, ± standard error over seeds"
 STARRED = "; differences with 95 % intervals, each alone; * p < 0.05 after Holm over the methods"
 DATA = (".csv", ".npz")
 WORDS = ("dataset", "method", "held_out", "panel", "measure", "layer", "part")  # columns that are text, whatever it is
@@ -136,9 +137,9 @@ def _page(figure: Analysis, frame: pd.DataFrame, summary: pd.DataFrame, record: 
     title, _, rest = record["caption"].partition("\n")
     parts = [f"# {title}", figure.title, rest]
     parts += [f"## {figure.summary_title}", tables.markdown(summary)]
-    starred = "" if figure.sheet else STARRED
+    unit = SHEET if figure.sheet else STARRED
     parts += [
-        f"## {ACCURACIES}{starred}",
+        f"## {ACCURACIES}{unit}",
         tables.markdown(accuracies(record)),
         *record["remarks"],
         *_published(figure, frame),
