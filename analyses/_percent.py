@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pandas as pd
 
-from flatlab.report import tables
+from flatlab.report import stability, tables
 from flatlab.report.panels import SOURCE, TARGET
 from flatlab.specs.run import RunSpec
 from flatlab.store.runs import RunStore
@@ -43,10 +43,17 @@ def over_datasets(each: pd.DataFrame, name: str) -> pd.DataFrame:
 
 
 def over_seeds(each: pd.DataFrame) -> Iterator[pd.DataFrame]:
-    """Return mean and interval over seeds of each line: the mean over held-out domains, and each of them."""
-    yield tables.over_seeds(each, [*BY, "method"])
+    """Return mean and interval (within 0 and 100 %) over seeds of each line: over all held-out domains, and each."""
+    yield _bounded(each)
     for target, mine in each[each["held_out"] != "all"].groupby("held_out", sort=False):
-        yield tables.over_seeds(mine, [*BY, "method"]).assign(held_out=target)
+        yield _bounded(mine).assign(held_out=target)
+
+
+def _bounded(each: pd.DataFrame) -> pd.DataFrame:
+    shares = each.assign(quantity="target", value=each["value"] / 100)
+    found = stability.over_seeds(shares, [*BY, "method", "quantity"]).drop(columns="quantity")
+    percent = ["value", "stderr", "low", "high"]
+    return found.assign(**{name: 100 * found[name] for name in percent})
 
 
 def over_members(store: RunStore, wanted: list[tuple[str, RunSpec]], panels: list[Panel]) -> Iterator[pd.DataFrame]:

@@ -97,7 +97,7 @@ def test_figure_4_shows_what_the_logs_say(tmp_path):
     assert last == tables.tested(rows[-1])
     figure = fig4.draw(frame, fig4.caption(chosen))
     labels = [ax.get_ylabel() for ax in figure.axes]
-    assert "source domains, test split (%)" in labels and "held-out domain (%)" in labels
+    assert "source domains,\ntest split (%)" in labels and "held-out domain (%)" in labels
     assert all(
         ax.get_ylim()[1] <= 1
         for ax in figure.axes

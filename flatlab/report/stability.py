@@ -232,7 +232,7 @@ def panels(axes: Sequence[Axes], frame: pd.DataFrame, order: Sequence[str], sinc
         ax.set_ylim(bottom=max(0.0, settled["low"].min() - 0.02), top=min(1.0, settled["high"].max() + 0.02))
         if since:
             ax.axvline(since, color="0.3", linewidth=0.8, linestyle=":")
-        ax.set(ylabel=f"{name} (%)")
+        ax.set(ylabel=name.replace(", ", ",\n") + " (%)")
         ax.yaxis.set_major_formatter(PercentFormatter(1, symbol=""))
     axes[-1].set(xlabel="Training step" + (f" (dotted: switch at {since})" if since else ""))
 
