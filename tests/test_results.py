@@ -17,9 +17,11 @@ from flatlab.errors import UserError
 from flatlab.landscape.landscape import Landscape
 from flatlab.measure.inputs import landscape
 from flatlab.measure.runner import measure
+from flatlab.metrics.flatness.norm_matched import typical_rise
 from flatlab.metrics.flatness.sphere import sphere_flatness
 from flatlab.metrics.scale_audit import scale_audit
 from flatlab.metrics.trace_check import trace_check
+from flatlab.results.rounding import RoundingRises
 from flatlab.results.sphere import PairedDifference, SphereFlatness
 from flatlab.results.trace_check import TraceCheck
 
@@ -130,7 +132,24 @@ def test_a_trace_check_is_read_back():
         TraceCheck.from_arrays({"radii": np.ones(1)}, {"verdict": ""})
 
 
-NOT_YET = {"quantization_noise", "rounding", "gradcam", "_gradcam_figure"}  # whose files no class owns
+def test_rises_by_rounding_are_read_back():
+    around = small(nn.Tanh())
+    noise = {"4": torch.full((around.num_params,), 0.01), "2": torch.full((around.num_params,), 0.1)}
+    parts = {
+        ("all", null): typical_rise(around, noise, normalisation=null, num_samples=3) for null in ("none", "filter")
+    }
+    parts["0.weight", "layer"] = typical_rise(around, {"3": noise["2"]}, normalisation="layer", num_samples=3)
+    rises = RoundingRises(parts, around.num_samples)
+    found = back(rises, params=None, seed=0)
+    assert list(found.parts) == list(parts)
+    for key, part in found.parts.items():
+        expected = parts[key]
+        assert part.to_frame().equals(expected.to_frame()) and part.normalisation == expected.normalisation
+        assert replace(part.cost, seconds=0.0) == replace(expected.cost, seconds=0.0)
+    check_same(found, rises)
+
+
+NOT_YET = {"quantization_noise", "gradcam", "_gradcam_figure"}  # whose files no class owns
 
 
 def test_results_alone_know_the_names_of_stored_arrays():

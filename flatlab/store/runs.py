@@ -35,6 +35,7 @@ RESULTS = {  # the class below `flatlab.results` of each metric's result
     "spectrum": "spectrum.MeasuredSpectrum",
     "surface": "surface.Surface",
     "connectivity": "connectivity.Connections",
+    "rounding": "rounding.RoundingRises",
 }
 
 
