@@ -22,7 +22,7 @@ from flatlab.metrics.flatness.perturbations import draw_direction
 from flatlab.metrics.gradcam import ablation, explained_layer, gradcam, moved_agreement
 from flatlab.quant.attach import bake
 from flatlab.results.estimate import FloatArray
-from flatlab.results.gradcam import ClassMaps
+from flatlab.results.gradcam import ClassMaps, MeasuredMaps
 from flatlab.seeds import derive
 from flatlab.specs.measurements import GradCAMSpec
 from flatlab.specs.rises import ByRise
@@ -133,13 +133,22 @@ def choose_images(
 
 def _write(measurement: Measurement, cams: _Cams, found: list[FloatArray]) -> None:
     """Write the assembled measurement, readable without torch."""
-    maps, curves, *moved = found
+    maps, (deletion, insertion), *moved = found
     images = cams.images.numpy()
-    arrays = {"maps": maps.astype(np.float32), "deletion": curves[0], "insertion": curves[1], "images": images}
-    arrays |= {"rows": cams.rows, "labels": np.array(cams.labels), "probabilities": cams.probabilities()}
-    if moved:
-        arrays["moved"] = np.stack(moved)  # (K, R, N)
-    if cams.inked:
-        arrays["mask"] = (images.mean(axis=1) > INK * 255).astype(np.uint8)
-    facts = {"layer": cams.layer, "classes": list(cams.classes), "radii": cams.radii}
-    files.save_arrays(measurement.result, arrays, {**facts, "held_out": cams.target, "seed": cams.spec.seed})
+    whole = MeasuredMaps(
+        maps=maps.astype(np.float32),
+        deletion=deletion,
+        insertion=insertion,
+        images=images,
+        rows=cams.rows,
+        labels=np.array(cams.labels),
+        probabilities=cams.probabilities(),
+        moved=np.stack(moved) if moved else None,
+        mask=(images.mean(axis=1) > INK * 255).astype(np.uint8) if cams.inked else None,
+        layer=cams.layer,
+        classes=tuple(cams.classes),
+        radii=tuple(cams.radii),
+        held_out=cams.target,
+        seed=cams.spec.seed,
+    )
+    files.save_arrays(measurement.result, *whole.to_arrays())

@@ -36,6 +36,8 @@ RESULTS = {  # the class below `flatlab.results` of each metric's result
     "surface": "surface.Surface",
     "connectivity": "connectivity.Connections",
     "rounding": "rounding.RoundingRises",
+    "quantization_noise": "quantization_noise.NetworkNoise",
+    "gradcam": "gradcam.MeasuredMaps",
 }
 
 
@@ -159,24 +161,6 @@ class Run(Entry):
         if not self.done:
             raise UserError(f"Run {self.spec.digest} is not finished, or was removed: train it before it is measured.")
 
-    def measured(self, spec: MeasurementSpec, label: str = "") -> tuple[files.Arrays, Any]:
-        """Return the arrays and facts of a finished measurement of this run.
-
-        Args:
-            spec: spec of the measurement.
-            label: the user's name of the run, if not its composition.
-
-        Raises:
-            UserError: if it is not measured yet.
-        """
-        measurement = self.measurement(spec)
-        if not measurement.done:
-            raise UserError(
-                f"Run {self.spec.digest} ({label or self.spec.label}, {self.spec.held_out}) is not measured yet: "
-                f"{measurement.path}."
-            )
-        return files.load_arrays(measurement.result)
-
     def result(self, spec: MeasurementSpec, label: str = "") -> Any:
         """Return the result of a finished measurement of this run, as the metric's public function returns it.
 
@@ -187,10 +171,16 @@ class Run(Entry):
         Raises:
             UserError: where it is not measured yet.
         """
-        arrays, facts = self.measured(spec, label)
+        measurement = self.measurement(spec)
+        if not measurement.done:
+            raise UserError(
+                f"Run {self.spec.digest} ({label or self.spec.label}, {self.spec.held_out}) is not measured yet: "
+                f"{measurement.path}."
+            )
+        arrays, facts = files.load_arrays(measurement.result)
         module, _, name = RESULTS[spec.metric].partition(".")
         kind = getattr(import_module(f"flatlab.results.{module}"), name)
-        return kind.from_arrays(arrays, {**spec.model_dump(), **facts})
+        return kind.from_arrays(arrays, {**spec.model_dump(), **facts} if isinstance(facts, dict) else facts)
 
     def measurements(self) -> list[Measurement]:
         """Return the measurements that exist, finished or not."""
