@@ -1,8 +1,9 @@
 """Quantization noise: histograms, divergences and symmetry of each layer that a run has quantized."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from flatlab import files
+from flatlab.arguments import JobReport
 from flatlab.errors import UserError
 from flatlab.measure.inputs import Layer, rounded, trained_layers
 from flatlab.metrics.quantization_noise import quantization_noise
@@ -11,10 +12,8 @@ from flatlab.specs.measurements import QuantizationNoiseSpec
 from flatlab.specs.run import Place
 from flatlab.store.runs import Measurement, Run
 
-Report = Callable[[int, int, dict[str, float]], None]
 
-
-def fill(measurement: Measurement, run: Run, place: Place, report: Report | None) -> None:
+def fill(measurement: Measurement, run: Run, place: Place, report: JobReport | None) -> None:
     """Measure each layer in three ways; no image is looked at."""
     spec: QuantizationNoiseSpec = measurement.spec
     spec.check(run.spec)

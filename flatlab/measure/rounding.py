@@ -1,6 +1,6 @@
 """What a bit width is worth as a radius: rises of the loss at rounded weights, beside those along random twins."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flatlab import files
+from flatlab.arguments import JobReport
 from flatlab.errors import UserError
 from flatlab.landscape.landscape import Landscape
 from flatlab.measure.inputs import Layer, images, latent_network, quantizable, rounded
@@ -21,14 +22,13 @@ from flatlab.specs.run import Place
 from flatlab.store.runs import Measurement, Run
 from flatlab.tensors.flat import flatten
 
-Report = Callable[[int, int, dict[str, float]], None]
 WHOLE: tuple[Normalisation, Normalisation] = ("none", "filter")  # twins of the noise in all layers
 ALONE: tuple[Normalisation, Normalisation] = ("layer", "filter")  # of that in one: as long in it, or in each channel
 Weights = Mapping[str, Tensor]
 Part = tuple[str, dict[str, Tensor], Normalisation]
 
 
-def fill(measurement: Measurement, run: Run, place: Place, report: Report | None) -> None:
+def fill(measurement: Measurement, run: Run, place: Place, report: JobReport | None) -> None:
     """Measure what the measurement asks for, from where an earlier call was stopped."""
     spec: RoundingSpec = measurement.spec
     plain, trained = latent_network(run, spec.checkpoint, place)

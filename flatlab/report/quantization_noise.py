@@ -13,10 +13,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from flatlab import files, plots
+from flatlab.arguments import FloatArray
 from flatlab.errors import UserError
 from flatlab.report import tables, verdicts
 from flatlab.results.corrections import holm
-from flatlab.results.estimate import FloatArray
 from flatlab.results.quantization_noise import Histogram, NetworkNoise
 from flatlab.specs.measurements import QuantizationNoiseSpec
 from flatlab.specs.run import RunSpec

@@ -12,10 +12,11 @@ from typing import Any, TypeVar
 import numpy as np
 import pandas as pd
 
+from flatlab.arguments import FloatArray
 from flatlab.errors import UserError
 from flatlab.report import verdicts
 from flatlab.report.panels import ACCURACY, SOURCE, TARGET, masks
-from flatlab.results.estimate import Estimate, FloatArray, mean_of
+from flatlab.results.estimate import Estimate, mean_of
 from flatlab.results.rounding import RoundingRise
 from flatlab.results.sphere import SphereFlatness
 from flatlab.specs.measurements import SphereSpec

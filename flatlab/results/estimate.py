@@ -1,7 +1,7 @@
 """Estimates with their uncertainty and cost; means over blocks that are visited in rounds."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import stdtr, stdtrit
 
+from flatlab.arguments import FloatArray
 from flatlab.errors import UserError, choose
 
 if TYPE_CHECKING:
@@ -16,10 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-FloatArray = npt.NDArray[np.float64]
 MISSED = ("budget", "nonfinite", "interrupted")  # why sampling ends without what was asked for
-Report = Callable[[int, int], None]
-"""Called as ``report(done, total)`` while a metric samples."""
 
 
 @dataclass(frozen=True)

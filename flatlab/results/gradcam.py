@@ -6,7 +6,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from flatlab.results.estimate import FloatArray
+from flatlab.arguments import FloatArray
 
 
 def energy(maps: npt.NDArray[np.floating], masks: npt.NDArray[Any]) -> FloatArray:

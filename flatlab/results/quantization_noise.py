@@ -8,8 +8,9 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import chdtrc, ndtri, xlogy
 
+from flatlab.arguments import FloatArray
 from flatlab.errors import UserError
-from flatlab.results.estimate import Cost, FloatArray
+from flatlab.results.estimate import Cost
 from flatlab.seeds import derive
 
 if TYPE_CHECKING:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from flatlab.results.estimate import Cost, Estimate, FloatArray, Sampled, mean_of, rows_of, standing
+from flatlab.arguments import FloatArray
+from flatlab.results.estimate import Cost, Estimate, Sampled, mean_of, rows_of, standing
 from flatlab.results.sphere import Normalisation
 
 if TYPE_CHECKING:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import numpy as np
 import numpy.typing as npt
 
+from flatlab.arguments import FloatArray
 from flatlab.errors import UserError
-from flatlab.results.estimate import MISSED, Cost, Estimate, FloatArray, Sampled, Stopped, estimate, rows_of
+from flatlab.results.estimate import MISSED, Cost, Estimate, Sampled, Stopped, estimate, rows_of
 from flatlab.results.verdicts import missed, remarks, verdict
 
 if TYPE_CHECKING:

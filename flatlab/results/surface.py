@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import numpy as np
 import numpy.typing as npt
 
+from flatlab.arguments import FloatArray
 from flatlab.errors import UserError, choose
-from flatlab.results.estimate import Cost, Estimate, FloatArray, Sampled, mean_of, rows_of
+from flatlab.results.estimate import Cost, Estimate, Sampled, mean_of, rows_of
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -108,8 +108,7 @@ class Run(Entry):
             raise UserError(
                 f"Run {spec.digest} ({spec.label}) was not trained and has no iterates; name a trained run."
             )
-        if not self.done:
-            raise UserError(f"Run {spec.digest} is not finished; repeat the command that started it.")
+        self.require_done()
         found = every or (steps[1] - steps[0] if len(steps) > 1 else 1)
         if not set(steps) >= set(spec.iterates(found)):
             raise UserError(
@@ -153,13 +152,15 @@ class Run(Entry):
         return Measurement(self.path / "measurements" / spec.digest, spec)
 
     def require_done(self) -> None:
-        """Refuse to measure a run that is not finished.
+        """Refuse a run that is not finished.
 
         Raises:
             UserError: if it is not finished.
         """
         if not self.done:
-            raise UserError(f"Run {self.spec.digest} is not finished, or was removed: train it before it is measured.")
+            raise UserError(
+                f"Run {self.spec.digest} is not finished, or was removed; repeat the command that started it first."
+            )
 
     def result(self, spec: MeasurementSpec, label: str = "") -> Any:
         """Return the result of a finished measurement of this run, as the metric's public function returns it.
@@ -185,13 +186,6 @@ class Run(Entry):
     def measurements(self) -> list[Measurement]:
         """Return the measurements that exist, finished or not."""
         return [Measurement.read(path.parent) for path in sorted((self.path / "measurements").glob("*/spec.json"))]
-
-    def check_done(self) -> None:
-        """Refuse a run that is not finished."""
-        if not self.done:
-            raise UserError(
-                f"Run {self.spec.digest} is not finished; repeat the command that started it, then measure."
-            )
 
     def check_data(self, fingerprint: str | None) -> None:
         """Refuse data that differ from what the run was trained on.
