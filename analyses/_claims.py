@@ -13,8 +13,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from flatlab.arguments import FloatArray
 from flatlab.report import tables, verdicts
-from flatlab.results.estimate import FloatArray
 
 FLATNESS = ("source, none", "source, filter", "target, none", "target, filter")
 POWER = 0.8

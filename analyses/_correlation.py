@@ -5,13 +5,12 @@ drawn with replacement.
 """
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 from scipy import stats
 
+from flatlab.arguments import FloatArray
 from flatlab.report.tables import LEVEL
 
-FloatArray = npt.NDArray[np.float64]
 DRAWS = 1000
 KINDS = ("all runs", "within method", "between methods", "within block")
 

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from flatlab import files, plots
 from flatlab.analysis import Analysis, by_method, crossed
 from flatlab.report import tables, verdicts
-from flatlab.results.gradcam import agreement, energy
+from flatlab.results.gradcam import MeasuredMaps, agreement, energy
 from flatlab.specs.measurements import GradCAMSpec
 from flatlab.specs.methods import radii_by_rise
 from flatlab.specs.run import RunSpec
@@ -90,9 +90,7 @@ class CamFigure:
         measurement = self.measurement(setting)
         found = {}
         for label, spec in self.labelled(setting):
-            run = store.run(spec)
-            arrays, _ = run.measured(measurement, label)
-            found[label, spec.held_out, spec.seed] = spec.digest, arrays
+            found[label, spec.held_out, spec.seed] = spec.digest, store.run(spec).result(measurement, label)
         each = pd.DataFrame(list(_numbers(found)))
         told, along = each[each["share"].isna()], each[each["share"].notna()]
         whole = [
@@ -107,10 +105,10 @@ class CamFigure:
         shown = frame[frame["quantity"] == "picture"]
         held: files.Arrays = {}
         for label, spec in self.labelled(setting):
-            found, _ = store.run(spec).measured(self.measurement(setting), label)
+            found = store.run(spec).result(self.measurement(setting), label)
             for index in shown["image"][shown["run"] == spec.digest].astype(int):
-                held[f"{spec.digest}-image-{index}"] = found["images"][index]
-                held[f"{spec.digest}-map-{index}"] = found["maps"][index]
+                held[f"{spec.digest}-image-{index}"] = found.images[index]
+                held[f"{spec.digest}-map-{index}"] = found.maps[index]
         return held
 
     def caption(self, setting: Setting) -> str:
@@ -195,43 +193,43 @@ def remarks(frame: pd.DataFrame) -> list[str]:
     ]
 
 
-Found = dict[tuple[str, str, int], tuple[str, files.Arrays]]
+Found = dict[tuple[str, str, int], tuple[str, MeasuredMaps]]
 
 
 def _numbers(found: Found) -> Iterable[dict[str, Any]]:
     """Yield one row per run and number, the mean over images; of curves one for each share of the pixels."""
-    for (method, held_out, seed), (_, arrays) in found.items():
+    for (method, held_out, seed), (_, own) in found.items():
         keys = {"method": method, "held_out": held_out, "seed": seed, "over": "images"}
-        for quantity in ("deletion", "insertion"):
-            curve = arrays[quantity].astype(float)
+        for quantity, curve in {"deletion": own.deletion, "insertion": own.insertion}.items():
             for share, column in zip(np.linspace(0, 1, curve.shape[1]), curve.T, strict=True):
                 yield {**keys, "quantity": quantity, "share": float(share), **tables.estimate(column)}
             yield {**keys, "quantity": quantity, **tables.estimate(np.trapezoid(curve, dx=1 / (curve.shape[1] - 1)))}
-        if "mask" in arrays:
-            inside = energy(arrays["maps"].astype(float), arrays["mask"])
+        if own.mask is not None:
+            inside = energy(own.maps, own.mask)
             yield {**keys, "quantity": "energy", **tables.estimate(inside[np.isfinite(inside)])}
-            yield {**keys, "quantity": "area", **tables.estimate(arrays["mask"].mean(axis=(1, 2)))}
-        moved = arrays["moved"].astype(float)  # (K, R, N)
-        speaks = arrays["maps"].max(axis=(1, 2)) > 0
-        counts = np.isfinite(moved).sum(axis=(0, 1))
-        kept = np.nansum(moved, axis=(0, 1))[counts > 0] / counts[counts > 0]
-        gone = 1 - counts[speaks] / (moved.shape[0] * moved.shape[1])
-        for quantity, draws in {"empty": 1.0 - speaks, "moved": kept, "vanished": gone}.items():
+            yield {**keys, "quantity": "area", **tables.estimate(own.mask.mean(axis=(1, 2)))}
+        explained = own.maps.max(axis=(1, 2)) > 0
+        numbers = {"empty": 1.0 - explained}
+        if own.moved is not None:
+            tries = own.moved.shape[0] * own.moved.shape[1]
+            counts = np.isfinite(own.moved).sum(axis=(0, 1))
+            kept = np.nansum(own.moved, axis=(0, 1))[counts > 0] / counts[counts > 0]
+            numbers |= {"moved": kept, "vanished": 1 - counts[explained] / tries}
+        for quantity, draws in numbers.items():
             yield {**keys, "quantity": quantity, **tables.estimate(draws)}
-    for (method, held_out, seed), (_, arrays) in found.items():
+    for (method, held_out, seed), (_, own) in found.items():
         if method == OTHER:
-            other = found[BASELINE, held_out, seed][1]["maps"]
-            alike = agreement(arrays["maps"].astype(float), other.astype(float))
+            alike = agreement(own.maps, found[BASELINE, held_out, seed][1].maps)
             keys = {"method": f"{BASELINE} with {OTHER}", "held_out": held_out, "seed": seed, "over": "images"}
             yield {**keys, "quantity": "agreement", **tables.estimate(alike[np.isfinite(alike)])}
 
 
 def _pictures(found: Found, indices: Iterable[int], seed: int) -> Iterable[dict[str, Any]]:
     """Yield one row per picture: whose it is, and what the network says of it."""
-    for (method, held_out, trial), (run, arrays) in found.items():
+    for (method, held_out, trial), (run, own) in found.items():
         for index in indices if trial == seed else ():
-            probabilities = arrays["probabilities"][index]
-            facts = {"image": index, "label": int(arrays["labels"][index]), "said": int(probabilities.argmax())}
+            probabilities = own.probabilities[index]
+            facts = {"image": index, "label": int(own.labels[index]), "said": int(probabilities.argmax())}
             keys = {"quantity": "picture", "method": method, "held_out": held_out, "seed": trial, "run": run}
             yield {**keys, **facts, "value": float(probabilities[facts["label"]]), "over": "picture"}
 

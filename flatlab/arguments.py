@@ -1,6 +1,7 @@
-"""Validation of numerical arguments: the error states what was expected and what was given. Torch-free."""
+"""Types of arguments, and their validation: the error states what was expected and what was given. Torch-free."""
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,10 @@ import numpy.typing as npt
 from flatlab.errors import UserError
 
 FloatArray = npt.NDArray[np.float64]
+Report = Callable[[int, int], None]
+"""Called as ``report(done, total)`` while something long is computed."""
+JobReport = Callable[[int, int, dict[str, Any]], None]
+"""Called as ``report(done, total, numbers)`` while a run is trained or measured; `numbers` are shown beside them."""
 
 
 def whole(name: str, value: Any, *, least: int = 1) -> int:

@@ -10,7 +10,6 @@ import matplotlib as mpl
 import matplotlib.patheffects as effects
 import matplotlib.pyplot as plt
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 import seaborn as sns
 from cycler import cycler
@@ -19,6 +18,7 @@ from matplotlib.contour import QuadContourSet
 from matplotlib.figure import Figure
 
 from flatlab import files
+from flatlab.arguments import FloatArray
 
 MARKERS = "oXsDPv^*<>"
 COLUMN = 3.4  # inches: the width of a paper's column
@@ -192,7 +192,6 @@ def dots(ax: Axes, frame: pd.DataFrame, order: Sequence[str]) -> None:
     ax.tick_params(axis="y", length=0)
 
 
-FloatArray = npt.NDArray[np.float64]
 HALO: list[effects.AbstractPathEffect] = [effects.withStroke(linewidth=1.5, foreground="white")]
 ENDS = ("low", "high")
 BAD = "0.8"  # colour where the number is not finite

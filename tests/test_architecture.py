@@ -27,11 +27,11 @@ MAY_IMPORT = {
     "resources": "",
     "arguments": "errors",
     "files": "errors",
-    "plots": "files",
+    "plots": "arguments files",
     # what is asked for, where it lies, what comes out: without torch
     "specs": "",
     "results": "",
-    "store": "specs results data.fingerprints",
+    "store": "specs data.fingerprints",  # and results, whose classes it imports by name
     # things that take arguments, not specs
     "data": "",
     "models": "",

@@ -130,7 +130,7 @@ def _readers(store):
         measurement.path / "done": measurement.hashes,
         measurement.path / "provenance.json": lambda: measurement.provenance,
         measurement.path / UNIT: lambda: _plain(files.load_arrays(measurement.path / UNIT)),
-        measurement.result: lambda: _plain(run.measured(PROBE)),
+        measurement.result: lambda: _plain(run.result(PROBE).to_arrays()),
     }
 
 

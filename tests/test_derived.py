@@ -133,7 +133,7 @@ def test_how_many_images_calibrate_bites(erm, tmp_path):
 
 
 def test_a_derived_run_without_its_parent_is_refused(tmp_path):
-    refuses(lambda: train([spec(quantizer="obc")], RunStore(tmp_path), PLACE), ERM.digest, "not finished; train that")
+    refuses(lambda: train([spec(quantizer="obc")], RunStore(tmp_path), PLACE), ERM.digest, "is not finished")
 
 
 def test_settled_codes_have_no_latent_landscape(erm, tmp_path):

@@ -219,7 +219,7 @@ def test_a_run_that_is_not_finished(mistake, tmp_path):
     assert call("train", *TINY, "--store", tmp_path) == 0
     (RunStore(tmp_path).runs()[0].path / "done").unlink()
     sentence = mistake("flatness", only_run(tmp_path), "--store", tmp_path)
-    assert "is not finished; repeat the command that started it, then measure." in sentence
+    assert "is not finished, or was removed; repeat the command that started it first." in sentence
 
 
 @pytest.mark.parametrize("harm", ["truncated", "flipped"])

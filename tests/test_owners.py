@@ -56,7 +56,7 @@ def test_results_of_two_runs(store):
 def test_results_of_two_measurements_of_a_run(store):
     mine, theirs = (store.run(RUN).measurement(measurement).result for measurement in (PROBE, SECOND))
     _swap(mine, theirs)
-    refuses(lambda: store.run(RUN).measured(PROBE), mine, _relative(store, theirs))
+    refuses(lambda: store.run(RUN).result(PROBE), mine, _relative(store, theirs))
 
 
 @pytest.mark.parametrize("other", [(OTHER, "selected"), (RUN, "last")], ids=["another run's", "another role's"])

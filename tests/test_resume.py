@@ -244,6 +244,6 @@ def test_nothing_is_done_twice(tmp_path, monkeypatch):
 
 
 def test_a_run_that_is_not_finished_is_not_measured(tmp_path):
-    with pytest.raises(UserError, match=f"Run {GROUP[0].digest} is not finished, or was removed: train it"):
+    with pytest.raises(UserError, match=f"Run {GROUP[0].digest} is not finished, or was removed; repeat"):
         measure(RunStore(tmp_path).run(GROUP[0]), PROBE, PLACE)
     assert not any(tmp_path.iterdir())

@@ -159,7 +159,7 @@ def test_all_runs_share_radii_where_the_references_rise_so_far(store, tmp_path):
     own = tables.flatness(store, [("ERM", ERM, paired), ("ERM", OTHER, paired)])
     risen = own[(own["panel"] == "source") & (own["radius"] > 0)].groupby("rise")["value"].mean()
     np.testing.assert_allclose(risen, risen.index, rtol=0.5)
-    assert store.run(QT).measured(CAM)[1]["radii"] == by_rise(store, CHOSEN, CAM).tolist()
+    assert list(store.run(QT).result(CAM).radii) == by_rise(store, CHOSEN, CAM).tolist()
 
 
 def test_before_its_pilots_a_measurement_is_refused(store, tmp_path):

@@ -275,7 +275,7 @@ def test_a_run_removed_before_it_is_measured(tmp_path):
     todo = jobs_plan.missing(store, [], [(ERM, PROBE)], sizes=SIZES)
     store.remove(store.run(ERM))
     (error,) = _errors(_work(store, todo)).values()
-    assert error == f"Run {ERM.digest} is not finished, or was removed: train it before it is measured."
+    assert error == f"Run {ERM.digest} is not finished, or was removed; repeat the command that started it first."
     assert store.runs() == []
     assert store.faults() == []
 

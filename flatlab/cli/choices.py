@@ -65,7 +65,7 @@ class Choices(Options):
         """Return such runs; refuse unfinished ones."""
         found = self.named(words)
         for run in found:
-            run.check_done()
+            run.require_done()
         return found
 
     def runs(self) -> "RunStore":

@@ -24,8 +24,9 @@ import numpy.typing as npt
 import PIL
 from filelock import FileLock
 
+from flatlab.arguments import Report
 from flatlab.data.decode import decode, file_digest, in_order, stored_side
-from flatlab.data.folders import Listing, Report, listing
+from flatlab.data.folders import Listing, listing
 from flatlab.errors import UserError
 
 FORMAT = 1  # of an entry; part of its key

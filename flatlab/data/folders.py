@@ -1,6 +1,6 @@
 """DomainBed's folders root/domain/class/image: their content, and faults in it. Torch-free."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -8,12 +8,11 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from flatlab.arguments import Report
 from flatlab.data import catalog
 from flatlab.data.decode import fault, in_order
 from flatlab.data.trees import Tree, check_regular, images_below, subfolders
 from flatlab.errors import UserError
-
-Report = Callable[[int, int], None]  # images read so far, images in all
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import torch
 
+from flatlab.arguments import Report
 from flatlab.data import cache as store
 from flatlab.data import catalog, digits
 from flatlab.data.domains import Domain, DomainSet
-from flatlab.data.folders import Report
 from flatlab.data.images import Decoded, Ragged
 from flatlab.errors import UserError
 

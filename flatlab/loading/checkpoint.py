@@ -1,6 +1,9 @@
 """A run's trained network, by any of its checkpoints."""
 
 from pathlib import Path
+from typing import Any
+
+from torch import nn
 
 from flatlab import files
 from flatlab.loading import data as loading_data
@@ -20,6 +23,17 @@ def network(run: Run, checkpoint: str | Path, place: Place) -> Network | Ensembl
     """
     domains = loading_data.domains(run.spec, place)
     built = loading_network.finished(run.spec, domains.data, place)
-    arrays, _ = files.load_arrays(run.checkpoint(checkpoint) if isinstance(checkpoint, str) else checkpoint)
-    loading_network.load(built, arrays)
+    restore(built, run.checkpoint(checkpoint) if isinstance(checkpoint, str) else checkpoint)
     return built.eval()
+
+
+def restore(built: nn.Module, checkpoint: Path) -> dict[str, Any]:
+    """Load the weights of a checkpoint's file into a network of its architecture; returns the file's facts.
+
+    Raises:
+        UserError: where the file is damaged, or names or shapes do not fit.
+    """
+    arrays, facts = files.load_arrays(checkpoint)
+    loading_network.load(built, arrays)
+    found: dict[str, Any] = facts
+    return found

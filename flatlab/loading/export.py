@@ -301,8 +301,7 @@ def export(run: Run, path: Path, place: Place, *, checkpoint: str = "selected") 
     Raises:
         UserError: where the run is not finished or nothing in it is quantized, or it is not wholly on its grid.
     """
-    if not run.done:
-        raise UserError(f"Run {run.spec.digest} is not finished: train it before it is exported.")
+    run.require_done()
     network = network_of(run, checkpoint, place).cpu()
     if not quantized_layers(network):
         raise UserError(f"Run {run.spec.digest} ({run.spec.label}) is not quantized; export one that is, such as lsq.")

@@ -1,9 +1,9 @@
 """The straight line to another run's checkpoint, over the source domains and over the held-out one."""
 
-from collections.abc import Callable
 from functools import partial
 
 from flatlab import files
+from flatlab.arguments import JobReport
 from flatlab.loading import data as loading_data
 from flatlab.measure.inputs import landscape, other_of, training_images
 from flatlab.metrics.surfaces.connectivity import connect
@@ -12,10 +12,8 @@ from flatlab.specs.measurements import ConnectionSpec
 from flatlab.specs.run import Place
 from flatlab.store.runs import Measurement, Run
 
-Report = Callable[[int, int, dict[str, float]], None]
 
-
-def fill(measurement: Measurement, run: Run, place: Place, report: Report | None) -> None:
+def fill(measurement: Measurement, run: Run, place: Place, report: JobReport | None) -> None:
     """Measure what the measurement asks for, one panel after the other."""
     spec: ConnectionSpec = measurement.spec
     other, data = other_of(run, spec.to, place), loading_data.domains(run.spec, place)
@@ -29,5 +27,5 @@ def fill(measurement: Measurement, run: Run, place: Place, report: Report | None
     files.save_arrays(measurement.result, *Connections(found).to_arrays())
 
 
-def _tell(report: Report, panel: int, done: int, of: int) -> None:
+def _tell(report: JobReport, panel: int, done: int, of: int) -> None:
     report(panel * of + done, 2 * of, {})

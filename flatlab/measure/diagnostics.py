@@ -1,8 +1,7 @@
 """The scale audit and the trace check of a run, as measurements."""
 
-from collections.abc import Callable
-
 from flatlab import files
+from flatlab.arguments import JobReport
 from flatlab.measure.inputs import landscape
 from flatlab.measure.units import UnitFiles
 from flatlab.metrics.scale_audit import scale_audit
@@ -11,10 +10,8 @@ from flatlab.specs.measurements import ScaleAuditSpec, TraceCheckSpec
 from flatlab.specs.run import Place
 from flatlab.store.runs import Measurement, Run
 
-Report = Callable[[int, int, dict[str, float]], None]
 
-
-def fill_scale_audit(measurement: Measurement, run: Run, place: Place, report: Report | None) -> None:
+def fill_scale_audit(measurement: Measurement, run: Run, place: Place, report: JobReport | None) -> None:
     """Measure what the measurement asks for; its units, of spheres and of curvature, are kept."""
     spec: ScaleAuditSpec = measurement.spec
     keep = UnitFiles(measurement).units
@@ -24,7 +21,7 @@ def fill_scale_audit(measurement: Measurement, run: Run, place: Place, report: R
     files.save_arrays(measurement.result, *found.to_arrays())
 
 
-def fill_trace_check(measurement: Measurement, run: Run, place: Place, report: Report | None) -> None:
+def fill_trace_check(measurement: Measurement, run: Run, place: Place, report: JobReport | None) -> None:
     """Measure what the measurement asks for; its units, of spheres and of curvature, are kept."""
     spec: TraceCheckSpec = measurement.spec
     found = trace_check(

@@ -4,8 +4,6 @@ Which images: the rows of the target's split are shuffled by the measurement's s
 before the second of any; the choice does not depend on a network. Runs that share a split are shown the same images.
 """
 
-from collections.abc import Callable
-
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -13,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flatlab import files
+from flatlab.arguments import FloatArray, JobReport
 from flatlab.errors import UserError
 from flatlab.landscape.landscape import Landscape
 from flatlab.loading import checkpoint
@@ -21,8 +20,7 @@ from flatlab.measure.units import UnitFiles
 from flatlab.metrics.flatness.perturbations import draw_direction
 from flatlab.metrics.gradcam import ablation, explained_layer, gradcam, moved_agreement
 from flatlab.quant.attach import bake
-from flatlab.results.estimate import FloatArray
-from flatlab.results.gradcam import ClassMaps
+from flatlab.results.gradcam import ClassMaps, MeasuredMaps
 from flatlab.seeds import derive
 from flatlab.specs.measurements import GradCAMSpec
 from flatlab.specs.rises import ByRise
@@ -30,12 +28,11 @@ from flatlab.specs.run import Place
 from flatlab.store.radii import by_rise
 from flatlab.store.runs import Measurement, Run, RunStore
 
-Report = Callable[[int, int, dict[str, float]], None]
 INK = 0.25  # of full brightness: what is brighter is ink, on black paper
 CHUNK = 8  # images at a time: their activations are kept for the gradient
 
 
-def fill(measurement: Measurement, run: Run, place: Place, report: Report | None) -> None:
+def fill(measurement: Measurement, run: Run, place: Place, report: JobReport | None) -> None:
     """Measure what the measurement asks for, from where an earlier call was stopped."""
     spec: GradCAMSpec = measurement.spec
     if spec.space != "baked":
@@ -133,13 +130,22 @@ def choose_images(
 
 def _write(measurement: Measurement, cams: _Cams, found: list[FloatArray]) -> None:
     """Write the assembled measurement, readable without torch."""
-    maps, curves, *moved = found
+    maps, (deletion, insertion), *moved = found
     images = cams.images.numpy()
-    arrays = {"maps": maps.astype(np.float32), "deletion": curves[0], "insertion": curves[1], "images": images}
-    arrays |= {"rows": cams.rows, "labels": np.array(cams.labels), "probabilities": cams.probabilities()}
-    if moved:
-        arrays["moved"] = np.stack(moved)  # (K, R, N)
-    if cams.inked:
-        arrays["mask"] = (images.mean(axis=1) > INK * 255).astype(np.uint8)
-    facts = {"layer": cams.layer, "classes": list(cams.classes), "radii": cams.radii}
-    files.save_arrays(measurement.result, arrays, {**facts, "held_out": cams.target, "seed": cams.spec.seed})
+    whole = MeasuredMaps(
+        maps=maps.astype(np.float32),
+        deletion=deletion,
+        insertion=insertion,
+        images=images,
+        rows=cams.rows,
+        labels=np.array(cams.labels),
+        probabilities=cams.probabilities(),
+        moved=np.stack(moved) if moved else None,
+        mask=(images.mean(axis=1) > INK * 255).astype(np.uint8) if cams.inked else None,
+        layer=cams.layer,
+        classes=tuple(cams.classes),
+        radii=tuple(cams.radii),
+        held_out=cams.target,
+        seed=cams.spec.seed,
+    )
+    files.save_arrays(measurement.result, *whole.to_arrays())

@@ -1,10 +1,9 @@
 """The radii at which the loss of a run rises by given amounts on its source domains, which other runs share."""
 
-from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 from flatlab import files
+from flatlab.arguments import JobReport
 from flatlab.loading import data as loading_data
 from flatlab.measure.inputs import landscape
 from flatlab.measure.units import UnitFiles
@@ -15,10 +14,8 @@ from flatlab.specs.rises import ReachSpec
 from flatlab.specs.run import Place
 from flatlab.store.runs import Measurement, Run
 
-Report = Callable[[int, int, dict[str, Any]], None]
 
-
-def fill(measurement: Measurement, run: Run, place: Place, report: Report | None) -> None:
+def fill(measurement: Measurement, run: Run, place: Place, report: JobReport | None) -> None:
     """Determine the radii, unless an earlier call did."""
     del report  # seconds of work
     spec: ReachSpec = measurement.spec

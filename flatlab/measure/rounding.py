@@ -1,33 +1,34 @@
 """What a bit width is worth as a radius: rises of the loss at rounded weights, beside those along random twins."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from flatlab import files
+from flatlab.arguments import JobReport
 from flatlab.errors import UserError
 from flatlab.landscape.landscape import Landscape
 from flatlab.measure.inputs import Layer, images, latent_network, quantizable, rounded
 from flatlab.measure.units import UnitFiles
 from flatlab.metrics.flatness.norm_matched import typical_rise
+from flatlab.results.rounding import RoundingRise, RoundingRises
 from flatlab.results.sphere import Normalisation
 from flatlab.specs.measurements import RoundingSpec
 from flatlab.specs.run import Place
 from flatlab.store.runs import Measurement, Run
 from flatlab.tensors.flat import flatten
 
-Report = Callable[[int, int, dict[str, float]], None]
 WHOLE: tuple[Normalisation, Normalisation] = ("none", "filter")  # twins of the noise in all layers
 ALONE: tuple[Normalisation, Normalisation] = ("layer", "filter")  # of that in one: as long in it, or in each channel
 Weights = Mapping[str, Tensor]
 Part = tuple[str, dict[str, Tensor], Normalisation]
 
 
-def fill(measurement: Measurement, run: Run, place: Place, report: Report | None) -> None:
+def fill(measurement: Measurement, run: Run, place: Place, report: JobReport | None) -> None:
     """Measure what the measurement asks for, from where an earlier call was stopped."""
     spec: RoundingSpec = measurement.spec
     plain, trained = latent_network(run, spec.checkpoint, place)
@@ -36,11 +37,10 @@ def fill(measurement: Measurement, run: Run, place: Place, report: Report | None
         raise UserError(f"No quantized weight matches {spec.params!r}; there are {', '.join(quantizable(plain))}.")
     around = Landscape(plain, images(run, spec, place), F.cross_entropy, params=names)
     weights = {name: plain.get_parameter(name).detach().clone() for name in names}
-    arrays: files.Arrays = {}
-    rows: list[dict[str, Any]] = []
+    found: dict[tuple[str, Normalisation], RoundingRise] = {}
     parts = list(_parts(spec, weights, trained))
-    for done, (part, vectors, normalisation) in enumerate(parts):
-        found = typical_rise(
+    for done, (part, vectors, normalisation) in enumerate(parts, 1):
+        rise = typical_rise(
             around,
             vectors,
             normalisation=normalisation,
@@ -48,16 +48,11 @@ def fill(measurement: Measurement, run: Run, place: Place, report: Report | None
             seed=spec.seed,
             keep=UnitFiles(measurement).units,
         )
-        for index, name in enumerate(found.names):
-            key = f"{len(rows):04d}"
-            arrays |= {f"own-{key}": found.rises[index], f"reverse-{key}": found.reverses[index]}
-            arrays |= {f"twins-{key}": found.visits[index]}
-            bits = name.partition("-")[2]  # what is before it tells the units of the parts apart
-            rows.append({"part": part, "perturbation": bits, "null": normalisation, "norm": found.norms[index]})
+        bits = tuple(name.partition("-")[2] for name in rise.names)  # what precedes it distinguishes the parts' units
+        found[part, normalisation] = replace(rise, names=bits)
         if report:
-            report(done + 1, len(parts), {})
-    facts = {"rows": rows, "strata": list(around.strata), "num_params": around.num_params, "norm": around.norm}
-    files.save_arrays(measurement.result, arrays, facts | {"images": around.num_samples})
+            report(done, len(parts), {})
+    files.save_arrays(measurement.result, *RoundingRises(found, around.num_samples).to_arrays())
 
 
 def _parts(spec: RoundingSpec, weights: Weights, trained: Mapping[str, Layer]) -> Iterator[Part]:

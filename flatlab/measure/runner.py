@@ -2,15 +2,14 @@
 
 from collections.abc import Callable
 from importlib import import_module
-from typing import Any
 
 from flatlab import environment
+from flatlab.arguments import JobReport
 from flatlab.loading import data as loading_data
 from flatlab.specs.measurement import MeasurementSpec
 from flatlab.specs.run import Place
 from flatlab.store.runs import Measurement, Run, check_data
 
-Report = Callable[[int, int, dict[str, Any]], None]
 FUNCTIONS = {
     "sphere": "sphere.fill",
     "reach": "reach.fill",
@@ -26,19 +25,19 @@ FUNCTIONS = {
 }
 
 
-def function_of(metric: str) -> Callable[[Measurement, Run, Place, Report | None], None]:
+def function_of(metric: str) -> Callable[[Measurement, Run, Place, JobReport | None], None]:
     """Return the function that measures a metric; its module is imported here, so that a worker loads what it needs.
 
     Args:
         metric: of a spec, such as "sphere".
     """
     module, _, name = FUNCTIONS[metric].partition(".")
-    function: Callable[[Measurement, Run, Place, Report | None], None]
+    function: Callable[[Measurement, Run, Place, JobReport | None], None]
     function = getattr(import_module(f"flatlab.measure.{module}"), name)
     return function
 
 
-def measure(run: Run, spec: MeasurementSpec, place: Place, *, report: Report | None = None) -> None:
+def measure(run: Run, spec: MeasurementSpec, place: Place, *, report: JobReport | None = None) -> None:
     """Measure a finished run, from where an earlier call was stopped.
 
     Args:

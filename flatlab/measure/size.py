@@ -1,8 +1,7 @@
 """The bytes of a run's network as a file: what its export takes, quantized or not."""
 
-from collections.abc import Callable
-
 from flatlab import files
+from flatlab.arguments import JobReport
 from flatlab.loading.checkpoint import network
 from flatlab.loading.export import write
 from flatlab.results.size import FileSize
@@ -10,10 +9,8 @@ from flatlab.specs.measurements import SizeSpec
 from flatlab.specs.run import Place
 from flatlab.store.runs import Measurement, Run
 
-Report = Callable[[int, int, dict[str, float]], None]
 
-
-def fill(measurement: Measurement, run: Run, place: Place, report: Report | None) -> None:
+def fill(measurement: Measurement, run: Run, place: Place, report: JobReport | None) -> None:
     """Write the network to a file that is thrown away, and keep its size."""
     spec: SizeSpec = measurement.spec
     with files.scratch() as folder:

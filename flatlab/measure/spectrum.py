@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flatlab import files
+from flatlab.arguments import FloatArray, JobReport
 from flatlab.derivatives.operators import Hessian
 from flatlab.errors import UserError, choose
 from flatlab.landscape.landscape import Landscape
@@ -20,7 +21,7 @@ from flatlab.metrics.curvature.eigenvalues import hessian_spectrum
 from flatlab.metrics.curvature.resumable import KeptHessian
 from flatlab.metrics.curvature.trace import COLUMNS, hessian_trace
 from flatlab.quant.attach import bake
-from flatlab.results.estimate import Cost, FloatArray
+from flatlab.results.estimate import Cost
 from flatlab.results.spectrum import FLOOR, NUMBERS, STATES, UNVERIFIED, MeasuredSpectrum, SpectralDensity, Trace
 from flatlab.seeds import derive
 from flatlab.specs.measurements import SpectrumSpec
@@ -28,13 +29,12 @@ from flatlab.specs.run import Place
 from flatlab.store.runs import Measurement, Run
 from flatlab.tensors.flat import select
 
-Report = Callable[[int, int, dict[str, float]], None]
 Operator = Callable[[], Hessian]
 HELD = 2**17  # numbers of a batch's inputs: one graph holds some thousand times their memory
 LEAST = 32  # images of a batch
 
 
-def fill(measurement: Measurement, run: Run, place: Place, report: Report | None) -> None:
+def fill(measurement: Measurement, run: Run, place: Place, report: JobReport | None) -> None:
     """Measure what the spec asks for, from where an earlier call was stopped."""
     spec: SpectrumSpec = measurement.spec
     if spec.engine == "pyhessian":
@@ -83,7 +83,7 @@ def _baked(run: Run, spec: SpectrumSpec, place: Place) -> torch.nn.Module:
     return loaded
 
 
-def _operator(measurement: Measurement, run: Run, place: Place, report: Report | None) -> Hessian:
+def _operator(measurement: Measurement, run: Run, place: Place, report: JobReport | None) -> Hessian:
     """Return the Hessian, which reports its products."""
     spec: SpectrumSpec = measurement.spec
     around = Landscape(_baked(run, spec, place), batches_of(run, spec, place), weighted, params=spec.params)
@@ -146,7 +146,7 @@ def _write(measurement: Measurement, extremes: FloatArray, rules: list[FloatArra
     files.save_arrays(measurement.result, *whole.to_arrays())
 
 
-def _by_pyhessian(run: Run, spec: SpectrumSpec, place: Place, report: Report | None) -> FloatArray:
+def _by_pyhessian(run: Run, spec: SpectrumSpec, place: Place, report: JobReport | None) -> FloatArray:
     """Return the trace and the top eigenvalues by PyHessian itself (Yao et al. 2020), with its own defaults."""
     import pyhessian
 

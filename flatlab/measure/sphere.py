@@ -1,6 +1,6 @@
 """Flatness on spheres: sample in resumable units, and write the visits down."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -8,23 +8,21 @@ from typing import Any
 import numpy as np
 
 from flatlab import files
+from flatlab.arguments import FloatArray, JobReport
 from flatlab.loading import data as loading_data
 from flatlab.measure.inputs import landscape
 from flatlab.measure.units import UnitFiles
 from flatlab.metrics.flatness import planning
 from flatlab.metrics.flatness.sampler import Draws, Sampler, visits
 from flatlab.metrics.flatness.sphere import sample
-from flatlab.results.estimate import FloatArray
 from flatlab.specs.measurements import SphereSpec
 from flatlab.specs.rises import ByRise
 from flatlab.specs.run import Place
 from flatlab.store.radii import by_rise
 from flatlab.store.runs import Measurement, Run, RunStore
 
-Report = Callable[[int, int, dict[str, Any]], None]
 
-
-def fill(measurement: Measurement, run: Run, place: Place, report: Report | None) -> None:
+def fill(measurement: Measurement, run: Run, place: Place, report: JobReport | None) -> None:
     """Measure what the measurement asks for, from where an earlier call was stopped."""
     spec: SphereSpec = measurement.spec
     around = landscape(run, spec, place)
@@ -80,7 +78,7 @@ def foresee(measurement: Measurement, run: Run, place: Place) -> list[dict[str, 
     ]
 
 
-def _tell(report: Report, sampler: Sampler, per_radius: Sequence[Draws]) -> None:
+def _tell(report: JobReport, sampler: Sampler, per_radius: Sequence[Draws]) -> None:
     """Report the share of the visits that are foreseen, and F at each radius with its standard error so far."""
     made, foreseen = visits(per_radius)
     found = [sampler.estimate(draws) for draws in per_radius if draws.visits.shape[1] > 1]

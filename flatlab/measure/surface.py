@@ -1,12 +1,12 @@
 """A plane through a checkpoint: its tiles are units of the measurement."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 
 from flatlab import files
+from flatlab.arguments import JobReport
 from flatlab.landscape.landscape import Landscape
 from flatlab.loading.checkpoint import network
 from flatlab.measure.inputs import landscape, other_of, training_images
@@ -27,10 +27,8 @@ from flatlab.specs.run import Place
 from flatlab.store.runs import Measurement, Run
 from flatlab.tensors.flat import flatten
 
-Report = Callable[[int, int, dict[str, float]], None]
 
-
-def fill(measurement: Measurement, run: Run, place: Place, report: Report | None) -> None:
+def fill(measurement: Measurement, run: Run, place: Place, report: JobReport | None) -> None:
     """Measure what the measurement asks for, from where an earlier call was stopped."""
     spec: SurfaceSpec = measurement.spec
     around = landscape(run, spec, place)

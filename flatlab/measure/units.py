@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from filelock import FileLock, Timeout
 
 from flatlab import files
+from flatlab.arguments import FloatArray
 from flatlab.metrics.units import Unit
-from flatlab.results.estimate import FloatArray
 from flatlab.store.runs import Measurement
 
 IDLE_SECONDS = 0.05  # between two looks at units that others compute

@@ -16,12 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from flatlab.arguments import whole
+from flatlab.arguments import FloatArray, whole
 from flatlab.errors import UserError
 from flatlab.landscape.checks import refuse_training
 from flatlab.landscape.landscape import Landscape
 from flatlab.metrics.cells import as_grid, inside_attention, scores_of
-from flatlab.results.estimate import FloatArray
 from flatlab.results.gradcam import ClassMaps, agreement
 
 

@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from flatlab.arguments import FloatArray
 from flatlab.errors import UserError
-from flatlab.results.estimate import Cost, FloatArray
+from flatlab.results.estimate import Cost
 from flatlab.results.quantization_noise import (
     BINS,
     DRAWS,

@@ -11,14 +11,13 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from flatlab.arguments import distances
+from flatlab.arguments import FloatArray, distances
 from flatlab.errors import UserError
 from flatlab.landscape.landscape import Landscape
 from flatlab.metrics.curvature.resumable import KeptHessian
 from flatlab.metrics.flatness.sampler import Sampler
 from flatlab.metrics.flatness.sphere import sample
 from flatlab.metrics.units import Keep, forget
-from flatlab.results.estimate import FloatArray
 from flatlab.results.spectrum import Trace
 from flatlab.results.trace_check import TraceCheck
 from flatlab.seeds import base_seed

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 
-from flatlab.results.estimate import FloatArray
+from flatlab.arguments import FloatArray
 
 Unit = tuple[str, Callable[[], FloatArray]]
 Keep = Callable[[Sequence[Unit]], Iterator[FloatArray]]

@@ -13,10 +13,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from flatlab import files, plots
+from flatlab.arguments import FloatArray
 from flatlab.errors import UserError
 from flatlab.report import tables, verdicts
 from flatlab.results.corrections import holm
-from flatlab.results.estimate import FloatArray
+from flatlab.results.quantization_noise import Histogram, NetworkNoise
 from flatlab.specs.measurements import QuantizationNoiseSpec
 from flatlab.specs.run import RunSpec
 from flatlab.store.runs import Run, RunStore
@@ -36,7 +37,6 @@ SHOWN |= {"departure_pvalue": ".3f"}
 NULL = "Right: quartile skewness, and the range of 95 % of symmetric samples of as many weights."
 WIDE = 112  # characters of a line below a picture
 MOST = 6  # layers of a picture, unless a pattern names more
-PARTS = "weight edges-weight {0} edges-{0} lower-{0} upper-{0}"  # arrays of a row
 REJECTED = 0.05  # p-values below it
 TESTS = {"kl_pvalue": "KL", "ks_pvalue": "Kolmogorov-Smirnov", "departure_pvalue": "symmetry"}
 
@@ -53,10 +53,8 @@ def statistics(store: RunStore, wanted: Iterable[tuple[str, RunSpec, Quantizatio
     """
     rows = []
     for label, spec, measurement in wanted:
-        run = store.run(spec)
-        facts = run.measured(measurement, label)[1]
         about = {"method": label, "held_out": spec.held_out, "seed": spec.seed, "run": spec.digest}
-        rows += [{**about, **fact} for fact in facts]
+        rows += [{**about, **row} for row in store.run(spec).result(measurement, label).rows]
     return pd.DataFrame(rows)
 
 
@@ -72,10 +70,10 @@ def drawn(
     """
     held: files.Arrays = {}
     for label, spec, measurement in wanted:
-        found, _ = store.run(spec).measured(measurement, label)
-        mine = rows.loc[rows["run"] == spec.digest, ["mode", "index"]].itertuples(index=False)
-        names = {f"{part}-{index:03d}" for mode, index in mine for part in PARTS.format(mode).split()}
-        held |= {f"{spec.digest}-{name}": found[name] for name in sorted(names)}
+        mine = set(rows.loc[rows["run"] == spec.digest, ["mode", "index"]].itertuples(index=False, name=None))
+        layers = store.run(spec).result(measurement, label).layers
+        kept = [each for each in layers if (each.numbers["mode"], each.numbers["index"]) in mine]
+        held |= {f"{spec.digest}-{name}": each for name, each in NetworkNoise(tuple(kept)).to_arrays()[0].items()}
     return held
 
 
@@ -135,21 +133,21 @@ def draw(rows: pd.DataFrame, caption: str, arrays: files.Arrays) -> Figure:
             len(rows), 3, figsize=(7.0, 1.0 + 1.75 * len(rows)), layout="constrained", squeeze=False
         )
         for axes, row in zip(grid, rows.to_dict("records"), strict=True):
-            mode, index = row["mode"], f"{row['index']:03d}"
-            mine = {part: arrays[f"{row['run']}-{part}-{index}"] for part in PARTS.format(mode).split()}
-            _histogram(axes[0], mine, "weight", "C7")
-            axes[0].set(title=f"{row['layer']}\n{LABELS[mode]}", xlabel="Weight $w$", ylabel="Density")
-            _histogram(axes[1], mine, mode, "C0")
-            _noise(axes[1], mine[f"edges-{mode}"], row)
-            _mirror(axes[2], mine[f"lower-{mode}"], mine[f"upper-{mode}"], row)
+            mine = {name.removeprefix(f"{row['run']}-"): array for name, array in arrays.items()}
+            (layer,) = NetworkNoise.from_arrays(mine, [{"mode": row["mode"], "index": row["index"]}]).layers
+            _histogram(axes[0], layer.weight, "C7")
+            axes[0].set(title=f"{row['layer']}\n{LABELS[row['mode']]}", xlabel="Weight $w$", ylabel="Density")
+            _histogram(axes[1], layer.noise, "C0")
+            _noise(axes[1], layer.noise.edges, row)
+            _mirror(axes[2], layer.lower, layer.upper, row)
         plots.legend_above(figure, grid[0, 1], title)
         figure.supxlabel(textwrap.fill(rest, WIDE), fontsize=7, color="0.3")
     return figure
 
 
-def _histogram(ax: Axes, arrays: files.Arrays, name: str, color: str) -> None:
-    counts, edges = arrays[name], arrays[f"edges-{name}"]
-    ax.stairs(counts / counts.sum() / np.diff(edges), edges, fill=True, color=color, alpha=0.75)
+def _histogram(ax: Axes, found: Histogram, color: str) -> None:
+    density = found.counts / found.counts.sum() / np.diff(found.edges)
+    ax.stairs(density, found.edges, fill=True, color=color, alpha=0.75)
     ax.locator_params(axis="x", nbins=3)
 
 

@@ -14,8 +14,8 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 from flatlab import files, plots
 from flatlab.report import tables
-from flatlab.report.panels import SOURCE, masks
-from flatlab.results.estimate import FloatArray, standing
+from flatlab.report.panels import SOURCE, TARGET
+from flatlab.results.rounding import RoundingRise
 from flatlab.specs.measurements import RoundingSpec
 from flatlab.specs.run import RunSpec
 from flatlab.store.runs import Run, RunStore
@@ -49,24 +49,23 @@ def rises(store: RunStore, wanted: Iterable[tuple[str, RunSpec, RoundingSpec]]) 
 
 
 def _rows(run: Run, measurement: RoundingSpec, label: str) -> Iterator[dict[str, Any]]:
-    arrays, facts = run.measured(measurement, label)
     about = {"method": label, "held_out": run.spec.held_out, "seed": run.spec.seed, "over": "directions"}
-    for index, row in enumerate(facts["rows"]):
-        key = f"{index:04d}"
-        about |= {"part": row["part"], "perturbation": row["perturbation"], "null": NULLS[row["null"]]}
-        about |= {"gamma": row["norm"], "share": row["norm"] / facts["norm"]}
-        for panel, mine in masks(facts["strata"], run.spec.held_out).items():
-            own, reverse = (float(arrays[f"{name}-{key}"][mine].mean()) for name in ("own", "reverse"))
-            for quantity, told in _quantities(own, reverse, arrays[f"twins-{key}"][:, mine].mean(axis=1)):
-                yield {**about, "panel": panel, "quantity": quantity, **told}
+    for (part, null), whole in run.result(measurement, label).parts.items():
+        about |= {"part": part, "null": NULLS[null]}
+        panels = {panel: tables.panel_strata(whole, run.spec, panel) for panel in (SOURCE, TARGET)}
+        for index, (name, norm) in enumerate(zip(whole.names, whole.norms.tolist(), strict=True)):
+            about |= {"perturbation": name, "gamma": norm, "share": norm / whole.norm}
+            for panel, found in panels.items():
+                for quantity, numbers in _quantities(found, index):
+                    yield {**about, "panel": panel, "quantity": quantity, **numbers}
 
 
-def _quantities(own: float, reverse: float, twins: FloatArray) -> Iterator[tuple[str, dict[str, float]]]:
+def _quantities(found: RoundingRise, index: int) -> Iterator[tuple[str, dict[str, float]]]:
     """Yield the numbers of one perturbation; only the twins' mean has an interval over directions."""
-    z, rank = standing(own, twins)
-    yield "random", tables.estimate(twins)
-    for name, value in {"rise": own, "reverse": reverse, "z": z, "rank": rank}.items():
-        yield name, {"value": value, "stderr": np.nan, "low": np.nan, "high": np.nan}
+    yield "random", tables.estimate(found.visits[index].mean(axis=1))
+    own = {"rise": found.rises.mean(axis=1), "reverse": found.reverses.mean(axis=1), "z": found.z, "rank": found.rank}
+    for name, values in own.items():
+        yield name, {"value": float(values[index]), "stderr": np.nan, "low": np.nan, "high": np.nan}
 
 
 def with_seeds(each: pd.DataFrame) -> pd.DataFrame:

@@ -11,8 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from flatlab import files, plots
+from flatlab.arguments import FloatArray
 from flatlab.report.panels import TITLES
-from flatlab.results.estimate import FloatArray
 from flatlab.results.spectrum import MeasuredSpectrum, SpectralDensity, blur
 from flatlab.specs.measurements import SpectrumSpec
 from flatlab.specs.run import RunSpec

@@ -7,15 +7,17 @@ One observation is one row. `over` names the source of an interval: "directions"
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
 
+from flatlab.arguments import FloatArray
 from flatlab.errors import UserError
 from flatlab.report import verdicts
 from flatlab.report.panels import ACCURACY, SOURCE, TARGET, masks
-from flatlab.results.estimate import Estimate, FloatArray, mean_of
+from flatlab.results.estimate import Estimate, mean_of
+from flatlab.results.rounding import RoundingRise
 from flatlab.results.sphere import SphereFlatness
 from flatlab.specs.measurements import SphereSpec
 from flatlab.specs.rises import ByRise
@@ -26,6 +28,7 @@ from flatlab.store.runs import Run, RunStore
 
 LEVEL = 0.95
 Labelled = tuple[str, RunSpec]
+Rises = TypeVar("Rises", SphereFlatness, RoundingRise)
 
 
 def flatness(store: RunStore, wanted: Iterable[tuple[str, RunSpec, SphereSpec]]) -> pd.DataFrame:
@@ -56,7 +59,7 @@ def flatness(store: RunStore, wanted: Iterable[tuple[str, RunSpec, SphereSpec]])
     return pd.DataFrame(rows)
 
 
-def panel_strata(flat: SphereFlatness, run: RunSpec, panel: str) -> SphereFlatness:
+def panel_strata(flat: Rises, run: RunSpec, panel: str) -> Rises:
     """Return a measurement on the domains of a panel.
 
     Args:

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import numpy as np
 import numpy.typing as npt
 
-from flatlab.results.estimate import Estimate, FloatArray, Sampled
+from flatlab.arguments import FloatArray
+from flatlab.results.estimate import Estimate, Sampled
 from flatlab.results.surface import Kept
 
 if TYPE_CHECKING:

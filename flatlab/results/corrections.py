@@ -3,9 +3,8 @@
 import numpy as np
 import numpy.typing as npt
 
+from flatlab.arguments import FloatArray
 from flatlab.errors import UserError
-
-FloatArray = npt.NDArray[np.float64]
 
 
 def holm(p_values: npt.ArrayLike) -> FloatArray:

@@ -1,7 +1,7 @@
 """Estimates with their uncertainty and cost; means over blocks that are visited in rounds."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
@@ -9,17 +9,15 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import stdtr, stdtrit
 
-from flatlab.errors import UserError
+from flatlab.arguments import FloatArray
+from flatlab.errors import UserError, choose
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
 
-FloatArray = npt.NDArray[np.float64]
 MISSED = ("budget", "nonfinite", "interrupted")  # why sampling ends without what was asked for
-Report = Callable[[int, int], None]
-"""Called as ``report(done, total)`` while a metric samples."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +81,22 @@ def check_level(level: float) -> float:
     if isinstance(level, bool | str) or not 0.0 < level < 1.0:
         raise UserError(f"The level of an interval must lie strictly between 0 and 1, but is {level}: write 0.95.")
     return float(level)
+
+
+def rows_of(strata: str | Iterable[str], known: Sequence[str]) -> list[int]:
+    """Return the indices of some strata, each once.
+
+    Args:
+        strata: their names, or one.
+        known: all names, in order.
+
+    Raises:
+        UserError: if a name is unknown, or none is given.
+    """
+    asked = dict.fromkeys([strata] if isinstance(strata, str) else strata)
+    if not asked:
+        raise UserError(f"No stratum was named; there are {', '.join(known)}.")
+    return [known.index(choose("stratum", name, known)) for name in asked]
 
 
 def mean_of(draws: FloatArray) -> Estimate:

@@ -2,14 +2,15 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import numpy.typing as npt
 from scipy.special import chdtrc, ndtri, xlogy
 
+from flatlab.arguments import FloatArray
 from flatlab.errors import UserError
-from flatlab.results.estimate import Cost, FloatArray
+from flatlab.results.estimate import Cost
 from flatlab.seeds import derive
 
 if TYPE_CHECKING:
@@ -242,6 +243,85 @@ class QuantizationNoise:
         axes.axhline(1 / (high - low), color="k", linestyle="--", linewidth=1)
         axes.set(xlabel="quantization noise", ylabel="density")
         return axes
+
+
+@dataclass(frozen=True, eq=False)
+class Histogram:
+    """Counts of numbers in bins of equal width, from minimum to maximum.
+
+    Attributes:
+        counts: (B,).
+        edges: (B + 1,), in the unit of the numbers.
+    """
+
+    counts: npt.NDArray[np.int64]
+    edges: FloatArray
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class LayerNoise:
+    """What is kept of one layer's quantization noise, pooled in one way.
+
+    Attributes:
+        numbers: `layer` (name), `index`, `mode` of pooling, `bits`, and the statistics of `QuantizationNoise`.
+        weight: of the weights before quantization.
+        noise: of their noise.
+        lower: (K,) distances of the lower half from the median, as in `Symmetry`.
+        upper: (K,) distances of their mirror images.
+    """
+
+    numbers: dict[str, Any]
+    weight: Histogram
+    noise: Histogram
+    lower: FloatArray
+    upper: FloatArray
+
+    @classmethod
+    def of(cls, found: QuantizationNoise, weight: FloatArray, numbers: dict[str, Any]) -> Self:
+        """Return what is kept of a layer's noise, the weight's histogram in as many bins."""
+        return cls(
+            numbers={**numbers, **found.statistics()},
+            weight=Histogram(*np.histogram(weight, found.bins)),
+            noise=Histogram(*np.histogram(found.noise, found.bins)),
+            lower=found.symmetry.lower,
+            upper=found.symmetry.upper,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class NetworkNoise:
+    """The quantization noise of a network's layers, each pooled in several ways."""
+
+    layers: tuple[LayerNoise, ...]
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """The numbers of each."""
+        return [layer.numbers for layer in self.layers]
+
+    def to_arrays(self) -> tuple[dict[str, npt.NDArray[Any]], list[dict[str, Any]]]:
+        """Return the content of a measurement's file: arrays, and rows for JSON."""
+        arrays: dict[str, npt.NDArray[Any]] = {}
+        for layer in self.layers:
+            parts = layer.weight.counts, layer.weight.edges, layer.noise.counts, layer.noise.edges
+            arrays |= dict(zip(_names(layer.numbers), (*parts, layer.lower, layer.upper), strict=True))
+        return arrays, self.rows
+
+    @classmethod
+    def from_arrays(cls, arrays: dict[str, npt.NDArray[Any]], facts: list[dict[str, Any]]) -> Self:
+        """Return the noise of the layers that rows name, from what `to_arrays` returns."""
+        layers = []
+        for row in facts:
+            weight, weight_edges, noise, edges, lower, upper = (arrays[name] for name in _names(row))
+            histograms = {"weight": Histogram(weight, weight_edges), "noise": Histogram(noise, edges)}
+            layers.append(LayerNoise(numbers=row, lower=lower, upper=upper, **histograms))
+        return cls(tuple(layers))
+
+
+def _names(row: dict[str, Any]) -> list[str]:
+    """Return the names of the arrays of one layer and mode, in the order of `LayerNoise`."""
+    parts = "weight edges-weight {0} edges-{0} lower-{0} upper-{0}".format(row["mode"])
+    return [f"{part}-{row['index']:03d}" for part in parts.split()]
 
 
 def kl_to_uniform(counts: npt.ArrayLike) -> FloatArray:

@@ -1,12 +1,15 @@
 """What a perturbation does to the loss, beside random ones of the same length."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
+import numpy.typing as npt
 
-from flatlab.results.estimate import Estimate, FloatArray, Sampled, mean_of, standing
+from flatlab.arguments import FloatArray
+from flatlab.results.estimate import Cost, Estimate, Sampled, mean_of, rows_of, standing
 from flatlab.results.sphere import Normalisation
 
 if TYPE_CHECKING:
@@ -40,6 +43,20 @@ class RoundingRise(Sampled):
     normalisation: Normalisation
     num_params: int
     norm: float
+
+    def of(self, strata: str | Iterable[str]) -> Self:
+        """Return the same rises on some of the strata, such as the source domains.
+
+        Args:
+            strata: their names.
+
+        Raises:
+            UserError: if a name is unknown, or none is given.
+        """
+        rows = rows_of(strata, self.strata)
+        visits = tuple(draws[:, rows] for draws in self.visits)
+        names = tuple(self.strata[row] for row in rows)
+        return replace(self, strata=names, visits=visits, rises=self.rises[:, rows], reverses=self.reverses[:, rows])
 
     @property
     def estimates(self) -> list[Estimate]:
@@ -80,3 +97,61 @@ class RoundingRise(Sampled):
 
     def _pairs(self) -> Iterator[tuple[FloatArray, FloatArray]]:
         return zip(self.rises, self.visits, strict=True)
+
+
+def cost_of(perturbations: int, num_samples: int, images: int) -> Cost:
+    """Return the cost of perturbations with their twins on all images: one pass at w, two and the twins' for each."""
+    passes = 1 + perturbations * (2 + num_samples)
+    return Cost(passes, passes * images)
+
+
+@dataclass(frozen=True, eq=False)
+class RoundingRises:
+    """The rises by rounding a network, and each of its layers alone.
+
+    Attributes:
+        parts: (part, normalisation of its twins) -> the rises, by bit width; the part "all" is the whole network.
+        images: N, behind each number.
+    """
+
+    parts: dict[tuple[str, Normalisation], RoundingRise]
+    images: int
+
+    def to_arrays(self) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
+        """Return the content of a measurement's file: arrays, and facts for JSON; without the seconds."""
+        arrays: dict[str, npt.NDArray[Any]] = {}
+        rows: list[dict[str, Any]] = []
+        for (part, null), found in self.parts.items():
+            for index, name in enumerate(found.names):
+                numbers = found.rises[index], found.reverses[index], found.visits[index]
+                arrays |= dict(zip(_names(len(rows)), numbers, strict=True))
+                rows.append({"part": part, "perturbation": name, "null": null, "norm": float(found.norms[index])})
+        whole = next(iter(self.parts.values()))
+        facts = {"strata": list(whole.strata), "num_params": whole.num_params, "norm": whole.norm}
+        return arrays, {"rows": rows, **facts, "images": self.images}
+
+    @classmethod
+    def from_arrays(cls, arrays: dict[str, npt.NDArray[Any]], facts: dict[str, Any]) -> Self:
+        """Return the result from what `to_arrays` returns; other facts are ignored."""
+        parts: dict[tuple[str, Normalisation], RoundingRise] = {}
+        for key, members in groupby(enumerate(facts["rows"]), lambda row: (row[1]["part"], row[1]["null"])):
+            rows = list(members)
+            rises, reverses, visits = zip(*([arrays[name] for name in _names(at)] for at, _ in rows), strict=True)
+            parts[key] = RoundingRise(
+                names=tuple(row["perturbation"] for _, row in rows),
+                norms=np.array([row["norm"] for _, row in rows]),
+                rises=np.array(rises),
+                reverses=np.array(reverses),
+                visits=visits,
+                strata=tuple(facts["strata"]),
+                normalisation=key[1],
+                num_params=facts["num_params"],
+                norm=facts["norm"],
+                cost=cost_of(len(rows), len(visits[0]), facts["images"]),
+            )
+        return cls(parts, facts["images"])
+
+
+def _names(index: int) -> tuple[str, str, str]:
+    """Return the names of three arrays: rises and reverses of one perturbation, and the rises of its twins."""
+    return f"own-{index:04d}", f"reverse-{index:04d}", f"twins-{index:04d}"

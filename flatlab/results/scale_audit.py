@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import numpy as np
 import numpy.typing as npt
 
-from flatlab.results.estimate import Cost, FloatArray
+from flatlab.arguments import FloatArray
+from flatlab.results.estimate import Cost
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -5,7 +5,8 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from flatlab.results.estimate import Cost, Estimate, FloatArray, Sampled, Stopped, estimate, mean_of
+from flatlab.arguments import FloatArray
+from flatlab.results.estimate import Cost, Estimate, Sampled, Stopped, estimate, mean_of
 from flatlab.results.verdicts import missed, remarks
 
 Norm = Literal["l2", "linf"]

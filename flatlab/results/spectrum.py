@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import stdtrit
 
+from flatlab.arguments import FloatArray
 from flatlab.errors import UserError
 from flatlab.results.estimate import Cost, Estimate, Sampled, mean_of
 
@@ -15,9 +16,6 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
     from torch import Tensor
-
-
-FloatArray = npt.NDArray[np.float64]
 
 
 def blur(places: FloatArray, nodes: FloatArray, weights: FloatArray, *, sigma: float) -> FloatArray:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import numpy as np
 import numpy.typing as npt
 
-from flatlab.errors import UserError, choose
-from flatlab.results.estimate import MISSED, Cost, Estimate, FloatArray, Sampled, Stopped, estimate
+from flatlab.arguments import FloatArray
+from flatlab.errors import UserError
+from flatlab.results.estimate import MISSED, Cost, Estimate, Sampled, Stopped, estimate, rows_of
 from flatlab.results.verdicts import missed, remarks, verdict
 
 if TYPE_CHECKING:
@@ -171,11 +172,8 @@ class SphereFlatness(Stopped):
         Raises:
             UserError: if a name is unknown, or none is given.
         """
-        asked = [strata] if isinstance(strata, str) else list(strata)
-        names = tuple(dict.fromkeys(choose("stratum", name, self.strata) for name in asked))
-        if not names:
-            raise UserError(f"No stratum was named; there are {', '.join(self.strata)}.")
-        rows = [self.strata.index(name) for name in names]
+        rows = rows_of(strata, self.strata)
+        names = tuple(self.strata[row] for row in rows)
         visits = tuple(rises[:, rows] for rises in self.visits)
         slopes = None if self.slopes is None else self.slopes[:, rows][:, :, rows]
         plans = tuple(replace(plan, between=0.0) for plan in self.plans)  # which is of all strata

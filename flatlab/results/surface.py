@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import numpy as np
 import numpy.typing as npt
 
+from flatlab.arguments import FloatArray
 from flatlab.errors import UserError, choose
-from flatlab.results.estimate import Cost, Estimate, FloatArray, Sampled, mean_of
+from flatlab.results.estimate import Cost, Estimate, Sampled, mean_of, rows_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -74,10 +75,7 @@ class Grid(Kept):
             UserError: where a name is unknown.
         """
         column = self.metrics.index(choose("metric", metric, self.metrics))
-        asked = self.strata if strata is None else [strata] if isinstance(strata, str) else list(strata)
-        rows = [self.strata.index(choose("stratum", name, self.strata)) for name in asked]
-        if not rows:
-            raise UserError(f"No stratum was named; there are {', '.join(self.strata)}.")
+        rows = rows_of(self.strata if strata is None else strata, self.strata)
         with np.errstate(invalid="ignore"):
             return np.asarray(self.values[..., rows, column].mean(axis=-1))
 

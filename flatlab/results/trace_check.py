@@ -8,8 +8,9 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import stdtrit
 
+from flatlab.arguments import FloatArray
 from flatlab.errors import UserError
-from flatlab.results.estimate import Cost, Estimate, FloatArray, Sampled
+from flatlab.results.estimate import Cost, Estimate, Sampled
 from flatlab.results.spectrum import SpectralDensity, Trace
 from flatlab.results.sphere import SphereFlatness
 

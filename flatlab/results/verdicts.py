@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from flatlab.arguments import FloatArray
 from flatlab.results.corrections import holm
-from flatlab.results.estimate import Estimate, FloatArray, check_level, mean_of
+from flatlab.results.estimate import Estimate, check_level, mean_of
 
 SURE = 2.0  # standard errors
 

@@ -2,8 +2,8 @@
 
 import numpy as np
 
+from flatlab.arguments import FloatArray
 from flatlab.errors import UserError
-from flatlab.results.estimate import FloatArray
 from flatlab.specs.measurement import MeasurementSpec
 from flatlab.specs.rises import ByRise
 from flatlab.store.runs import RunStore

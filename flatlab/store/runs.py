@@ -35,6 +35,9 @@ RESULTS = {  # the class below `flatlab.results` of each metric's result
     "spectrum": "spectrum.MeasuredSpectrum",
     "surface": "surface.Surface",
     "connectivity": "connectivity.Connections",
+    "rounding": "rounding.RoundingRises",
+    "quantization_noise": "quantization_noise.NetworkNoise",
+    "gradcam": "gradcam.MeasuredMaps",
 }
 
 
@@ -105,8 +108,7 @@ class Run(Entry):
             raise UserError(
                 f"Run {spec.digest} ({spec.label}) was not trained and has no iterates; name a trained run."
             )
-        if not self.done:
-            raise UserError(f"Run {spec.digest} is not finished; repeat the command that started it.")
+        self.require_done()
         found = every or (steps[1] - steps[0] if len(steps) > 1 else 1)
         if not set(steps) >= set(spec.iterates(found)):
             raise UserError(
@@ -150,31 +152,15 @@ class Run(Entry):
         return Measurement(self.path / "measurements" / spec.digest, spec)
 
     def require_done(self) -> None:
-        """Refuse to measure a run that is not finished.
+        """Refuse a run that is not finished.
 
         Raises:
             UserError: if it is not finished.
         """
         if not self.done:
-            raise UserError(f"Run {self.spec.digest} is not finished, or was removed: train it before it is measured.")
-
-    def measured(self, spec: MeasurementSpec, label: str = "") -> tuple[files.Arrays, Any]:
-        """Return the arrays and facts of a finished measurement of this run.
-
-        Args:
-            spec: spec of the measurement.
-            label: the user's name of the run, if not its composition.
-
-        Raises:
-            UserError: if it is not measured yet.
-        """
-        measurement = self.measurement(spec)
-        if not measurement.done:
             raise UserError(
-                f"Run {self.spec.digest} ({label or self.spec.label}, {self.spec.held_out}) is not measured yet: "
-                f"{measurement.path}."
+                f"Run {self.spec.digest} is not finished, or was removed; repeat the command that started it first."
             )
-        return files.load_arrays(measurement.result)
 
     def result(self, spec: MeasurementSpec, label: str = "") -> Any:
         """Return the result of a finished measurement of this run, as the metric's public function returns it.
@@ -186,21 +172,20 @@ class Run(Entry):
         Raises:
             UserError: where it is not measured yet.
         """
-        arrays, facts = self.measured(spec, label)
+        measurement = self.measurement(spec)
+        if not measurement.done:
+            raise UserError(
+                f"Run {self.spec.digest} ({label or self.spec.label}, {self.spec.held_out}) is not measured yet: "
+                f"{measurement.path}."
+            )
+        arrays, facts = files.load_arrays(measurement.result)
         module, _, name = RESULTS[spec.metric].partition(".")
         kind = getattr(import_module(f"flatlab.results.{module}"), name)
-        return kind.from_arrays(arrays, {**spec.model_dump(), **facts})
+        return kind.from_arrays(arrays, {**spec.model_dump(), **facts} if isinstance(facts, dict) else facts)
 
     def measurements(self) -> list[Measurement]:
         """Return the measurements that exist, finished or not."""
         return [Measurement.read(path.parent) for path in sorted((self.path / "measurements").glob("*/spec.json"))]
-
-    def check_done(self) -> None:
-        """Refuse a run that is not finished."""
-        if not self.done:
-            raise UserError(
-                f"Run {self.spec.digest} is not finished; repeat the command that started it, then measure."
-            )
 
     def check_data(self, fingerprint: str | None) -> None:
         """Refuse data that differ from what the run was trained on.

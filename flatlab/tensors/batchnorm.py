@@ -1,6 +1,6 @@
 """BatchNorm's running statistics, recomputed for changed weights (Izmailov et al. 2018, section 3.2)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
@@ -35,17 +35,31 @@ class Statistics:
         """Compute the statistics at the present weights."""
         if not self.batches:
             return
-        seen, momenta = 0, [layer.momentum for layer in self.layers]
         try:
-            for layer in self.layers:
-                layer.reset_running_stats()
-                layer.train()
-            for batch in self.batches:
-                seen += batch.size
-                for layer in self.layers:
-                    layer.momentum = batch.size / seen  # the mean over images, however they are cut
-                self.model(batch.inputs)
+            recompute(self.model, self.layers, ((batch.inputs, batch.size) for batch in self.batches))
         finally:
-            for layer, momentum in zip(self.layers, momenta, strict=True):
-                layer.momentum = momentum
+            for layer in self.layers:
                 layer.eval()
+
+
+def recompute(model: nn.Module, layers: Sequence[Any], batches: Iterable[tuple[Any, int]]) -> None:
+    """Set the running statistics of BatchNorm layers to their mean over batches; leaves the layers in training mode.
+
+    Args:
+        model: the model.
+        layers: its BatchNorm layers.
+        batches: inputs, and how many images they are.
+    """
+    seen, momenta = 0, [layer.momentum for layer in layers]
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.train()
+    try:
+        for inputs, size in batches:
+            seen += size
+            for layer in layers:
+                layer.momentum = size / seen  # the mean over images, however they are cut
+            model(inputs)
+    finally:
+        for layer, momentum in zip(layers, momenta, strict=True):
+            layer.momentum = momentum

@@ -7,6 +7,7 @@ from flatlab.data.batches import TrainingStream
 from flatlab.loading.data import Domains
 from flatlab.models.networks import batchnorms
 from flatlab.specs.run import RunSpec
+from flatlab.tensors.batchnorm import recompute
 
 
 def stream(spec: RunSpec, domains: Domains, device: torch.device) -> TrainingStream:
@@ -31,12 +32,8 @@ def refresh(network: nn.Module, spec: RunSpec, domains: Domains, device: torch.d
     layers = [] if spec.freeze_batchnorm else batchnorms(network)
     if not layers:
         return
-    momenta, batches = [layer.momentum for layer in layers], stream(spec, domains, device)
+    batches = stream(spec, domains, device)
     network.train()
-    for layer in layers:
-        layer.reset_running_stats()
-        layer.momentum = None  # the cumulative mean over batches
-    for step in range(spec.steps + 1, spec.steps + 1 + spec.average.refresh_batches):
-        network(batches.batch(step).inputs)
-    for layer, momentum in zip(layers, momenta, strict=True):
-        layer.momentum = momentum
+    unseen = range(spec.steps + 1, spec.steps + 1 + spec.average.refresh_batches)
+    inputs = (batches.batch(step).inputs for step in unseen)
+    recompute(network, layers, ((images, len(images)) for images in inputs))

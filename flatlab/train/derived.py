@@ -6,9 +6,9 @@ from dataclasses import replace
 import torch
 
 from flatlab import environment, files
-from flatlab.errors import UserError
 from flatlab.loading import data as loading_data
 from flatlab.loading import network as loading_network
+from flatlab.loading.checkpoint import restore
 from flatlab.models.networks import Ensemble, Network
 from flatlab.quant.attach import quantized_layers
 from flatlab.quant.calibration import second_moments
@@ -38,15 +38,13 @@ def derive(spec: RunSpec, store: RunStore, place: Place) -> None:
     check_data([run], place)
     if run.done:
         return
-    if not parent.done:
-        raise UserError(f"Run {spec.digest} is made from run {parent.spec.digest}, which is not finished; train that.")
+    parent.require_done()
     started = time.monotonic()
     domains = loading_data.domains(spec, place)
     parent.check_data(domains.data.fingerprint)
     with loading_data.threads(place.threads):
         network = loading_network.network(spec.replace(weights="none"), domains.data, place).eval()
-        arrays, facts = files.load_arrays(parent.checkpoint("selected"))
-        loading_network.load(network, arrays)
+        facts = restore(network, parent.checkpoint("selected"))
         notes = quantize(network, spec, domains, place)
         run.create()
         hand_in(run, network, domains, place, row={"step": facts["step"], "layers": notes})
@@ -98,16 +96,12 @@ def join(spec: RunSpec, store: RunStore, place: Place) -> None:
     if run.done:
         return
     domains = loading_data.domains(spec, place)
-    weights: files.Arrays = {}
-    for index, member in enumerate(map(store.run, spec.members)):
-        if not member.done:
-            raise UserError(f"Run {member.spec.digest} is not finished: train it before it joins an ensemble.")
-        member.check_data(domains.data.fingerprint)
-        found, _ = files.load_arrays(member.checkpoint("selected"))
-        weights |= {f"members.{index}.{name}": array for name, array in found.items()}
     network = loading_network.finished(spec, domains.data, place)
     assert isinstance(network, Ensemble)
-    loading_network.load(network, weights)
+    for built, member in zip(network.members, map(store.run, spec.members), strict=True):
+        member.require_done()
+        member.check_data(domains.data.fingerprint)
+        restore(built, member.checkpoint("selected"))
     run.create()
     judge = Evaluator(replace(domains, tested={}), loading_data.device(place), target=spec.target_logged)
     row = judge.row(network.eval(), spec.steps)

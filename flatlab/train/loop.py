@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from flatlab import environment, files
+from flatlab.arguments import JobReport
 from flatlab.errors import UserError
 from flatlab.loading import data as loading_data
 from flatlab.models.networks import Network, set_training
@@ -32,7 +33,6 @@ from flatlab.train.objectives import objective_of
 from flatlab.train.steps import Step
 from flatlab.train.trajectory import Observer, Trajectory, arrays
 
-Report = Callable[[int, int, dict[str, float]], None]  # steps made, steps in all, numbers to show
 SAVE_SECONDS = 30.0  # maximum time between saved states, in addition to one at each evaluation
 CHECK_STEPS = 25  # steps between reads of the losses from an accelerator, since reading waits for it
 
@@ -44,7 +44,7 @@ def train(
     *,
     forks: Collection[int] = (),
     keep_every: int | None = None,
-    report: Report | None = None,
+    report: JobReport | None = None,
 ) -> None:
     """Train the runs that observe one trajectory, from where an earlier call was stopped; or make derived runs.
 
@@ -101,7 +101,7 @@ class Training:
         self.shadow: Network | None = None  # holds averages while they are evaluated
         self._begin(place)
 
-    def run(self, report: Report | None) -> None:
+    def run(self, report: JobReport | None) -> None:
         """Make the updates that are left, then hand over."""
         spec, trajectory, network = self.spec, self.trajectory, self.trajectory.network
         objective, rule = objective_of(spec), trajectory.step_rule()
@@ -125,7 +125,7 @@ class Training:
                 self._report(report, step)
         self._finish()
 
-    def _report(self, report: Report, step: int) -> None:
+    def _report(self, report: JobReport, step: int) -> None:
         """Report a step; if the training is stopped here, its state is saved."""
         try:
             report(step + 1, self.spec.steps + 1, self._shown())

@@ -5,16 +5,17 @@ handed over in training, to the byte; where each Nth was, they average those alo
 """
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
 
 from torch import Tensor
 
-from flatlab import files
+from flatlab.arguments import Report
 from flatlab.loading import data as loading_data
 from flatlab.loading import network as loading_network
+from flatlab.loading.checkpoint import restore
 from flatlab.specs.run import AverageSpec, Place, RunSpec
 from flatlab.store.runs import Run
 from flatlab.store.selection import Row, candidates, training_domain
@@ -23,8 +24,6 @@ from flatlab.train.averages import Running
 from flatlab.train.batches import refresh
 from flatlab.train.evaluate import Evaluator, mean
 from flatlab.train.swad import SWAD
-
-Report = Callable[[int, int], None]  # checkpoints seen, checkpoints in all
 
 
 def valley(run: Run, spec: AverageSpec | None = None) -> dict[str, Any]:
@@ -155,7 +154,7 @@ class _Replaying:
 
     def show(self, step: int, observers: list[_Observer]) -> None:
         """Pass a checkpoint to the observers; log those that are evaluated along the way, where the run was."""
-        loading_network.load(self.network, files.load_arrays(self.kept[step])[0])
+        restore(self.network, self.kept[step])
         validate = cache(partial(self._validate, step))
         interval = 1 if self.spec.eval_every <= self.every else _upwards(self.spec.eval_every, self.every)
         for observer in observers:

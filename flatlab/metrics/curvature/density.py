@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flatlab.arguments import FloatArray, Report
 from flatlab.derivatives.operators import Curvature, Hessian
 from flatlab.errors import UserError
 from flatlab.landscape.landscape import Landscape
 from flatlab.metrics.curvature.krylov import Krylov, draw, resolution
-from flatlab.results.estimate import Cost, FloatArray, Report
+from flatlab.results.estimate import Cost
 from flatlab.results.spectrum import SpectralDensity
 from flatlab.seeds import base_seed
 

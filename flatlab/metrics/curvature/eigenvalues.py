@@ -8,11 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flatlab.arguments import FloatArray
 from flatlab.derivatives.operators import Curvature, Hessian
 from flatlab.errors import UserError, choose
 from flatlab.landscape.landscape import Landscape
 from flatlab.metrics.curvature.krylov import Krylov, draw, matrix_of, resolution
-from flatlab.results.estimate import Cost, FloatArray
+from flatlab.results.estimate import Cost
 from flatlab.results.spectrum import Flags, Spectrum, Which
 from flatlab.seeds import base_seed
 

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flatlab.arguments import FloatArray
 from flatlab.derivatives.operators import Curvature
-from flatlab.results.estimate import FloatArray
 from flatlab.seeds import generator
 
 _BLOCK = 32  # columns of a whole matrix that share the graph of a batch

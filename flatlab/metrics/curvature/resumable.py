@@ -9,6 +9,7 @@ from functools import cache
 
 import numpy as np
 
+from flatlab.arguments import FloatArray
 from flatlab.derivatives.operators import Hessian
 from flatlab.landscape.landscape import Landscape
 from flatlab.metrics.curvature.density import quadrature
@@ -16,7 +17,7 @@ from flatlab.metrics.curvature.eigenvalues import hessian_spectrum
 from flatlab.metrics.curvature.krylov import resolution
 from flatlab.metrics.curvature.trace import BUDGET, COLUMNS, hessian_trace
 from flatlab.metrics.units import Keep
-from flatlab.results.estimate import Cost, FloatArray
+from flatlab.results.estimate import Cost
 from flatlab.results.spectrum import SpectralDensity, Trace
 
 STOPS = ("accuracy", "budget", "exact")

@@ -4,12 +4,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from flatlab.arguments import FloatArray
 from flatlab.errors import UserError
 from flatlab.landscape.landscape import Landscape
 from flatlab.metrics.flatness.perturbations import check_normalisation
-from flatlab.metrics.flatness.sampler import Report, Sampler
+from flatlab.metrics.flatness.sampler import DrawsReport, Sampler
 from flatlab.metrics.flatness.sphere import sample
-from flatlab.results.estimate import FloatArray
 from flatlab.results.sphere import Normalisation, PairedDifference, SphereFlatness
 from flatlab.seeds import base_seed
 
@@ -25,7 +25,7 @@ def compare_flatness(
     budget: float | None = None,
     seed: int | torch.Generator = 0,
     normalisation: Normalisation = "none",
-    report: Report | None = None,
+    report: DrawsReport | None = None,
 ) -> PairedDifference:
     """Measure the flatness of two models of one architecture along the same directions, on the same blocks of images.
 

@@ -13,14 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flatlab.arguments import whole
+from flatlab.arguments import FloatArray, whole
 from flatlab.errors import UserError
 from flatlab.landscape.landscape import Landscape
 from flatlab.metrics.flatness.perturbations import check_normalisation
 from flatlab.metrics.flatness.sampler import Goal, Sampler
 from flatlab.metrics.units import Keep, Unit, forget
-from flatlab.results.estimate import Cost, FloatArray
-from flatlab.results.rounding import RoundingRise
+from flatlab.results.rounding import RoundingRise, cost_of
 from flatlab.results.sphere import Normalisation, SamplingPlan
 from flatlab.seeds import base_seed
 from flatlab.tensors.losses import wide
@@ -59,7 +58,7 @@ def typical_rise(
     vectors = {name: _checked(name, landscape.as_point(each)) for name, each in perturbations.items()}
     own = [_own(landscape, name, vector, keep) for name, vector in vectors.items()]
     visits = [_visits(sampler, name, vector, num_samples) for name, vector in vectors.items()]
-    passes = 1 + len(vectors) * (2 + num_samples)
+    cost = cost_of(len(vectors), num_samples, landscape.num_samples)
     return RoundingRise(
         names=tuple(vectors),
         norms=np.array([_length(each) for each in vectors.values()]),
@@ -70,7 +69,7 @@ def typical_rise(
         normalisation=sampler.normalisation,
         num_params=landscape.num_params,
         norm=landscape.norm,
-        cost=Cost(passes, passes * landscape.num_samples, 0, time.perf_counter() - start),
+        cost=replace(cost, seconds=time.perf_counter() - start),
     )
 
 

@@ -13,13 +13,14 @@ from itertools import islice
 import numpy as np
 from torch import Tensor
 
+from flatlab.arguments import FloatArray
 from flatlab.errors import UserError
 from flatlab.landscape.blocks import Block, Partition
 from flatlab.landscape.evaluation import Move
 from flatlab.landscape.landscape import Landscape
 from flatlab.metrics.flatness.perturbations import draw_direction, reach
 from flatlab.metrics.flatness.sampler import MOST, SAFETY, Goal, Sampler, settled
-from flatlab.results.estimate import Components, FloatArray, components
+from flatlab.results.estimate import Components, components
 from flatlab.results.sphere import Normalisation, SamplingPlan
 
 GROUPS, DIRECTIONS, IMAGES = 16, 4, 16  # 64 independent directions, each on a block of 16 images

@@ -7,12 +7,11 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
-from flatlab.arguments import distances, finite, whole
+from flatlab.arguments import FloatArray, distances, finite, whole
 from flatlab.errors import UserError
 from flatlab.landscape.landscape import Landscape
 from flatlab.metrics.flatness import pilot, slope
 from flatlab.metrics.flatness.sampler import Goal, Sampler
-from flatlab.results.estimate import FloatArray
 from flatlab.results.sphere import SamplingPlan
 from flatlab.seeds import derive
 

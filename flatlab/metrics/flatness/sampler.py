@@ -13,12 +13,13 @@ from functools import partial
 import numpy as np
 from torch import Tensor
 
+from flatlab.arguments import FloatArray
 from flatlab.landscape.blocks import Partition
 from flatlab.landscape.evaluation import Move
 from flatlab.landscape.landscape import Landscape
 from flatlab.metrics.flatness.perturbations import Noise, draw_direction
 from flatlab.metrics.units import Keep, forget
-from flatlab.results.estimate import Estimate, FloatArray, estimate
+from flatlab.results.estimate import Estimate, estimate
 from flatlab.results.sphere import Normalisation, SamplingPlan
 from flatlab.seeds import derive
 
@@ -60,7 +61,7 @@ class Draws:
     stopped: str = ""  # "accuracy", "samples", "budget", "nonfinite" or "interrupted"
 
 
-Report = Callable[[list[Draws]], None]
+DrawsReport = Callable[[list[Draws]], None]
 """Called with the draws at each radius, after each unit."""
 
 
@@ -115,7 +116,7 @@ class Sampler:
     _bases: dict[tuple[int, int, int], FloatArray] = field(default_factory=dict)
     _rested: dict[int, int] = field(default_factory=dict)  # visits at rest that are paid, by block size
 
-    def run(self, plans: Sequence[SamplingPlan], goal: Goal, *, report: Report | None = None) -> list[Draws]:
+    def run(self, plans: Sequence[SamplingPlan], goal: Goal, *, report: DrawsReport | None = None) -> list[Draws]:
         """Sample each radius by its plan until the goal is reached; radii of one plan share their directions."""
         shape = (len(self.landscapes), 0, len(self.landscapes[0].strata))
         per_radius = [Draws(plan, len(self._sizes(plan.block_size)), np.zeros(shape)) for plan in plans]

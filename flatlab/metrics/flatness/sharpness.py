@@ -15,14 +15,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from flatlab.arguments import distances, whole
+from flatlab.arguments import FloatArray, distances, whole
 from flatlab.errors import choose
 from flatlab.landscape.landscape import Landscape
 from flatlab.metrics.flatness.perturbations import draw_direction
 from flatlab.metrics.flatness.sampler import Sampler
 from flatlab.metrics.flatness.sphere import sample
 from flatlab.metrics.flatness.worst import BACKWARD
-from flatlab.results.estimate import Cost, FloatArray
+from flatlab.results.estimate import Cost
 from flatlab.results.sharpness import AverageSharpness, Norm, WorstSharpness
 from flatlab.seeds import base_seed
 

@@ -2,10 +2,10 @@
 
 import numpy as np
 
+from flatlab.arguments import FloatArray
 from flatlab.landscape.blocks import Partition
 from flatlab.landscape.landscape import Landscape
 from flatlab.metrics.flatness.perturbations import draw_direction
-from flatlab.results.estimate import FloatArray
 from flatlab.results.sphere import Normalisation
 from flatlab.seeds import derive
 

@@ -9,12 +9,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from flatlab.arguments import whole
+from flatlab.arguments import FloatArray, whole
 from flatlab.landscape.landscape import Landscape
 from flatlab.metrics.flatness import planning
 from flatlab.metrics.flatness.perturbations import check_normalisation, reach
-from flatlab.metrics.flatness.sampler import Draws, Report, Sampler
-from flatlab.results.estimate import Cost, FloatArray
+from flatlab.metrics.flatness.sampler import Draws, DrawsReport, Sampler
+from flatlab.results.estimate import Cost
 from flatlab.results.sphere import Normalisation, SamplingPlan, SphereFlatness
 from flatlab.seeds import base_seed
 
@@ -32,7 +32,7 @@ def sphere_flatness(
     budget: float | None = None,
     seed: int | torch.Generator = 0,
     normalisation: Normalisation = "none",
-    report: Report | None = None,
+    report: DrawsReport | None = None,
 ) -> SphereFlatness:
     """Measure F_gamma(w), the mean rise of the loss on spheres around w (arXiv 2410.06020, Eq. 5).
 
@@ -63,7 +63,7 @@ def sample(
     budget: float | None,
     *,
     block_size: int | None = None,
-    report: Report | None = None,
+    report: DrawsReport | None = None,
 ) -> list[SphereFlatness]:
     """Measure a sampler's landscapes together; the arguments are those of `sphere_flatness`.
 

@@ -12,11 +12,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from flatlab.arguments import whole
+from flatlab.arguments import FloatArray, Report, whole
 from flatlab.errors import UserError
 from flatlab.landscape.landscape import Landscape
 from flatlab.results.connectivity import Connection, by_stratum, chord
-from flatlab.results.estimate import Cost, FloatArray, Report
+from flatlab.results.estimate import Cost
 from flatlab.seeds import base_seed, derive
 from flatlab.tensors.batchnorm import Statistics
 from flatlab.tensors.losses import wide

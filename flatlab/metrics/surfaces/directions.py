@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flatlab.arguments import FloatArray
 from flatlab.errors import UserError
 from flatlab.landscape.landscape import Landscape
 from flatlab.metrics.curvature.eigenvalues import hessian_spectrum
 from flatlab.metrics.flatness.perturbations import check_normalisation, draw_direction, scale_to_weights
-from flatlab.results.estimate import FloatArray
 from flatlab.results.spectrum import Spectrum, Which
 from flatlab.results.sphere import Normalisation
 from flatlab.tensors.losses import wide

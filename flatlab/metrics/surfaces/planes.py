@@ -16,13 +16,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from flatlab.arguments import whole
+from flatlab.arguments import FloatArray, Report, whole
 from flatlab.errors import UserError
 from flatlab.landscape.landscape import Landscape
 from flatlab.metrics.surfaces.directions import Directions, checked, random_directions
 from flatlab.metrics.surfaces.refinement import refined
 from flatlab.metrics.units import Keep, forget
-from flatlab.results.estimate import Cost, FloatArray, Report
+from flatlab.results.estimate import Cost
 from flatlab.results.surface import Profile, Surface
 from flatlab.seeds import base_seed, derive
 from flatlab.tensors.batchnorm import Statistics

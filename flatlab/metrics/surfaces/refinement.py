@@ -6,7 +6,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from flatlab.results.estimate import FloatArray
+from flatlab.arguments import FloatArray
 
 COARSEST = 9  # places along an axis that refinement begins with, at least
 FLOOR = 0.02  # of the range: how much of it is added to the height that the tolerance is a share of
