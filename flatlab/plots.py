@@ -113,8 +113,11 @@ def legend_above(figure: Figure, ax: Axes, title: str) -> None:
     legend.get_title().set_multialignment("center")
 
 
-def save(figure: Figure, stem: Path) -> list[Path]:
-    """Write `<stem>.pdf` and `<stem>.png`; the PDF carries no date, so that equal figures are equal files."""
+def save(figure: Figure, stem: Path, table: pd.DataFrame | None = None) -> list[Path]:
+    """Write `<stem>.pdf` and `<stem>.png`, the PDF without a date, so that equal figures are equal files.
+
+    A table that belongs to the figure is written to `<stem>.csv`.
+    """
     stem.parent.mkdir(parents=True, exist_ok=True)
     paths = [stem.with_suffix(suffix) for suffix in (".pdf", ".png")]
     with style():  # resolution and fonts are chosen on writing
@@ -125,6 +128,9 @@ def save(figure: Figure, stem: Path) -> list[Path]:
                     figure.savefig(neighbour, format=kind, metadata=metadata)
         finally:
             plt.close(figure)
+    if table is not None:
+        paths.append(stem.with_suffix(".csv"))
+        files.write_bytes(paths[-1], table.to_csv(index=False).encode())
     return paths
 
 

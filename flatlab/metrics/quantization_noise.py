@@ -6,7 +6,7 @@ largest of a uniform sample, which span the bins, the others are uniform again.
 """
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,10 +23,6 @@ from flatlab.results.quantization_noise import (
     symmetry,
     symmetry_null,
 )
-
-if TYPE_CHECKING:
-    pass
-
 
 Numbers = Tensor | npt.ArrayLike
 FEWEST = 8  # numbers that a distribution can be judged by

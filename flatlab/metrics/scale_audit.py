@@ -5,7 +5,6 @@ use common directions, so that an invariant measure gives the same number up to 
 """
 
 import time
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -24,9 +23,6 @@ from flatlab.results.estimate import Cost
 from flatlab.results.scale_audit import WAYS, ScaleAudit
 from flatlab.results.sphere import Normalisation
 from flatlab.seeds import base_seed
-
-if TYPE_CHECKING:
-    pass
 
 SPHERES: dict[str, Normalisation] = {
     "sphere, raw": "none",

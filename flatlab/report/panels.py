@@ -4,10 +4,12 @@
 """
 
 from collections.abc import Iterable
+from typing import TypeVar
 
-import numpy as np
-import numpy.typing as npt
+from flatlab.results.rounding import RoundingRise
+from flatlab.results.sphere import SphereFlatness
 
+Rises = TypeVar("Rises", SphereFlatness, RoundingRise)
 SOURCE, TARGET = "source", "target"
 TITLES = {SOURCE: "source domains", TARGET: "held-out domain"}
 ACCURACY = {  # panel and split of an accuracy -> its title
@@ -17,12 +19,17 @@ ACCURACY = {  # panel and split of an accuracy -> its title
 }
 
 
-def masks(strata: Iterable[str], held_out: str) -> dict[str, npt.NDArray[np.bool_]]:
-    """Return for each panel which strata (domains) are its own.
+def strata_of(strata: Iterable[str], panel: str, held_out: str) -> list[str]:
+    """Return which strata (domains) are a panel's, in their order.
 
     Args:
-        strata: the domains' names, in order.
+        strata: the domains' names.
+        panel: "source" or "target" (the held-out domain).
         held_out: the domain that was not trained on.
     """
-    target = np.array([name == held_out for name in strata], dtype=bool)
-    return {SOURCE: ~target, TARGET: target}
+    return [name for name in strata if (name == held_out) == (panel == TARGET)]
+
+
+def part_of(found: Rises, panel: str, held_out: str) -> Rises:
+    """Return a measurement on the domains of a panel, as in `strata_of`."""
+    return found.of(strata_of(found.strata, panel, held_out))

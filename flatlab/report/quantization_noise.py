@@ -186,10 +186,8 @@ def chart(
     frame = statistics(store, wanted)
     names = chosen_layers(frame, layers)
     rows = frame[frame["layer"].isin(names) & (frame["mode"] == "normalised")]
-    out.mkdir(parents=True, exist_ok=True)
-    files.write_bytes(out / "noise.csv", frame.to_csv(index=False).encode())
     bits = "/".join(str(each) for each in dict.fromkeys(frame["bits"]))
     caption = (
         f"Quantization noise, {bits} bits: {', '.join(dict.fromkeys(frame['method']))}\n{MODES['normalised']}. {NULL}"
     )
-    return frame, [*plots.save(draw(rows, caption, drawn(store, rows, wanted)), out / "noise"), out / "noise.csv"]
+    return frame, plots.save(draw(rows, caption, drawn(store, rows, wanted)), out / "noise", frame)

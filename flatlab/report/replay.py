@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from flatlab import files, plots
+from flatlab import plots
 from flatlab.report import tables, valleys
 from flatlab.store import selection
 from flatlab.store.runs import Run
@@ -32,9 +32,7 @@ def chart(found: Sequence[Run], replays: Sequence[Any], *, out: Path) -> tuple[p
     """
     pairs = list(zip(found, replays, strict=True))
     table = pd.DataFrame([row for run, each in pairs for row in _rows(run, each)])
-    out.mkdir(parents=True, exist_ok=True)
-    files.write_bytes(out / "replay.csv", table.to_csv(index=False).encode())
-    written = [*plots.save(_draw(pairs, table), out / "replay"), out / "replay.csv"]
+    written = plots.save(_draw(pairs, table), out / "replay", table)
     return table, [sentence for run, each in pairs for sentence in _said(run, each)], written
 
 

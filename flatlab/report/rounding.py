@@ -12,9 +12,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from flatlab import files, plots
+from flatlab import plots
 from flatlab.report import tables
-from flatlab.report.panels import SOURCE, TARGET
+from flatlab.report.panels import SOURCE, TARGET, part_of
 from flatlab.results.rounding import RoundingRise
 from flatlab.specs.measurements import RoundingSpec
 from flatlab.specs.run import RunSpec
@@ -52,7 +52,7 @@ def _rows(run: Run, measurement: RoundingSpec, label: str) -> Iterator[dict[str,
     about = {"method": label, "held_out": run.spec.held_out, "seed": run.spec.seed, "over": "directions"}
     for (part, null), whole in run.result(measurement, label).parts.items():
         about |= {"part": part, "null": NULLS[null]}
-        panels = {panel: tables.panel_strata(whole, run.spec, panel) for panel in (SOURCE, TARGET)}
+        panels = {panel: part_of(whole, panel, run.spec.held_out) for panel in (SOURCE, TARGET)}
         for index, (name, norm) in enumerate(zip(whole.names, whole.norms.tolist(), strict=True)):
             about |= {"perturbation": name, "gamma": norm, "share": norm / whole.norm}
             for panel, found in panels.items():
@@ -171,11 +171,9 @@ def chart(
         out: folder of the pictures.
     """
     frame = rises(store, [(run.name, run.spec, measurement) for run in found])
-    out.mkdir(parents=True, exist_ok=True)
-    files.write_bytes(out / "radius.csv", frame.to_csv(index=False).encode())
     caption = (
         f"What a bit width is worth as a radius\n{layers or 'All layers'}, source domains; "
         f"{measurement.num_samples} random "
         "directions each, 95 % intervals over them; grey: 95 % of these"
     )
-    return wide(frame), [*plots.save(draw(frame, caption), out / "radius"), out / "radius.csv"]
+    return wide(frame), plots.save(draw(frame, caption), out / "radius", frame)

@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from flatlab import files, plots
+from flatlab import plots
 from flatlab.arguments import FloatArray
 from flatlab.report.panels import TITLES
 from flatlab.results.spectrum import MeasuredSpectrum, SpectralDensity, blur
@@ -97,11 +97,8 @@ def chart(store: RunStore, wanted: list[tuple[str, RunSpec, SpectrumSpec]], out:
         wanted: method's name, run, measurement.
         out: folder of the pictures.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    table = out / "hessian.csv"
-    files.write_bytes(table, numbers(store, wanted).to_csv(index=False).encode())
     ours = [each for each in wanted if each[2].engine == "flatlab"]
-    return [*plots.save(_draw(densities(store, ours)), out / "hessian"), table]
+    return plots.save(_draw(densities(store, ours)), out / "hessian", numbers(store, wanted))
 
 
 def _draw(frame: pd.DataFrame) -> Figure:

@@ -7,7 +7,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from flatlab import files, plots
+from flatlab import plots
 from flatlab.report import panels, tables
 from flatlab.results.sphere import PairedDifference
 from flatlab.specs.measurements import SphereSpec
@@ -35,9 +35,7 @@ def chart(
     each = [run.result(measurement) for run in found]
     lengths = {"l2": "distances", "share": "relative_radii", "rms": "rms"}
     shown = shown.assign(**{to: np.concatenate([getattr(one, name) for one in each]) for to, name in lengths.items()})
-    out.mkdir(parents=True, exist_ok=True)
-    files.write_bytes(out / "flatness.csv", shown.to_csv(index=False).encode())
-    return shown, [*plots.save(_draw(shown, measurement, panel), out / "flatness"), out / "flatness.csv"]
+    return shown, plots.save(_draw(shown, measurement, panel), out / "flatness", shown)
 
 
 def said(found: list[Run], measurement: SphereSpec, *, panel: str) -> list[str]:
@@ -48,7 +46,7 @@ def said(found: list[Run], measurement: SphereSpec, *, panel: str) -> list[str]:
         measurement: as measured.
         panel: "source" or "target" (the held-out domain).
     """
-    seen = {run.name: tables.panel_strata(run.result(measurement), run.spec, panel) for run in found}
+    seen = {run.name: panels.part_of(run.result(measurement), panel, run.spec.held_out) for run in found}
     told = [f"{name}: {sentence}" for name, each in seen.items() for sentence in each.remarks]
     first, *others = seen.items()
     for name, other in others:

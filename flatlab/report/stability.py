@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from scipy import stats
 
-from flatlab import files, plots
+from flatlab import plots
 from flatlab.errors import UserError
 from flatlab.report import tables
 from flatlab.report.panels import ACCURACY, SOURCE, TARGET
@@ -189,8 +189,6 @@ def chart(
                 "smaller --eval-every."
             )
     along = curves(store, [(run.name, run.spec) for run in found])
-    out.mkdir(parents=True, exist_ok=True)
-    files.write_bytes(out / "stability.csv", along.to_csv(index=False).encode())
     frame = along.assign(low=along["value"], high=along["value"])
     with plots.style():
         rows = 3 if valleys else 2
@@ -203,7 +201,7 @@ def chart(
     told[list(NUMBERS)] *= [1 if name == UNITLESS else 100 for name in NUMBERS]
     if valleys:
         told = told.join(pd.DataFrame(list(valleys)).drop(columns="span").add_prefix("valley "))
-    return told, [*plots.save(figure, out / "stability"), out / "stability.csv"]
+    return told, plots.save(figure, out / "stability", along)
 
 
 def _valleys(ax: Axes, found: Sequence[Run], valleys: Sequence[dict[str, Any]]) -> None:

@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from flatlab import files, plots
+from flatlab import plots
 from flatlab.errors import UserError
 from flatlab.report import panels
 from flatlab.results.connectivity import Connection, Connections
@@ -80,7 +80,7 @@ def steps_between(found: Sequence[Run], axes: str, every: int | None) -> int | N
 
 def of_panel(found: Surface, panel: str, held_out: str, metric: str = "loss") -> np.ndarray[Any, np.dtype[np.float64]]:
     """Return a metric (G1, G2) on the source domains, each weighing the same, or on the held-out one."""
-    return found.of(metric, np.array(found.strata)[panels.masks(found.strata, held_out)[panel]].tolist())
+    return found.of(metric, panels.strata_of(found.strata, panel, held_out))
 
 
 def draw_surfaces(found: Sequence[Run], measurement: SurfaceSpec, *, out: Path) -> list[Path]:
@@ -164,8 +164,7 @@ def draw_line(
             written.append(out / f"connection-{run.spec.digest[:6]}-{other.spec.digest[:6]}-{panel}.npz")
             found.save(written[-1])
         figure.suptitle("\n".join([BAND, *remarks([run], measurement)]), fontsize=8)
-    files.write_bytes(out / "connection.csv", pd.concat(frames).to_csv(index=False).encode())
-    pictures = [*plots.save(figure, out / "connection"), out / "connection.csv"]
+    pictures = plots.save(figure, out / "connection", pd.concat(frames))
     return pd.DataFrame(rows), [*told, *remarks([run], measurement)], [*pictures, *written]
 
 

@@ -7,7 +7,7 @@ One observation is one row. `over` names the source of an interval: "directions"
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,9 +15,8 @@ import pandas as pd
 from flatlab.arguments import FloatArray
 from flatlab.errors import UserError
 from flatlab.report import verdicts
-from flatlab.report.panels import ACCURACY, SOURCE, TARGET, masks
+from flatlab.report.panels import ACCURACY, SOURCE, TARGET, part_of
 from flatlab.results.estimate import Estimate, mean_of
-from flatlab.results.rounding import RoundingRise
 from flatlab.results.sphere import SphereFlatness
 from flatlab.specs.measurements import SphereSpec
 from flatlab.specs.rises import ByRise
@@ -28,7 +27,6 @@ from flatlab.store.runs import Run, RunStore
 
 LEVEL = 0.95
 Labelled = tuple[str, RunSpec]
-Rises = TypeVar("Rises", SphereFlatness, RoundingRise)
 
 
 def flatness(store: RunStore, wanted: Iterable[tuple[str, RunSpec, SphereSpec]]) -> pd.DataFrame:
@@ -59,22 +57,10 @@ def flatness(store: RunStore, wanted: Iterable[tuple[str, RunSpec, SphereSpec]])
     return pd.DataFrame(rows)
 
 
-def panel_strata(flat: Rises, run: RunSpec, panel: str) -> Rises:
-    """Return a measurement on the domains of a panel.
-
-    Args:
-        flat: on all domains.
-        run: what is measured.
-        panel: "source" or "target" (the held-out domain).
-    """
-    mine = masks(flat.strata, run.held_out)[panel]
-    return flat.of([name for name, kept in zip(flat.strata, mine, strict=True) if kept])
-
-
 def _rises(run: RunSpec, label: str, whole: SphereFlatness) -> Iterable[dict[str, Any]]:
     rises = whole.rises or [float("nan")] * len(whole.radii)
     for panel in (SOURCE, TARGET):
-        flat = panel_strata(whole, run, panel)
+        flat = part_of(whole, panel, run.held_out)
         for radius, found, rise in zip(flat.radii.tolist(), flat.estimates, rises, strict=True):
             yield {
                 "panel": panel,

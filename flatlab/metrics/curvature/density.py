@@ -4,7 +4,6 @@ Sources: Ubaru, Chen and Saad 2017; Ghorbani, Krishnan and Xiao 2019.
 """
 
 import time
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,9 +17,6 @@ from flatlab.metrics.curvature.krylov import Krylov, draw, resolution
 from flatlab.results.estimate import Cost
 from flatlab.results.spectrum import SpectralDensity
 from flatlab.seeds import base_seed
-
-if TYPE_CHECKING:
-    pass
 
 
 def spectral_density(

@@ -2,7 +2,6 @@
 
 import time
 from functools import partial
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,9 +15,6 @@ from flatlab.metrics.curvature.krylov import Krylov, draw, matrix_of, resolution
 from flatlab.results.estimate import Cost
 from flatlab.results.spectrum import Flags, Spectrum, Which
 from flatlab.seeds import base_seed
-
-if TYPE_CHECKING:
-    pass
 
 Order = np.ndarray[tuple[int], np.dtype[np.intp]]
 _Found = tuple[FloatArray, FloatArray, Flags, Tensor | None]  # values, residuals, which are converged, vectors

@@ -7,7 +7,6 @@ spheres.
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -23,9 +22,6 @@ from flatlab.results.rounding import RoundingRise, cost_of
 from flatlab.results.sphere import Normalisation, SamplingPlan
 from flatlab.seeds import base_seed
 from flatlab.tensors.losses import wide
-
-if TYPE_CHECKING:
-    pass
 
 
 def typical_rise(

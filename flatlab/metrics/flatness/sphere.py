@@ -3,7 +3,6 @@
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -17,9 +16,6 @@ from flatlab.metrics.flatness.sampler import Draws, DrawsReport, Sampler
 from flatlab.results.estimate import Cost
 from flatlab.results.sphere import Normalisation, SamplingPlan, SphereFlatness
 from flatlab.seeds import base_seed
-
-if TYPE_CHECKING:
-    pass
 
 
 def sphere_flatness(
