@@ -135,7 +135,9 @@ def test_an_ensemble_is_labelled_by_its_members(members, label):
 
 
 def test_an_ensemble_of_what_is_not_trained_is_refused(tmp_path):
-    refuses(lambda: join(MIXED, RunStore(tmp_path), PLACE), ERM.digest, "not finished", "train it")
+    refuses(
+        lambda: join(MIXED, RunStore(tmp_path), PLACE), ERM.digest, "not finished", "repeat the command that started it"
+    )
 
 
 def test_an_ensemble_is_trained_by_its_name(tmp_path, capsys):

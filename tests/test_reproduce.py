@@ -48,8 +48,7 @@ def test_every_figure_is_drawn_again_from_its_files_alone(smoke, tmp_path):
     data = [path for path in (root / "figures").iterdir() if path.suffix in (".csv", ".npz", ".json")]
     for path in data:
         shutil.copy(path, tmp_path / path.name)
-    said = without_torch("from flatlab.cli import main; main(sys.argv[1:])", *REDRAW, tmp_path, "--reference")
-    assert "fig3.pdf" in said
+    without_torch("from flatlab.cli import main; main(sys.argv[1:])", *REDRAW, tmp_path, "--reference")
     for name in codes:
         for suffix in ("png", "pdf", "md"):
             made, again = (folder / f"{name}.{suffix}" for folder in (root / "figures", tmp_path))

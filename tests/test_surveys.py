@@ -232,9 +232,9 @@ def test_mistakes_are_one_sentence(flatlab, store):
     for words, told in [
         (("landscape", erm, "--grid", 1), "grid"),
         (("landscape", erm, "--axes", "sideways"), "did you mean"),
-        (("landscape", erm, "--axes", "runs"), "three runs or more"),
+        (("landscape", erm, "--axes", "runs"), "at least three runs"),
         (("landscape", erm, "--extent", -1), "extent"),
-        (("landscape", erm, "--axes", "line"), "name two"),
+        (("landscape", erm, "--axes", "line"), "needs two runs"),
         (("landscape", erm, sam, "--axes", "line", "--grid", 2), "grid"),
         (("landscape", erm, "--recompute", 1), "recompute"),
         (("landscape", erm, "--every", 2), "--axes trajectory"),
