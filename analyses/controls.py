@@ -95,7 +95,7 @@ def summary(findings: pd.DataFrame) -> pd.DataFrame:
     """Return a line for each question and a column for each measure."""
     cells = findings.assign(
         question=findings["question"] + ": " + findings["method"] + " less " + findings["baseline"],
-        cell=verdicts.cells(findings, digits=2),
+        cell=verdicts.cells(findings, digits=verdicts.digits_of(findings["measure"].map(MEASURES))),
         measure=findings["measure"].map(MEASURES),
     )
     wide = cells.pivot_table(index="question", columns="measure", values="cell", aggfunc="first", sort=False)

@@ -188,10 +188,9 @@ def _paired(each: pd.DataFrame) -> pd.DataFrame:
 
 def summary(findings: pd.DataFrame) -> pd.DataFrame:
     """Return a line for each pair and a column for each measure."""
-    starred = zip(findings["p_holm"], *(findings[name] for name in fig3.TOLD), strict=True)
     cells = findings.assign(
         pair=findings["method"] + " less " + findings["baseline"],
-        cell=[verdicts.bracketed(*told, digits=2, starred=p < verdicts.LEVEL) for p, *told in starred],
+        cell=verdicts.cells(findings, digits=verdicts.digits_of(findings["measure"].map(MEASURES))),
         measure=findings["measure"].map(MEASURES),
     )
     wide = cells.pivot_table(

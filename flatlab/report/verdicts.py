@@ -4,6 +4,8 @@ A finding is a row with `method`, `baseline`, `value` (their difference), `low`,
 alone. `corrected` adds the family and the verdict, `sentences` and `statement` say it. Torch-free.
 """
 
+from collections.abc import Iterable, Sequence
+
 import numpy as np
 import pandas as pd
 
@@ -40,10 +42,21 @@ def bracketed(value: float, low: float, high: float, *, digits: int = 3, starred
     return f"{value:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]{'*' if starred else ''}"
 
 
-def cells(findings: pd.DataFrame, *, digits: int = 3) -> list[str]:
-    """Return each finding with its interval as text, starred where p < 0.05 after Holm within its family."""
+def cells(findings: pd.DataFrame, *, digits: int | Sequence[int] = 3) -> list[str]:
+    """Return each finding with its interval as text, starred where p < 0.05 after Holm within its family.
+
+    Args:
+        findings: as `corrected` returns them.
+        digits: behind the point, of all values or of each.
+    """
     rows = findings[["p_holm", "value", "low", "high"]].itertuples(index=False)
-    return [bracketed(*told, digits=digits, starred=p < LEVEL) for p, *told in rows]
+    places = [digits] * len(findings) if isinstance(digits, int) else digits
+    return [bracketed(*told, digits=n, starred=p < LEVEL) for n, (p, *told) in zip(places, rows, strict=True)]
+
+
+def digits_of(titles: Iterable[str]) -> list[int]:
+    """Return how many digits behind the point values have by the unit in their titles: 3 of nats, 2 of points."""
+    return [3 if title.endswith("(nats)") else 2 for title in titles]
 
 
 def sentences(
