@@ -100,7 +100,7 @@ def draw(frame: pd.DataFrame, caption: str) -> Figure:
                 ax.set(title=f"{number.capitalize()}, {title}", xlabel="ERM (nats)", ylabel="method (nats)")
         title, _, rest = caption.partition("\n")
         plots.legend_above(figure, grid[0, 0], title)
-        figure.supxlabel(rest, fontsize=7, color="0.3")
+        plots.notes_below(figure, rest, fontsize=7)
     return figure
 
 

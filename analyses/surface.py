@@ -139,11 +139,12 @@ def draw(frame: pd.DataFrame, caption: str) -> Figure:
                     ax.contour(*places, inside.T, levels=[0.5], colors="white", linestyles=":", linewidths=0.8)
                 ax.plot(0, 0, "+", color="white", markersize=5)
                 ax.set(title=method if panel == SOURCE else "", aspect="equal")
+                ax.locator_params(nbins=3)
             row[0].set(ylabel=f"{title}\ndirection 2")
         figure.colorbar(filled, ax=grid, label="loss (nats)", format="%.2g", pad=0.01)
         head, _, rest = caption.partition("\n")
         figure.suptitle(head, fontsize=9)
-        figure.supxlabel(f"direction 1 (both: share of each filter's norm)\n{rest}", fontsize=7, color="0.3")
+        plots.notes_below(figure, f"direction 1 (both: share of each filter's norm)\n{rest}", fontsize=7)
     return figure
 
 

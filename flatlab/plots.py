@@ -174,8 +174,20 @@ def captioned(figure: Figure, ax: Axes, caption: str) -> None:
     """
     title, _, rest = caption.partition("\n")
     legend_above(figure, ax, "\n".join(textwrap.wrap(title, round(figure.get_figwidth() * 14))))  # at 9 points
-    characters = round(figure.get_figwidth() * 22)  # at 5.5 points
-    figure.supxlabel("\n".join(textwrap.wrap(rest, characters)), fontsize=5.5, color="0.3")
+    notes_below(figure, rest)
+
+
+def notes_below(figure: Figure, notes: str, *, fontsize: float = 5.5) -> None:
+    """Place notes below all panels, each line wrapped to the width of the figure.
+
+    Args:
+        figure: the figure.
+        notes: the text.
+        fontsize: in points.
+    """
+    characters = round(figure.get_figwidth() * 121 / fontsize)
+    lines = [textwrap.fill(line, characters) for line in notes.split("\n")]
+    figure.supxlabel("\n".join(lines), fontsize=fontsize, color="0.3")
 
 
 def dots(ax: Axes, frame: pd.DataFrame, order: Sequence[str]) -> None:
