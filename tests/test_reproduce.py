@@ -68,9 +68,10 @@ def _check_reference(folder, names):
     assert all(f"## [{name}]({name}.md)" in index for name in names) and "Mean of F up to" in index
     assert sum(path.stat().st_size for path in kept) < 5e6
     for name in names:
-        picture, rows = Image.open(folder / f"{name}.png"), pd.read_csv(folder / f"{name}.csv")
+        rows = pd.read_csv(folder / f"{name}.csv")
         assert (folder / f"{name}.png").stat().st_size < 150_000
-        assert picture.size == Image.open(folder.parent / f"{name}.png").size and picture.mode == "P"
+        with Image.open(folder / f"{name}.png") as picture, Image.open(folder.parent / f"{name}.png") as whole:
+            assert picture.size == whole.size and picture.mode == "P"
         assert len(rows) and set(rows.get("over", ["seeds"])) == {"seeds"} and "run" not in rows
 
 
