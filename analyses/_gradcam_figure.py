@@ -3,7 +3,6 @@
 One class serves Figures 6, 7 and 9 to 12: they differ in targets, images and layout.
 """
 
-import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -32,15 +31,16 @@ SUMMARY = (
     "over the numbers"
 )
 NUMBERS = {
-    "deletion": "Deletion area\n(low: a telling map)",
-    "insertion": "Insertion area\n(high: a telling map)",
+    "deletion": "Deletion area\n(low: an informative map)",
+    "insertion": "Insertion area\n(high: an informative map)",
     "energy": "Energy inside the ink\n(dotted: the ink's area)",
-    "empty": "Empty maps: nothing\nspeaks for the class",
+    "empty": "Empty maps: no\nevidence for the class",
     "moved": "Agreement with itself\nat moved weights",
     "vanished": "Maps that vanish\nat moved weights",
     "agreement": "Agreement of the\ntwo networks",
 }
-COLUMNS = ["quantity", "method", "held_out", "seed", "share", "image", "label", "said", "run"]
+COLUMNS = ["quantity", "method", "held_out", "seed", "share", "image", "label", "predicted", "run"]
+CORRELATIONS = ("moved", "agreement")
 COLUMNS += ["value", "stderr", "low", "high", "over"]
 IMAGES = 24  # of each target: the numbers rest on all of them, the pictures show the first
 DIRECTIONS = 5
@@ -94,8 +94,8 @@ class CamFigure:
         each = pd.DataFrame(list(_numbers(found)))
         told, along = each[each["share"].isna()], each[each["share"].notna()]
         whole = [
-            tables.over_seeds(told, ["quantity", "method"]),
-            tables.over_seeds(along, ["quantity", "method", "share"]),
+            tables.over_seeds_within(told, ["quantity", "method"], correlations=CORRELATIONS),
+            tables.over_seeds_within(along, ["quantity", "method", "share"]),
         ]
         shown = pd.DataFrame(list(_pictures(found, range(self.first, self.first + self.shown), setting.seed)))
         return pd.concat([each, *whole, shown], ignore_index=True).reindex(columns=COLUMNS)
@@ -142,7 +142,7 @@ class CamFigure:
             _charts(below, frame[frame["over"] == "seeds"])
             title, _, rest = caption.partition("\n")
             figure.suptitle(title, fontsize=9)
-            figure.supxlabel("\n".join(textwrap.wrap(rest, 130)), fontsize=6, color="0.3")
+            plots.notes_below(figure, rest, fontsize=6)
         return figure
 
     def figure(self, module: str, doc: str) -> Analysis:
@@ -229,7 +229,7 @@ def _pictures(found: Found, indices: Iterable[int], seed: int) -> Iterable[dict[
     for (method, held_out, trial), (run, own) in found.items():
         for index in indices if trial == seed else ():
             probabilities = own.probabilities[index]
-            facts = {"image": index, "label": int(own.labels[index]), "said": int(probabilities.argmax())}
+            facts = {"image": index, "label": int(own.labels[index]), "predicted": int(probabilities.argmax())}
             keys = {"quantity": "picture", "method": method, "held_out": held_out, "seed": trial, "run": run}
             yield {**keys, **facts, "value": float(probabilities[facts["label"]]), "over": "picture"}
 
@@ -275,7 +275,8 @@ def _explained(cells: Sequence[Axes], rows: pd.DataFrame, arrays: files.Arrays, 
     for ax, (image, evidence), (_, row) in zip(cells, both, rows.iterrows(), strict=True):
         own = peak if common else float(evidence.max())
         heat = plt.get_cmap("jet")(evidence / own if own > 0 else evidence)[..., :3]
-        _show(ax, 0.5 * image + 0.5 * heat, " " if row["said"] == row["label"] else f"says {row['said']:.0f}")
+        wrong = row["predicted"] != row["label"]
+        _show(ax, 0.5 * image + 0.5 * heat, f"predicts {row['predicted']:.0f}" if wrong else " ")
 
 
 def _arrays(arrays: files.Arrays, run: str, index: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:

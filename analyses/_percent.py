@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pandas as pd
 
-from flatlab.report import stability, tables
+from flatlab.report import tables
 from flatlab.report.panels import SOURCE, TARGET
 from flatlab.specs.run import RunSpec
 from flatlab.store.runs import RunStore
@@ -51,7 +51,7 @@ def over_seeds(each: pd.DataFrame) -> Iterator[pd.DataFrame]:
 
 def _bounded(each: pd.DataFrame) -> pd.DataFrame:
     shares = each.assign(quantity="target", value=each["value"] / 100)
-    found = stability.over_seeds(shares, [*BY, "method", "quantity"]).drop(columns="quantity")
+    found = tables.over_seeds_within(shares, [*BY, "method", "quantity"]).drop(columns="quantity")
     percent = ["value", "stderr", "low", "high"]
     return found.assign(**{name: 100 * found[name] for name in percent})
 

@@ -110,7 +110,7 @@ def remarks(frame: pd.DataFrame) -> list[str]:
 def words(findings: pd.DataFrame) -> list[str]:
     """Return a sentence for each measure, from the verdicts; one in all where there are no intervals."""
     if findings["p"].isna().all():
-        return ["One seed gives no interval: no effect can be told from chance, nor its absence."]
+        return ["One seed gives no interval, so that neither an effect nor its absence is established."]
     found = findings.set_index(["measure", "method", "baseline"])["verdict"]
     said = []
     for measure, name in _shown(findings).items():

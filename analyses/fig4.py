@@ -52,8 +52,8 @@ def table(store: RunStore, setting: Setting) -> pd.DataFrame:
     for target in targets(setting):
         for frame, by in ((along, ["quantity", "method", "step"]), (told, ["quantity", "method"])):
             mine = frame[frame["held_out"] == target]
-            parts.append(stability.over_seeds(mine, by).assign(held_out=target))
-    parts.append(stability.over_seeds(told, ["quantity", "method"]))
+            parts.append(tables.over_seeds_within(mine, by, correlations=[stability.UNITLESS]).assign(held_out=target))
+    parts.append(tables.over_seeds_within(told, ["quantity", "method"], correlations=[stability.UNITLESS]))
     return pd.concat(parts, ignore_index=True).assign(switch=setting.switch_step).reindex(columns=COLUMNS)
 
 

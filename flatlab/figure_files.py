@@ -176,7 +176,7 @@ def keep(figure: Analysis, stem: Path, folder: Path) -> list[Path]:
 
 
 def _index(folder: Path) -> Path:
-    """Write README.md: for each page of the folder its title and the sentences of its primary tests."""
+    """Write README.md: for each page of the folder its title and its sentences up to those of its first tests."""
     names = sorted((path.stem for path in folder.glob("*.md") if path.stem != "README"), key=in_order)
     lines = ["# Reference figures and tables", INDEX]
     for name in names:

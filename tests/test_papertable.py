@@ -421,7 +421,7 @@ def test_controls_say_what_the_data_allow(shifts, said):
 def test_one_seed_says_nothing_of_the_controls():
     frame = controlled(**{"QT-DoG": -1.0})
     assert controls.remarks(frame[frame["seed"] == 0]) == [
-        "One seed gives no interval: no effect can be told from chance, nor its absence.",
+        "One seed gives no interval, so that neither an effect nor its absence is established.",
         RELEASED,
     ]
 

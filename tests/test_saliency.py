@@ -144,7 +144,7 @@ def test_the_table_says_what_the_arrays_say(made):
             assert (drawn[f"{run}-map-{index}"] == arrays["maps"][index]).all()
             assert (drawn[f"{run}-image-{index}"] == arrays["images"][index]).all()
         assert mine.label.tolist() == arrays["labels"][:6].tolist()
-        assert mine.said.tolist() == arrays["probabilities"][:6].argmax(1).tolist()
+        assert mine.predicted.tolist() == arrays["probabilities"][:6].argmax(1).tolist()
     ours, theirs = (measured[shown[shown.method == name].run.iloc[0]] for name in ("ERM", "QT-DoG"))
     one = frame[(frame.over == "images") & (frame.seed == "0") & frame.share.isna()].set_index(["quantity", "method"])
     inside = energy(ours["maps"].astype(float), ours["mask"])

@@ -115,6 +115,9 @@ def mine_of(frame, quantity):
     return frame[(frame.quantity == quantity) & (frame.over == "run")].groupby("method").value.mean()
 
 
+SIGNED = ("correlation", "agreement")
+
+
 @pytest.mark.parametrize(
     ("quantity", "draws", "least", "most"),
     [
@@ -125,24 +128,26 @@ def mine_of(frame, quantity):
         ("change", [0.0, 0.0, 0.0], 0, 1),
         ("regret", [0.0, 0.05, 0.0], 0, 1),
         ("correlation", [0.9, 1.0, 0.1], -1, 1),
+        ("agreement", [0.999, 1.0 + 1e-12, 0.95], -1, 1),
+        ("vanished", [0.0, 0.0, 0.01], 0, 1),
     ],
 )
 def test_no_band_leaves_the_bounds_of_what_it_is_of(quantity, draws, least, most):
     frame = pd.DataFrame({"quantity": quantity, "method": "a", "held_out": "rot0", "seed": range(3), "value": draws})
-    (row,) = module.over_seeds(frame, ["quantity", "method"]).itertuples()
+    (row,) = tables.over_seeds_within(frame, ["quantity", "method"], correlations=SIGNED).itertuples()
     assert row.value == pytest.approx(np.mean(draws))
     assert least <= row.low <= row.value <= row.high <= most
     plain = tables.estimate(draws)
     if np.ptp(draws):
         assert not least <= plain["low"] <= plain["high"] <= most  # where the plain interval does
-    alone = module.over_seeds(frame[frame.seed == 0], ["quantity", "method"])
+    alone = tables.over_seeds_within(frame[frame.seed == 0], ["quantity", "method"], correlations=SIGNED)
     assert alone["low"].isna().all() and alone["value"].notna().all()
 
 
 def test_within_the_bounds_a_band_is_nearly_the_plain_one():
     draws = np.array([0.50, 0.51, 0.52, 0.49])
     frame = pd.DataFrame({"quantity": "target", "method": "a", "held_out": "rot0", "seed": range(4), "value": draws})
-    (row,) = module.over_seeds(frame, ["quantity", "method"]).itertuples()
+    (row,) = tables.over_seeds_within(frame, ["quantity", "method"], correlations=SIGNED).itertuples()
     plain = tables.estimate(draws)
     assert (row.low, row.high) == pytest.approx((plain["low"], plain["high"]), abs=1e-4)
 

@@ -92,7 +92,7 @@ def test_the_page_has_every_pair_and_says_which_corrections():
     told = fig3.remarks(each)
     start = "Mean of F up to γ = 3 (ERM's rise: 0.5 nats), source domains: "
     assert told[0].startswith(start) and "SAM is flatter than ERM (-0.1" in told[0] and "SWA is" not in told[0]
-    assert told[0].endswith("of the other pair nothing can be told.")  # SWA and ERM are alike
+    assert told[0].endswith("no difference is established for the other pair.")  # SWA and ERM are alike
     assert "4 families of 7 tests" in told[4] and "Holm" in told[4] and "0.2 of 4" in told[4]
     assert "SAM is flatter than ERM at γ = 1, γ = 2, γ = 3" in told[5]
     assert told[-1] == "Chance (2.30 nats), held-out domain, ρ: the loss stays below at all radii."
@@ -105,7 +105,7 @@ def test_past_chance_and_with_one_seed_no_verdict_is_read():
     told = fig3.remarks(beyond)
     assert told[0].endswith("source domains: no verdict is read.") and "reached at 0 by ERM" in told[-1]
     alone = fig3.remarks(frame(seeds=1))
-    assert alone[0].endswith("one seed gives no interval, so that no difference can be told from chance.")
+    assert alone[0].endswith("one seed gives no interval, so that no difference is established.")
 
 
 # --- the rule
@@ -152,6 +152,6 @@ def test_sentences_follow_from_the_family_and_nothing_else():
     ]
     larger = verdicts.corrected(bare.assign(p=[0.001, 0.06, 0.001]), bare["family"].replace("G", "F"))
     assert larger["verdict"].tolist() == ["lower", verdicts.NONE, "higher"]
-    assert verdicts.sentences(larger.iloc[1:2]) == ["F: of the pair nothing can be told."]
+    assert verdicts.sentences(larger.iloc[1:2]) == ["F: no difference is established for the pair."]
     assert verdicts.statement(larger).startswith("Tests: 1 family of 3 tests, paired t tests over seeds, corrected by")
     assert "3 of 3 exclude zero, 0.15 would by chance." in verdicts.statement(larger)

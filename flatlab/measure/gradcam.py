@@ -91,8 +91,8 @@ class _Cams:
     def probabilities(self) -> FloatArray:
         """Return the network's probabilities (N, num_classes)."""
         with torch.no_grad():
-            said = [self.model(x).double().softmax(1).cpu().numpy() for x, _ in self._parts()]
-        return np.concatenate(said)
+            parts = [self.model(x).double().softmax(1).cpu().numpy() for x, _ in self._parts()]
+        return np.concatenate(parts)
 
     def _of(self, inputs: Tensor, labels: list[int]) -> ClassMaps:
         return gradcam(self.model, inputs, labels, layer=self.layer, grid=self.spec.grid)

@@ -14,5 +14,5 @@ def fill(measurement: Measurement, run: Run, place: Place, report: JobReport | N
     """Write the network to a file that is thrown away, and keep its size."""
     spec: SizeSpec = measurement.spec
     with files.scratch() as folder:
-        told = write(network(run, spec.checkpoint, place).cpu(), run.spec, folder / "export", place)
-    files.save_arrays(measurement.result, *FileSize(told.bytes, told.float_bytes).to_arrays())
+        written = write(network(run, spec.checkpoint, place).cpu(), run.spec, folder / "export", place)
+    files.save_arrays(measurement.result, *FileSize(written.bytes, written.float_bytes).to_arrays())

@@ -20,7 +20,7 @@ def triangles(
     found: Sequence[Run], measurement: MeasurementSpec, *, out: Path
 ) -> tuple[pd.DataFrame, list[str], list[Path]]:
     """Return the three traces of each run with intervals, the verdicts, and pictures of the rise against the trace."""
-    rows, told = [], []
+    rows, sentences = [], []
     out.mkdir(parents=True, exist_ok=True)
     with plots.style():
         figure, grid = plt.subplots(1, len(found), figsize=(3.4 * len(found), 2.8), squeeze=False, layout="constrained")
@@ -29,10 +29,10 @@ def triangles(
             for name, each in check.corners.items():
                 low, high = each.value - each.half_width(), each.value + each.half_width()
                 rows.append({"run": run.name, "way": name, "trace": each.value, "low": low, "high": high})
-            told.append(f"{run.name}: {check.verdict()}")
+            sentences.append(f"{run.name}: {check.verdict()}")
             _triangle(ax, check)
             ax.set(title=run.name)
-        return pd.DataFrame(rows), told, plots.save(figure, out / "triangle")
+        return pd.DataFrame(rows), sentences, plots.save(figure, out / "triangle")
 
 
 def _triangle(ax: Any, check: TraceCheck) -> None:
@@ -58,7 +58,7 @@ def audits(
     found: Sequence[Run], measurement: MeasurementSpec, *, out: Path
 ) -> tuple[pd.DataFrame, list[str], list[Path]]:
     """Return the tables of all audits, sentences on what was rescaled and refused, and pictures."""
-    frames, told = [], []
+    frames, sentences = [], []
     out.mkdir(parents=True, exist_ok=True)
     with plots.style():
         figure, grid = plt.subplots(len(found), 1, figsize=(6.5, 2.6 * len(found)), squeeze=False, layout="constrained")
@@ -67,12 +67,12 @@ def audits(
             frame = audit.to_frame()
             frames.append(frame.assign(run=run.name))
             kinds = [pair.kind for pair in audit.pairs]
-            told.append(
+            sentences.append(
                 f"{run.name}: rescaled {kinds.count('norm')} layers against their BatchNorm and"
                 f" {kinds.count('layers')} pairs of layers; outputs moved by {audit.deviation.max():.1e} of the"
                 " largest."
             )
-            told += [f"{run.name}: left alone {each.first}: {each.reason}." for each in audit.refusals]
+            sentences += [f"{run.name}: left alone {each.first}: {each.reason}." for each in audit.refusals]
             plots.factors(ax, frame)
             ax.set_title(run.name, loc="left", pad=18)  # the legend is between
-        return pd.concat(frames, ignore_index=True), told, plots.save(figure, out / "audit")
+        return pd.concat(frames, ignore_index=True), sentences, plots.save(figure, out / "audit")

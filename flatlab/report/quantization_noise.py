@@ -1,6 +1,5 @@
 """`flatlab noise`: from measured runs to a table of quantization noise and a picture of its layers. Torch-free."""
 
-import textwrap
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -35,7 +34,6 @@ SHOWN = {"method": "", "layer": "", "mode": "", "count": ",d", "bins": "d", "kl"
 SHOWN |= {"kl_corrected": ".4g", "kl_pvalue": ".3f", "ks_pvalue": ".3f", "clipped": ".2%", "bowley": "+.3f"}
 SHOWN |= {"departure_pvalue": ".3f"}
 NULL = "Right: quartile skewness, and the range of 95 % of symmetric samples of as many weights."
-WIDE = 112  # characters of a line below a picture
 MOST = 6  # layers of a picture, unless a pattern names more
 REJECTED = 0.05  # p-values below it
 TESTS = {"kl_pvalue": "KL", "ks_pvalue": "Kolmogorov-Smirnov", "departure_pvalue": "symmetry"}
@@ -141,7 +139,7 @@ def draw(rows: pd.DataFrame, caption: str, arrays: files.Arrays) -> Figure:
             _noise(axes[1], layer.noise.edges, row)
             _mirror(axes[2], layer.lower, layer.upper, row)
         plots.legend_above(figure, grid[0, 1], title)
-        figure.supxlabel(textwrap.fill(rest, WIDE), fontsize=7, color="0.3")
+        plots.notes_below(figure, rest, fontsize=7)
     return figure
 
 

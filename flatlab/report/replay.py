@@ -38,11 +38,11 @@ def chart(found: Sequence[Run], replays: Sequence[Any], *, out: Path) -> tuple[p
 
 def _rows(run: Run, replay: Any) -> Iterator[dict[str, Any]]:
     own = selection.training_domain(selection.candidates(run.rows(), run.spec.settled))
-    told = {OWN: (own, {"first": own["step"], "last": own["step"], "every": 1}, f"at {own['step']}")}
+    lines = {OWN: (own, {"first": own["step"], "last": own["step"], "every": 1}, f"at {own['step']}")}
     for name, each in replay.averages.items():
         span = {"first": each.first, "last": each.last, "every": each.every}
-        told[name] = each.row, span, f"{each.first} to {each.last}, each {replay.every}"
-    for name, (row, span, steps) in told.items():
+        lines[name] = each.row, span, f"{each.first} to {each.last}, each {replay.every}"
+    for name, (row, span, steps) in lines.items():
         yield {
             **{"run": run.name, "average": name, "held_out": run.spec.held_out, "seed": run.spec.seed, "steps": steps},
             **{field: row[field] for field in ("validation", "validation_loss")},

@@ -1,6 +1,5 @@
 """What a bit width is worth as a radius: from measured runs to a tidy table and its picture. Torch-free."""
 
-import textwrap
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,6 @@ COLUMNS += ["gamma", "share", "value", "stderr", "low", "high", "over"]
 SHOWN = {"method": "", "panel": "", "perturbation": "", "gamma": ".3g", "share": ".3f", "rise": ".4g"}
 SHOWN |= {"isotropic": ".4g", "isotropic z": "+.1f", "channel": ".4g", "channel z": "+.1f", "channel rank": ".2f"}
 LINEAR, FLOOR = 1e-3, 2e-3  # nats around zero that the axis of rises shows in proportion; where it ends below
-WIDE = 112  # characters of a line below a picture
 RULED = 2.0  # standard deviations that 95 % of random directions stay within, about
 
 
@@ -112,7 +110,7 @@ def draw(rows: pd.DataFrame, caption: str, *, panel: str = SOURCE) -> Figure:
         grid[0, 0].set_ylabel("Rise of the loss (nats)")
         grid[1, 0].set_ylabel("Rise of the noise, in standard\ndeviations from random (z)")
         plots.legend_above(figure, grid[0, -1], title)
-        figure.supxlabel(textwrap.fill(rest, WIDE), fontsize=7, color="0.3")
+        plots.notes_below(figure, rest, fontsize=7)
     return figure
 
 

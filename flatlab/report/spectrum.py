@@ -53,8 +53,8 @@ def _rows(label: str, run: Run, measurement: SpectrumSpec) -> Iterable[dict[str,
     for name, each in found.numbers.items():
         low, high = each.value - each.half_width(), each.value + each.half_width()
         reached = found.reached if name == "trace" else ""
-        told = {"value": each.value, "low": low, "high": high, "converged": reached, "over": "vectors"}
-        yield {**shared, "number": name, "index": 0, **told}
+        row = {"value": each.value, "low": low, "high": high, "converged": reached, "over": "vectors"}
+        yield {**shared, "number": name, "index": 0, **row}
 
 
 def densities(store: RunStore, wanted: Wanted) -> pd.DataFrame:

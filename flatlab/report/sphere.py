@@ -47,14 +47,14 @@ def said(found: list[Run], measurement: SphereSpec, *, panel: str) -> list[str]:
         panel: "source" or "target" (the held-out domain).
     """
     seen = {run.name: panels.part_of(run.result(measurement), panel, run.spec.held_out) for run in found}
-    told = [f"{name}: {sentence}" for name, each in seen.items() for sentence in each.remarks]
+    sentences = [f"{name}: {sentence}" for name, each in seen.items() for sentence in each.remarks]
     first, *others = seen.items()
     for name, other in others:
         if np.array_equal(first[1].radii, other.radii):
             pair = PairedDifference(cost=first[1].cost + other.cost, radii=other.radii, a=first[1], b=other)
             if (pair.radii[pair.read] > 0).any():
-                told.append(f"{pair.verdict(first[0], name)}.")
-    return told
+                sentences.append(f"{pair.verdict(first[0], name)}.")
+    return sentences
 
 
 def _draw(shown: pd.DataFrame, measurement: SphereSpec, panel: str) -> Any:

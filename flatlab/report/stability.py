@@ -4,8 +4,7 @@ The paper shows curves (QT-DoG Fig. 4); the numbers are ours: `spread` and `chan
  `correlation` whether validation follows it, and `regret` what selecting by validation costs.
 """
 
-import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,36 +133,6 @@ def numbers(curves: pd.DataFrame, since: int) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def over_seeds(frame: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
-    """Return mean and interval over seeds, as `tables.over_seeds` does, but within the bounds of each quantity.
-
-    The interval is that of a scale on which the bounds are far or known: the angle whose squared sine is the share for
-    accuracies, their deviations and differences, and the angle whose sine it is for correlations.
-
-    Args:
-        frame: rows with `quantity`, `held_out`, `seed` and `value`.
-        by: the columns that name a group, `quantity` among them.
-    """
-    whole = tables.over_seeds(frame, by)
-    each = frame.groupby([*by, "seed"], sort=False)["value"].agg(lambda values: values.mean(skipna=False)).reset_index()
-    scaled = [_scale(name)[0](value) for name, value in each[["quantity", "value"]].itertuples(index=False)]
-    ends = tables.over_seeds(each.assign(value=scaled, held_out="all"), by)
-    for end, inner in (("low", np.fmin), ("high", np.fmax)):
-        back = [_scale(name)[1](value) for name, value in ends[["quantity", end]].itertuples(index=False)]
-        whole[end] = np.where(np.isnan(back), np.nan, inner(back, whole["value"]))
-    return whole
-
-
-Scale = Callable[[float], float]
-
-
-def _scale(quantity: str) -> tuple[Scale, Scale]:
-    """Return the scale of a quantity's interval, and the way back, which ends at the bounds."""
-    if quantity == UNITLESS:
-        return lambda r: float(np.arcsin(r)), lambda a: float(np.sin(np.clip(a, -np.pi / 2, np.pi / 2)))
-    return lambda share: float(np.arcsin(np.sqrt(share))), lambda a: float(np.sin(np.clip(a, 0, np.pi / 2)) ** 2)
-
-
 def switch_of(runs: Sequence[RunSpec]) -> int:
     """Return the latest switch of some runs, from which all are compared; 0 where none has one."""
     return max(spec.switch or 0 for spec in runs)
@@ -197,11 +166,11 @@ def chart(
         if valleys:
             _valleys(axes[2], found, valleys)
         plots.legend_above(figure, axes[0], "")
-    told = numbers(along, since)
-    told[list(NUMBERS)] *= [1 if name == UNITLESS else 100 for name in NUMBERS]
+    table = numbers(along, since)
+    table[list(NUMBERS)] *= [1 if name == UNITLESS else 100 for name in NUMBERS]
     if valleys:
-        told = told.join(pd.DataFrame(list(valleys)).drop(columns="span").add_prefix("valley "))
-    return told, plots.save(figure, out / "stability", along)
+        table = table.join(pd.DataFrame(list(valleys)).drop(columns="span").add_prefix("valley "))
+    return table, plots.save(figure, out / "stability", along)
 
 
 def _valleys(ax: Axes, found: Sequence[Run], valleys: Sequence[dict[str, Any]]) -> None:
@@ -265,7 +234,7 @@ def picture(frame: pd.DataFrame, order: Sequence[str], caption: str) -> Figure:
         order: the methods.
         caption: title, line feed, small print.
     """
-    along, told = frame[frame["step"].notna()], frame[frame["step"].isna() & (frame["held_out"] == "all")]
+    along, table = frame[frame["step"].notna()], frame[frame["step"].isna() & (frame["held_out"] == "all")]
     targets = list(dict.fromkeys(along["held_out"]))
     with plots.style():
         figure = plt.figure(figsize=(7.0, 3.9 + 0.25 * (len(order) - 2)), layout="constrained")
@@ -276,8 +245,8 @@ def picture(frame: pd.DataFrame, order: Sequence[str], caption: str) -> Figure:
             column[0].set_title(f"Held out: {target}")
         for ax in grid[:, 1:].ravel():
             ax.set_ylabel("")
-        dots(right, told, order)
+        dots(right, table, order)
         title, _, rest = caption.partition("\n")
         plots.legend_above(figure, grid[0, 0], title)
-        figure.supxlabel("\n".join(textwrap.wrap(rest, 120)), fontsize=6.5, color="0.3")
+        plots.notes_below(figure, rest, fontsize=6.5)
     return figure

@@ -20,7 +20,7 @@ BARRIERS = {"panel": "", "barrier": ".4g", "low": ".4g", "high": ".4g", "positio
 ALIKE = ("dataset", "model", "image_size", "held_out", "trial_seed", "holdout", "test_share")
 OWN = "BatchNorm's statistics are those of the run in the origin: at another checkpoint's mark the loss is not its own."
 MIXED = "BatchNorm's statistics are interpolated like the weights: both ends are the checkpoints."
-ANEW = "BatchNorm's statistics are recomputed at each place, from up to {} training images of each source domain."
+RECOMPUTED = "BatchNorm's statistics are recomputed at each place, from up to {} training images of each source domain."
 BAND = "Band: 95 % over images, of the height above the dashed line; the barrier's place is chosen on other images."
 
 
@@ -50,10 +50,10 @@ def centres(found: Sequence[Run], axes: str) -> tuple[list[Run], tuple[str, ...]
 def _check_alike(found: Sequence[Run], axes: str) -> None:
     """Refuse runs that no line or plane can go through: of other weights, or with other images to be looked at."""
     for field in ALIKE:
-        told = [getattr(run.spec, field) for run in found]
-        if odd := next((run for run, value in zip(found, told, strict=True) if value != told[0]), None):
+        values = [getattr(run.spec, field) for run in found]
+        if odd := next((run for run, value in zip(found, values, strict=True) if value != values[0]), None):
             raise UserError(
-                f"--axes {axes} needs runs of one architecture on the same data, but {field} is {told[0]} of "
+                f"--axes {axes} needs runs of one architecture on the same data, but {field} is {values[0]} of "
                 f"{found[0].name} and {getattr(odd.spec, field)} of {odd.name}: name runs that share it."
             )
 
@@ -64,7 +64,7 @@ def steps_between(found: Sequence[Run], axes: str, every: int | None) -> int | N
     Args:
         found: the runs.
         axes: as they were asked for.
-        every: so many steps are asked for; else as the first run's training kept them.
+        every: the number of steps that was requested; else as the first run's training kept them.
 
     Raises:
         UserError: where a run has not kept them, or other axes have no steps.
@@ -109,29 +109,29 @@ def draw_surfaces(found: Sequence[Run], measurement: SurfaceSpec, *, out: Path) 
             relief.set(title=f"{run.name}, {panels.TITLES[panels.SOURCE]}")
             mine.save(out / f"landscape-{run.spec.digest[:6]}.npz")
             written.append(out / f"landscape-{run.spec.digest[:6]}.npz")
-        if told := remarks(found, measurement):
-            figure.suptitle("\n".join(told), fontsize=8)
+        if sentences := remarks(found, measurement):
+            figure.suptitle("\n".join(sentences), fontsize=8)
         return [*plots.save(figure, out / "landscape"), *written]
 
 
 def remarks(found: Sequence[Run], measurement: SurfaceSpec | ConnectionSpec) -> list[str]:
     """Return sentences for a caption: whose BatchNorm statistics, what a trajectory's plane holds of it."""
-    told = []
+    sentences = []
     if isinstance(measurement, SurfaceSpec) and measurement.axes == "trajectory":
         for run in found:
             mine: Surface = run.result(measurement)
-            told.append(
+            sentences.append(
                 f"{run.name}: the plane holds {mine.explained.sum():.1%} of the variance of {len(mine.marks)}"
                 f" checkpoints, each {measurement.every} steps, and lies at most"
                 f" {mine.distances.max():.3g} from them (L2)."
             )
     if measurement.recompute is not None:
-        told.append(ANEW.format(measurement.recompute))
+        sentences.append(RECOMPUTED.format(measurement.recompute))
     elif isinstance(measurement, ConnectionSpec):
-        told.append(MIXED)
+        sentences.append(MIXED)
     elif measurement.spanned:
-        told.append(OWN)
-    return told
+        sentences.append(OWN)
+    return sentences
 
 
 def draw_line(
@@ -148,7 +148,7 @@ def draw_line(
         A row for each panel with the barrier (nats) and its interval; sentences; what was written.
     """
     run, other = ends
-    rows, frames, told, written = [], [], [], []
+    rows, frames, sentences, written = [], [], [], []
     lines: Connections = run.result(measurement)
     out.mkdir(parents=True, exist_ok=True)
     with plots.style():
@@ -159,13 +159,13 @@ def draw_line(
             place = {"position": found.position, "distance": found.position * found.length}
             rows.append({"panel": panel, "barrier": found.barrier, "low": low, "high": high, **place})
             frames.append(found.to_frame().assign(panel=panel))
-            told.append(f"{title.capitalize()}: {barrier_sentence(found)}")
+            sentences.append(f"{title.capitalize()}: {barrier_sentence(found)}")
             found.plot(ax).set_title(f"{title}; {run.name} to {other.name}", pad=18)  # the legend is between
             written.append(out / f"connection-{run.spec.digest[:6]}-{other.spec.digest[:6]}-{panel}.npz")
             found.save(written[-1])
         figure.suptitle("\n".join([BAND, *remarks([run], measurement)]), fontsize=8)
     pictures = plots.save(figure, out / "connection", pd.concat(frames))
-    return pd.DataFrame(rows), [*told, *remarks([run], measurement)], [*pictures, *written]
+    return pd.DataFrame(rows), [*sentences, *remarks([run], measurement)], [*pictures, *written]
 
 
 def barrier_sentence(found: Connection) -> str:

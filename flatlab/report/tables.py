@@ -4,7 +4,7 @@ One observation is one row. `over` names the source of an interval: "directions"
 "seeds" (the method). Torch-free.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -116,6 +116,32 @@ def over_seeds(frame: pd.DataFrame, by: Sequence[str], *, value: str = "value") 
     return pd.DataFrame(rows)
 
 
+def over_seeds_within(frame: pd.DataFrame, by: Sequence[str], *, correlations: Collection[str] = ()) -> pd.DataFrame:
+    """Return mean and interval over seeds, as `over_seeds` does, but within the bounds of each quantity.
+
+    The interval is that of a scale on which the bounds are far or known: the angle whose squared sine is the share for
+    shares of 1, their deviations and differences, and the angle whose sine it is for correlations.
+
+    Args:
+        frame: rows with `quantity`, `held_out`, `seed` and `value`.
+        by: the columns that name a group, `quantity` among them.
+        correlations: the quantities from -1 to 1; all others are from 0 to 1.
+    """
+    whole = over_seeds(frame, by)
+    each = frame.groupby([*by, "seed"], sort=False)["value"].agg(lambda values: values.mean(skipna=False)).reset_index()
+    signed = each["quantity"].isin(correlations)
+    share, correlation = each["value"].clip(0, 1), each["value"].clip(-1, 1)
+    angles = np.where(signed, np.arcsin(correlation), np.arcsin(np.sqrt(share)))
+    ends = over_seeds(each.assign(value=angles, held_out="all"), by)
+    signed = ends["quantity"].isin(correlations)
+    for end, inner in (("low", np.fmin), ("high", np.fmax)):
+        back = np.where(
+            signed, np.sin(ends[end].clip(-np.pi / 2, np.pi / 2)), np.sin(ends[end].clip(0, np.pi / 2)) ** 2
+        )
+        whole[end] = np.where(np.isnan(back), np.nan, inner(back, whole["value"]))
+    return whole
+
+
 def _check_crossed(frame: pd.DataFrame, by: Sequence[str]) -> None:
     for keys, group in frame.groupby(list(by), sort=False):
         cells = pd.MultiIndex.from_product([group["held_out"].unique(), group["seed"].unique()])
@@ -165,8 +191,8 @@ def against_zero(frame: pd.DataFrame, by: Sequence[str], *, value: str = "value"
     """
     table = over_seeds(frame, by, value=value)
     seeds = frame.groupby(list(by), sort=False)["seed"].nunique()
-    told = zip(table["value"], table["stderr"], seeds, strict=True)
-    return table.assign(p=[Estimate(value, stderr, max(1, count - 1)).p_value for value, stderr, count in told])
+    estimates = zip(table["value"], table["stderr"], seeds, strict=True)
+    return table.assign(p=[Estimate(value, stderr, max(1, count - 1)).p_value for value, stderr, count in estimates])
 
 
 def paired_each(frame: pd.DataFrame, pairs: Iterable[tuple[str, str]], by: Sequence[str]) -> pd.DataFrame:

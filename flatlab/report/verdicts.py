@@ -51,7 +51,7 @@ def cells(findings: pd.DataFrame, *, digits: int | Sequence[int] = 3) -> list[st
     """
     rows = findings[["p_holm", "value", "low", "high"]].itertuples(index=False)
     places = [digits] * len(findings) if isinstance(digits, int) else digits
-    return [bracketed(*told, digits=n, starred=p < LEVEL) for n, (p, *told) in zip(places, rows, strict=True)]
+    return [bracketed(*each, digits=n, starred=p < LEVEL) for n, (p, *each) in zip(places, rows, strict=True)]
 
 
 def digits_of(titles: Iterable[str]) -> list[int]:
@@ -76,16 +76,16 @@ def sentences(
         digits: of the values, behind the point.
         place: what precedes the names in `at`.
     """
-    told = []
+    lines = []
     for family, rows in findings.groupby("family", sort=False):
         tests = rows[rows["verdict"] != UNREAD]
         if tests.empty:
-            told.append(f"{family}: no verdict is read.")
+            lines.append(f"{family}: no verdict is read.")
         elif tests["p"].isna().all():
-            told.append(f"{family}: one seed gives no interval, so that no difference can be told from chance.")
+            lines.append(f"{family}: one seed gives no interval, so that no difference is established.")
         else:
-            told.append(f"{family}: {'; '.join(_clauses(tests, words, (unit, digits, place)))}.")
-    return told
+            lines.append(f"{family}: {'; '.join(_clauses(tests, words, (unit, digits, place)))}.")
+    return lines
 
 
 def _clauses(tests: pd.DataFrame, words: tuple[str, str], form: tuple[str, int, str]) -> list[str]:
@@ -97,14 +97,14 @@ def _clauses(tests: pd.DataFrame, words: tuple[str, str], form: tuple[str, int, 
         if "at" in rows:
             how = f"{place} {', '.join(rows['at'])}"
         else:
-            *told, p = rows[["value", "low", "high", "p_holm"]].iloc[0]
-            how = f"({bracketed(*told, digits=digits)}{unit and f' {unit}'}, p = {p:.2g})"
+            *interval, p = rows[["value", "low", "high", "p_holm"]].iloc[0]
+            how = f"({bracketed(*interval, digits=digits)}{unit and f' {unit}'}, p = {p:.2g})"
         clauses.append(f"{method} is {named[str(verdict)]} than {baseline} {how}")
     count, left = len(tests[pairs].drop_duplicates()), len(sure[pairs].drop_duplicates())
     if left == count:
         return clauses
     others = f"{'other ' if left else ''}{f'{count - left} pairs' if count - left > 1 else 'pair'}"
-    return [*clauses, f"of the {others} nothing can be told"]
+    return [*clauses, f"no difference is established for the {others}"]
 
 
 def statement(findings: pd.DataFrame, *, name: str = "Tests", test: str = "paired t tests over seeds") -> str:

@@ -91,8 +91,8 @@ class SphereFlatness(Stopped):
     @classmethod
     def from_arrays(cls, arrays: dict[str, npt.NDArray[Any]], facts: dict[str, Any]) -> Self:
         """Return what `to_arrays` took apart; a file that lacks the passes, as older ones do, has NaN of them."""
-        told: dict[str, Any] = {name: tuple(facts.get(name, ())) for name in LISTS}
-        told |= {name: facts[name] for name in PLAIN}
+        known: dict[str, Any] = {name: tuple(facts.get(name, ())) for name in LISTS}
+        known |= {name: facts[name] for name in PLAIN}
         return cls(
             radii=arrays["radii"],
             visits=tuple(arrays[_visits(index)] for index in range(len(arrays["radii"]))),
@@ -100,7 +100,7 @@ class SphereFlatness(Stopped):
             slopes=arrays.get("slopes"),
             plans=tuple(SamplingPlan(**plan) for plan in facts["plans"]),
             cost=Cost(facts.get("forward_passes", np.nan), facts["images"]),
-            **told,
+            **known,
         )
 
     @property

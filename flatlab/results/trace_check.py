@@ -128,7 +128,7 @@ class TraceCheck(Sampled):
 
     def verdict(self, level: float = 0.95) -> str:
         """Say in a sentence or two whether the three agree, and how far the quadratic picture holds."""
-        told = ", ".join(
+        three = ", ".join(
             f"{name} {each.value:.4g} ± {each.half_width(level):.2g}" for name, each in self.corners.items()
         )
         agree = "agree within their intervals" if self.agrees(level) else "do not agree"
@@ -136,7 +136,7 @@ class TraceCheck(Sampled):
         norm = self.flatness.norm
         share = f" ({radius / norm:.2%} of the weights' norm)" if norm else ""
         far = f"up to radius {radius:.3g}{share}" if radius else "at none of the radii"
-        parts = [f"Trace of the Hessian: {told}: they {agree}.", f"The quadratic picture holds to {WITHIN:.0%} {far}."]
+        parts = [f"Trace of the Hessian: {three}: they {agree}.", f"The quadratic picture holds to {WITHIN:.0%} {far}."]
         if self.kinks and not (self.agrees(level) and radius):
             parts.append(
                 " and ".join(self.kinks) + " bend the loss in kinks, which add to the rise and not to the trace."

@@ -68,7 +68,7 @@ def missed(radii: FloatArray, stopped: Sequence[str], errors: FloatArray) -> lis
         stopped: for each radius why sampling ended: "budget" and "interrupted" are too early.
         errors: (R,) standard errors.
     """
-    told = []
+    sentences = []
     for reason, why in (("budget", "The budget was spent"), ("interrupted", "Sampling was interrupted")):
         where = [
             f"{radius:g} (standard error {error:.2g})"
@@ -76,8 +76,8 @@ def missed(radii: FloatArray, stopped: Sequence[str], errors: FloatArray) -> lis
             if stop == reason
         ]
         if where:
-            told.append(f"{why} before the accuracy asked for was established at radius {', '.join(where)}.")
-    return told
+            sentences.append(f"{why} before the accuracy asked for was established at radius {', '.join(where)}.")
+    return sentences
 
 
 def _broken(radii: FloatArray, rises: Sequence[FloatArray]) -> list[str]:

@@ -163,7 +163,7 @@ class Run(Entry):
             )
 
     def result(self, spec: MeasurementSpec, label: str = "") -> Any:
-        """Return the result of a finished measurement of this run, as the metric's public function returns it.
+        """Return the result of a finished measurement of this run: an object of the metric's class in `RESULTS`.
 
         Args:
             spec: of the measurement; its fields stand for facts that a file does not repeat.
