@@ -31,8 +31,8 @@ SUMMARY = (
     "over the numbers"
 )
 NUMBERS = {
-    "deletion": "Deletion area\n(low: an informative map)",
-    "insertion": "Insertion area\n(high: an informative map)",
+    "deletion": "Deletion area\n(low: informative)",
+    "insertion": "Insertion area\n(high: informative)",
     "energy": "Energy inside the ink\n(dotted: the ink's area)",
     "empty": "Empty maps: no\nevidence for the class",
     "moved": "Agreement with itself\nat moved weights",
@@ -321,5 +321,5 @@ def _charts(part: Any, whole: pd.DataFrame) -> None:
         ax.set(yticks=[], ylim=(1.6, -0.6))
         ax.set_title(NUMBERS[quantity], fontsize=5.5)
         ax.locator_params(axis="x", nbins=3)
-        ax.tick_params(axis="x", labelsize=6)
+        ax.tick_params(axis="x", labelsize=5)
         ax.grid(visible=False, axis="y")

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import FuncFormatter
 from scipy import stats
 
 from flatlab import plots
@@ -36,6 +36,7 @@ NUMBERS = {
 SETTLED = 0.1  # of the steps: before, accuracies rise from chance, and would flatten all that follows
 KEYS = ["quantity", "method", "held_out", "seed", "step"]
 SHOWN = {"method": "", "held_out": "", "seed": "", "points": "", **dict.fromkeys(NUMBERS, ".2f")}
+PERCENT = FuncFormatter(lambda share, _: f"{100 * share:g}")  # PercentFormatter rounds 0.75 % to 0.8
 UNITLESS = "correlation"  # the other numbers are shares of 1, given in percent
 
 
@@ -200,8 +201,8 @@ def panels(axes: Sequence[Axes], frame: pd.DataFrame, order: Sequence[str], sinc
         if since:
             ax.axvline(since, color="0.3", linewidth=0.8, linestyle=":")
         ax.set(ylabel=name.replace(", ", ",\n") + " (%)")
-        ax.yaxis.set_major_formatter(PercentFormatter(1, symbol=""))
-    axes[-1].set(xlabel="Training step" + (f" (dotted: switch at {since})" if since else ""))
+        ax.yaxis.set_major_formatter(PERCENT)
+    axes[-1].set(xlabel="Training step" + (f"\n(dotted: switch at {since})" if since else ""))
 
 
 def dots(figure: Any, frame: pd.DataFrame, order: Sequence[str]) -> None:
@@ -220,9 +221,10 @@ def dots(figure: Any, frame: pd.DataFrame, order: Sequence[str]) -> None:
             ax.plot(rows.loc[method, "value"], place, plots.MARKERS[place], **look)
         unit = "" if quantity == "correlation" else " (%)"
         if unit:
-            ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=1, symbol=""))
+            ax.xaxis.set_major_formatter(PERCENT)
         ax.set(yticks=range(len(order)), yticklabels=order, ylim=(len(order) - 0.5, -0.5))
         ax.set_xlabel(f"{name}{unit}", fontsize=7)
+        ax.locator_params(axis="x", nbins=4)
         ax.grid(visible=False, axis="y")
 
 
