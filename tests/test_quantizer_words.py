@@ -1,4 +1,4 @@
-"""Quantizers, noise and step rules in the words of `flatlab train`: the runs that they name, and what makes no sense."""
+"""Quantizers, noise and step rules in words of `flatlab train`: the runs that they name, and what makes no sense."""
 
 import re
 
