@@ -7,11 +7,16 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 import torch
+from commandline import TINY as WORDS
+from commandline import call, only_run
+from stores import ERM, PLACE, trained
 
 from flatlab.data import digits
 from flatlab.data.corruptions import PHOTOGRAPHS, SMALL_IMAGES, Corruption, corrupted
 from flatlab.data.domains import Domain, DomainSet
 from flatlab.errors import UserError
+from flatlab.measure.inputs import images
+from flatlab.specs.measurements import GradCAMSpec, SizeSpec, SpectrumSpec, SphereSpec, SurfaceSpec
 
 DRAWN = {"gaussian_noise", "shot_noise", "impulse_noise", "glass_blur", "motion_blur", "fog", "speckle_noise"}
 LEVELS = range(1, 6)
@@ -114,6 +119,57 @@ def test_a_corrupted_data_set_has_the_rows_in_their_order(embedded):
 def test_what_is_no_corruption_is_refused(text, match, embedded):
     with pytest.raises(UserError, match=match):
         corrupted(embedded, text, {"rot0": np.arange(3)})
+
+
+# --- as measured -------------------------------------------------------------------------------------------------
+
+
+def test_a_corruption_changes_a_measurements_name_and_no_corruption_does_not():
+    for clean in (SphereSpec(radii=(1.0,)), SpectrumSpec(), SurfaceSpec()):
+        assert "corruption" not in clean.model_dump() and "corruption" not in clean.canonical()
+        under = clean.replace(corruption="Gaussian-Noise:3")
+        assert under.corruption == "gaussian_noise:3" and under.digest != clean.digest
+        assert type(clean).parse(under.canonical()) == under
+    for kind in (SizeSpec, GradCAMSpec):
+        with pytest.raises(UserError, match="corruption"):
+            kind.make(corruption="fog:3")
+    with pytest.raises(UserError, match="corruption must be NAME:SEVERITY with a severity from 1 to 5.*, got 'fog'"):
+        SpectrumSpec.make(corruption="fog")
+
+
+def test_a_measurement_looks_at_the_same_images_corrupted(tmp_path, embedded):
+    run = trained(tmp_path, ERM).run(ERM)
+    clean, under = (
+        images(run, SphereSpec(radii=(1.0,), images=30, split="out", corruption=each), PLACE)
+        for each in (None, "fog:5")
+    )
+    assert list(clean) == list(under) == list(embedded.names)
+    for name, batches in clean.items():
+        ((x, y),), ((changed, same),) = batches, under[name]
+        assert x.shape == changed.shape == (30, 1, 16, 16) and torch.equal(y, same)
+        assert changed.mean() > x.mean()  # fog is white
+        assert changed.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_the_words_of_a_corruption(tmp_path, capsys):
+    assert call("train", *WORDS, "--store", tmp_path / "runs", "--json") == 0
+    run, place = only_run(tmp_path / "runs"), ("--store", tmp_path / "runs", "--out", tmp_path)
+    few = ("--radii", "0.5", "--samples", 2, "--images", 9, "--domains", "target")
+    assert call("flatness", run, *few, "--corruption", "Shot-Noise:5", *place) == 0
+    assert "domain under shot_noise:5 (nats)" in capsys.readouterr().out
+    assert (tmp_path / "flatness.csv").read_text().splitlines()[1].endswith(",shot_noise:5")
+    numbers = ("-k", 1, "--images", 5, "--lanczos-steps", 2, "--starts", 1)
+    assert call("hessian", run, *numbers, "--corruption", "fog:1", *place) == 0
+    assert "source under fog:1" in (tmp_path / "hessian.csv").read_text()
+    capsys.readouterr()
+    for words, match in {
+        "fog": "--corruption must be NAME:SEVERITY with a severity from 1 to 5, such as gaussian_noise:3, got fog.",
+        "fog:0": "--corruption must be NAME:SEVERITY with a severity from 1 to 5, such as gaussian_noise:3, got fog:0.",
+        "frost:2": "Unknown corruption 'frost'; did you mean fog? Known: gaussian_noise, shot_noise",
+    }.items():
+        assert call("flatness", run, *few, "--corruption", words, "--dry-run", *place) == 2
+        said = capsys.readouterr().err
+        assert match in said and said.count("\n") == 1
 
 
 # --- photographs -------------------------------------------------------------------------------------------------

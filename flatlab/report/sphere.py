@@ -35,6 +35,8 @@ def chart(
     each = [run.result(measurement) for run in found]
     lengths = {"l2": "distances", "share": "relative_radii", "rms": "rms"}
     shown = shown.assign(**{to: np.concatenate([getattr(one, name) for one in each]) for to, name in lengths.items()})
+    if measurement.corruption:
+        shown = shown.assign(corruption=measurement.corruption)
     out.mkdir(parents=True, exist_ok=True)
     files.write_bytes(out / "flatness.csv", shown.to_csv(index=False).encode())
     return shown, [*plots.save(_draw(shown, measurement, panel), out / "flatness"), out / "flatness.csv"]
@@ -67,7 +69,7 @@ def _draw(shown: pd.DataFrame, measurement: SphereSpec, panel: str) -> Any:
         ax.set(
             xlabel=distance,
             ylabel="Flatness $F(w)$ (nats)",
-            title=f"{panels.TITLES[panel].capitalize()}, {measurement.effort}",
+            title=f"{panels.TITLES[panel].capitalize()}{measurement.under}, {measurement.effort}",
         )
         ax.legend()
     return figure
