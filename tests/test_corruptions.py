@@ -157,7 +157,7 @@ def test_the_words_of_a_corruption(tmp_path, capsys):
     few = ("--radii", "0.5", "--samples", 2, "--images", 9, "--domains", "target")
     assert call("flatness", run, *few, "--corruption", "Shot-Noise:5", *place) == 0
     assert "domain under shot_noise:5 (nats)" in capsys.readouterr().out
-    assert (tmp_path / "flatness.csv").read_text().splitlines()[1].endswith(",shot_noise:5")
+    assert ",shot_noise:5," in (tmp_path / "flatness.csv").read_text().splitlines()[1]
     numbers = ("-k", 1, "--images", 5, "--lanczos-steps", 2, "--starts", 1)
     assert call("hessian", run, *numbers, "--corruption", "fog:1", *place) == 0
     assert "source under fog:1" in (tmp_path / "hessian.csv").read_text()

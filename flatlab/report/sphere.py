@@ -32,11 +32,11 @@ def chart(
     wanted = [(run.name, run.spec, measurement) for run in found]
     frame = tables.flatness(store, wanted)
     shown = frame[frame["panel"] == panel].drop(columns="panel")
+    if measurement.corruption:
+        shown = shown.assign(corruption=measurement.corruption)
     each = [run.result(measurement) for run in found]
     lengths = {"l2": "distances", "share": "relative_radii", "rms": "rms"}
     shown = shown.assign(**{to: np.concatenate([getattr(one, name) for one in each]) for to, name in lengths.items()})
-    if measurement.corruption:
-        shown = shown.assign(corruption=measurement.corruption)
     out.mkdir(parents=True, exist_ok=True)
     files.write_bytes(out / "flatness.csv", shown.to_csv(index=False).encode())
     return shown, [*plots.save(_draw(shown, measurement, panel), out / "flatness"), out / "flatness.csv"]
