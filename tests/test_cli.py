@@ -211,6 +211,9 @@ def test_an_empty_store_is_said_to_be_empty(flatlab, tmp_path):
 
 def test_the_tables_of_what_is_known(flatlab, store):
     assert "release-parity" in flatlab("methods").out
+    notes = {row["method"]: row["note"] for row in json.loads(flatlab("methods", "--json").out)}
+    sources = {"SAGM": "Wang et al. 2023", "SAQ": "Liu et al. 2021", "GAQAT": "2412.05551", "FQAT": "2509.00859"}
+    assert all(source in notes[name] for name, source in sources.items())
     assert {row["name"] for row in json.loads(flatlab("data", "list", "--json").out)} >= {"digits", "PACS"}
     assert "device: cpu" in flatlab("doctor", "--device", "cpu").out
     (row,) = [r for r in json.loads(flatlab("list", *TINY, "--store", store, "--json").out) if r["name"] == "fig3"]

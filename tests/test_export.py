@@ -61,6 +61,8 @@ RUNS = {
     "16 bits": quantized(bits=16),
     "unsigned logarithmic": quantized(bits=5, signed=False, log_scale=True),
     "activations": quantized(bits=4, activations="unsigned", activation_bits=6),
+    "both": quantized("LSQ"),
+    "both, with freezing": quantized("GAQAT", bits=3, activation_bits=3, granularity="tensor"),
     "inq": quantized("INQ", bits=5),
     "powers of two": quantized("INQ", bits=4, grid="power-of-two"),
     "obc": quantized("OBC", bits=3, exact_columns=0, images=60),
@@ -86,12 +88,12 @@ def test_an_exported_run_loads_back_to_the_baked_network_to_the_bit(tmp_path, wa
     bits = wanted.quantizer.bits
     assert (told.bits, told.nominal) == (bits, 32 / bits)
     assert told.bytes == (tmp_path / "file.safetensors").stat().st_size
-    count = 16 * 9 + 32 * 16 * 9 + 64 * 32 * 9
-    assert told.quantized_share == pytest.approx(
-        count / (33658 + 3 * (wanted.quantizer == RUNS["activations"].quantizer))
-    )
+    first = wanted.quantizer.kind != "lsq-both"  # whether the first layer's weight is quantized
+    count = first * 16 * 9 + 32 * 16 * 9 + 64 * 32 * 9
+    inputs = getattr(wanted.quantizer, "activations", "none") != "none"
+    assert told.quantized_share == pytest.approx(count / (33658 + 3 * inputs))
     assert told.float_bytes == pytest.approx(4 * 33658, rel=0.01)
-    rest = 4 * (33658 - count) + 4 * (1 if wanted.quantizer.granularity == "tensor" else 112)
+    rest = 4 * (33658 - count) + 4 * (1 if wanted.quantizer.granularity == "tensor" else 96 + 16 * first)
     assert 0 < told.bytes - rest - count * bits / 8 < 5000  # the header's names, BatchNorm's statistics
     assert told.compression < told.nominal
 

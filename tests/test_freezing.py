@@ -219,6 +219,49 @@ def test_frozen_step_sizes_follow_the_perturbed_loss_alone(tmp_path):
     assert all(math.isfinite(each["task"]) for each in rows[-1]["disorder"].values())
 
 
+@pytest.mark.parametrize("rescale", [False, True])
+@pytest.mark.parametrize(("gradient", "kept"), [("task", 5.0), ("smooth", 3.0), ("both", 0.0)])
+@pytest.mark.parametrize("what", ["steps", "weights", "layer"])
+def test_what_is_frozen_gets_the_other_gradient_half_or_whole(what, gradient, kept, rescale, tmp_path):
+    """The first pass gives all parameters the gradient 3, the second 5, and one layer is frozen."""
+    options = {"freeze_what": what, "freeze_gradient": gradient, "freeze_rescale": rescale}
+    spec = spec_of("FQAT", **options)
+    trajectory = Training([RunStore(tmp_path).run(spec)], RunStore(tmp_path), PLACE, forks=()).trajectory
+    trajectory.switch()
+    rule, found, passes = trajectory.step_rule(), trajectory.disorder, iter((3.0, 5.0))
+    found.frozen = torch.tensor([layer_of(name) == "features.4" for name in found.step_sizes])[found.tensor]
+
+    def closure():
+        value = next(passes)
+        for parameter in trajectory.network.parameters():
+            parameter.grad = torch.full_like(parameter, value)
+        return torch.tensor(0.0)
+
+    rule.step(closure)
+    steps = {found.step_sizes["features.4"], found.step_sizes["features.4.activations"]}
+    weights = {quantized_layers(trajectory.network)["features.4"].latent}
+    frozen = {"steps": steps, "weights": weights, "layer": steps | weights}[what]
+    for name, parameter in trajectory.network.named_parameters():
+        expected = 4.0 if parameter not in frozen else kept if rescale else kept / 2
+        assert parameter.grad.unique().tolist() == [expected], name
+
+
+def test_some_step_size_is_frozen_and_released_again_within_a_short_run(tmp_path):
+    """K is 6 % of the steps, as in QUICK and in the published runs."""
+    spec = spec_of("GAQAT", steps=100, eval_every=50, freeze_every=None)
+    assert spec.step.freezing == FreezeSpec(every=6)
+    training = Training([RunStore(tmp_path).run(spec)], RunStore(tmp_path), PLACE, forks=())
+    trajectory, history = training.trajectory, []
+    training.run(lambda *_: history.append(trajectory.disorder.frozen.clone()))
+    frozen = torch.stack(history).int()  # (steps, step sizes)
+    changes = frozen.diff(dim=0)
+    assert not frozen[:5].any() and {int(step) % 6 for step in (changes != 0).any(dim=1).nonzero()} == {4}
+    released = (changes == 1).any(dim=0) & (changes == -1).any(dim=0)
+    assert released.any() and 0 < frozen.float().mean() < 1
+    shares = [each["frozen"] for each in training.runs[0].rows()[-1]["disorder"].values()]
+    assert any(0 < share < 1 for share in shares)
+
+
 def _train(root, spec, tally, every, *death):
     watch(tally, *death)
     loop.SAVE_SECONDS = every

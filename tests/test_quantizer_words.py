@@ -1,4 +1,4 @@
-"""Quantizers and noise in the words of `flatlab train`: the runs that they name, and what makes no sense."""
+"""Quantizers, noise and step rules in words of `flatlab train`: the runs that they name, and what makes no sense."""
 
 import re
 
@@ -6,7 +6,8 @@ import pytest
 from commandline import TINY, call
 
 from flatlab.specs.methods import METHODS, replicates
-from flatlab.specs.quantizers import INQSpec, NoiseSpec, OBCSpec, QuantSpec, RTNSpec
+from flatlab.specs.quantizers import BothSpec, INQSpec, NoiseSpec, OBCSpec, QuantSpec, RTNSpec
+from flatlab.specs.run import FREEZING, FreezeSpec, StepSpec
 from flatlab.specs.settings import SMOKE
 from flatlab.store.runs import RunStore
 
@@ -28,6 +29,34 @@ NAMED = {  # what the user writes -> the quantizer, or the noise, of the run
     "--method noise --noise-amplitude 0.01": NoiseSpec(amplitude=0.01),
     "--method noise-kept --noise-amplitude 1e-4": NoiseSpec(amplitude=1e-4, persistent=True),
     "--method noise --granularity tensor --bits 4": NoiseSpec(granularity="tensor", bits=4),
+    "--method lsq": BothSpec(scale_lr=SMOKE.lr),
+    "--method gaqat --qat-bits 3 --granularity tensor": BothSpec(
+        bits=3, activation_bits=3, granularity="tensor", scale_lr=SMOKE.lr
+    ),
+}
+
+STEPS = {  # what the user writes -> the step rule of the run
+    "--method sagm": StepSpec(kind="sagm"),
+    "--step sagm --sagm-alpha 0.002 --sam-rho 0.1": StepSpec(kind="sagm", rho=0.1, alpha=0.002),
+    "--method saq": StepSpec(kind="saq"),
+    "--step saq --quantizer inq": StepSpec(kind="saq"),
+    "--method gaqat": StepSpec(kind="gaqat", freezing=FreezeSpec(every=1)),
+    "--method gaqat --perturb all --freeze-every 3 --freeze-threshold 0.2": StepSpec(
+        kind="gaqat", perturb="all", freezing=FreezeSpec(every=3, threshold=0.2)
+    ),
+    "--method gaqat --freeze-trigger between --freeze-gradient smooth --freeze-unit Channel": StepSpec(
+        kind="gaqat", freezing=FreezeSpec(every=1, trigger="between", gradient="smooth", unit="channel")
+    ),
+    "--method gaqat --freeze-forever --freeze-rescale": StepSpec(
+        kind="gaqat", freezing=FreezeSpec(every=1, forever=True, rescale=True)
+    ),
+    "--method gaqat --freeze-alternate": StepSpec(kind="gaqat", freezing=FreezeSpec(every=1, alternate=True)),
+    "--method fqat --freeze-what layer --freeze-top 0.5": StepSpec(
+        kind="fqat", freezing=FreezeSpec(every=1, **FREEZING["fqat"], top=0.5, what="layer")
+    ),
+    "--step fqat --quantizer lsq --freeze-direction low --freeze-when window": StepSpec(
+        kind="fqat", freezing=FreezeSpec(every=1, **{**FREEZING["fqat"], "direction": "low", "when": "window"})
+    ),
 }
 
 LEFT_OUT = r", or leave it out\."
@@ -54,6 +83,18 @@ IDLE = {  # what makes no sense -> what is said
         r"--noise-amplitude sets the size of the noise; leave --bits and --granularity out\."
     ),
     "--quantize-at 0": r"--quantize-at 0 does nothing without a quantizer that trains; add --quantizer lsq",
+    "--method sam --sagm-alpha 0.1": r"--sagm-alpha 0\.1 does nothing without SAGM; add --step sagm" + LEFT_OUT,
+    "--method sagm --sagm-alpha -1": r"--sagm-alpha .*>= 0.* -1\.0",
+    "--perturb all": r"--perturb all does nothing without SAM; add --step sam" + LEFT_OUT,
+    "--method qt-dog --qat-bits 3": r"--qat-bits 3 does nothing without the quantizer lsq-both; add --quantizer lsq-bo",
+    "--method gaqat --bits 3": r"--bits is of weights alone, .*; write --qat-bits 3\.",
+    "--method sagm --freeze-forever": r"--freeze-forever does nothing without GAQAT or FQAT; use --method gaqat",
+    "--method gaqat --freeze-every 0": r"--freeze-every must be an integer >= 1, got 0\.",
+    "--method gaqat --freeze-top 2": r"--freeze-top must be a number <= 1, got 2\.0\.",
+    "--method gaqat --freeze-trigger both": r"Unknown freeze-trigger 'both'.*: task, smooth, between\.",
+    "--method gaqat --freeze-what weights": r"Freezing weights needs the unit layer, got scale: write --freeze-unit l",
+    "--step saq": r"The step rule saq needs a quantizer in training; add --quantizer lsq, or choose --step sam\.",
+    "--step gaqat --quantizer inq": r"The step rule gaqat needs learned step sizes, got the quantizer inq; add --quan",
 }
 
 
@@ -70,6 +111,13 @@ def test_words_name_a_quantizer(words, asked, tmp_path):
     assert call("train", *words.split(), *TINY, "--steps", 9, "--dry-run", "--store", tmp_path) == 0
     (spec,) = asked
     assert (spec.quantizer or spec.noise) == NAMED[words]
+
+
+@pytest.mark.parametrize("words", STEPS)
+def test_words_name_a_step_rule(words, asked, tmp_path):
+    assert call("train", *words.split(), *TINY, "--steps", 9, "--dry-run", "--store", tmp_path) == 0
+    (spec,) = asked
+    assert spec.step == STEPS[words]
 
 
 def test_a_composition_of_words_trains(tmp_path):

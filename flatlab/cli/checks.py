@@ -85,6 +85,15 @@ def parameters(found: "Iterable[Run]", measurements: "Iterable[MeasurementSpec]"
             _some_match(pattern or "", list(_weights(run, checkpoint)), "trainable parameter")
 
 
+def corruptions(found: "Iterable[Run]", measurements: "Iterable[MeasurementSpec]") -> None:
+    """Refuse corruptions that images of the runs' size do not have, or whose package is missing."""
+    for text in {measurement.corruption for measurement in measurements} - {None}:
+        from flatlab.data.corruptions import Corruption
+
+        for run in found:
+            Corruption.of(str(text), run.spec.image_size)
+
+
 def layers(found: "Iterable[Run]", pattern: str | None, checkpoint: str) -> None:
     """Refuse a pattern that no layer of a run matches."""
     for run in found if pattern is not None else ():

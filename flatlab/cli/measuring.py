@@ -30,12 +30,14 @@ CITE = "PyHessian gives no interval: its trace stops when the running mean chang
 SPHERE = asked(
     SphereSpec,
     *("rel_error", "abs_error", "budget", "block_size", "normalisation", "space", "checkpoint", "params", "images"),
+    "corruption",
     samples="num_samples",
     direction_seed="seed",
 )
 SPECTRUM = asked(
     SpectrumSpec,
     *("k", "which", "tol", "rel_error", "trace_budget", "starts", "engine", "checkpoint", "params", "images"),
+    "corruption",
     lanczos_steps="steps",
     start_seed="seed",
 )
@@ -85,7 +87,8 @@ def flatness(
         return
     table, written = chart(store, found, measurement, panel=panel, out=chosen.out)
     shown = table if chosen.json else table[list(SHOWN)]
-    chosen.answer(shown, f"Flatness, {TITLES[panel]} (nats), 95 % intervals over directions", SHOWN)
+    domain = f"{TITLES[panel]}{measurement.under}"
+    chosen.answer(shown, f"Flatness, {domain} (nats), 95 % intervals over directions", SHOWN)
     show_written(written, said(found, measurement, panel=panel))
 
 

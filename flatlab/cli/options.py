@@ -1,11 +1,13 @@
 """The options that commands share, each defined once; bounds, choices, help and default are read off a spec's field."""
 
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
+from pydantic import AfterValidator
 from pydantic.fields import FieldInfo
 
 from flatlab.errors import UserError, choose
@@ -37,10 +39,11 @@ TECHNICAL = 1000  # bounds from here on only catch slips of the keyboard
 
 @dataclass(frozen=True)
 class Rule:
-    """What the value of an option must be: one of a few names, or a number within bounds."""
+    """What the value of an option must be: one of a few names, a number within bounds, or text that a field reads."""
 
     choices: tuple[str, ...] = ()
     bounds: tuple[tuple[str, float], ...] = ()  # "ge", "gt", "le" or "lt", and the limit
+    readers: tuple[Callable[..., Any], ...] = ()  # of text; a ValueError says what it must be
 
     @classmethod
     def of(cls, info: FieldInfo) -> "Rule":
@@ -50,6 +53,7 @@ class Rule:
         return cls(
             choices,
             tuple((word, getattr(each, word)) for each in info.metadata for word in SIGNS if hasattr(each, word)),
+            tuple(each.func for each in info.metadata if isinstance(each, AfterValidator)),
         )
 
     def checked(self, name: str, value: Any) -> Any:
@@ -69,6 +73,11 @@ class Rule:
             if not holds(value, limit):
                 kind = "an integer" if isinstance(value, int) else "a number"
                 raise UserError(f"{flag(name)} must be {kind} {sign} {limit}, got {value}.")
+        for read in self.readers if isinstance(value, str) else ():
+            try:
+                value = read(value)
+            except ValueError as error:
+                raise UserError(f"{flag(name)} {error}, got {value}.") from None
         return value
 
     def help(self, text: str) -> str:

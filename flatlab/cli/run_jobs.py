@@ -52,6 +52,7 @@ def measured(chosen: Choices, found: Sequence[Any], measurements: Sequence[Any])
     from flatlab.store.runs import check_data
 
     checks.parameters(found, measurements)
+    checks.corruptions(found, measurements)
     place, dataset = reproduce.place_of(list(found), chosen.place())
     check_data(found, place)
     sizes = catalog.sizes(dataset, Path(place.data_dir) if place.data_dir else None)

@@ -3,11 +3,13 @@
 from collections.abc import Collection
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flatlab.data.batches import evaluation_batches
+from flatlab.data.corruptions import corrupted
 from flatlab.errors import UserError
 from flatlab.landscape.landscape import Landscape
 from flatlab.loading import data as loading_data
@@ -132,12 +134,13 @@ def images(run: Run, spec: MeasurementSpec, place: Place) -> dict[str, Data]:
     """Return the batches of each domain that a measurement looks at."""
     domains = loading_data.domains(run.spec, place)
     run.check_data(domains.data.fingerprint)
-    rows = domains.inside if spec.split == "in" else domains.outside
+    split = domains.inside if spec.split == "in" else domains.outside
+    data, rows = domains.data, {name: each[: spec.images] for name, each in split.items()}
+    if spec.corruption:
+        data = corrupted(data, spec.corruption, rows)
+        rows = {domain.name: np.arange(len(domain)) for domain in data.domains}
     device = loading_data.device(place)
-    return {
-        name: evaluation_batches(domains.data, name, rows[name], device=device, limit=spec.images)
-        for name in domains.data.names
-    }
+    return {name: evaluation_batches(data, name, rows[name], device=device) for name in data.names}
 
 
 def training_images(run: Run, count: int | None, place: Place) -> Data | None:

@@ -69,8 +69,8 @@ def densities(store: RunStore, wanted: Wanted) -> pd.DataFrame:
         for label, run, measurement in wanted
     ]
     frames = []
-    for domains in dict.fromkeys(measurement.domains for _, _, measurement, _ in found):
-        mine = [each for each in found if each[2].domains == domains]
+    for panel in dict.fromkeys(measurement.panel for _, _, measurement, _ in found):
+        mine = [each for each in found if each[2].panel == panel]
         nodes = np.concatenate([nodes for *_, rules in mine for nodes, _ in rules])
         sigma = WIDTH * float(np.ptp(nodes)) or 1e-12
         grid = np.linspace(nodes.min() - 4 * sigma, nodes.max() + 4 * sigma, PLACES)
@@ -81,7 +81,7 @@ def densities(store: RunStore, wanted: Wanted) -> pd.DataFrame:
 
 
 def _named(label: str, run: Run, measurement: SpectrumSpec) -> dict[str, Any]:
-    return {"panel": measurement.domains, "method": label, "held_out": run.spec.held_out, "seed": run.spec.seed}
+    return {"panel": measurement.panel, "method": label, "held_out": run.spec.held_out, "seed": run.spec.seed}
 
 
 def _rules(label: str, run: Run, measurement: SpectrumSpec) -> list[tuple[FloatArray, FloatArray]]:

@@ -32,6 +32,8 @@ def chart(
     wanted = [(run.name, run.spec, measurement) for run in found]
     frame = tables.flatness(store, wanted)
     shown = frame[frame["panel"] == panel].drop(columns="panel")
+    if measurement.corruption:
+        shown = shown.assign(corruption=measurement.corruption)
     each = [run.result(measurement) for run in found]
     lengths = {"l2": "distances", "share": "relative_radii", "rms": "rms"}
     shown = shown.assign(**{to: np.concatenate([getattr(one, name) for one in each]) for to, name in lengths.items()})
@@ -65,7 +67,7 @@ def _draw(shown: pd.DataFrame, measurement: SphereSpec, panel: str) -> Any:
         ax.set(
             xlabel=distance,
             ylabel="Flatness $F(w)$ (nats)",
-            title=f"{panels.TITLES[panel].capitalize()}, {measurement.effort}",
+            title=f"{panels.TITLES[panel].capitalize()}{measurement.under}, {measurement.effort}",
         )
         ax.legend()
     return figure

@@ -1,9 +1,9 @@
 """The fields common to all measurements, and the estimate of their cost."""
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from flatlab.specs.base import LARGEST_INT, LARGEST_SEED, Spec
 
@@ -13,8 +13,20 @@ PILOT = 64  # products that a trace usually needs, beyond its basis
 Sizes = Mapping[str, int]  # images of each domain
 
 
+def _name_and_severity(corruption: str | None) -> str | None:
+    """Return a corruption in its one spelling; whether its name is known depends on the images."""
+    if corruption is None:
+        return None
+    name, _, severity = corruption.strip().lower().replace("-", "_").partition(":")
+    if not name or severity not in {"1", "2", "3", "4", "5"}:
+        raise ValueError("must be NAME:SEVERITY with a severity from 1 to 5, such as gaussian_noise:3")
+    return f"{name}:{severity}"
+
+
 class MeasurementSpec(Spec):
     """The fields common to all measurements: which checkpoint, on which images."""
+
+    later: ClassVar[tuple[str, ...]] = ("corruption",)
 
     metric: str
     checkpoint: Literal["selected", "last"] = Field(
@@ -31,6 +43,10 @@ class MeasurementSpec(Spec):
         None, description="Pattern of parameter names, such as 'features.0*'; all parameters if not given."
     )
     seed: int = Field(0, ge=0, le=LARGEST_SEED, description="Seed of the random directions.")
+    corruption: Annotated[str | None, AfterValidator(_name_and_severity)] = Field(
+        None,
+        description="Corruption of all images, as NAME:SEVERITY with a severity from 1 to 5, such as gaussian_noise:3.",
+    )
 
     def count(self, sizes: Sizes) -> int:
         """Return the number of images evaluated."""
@@ -43,6 +59,11 @@ class MeasurementSpec(Spec):
             sizes: number of images of each domain.
         """
         return float(self.count(sizes))
+
+    @property
+    def under(self) -> str:
+        """The corruption, as text after the name of a domain; empty without one."""
+        return f" under {self.corruption}" if self.corruption else ""
 
     @property
     def pilots(self) -> tuple[tuple[str, "MeasurementSpec"], ...]:

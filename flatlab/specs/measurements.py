@@ -30,7 +30,7 @@ def _none_if_zero(tolerance: float | None) -> float | None:
 class SurfaceSpec(MeasurementSpec):
     """Loss and accuracy of each domain on a plane through the checkpoint."""
 
-    later = ("every", "recompute")
+    later = (*MeasurementSpec.later, "every", "recompute")
 
     metric: Literal["surface"] = "surface"
     axes: Literal["random", "hessian", "runs", "trajectory"] = Field(
@@ -218,6 +218,11 @@ class SpectrumSpec(MeasurementSpec):
     steps: int = Field(60, ge=1, le=10**4, description="Lanczos steps from each starting vector.")
 
     @property
+    def panel(self) -> str:
+        """The domains, and the corruption of their images, as text."""
+        return f"{self.domains}{self.under}"
+
+    @property
     def foreseen(self) -> int:
         """Estimated products: for the eigenvalues, a pilot of the trace, and the density (not with PyHessian)."""
         if self.engine == "pyhessian":
@@ -239,6 +244,7 @@ class GradCAMSpec(MeasurementSpec):
 
     metric: Literal["gradcam"] = "gradcam"
     images: int | None = Field(24, ge=1)  # of the held-out domain alone
+    corruption: None = None
     layer: str | None = None  # name of a module; None: chosen automatically
     grid: tuple[int, int] | None = None  # of tokens, if it cannot be inferred
     num_shares: int = Field(10, ge=1)  # steps of the deletion and insertion curves
@@ -271,6 +277,7 @@ class _OfWeights(MeasurementSpec):
     images: None = None
     space: Literal["baked"] = "baked"
     params: None = None
+    corruption: None = None
 
     def passes(self, sizes: Sizes) -> float:
         """Return 1, whatever the sizes of the domains."""

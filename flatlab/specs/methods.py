@@ -35,8 +35,8 @@ class Method:
 METHODS = {
     "ERM": Method(note="empirical risk minimisation: the plain baseline"),
     "SAM": Method(step="sam", note="sharpness-aware minimisation, rho 0.05"),
-    "SAGM": Method(step="sagm", note="sharpness-aware gradient matching, rho 0.05, alpha 0.001"),
-    "SAQ": Method(step="saq", quantizer="lsq", note="QT-DoG, then SAM at the quantized weights"),
+    "SAGM": Method(step="sagm", note="sharpness-aware gradient matching (Wang et al. 2023), rho 0.05, alpha 0.001"),
+    "SAQ": Method(step="saq", quantizer="lsq", note="QT-DoG, then SAM at the quantized weights (Liu et al. 2021)"),
     "SWA": Method(average="swa", note="mean of late iterates"),
     "SWAD": Method(average="swad", note="mean of the iterates inside the validation valley"),
     "SMA": Method(average="sma", note="running mean from early on, selected by validation"),
@@ -57,14 +57,16 @@ METHODS = {
     "LSQ": Method(quantizer="lsq-both", note="ERM, weights and layers' inputs quantized from the first step, 4/4 bits"),
     "LSQ+SAM": Method(step="sam", quantizer="lsq-both", note="SAM, quantized as LSQ"),
     "LSQ+SAGM": Method(step="sagm", quantizer="lsq-both", note="SAGM, quantized as LSQ"),
-    "LSQ+SAQ": Method(step="saq", quantizer="lsq-both", note="SAM at the quantized weights, quantized as LSQ"),
+    "LSQ+SAQ": Method(step="saq", quantizer="lsq-both", note="SAM at the quantized weights (SAQ), quantized as LSQ"),
     "GAQAT": Method(
         step="gaqat",
         quantizer="lsq-both",
-        note="GAQAT (our reading): LSQ+SAGM, no task gradient to steady step sizes",
+        note="GAQAT (our reading of arXiv 2412.05551): LSQ+SAGM, no task gradient to steady step sizes",
     ),
     "FQAT": Method(
-        step="fqat", quantizer="lsq-both", note="FQAT (our reading): LSQ+SAGM, no task gradient to unsteady layers"
+        step="fqat",
+        quantizer="lsq-both",
+        note="FQAT (our reading of arXiv 2509.00859): LSQ+SAGM, no task gradient to unsteady layers",
     ),
     "ERM-ensemble": Method(members=6, note="ERM networks of several seeds, logits averaged"),
     "EoA": Method(average="sma", members=6, note="ensemble of averages: SMA networks"),

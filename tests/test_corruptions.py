@@ -1,0 +1,201 @@
+"""Corruptions of images: damage by severity, draws by name, and what is refused."""
+
+import sys
+from dataclasses import replace
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+import torch
+from commandline import TINY as WORDS
+from commandline import call, only_run
+from stores import ERM, PLACE, trained
+
+from flatlab.data import digits
+from flatlab.data.corruptions import PHOTOGRAPHS, SMALL_IMAGES, Corruption, corrupted
+from flatlab.data.domains import Domain, DomainSet
+from flatlab.errors import UserError
+from flatlab.measure.inputs import images
+from flatlab.specs.measurements import GradCAMSpec, SizeSpec, SpectrumSpec, SphereSpec, SurfaceSpec
+
+DRAWN = {"gaussian_noise", "shot_noise", "impulse_noise", "glass_blur", "motion_blur", "fog", "speckle_noise"}
+LEVELS = range(1, 6)
+
+
+@pytest.fixture(scope="module")
+def embedded() -> DomainSet:
+    return digits.load()
+
+
+@pytest.fixture(scope="module")
+def pictures(embedded):
+    return torch.cat([domain.images[:15] for domain in embedded.domains])
+
+
+def photograph(size=96):
+    """A smooth picture in three colours."""
+    y, x = np.mgrid[:size, :size] / size
+    waves = np.stack([np.sin(7 * x + 3 * y), np.cos(5 * y), np.sin(9 * x * y)])
+    return torch.from_numpy(np.rint(127.5 + 100 * waves).astype(np.uint8))
+
+
+def damage(pictures, name, severity):
+    """The mean squared distance (of levels) to the clean images."""
+    found = [Corruption(name, severity).apply(each, row) for row, each in enumerate(pictures)]
+    return float((torch.stack(found).double() - pictures.double()).square().mean())
+
+
+@pytest.mark.parametrize("name", sorted(SMALL_IMAGES.keys() - {"glass_blur", "motion_blur"}))
+def test_each_severity_damages_more_than_the_one_before(name, pictures):
+    found = [0.0, *(damage(pictures, name, severity) for severity in LEVELS)]
+    assert np.all(np.diff(found) > 0), found
+
+
+def test_the_published_constants_of_two_blurs_do_not_damage_in_order(pictures):
+    glass = [damage(pictures, "glass_blur", severity) for severity in LEVELS]
+    assert min(glass[3:]) > max(glass[:3]) > 0 and glass[3] > glass[4]  # more swaps, and then more blur
+    motion = [damage(pictures, "motion_blur", severity) for severity in LEVELS]
+    assert 0 < motion[0] < motion[1] < motion[2] == pytest.approx(motion[3], rel=1e-3) and motion[3] < motion[4]
+
+
+@pytest.mark.parametrize("name", SMALL_IMAGES)
+def test_draws_follow_from_names(name, pictures):
+    first = Corruption(name, 3).apply(pictures[0], "rot0", 7)
+    assert (first.dtype, first.shape) == (torch.uint8, pictures[0].shape)
+    assert torch.equal(first, Corruption(name, 3).apply(pictures[0], "rot0", 7))
+    others = [Corruption(name, 3, seed=1).apply(pictures[0], "rot0", 7), Corruption(name, 3).apply(pictures[0], "rot0")]
+    assert all(torch.equal(first, other) != (name in DRAWN) for other in others)
+
+
+@pytest.mark.parametrize("name", SMALL_IMAGES)
+def test_colours_and_extremes_stay_bytes(name):
+    colours = photograph(32)
+    for image in (colours, torch.zeros_like(colours), torch.full_like(colours, 255)):
+        found = Corruption(name, 5).apply(image)
+        assert (found.dtype, found.shape) == (torch.uint8, image.shape)
+    grey = colours[:1].expand(3, -1, -1)
+    if name in ("brightness", "contrast", "gaussian_blur", "defocus_blur", "zoom_blur", "fog", "pixelate"):
+        one = Corruption(name, 5).apply(colours[:1])
+        assert torch.equal(Corruption(name, 5).apply(grey), one.expand(3, -1, -1))  # channels are treated alike
+
+
+def test_some_values_by_hand():
+    image = torch.tensor([[[0, 100], [200, 255]]], dtype=torch.uint8).repeat_interleave(8, 1).repeat_interleave(8, 2)
+    assert Corruption("brightness", 3).apply(image).unique().tolist() == [38, 138, 238, 255]  # 0.15 * 255 = 38.25
+    assert Corruption("contrast", 2).apply(image).unique().tolist() == [69, 119, 169, 197]  # the mean is 138.75
+    noisy = Corruption("impulse_noise", 5).apply(torch.full((1, 64, 64), 100, dtype=torch.uint8))
+    share = (noisy != 100).double().mean()
+    assert noisy.unique().tolist() == [0, 100, 255] and abs(share - 0.07) < 4 * (0.07 * 0.93 / 4096) ** 0.5
+    flat = torch.full((3, 16, 16), 77, dtype=torch.uint8)
+    for name in ("gaussian_blur", "defocus_blur", "glass_blur", "motion_blur", "zoom_blur", "pixelate", "contrast"):
+        assert torch.equal(Corruption(name, 5).apply(flat), flat), name
+    spread = (Corruption("gaussian_noise", 5).apply(torch.full((1, 64, 64), 128, dtype=torch.uint8)) / 255.0).std()
+    assert float(spread) == pytest.approx(0.1, rel=0.05)
+
+
+def test_a_corrupted_data_set_has_the_rows_in_their_order(embedded):
+    rows = {"rot45": np.array([5, 2, 9]), "rot0": np.array([0])}
+    found = corrupted(embedded, "Gaussian-Noise:3", rows)
+    assert found.names == ("rot45", "rot0") and found.fingerprint != embedded.fingerprint
+    assert torch.equal(found.domains[0].labels, embedded.domain("rot45").labels[[5, 2, 9]])
+    again = corrupted(embedded, "gaussian_noise:3", {"rot45": np.array([9, 5])})
+    assert torch.equal(again.domains[0].images, found.domains[0].images[[2, 0]])  # whatever else is corrupted
+    assert found.normalise(found.domains[0].images).shape == (3, 1, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        (
+            "gaussian_noise:0",
+            r"severity must be an integer from 1 to 5, got 'gaussian_noise:0': write gaussian_noise:3\.",
+        ),
+        ("fog:6", "severity must be an integer from 1 to 5, got 'fog:6'"),
+        ("fog", "severity must be an integer from 1 to 5, got 'fog'"),
+        ("fgo:3", "Unknown corruption 'fgo'; did you mean fog"),
+        ("frost:3", "Unknown corruption 'frost'"),
+    ],
+)
+def test_what_is_no_corruption_is_refused(text, match, embedded):
+    with pytest.raises(UserError, match=match):
+        corrupted(embedded, text, {"rot0": np.arange(3)})
+
+
+# --- as measured -------------------------------------------------------------------------------------------------
+
+
+def test_a_corruption_changes_a_measurements_name_and_no_corruption_does_not():
+    for clean in (SphereSpec(radii=(1.0,)), SpectrumSpec(), SurfaceSpec()):
+        assert "corruption" not in clean.model_dump() and "corruption" not in clean.canonical()
+        under = clean.replace(corruption="Gaussian-Noise:3")
+        assert under.corruption == "gaussian_noise:3" and under.digest != clean.digest
+        assert type(clean).parse(under.canonical()) == under
+    for kind in (SizeSpec, GradCAMSpec):
+        with pytest.raises(UserError, match="corruption"):
+            kind.make(corruption="fog:3")
+    with pytest.raises(UserError, match="corruption must be NAME:SEVERITY with a severity from 1 to 5.*, got 'fog'"):
+        SpectrumSpec.make(corruption="fog")
+
+
+def test_a_measurement_looks_at_the_same_images_corrupted(tmp_path, embedded):
+    run = trained(tmp_path, ERM).run(ERM)
+    clean, under = (
+        images(run, SphereSpec(radii=(1.0,), images=30, split="out", corruption=each), PLACE)
+        for each in (None, "fog:5")
+    )
+    assert list(clean) == list(under) == list(embedded.names)
+    for name, batches in clean.items():
+        ((x, y),), ((changed, same),) = batches, under[name]
+        assert x.shape == changed.shape == (30, 1, 16, 16) and torch.equal(y, same)
+        assert changed.mean() > x.mean()  # fog is white
+        assert changed.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_the_words_of_a_corruption(tmp_path, capsys):
+    assert call("train", *WORDS, "--store", tmp_path / "runs", "--json") == 0
+    run, place = only_run(tmp_path / "runs"), ("--store", tmp_path / "runs", "--out", tmp_path)
+    few = ("--radii", "0.5", "--samples", 2, "--images", 9, "--domains", "target")
+    assert call("flatness", run, *few, "--corruption", "Shot-Noise:5", *place) == 0
+    assert "domain under shot_noise:5 (nats)" in capsys.readouterr().out
+    assert ",shot_noise:5," in (tmp_path / "flatness.csv").read_text().splitlines()[1]
+    numbers = ("-k", 1, "--images", 5, "--lanczos-steps", 2, "--starts", 1)
+    assert call("hessian", run, *numbers, "--corruption", "fog:1", *place) == 0
+    assert "source under fog:1" in (tmp_path / "hessian.csv").read_text()
+    capsys.readouterr()
+    for words, match in {
+        "fog": "--corruption must be NAME:SEVERITY with a severity from 1 to 5, such as gaussian_noise:3, got fog.",
+        "fog:0": "--corruption must be NAME:SEVERITY with a severity from 1 to 5, such as gaussian_noise:3, got fog:0.",
+        "frost:2": "Unknown corruption 'frost'; did you mean fog? Known: gaussian_noise, shot_noise",
+    }.items():
+        assert call("flatness", run, *few, "--corruption", words, "--dry-run", *place) == 2
+        said = capsys.readouterr().err
+        assert match in said and said.count("\n") == 1
+
+
+# --- photographs -------------------------------------------------------------------------------------------------
+
+
+def photographs():
+    domain = Domain("photo", torch.stack([photograph(), photograph().flip(2)]), torch.tensor([0, 1]))
+    return DomainSet("pair", (domain,), ("a", "b"), mean=(0.5,) * 3, std=(0.5,) * 3)
+
+
+def test_photographs_without_the_package_are_refused_in_one_sentence(monkeypatch):
+    monkeypatch.setitem(sys.modules, "imagecorruptions", None)
+    with pytest.raises(UserError, match=r"imagecorruptions: pip install 'flatlab\[corruptions\]', or choose a smaller"):
+        corrupted(photographs(), "frost:3", {"photo": np.arange(2)})
+
+
+@pytest.mark.skipif(find_spec("imagecorruptions") is None, reason="flatlab[corruptions] is not installed")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("name", PHOTOGRAPHS)
+def test_photographs_are_corrupted_by_the_package(name):
+    data, rows = photographs(), {"photo": np.arange(2)}
+    before = np.random.get_state()[1].copy()
+    found = corrupted(data, f"{name}:5", rows)
+    assert np.array_equal(before, np.random.get_state()[1])
+    images = found.domains[0].images
+    assert (images.dtype, images.shape) == (torch.uint8, data.domains[0].images.shape)
+    assert not torch.equal(images, data.domains[0].images)
+    assert torch.equal(images, corrupted(data, f"{name}:5", rows).domains[0].images)
+    assert replace(data, stamp=None).fingerprint != found.fingerprint
