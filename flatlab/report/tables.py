@@ -143,6 +143,10 @@ def over_seeds_within(frame: pd.DataFrame, by: Sequence[str], *, correlations: C
 
 
 def _check_crossed(frame: pd.DataFrame, by: Sequence[str]) -> None:
+    groups = frame.groupby(list(by), sort=False)
+    cells_of = groups["held_out"].nunique() * groups["seed"].nunique()
+    if (groups.size() == cells_of).all() and not frame.duplicated([*by, "held_out", "seed"]).any():
+        return  # at a hundredth of the time that naming a cell takes
     for keys, group in frame.groupby(list(by), sort=False):
         cells = pd.MultiIndex.from_product([group["held_out"].unique(), group["seed"].unique()])
         counts = group.groupby(["held_out", "seed"]).size().reindex(cells, fill_value=0)
