@@ -11,7 +11,6 @@ import matplotlib.patheffects as effects
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.contour import QuadContourSet
@@ -23,7 +22,10 @@ from flatlab.arguments import FloatArray
 MARKERS = "oXsDPv^*<>"
 COLUMN = 3.4  # inches: the width of a paper's column
 LINES = ("-", "--", ":", "-.")  # the next one after each ten colours
+# seaborn's palette "colorblind", written out: seaborn takes a third of the time in which a figure is drawn to load.
+PALETTE = ["#0173b2", "#de8f05", "#029e73", "#d55e00", "#cc78bc", "#ca9161", "#fbafe4", "#949494", "#ece133", "#56b4e9"]
 STYLE: dict[Any, Any] = {
+    "axes.prop_cycle": cycler(color=PALETTE),
     "font.size": 8,
     "axes.titlesize": 8,
     "axes.labelsize": 8,
@@ -46,7 +48,7 @@ STYLE: dict[Any, Any] = {
 @contextmanager
 def style() -> Iterator[None]:
     """Draw in flatlab's style: small type for a paper's column, a palette suited to colour-blind readers."""
-    with mpl.rc_context({**STYLE, "axes.prop_cycle": cycler(color=sns.color_palette("colorblind"))}):
+    with mpl.rc_context(STYLE):
         yield
 
 

@@ -181,6 +181,7 @@ def test_an_accuracy_is_planned_by_a_pilot_whose_plan_is_kept(flatlab, store, tm
     )
 
 
+@pytest.mark.slow
 def test_flatness_says_which_is_flatter(flatlab, store, tmp_path):
     a, b = digests(store).values()
     given = ("--radii", "1,4", "--images", 20, "--store", store, "--out", tmp_path)
@@ -266,6 +267,7 @@ def test_the_numbers_of_a_log_by_name():
     assert dict(scalars(row)) == {"validation": 0.5, "target/in/loss": 2.0, "target/in/n": 9.0}
 
 
+@pytest.mark.slow
 def test_interrupted_it_says_how_to_go_on_and_goes_on(tmp_path):
     """Real workers: an interrupt reaches the command's whole process group."""
     store = tmp_path / "runs"

@@ -151,6 +151,7 @@ def test_a_measurement_looks_at_the_same_images_corrupted(tmp_path, embedded):
         assert changed.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.slow
 def test_the_words_of_a_corruption(tmp_path, capsys):
     assert call("train", *WORDS, "--store", tmp_path / "runs", "--json") == 0
     run, place = only_run(tmp_path / "runs"), ("--store", tmp_path / "runs", "--out", tmp_path)

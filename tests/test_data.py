@@ -438,6 +438,7 @@ def test_check_of_the_digits() -> None:
     assert all(row.ok and row.classes == 10 for row in rows)
 
 
+@pytest.mark.slow
 @needs_pacs
 def test_check_of_pacs() -> None:
     rows = folders.check("PACS", PACS.parent)

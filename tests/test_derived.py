@@ -291,6 +291,7 @@ def _train(root, wanted, tally, last):
     train([wanted], RunStore(root), PLACE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["inq", "noise-kept", "activations"])
 def test_a_killed_run_ends_with_the_same_bytes(tmp_path, name):
     forkserver()

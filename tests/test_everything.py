@@ -29,6 +29,7 @@ def answered(capsys):
     return pd.DataFrame(json.loads(capsys.readouterr().out))
 
 
+@pytest.mark.slow
 def test_all_are_made_told_in_one_table_and_go_on_where_they_stopped(few, tmp_path, capsys):
     assert call("list", "--setting", "smoke", "--held-out", "rot0", "--seeds", "1", "--json", "--store", tmp_path) == 0
     before = answered(capsys).set_index("name")["missing"]

@@ -268,6 +268,7 @@ def _train(root, spec, tally, every, *death):
     train([spec], RunStore(root), PLACE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["GAQAT", "FQAT"])
 def test_killed_inside_a_window_it_goes_on_to_the_same_bytes(name, tmp_path):
     forkserver()

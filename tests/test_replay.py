@@ -118,6 +118,7 @@ def _keep(root, tally, *death):
     train(GROUP[1:], RunStore(root), PLACE, keep_every=2)
 
 
+@pytest.mark.slow
 def test_kept_checkpoints_are_whole_after_kills_at_any_point(tmp_path, store):
     """ERM itself is not trained: what is kept lies in its folder all the same."""
     forkserver()

@@ -78,6 +78,7 @@ def test_a_fork_is_kept_where_nobody_trains_the_parent_itself(together, tmp_path
         assert content(store.run(run)) == content(together.run(run))
 
 
+@pytest.mark.slow
 def test_a_fresh_process_makes_the_same_bytes(together, tmp_path):
     code = "import sys; from stores import *; trained(sys.argv[1], *GROUP)"
     environment = {**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": os.path.dirname(__file__)}
@@ -138,6 +139,7 @@ KILLED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("specs", "every", "most"), KILLED.values(), ids=KILLED)
 def test_training_killed_anywhere_goes_on_from_its_last_state(tmp_path, specs, every, most):
     tally, whole, store = tmp_path / "tally", trained(tmp_path / "whole", *specs), RunStore(tmp_path / "killed")
@@ -219,6 +221,7 @@ def test_a_state_of_more_runs_serves_fewer(tmp_path, together):
     assert content(store.run(GROUP[0])) == content(together.run(GROUP[0]))
 
 
+@pytest.mark.slow
 def test_threads_are_recorded_and_used_again(tmp_path):
     store, run = RunStore(tmp_path / "store"), spec()
     store.run(run).create()

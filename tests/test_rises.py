@@ -138,6 +138,7 @@ def test_radii_are_geometric_means_rounded_to_two_digits(tmp_path):
     refuses(lambda: by_rise(store, CHOSEN, PROBE), "differ in two digits", "1.1")
 
 
+@pytest.mark.slow
 def test_all_runs_share_radii_where_the_references_rise_so_far(store, tmp_path):
     store = copied(store, tmp_path / "store")
     wanted = [(run, PROBE.replace(normalisation=kind)) for run in (ERM, OTHER, QT) for kind in ("none", "filter")]
@@ -167,6 +168,7 @@ def test_before_its_pilots_a_measurement_is_refused(store, tmp_path):
     refuses(lambda: measure(store.run(QT), PROBE, PLACE), ERM.digest, "is not measured yet")
 
 
+@pytest.mark.slow
 def test_radii_of_other_pilots_are_not_put_beside_each_other(store, tmp_path):
     store = copied(store, tmp_path / "store")
     assert done_all(store, [(ERM, PROBE), (QT, PROBE)]) == []
@@ -212,6 +214,7 @@ def _measures(root, tally, last):
     assert done_all(RunStore(root), [(QT, PROBE)]) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("last", [3, 7, 11])
 def test_killed_at_any_file_it_ends_with_the_same_bytes(store, tmp_path, last):
     whole, cut = copied(store, tmp_path / "whole"), copied(store, tmp_path / "cut")
@@ -241,6 +244,7 @@ def test_a_dry_run_works_from_an_empty_store(tmp_path, capsys):
     assert "pilot erm" in capsys.readouterr().out and not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 def test_the_command_measures_where_the_first_run_rises(store, tmp_path, capsys):
     store = copied(store, tmp_path / "store")
     words = ("flatness", ERM.digest, QT.digest, "--samples", 2, "--images", 12, "--store", store.root)

@@ -132,6 +132,7 @@ def arrays_of(made, run):
     return files.load_arrays(made / "runs" / run / "measurements" / spec.digest / "result.safetensors")[0]
 
 
+@pytest.mark.slow
 def test_the_table_says_what_the_arrays_say(made):
     frame = pd.read_csv(made / "figures" / "fig9.csv")
     shown = frame[frame.quantity == "picture"]

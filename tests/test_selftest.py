@@ -23,6 +23,7 @@ def failures(*groups):
     return [check.name for check in guarded if not check.passed]
 
 
+@pytest.mark.slow
 def test_every_check_passes_here(capfd):
     assert commandline.call("selftest") == 0
     lines = [line for line in capfd.readouterr().out.splitlines() if line.startswith("ok")]
@@ -59,6 +60,7 @@ def test_uniform_directions_are_caught(monkeypatch):
     assert {"cpu: directions, largest cosine of two", "cpu: directions, mean of the entries"} <= set(failed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["values", "derivatives"])
 def test_unweighted_batches_are_caught(monkeypatch, which):
     def sums(self, total):
@@ -84,6 +86,7 @@ def test_unweighted_batches_are_caught(monkeypatch, which):
         assert any("trace" in name for name in failed)
 
 
+@pytest.mark.slow
 def test_a_halved_trace_is_caught(monkeypatch):
     original = trace._products_of
     monkeypatch.setattr(trace, "_products_of", lambda *args, **kwargs: original(*args, **kwargs) / 2)
@@ -91,6 +94,7 @@ def test_a_halved_trace_is_caught(monkeypatch):
     assert "cpu: quadratic, trace (Hutchinson)" in failed and "cpu: trace, 90% intervals that hold it" in failed
 
 
+@pytest.mark.slow
 def test_a_swapped_sign_is_caught(monkeypatch):
     original = Curvature.__matmul__
     monkeypatch.setattr(Curvature, "__matmul__", lambda self, vectors: -original(self, vectors))

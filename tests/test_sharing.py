@@ -69,6 +69,7 @@ def _fills(root, tally, barrier):
     assert _errors(_work(store, jobs_plan.missing(store, [], [(ERM, LONG)], sizes=SIZES))) == {}
 
 
+@pytest.mark.slow
 def test_idle_workers_join_a_measurement_and_no_unit_is_made_twice(store, whole, tmp_path):
     shared = copied(store, tmp_path / "shared")
     barrier = multiprocessing.get_context("forkserver").Barrier(2)
@@ -137,6 +138,7 @@ def test_a_kept_plan_is_not_made_again(whole, tmp_path, monkeypatch):
     assert content(measurement) == before and facts["stopped"] and len(facts["plans"]) == pilot.PLACES
 
 
+@pytest.mark.slow
 def test_a_damaged_plan_is_named(whole, tmp_path):
     mine = copied(whole, tmp_path / "mine")
     measurement = mine.run(ERM).measurement(AUTO)

@@ -70,6 +70,7 @@ def test_a_surface_is_measured_drawn_and_kept(flatlab, store, tmp_path):
     assert measurement.result.read_bytes() == first
 
 
+@pytest.mark.slow
 def test_the_triangle_is_told_with_its_verdict(flatlab, store, tmp_path):
     erm = digests(store)["erm"]
     answer = flatlab("landscape", erm, *IMAGES, "--grid", 3, "--rel-error", 0.5)
@@ -188,6 +189,7 @@ def test_a_trajectory_spans_a_plane(flatlab, store, tmp_path):
     assert "of 3 checkpoints, each 4 steps" in flatlab("landscape", erm, *words, "--every", 4).err
 
 
+@pytest.mark.slow
 def test_an_audit_is_told_and_drawn(flatlab, store, tmp_path):
     found = digests(store)
     answer = flatlab("audit", found["erm"], *IMAGES, "--samples", 3)

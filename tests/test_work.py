@@ -75,6 +75,7 @@ def _worker(root, tally, barrier):
     assert _errors(_work(store)) == {}
 
 
+@pytest.mark.slow
 def test_two_workers_share_the_jobs(store, whole, tmp_path):
     barrier = multiprocessing.get_context("forkserver").Barrier(2)
     todo = _todo(store)
@@ -137,6 +138,7 @@ def test_a_worker_ends_when_its_input_is_closed(store, tmp_path):
         assert process.wait(30) == 1
 
 
+@pytest.mark.slow
 def test_a_worker_needs_no_terminal_and_ends_on_a_term_signal_with_its_state_saved(store, tmp_path):
     endless = _endless(store, tmp_path / "plan")
     command = [sys.executable, "-m", "flatlab.jobs.worker", str(tmp_path / "plan")]
@@ -153,6 +155,7 @@ def test_a_worker_needs_no_terminal_and_ends_on_a_term_signal_with_its_state_sav
         assert free
 
 
+@pytest.mark.slow
 def test_a_worker_without_a_terminal_finishes_its_plan(store, tmp_path):
     short = ERM.replace(steps=1, eval_every=1)
     todo = jobs_plan.missing(store, [short], [], sizes=SIZES)
@@ -199,6 +202,7 @@ def test_workers_end_with_the_command_that_started_them(store, tmp_path):
         assert not store.run(endless).done
 
 
+@pytest.mark.slow
 def test_local_workers(store, whole):
     heard = []
     plan = WorkPlan(store=str(store.root), place=PLACE, jobs=tuple(_todo(store)))

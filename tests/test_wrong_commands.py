@@ -95,6 +95,7 @@ def no_work(store, monkeypatch):
     assert tree(store.parent) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, _ in commands()])
 def test_each_option_refuses_what_it_cannot_mean(store, no_work, capsys, name):
     arguments = {"reproduce": ["fig3"], "runs merge": ["elsewhere"], "data check": ["digits"], "import": ["file"]}

@@ -16,7 +16,6 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
-from scipy import stats
 
 from flatlab import plots
 from flatlab.errors import UserError
@@ -69,6 +68,8 @@ def stability(validation: npt.ArrayLike, target: npt.ArrayLike) -> Stability:
     Raises:
         UserError: where they are not of one length, or fewer than two.
     """
+    from scipy.stats import spearmanr  # here: it takes half a second to load
+
     inside, outside = np.asarray(validation, dtype=float), np.asarray(target, dtype=float)
     if inside.shape != outside.shape or inside.ndim != 1 or len(inside) < 2:
         raise UserError(
@@ -79,7 +80,7 @@ def stability(validation: npt.ArrayLike, target: npt.ArrayLike) -> Stability:
     return Stability(
         spread=float(outside.std(ddof=1)),
         change=float(np.abs(np.diff(outside)).mean()),
-        correlation=float(stats.spearmanr(inside, outside).statistic) if moving else float("nan"),
+        correlation=float(spearmanr(inside, outside).statistic) if moving else float("nan"),
         regret=float(outside.max() - outside[inside.argmax()]),
         points=len(inside),
     )
