@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from flatlab import plots
-from flatlab.analysis import Analysis, by_method, crossed, from_table
+from flatlab.analysis import Analysis, by_method, crossed, from_table, once
 from flatlab.report import tables, verdicts
 from flatlab.report.areas import UP_TO, areas, limits, named_by_rise
 from flatlab.report.panels import SOURCE, TARGET, TITLES
@@ -63,6 +63,7 @@ def table(store: RunStore, setting: Setting) -> pd.DataFrame:
     return _with_published(whole, setting)[COLUMNS]
 
 
+@once
 def findings(frame: pd.DataFrame) -> pd.DataFrame:
     """Return the differences of the pairs that the paper compares: in the mean of F (primary), and at each radius.
 

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from analyses import _claims, _correlation, _grid, _percent, fig3
 from flatlab import plots
-from flatlab.analysis import Analysis, crossed, from_table
+from flatlab.analysis import Analysis, crossed, from_table, once
 from flatlab.report import spectrum, stability, tables, verdicts
 from flatlab.report.areas import UP_TO, areas, limits, named_by_rise
 from flatlab.report.panels import SOURCE, TARGET
@@ -154,6 +154,7 @@ def runs(frame: pd.DataFrame) -> pd.DataFrame:
     return each.pivot(index=keys, columns="measure", values="value").reset_index().rename_axis(columns=None)
 
 
+@once
 def findings(frame: pd.DataFrame) -> pd.DataFrame:
     """Return the differences of the pairs, of all targets and without `photo` where the data are PACS.
 

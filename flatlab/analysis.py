@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import wraps
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -66,3 +67,16 @@ def crossed(labelled: Iterable[Labelled], measurements: Sequence[MeasurementSpec
 def from_table(draw: Callable[[pd.DataFrame, str], Figure]) -> Draw:
     """Return a function that draws from the table alone."""
     return lambda frame, caption, _: draw(frame, caption)
+
+
+def once(findings: Callable[[pd.DataFrame], pd.DataFrame]) -> Callable[[pd.DataFrame], pd.DataFrame]:
+    """Decorate `findings` of a figure to be computed once for a frame: remarks, page and picture all ask for them."""
+    kept: list[pd.DataFrame] = []  # the last frame and its findings
+
+    @wraps(findings)
+    def asked(frame: pd.DataFrame) -> pd.DataFrame:
+        if not kept or kept[0] is not frame:
+            kept[:] = frame, findings(frame)
+        return kept[1].copy()
+
+    return asked
