@@ -347,4 +347,5 @@ FIGURE = Analysis(
     remarks=remarks,
     caption=caption,
     draw=from_table(draw),
+    alone=True,
 )

@@ -38,6 +38,7 @@ class Analysis:
     arrays: Callable[[pd.DataFrame, RunStore, Setting], Arrays] | None = None  # drawn besides the table
     sheet: Callable[[pd.DataFrame], pd.DataFrame] | None = None  # accuracies as the paper's table has them
     as_published: Callable[[], pd.DataFrame] | None = None  # the paper's numbers
+    alone: bool = False  # made only when it is named, not by `reproduce all`: it takes longer than all the others
 
     @property
     def name(self) -> str:

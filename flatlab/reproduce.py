@@ -49,6 +49,12 @@ def analysis(name: str) -> Analysis:
     return found
 
 
+def in_all() -> dict[str, Analysis]:
+    """Return the figures and tables that `reproduce all` makes, by name: all but those that are made alone."""
+    figures = {name: analysis(name) for name in sorted(analyses(), key=figure_files.in_order)}
+    return {name: figure for name, figure in figures.items() if not figure.alone}
+
+
 def analyses() -> list[str]:
     """Return the names of all figures and tables.
 

@@ -50,6 +50,13 @@ def test_all_are_made_told_in_one_table_and_go_on_where_they_stopped(few, tmp_pa
     assert set(answered(capsys).missing) == {"nothing"}
 
 
+def test_those_made_alone_are_named_so_and_not_in_all(few, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(fig4, "FIGURE", replace(fig4.FIGURE, alone=True))
+    assert call("list", "--setting", "smoke", "--json", "--store", tmp_path) == 0
+    assert dict(answered(capsys).set_index("name")["in all"]) == {"fig4": "no", "fig9": "yes", "table2": "yes"}
+    assert list(reproduce.in_all()) == ["fig9", "table2"]
+
+
 def test_what_cannot_be_made_keeps_nothing_else_back(few, tmp_path, capsys, monkeypatch):
     def broken(store, setting):
         raise UserError("Figure 4 is broken.")

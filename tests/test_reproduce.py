@@ -17,7 +17,7 @@ from flatlab.specs.settings import PAPER, SMOKE
 
 pytestmark = pytest.mark.timeout(900)  # fixtures make figures
 FEW = ("fig2", "fig3", "fig8", "table4")
-REDRAW = ("reproduce", "all", "--draw-only", "--out")
+REDRAW = "from flatlab.cli import main; main(sys.argv[1:])"
 COLUMNS = ["panel", "normalisation", "method", "held_out", "seed", "radius"]
 COLUMNS += ["value", "stderr", "low", "high", "over", "published", "rise", "base_loss", "chance"]
 
@@ -50,7 +50,8 @@ def test_every_figure_is_made_and_drawn_again_from_its_files_alone(tmp_path_fact
     data = [path for path in (root / "figures").iterdir() if path.suffix in (".csv", ".npz", ".json")]
     for path in data:
         shutil.copy(path, tmp_path / path.name)
-    without_torch("from flatlab.cli import main; main(sys.argv[1:])", *REDRAW, tmp_path, "--reference")
+    for name in ("all", *(set(codes) - set(reproduce.in_all()))):
+        without_torch(REDRAW, "reproduce", name, "--draw-only", "--reference", "--out", tmp_path)
     for name in codes:
         for suffix in ("png", "pdf", "md"):
             made, again = (folder / f"{name}.{suffix}" for folder in (root / "figures", tmp_path))

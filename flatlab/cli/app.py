@@ -42,7 +42,12 @@ def _version(*, version: Annotated[bool, typer.Option("--version", help="Print t
 @takes(*DATASET, "datasets", *TRAINING, "controls", *RUNNING, "out")
 def reproduce(
     chosen: Choices,
-    name: Annotated[str, typer.Argument(help="Figure or table, such as fig3 (`flatlab list`), or all.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="Figure or table, such as fig3 (`flatlab list`), or all, which leaves out those that take hours."
+        ),
+    ],
     draw_only: Annotated[
         bool, typer.Option("--draw-only", help="Draw again from the csv, npz and json in --out, without a store.")
     ] = False,

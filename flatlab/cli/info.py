@@ -41,8 +41,9 @@ def list_(chosen: Choices) -> None:
     for name in sorted(reproduce.analyses(), key=figure_files.in_order):
         figure = reproduce.analysis(name)
         lacks = _lacks(reproduce.missing(figure, setting, store, place))
-        rows.append({"name": name, "shows": figure.title, "missing": lacks})
-    chosen.answer(pd.DataFrame(rows), f"Figures and tables, setting {setting.name}")
+        rows.append({"name": name, "in all": "no" if figure.alone else "yes", "shows": figure.title, "missing": lacks})
+    title = f"Figures and tables, setting {setting.name}; `flatlab reproduce all` makes those of `in all`"
+    chosen.answer(pd.DataFrame(rows), title)
 
 
 def _lacks(todo: Sequence[Any]) -> str:

@@ -127,14 +127,14 @@ def show_written(paths: Sequence[Path], sentences: Sequence[str] = ()) -> None:
 
 def redraw(chosen: Choices, name: str, *, reference: bool) -> None:
     """Draw a figure or table again, or all of them, from the files in the folder of the pictures."""
-    from flatlab import figure_files, reproduce
+    from flatlab import reproduce
 
     chosen.refuse(sorted(chosen.written - DRAWING), "with --draw-only")
-    names = sorted(reproduce.analyses(), key=figure_files.in_order) if name == "all" else [name]
+    figures = reproduce.in_all().values() if name == "all" else [reproduce.analysis(name)]
     written, failed = [], []
-    for each in names:
+    for figure in figures:
         try:
-            written += reproduce.redraw(reproduce.analysis(each), chosen.out, reference=reference).written
+            written += reproduce.redraw(figure, chosen.out, reference=reference).written
         except UserError as error:
             failed.append(str(error))
     if chosen.json:
@@ -146,7 +146,7 @@ def redraw(chosen: Choices, name: str, *, reference: bool) -> None:
 
 
 def everything(chosen: Choices, *, reference: bool) -> None:
-    """Make all figures and tables; what they share is trained and measured once, and resumes after an interruption.
+    """Make all figures and tables but those made alone; shared work is done once, and resumes after an interruption.
 
     A failure does not stop the rest; the command then ends with the errors.
 
@@ -156,10 +156,10 @@ def everything(chosen: Choices, *, reference: bool) -> None:
     """
     import pandas as pd
 
-    from flatlab import figure_files, reproduce
+    from flatlab import reproduce
 
     setting, store, place = chosen.make_setting(), chosen.runs(), chosen.place()
-    figures = {name: reproduce.analysis(name) for name in sorted(reproduce.analyses(), key=figure_files.in_order)}
+    figures = reproduce.in_all()
     todo = reproduce.missing_of(figures.values(), setting, store, place)
     if chosen.dry_run:
         price(chosen, todo, setting)
