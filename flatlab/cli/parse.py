@@ -26,7 +26,7 @@ def named(store: "RunStore", words: Sequence[str], *, held_out: str = "all", see
         store: holds them.
         words: names of methods (QT-DoG) or compositions (sam-swad), or digests, or their beginnings.
         held_out: of the runs that a name means, those that held these domains out.
-        seed: of the runs that a name means, those of this seed.
+        seed: of the runs that a name means, those of this seed; None: of the first there is.
 
     Raises:
         UserError: where a word names no run, or several.
@@ -47,6 +47,7 @@ def named(store: "RunStore", words: Sequence[str], *, held_out: str = "all", see
         mine = [run for run in runs if means(word, run.spec)]
         mine = [run for run in mine if run.done] or mine
         mine = [run for run in mine if seed in (None, run.spec.seed) and _held_out(run.spec, held_out)]
+        mine = [run for run in mine if run.spec.seed == min(each.spec.seed for each in mine)]
         found.append(_only(mine, word, store))
     return list({run.path: run for run in found}.values())
 

@@ -128,6 +128,8 @@ class Opening:
         if not np.allclose(moved, sums, rtol=1e-6, atol=0.0):
             return []
         count, every = sum(self.named[name].numel() for name in names), sum(t.numel() for t in tensors)
+        if not count:  # tensors without elements
+            return []
         listed = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
         return [
             f"{count:,} of the {every:,} parameters ({count / every:.1%}) do not move the loss ({listed}), and"

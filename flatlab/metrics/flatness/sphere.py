@@ -11,6 +11,7 @@ import torch
 from flatlab.arguments import FloatArray, whole
 from flatlab.landscape.landscape import Landscape
 from flatlab.metrics.flatness import planning
+from flatlab.metrics.flatness.caveats import rounded, unseen
 from flatlab.metrics.flatness.perturbations import check_normalisation, reach
 from flatlab.metrics.flatness.sampler import Draws, DrawsReport, Sampler
 from flatlab.results.estimate import Cost
@@ -95,6 +96,7 @@ def assemble(
         SamplingPlan(0.0, 0), 1, np.zeros((len(sampler.landscapes), longest, len(landscape.strata))), "samples"
     )
     each = [by_radius.get(float(radius), still) for radius in radii]
+    lost = rounded(landscape, radii[radii > 0], sampler.normalisation)
     return SphereFlatness(
         radii=radii,
         visits=tuple(draws.visits[which] for draws in each),
@@ -109,5 +111,5 @@ def assemble(
         num_params=landscape.num_params,
         norm=landscape.norm,
         reach=reach(landscape, sampler.normalisation),
-        notes=landscape.remarks,
+        notes=(*landscape.remarks, *unseen(landscape, per_radius), *([lost] if lost else [])),
     )

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from flatlab.arguments import distances, whole
+from flatlab.errors import UserError
 from flatlab.landscape.landscape import Landscape
+from flatlab.metrics.flatness.caveats import rounded
 from flatlab.metrics.flatness.perturbations import draw_direction
 from flatlab.results.estimate import Cost
 from flatlab.results.sharpness import WorstRise
@@ -40,11 +42,14 @@ def worst_rise(
         seed: names the starts.
 
     Raises:
-        UserError: if a radius is not positive, or restarts or steps are below 1.
+        UserError: if a radius is not positive, or too small for the weights' precision, or restarts or steps are
+            below 1.
     """
     places = distances("radii", radii, above=0.0)
     whole("restarts", restarts)
     whole("steps", steps)
+    if lost := rounded(landscape, places):
+        raise UserError(lost)
     start, named = time.perf_counter(), base_seed(seed)
     rises = np.array([[_climb(landscape, gamma, steps, named, k) for k in range(restarts)] for gamma in places])
     passes = len(places) * restarts * (1 + steps * (BACKWARD + 1))
