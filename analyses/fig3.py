@@ -35,8 +35,9 @@ COLUMNS += ["value", "stderr", "low", "high", "over", "published", "rise", "base
 GROUP = ["panel", "normalisation", "method", "radius"]
 PRINTED = {SOURCE: "train", TARGET: "test"}  # the paper's names: train and test flatness
 SUMMARY = (
-    f"Mean of F up to ERM's rise of {UP_TO} nats, below chance: differences in nats, paired by held-out domain and "
-    "seed; 95 % intervals over seeds, each alone; * p < 0.05 after Holm over the pairs of a column"
+    f"Mean of F: the area under F from radius 0, over its length, up to ERM's rise of {UP_TO} nats or the last radius "
+    "before a loss reaches chance; differences in nats, paired by held-out domain and seed, 95 % intervals over seeds, "
+    "each alone; * p < 0.05 after Holm over the pairs of a column"
 )
 TOLD = ["value", "low", "high"]
 SAMPLING = ("num_samples", "rel_error", "block_size", "images")

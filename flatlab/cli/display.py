@@ -24,6 +24,7 @@ from flatlab.cli.timeleft import TimeLeft
 from flatlab.errors import printable
 from flatlab.jobs.plan import Job
 
+PER_JOB, START = 0.6, 5.0  # seconds beside the passes: of a job's loading and writing, and of starting the workers
 WIDEST = 100_000  # columns without a terminal: each row is one line; a terminal folds long cells
 
 
@@ -138,13 +139,14 @@ def plan(jobs: Sequence[Job], seconds_per_pass: float, source: str, *, workers: 
             "jobs": len(all_),
             "what": kind,
             "image passes": f"{sum(all_):,.0f}",
-            "core time": _clock(sum(all_) * seconds_per_pass),
+            "core time": _clock(sum(all_) * seconds_per_pass + PER_JOB * len(all_)),
         }
         for kind, all_ in kinds.items()
     ]
     total = sum(job.passes for job in jobs)
     longest = max((job.passes for job in jobs), default=0.0)
-    estimate = max(total / workers, longest) * seconds_per_pass
+    forward = max(total / workers, longest) * seconds_per_pass
+    estimate = forward + (START + PER_JOB * -(-len(jobs) // workers) if jobs else 0.0)
     if rows:
         frame(pd.DataFrame(rows), "What is missing")
     out.print(
