@@ -27,7 +27,7 @@ def triangles(
         for ax, run in zip(grid[0], found, strict=True):
             check: TraceCheck = run.result(measurement)
             for name, each in check.corners.items():
-                low, high = each.value - each.half_width(), each.value + each.half_width()
+                low, high = each.interval()
                 rows.append({"run": run.name, "way": name, "trace": each.value, "low": low, "high": high})
             sentences.append(f"{run.name}: {check.verdict()}")
             _triangle(ax, check)
@@ -40,11 +40,11 @@ def _triangle(ax: Any, check: TraceCheck) -> None:
     (line,) = ax.plot(radii, check.value, marker="o", label="2 P F / γ²")
     ax.fill_between(radii, low, high, color=line.get_color(), alpha=0.25, lw=0)
     for index, name in enumerate(("trace", "density"), start=1):
-        value, half = corners[name].value, corners[name].half_width()
+        value = corners[name].value
         ax.axhline(
             value, color=f"C{index}", lw=1, label=f"{name} of the Hessian" if index == 1 else "density's mean × P"
         )
-        ax.axhspan(value - half, value + half, color=f"C{index}", alpha=0.15, lw=0)
+        ax.axhspan(*corners[name].interval(), color=f"C{index}", alpha=0.15, lw=0)
     if radius := check.quadratic_radius():
         ax.axvline(radius, color="0.5", ls=":", lw=1)
     ax.set_xscale("log")

@@ -69,7 +69,7 @@ def _rises(run: RunSpec, label: str, whole: SphereFlatness) -> Iterable[dict[str
                 "held_out": run.held_out,
                 "seed": run.seed,
                 "radius": radius,
-                **_told(found),
+                **found.columns(),
                 "over": flat.over,
                 "rise": rise,
                 "base_loss": float(flat.base_loss.mean()),
@@ -79,12 +79,7 @@ def _rises(run: RunSpec, label: str, whole: SphereFlatness) -> Iterable[dict[str
 
 def estimate(draws: FloatArray, level: float = LEVEL) -> dict[str, float]:
     """Return mean, standard error and Student's t interval of independent draws (K,); one draw has no interval."""
-    return _told(mean_of(np.asarray(draws, dtype=float)), level)
-
-
-def _told(found: Estimate, level: float = LEVEL) -> dict[str, float]:
-    half = found.half_width(level)
-    return {"value": found.value, "stderr": found.stderr, "low": found.value - half, "high": found.value + half}
+    return mean_of(np.asarray(draws, dtype=float)).columns(level)
 
 
 def over_seeds(frame: pd.DataFrame, by: Sequence[str], *, value: str = "value") -> pd.DataFrame:

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flatlab.arguments import FloatArray
-from flatlab.results.estimate import Estimate, Sampled
+from flatlab.results.estimate import Estimate, Sampled, axes_of
 from flatlab.results.surface import Kept
 
 if TYPE_CHECKING:
@@ -93,9 +93,7 @@ class Connection(Kept, Sampled):
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Draw the loss against distance, its band over images (of the height over the ends), and the barrier."""
-        import matplotlib.pyplot as plt
-
-        axes = plt.subplots()[1] if ax is None else ax
+        axes = axes_of(ax)
         frame, at = self.to_frame(), self.position * self.length
         straight = frame["loss"] - frame["height"]
         (line,) = axes.plot(frame["distance"], frame["loss"])

@@ -71,6 +71,16 @@ class Estimate:
         """
         return float(stdtrit(self.freedom, (1.0 + check_level(level)) / 2.0)) * self.stderr
 
+    def interval(self, level: float = 0.95) -> tuple[float, float]:
+        """Return Student's t interval (low, high) at this level."""
+        half = self.half_width(level)
+        return self.value - half, self.value + half
+
+    def columns(self, level: float = 0.95) -> dict[str, float]:
+        """Return value, standard error and interval under the names that tables give them."""
+        low, high = self.interval(level)
+        return {"value": self.value, "stderr": self.stderr, "low": low, "high": high}
+
 
 def check_level(level: float) -> float:
     """Return the level of an interval or a test, a probability.
@@ -97,6 +107,13 @@ def rows_of(strata: str | Iterable[str], known: Sequence[str]) -> list[int]:
     if not asked:
         raise UserError(f"No stratum was named; there are {', '.join(known)}.")
     return [known.index(choose("stratum", name, known)) for name in asked]
+
+
+def axes_of(ax: "Axes | None") -> "Axes":
+    """Return the axes that were given, or new ones."""
+    import matplotlib.pyplot as plt
+
+    return plt.subplots()[1] if ax is None else ax
 
 
 def mean_of(draws: FloatArray) -> Estimate:
@@ -184,9 +201,7 @@ class Sampled(ABC):
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Draw the value as a line with its 95 % interval as a band."""
-        import matplotlib.pyplot as plt
-
-        axes = plt.subplots()[1] if ax is None else ax
+        axes = axes_of(ax)
         name, places = self.axis
         (line,) = axes.plot(places, self.value)
         axes.fill_between(places, *self.interval(), color=line.get_color(), alpha=0.25, linewidth=0)

@@ -10,7 +10,7 @@ from scipy.special import chdtrc, ndtri, xlogy
 
 from flatlab.arguments import FloatArray
 from flatlab.errors import UserError
-from flatlab.results.estimate import Cost
+from flatlab.results.estimate import Cost, axes_of
 from flatlab.seeds import derive
 
 if TYPE_CHECKING:
@@ -235,9 +235,7 @@ class QuantizationNoise:
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Draw the density of the noise, and the uniform's as a line."""
-        import matplotlib.pyplot as plt
-
-        axes = plt.subplots()[1] if ax is None else ax
+        axes = axes_of(ax)
         low, high = self.noise[0], self.noise[-1]
         axes.stairs(self.counts / self.count * self.bins / (high - low), np.linspace(low, high, self.bins + 1))
         axes.axhline(1 / (high - low), color="k", linestyle="--", linewidth=1)

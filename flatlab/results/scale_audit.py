@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flatlab.arguments import FloatArray
-from flatlab.results.estimate import Cost
+from flatlab.results.estimate import Cost, axes_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -121,10 +121,8 @@ class ScaleAudit:
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Draw the factors on a logarithmic axis, the most invariant measure on top."""
-        import matplotlib.pyplot as plt
-
         from flatlab.plots import factors
 
-        axes = plt.subplots()[1] if ax is None else ax
+        axes = axes_of(ax)
         factors(axes, self.to_frame())
         return axes

@@ -10,7 +10,7 @@ from scipy.special import stdtrit
 
 from flatlab.arguments import FloatArray
 from flatlab.errors import UserError
-from flatlab.results.estimate import Cost, Estimate, Sampled, mean_of
+from flatlab.results.estimate import Cost, Estimate, Sampled, axes_of, mean_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -92,9 +92,7 @@ class Spectrum:
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Draw the eigenvalues with their bounds."""
-        import matplotlib.pyplot as plt
-
-        axes = plt.subplots()[1] if ax is None else ax
+        axes = axes_of(ax)
         axes.errorbar(np.arange(len(self.eigenvalues)), self.eigenvalues, yerr=self.residuals, fmt="o", ms=4)
         axes.set_xlabel("index")
         axes.set_ylabel("eigenvalue")
@@ -279,9 +277,7 @@ class SpectralDensity:
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Draw the density on a logarithmic axis, with its band where there are several starts."""
-        import matplotlib.pyplot as plt
-
-        axes = plt.subplots()[1] if ax is None else ax
+        axes = axes_of(ax)
         places = self.grid()
         (line,) = axes.semilogy(places, np.maximum(self.density(places), 1e-9))
         if len(self.nodes) > 1:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from flatlab.arguments import FloatArray
 from flatlab.errors import UserError, choose
-from flatlab.results.estimate import Cost, Estimate, Sampled, mean_of, rows_of
+from flatlab.results.estimate import Cost, Estimate, Sampled, axes_of, mean_of, rows_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -132,9 +132,7 @@ class Profile(Grid, Sampled):
 
     def plot(self, ax: "Axes | None" = None, *, metric: str = "loss") -> "Axes":
         """Draw each line thinly, and over them the mean with its 95 % band over the directions."""
-        import matplotlib.pyplot as plt
-
-        axes = plt.subplots()[1] if ax is None else ax
+        axes = axes_of(ax)
         lines = self.of(metric)
         found = [mean_of(draws) for draws in lines.T]
         mean, half = np.array([each.value for each in found]), np.array([each.half_width() for each in found])
@@ -221,7 +219,7 @@ class Surface(Grid):
             draw.relief(axes, (self.x, self.y), values, levels=chosen)
             axes.set_zlabel(AXIS.get(metric, metric))
         else:
-            axes = plt.subplots()[1] if ax is None else ax
+            axes = axes_of(ax)
             filled = draw.contours(axes, (self.x, self.y), values, levels=chosen)
             if ax is None:
                 axes.figure.colorbar(filled, ax=axes, label=AXIS.get(metric, metric))
