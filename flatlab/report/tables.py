@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from flatlab.arguments import FloatArray
@@ -77,9 +78,14 @@ def _rises(run: RunSpec, label: str, whole: SphereFlatness) -> Iterable[dict[str
             }
 
 
-def estimate(draws: FloatArray, level: float = LEVEL) -> dict[str, float]:
+def estimate(draws: npt.ArrayLike, level: float = LEVEL) -> dict[str, float]:
     """Return mean, standard error and Student's t interval of independent draws (K,); one draw has no interval."""
     return mean_of(np.asarray(draws, dtype=float)).columns(level)
+
+
+def of(about: dict[str, Any], frame: pd.DataFrame) -> pd.DataFrame:
+    """Return a frame behind columns that hold the same in each row, such as the run that it is of."""
+    return frame.assign(**about)[[*about, *frame.columns]]
 
 
 def over_seeds(frame: pd.DataFrame, by: Sequence[str], *, value: str = "value") -> pd.DataFrame:

@@ -1,5 +1,6 @@
 """The loss along the straight line between two checkpoints, and the barrier on it, as a result; no torch."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -119,6 +120,33 @@ class Connections:
     """
 
     panels: dict[str, Connection]
+
+    def barriers(self) -> "pd.DataFrame":
+        """Return one row for each panel: the barrier with its interval over images (nats), and where it lies."""
+        import pandas as pd
+
+        rows = []
+        for panel, found in self.panels.items():
+            low, high = (float(end[0]) for end in found.interval())
+            place = {"position": found.position, "distance": found.position * found.length}
+            rows.append({"panel": panel, "barrier": found.barrier, "low": low, "high": high, **place})
+        return pd.DataFrame(rows)
+
+    def to_frame(self) -> "pd.DataFrame":
+        """Return a tidy table, one row for each panel and place, as `Connection.to_frame`."""
+        import pandas as pd
+
+        frames = [found.to_frame().assign(panel=panel) for panel, found in self.panels.items()]
+        return pd.concat(frames, ignore_index=True)
+
+    def plot(self, axes: "Sequence[Axes] | None" = None) -> "list[Axes]":
+        """Draw each panel on axes of its own, as `Connection.plot`.
+
+        Args:
+            axes: one for each panel; None opens new ones.
+        """
+        given = [None] * len(self.panels) if axes is None else axes
+        return [found.plot(ax) for found, ax in zip(self.panels.values(), given, strict=True)]
 
     def to_arrays(self) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
         """Return the content of a measurement's file: arrays, and facts for JSON; without the seconds."""

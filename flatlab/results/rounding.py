@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flatlab.arguments import FloatArray
-from flatlab.results.estimate import Cost, Estimate, Sampled, mean_of, rows_of, standing
+from flatlab.results.estimate import Cost, Estimate, Sampled, axes_of, mean_of, rows_of, standing
 from flatlab.results.sphere import Normalisation
 
 if TYPE_CHECKING:
@@ -105,6 +105,9 @@ def cost_of(perturbations: int, num_samples: int, images: int) -> Cost:
     return Cost(passes, passes * images)
 
 
+WHOLE = "all"  # the part that is the whole network
+
+
 @dataclass(frozen=True, eq=False)
 class RoundingRises:
     """The rises by rounding a network, and each of its layers alone.
@@ -117,6 +120,40 @@ class RoundingRises:
     parts: dict[tuple[str, Normalisation], RoundingRise]
     images: int
 
+    def of(self, strata: str | Iterable[str]) -> Self:
+        """Return the same rises on some of the strata, as `RoundingRise.of`."""
+        chosen = [strata] if isinstance(strata, str) else list(strata)
+        return replace(self, parts={key: found.of(chosen) for key, found in self.parts.items()})
+
+    @property
+    def strata(self) -> tuple[str, ...]:
+        """Names (S,) of the strata."""
+        return self._first.strata
+
+    @property
+    def norm(self) -> float:
+        """Euclidean length of the weights that are rounded."""
+        return self._first.norm
+
+    def to_frame(self) -> "pd.DataFrame":
+        """Return a tidy table, one row for each part, normalisation and bit width, as `RoundingRise.to_frame`."""
+        import pandas as pd
+
+        frames = [found.to_frame().assign(part=part, normalisation=null) for (part, null), found in self.parts.items()]
+        return pd.concat(frames, ignore_index=True)
+
+    def plot(self, ax: "Axes | None" = None) -> "Axes":
+        """Draw the rises of the whole network, and of its twins under each normalisation, as `RoundingRise.plot`."""
+        axes = axes_of(ax)
+        for (part, _), found in self.parts.items():
+            if part == WHOLE:
+                found.plot(axes)
+        return axes
+
+    @property
+    def _first(self) -> RoundingRise:
+        return next(iter(self.parts.values()))
+
     def to_arrays(self) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
         """Return the content of a measurement's file: arrays, and facts for JSON; without the seconds."""
         arrays: dict[str, npt.NDArray[Any]] = {}
@@ -126,8 +163,7 @@ class RoundingRises:
                 numbers = found.rises[index], found.reverses[index], found.visits[index]
                 arrays |= dict(zip(_names(len(rows)), numbers, strict=True))
                 rows.append({"part": part, "perturbation": name, "null": null, "norm": float(found.norms[index])})
-        whole = next(iter(self.parts.values()))
-        facts = {"strata": list(whole.strata), "num_params": whole.num_params, "norm": whole.norm}
+        facts = {"strata": list(self.strata), "num_params": self._first.num_params, "norm": self.norm}
         return arrays, {"rows": rows, **facts, "images": self.images}
 
     @classmethod

@@ -342,6 +342,27 @@ class MeasuredSpectrum:
         """Whether the trace is as accurate as asked: "yes", "no" or "unknown"."""
         return {None: "unknown", "budget": "no"}.get(self.stopped, "yes")
 
+    def to_frame(self) -> "pd.DataFrame":
+        """Return a tidy table: eigenvalues by `index`, within their residuals; then the numbers by sampling."""
+        import pandas as pd
+
+        frame = pd.DataFrame({"number": "eigenvalue", "index": np.arange(len(self.states)), "value": self.eigenvalues})
+        low, high = self.eigenvalues - self.residuals, self.eigenvalues + self.residuals
+        extremes = frame.assign(low=low, high=high, converged=self.states, over="residual")
+        rows = [
+            {"number": name, "index": 0, **each.columns(), "converged": self.reached if name == "trace" else ""}
+            for name, each in self.numbers.items()
+        ]
+        sampled = pd.DataFrame(rows).drop(columns="stderr").assign(over="vectors")
+        return pd.concat([extremes, sampled], ignore_index=True)
+
+    def plot(self, ax: "Axes | None" = None) -> "Axes":
+        """Draw the density, and the extreme eigenvalues as ticks below it; without a density these alone."""
+        axes = axes_of(ax) if self.density is None else self.density.plot(ax)
+        axes.plot(self.eigenvalues, np.zeros(len(self.eigenvalues)), "|", transform=axes.get_xaxis_transform())
+        axes.set_xlabel("eigenvalue")
+        return axes
+
     def to_arrays(self) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
         """Return the content of a measurement's file: arrays, and facts for JSON."""
         if self.density is None:

@@ -9,10 +9,11 @@ import numpy.typing as npt
 
 from flatlab.arguments import FloatArray
 from flatlab.errors import UserError
-from flatlab.results.estimate import MISSED, Cost, Estimate, Sampled, Stopped, estimate, rows_of
+from flatlab.results.estimate import MISSED, Cost, Estimate, Sampled, Stopped, axes_of, estimate, rows_of
 from flatlab.results.verdicts import missed, remarks, verdict
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.axes import Axes
 
 
@@ -212,6 +213,19 @@ class Reach:
     rises: tuple[float, ...]
     strata: tuple[str, ...]
     images: int
+
+    def to_frame(self) -> "pd.DataFrame":
+        """Return a tidy table, one row for each rise."""
+        import pandas as pd
+
+        return pd.DataFrame({"radius": self.radii, "rise": self.rises})
+
+    def plot(self, ax: "Axes | None" = None) -> "Axes":
+        """Draw the rises over the radii, both on logarithmic axes."""
+        axes = axes_of(ax)
+        axes.loglog(self.radii, self.rises, "o-")
+        axes.set(xlabel="radius", ylabel="rise of the loss (nats)")
+        return axes
 
     def to_arrays(self) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
         """Return the content of a measurement's file: arrays, and facts for JSON."""
