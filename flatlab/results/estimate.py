@@ -124,6 +124,15 @@ def mean_of(draws: FloatArray) -> Estimate:
         return Estimate(float(draws.mean()) if count else float("nan"), stderr, max(1, count - 1))
 
 
+def ratio_of(above: FloatArray, below: FloatArray) -> Estimate:
+    """Return the ratio of two means over the same draws (K,), its standard error by linearisation."""
+    if not below.mean():
+        return Estimate(float("nan"), float("nan"), max(1, len(above) - 1))
+    ratio = float(above.mean() / below.mean())
+    spread = mean_of((above - ratio * below) / below.mean())
+    return Estimate(ratio, spread.stderr, spread.freedom)
+
+
 def standing(own: float, draws: FloatArray) -> tuple[float, float]:
     """Return how a number stands among draws (K,): z, and the share that lies below, (1 + count) / (K + 2)."""
     spread = float(draws.std(ddof=1))

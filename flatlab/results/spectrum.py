@@ -10,7 +10,7 @@ from scipy.special import stdtrit
 
 from flatlab.arguments import FloatArray
 from flatlab.errors import UserError
-from flatlab.results.estimate import Cost, Estimate, Sampled, axes_of, mean_of
+from flatlab.results.estimate import Cost, Estimate, Sampled, axes_of, mean_of, ratio_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -28,8 +28,8 @@ FLOOR = 1e-6  # of the largest eigenvalue: rounding in float32, in which network
 UNVERIFIED = 0.5  # in a file, of a pair that has converged in a search that its budget ended
 STATES = {1.0: "yes", UNVERIFIED: "not verified", 0.0: "no"}
 NUMBERS = ("trace", "effective rank", "negative weight", "negative share")
-
-
+MANY = 1e6  # degrees of freedom of a vector that are no different from infinitely many
+PILOT = 32  # vectors whose products say how many are needed, and which the interval rests on; two products each
 Which = Literal["LA", "SA", "BE"]
 Flags = np.ndarray[tuple[int], np.dtype[np.bool_]]
 
@@ -94,13 +94,8 @@ class Spectrum:
         """Draw the eigenvalues with their bounds."""
         axes = axes_of(ax)
         axes.errorbar(np.arange(len(self.eigenvalues)), self.eigenvalues, yerr=self.residuals, fmt="o", ms=4)
-        axes.set_xlabel("index")
-        axes.set_ylabel("eigenvalue")
+        axes.set(xlabel="index", ylabel="eigenvalue")
         return axes
-
-
-MANY = 1e6  # degrees of freedom of a vector that are no different from infinitely many
-PILOT = 32  # vectors whose products say how many are needed, and which the interval rests on; two products each
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -283,8 +278,7 @@ class SpectralDensity:
         if len(self.nodes) > 1:
             low, high = np.maximum(self.band(places), 1e-9)
             axes.fill_between(places, low, high, color=line.get_color(), alpha=0.25, linewidth=0)
-        axes.set_xlabel("eigenvalue")
-        axes.set_ylabel("density")
+        axes.set(xlabel="eigenvalue", ylabel="density")
         return axes
 
     def _each(self, function: Callable[[FloatArray], FloatArray]) -> FloatArray:
@@ -296,15 +290,6 @@ class SpectralDensity:
     def _densities(self, grid: npt.ArrayLike, sigma: float | None) -> FloatArray:
         places, width = np.asarray(grid, dtype=np.float64), self.sigma(sigma)
         return np.stack([blur(places, n, w, sigma=width) for n, w in zip(self.nodes, self.weights, strict=True)])
-
-
-def ratio_of(above: FloatArray, below: FloatArray) -> Estimate:
-    """Return the ratio of two means over the same draws (K,), its standard error by linearisation."""
-    if not below.mean():
-        return Estimate(float("nan"), float("nan"), max(1, len(above) - 1))
-    ratio = float(above.mean() / below.mean())
-    spread = mean_of((above - ratio * below) / below.mean())
-    return Estimate(ratio, spread.stderr, spread.freedom)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
