@@ -93,9 +93,9 @@ class CamFigure:
         for label, spec in self.labelled(setting):
             found[label, spec.held_out, spec.seed] = spec.digest, store.run(spec).result(measurement, label)
         each = pd.DataFrame(list(_numbers(found)))
-        told, along = each[each["share"].isna()], each[each["share"].notna()]
+        single, along = each[each["share"].isna()], each[each["share"].notna()]
         whole = [
-            tables.over_seeds_within(told, ["quantity", "method"], correlations=CORRELATIONS),
+            tables.over_seeds_within(single, ["quantity", "method"], correlations=CORRELATIONS),
             tables.over_seeds_within(along, ["quantity", "method", "share"]),
         ]
         shown = pd.DataFrame(list(_pictures(found, range(self.first, self.first + self.shown), setting.seed)))
@@ -293,19 +293,19 @@ def _charts(part: Any, whole: pd.DataFrame) -> None:
         ax.locator_params(axis="x", nbins=3)
     axes[0].set_ylabel("Probability of the true class")
     plots.legend_above(left, axes[0], "")
-    told = whole[whole["share"].isna()]
-    names = [name for name in NUMBERS if name in set(told["quantity"])]
+    single = whole[whole["share"].isna()]
+    names = [name for name in NUMBERS if name in set(single["quantity"])]
     grid = np.ravel(right.subplots(2, 4))
     for ax in grid[len(names) :]:
         ax.set_axis_off()
     for ax, quantity in zip(grid, names, strict=False):
-        rows = told[told["quantity"] == quantity].set_index("method")
+        rows = single[single["quantity"] == quantity].set_index("method")
         for place, (method, row) in enumerate(rows.iterrows()):
             look: dict[str, Any] = {"color": f"C{METHODS_SHOWN.index(method) if method in METHODS_SHOWN else 2}"}
             ax.hlines(place, row["low"], row["high"], **look)
             ax.plot(row["value"], place, plots.MARKERS[place], **look)
         if quantity == "energy":
-            ax.axvline(told[told["quantity"] == "area"]["value"].mean(), color="0.3", linewidth=0.8, linestyle=":")
+            ax.axvline(single[single["quantity"] == "area"]["value"].mean(), color="0.3", linewidth=0.8, linestyle=":")
         ax.set(yticks=[], ylim=(1.6, -0.6))
         ax.set_title(NUMBERS[quantity], fontsize=5.5)
         ax.locator_params(axis="x", nbins=3)
