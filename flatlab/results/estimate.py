@@ -2,8 +2,8 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -43,6 +43,25 @@ class Cost:
             self.hvps + other.hvps,
             self.seconds + other.seconds,
         )
+
+
+class Stored:
+    """A dataclass whose file holds its fields by their names: arrays as such, all else but None as facts for JSON."""
+
+    def to_arrays(self) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
+        """Return the content of a measurement's file: arrays, and facts for JSON."""
+        own: Any = self
+        named = {each.name: getattr(self, each.name) for each in fields(own)}
+        arrays = {name: value for name, value in named.items() if isinstance(value, np.ndarray)}
+        return arrays, {name: value for name, value in named.items() if not (name in arrays or value is None)}
+
+    @classmethod
+    def from_arrays(cls, arrays: dict[str, npt.NDArray[Any]], facts: dict[str, Any]) -> Self:
+        """Return the result from what `to_arrays` returns; other facts are ignored."""
+        own: Any = cls
+        plain = {name: tuple(each) if isinstance(each, list) else each for name, each in facts.items()}
+        found = {**plain, **arrays}
+        return cls(**{each.name: found[each.name] for each in fields(own) if each.name in found})
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,14 @@
 """GradCAM maps of images, the energy in a mask, and the agreement of maps."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Self
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from flatlab.arguments import FloatArray
-from flatlab.results.estimate import axes_of
+from flatlab.results.estimate import Stored, axes_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -108,7 +108,7 @@ class ClassMaps:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class MeasuredMaps:
+class MeasuredMaps(Stored):
     """A network's maps of N images of its held-out domain, and how far they can be relied on.
 
     Attributes:
@@ -136,8 +136,8 @@ class MeasuredMaps:
     rows: npt.NDArray[np.int64]
     labels: npt.NDArray[np.int64]
     probabilities: FloatArray
-    moved: FloatArray | None
-    mask: npt.NDArray[np.uint8] | None
+    moved: FloatArray | None = None
+    mask: npt.NDArray[np.uint8] | None = None
     layer: str
     classes: tuple[str, ...]
     radii: tuple[float, ...]
@@ -177,18 +177,3 @@ class MeasuredMaps:
         """Draw the first eight images side by side, each below its map on its own scale."""
         pairs = zip(self.images[:MOST], self.maps[:MOST], strict=True)
         return _row((0.5 * pixels(image) + 0.5 * heat(evidence) for image, evidence in pairs), ax)
-
-    def to_arrays(self) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
-        """Return the content of a measurement's file: arrays, and facts for JSON."""
-        named = {each.name: getattr(self, each.name) for each in fields(self)}
-        arrays = {name: value for name, value in named.items() if isinstance(value, np.ndarray)}
-        facts = {name: named[name] for name in ("layer", "held_out", "seed")}
-        facts |= {"classes": list(self.classes), "radii": list(self.radii)}
-        return arrays, facts
-
-    @classmethod
-    def from_arrays(cls, arrays: dict[str, npt.NDArray[Any]], facts: dict[str, Any]) -> Self:
-        """Return the result from what `to_arrays` returns; other facts are ignored."""
-        lists = {"classes": tuple(facts["classes"]), "radii": tuple(facts["radii"])}
-        plain = {name: facts[name] for name in ("layer", "held_out", "seed")}
-        return cls(**{"moved": None, "mask": None, **arrays, **lists, **plain})

@@ -1,6 +1,6 @@
 """Curvature: extreme eigenvalues, trace and spectral density of the Hessian."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -206,6 +206,13 @@ class SpectralDensity:
     num_params: int
     floor: float
 
+    @classmethod
+    def of_rules(cls, rules: Iterable[Iterable[FloatArray]], *, seed: int, num_params: int, floor: float) -> Self:
+        """Return the density from nodes and weights of each start; its cost is a product for each node."""
+        nodes, weights = zip(*rules, strict=True)
+        cost = Cost(hvps=sum(map(len, nodes)))
+        return cls(nodes=nodes, weights=weights, seed=seed, cost=cost, num_params=num_params, floor=floor)
+
     def mean(self, function: Callable[[FloatArray], FloatArray]) -> Estimate:
         """Return the mean of a function over the eigenvalues, tr f(A) / P, with its standard error over the starts.
 
@@ -364,10 +371,9 @@ class MeasuredSpectrum:
     @classmethod
     def from_arrays(cls, arrays: dict[str, npt.NDArray[Any]], facts: dict[str, Any]) -> Self:
         """Return the result from what `to_arrays` returns; of the spec's fields the seed counts."""
-        values = arrays["eigenvalues"]
-        unknown = np.full(len(values), np.nan)
+        unknown = np.full(len(arrays["eigenvalues"]), np.nan)
         return cls(
-            eigenvalues=values,
+            eigenvalues=arrays["eigenvalues"],
             residuals=arrays.get("residuals", unknown),
             states=tuple(STATES.get(code, "unknown") for code in arrays.get("converged", unknown).tolist()),
             numbers={name: _estimate(*facts[name]) for name in NUMBERS if name in facts},
@@ -389,12 +395,6 @@ def _estimate(value: float, stderr: float | None, freedom: int | None) -> Estima
 
 def _density(arrays: dict[str, npt.NDArray[Any]], facts: dict[str, Any]) -> SpectralDensity:
     count = sum(name.startswith("nodes-") for name in arrays)
-    nodes, weights = zip(*([arrays[name] for name in _rule(index)] for index in range(count)), strict=True)
-    return SpectralDensity(
-        nodes=nodes,
-        weights=weights,
-        seed=facts["seed"],
-        cost=Cost(hvps=sum(map(len, nodes))),
-        num_params=facts["num_params"],
-        floor=FLOOR * float(np.abs(arrays["eigenvalues"]).max()),
-    )
+    rules = [[arrays[name] for name in _rule(index)] for index in range(count)]
+    floor = FLOOR * float(np.abs(arrays["eigenvalues"]).max())
+    return SpectralDensity.of_rules(rules, seed=facts["seed"], num_params=facts["num_params"], floor=floor)

@@ -69,13 +69,7 @@ class TraceCheck(Sampled):
             cost=Cost(hvps=facts["trace_hvps"]),
             **shared,
         )
-        density = SpectralDensity(
-            nodes=tuple(nodes for nodes, _ in rules),
-            weights=tuple(weights for _, weights in rules),
-            floor=facts["floor"],
-            cost=Cost(hvps=sum(len(nodes) for nodes, _ in rules)),
-            **shared,
-        )
+        density = SpectralDensity.of_rules(rules, floor=facts["floor"], **shared)
         flatness = SphereFlatness.from_arrays(arrays, facts)
         cost = flatness.cost + trace.cost + density.cost
         return cls(flatness=flatness, trace=trace, density=density, kinks=tuple(facts["kinks"]), cost=cost)
