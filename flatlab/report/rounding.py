@@ -35,8 +35,8 @@ RULED = 2.0  # standard deviations that 95 % of random directions stay within, a
 def rises(store: RunStore, wanted: Iterable[tuple[str, RunSpec, RoundingSpec]]) -> pd.DataFrame:
     """Return tidy rows: for each run, panel, part, perturbation and null the quantities below.
 
-    `rise` and `reverse` of the noise and of its opposite, `random` (mean over random twins, with its interval over
-    directions), in nats; `z` and `rank` of the noise's rise among those of its twins.
+    `rise` and `reverse` of the noise and of its opposite, `random` (mean over random ones of the same norm, with
+    its interval over directions), in nats; `z` and `rank` of the noise's rise among the random rises.
 
     Args:
         store: holds the finished measurements.
@@ -47,7 +47,7 @@ def rises(store: RunStore, wanted: Iterable[tuple[str, RunSpec, RoundingSpec]]) 
 
 
 def _rows(run: Run, measurement: RoundingSpec, label: str) -> pd.DataFrame:
-    """Return the rows of one run; only the twins' mean has an interval over directions."""
+    """Return the rows of one run; only the random mean has an interval over directions."""
     found: RoundingRises = run.result(measurement, label)
     panels = [
         found.of(strata_of(found.strata, panel, run.spec.held_out)).to_frame().assign(panel=panel)
@@ -85,12 +85,12 @@ def wide(rows: pd.DataFrame) -> pd.DataFrame:
     )
     keys = ["method", "panel", "perturbation", "gamma", "share"]
     table = named.pivot_table(index=keys, columns="column", values="value", aggfunc="first", sort=False)
-    every = list(dict.fromkeys(named["column"]))  # a pivot drops a column of NaN: z, where all twins rise alike
+    every = list(dict.fromkeys(named["column"]))  # a pivot drops a column of NaN: z, where all random rises are equal
     return table.reindex(columns=every).reset_index().rename_axis(columns=None)
 
 
 def draw(rows: pd.DataFrame, caption: str, *, panel: str = SOURCE) -> Figure:
-    """Draw for each method the rise over gamma, and below it how typical the noise is among its random twins.
+    """Draw for each method the rise over gamma, and below it how typical the noise is among random ones of its norm.
 
     Args:
         rows: of one `over`: each method once.
