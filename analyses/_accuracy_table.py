@@ -152,8 +152,8 @@ class PaperTable:
                 index=False
             )
         ]
-        told = pd.DataFrame(beside, columns=["published", "published_stderr"], index=frame.index)
-        return frame.join(told).assign(comparable=told["published"].notna())
+        theirs = pd.DataFrame(beside, columns=["published", "published_stderr"], index=frame.index)
+        return frame.join(theirs).assign(comparable=theirs["published"].notna())
 
     def _same(self, setting: Setting) -> set[tuple[str, str, bool]]:
         """Return method, data set, and whether it is the mean over held-out domains, where the paper did the same."""
@@ -214,10 +214,12 @@ class PaperTable:
         """Say what the tests say, what was tested, what ensembles gain, and what is odd about the printed numbers."""
         found = self.findings(frame)
         first = found[found["baseline"] == self.baseline]
-        said = [*verdicts.sentences(first, unit="points", digits=2), verdicts.statement(first)]
+        sentences = [*verdicts.sentences(first, unit="points", digits=2), verdicts.statement(first)]
         there = found[BY].drop_duplicates().itertuples(index=False)
-        said += [_rank_agreement.sentence(frame, found, dataset, (panel, split)) for dataset, panel, split in there]
-        return [sentence for sentence in [*said, *ensembles(frame)] if sentence] + self.notes()
+        sentences += [
+            _rank_agreement.sentence(frame, found, dataset, (panel, split)) for dataset, panel, split in there
+        ]
+        return [sentence for sentence in [*sentences, *ensembles(frame)] if sentence] + self.notes()
 
     def notes(self) -> list[str]:
         """Return the printed lines that are not made here, and the known misprints and contradictions of the table."""

@@ -88,9 +88,9 @@ def verdict_of(claim: Claim, tests: pd.DataFrame) -> str:
         claim: the claim.
         tests: its findings, with verdicts.
     """
-    told = set(tests["verdict"]) - {verdicts.NONE, verdicts.UNREAD}
+    decided = set(tests["verdict"]) - {verdicts.NONE, verdicts.UNREAD}
     return {(True, False): SUPPORTED, (False, True): CONTRADICTED, (True, True): MIXED}.get(
-        (claim.verdict in told, bool(told - {claim.verdict})), UNKNOWN
+        (claim.verdict in decided, bool(decided - {claim.verdict})), UNKNOWN
     )
 
 
@@ -103,11 +103,11 @@ def sentences(findings: pd.DataFrame, names: Mapping[str, str]) -> Iterator[str]
     """
     for claim in CLAIMS:
         mine = findings[[claim.holds(row) for row in findings.to_dict("records")]]
-        said = [f"{which}: {_told(claim, rows, names)}" for which, rows in mine.groupby("targets", sort=False)]
-        yield f"{claim.words}. {' '.join(said) or 'Nothing was measured that would tell.'}{claim.note}"
+        parts = [f"{which}: {_sentence(claim, rows, names)}" for which, rows in mine.groupby("targets", sort=False)]
+        yield f"{claim.words}. {' '.join(parts) or 'Nothing was measured that would tell.'}{claim.note}"
 
 
-def _told(claim: Claim, rows: pd.DataFrame, names: Mapping[str, str]) -> str:
+def _sentence(claim: Claim, rows: pd.DataFrame, names: Mapping[str, str]) -> str:
     """Return the verdict with each test in brackets."""
     several = len(claim.pairs) > 1
     tests = [

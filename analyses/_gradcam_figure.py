@@ -9,15 +9,15 @@ from typing import Any, Literal
 
 import matplotlib.pyplot as plt
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from flatlab import files, plots
 from flatlab.analysis import Analysis, by_method, crossed
+from flatlab.arguments import FloatArray
 from flatlab.report import tables, verdicts
-from flatlab.results.gradcam import MeasuredMaps, agreement, energy
+from flatlab.results.gradcam import MeasuredMaps, agreement, heat, pixels
 from flatlab.specs.measurements import GradCAMSpec
 from flatlab.specs.methods import radii_by_rise
 from flatlab.specs.run import RunSpec
@@ -41,6 +41,7 @@ NUMBERS = {
 }
 COLUMNS = ["quantity", "method", "held_out", "seed", "share", "image", "label", "predicted", "run"]
 CORRELATIONS = ("moved", "agreement")
+PER_IMAGE = ("energy", "area", "empty", "moved", "vanished")  # columns of `MeasuredMaps.to_frame`
 COLUMNS += ["value", "stderr", "low", "high", "over"]
 IMAGES = 24  # of each target: the numbers rest on all of them, the pictures show the first
 DIRECTIONS = 5
@@ -92,9 +93,9 @@ class CamFigure:
         for label, spec in self.labelled(setting):
             found[label, spec.held_out, spec.seed] = spec.digest, store.run(spec).result(measurement, label)
         each = pd.DataFrame(list(_numbers(found)))
-        told, along = each[each["share"].isna()], each[each["share"].notna()]
+        single, along = each[each["share"].isna()], each[each["share"].notna()]
         whole = [
-            tables.over_seeds_within(told, ["quantity", "method"], correlations=CORRELATIONS),
+            tables.over_seeds_within(single, ["quantity", "method"], correlations=CORRELATIONS),
             tables.over_seeds_within(along, ["quantity", "method", "share"]),
         ]
         shown = pd.DataFrame(list(_pictures(found, range(self.first, self.first + self.shown), setting.seed)))
@@ -200,23 +201,13 @@ def _numbers(found: Found) -> Iterable[dict[str, Any]]:
     """Yield one row per run and number, the mean over images; of curves one for each share of the pixels."""
     for (method, held_out, seed), (_, own) in found.items():
         keys = {"method": method, "held_out": held_out, "seed": seed, "over": "images"}
+        numbers = own.to_frame()
         for quantity, curve in {"deletion": own.deletion, "insertion": own.insertion}.items():
             for share, column in zip(np.linspace(0, 1, curve.shape[1]), curve.T, strict=True):
                 yield {**keys, "quantity": quantity, "share": float(share), **tables.estimate(column)}
-            yield {**keys, "quantity": quantity, **tables.estimate(np.trapezoid(curve, dx=1 / (curve.shape[1] - 1)))}
-        if own.mask is not None:
-            inside = energy(own.maps, own.mask)
-            yield {**keys, "quantity": "energy", **tables.estimate(inside[np.isfinite(inside)])}
-            yield {**keys, "quantity": "area", **tables.estimate(own.mask.mean(axis=(1, 2)))}
-        explained = own.maps.max(axis=(1, 2)) > 0
-        numbers = {"empty": 1.0 - explained}
-        if own.moved is not None:
-            tries = own.moved.shape[0] * own.moved.shape[1]
-            counts = np.isfinite(own.moved).sum(axis=(0, 1))
-            kept = np.nansum(own.moved, axis=(0, 1))[counts > 0] / counts[counts > 0]
-            numbers |= {"moved": kept, "vanished": 1 - counts[explained] / tries}
-        for quantity, draws in numbers.items():
-            yield {**keys, "quantity": quantity, **tables.estimate(draws)}
+            yield {**keys, "quantity": quantity, **tables.estimate(numbers[quantity])}
+        for quantity in [name for name in PER_IMAGE if name in numbers]:
+            yield {**keys, "quantity": quantity, **tables.estimate(numbers[quantity].dropna())}
     for (method, held_out, seed), (_, own) in found.items():
         if method == OTHER:
             alike = agreement(own.maps, found[BASELINE, held_out, seed][1].maps)
@@ -227,11 +218,11 @@ def _numbers(found: Found) -> Iterable[dict[str, Any]]:
 def _pictures(found: Found, indices: Iterable[int], seed: int) -> Iterable[dict[str, Any]]:
     """Yield one row per picture: whose it is, and what the network says of it."""
     for (method, held_out, trial), (run, own) in found.items():
+        keys = {"quantity": "picture", "method": method, "held_out": held_out, "seed": trial, "run": run}
+        numbers = own.to_frame()[["label", "predicted", "probability"]].rename(columns={"probability": "value"})
         for index in indices if trial == seed else ():
-            probabilities = own.probabilities[index]
-            facts = {"image": index, "label": int(own.labels[index]), "predicted": int(probabilities.argmax())}
-            keys = {"quantity": "picture", "method": method, "held_out": held_out, "seed": trial, "run": run}
-            yield {**keys, **facts, "value": float(probabilities[facts["label"]]), "over": "picture"}
+            facts: dict[Any, Any] = numbers.loc[index].to_dict()
+            yield {**keys, "image": index, **facts, "over": "picture"}
 
 
 # --- drawing ----------------------------------------------------------------------------------------------------------
@@ -271,22 +262,19 @@ def _triples(part: Any, shown: pd.DataFrame, arrays: files.Arrays, *, common: bo
 def _explained(cells: Sequence[Axes], rows: pd.DataFrame, arrays: files.Arrays, *, common: bool) -> None:
     """Draw both networks' maps of one image; a wrong answer is named below."""
     both = [_arrays(arrays, run, int(image)) for run, image in rows[["run", "image"]].itertuples(index=False)]
-    peak = max(float(each.max()) for _, each in both)
+    peak = max(float(each.max()) for _, each in both) if common else None
     for ax, (image, evidence), (_, row) in zip(cells, both, rows.iterrows(), strict=True):
-        own = peak if common else float(evidence.max())
-        heat = plt.get_cmap("jet")(evidence / own if own > 0 else evidence)[..., :3]
         wrong = row["predicted"] != row["label"]
-        _show(ax, 0.5 * image + 0.5 * heat, f"predicts {row['predicted']:.0f}" if wrong else " ")
+        _show(ax, 0.5 * image + 0.5 * heat(evidence, peak), f"predicts {row['predicted']:.0f}" if wrong else " ")
 
 
-def _arrays(arrays: files.Arrays, run: str, index: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+def _arrays(arrays: files.Arrays, run: str, index: int) -> tuple[FloatArray, FloatArray]:
     """Return an image (H, W, 3) in [0, 1] and its map (H, W)."""
-    image = np.moveaxis(arrays[f"{run}-image-{index}"].astype(float) / 255, 0, -1)
-    return np.broadcast_to(image, (*image.shape[:2], 3)), arrays[f"{run}-map-{index}"].astype(float)
+    return pixels(arrays[f"{run}-image-{index}"]), arrays[f"{run}-map-{index}"].astype(float)
 
 
-def _show(ax: Axes, pixels: npt.NDArray[np.float64], below: str) -> None:
-    ax.imshow(pixels, interpolation="nearest")
+def _show(ax: Axes, picture: FloatArray, below: str) -> None:
+    ax.imshow(picture, interpolation="nearest")
     ax.set(xticks=[], yticks=[])
     ax.set_xlabel(below, fontsize=5.5, labelpad=1)
     ax.grid(visible=False)
@@ -305,19 +293,19 @@ def _charts(part: Any, whole: pd.DataFrame) -> None:
         ax.locator_params(axis="x", nbins=3)
     axes[0].set_ylabel("Probability of the true class")
     plots.legend_above(left, axes[0], "")
-    told = whole[whole["share"].isna()]
-    names = [name for name in NUMBERS if name in set(told["quantity"])]
+    single = whole[whole["share"].isna()]
+    names = [name for name in NUMBERS if name in set(single["quantity"])]
     grid = np.ravel(right.subplots(2, 4))
     for ax in grid[len(names) :]:
         ax.set_axis_off()
     for ax, quantity in zip(grid, names, strict=False):
-        rows = told[told["quantity"] == quantity].set_index("method")
+        rows = single[single["quantity"] == quantity].set_index("method")
         for place, (method, row) in enumerate(rows.iterrows()):
             look: dict[str, Any] = {"color": f"C{METHODS_SHOWN.index(method) if method in METHODS_SHOWN else 2}"}
             ax.hlines(place, row["low"], row["high"], **look)
             ax.plot(row["value"], place, plots.MARKERS[place], **look)
         if quantity == "energy":
-            ax.axvline(told[told["quantity"] == "area"]["value"].mean(), color="0.3", linewidth=0.8, linestyle=":")
+            ax.axvline(single[single["quantity"] == "area"]["value"].mean(), color="0.3", linewidth=0.8, linestyle=":")
         ax.set(yticks=[], ylim=(1.6, -0.6))
         ax.set_title(NUMBERS[quantity], fontsize=5.5)
         ax.locator_params(axis="x", nbins=3)

@@ -89,17 +89,19 @@ class NoiseFigure:
     def remarks(self, frame: pd.DataFrame) -> list[str]:
         """Say where the noise differs from a uniform one, and what of the published numbers is the estimator's."""
         found = self.findings(frame).assign(at=lambda rows: rows["layer"])
-        said = [*verdicts.sentences(found, place="in"), verdicts.statement(found, test="t tests over seeds")]
+        sentences = [*verdicts.sentences(found, place="in"), verdicts.statement(found, test="t tests over seeds")]
         for mode, rows in frame.groupby("mode", sort=False):
             counts = quantization_noise.refused(rows)
-            told = ", ".join(f"{what} in {kept} ({alone} without correction)" for what, (alone, kept) in counts.items())
-            said.append(
+            refused = ", ".join(
+                f"{what} in {kept} ({alone} without correction)" for what, (alone, kept) in counts.items()
+            )
+            sentences.append(
                 f"{quantization_noise.MODES[str(mode)].capitalize()}: of {len(rows)} layers and runs, refused at 5 % "
-                f"after Holm by {told}; {quantization_noise.REJECTED * len(rows):.0f} without correction would be "
+                f"after Holm by {refused}; {quantization_noise.REJECTED * len(rows):.0f} without correction would be "
                 f"chance. A uniform sample explains {rows['explained'].median():.0%} of the KL in the median; "
                 f"{rows['clipped'].mean():.2%} clipped."
             )
-        return [*said, *(explained(kl, int(frame["bins"].iloc[0])) for kl in self.published)]
+        return [*sentences, *(explained(kl, int(frame["bins"].iloc[0])) for kl in self.published)]
 
     def caption(self, setting: Setting) -> str:
         """Say which data and run the picture shows."""

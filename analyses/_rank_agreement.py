@@ -56,10 +56,10 @@ def _agreement(pairs: pd.DataFrame, printed: pd.DataFrame) -> pd.DataFrame:
     theirs = mine["published"].to_numpy() - base["published"].to_numpy()
     spread = np.hypot(mine["published_stderr"].to_numpy(), base["published_stderr"].to_numpy())
     ours = pairs["verdict"].map({"lower": -1, "higher": 1}).fillna(0).to_numpy()
-    said = np.select(
+    agrees = np.select(
         [np.isnan(theirs) | (theirs == 0), ours == 0, ours == np.sign(theirs)], ["", "not distinguishable", "yes"], "no"
     )
-    return pairs.assign(published=theirs, published_stderr=spread, agrees=said)
+    return pairs.assign(published=theirs, published_stderr=spread, agrees=agrees)
 
 
 def sentence(frame: pd.DataFrame, found: pd.DataFrame, dataset: str, panel: Panel) -> str:
@@ -74,7 +74,7 @@ def sentence(frame: pd.DataFrame, found: pd.DataFrame, dataset: str, panel: Pane
     mine = _at(found, dataset, panel).query("agrees != ''")
     if mine.empty:
         return ""
-    same, other = (mine[mine["agrees"] == said] for said in ("yes", "no"))
+    same, other = (mine[mine["agrees"] == answer] for answer in ("yes", "no"))
     return (
         f"{dataset}, {ACCURACY[panel]}: of {len(mine)} pairs of lines {_named(same)} lie distinguishably in the "
         f"order of the paper, {_named(other)} in the opposite one, and {len(mine) - len(same) - len(other)} are not "

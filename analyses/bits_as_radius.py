@@ -80,38 +80,40 @@ def remarks(frame: pd.DataFrame) -> list[str]:
     """Say how far rounding raises the loss, and what the tests say."""
     found = findings(frame)
     z, less = found[found["quantity"] == "z"], found[found["quantity"] == "difference"]
-    said = [*_rises(_whole(frame)), *_layer_by_layer(_whole(frame)), *verdicts.sentences(z)]
-    said += [verdicts.statement(z, name="Tests of z", test="t tests over seeds"), *verdicts.sentences(less)]
-    return [*said, verdicts.statement(less, name="Tests of the rise")]
+    sentences = [*_rises(_whole(frame)), *_layer_by_layer(_whole(frame)), *verdicts.sentences(z)]
+    sentences += [verdicts.statement(z, name="Tests of z", test="t tests over seeds"), *verdicts.sentences(less)]
+    return [*sentences, verdicts.statement(less, name="Tests of the rise")]
 
 
 def _rises(whole: pd.DataFrame) -> list[str]:
     """Say how far the loss rises at each bit width, beside random directions."""
-    said = []
+    sentences = []
     for method, mine in whole[whole["part"] == "all"].groupby("method", sort=False):
-        told = []
+        widths = []
         for bits, cells in mine.groupby("perturbation", sort=False):
             at = cells.set_index(["null", "quantity"])["value"]
             random = " and ".join(f"{at[null, 'random']:.4f} ({null})" for null in rounding.LOOKS)
             length = f"γ {cells['gamma'].iloc[0]:.2f}, {cells['share'].iloc[0]:.1%} of the norm"
-            told.append(f"{bits} ({length}): {at['channel', 'rise']:+.4f}, random {random}")
-        said.append(f"{method!s}, rise in nats by bits (trained: its own quantizer): {'; '.join(told)}.")
-    return said
+            widths.append(f"{bits} ({length}): {at['channel', 'rise']:+.4f}, random {random}")
+        sentences.append(f"{method!s}, rise in nats by bits (trained: its own quantizer): {'; '.join(widths)}.")
+    return sentences
 
 
 def _layer_by_layer(found: pd.DataFrame) -> list[str]:
     """Say how far the loss rises where one layer alone is rounded, for those where it rises most."""
-    said = []
+    sentences = []
     alone = found[(found["part"] != "all") & (found["null"] == "channel")]
     for (method, bits), rows in alone.groupby(["method", "perturbation"], sort=False):
         cells = rows.pivot(index=["part", "gamma"], columns="quantity", values="value").reset_index()
         most = cells.sort_values("rise", ascending=False).head(MOST).to_dict("records")
-        told = [
+        layers = [
             f"{c['part']} γ {c['gamma']:.2f}, {c['rise']:+.4f} (random {c['random']:.4f}, z {c['z']:+.1f})"
             for c in most
         ]
-        said.append(f"{method!s}, one layer alone, {bits} (bits; trained: its own quantizer): {'; '.join(told)} nats.")
-    return said
+        sentences.append(
+            f"{method!s}, one layer alone, {bits} (bits; trained: its own quantizer): {'; '.join(layers)} nats."
+        )
+    return sentences
 
 
 def caption(setting: Setting) -> str:

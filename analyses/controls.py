@@ -87,8 +87,8 @@ def findings(frame: pd.DataFrame) -> pd.DataFrame:
         both = each[each["method"].isin((method, base))]
         held = both.groupby("measure")["method"].transform("nunique") == 2  # a derived run has no log of its own
         found.append(tables.paired(both[held], base, ["measure"]).assign(question=question))
-    told = pd.concat(found, ignore_index=True)
-    return verdicts.corrected(told, told["measure"].map(MEASURES))
+    whole = pd.concat(found, ignore_index=True)
+    return verdicts.corrected(whole, whole["measure"].map(MEASURES))
 
 
 def summary(findings: pd.DataFrame) -> pd.DataFrame:
@@ -112,7 +112,7 @@ def words(findings: pd.DataFrame) -> list[str]:
     if findings["p"].isna().all():
         return ["One seed gives no interval, so that neither an effect nor its absence is established."]
     found = findings.set_index(["measure", "method", "baseline"])["verdict"]
-    said = []
+    sentences = []
     for measure, name in _shown(findings).items():
         whole = found[measure, QUANTIZED, BASELINE]
         against = found[measure].xs(BASELINE, level="baseline").drop(QUANTIZED)
@@ -120,16 +120,16 @@ def words(findings: pd.DataFrame) -> list[str]:
         moved = {str(method): verdict for method, verdict in against.items() if verdict != verdicts.NONE}
         if whole == verdicts.NONE:
             others = "; ".join(f"{method} is {verdict}" for method, verdict in moved.items())
-            said.append(f"{name}: no effect of {QUANTIZED} shows{f', while {others}' if others else ''}.")
+            sentences.append(f"{name}: no effect of {QUANTIZED} shows{f', while {others}' if others else ''}.")
         elif alike:
-            said.append(
+            sentences.append(
                 f"{name}: {QUANTIZED} is {whole}, and so is {', '.join(alike)}: no effect of quantization alone."
             )
         else:
-            said.append(
+            sentences.append(
                 f"{name}: {QUANTIZED} is {whole}, and no control here is: an effect of quantization is possible."
             )
-    return [*said, verdicts.statement(findings)]
+    return [*sentences, verdicts.statement(findings)]
 
 
 def _shown(frame: pd.DataFrame) -> dict[str, str]:

@@ -69,9 +69,9 @@ def draw(frame: pd.DataFrame, caption: str) -> Figure:
         _bubbles(above, ours)
         _bubbles(below, _theirs())
         for place, row in enumerate(ours.itertuples()):
-            told = f"{row.memory:.2g}\n({row.nominal:.2g})"
+            label = f"{row.memory:.2g}\n({row.nominal:.2g})"
             look: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "ha": "center", "fontsize": 5.5}
-            above.annotate(told, (place, 0.02), **look)
+            above.annotate(label, (place, 0.02), **look)
         above.margins(y=0.45)  # room for the numbers
         above.set_title(f"Ours: {', '.join(whole['dataset'].unique())}", loc="left")
         below.set_title("As published: mean of five data sets, ResNet-50", loc="left")

@@ -39,7 +39,7 @@ SUMMARY = (
     "before a loss reaches chance; differences in nats, paired by held-out domain and seed, 95 % intervals over seeds, "
     "each alone; * p < 0.05 after Holm over the pairs of a column"
 )
-TOLD = ["value", "low", "high"]
+INTERVAL = ["value", "low", "high"]
 SAMPLING = ("num_samples", "rel_error", "block_size", "images")
 OURS = (*SAMPLING, "seed", "trial_seed", "seeds", "rises", "beyond")  # may differ from the paper's
 SYMBOLS = {"none": "γ", "filter": "ρ"}
@@ -79,12 +79,12 @@ def findings(frame: pd.DataFrame) -> pd.DataFrame:
     limit = both.join(ends, on=["panel", "normalisation"])["limit"]
     both["radius"] = both["radius"].fillna(limit)
     named = each.groupby(["normalisation", "radius"])["rise"].first()
-    told = both.join(named, on=["normalisation", "radius"])
-    told["at"] = told["normalisation"].map(SYMBOLS) + " = " + told["radius"].map("{:g}".format)
-    upto = "Mean of F up to " + told["at"] + " (ERM's rise: " + told["rise"].map("{:.2g}".format) + " nats)"
-    kind = upto.where(told["quantity"] != "at", "F at single radii " + told["normalisation"].map(SYMBOLS))
-    family = kind + ", " + told["panel"].map(TITLES)
-    return verdicts.corrected(told, family, read=told["radius"] <= limit)
+    tests = both.join(named, on=["normalisation", "radius"])
+    tests["at"] = tests["normalisation"].map(SYMBOLS) + " = " + tests["radius"].map("{:g}".format)
+    upto = "Mean of F up to " + tests["at"] + " (ERM's rise: " + tests["rise"].map("{:.2g}".format) + " nats)"
+    kind = upto.where(tests["quantity"] != "at", "F at single radii " + tests["normalisation"].map(SYMBOLS))
+    family = kind + ", " + tests["panel"].map(TITLES)
+    return verdicts.corrected(tests, family, read=tests["radius"] <= limit)
 
 
 def remarks(frame: pd.DataFrame) -> list[str]:
@@ -92,25 +92,25 @@ def remarks(frame: pd.DataFrame) -> list[str]:
     found = findings(frame)
     words: dict[str, Any] = {"words": ("flatter", "sharper"), "unit": "nats"}
     single = found["quantity"] == "at"
-    said = verdicts.sentences(found[~single].drop(columns="at"), **words)
-    said.append(verdicts.statement(found[~single], name="Tests of the mean of F (primary)"))
-    said += verdicts.sentences(found[single], **words)
-    said.append(verdicts.statement(found[single], name="Tests at single radii (secondary)"))
-    return [*said, *_chance(limits(frame[frame["over"] == "directions"]))]
+    sentences = verdicts.sentences(found[~single].drop(columns="at"), **words)
+    sentences.append(verdicts.statement(found[~single], name="Tests of the mean of F (primary)"))
+    sentences += verdicts.sentences(found[single], **words)
+    sentences.append(verdicts.statement(found[single], name="Tests at single radii (secondary)"))
+    return [*sentences, *_chance(limits(frame[frame["over"] == "directions"]))]
 
 
 def _chance(ends: pd.DataFrame) -> list[str]:
     """Say from which radius on the loss is no longer below that of guessing."""
-    said = []
+    sentences = []
     for row in ends.to_dict("records"):
         where, guess = f"{TITLES[row['panel']]}, {SYMBOLS[row['normalisation']]}", f"{row['chance']:.2f} nats"
         if np.isnan(row["met"]):
-            said.append(f"Chance ({guess}), {where}: the loss stays below at all radii.")
+            sentences.append(f"Chance ({guess}), {where}: the loss stays below at all radii.")
         else:
-            said.append(
+            sentences.append(
                 f"Chance ({guess}), {where}: reached at {row['met']:g} by {row['by']}; no verdict from there on."
             )
-    return said
+    return sentences
 
 
 def summary(findings: pd.DataFrame) -> pd.DataFrame:
@@ -123,8 +123,8 @@ def summary(findings: pd.DataFrame) -> pd.DataFrame:
             for panel, kind, radius in mine[["panel", "normalisation", "radius"]].itertuples(index=False)
         ],
         cell=[
-            "not read" if verdict == verdicts.UNREAD else verdicts.bracketed(*told, starred=p < verdicts.LEVEL)
-            for verdict, p, *told in mine[["verdict", "p_holm", *TOLD]].itertuples(index=False)
+            "not read" if verdict == verdicts.UNREAD else verdicts.bracketed(*numbers, starred=p < verdicts.LEVEL)
+            for verdict, p, *numbers in mine[["verdict", "p_holm", *INTERVAL]].itertuples(index=False)
         ],
     )
     return cells.pivot_table(index="pair", columns="where", values="cell", aggfunc="first", sort=False).reset_index()

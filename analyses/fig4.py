@@ -46,14 +46,14 @@ def labelled(setting: Setting) -> list[tuple[str, RunSpec]]:
 def table(store: RunStore, setting: Setting) -> pd.DataFrame:
     """Return curves and numbers: of each run, of each method and target over seeds, and of each method over both."""
     along = stability.curves(store, labelled(setting))
-    told = stability.numbers(along, setting.switch_step).drop(columns="points")
-    told = told.melt(["method", "held_out", "seed"], var_name="quantity").assign(step=float("nan"))
-    parts = [along.assign(over="run"), told.assign(over="run")]
+    numbers = stability.numbers(along, setting.switch_step).drop(columns="points")
+    numbers = numbers.melt(["method", "held_out", "seed"], var_name="quantity").assign(step=float("nan"))
+    parts = [along.assign(over="run"), numbers.assign(over="run")]
     for target in targets(setting):
-        for frame, by in ((along, ["quantity", "method", "step"]), (told, ["quantity", "method"])):
+        for frame, by in ((along, ["quantity", "method", "step"]), (numbers, ["quantity", "method"])):
             mine = frame[frame["held_out"] == target]
             parts.append(tables.over_seeds_within(mine, by, correlations=[stability.UNITLESS]).assign(held_out=target))
-    parts.append(tables.over_seeds_within(told, ["quantity", "method"], correlations=[stability.UNITLESS]))
+    parts.append(tables.over_seeds_within(numbers, ["quantity", "method"], correlations=[stability.UNITLESS]))
     return pd.concat(parts, ignore_index=True).assign(switch=setting.switch_step).reindex(columns=COLUMNS)
 
 
@@ -78,9 +78,9 @@ def summary(findings: pd.DataFrame) -> pd.DataFrame:
 def remarks(frame: pd.DataFrame) -> list[str]:
     """Say what the tests say of each of the numbers."""
     tested = findings(frame)
-    told = verdicts.sentences(tested.assign(at=tested["quantity"].map(stability.NUMBERS).str.lower()), place="in")
+    sentences = verdicts.sentences(tested.assign(at=tested["quantity"].map(stability.NUMBERS).str.lower()), place="in")
     shown = set(frame["method"])
-    return [*told, verdicts.statement(tested), *([RELEASED] if "release-parity" in shown else [])]
+    return [*sentences, verdicts.statement(tested), *([RELEASED] if "release-parity" in shown else [])]
 
 
 def caption(setting: Setting) -> str:

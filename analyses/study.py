@@ -204,44 +204,48 @@ def remarks(frame: pd.DataFrame) -> list[str]:
     """Say of each claim what the tests say; then of the other differences, of the correlations and of the curvature."""
     found = findings(frame)
     primary = found["claim"] != ""
-    said = list(_claims.sentences(found, MEASURES))
-    said.append(verdicts.statement(found[primary], name="Tests of the claims (primary)"))
-    said += verdicts.sentences(found[~primary])
-    said.append(verdicts.statement(found[~primary], name="Other tests (secondary)"))
+    sentences = list(_claims.sentences(found, MEASURES))
+    sentences.append(verdicts.statement(found[primary], name="Tests of the claims (primary)"))
+    sentences += verdicts.sentences(found[~primary])
+    sentences.append(verdicts.statement(found[~primary], name="Other tests (secondary)"))
     if found["seeds"].max() > 1:
-        said.append(_power(found))
-    return [*said, *_ranks(frame), *_curved(frame), *_off_grid(frame), RELEASED]
+        sentences.append(_power(found))
+    return [*sentences, *_ranks(frame), *_curved(frame), *_off_grid(frame), RELEASED]
 
 
 def _power(found: pd.DataFrame) -> str:
     """Say what a single test at 5 % finds with 80 % power, of QT-DoG less ERM."""
     mine = found[(found["method"] == QUANTIZED) & (found["baseline"] == BASELINE) & (found["targets"] == ALL)]
-    told = ", ".join(f"{MEASURES[name]} {size:.2g}" for name, size in mine[["measure", "detectable"]].to_numpy())
-    return f"Smallest difference of {QUANTIZED} to {BASELINE} that one test at 5 % finds with 80 % power: {told}."
+    sizes = ", ".join(f"{MEASURES[name]} {size:.2g}" for name, size in mine[["measure", "detectable"]].to_numpy())
+    return f"Smallest difference of {QUANTIZED} to {BASELINE} that one test at 5 % finds with 80 % power: {sizes}."
 
 
 def _ranks(frame: pd.DataFrame) -> list[str]:
-    rows = frame[frame["over"] == "blocks"][["measure", *fig3.TOLD]].itertuples(index=False)
-    return [f"{name}: {verdicts.bracketed(*told, digits=2, starred=False)}." for name, *told in rows]
+    rows = frame[frame["over"] == "blocks"][["measure", *fig3.INTERVAL]].itertuples(index=False)
+    return [f"{name}: {verdicts.bracketed(*numbers, digits=2, starred=False)}." for name, *numbers in rows]
 
 
 def _curved(frame: pd.DataFrame) -> list[str]:
     """Say top eigenvalue and trace of each method, means over the held-out domains at the first seed."""
     rows = frame[frame["measure"].str.startswith(("top eigenvalue", "trace"))]
-    said = []
+    sentences = []
     for measure, mine in rows.groupby("measure", sort=False):
         each = mine.groupby("method", sort=False)["value"].mean()
         means = ", ".join(f"{name} {value:.3g}" for name, value in each.items())
-        said.append(f"{str(measure).capitalize()}, first seed, mean over targets (nats), without an interval: {means}.")
-    return said
+        sentences.append(
+            f"{str(measure).capitalize()}, first seed, mean over targets (nats), without an interval: {means}."
+        )
+    return sentences
 
 
 def _off_grid(frame: pd.DataFrame) -> list[str]:
     """Say how far the convolutions have moved off the grid that they began on; nothing where they began on none."""
     means = frame[frame["measure"] == GRID].groupby("method", sort=False)["value"].mean()
-    told = ", ".join(f"{method} {value:.3f}" for method, value in means.items())
-    said = f"Convolutions, mean distance to the nearest level of the 8-bit grid that they began on, in steps: {told}. "
-    return [f"{said}Weights that know no grid have {_grid.UNIFORM:g}."] if told else []
+    shown = ", ".join(f"{method} {value:.3f}" for method, value in means.items())
+    sentence = (
+        f"Convolutions, mean distance to the nearest level of the 8-bit grid that they began on, in steps: {shown}. "
+    )
+    return [f"{sentence}Weights that know no grid have {_grid.UNIFORM:g}."] if shown else []
 
 
 def caption(setting: Setting) -> str:

@@ -94,12 +94,12 @@ def remarks(frame: pd.DataFrame) -> list[str]:
     """Say what the tests say, what was tested, and over which places."""
     found, places = findings(frame), frame[frame["number"] == LOSS]
     inside = places[places["counted"].astype(bool)]
-    told = (
+    explained = (
         f"{len(inside) / len(places):.0%} of the places count, the same for all methods: where ERM's mean rise on the "
         f"source domains is at most {UP_TO} nats. The highest mean loss of a method there is "
         f"{inside['value'].max():.2f} nats (guessing: the logarithm of the number of classes)."
     )
-    return [*verdicts.sentences(found, unit="nats"), verdicts.statement(found), told]
+    return [*verdicts.sentences(found, unit="nats"), verdicts.statement(found), explained]
 
 
 def summary(findings: pd.DataFrame) -> pd.DataFrame:

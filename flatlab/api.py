@@ -18,6 +18,7 @@ from flatlab.metrics.curvature.eigenvalues import hessian_spectrum
 from flatlab.metrics.curvature.trace import DEFLATE, hessian_trace
 from flatlab.metrics.flatness.compare import compare_flatness, paired_difference
 from flatlab.metrics.flatness.norm_matched import typical_rise
+from flatlab.metrics.flatness.pilot import radii_at_rises
 from flatlab.metrics.flatness.sharpness import average_sharpness, normalised_logits, worst_sharpness
 from flatlab.metrics.flatness.sphere import sphere_flatness
 from flatlab.metrics.flatness.worst import worst_rise
@@ -44,14 +45,15 @@ from flatlab.quant.lsq import LSQ
 from flatlab.quant.obc import obc
 from flatlab.report.stability import Stability
 from flatlab.report.stability import stability as accuracy_stability
-from flatlab.results.connectivity import Connection
-from flatlab.results.gradcam import ClassMaps
-from flatlab.results.quantization_noise import QuantizationNoise, Symmetry
-from flatlab.results.rounding import RoundingRise
+from flatlab.results.connectivity import Connection, Connections
+from flatlab.results.gradcam import ClassMaps, MeasuredMaps
+from flatlab.results.quantization_noise import LayerNoise, NetworkNoise, QuantizationNoise, Symmetry
+from flatlab.results.rounding import RoundingRise, RoundingRises
 from flatlab.results.scale_audit import ScaleAudit
 from flatlab.results.sharpness import AverageSharpness, WorstRise, WorstSharpness
-from flatlab.results.spectrum import PILOT, SpectralDensity, Spectrum, Trace
-from flatlab.results.sphere import PairedDifference, SphereFlatness
+from flatlab.results.size import FileSize
+from flatlab.results.spectrum import PILOT, MeasuredSpectrum, SpectralDensity, Spectrum, Trace
+from flatlab.results.sphere import PairedDifference, Reach, SphereFlatness
 from flatlab.results.surface import Profile, Surface
 from flatlab.results.trace_check import TraceCheck
 from flatlab.specs.measurements import QuantizationNoiseSpec, RoundingSpec, SphereSpec
@@ -76,6 +78,7 @@ line = counted(line)
 plane = counted(plane)
 connect = counted(connect)
 scale_audit = counted(scale_audit)
+radii_at_rises = counted(radii_at_rises)
 trace_check = counted(trace_check)
 gradcam = counted(gradcam)
 hessian_spectrum = counted(hessian_spectrum, products=lambda given: 3 * int(given.get("k", 10)))
@@ -97,6 +100,8 @@ __all__ = [
     "normalised_logits",
     "paired_difference",
     "PairedDifference",
+    "radii_at_rises",
+    "Reach",
     # curvature
     "Hessian",
     "GGN",
@@ -107,17 +112,22 @@ __all__ = [
     "SpectralDensity",
     "hessian_trace",
     "Trace",
+    "MeasuredSpectrum",
     # quantization noise
     "quantization_noise",
     "QuantizationNoise",
+    "LayerNoise",
+    "NetworkNoise",
     "Symmetry",
     "typical_rise",
     "RoundingRise",
+    "RoundingRises",
     # out of domain
     "accuracy_stability",
     "Stability",
     "gradcam",
     "ClassMaps",
+    "MeasuredMaps",
     "explained_layer",
     "ablation",
     # lines and planes
@@ -133,6 +143,7 @@ __all__ = [
     "trajectory_directions",
     "connect",
     "Connection",
+    "Connections",
     # audits
     "scale_audit",
     "ScaleAudit",
@@ -153,6 +164,7 @@ __all__ = [
     "export_run",
     "load_exported",
     "Exported",
+    "FileSize",
     # methods, settings, specs
     "METHODS",
     "Method",

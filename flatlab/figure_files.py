@@ -183,8 +183,8 @@ def _index(folder: Path) -> Path:
         _, title, *rest = (folder / f"{name}.md").read_text().split("\n\n")
         ends = [i for i, part in enumerate(rest) if TESTS.search(part)]
         tables_before = [i for i, part in enumerate(rest) if part.startswith("|")]
-        told = rest[tables_before[-1] + 1 : ends[0]] if ends and tables_before and tables_before[-1] < ends[0] else []
-        lines += [f"## [{name}]({name}.md)", title, *(f"- {part}" for part in told)]
+        parts = rest[tables_before[-1] + 1 : ends[0]] if ends and tables_before and tables_before[-1] < ends[0] else []
+        lines += [f"## [{name}]({name}.md)", title, *(f"- {part}" for part in parts)]
     index = folder / "README.md"
     files.write_bytes(index, ("\n\n".join(lines) + "\n").encode())
     return index

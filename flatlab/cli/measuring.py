@@ -69,7 +69,7 @@ def flatness(
     """Measure how fast the loss rises around trained runs: F on spheres (QT-DoG Eq. 5), with intervals."""
     from flatlab import reproduce
     from flatlab.report.panels import TITLES
-    from flatlab.report.sphere import SHOWN, chart, said
+    from flatlab.report.sphere import SHOWN, chart, remarks
     from flatlab.specs.rises import ByRise
     from flatlab.specs.settings import QUICK, papers_radii
 
@@ -89,7 +89,7 @@ def flatness(
     shown = table if chosen.json else table[list(SHOWN)]
     domain = f"{TITLES[panel]}{measurement.under}"
     chosen.answer(shown, f"Flatness, {domain} (nats), 95 % intervals over directions", SHOWN)
-    show_written(written, said(found, measurement, panel=panel))
+    show_written(written, remarks(found, measurement, panel=panel))
 
 
 @commands.command(epilog="Examples: `flatlab noise 3f2a`, `flatlab noise 3f2a 77c1 --radius --samples 50`")

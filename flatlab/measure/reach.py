@@ -1,15 +1,11 @@
 """The radii at which the loss of a run rises by given amounts on its source domains, which other runs share."""
 
-from functools import partial
-
 from flatlab import files
 from flatlab.arguments import JobReport
 from flatlab.loading import data as loading_data
 from flatlab.measure.inputs import landscape
 from flatlab.measure.units import UnitFiles
-from flatlab.metrics.flatness.pilot import reached, reached_price
-from flatlab.metrics.flatness.sampler import Sampler
-from flatlab.results.sphere import Reach
+from flatlab.metrics.flatness.pilot import radii_at_rises
 from flatlab.specs.rises import ReachSpec
 from flatlab.specs.run import Place
 from flatlab.store.runs import Measurement, Run
@@ -20,7 +16,6 @@ def fill(measurement: Measurement, run: Run, place: Place, report: JobReport | N
     del report  # seconds of work
     spec: ReachSpec = measurement.spec
     around = landscape(run, spec, place, of=loading_data.domains(run.spec, place).sources)
-    sampler = Sampler([around], spec.seed, spec.normalisation, keep=UnitFiles(measurement).units)
-    (radii,) = sampler.keep([("reach", partial(reached, sampler, spec.rises))])
-    found = Reach(radii=radii, rises=spec.rises, strata=around.strata, images=reached_price(sampler))
+    keep = UnitFiles(measurement).units
+    found = radii_at_rises(around, spec.rises, normalisation=spec.normalisation, seed=spec.seed, keep=keep)
     files.save_arrays(measurement.result, *found.to_arrays())

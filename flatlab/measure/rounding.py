@@ -1,4 +1,4 @@
-"""What a bit width is worth as a radius: rises of the loss at rounded weights, beside those along random twins."""
+"""What a bit width is worth as a radius: rises of the loss at rounded weights, and at random ones as far."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -22,7 +22,7 @@ from flatlab.specs.run import Place
 from flatlab.store.runs import Measurement, Run
 from flatlab.tensors.flat import flatten
 
-WHOLE: tuple[Normalisation, Normalisation] = ("none", "filter")  # twins of the noise in all layers
+WHOLE: tuple[Normalisation, Normalisation] = ("none", "filter")  # where random noise has the norm of that in all layers
 ALONE: tuple[Normalisation, Normalisation] = ("layer", "filter")  # of that in one: as long in it, or in each channel
 Weights = Mapping[str, Tensor]
 Part = tuple[str, dict[str, Tensor], Normalisation]
@@ -56,7 +56,7 @@ def fill(measurement: Measurement, run: Run, place: Place, report: JobReport | N
 
 
 def _parts(spec: RoundingSpec, weights: Weights, trained: Mapping[str, Layer]) -> Iterator[Part]:
-    """Yield the part of the network that is rounded, its noise by bit width, and what the twins are like.
+    """Yield the part of the network that is rounded, its noise by bit width, and the normalisation.
 
     The noise of the run's own, learned step sizes goes by the name "trained".
     """

@@ -124,14 +124,8 @@ def _write(measurement: Measurement, extremes: FloatArray, rules: list[FloatArra
         num_params=num_params,
         cost=Cost(hvps=traced),
     )
-    density = SpectralDensity(
-        nodes=tuple(nodes for nodes, _ in rules),
-        weights=tuple(weights for _, weights in rules),
-        seed=spec.seed,
-        cost=Cost(hvps=sum(len(nodes) for nodes, _ in rules)),
-        num_params=num_params,
-        floor=FLOOR * float(np.abs(values).max()),
-    )
+    floor = FLOOR * float(np.abs(values).max())
+    density = SpectralDensity.of_rules(rules, seed=spec.seed, num_params=num_params, floor=floor)
     numbers = (trace.trace, trace.effective_rank, density.negative_weight, density.negative_share)
     whole = MeasuredSpectrum(
         eigenvalues=values,

@@ -4,12 +4,9 @@
 """
 
 from collections.abc import Iterable
-from typing import TypeVar
 
-from flatlab.results.rounding import RoundingRise
 from flatlab.results.sphere import SphereFlatness
 
-Rises = TypeVar("Rises", SphereFlatness, RoundingRise)
 SOURCE, TARGET = "source", "target"
 TITLES = {SOURCE: "source domains", TARGET: "held-out domain"}
 ACCURACY = {  # panel and split of an accuracy -> its title
@@ -30,6 +27,6 @@ def strata_of(strata: Iterable[str], panel: str, held_out: str) -> list[str]:
     return [name for name in strata if (name == held_out) == (panel == TARGET)]
 
 
-def part_of(found: Rises, panel: str, held_out: str) -> Rises:
+def part_of(found: SphereFlatness, panel: str, held_out: str) -> SphereFlatness:
     """Return a measurement on the domains of a panel, as in `strata_of`."""
     return found.of(strata_of(found.strata, panel, held_out))

@@ -16,7 +16,7 @@ from flatlab.arguments import FloatArray
 from flatlab.errors import UserError
 from flatlab.report import tables, verdicts
 from flatlab.results.corrections import holm
-from flatlab.results.quantization_noise import Histogram, NetworkNoise
+from flatlab.results.quantization_noise import NetworkNoise
 from flatlab.specs.measurements import QuantizationNoiseSpec
 from flatlab.specs.run import RunSpec
 from flatlab.store.runs import Run, RunStore
@@ -49,11 +49,11 @@ def statistics(store: RunStore, wanted: Iterable[tuple[str, RunSpec, Quantizatio
     Raises:
         UserError: where a run is not measured yet.
     """
-    rows = []
+    frames = []
     for label, spec, measurement in wanted:
         about = {"method": label, "held_out": spec.held_out, "seed": spec.seed, "run": spec.digest}
-        rows += [{**about, **row} for row in store.run(spec).result(measurement, label).rows]
-    return pd.DataFrame(rows)
+        frames.append(tables.of(about, store.run(spec).result(measurement, label).to_frame()))
+    return pd.concat(frames, ignore_index=True)
 
 
 def drawn(
@@ -133,26 +133,19 @@ def draw(rows: pd.DataFrame, caption: str, arrays: files.Arrays) -> Figure:
         for axes, row in zip(grid, rows.to_dict("records"), strict=True):
             mine = {name.removeprefix(f"{row['run']}-"): array for name, array in arrays.items()}
             (layer,) = NetworkNoise.from_arrays(mine, [{"mode": row["mode"], "index": row["index"]}]).layers
-            _histogram(axes[0], layer.weight, "C7")
+            layer.weight.plot(axes[0], color="C7").locator_params(axis="x", nbins=3)
             axes[0].set(title=f"{row['layer']}\n{LABELS[row['mode']]}", xlabel="Weight $w$", ylabel="Density")
-            _histogram(axes[1], layer.noise, "C0")
-            _noise(axes[1], layer.noise.edges, row)
+            layer.plot(axes[1]).locator_params(axis="x", nbins=3)
+            _label(axes[1], row)
             _mirror(axes[2], layer.lower, layer.upper, row)
         plots.legend_above(figure, grid[0, 1], title)
         plots.notes_below(figure, rest, fontsize=7)
     return figure
 
 
-def _histogram(ax: Axes, found: Histogram, color: str) -> None:
-    density = found.counts / found.counts.sum() / np.diff(found.edges)
-    ax.stairs(density, found.edges, fill=True, color=color, alpha=0.75)
-    ax.locator_params(axis="x", nbins=3)
-
-
-def _noise(ax: Axes, edges: FloatArray, row: Row) -> None:
-    ax.hlines(1 / (edges[-1] - edges[0]), edges[0], edges[-1], color="k", linestyle="--", label="uniform")
+def _label(ax: Axes, row: Row) -> None:
     numbers = f"KL {row['kl']:.2g}, uniform sample {row['kl_null']:.2g}"
-    ax.set(title=f"{numbers}\nN = {row['count']:,}, {row['bins']} bins", xlabel=UNITS[str(row["mode"])])
+    ax.set(title=f"{numbers}\nN = {row['count']:,}, {row['bins']} bins", xlabel=UNITS[str(row["mode"])], ylabel="")
     ax.margins(y=0.1)
 
 

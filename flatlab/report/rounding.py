@@ -1,6 +1,6 @@
 """What a bit width is worth as a radius: from measured runs to a tidy table and its picture. Torch-free."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,8 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 from flatlab import plots
 from flatlab.report import tables
-from flatlab.report.panels import SOURCE, TARGET, part_of
-from flatlab.results.rounding import RoundingRise
+from flatlab.report.panels import SOURCE, TARGET, strata_of
+from flatlab.results.rounding import RoundingRises
 from flatlab.specs.measurements import RoundingSpec
 from flatlab.specs.run import RunSpec
 from flatlab.store.runs import Run, RunStore
@@ -35,35 +35,35 @@ RULED = 2.0  # standard deviations that 95 % of random directions stay within, a
 def rises(store: RunStore, wanted: Iterable[tuple[str, RunSpec, RoundingSpec]]) -> pd.DataFrame:
     """Return tidy rows: for each run, panel, part, perturbation and null the quantities below.
 
-    `rise` and `reverse` of the noise and of its opposite, `random` (mean over random twins, with its interval over
-    directions), in nats; `z` and `rank` of the noise's rise among those of its twins.
+    `rise` and `reverse` of the noise and of its opposite, `random` (mean over random ones of the same norm, with
+    its interval over directions), in nats; `z` and `rank` of the noise's rise among the random rises.
 
     Args:
         store: holds the finished measurements.
         wanted: method's name, run, measurement.
     """
-    rows = [row for label, spec, measurement in wanted for row in _rows(store.run(spec), measurement, label)]
-    return pd.DataFrame(rows)[COLUMNS]
+    rows = [_rows(store.run(spec), measurement, label) for label, spec, measurement in wanted]
+    return pd.concat(rows, ignore_index=True)[COLUMNS]
 
 
-def _rows(run: Run, measurement: RoundingSpec, label: str) -> Iterator[dict[str, Any]]:
-    about = {"method": label, "held_out": run.spec.held_out, "seed": run.spec.seed, "over": "directions"}
-    for (part, null), whole in run.result(measurement, label).parts.items():
-        about |= {"part": part, "null": NULLS[null]}
-        panels = {panel: part_of(whole, panel, run.spec.held_out) for panel in (SOURCE, TARGET)}
-        for index, (name, norm) in enumerate(zip(whole.names, whole.norms.tolist(), strict=True)):
-            about |= {"perturbation": name, "gamma": norm, "share": norm / whole.norm}
-            for panel, found in panels.items():
-                for quantity, numbers in _quantities(found, index):
-                    yield {**about, "panel": panel, "quantity": quantity, **numbers}
-
-
-def _quantities(found: RoundingRise, index: int) -> Iterator[tuple[str, dict[str, float]]]:
-    """Yield the numbers of one perturbation; only the twins' mean has an interval over directions."""
-    yield "random", tables.estimate(found.visits[index].mean(axis=1))
-    own = {"rise": found.rises.mean(axis=1), "reverse": found.reverses.mean(axis=1), "z": found.z, "rank": found.rank}
-    for name, values in own.items():
-        yield name, {"value": float(values[index]), "stderr": np.nan, "low": np.nan, "high": np.nan}
+def _rows(run: Run, measurement: RoundingSpec, label: str) -> pd.DataFrame:
+    """Return the rows of one run; only the random mean has an interval over directions."""
+    found: RoundingRises = run.result(measurement, label)
+    panels = [
+        found.of(strata_of(found.strata, panel, run.spec.held_out)).to_frame().assign(panel=panel)
+        for panel in (SOURCE, TARGET)
+    ]
+    random = pd.concat(panels).rename(columns={"name": "perturbation", "radius": "gamma"}).assign(quantity="random")
+    bare = {"stderr": np.nan, "low": np.nan, "high": np.nan}
+    own = [random.assign(**bare, quantity=name, value=random[name]) for name in ("rise", "reverse", "z", "rank")]
+    frame = pd.concat([random, *own]).reset_index(names="place").sort_values(["place", "panel"], kind="stable")
+    return frame.assign(
+        null=frame["normalisation"].map(NULLS),
+        share=frame["gamma"] / found.norm,
+        method=label,
+        held_out=run.spec.held_out,
+        seed=run.spec.seed,
+    )
 
 
 def with_seeds(each: pd.DataFrame) -> pd.DataFrame:
@@ -85,12 +85,12 @@ def wide(rows: pd.DataFrame) -> pd.DataFrame:
     )
     keys = ["method", "panel", "perturbation", "gamma", "share"]
     table = named.pivot_table(index=keys, columns="column", values="value", aggfunc="first", sort=False)
-    every = list(dict.fromkeys(named["column"]))  # a pivot drops a column of NaN: z, where all twins rise alike
+    every = list(dict.fromkeys(named["column"]))  # a pivot drops a column of NaN: z, where all random rises are equal
     return table.reindex(columns=every).reset_index().rename_axis(columns=None)
 
 
 def draw(rows: pd.DataFrame, caption: str, *, panel: str = SOURCE) -> Figure:
-    """Draw for each method the rise over gamma, and below it how typical the noise is among its random twins.
+    """Draw for each method the rise over gamma, and below it how typical the noise is among random ones of its norm.
 
     Args:
         rows: of one `over`: each method once.

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from flatlab import plots
 from flatlab.arguments import FloatArray
+from flatlab.report import tables
 from flatlab.report.panels import TITLES
 from flatlab.results.spectrum import MeasuredSpectrum, SpectralDensity, blur
 from flatlab.specs.measurements import SpectrumSpec
@@ -31,30 +32,12 @@ def numbers(store: RunStore, wanted: Wanted) -> pd.DataFrame:
         store: holds the finished measurements.
         wanted: method's name, run, measurement.
     """
-    rows = [row for label, run, measurement in wanted for row in _rows(label, store.run(run), measurement)]
-    return pd.DataFrame(rows)
-
-
-def _rows(label: str, run: Run, measurement: SpectrumSpec) -> Iterable[dict[str, Any]]:
-    found: MeasuredSpectrum = run.result(measurement, label)
-    shared = {**_named(label, run, measurement), "engine": measurement.engine}
-    pairs = zip(found.eigenvalues.tolist(), found.residuals.tolist(), found.states, strict=True)
-    for index, (value, residual, state) in enumerate(pairs):
-        yield {
-            **shared,
-            "number": "eigenvalue",
-            "index": index,
-            "value": value,
-            "low": value - residual,
-            "high": value + residual,
-            "converged": state,
-            "over": "residual",
-        }
-    for name, each in found.numbers.items():
-        low, high = each.value - each.half_width(), each.value + each.half_width()
-        reached = found.reached if name == "trace" else ""
-        row = {"value": each.value, "low": low, "high": high, "converged": reached, "over": "vectors"}
-        yield {**shared, "number": name, "index": 0, **row}
+    frames = []
+    for label, run, measurement in wanted:
+        found: MeasuredSpectrum = store.run(run).result(measurement, label)
+        about = {**_named(label, run, measurement), "engine": measurement.engine}
+        frames.append(tables.of(about, found.to_frame()))
+    return pd.concat(frames, ignore_index=True)
 
 
 def densities(store: RunStore, wanted: Wanted) -> pd.DataFrame:
@@ -65,8 +48,7 @@ def densities(store: RunStore, wanted: Wanted) -> pd.DataFrame:
         wanted: method's name, run, measurement.
     """
     found = [
-        (label, store.run(run), measurement, _rules(label, store.run(run), measurement))
-        for label, run, measurement in wanted
+        (label, run, measurement, _rules(label, store.run(run), measurement)) for label, run, measurement in wanted
     ]
     frames = []
     for panel in dict.fromkeys(measurement.panel for _, _, measurement, _ in found):
@@ -80,8 +62,8 @@ def densities(store: RunStore, wanted: Wanted) -> pd.DataFrame:
     return pd.concat(frames, ignore_index=True)
 
 
-def _named(label: str, run: Run, measurement: SpectrumSpec) -> dict[str, Any]:
-    return {"panel": measurement.panel, "method": label, "held_out": run.spec.held_out, "seed": run.spec.seed}
+def _named(label: str, run: RunSpec, measurement: SpectrumSpec) -> dict[str, Any]:
+    return {"panel": measurement.panel, "method": label, "held_out": run.held_out, "seed": run.seed}
 
 
 def _rules(label: str, run: Run, measurement: SpectrumSpec) -> list[tuple[FloatArray, FloatArray]]:

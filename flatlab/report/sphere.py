@@ -40,7 +40,7 @@ def chart(
     return shown, plots.save(_draw(shown, measurement, panel), out / "flatness", shown)
 
 
-def said(found: list[Run], measurement: SphereSpec, *, panel: str) -> list[str]:
+def remarks(found: list[Run], measurement: SphereSpec, *, panel: str) -> list[str]:
     """Return sentences: where F means little, and which checkpoint is flatter than the first.
 
     Args:

@@ -148,24 +148,20 @@ def draw_line(
         A row for each panel with the barrier (nats) and its interval; sentences; what was written.
     """
     run, other = ends
-    rows, frames, sentences, written = [], [], [], []
+    sentences, written = [], []
     lines: Connections = run.result(measurement)
     out.mkdir(parents=True, exist_ok=True)
     with plots.style():
         figure, grid = plt.subplots(1, len(panels.TITLES), figsize=(6.9, 3.0), layout="constrained")
-        for ax, (panel, title) in zip(grid, panels.TITLES.items(), strict=True):
-            found = lines.panels[panel]
-            low, high = (float(end[0]) for end in found.interval())
-            place = {"position": found.position, "distance": found.position * found.length}
-            rows.append({"panel": panel, "barrier": found.barrier, "low": low, "high": high, **place})
-            frames.append(found.to_frame().assign(panel=panel))
+        for ax, (panel, found) in zip(lines.plot(grid), lines.panels.items(), strict=True):
+            title = panels.TITLES[panel]
             sentences.append(f"{title.capitalize()}: {barrier_sentence(found)}")
-            found.plot(ax).set_title(f"{title}; {run.name} to {other.name}", pad=18)  # the legend is between
+            ax.set_title(f"{title}; {run.name} to {other.name}", pad=18)  # the legend is between
             written.append(out / f"connection-{run.spec.digest[:6]}-{other.spec.digest[:6]}-{panel}.npz")
             found.save(written[-1])
         figure.suptitle("\n".join([BAND, *remarks([run], measurement)]), fontsize=8)
-    pictures = plots.save(figure, out / "connection", pd.concat(frames))
-    return pd.DataFrame(rows), [*sentences, *remarks([run], measurement)], [*pictures, *written]
+    pictures = plots.save(figure, out / "connection", lines.to_frame())
+    return lines.barriers(), [*sentences, *remarks([run], measurement)], [*pictures, *written]
 
 
 def barrier_sentence(found: Connection) -> str:

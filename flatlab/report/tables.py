@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from flatlab.arguments import FloatArray
@@ -69,7 +70,7 @@ def _rises(run: RunSpec, label: str, whole: SphereFlatness) -> Iterable[dict[str
                 "held_out": run.held_out,
                 "seed": run.seed,
                 "radius": radius,
-                **_told(found),
+                **found.columns(),
                 "over": flat.over,
                 "rise": rise,
                 "base_loss": float(flat.base_loss.mean()),
@@ -77,14 +78,14 @@ def _rises(run: RunSpec, label: str, whole: SphereFlatness) -> Iterable[dict[str
             }
 
 
-def estimate(draws: FloatArray, level: float = LEVEL) -> dict[str, float]:
+def estimate(draws: npt.ArrayLike, level: float = LEVEL) -> dict[str, float]:
     """Return mean, standard error and Student's t interval of independent draws (K,); one draw has no interval."""
-    return _told(mean_of(np.asarray(draws, dtype=float)), level)
+    return mean_of(np.asarray(draws, dtype=float)).columns(level)
 
 
-def _told(found: Estimate, level: float = LEVEL) -> dict[str, float]:
-    half = found.half_width(level)
-    return {"value": found.value, "stderr": found.stderr, "low": found.value - half, "high": found.value + half}
+def of(about: dict[str, Any], frame: pd.DataFrame) -> pd.DataFrame:
+    """Return a frame behind columns that hold the same in each row, such as the run that it is of."""
+    return frame.assign(**about)[[*about, *frame.columns]]
 
 
 def over_seeds(frame: pd.DataFrame, by: Sequence[str], *, value: str = "value") -> pd.DataFrame:

@@ -1,5 +1,6 @@
 """The loss along the straight line between two checkpoints, and the barrier on it, as a result; no torch."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -7,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flatlab.arguments import FloatArray
-from flatlab.results.estimate import Estimate, Sampled
+from flatlab.results.estimate import Estimate, Sampled, axes_of
 from flatlab.results.surface import Kept
 
 if TYPE_CHECKING:
@@ -93,9 +94,7 @@ class Connection(Kept, Sampled):
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Draw the loss against distance, its band over images (of the height over the ends), and the barrier."""
-        import matplotlib.pyplot as plt
-
-        axes = plt.subplots()[1] if ax is None else ax
+        axes = axes_of(ax)
         frame, at = self.to_frame(), self.position * self.length
         straight = frame["loss"] - frame["height"]
         (line,) = axes.plot(frame["distance"], frame["loss"])
@@ -121,6 +120,33 @@ class Connections:
     """
 
     panels: dict[str, Connection]
+
+    def barriers(self) -> "pd.DataFrame":
+        """Return one row for each panel: the barrier with its interval over images (nats), and where it lies."""
+        import pandas as pd
+
+        rows = []
+        for panel, found in self.panels.items():
+            low, high = (float(end[0]) for end in found.interval())
+            place = {"position": found.position, "distance": found.position * found.length}
+            rows.append({"panel": panel, "barrier": found.barrier, "low": low, "high": high, **place})
+        return pd.DataFrame(rows)
+
+    def to_frame(self) -> "pd.DataFrame":
+        """Return a tidy table, one row for each panel and place, as `Connection.to_frame`."""
+        import pandas as pd
+
+        frames = [found.to_frame().assign(panel=panel) for panel, found in self.panels.items()]
+        return pd.concat(frames, ignore_index=True)
+
+    def plot(self, axes: "Sequence[Axes] | None" = None) -> "list[Axes]":
+        """Draw each panel on axes of its own, as `Connection.plot`.
+
+        Args:
+            axes: one for each panel; None opens new ones.
+        """
+        given = [None] * len(self.panels) if axes is None else axes
+        return [found.plot(ax) for found, ax in zip(self.panels.values(), given, strict=True)]
 
     def to_arrays(self) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
         """Return the content of a measurement's file: arrays, and facts for JSON; without the seconds."""

@@ -2,8 +2,8 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -45,6 +45,25 @@ class Cost:
         )
 
 
+class Stored:
+    """A dataclass whose file holds its fields by their names: arrays as such, all else but None as facts for JSON."""
+
+    def to_arrays(self) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
+        """Return the content of a measurement's file: arrays, and facts for JSON."""
+        own: Any = self
+        named = {each.name: getattr(self, each.name) for each in fields(own)}
+        arrays = {name: value for name, value in named.items() if isinstance(value, np.ndarray)}
+        return arrays, {name: value for name, value in named.items() if not (name in arrays or value is None)}
+
+    @classmethod
+    def from_arrays(cls, arrays: dict[str, npt.NDArray[Any]], facts: dict[str, Any]) -> Self:
+        """Return the result from what `to_arrays` returns; other facts are ignored."""
+        own: Any = cls
+        plain = {name: tuple(each) if isinstance(each, list) else each for name, each in facts.items()}
+        found = {**plain, **arrays}
+        return cls(**{each.name: found[each.name] for each in fields(own) if each.name in found})
+
+
 @dataclass(frozen=True)
 class Estimate:
     """A mean over draws, its standard error, and the degrees of freedom behind that."""
@@ -70,6 +89,16 @@ class Estimate:
             UserError: if it does not lie strictly between 0 and 1.
         """
         return float(stdtrit(self.freedom, (1.0 + check_level(level)) / 2.0)) * self.stderr
+
+    def interval(self, level: float = 0.95) -> tuple[float, float]:
+        """Return Student's t interval (low, high) at this level."""
+        half = self.half_width(level)
+        return self.value - half, self.value + half
+
+    def columns(self, level: float = 0.95) -> dict[str, float]:
+        """Return value, standard error and interval under the names that tables give them."""
+        low, high = self.interval(level)
+        return {"value": self.value, "stderr": self.stderr, "low": low, "high": high}
 
 
 def check_level(level: float) -> float:
@@ -99,12 +128,28 @@ def rows_of(strata: str | Iterable[str], known: Sequence[str]) -> list[int]:
     return [known.index(choose("stratum", name, known)) for name in asked]
 
 
+def axes_of(ax: "Axes | None") -> "Axes":
+    """Return the axes that were given, or new ones."""
+    import matplotlib.pyplot as plt
+
+    return plt.subplots()[1] if ax is None else ax
+
+
 def mean_of(draws: FloatArray) -> Estimate:
     """Return the mean of independent draws (K,) with its standard error; NaN where there are too few."""
     count = len(draws)
     with np.errstate(invalid="ignore"):  # the spread of infinite losses is NaN, and is shown so
         stderr = float(draws.std(ddof=1) / np.sqrt(count)) if count > 1 else float("nan")
         return Estimate(float(draws.mean()) if count else float("nan"), stderr, max(1, count - 1))
+
+
+def ratio_of(above: FloatArray, below: FloatArray) -> Estimate:
+    """Return the ratio of two means over the same draws (K,), its standard error by linearisation."""
+    if not below.mean():
+        return Estimate(float("nan"), float("nan"), max(1, len(above) - 1))
+    ratio = float(above.mean() / below.mean())
+    spread = mean_of((above - ratio * below) / below.mean())
+    return Estimate(ratio, spread.stderr, spread.freedom)
 
 
 def standing(own: float, draws: FloatArray) -> tuple[float, float]:
@@ -184,9 +229,7 @@ class Sampled(ABC):
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Draw the value as a line with its 95 % interval as a band."""
-        import matplotlib.pyplot as plt
-
-        axes = plt.subplots()[1] if ax is None else ax
+        axes = axes_of(ax)
         name, places = self.axis
         (line,) = axes.plot(places, self.value)
         axes.fill_between(places, *self.interval(), color=line.get_color(), alpha=0.25, linewidth=0)

@@ -1,12 +1,18 @@
 """GradCAM maps of images, the energy in a mask, and the agreement of maps."""
 
-from dataclasses import dataclass, fields
-from typing import Any, Self
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from flatlab.arguments import FloatArray
+from flatlab.results.estimate import Stored, axes_of
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
 
 
 def energy(maps: npt.NDArray[np.floating], masks: npt.NDArray[Any]) -> FloatArray:
@@ -39,6 +45,36 @@ def ratio(above: FloatArray, below: FloatArray, otherwise: float) -> FloatArray:
     return found
 
 
+def heat(evidence: npt.NDArray[np.floating], peak: float | None = None) -> FloatArray:
+    """Return the colours (H, W, 3) of a map, in [0, 1].
+
+    Args:
+        evidence: (H, W), not negative.
+        peak: the evidence that is shown as the strongest; None: the map's own largest.
+    """
+    from matplotlib import colormaps
+
+    most = float(evidence.max()) if peak is None else peak
+    return np.asarray(colormaps["jet"](evidence / most if most > 0 else evidence)[..., :3])
+
+
+def pixels(image: npt.NDArray[np.uint8]) -> FloatArray:
+    """Return an image (H, W, 3) in [0, 1] from (C, H, W) in 0 to 255, of one channel or three."""
+    last = np.moveaxis(image.astype(float) / 255, 0, -1)
+    return np.broadcast_to(last, (*last.shape[:2], 3))
+
+
+def _row(images: Iterable[FloatArray], ax: "Axes | None") -> "Axes":
+    """Draw images side by side."""
+    axes = axes_of(ax)
+    axes.imshow(np.concatenate(list(images), axis=1), interpolation="nearest")
+    axes.set_axis_off()
+    return axes
+
+
+MOST = 8  # images of a picture
+
+
 @dataclass(frozen=True, eq=False)
 class ClassMaps:
     """Where images hold evidence for a class.
@@ -47,22 +83,32 @@ class ClassMaps:
         maps: (N, H, W) at the images' size, not negative, in the units of the logit; zero without evidence for it.
         classes: (N,) the class that each map explains.
         layer: name of the module whose outputs were weighed.
-        grid: its height and width.
+        grid: its height and width; None where they were not kept.
     """
 
     maps: FloatArray
     classes: tuple[int, ...]
     layer: str
-    grid: tuple[int, int]
+    grid: tuple[int, int] | None
 
     def scaled(self) -> FloatArray:
         """Return the maps, each divided by its own largest value, as papers show them; zero maps stay zero."""
         peaks = self.maps.max(axis=(1, 2), keepdims=True)
         return ratio(self.maps, peaks, 0.0)
 
+    def to_frame(self) -> "pd.DataFrame":
+        """Return a tidy table, one row for each image: the class, and the largest evidence for it."""
+        import pandas as pd
+
+        return pd.DataFrame({"label": self.classes, "peak": self.maps.max(axis=(1, 2))}).assign(layer=self.layer)
+
+    def plot(self, ax: "Axes | None" = None) -> "Axes":
+        """Draw the first eight maps side by side, each on its own scale."""
+        return _row(map(heat, self.maps[:MOST]), ax)
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class MeasuredMaps:
+class MeasuredMaps(Stored):
     """A network's maps of N images of its held-out domain, and how far they can be relied on.
 
     Attributes:
@@ -90,25 +136,44 @@ class MeasuredMaps:
     rows: npt.NDArray[np.int64]
     labels: npt.NDArray[np.int64]
     probabilities: FloatArray
-    moved: FloatArray | None
-    mask: npt.NDArray[np.uint8] | None
+    moved: FloatArray | None = None
+    mask: npt.NDArray[np.uint8] | None = None
     layer: str
     classes: tuple[str, ...]
     radii: tuple[float, ...]
     held_out: str
     seed: int
 
-    def to_arrays(self) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
-        """Return the content of a measurement's file: arrays, and facts for JSON."""
-        named = {each.name: getattr(self, each.name) for each in fields(self)}
-        arrays = {name: value for name, value in named.items() if isinstance(value, np.ndarray)}
-        facts = {name: named[name] for name in ("layer", "held_out", "seed")}
-        facts |= {"classes": list(self.classes), "radii": list(self.radii)}
-        return arrays, facts
+    @property
+    def class_maps(self) -> ClassMaps:
+        """The maps alone, as `gradcam` returns them."""
+        return ClassMaps(self.maps.astype(np.float64), tuple(self.labels.tolist()), self.layer, None)
 
-    @classmethod
-    def from_arrays(cls, arrays: dict[str, npt.NDArray[Any]], facts: dict[str, Any]) -> Self:
-        """Return the result from what `to_arrays` returns; other facts are ignored."""
-        lists = {"classes": tuple(facts["classes"]), "radii": tuple(facts["radii"])}
-        plain = {name: facts[name] for name in ("layer", "held_out", "seed")}
-        return cls(**{"moved": None, "mask": None, **arrays, **lists, **plain})
+    def to_frame(self) -> "pd.DataFrame":
+        """Return a tidy table, one row for each image, and how far its map can be relied on.
+
+        Columns: `row` in the domain, `label`, `predicted`, `probability` of the true class, areas below the curves of
+        `deletion` and `insertion`, and `empty` (1: no evidence for the class). With a mask, the share of `energy` in it
+        (NaN for an empty map), and its `area`. With moved weights, the mean agreement `moved` with the own map (NaN
+        where none has one), and the share of maps that have `vanished` (NaN for an empty map).
+        """
+        import pandas as pd
+
+        empty, each = ~(self.maps.max(axis=(1, 2)) > 0), np.arange(len(self.labels))
+        frame = pd.DataFrame({"row": self.rows, "label": self.labels, "predicted": self.probabilities.argmax(axis=1)})
+        frame = frame.assign(probability=self.probabilities[each, self.labels], empty=empty.astype(float))
+        for name, curve in {"deletion": self.deletion, "insertion": self.insertion}.items():
+            frame[name] = np.trapezoid(curve, dx=1 / (curve.shape[1] - 1))
+        if self.mask is not None:
+            frame = frame.assign(energy=energy(self.maps, self.mask), area=self.mask.mean(axis=(1, 2)))
+        if self.moved is not None:
+            counts = np.isfinite(self.moved).sum(axis=(0, 1)).astype(float)
+            tries = self.moved.shape[0] * self.moved.shape[1]
+            frame["moved"] = ratio(np.nansum(self.moved, axis=(0, 1)), counts, np.nan)
+            frame["vanished"] = np.where(empty, np.nan, 1 - counts / tries)
+        return frame
+
+    def plot(self, ax: "Axes | None" = None) -> "Axes":
+        """Draw the first eight images side by side, each below its map on its own scale."""
+        pairs = zip(self.images[:MOST], self.maps[:MOST], strict=True)
+        return _row((0.5 * pixels(image) + 0.5 * heat(evidence) for image, evidence in pairs), ax)

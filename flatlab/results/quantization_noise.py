@@ -10,7 +10,7 @@ from scipy.special import chdtrc, ndtri, xlogy
 
 from flatlab.arguments import FloatArray
 from flatlab.errors import UserError
-from flatlab.results.estimate import Cost
+from flatlab.results.estimate import Cost, axes_of
 from flatlab.seeds import derive
 
 if TYPE_CHECKING:
@@ -114,6 +114,33 @@ BINS = 100  # the paper gives none; its values are then what 55,000 and 7,000 to
 DRAWS = 399  # uniform samples behind a null
 
 
+@dataclass(frozen=True, eq=False)
+class Histogram:
+    """Counts of numbers in bins of equal width, from minimum to maximum.
+
+    Attributes:
+        counts: (B,).
+        edges: (B + 1,), in the unit of the numbers.
+    """
+
+    counts: npt.NDArray[np.int64]
+    edges: FloatArray
+
+    def plot(self, ax: "Axes | None" = None, *, color: str = "C0") -> "Axes":
+        """Draw the density."""
+        axes = axes_of(ax)
+        density = self.counts / self.counts.sum() / np.diff(self.edges)
+        axes.stairs(density, self.edges, fill=True, color=color, alpha=0.75)
+        return axes
+
+    def plot_noise(self, ax: "Axes | None" = None) -> "Axes":
+        """Draw the density of noise, and that of the uniform on the same range as a line."""
+        axes, (low, high) = self.plot(ax), self.edges[[0, -1]]
+        axes.hlines(1 / (high - low), low, high, color="k", linestyle="--", label="uniform")
+        axes.set(xlabel="quantization noise", ylabel="density")
+        return axes
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class QuantizationNoise:
     """Quantization noise against a uniform with the same minimum and maximum.
@@ -147,9 +174,14 @@ class QuantizationNoise:
         return len(self.noise)
 
     @cached_property
+    def histogram(self) -> Histogram:
+        """The noise in B bins."""
+        return Histogram(*np.histogram(self.noise, self.bins))
+
+    @property
     def counts(self) -> npt.NDArray[np.int64]:
-        """The histogram (B,)."""
-        return np.histogram(self.noise, self.bins, (self.noise[0], self.noise[-1]))[0]
+        """The counts (B,) of the histogram."""
+        return self.histogram.counts
 
     @property
     def kl(self) -> float:
@@ -235,27 +267,7 @@ class QuantizationNoise:
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Draw the density of the noise, and the uniform's as a line."""
-        import matplotlib.pyplot as plt
-
-        axes = plt.subplots()[1] if ax is None else ax
-        low, high = self.noise[0], self.noise[-1]
-        axes.stairs(self.counts / self.count * self.bins / (high - low), np.linspace(low, high, self.bins + 1))
-        axes.axhline(1 / (high - low), color="k", linestyle="--", linewidth=1)
-        axes.set(xlabel="quantization noise", ylabel="density")
-        return axes
-
-
-@dataclass(frozen=True, eq=False)
-class Histogram:
-    """Counts of numbers in bins of equal width, from minimum to maximum.
-
-    Attributes:
-        counts: (B,).
-        edges: (B + 1,), in the unit of the numbers.
-    """
-
-    counts: npt.NDArray[np.int64]
-    edges: FloatArray
+        return self.histogram.plot_noise(ax)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -282,10 +294,29 @@ class LayerNoise:
         return cls(
             numbers={**numbers, **found.statistics()},
             weight=Histogram(*np.histogram(weight, found.bins)),
-            noise=Histogram(*np.histogram(found.noise, found.bins)),
+            noise=found.histogram,
             lower=found.symmetry.lower,
             upper=found.symmetry.upper,
         )
+
+    @property
+    def value(self) -> float:
+        """KL(noise || uniform) in nats, less what a uniform sample has."""
+        return float(self.numbers["kl_corrected"])
+
+    def interval(self) -> tuple[float, float]:
+        """Return the 95 % interval (low, high) of `value`."""
+        return self.numbers["kl_low"], self.numbers["kl_high"]
+
+    def to_frame(self) -> "pd.DataFrame":
+        """Return one row with all numbers."""
+        import pandas as pd
+
+        return pd.DataFrame([self.numbers])
+
+    def plot(self, ax: "Axes | None" = None) -> "Axes":
+        """Draw the density of the noise, and the uniform's as a line."""
+        return self.noise.plot_noise(ax)
 
 
 @dataclass(frozen=True, eq=False)
@@ -294,10 +325,21 @@ class NetworkNoise:
 
     layers: tuple[LayerNoise, ...]
 
-    @property
-    def rows(self) -> list[dict[str, Any]]:
-        """The numbers of each."""
-        return [layer.numbers for layer in self.layers]
+    def to_frame(self) -> "pd.DataFrame":
+        """Return a tidy table, one row for each layer and mode of pooling, as `LayerNoise.to_frame`."""
+        import pandas as pd
+
+        return pd.DataFrame([layer.numbers for layer in self.layers])
+
+    def plot(self, ax: "Axes | None" = None) -> "Axes":
+        """Draw the divergence from the uniform over the layers, less what a uniform sample has; 95 % intervals."""
+        axes = axes_of(ax)
+        for mode, rows in self.to_frame().groupby("mode", sort=False):
+            bars = [rows["kl_corrected"] - rows["kl_low"], rows["kl_high"] - rows["kl_corrected"]]
+            axes.errorbar(rows["index"], rows["kl_corrected"], yerr=bars, fmt="o", ms=4, label=str(mode))
+        axes.set(xlabel="layer", ylabel="KL to the uniform (nats)")
+        axes.legend()
+        return axes
 
     def to_arrays(self) -> tuple[dict[str, npt.NDArray[Any]], list[dict[str, Any]]]:
         """Return the content of a measurement's file: arrays, and rows for JSON."""
@@ -305,7 +347,7 @@ class NetworkNoise:
         for layer in self.layers:
             parts = layer.weight.counts, layer.weight.edges, layer.noise.counts, layer.noise.edges
             arrays |= dict(zip(_names(layer.numbers), (*parts, layer.lower, layer.upper), strict=True))
-        return arrays, self.rows
+        return arrays, [layer.numbers for layer in self.layers]
 
     @classmethod
     def from_arrays(cls, arrays: dict[str, npt.NDArray[Any]], facts: list[dict[str, Any]]) -> Self:

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flatlab.arguments import FloatArray
-from flatlab.results.estimate import Cost
+from flatlab.results.estimate import Cost, axes_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -108,6 +108,16 @@ class ScaleAudit:
         """The measures, the most invariant first."""
         return [self.measures[i] for i in np.argsort(self.movement, kind="stable")]
 
+    @property
+    def remarks(self) -> list[str]:
+        """Sentences on what was rescaled, by how much the outputs moved, and what was left alone."""
+        kinds = [pair.kind for pair in self.pairs]
+        rescaled = (
+            f"rescaled {kinds.count('norm')} layers against their BatchNorm and {kinds.count('layers')} pairs of "
+            f"layers; outputs moved by {self.deviation.max():.1e} of the largest."
+        )
+        return [rescaled, *(f"left alone {each.first}: {each.reason}." for each in self.refusals)]
+
     def to_frame(self) -> "pd.DataFrame":
         """Return a table, the most invariant first: before, and after each way of rescaling with its ratio."""
         import pandas as pd
@@ -121,10 +131,8 @@ class ScaleAudit:
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Draw the factors on a logarithmic axis, the most invariant measure on top."""
-        import matplotlib.pyplot as plt
-
         from flatlab.plots import factors
 
-        axes = plt.subplots()[1] if ax is None else ax
+        axes = axes_of(ax)
         factors(axes, self.to_frame())
         return axes

@@ -52,8 +52,8 @@ class AverageSharpness(Stopped):
     @property
     def remarks(self) -> list[str]:
         """Sentences on what is not finite, or not as accurate as was asked for; often none."""
-        told = remarks(self.radii, [rises.mean(axis=1) for rises in self.visits], None)
-        return [*told, *missed(self.radii, self.stopped, self.stderr)]
+        found = remarks(self.radii, [rises.mean(axis=1) for rises in self.visits], None)
+        return [*found, *missed(self.radii, self.stopped, self.stderr)]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -1,10 +1,16 @@
 """The size of a network as a file."""
 
-from dataclasses import dataclass
-from typing import Any, Self
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import numpy.typing as npt
+
+from flatlab.results.estimate import axes_of
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
 
 
 @dataclass(frozen=True)
@@ -18,6 +24,24 @@ class FileSize:
 
     bytes: int
     float_bytes: int
+
+    @property
+    def compression(self) -> float:
+        """The actual compression: bytes in float32 over bytes of the file."""
+        return self.float_bytes / self.bytes
+
+    def to_frame(self) -> "pd.DataFrame":
+        """Return one row: the bytes of the file, of float32, and their ratio."""
+        import pandas as pd
+
+        return pd.DataFrame([{**asdict(self), "compression": self.compression}])
+
+    def plot(self, ax: "Axes | None" = None) -> "Axes":
+        """Draw the bytes of the file beside those of float32 as bars."""
+        axes = axes_of(ax)
+        axes.bar(["file", "float32"], [self.bytes, self.float_bytes])
+        axes.set_ylabel("bytes")
+        return axes
 
     def to_arrays(self) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
         """Return the content of a measurement's file."""

@@ -1,6 +1,6 @@
 """Curvature: extreme eigenvalues, trace and spectral density of the Hessian."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -10,7 +10,7 @@ from scipy.special import stdtrit
 
 from flatlab.arguments import FloatArray
 from flatlab.errors import UserError
-from flatlab.results.estimate import Cost, Estimate, Sampled, mean_of
+from flatlab.results.estimate import Cost, Estimate, Sampled, axes_of, mean_of, ratio_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -28,8 +28,8 @@ FLOOR = 1e-6  # of the largest eigenvalue: rounding in float32, in which network
 UNVERIFIED = 0.5  # in a file, of a pair that has converged in a search that its budget ended
 STATES = {1.0: "yes", UNVERIFIED: "not verified", 0.0: "no"}
 NUMBERS = ("trace", "effective rank", "negative weight", "negative share")
-
-
+MANY = 1e6  # degrees of freedom of a vector that are no different from infinitely many
+PILOT = 32  # vectors whose products say how many are needed, and which the interval rests on; two products each
 Which = Literal["LA", "SA", "BE"]
 Flags = np.ndarray[tuple[int], np.dtype[np.bool_]]
 
@@ -92,17 +92,10 @@ class Spectrum:
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Draw the eigenvalues with their bounds."""
-        import matplotlib.pyplot as plt
-
-        axes = plt.subplots()[1] if ax is None else ax
+        axes = axes_of(ax)
         axes.errorbar(np.arange(len(self.eigenvalues)), self.eigenvalues, yerr=self.residuals, fmt="o", ms=4)
-        axes.set_xlabel("index")
-        axes.set_ylabel("eigenvalue")
+        axes.set(xlabel="index", ylabel="eigenvalue")
         return axes
-
-
-MANY = 1e6  # degrees of freedom of a vector that are no different from infinitely many
-PILOT = 32  # vectors whose products say how many are needed, and which the interval rests on; two products each
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -213,6 +206,13 @@ class SpectralDensity:
     num_params: int
     floor: float
 
+    @classmethod
+    def of_rules(cls, rules: Iterable[Iterable[FloatArray]], *, seed: int, num_params: int, floor: float) -> Self:
+        """Return the density from nodes and weights of each start; its cost is a product for each node."""
+        nodes, weights = zip(*rules, strict=True)
+        cost = Cost(hvps=sum(map(len, nodes)))
+        return cls(nodes=nodes, weights=weights, seed=seed, cost=cost, num_params=num_params, floor=floor)
+
     def mean(self, function: Callable[[FloatArray], FloatArray]) -> Estimate:
         """Return the mean of a function over the eigenvalues, tr f(A) / P, with its standard error over the starts.
 
@@ -279,16 +279,13 @@ class SpectralDensity:
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Draw the density on a logarithmic axis, with its band where there are several starts."""
-        import matplotlib.pyplot as plt
-
-        axes = plt.subplots()[1] if ax is None else ax
+        axes = axes_of(ax)
         places = self.grid()
         (line,) = axes.semilogy(places, np.maximum(self.density(places), 1e-9))
         if len(self.nodes) > 1:
             low, high = np.maximum(self.band(places), 1e-9)
             axes.fill_between(places, low, high, color=line.get_color(), alpha=0.25, linewidth=0)
-        axes.set_xlabel("eigenvalue")
-        axes.set_ylabel("density")
+        axes.set(xlabel="eigenvalue", ylabel="density")
         return axes
 
     def _each(self, function: Callable[[FloatArray], FloatArray]) -> FloatArray:
@@ -300,15 +297,6 @@ class SpectralDensity:
     def _densities(self, grid: npt.ArrayLike, sigma: float | None) -> FloatArray:
         places, width = np.asarray(grid, dtype=np.float64), self.sigma(sigma)
         return np.stack([blur(places, n, w, sigma=width) for n, w in zip(self.nodes, self.weights, strict=True)])
-
-
-def ratio_of(above: FloatArray, below: FloatArray) -> Estimate:
-    """Return the ratio of two means over the same draws (K,), its standard error by linearisation."""
-    if not below.mean():
-        return Estimate(float("nan"), float("nan"), max(1, len(above) - 1))
-    ratio = float(above.mean() / below.mean())
-    spread = mean_of((above - ratio * below) / below.mean())
-    return Estimate(ratio, spread.stderr, spread.freedom)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -346,6 +334,27 @@ class MeasuredSpectrum:
         """Whether the trace is as accurate as asked: "yes", "no" or "unknown"."""
         return {None: "unknown", "budget": "no"}.get(self.stopped, "yes")
 
+    def to_frame(self) -> "pd.DataFrame":
+        """Return a tidy table: eigenvalues by `index`, within their residuals; then the numbers by sampling."""
+        import pandas as pd
+
+        frame = pd.DataFrame({"number": "eigenvalue", "index": np.arange(len(self.states)), "value": self.eigenvalues})
+        low, high = self.eigenvalues - self.residuals, self.eigenvalues + self.residuals
+        extremes = frame.assign(low=low, high=high, converged=self.states, over="residual")
+        rows = [
+            {"number": name, "index": 0, **each.columns(), "converged": self.reached if name == "trace" else ""}
+            for name, each in self.numbers.items()
+        ]
+        sampled = pd.DataFrame(rows).drop(columns="stderr").assign(over="vectors")
+        return pd.concat([extremes, sampled], ignore_index=True)
+
+    def plot(self, ax: "Axes | None" = None) -> "Axes":
+        """Draw the density, and the extreme eigenvalues as ticks below it; without a density these alone."""
+        axes = axes_of(ax) if self.density is None else self.density.plot(ax)
+        axes.plot(self.eigenvalues, np.zeros(len(self.eigenvalues)), "|", transform=axes.get_xaxis_transform())
+        axes.set_xlabel("eigenvalue")
+        return axes
+
     def to_arrays(self) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
         """Return the content of a measurement's file: arrays, and facts for JSON."""
         if self.density is None:
@@ -362,10 +371,9 @@ class MeasuredSpectrum:
     @classmethod
     def from_arrays(cls, arrays: dict[str, npt.NDArray[Any]], facts: dict[str, Any]) -> Self:
         """Return the result from what `to_arrays` returns; of the spec's fields the seed counts."""
-        values = arrays["eigenvalues"]
-        unknown = np.full(len(values), np.nan)
+        unknown = np.full(len(arrays["eigenvalues"]), np.nan)
         return cls(
-            eigenvalues=values,
+            eigenvalues=arrays["eigenvalues"],
             residuals=arrays.get("residuals", unknown),
             states=tuple(STATES.get(code, "unknown") for code in arrays.get("converged", unknown).tolist()),
             numbers={name: _estimate(*facts[name]) for name in NUMBERS if name in facts},
@@ -387,12 +395,6 @@ def _estimate(value: float, stderr: float | None, freedom: int | None) -> Estima
 
 def _density(arrays: dict[str, npt.NDArray[Any]], facts: dict[str, Any]) -> SpectralDensity:
     count = sum(name.startswith("nodes-") for name in arrays)
-    nodes, weights = zip(*([arrays[name] for name in _rule(index)] for index in range(count)), strict=True)
-    return SpectralDensity(
-        nodes=nodes,
-        weights=weights,
-        seed=facts["seed"],
-        cost=Cost(hvps=sum(map(len, nodes))),
-        num_params=facts["num_params"],
-        floor=FLOOR * float(np.abs(arrays["eigenvalues"]).max()),
-    )
+    rules = [[arrays[name] for name in _rule(index)] for index in range(count)]
+    floor = FLOOR * float(np.abs(arrays["eigenvalues"]).max())
+    return SpectralDensity.of_rules(rules, seed=facts["seed"], num_params=facts["num_params"], floor=floor)

@@ -9,10 +9,11 @@ import numpy.typing as npt
 
 from flatlab.arguments import FloatArray
 from flatlab.errors import UserError
-from flatlab.results.estimate import MISSED, Cost, Estimate, Sampled, Stopped, estimate, rows_of
+from flatlab.results.estimate import MISSED, Cost, Estimate, Sampled, Stopped, Stored, axes_of, estimate, rows_of
 from flatlab.results.verdicts import missed, remarks, verdict
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.axes import Axes
 
 
@@ -198,7 +199,7 @@ class SphereFlatness(Stopped):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Reach:
+class Reach(Stored):
     """The radii at which the mean loss of some strata rises by given amounts.
 
     Attributes:
@@ -213,15 +214,18 @@ class Reach:
     strata: tuple[str, ...]
     images: int
 
-    def to_arrays(self) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
-        """Return the content of a measurement's file: arrays, and facts for JSON."""
-        return {"radii": self.radii}, {"rises": list(self.rises), "strata": list(self.strata), "images": self.images}
+    def to_frame(self) -> "pd.DataFrame":
+        """Return a tidy table, one row for each rise."""
+        import pandas as pd
 
-    @classmethod
-    def from_arrays(cls, arrays: dict[str, npt.NDArray[Any]], facts: dict[str, Any]) -> Self:
-        """Return the result from what `to_arrays` returns; other facts are ignored."""
-        lists = {"rises": tuple(facts["rises"]), "strata": tuple(facts["strata"])}
-        return cls(radii=arrays["radii"], images=facts["images"], **lists)
+        return pd.DataFrame({"radius": self.radii, "rise": self.rises})
+
+    def plot(self, ax: "Axes | None" = None) -> "Axes":
+        """Draw the rises over the radii, both on logarithmic axes."""
+        axes = axes_of(ax)
+        axes.loglog(self.radii, self.rises, "o-")
+        axes.set(xlabel="radius", ylabel="rise of the loss (nats)")
+        return axes
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

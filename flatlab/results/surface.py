@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from flatlab.arguments import FloatArray
 from flatlab.errors import UserError, choose
-from flatlab.results.estimate import Cost, Estimate, Sampled, mean_of, rows_of
+from flatlab.results.estimate import Cost, Estimate, Sampled, Stored, axes_of, mean_of, rows_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 AXIS = {"loss": "loss (nats)", "accuracy": "accuracy"}
 
 
-class Kept:
+class Kept(Stored):
     """What is kept as a file of its own."""
 
     def save(self, path: str | PathLike[str]) -> None:
@@ -47,18 +47,13 @@ class Kept:
 
     def to_arrays(self) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
         """Return the content of a measurement's file: arrays, and facts for JSON; without the seconds."""
-        named = {each.name: getattr(self, each.name) for each in _kept(self)}
-        cost: Cost = getattr(self, "cost")  # noqa: B009 (of the dataclasses)
-        arrays = {name: value for name, value in named.items() if isinstance(value, np.ndarray)}
-        facts = {name: value for name, value in named.items() if name not in arrays}
-        return arrays, {**facts, "cost": asdict(replace(cost, seconds=0.0))}
+        arrays, facts = super().to_arrays()
+        return arrays, {**facts, "cost": asdict(replace(facts["cost"], seconds=0.0))}
 
     @classmethod
     def from_arrays(cls, arrays: dict[str, npt.NDArray[Any]], facts: dict[str, Any]) -> Self:
         """Return the result from what `to_arrays` returns; other facts are ignored."""
-        found = {**arrays, **{name: tuple(each) if isinstance(each, list) else each for name, each in facts.items()}}
-        known = {each.name: found[each.name] for each in _kept(cls) if each.name in found}
-        return cls(**known | {"cost": Cost(**facts["cost"])})
+        return super().from_arrays(arrays, {**facts, "cost": Cost(**facts["cost"])})
 
 
 class Grid(Kept):
@@ -132,9 +127,7 @@ class Profile(Grid, Sampled):
 
     def plot(self, ax: "Axes | None" = None, *, metric: str = "loss") -> "Axes":
         """Draw each line thinly, and over them the mean with its 95 % band over the directions."""
-        import matplotlib.pyplot as plt
-
-        axes = plt.subplots()[1] if ax is None else ax
+        axes = axes_of(ax)
         lines = self.of(metric)
         found = [mean_of(draws) for draws in lines.T]
         mean, half = np.array([each.value for each in found]), np.array([each.half_width() for each in found])
@@ -221,7 +214,7 @@ class Surface(Grid):
             draw.relief(axes, (self.x, self.y), values, levels=chosen)
             axes.set_zlabel(AXIS.get(metric, metric))
         else:
-            axes = plt.subplots()[1] if ax is None else ax
+            axes = axes_of(ax)
             filled = draw.contours(axes, (self.x, self.y), values, levels=chosen)
             if ax is None:
                 axes.figure.colorbar(filled, ax=axes, label=AXIS.get(metric, metric))

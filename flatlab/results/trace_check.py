@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -10,9 +10,12 @@ from scipy.special import stdtrit
 
 from flatlab.arguments import FloatArray
 from flatlab.errors import UserError
-from flatlab.results.estimate import Cost, Estimate, Sampled
+from flatlab.results.estimate import Cost, Estimate, Sampled, axes_of
 from flatlab.results.spectrum import SpectralDensity, Trace
 from flatlab.results.sphere import SphereFlatness
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 RULE = "rule-"
 WITHIN = 0.1  # of the trace: how far the rise may be off where the quadratic picture is said to hold
@@ -66,13 +69,7 @@ class TraceCheck(Sampled):
             cost=Cost(hvps=facts["trace_hvps"]),
             **shared,
         )
-        density = SpectralDensity(
-            nodes=tuple(nodes for nodes, _ in rules),
-            weights=tuple(weights for _, weights in rules),
-            floor=facts["floor"],
-            cost=Cost(hvps=sum(len(nodes) for nodes, _ in rules)),
-            **shared,
-        )
+        density = SpectralDensity.of_rules(rules, floor=facts["floor"], **shared)
         flatness = SphereFlatness.from_arrays(arrays, facts)
         cost = flatness.cost + trace.cost + density.cost
         return cls(flatness=flatness, trace=trace, density=density, kinks=tuple(facts["kinks"]), cost=cost)
@@ -125,6 +122,25 @@ class TraceCheck(Sampled):
                 break
             reached = radius
         return reached
+
+    def plot(self, ax: "Axes | None" = None) -> "Axes":
+        """Draw 2 P F / gamma^2 over the radius, the two other estimates across, and where the picture is quadratic."""
+        axes = axes_of(ax)
+        low, high = self.interval()
+        (line,) = axes.plot(self.flatness.radii, self.value, marker="o", label="2 P F / γ²")
+        axes.fill_between(self.flatness.radii, low, high, color=line.get_color(), alpha=0.25, lw=0)
+        labels = {"trace": "trace of the Hessian", "density": "density's mean × P"}
+        for index, (name, label) in enumerate(labels.items(), start=1):
+            axes.axhline(self.corners[name].value, color=f"C{index}", lw=1, label=label)
+            axes.axhspan(*self.corners[name].interval(), color=f"C{index}", alpha=0.15, lw=0)
+        if radius := self.quadratic_radius():
+            axes.axvline(radius, color="0.5", ls=":", lw=1)
+        axes.set_xscale("log")
+        if (low > 0).all() and min(each.value for each in self.corners.values()) > 0:
+            axes.set_yscale("log")
+        axes.set(xlabel="radius γ (L2); dotted: quadratic so far", ylabel="trace (nats)")
+        axes.legend()
+        return axes
 
     def verdict(self, level: float = 0.95) -> str:
         """Say in a sentence or two whether the three agree, and how far the quadratic picture holds."""

@@ -8,20 +8,23 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 
 import numpy as np
-from torch import Tensor
+from torch import Generator, Tensor
 
-from flatlab.arguments import FloatArray
+from flatlab.arguments import FloatArray, distances
 from flatlab.errors import UserError
 from flatlab.landscape.blocks import Block, Partition
 from flatlab.landscape.evaluation import Move
 from flatlab.landscape.landscape import Landscape
-from flatlab.metrics.flatness.perturbations import draw_direction, reach
+from flatlab.metrics.flatness.perturbations import check_normalisation, draw_direction, reach
 from flatlab.metrics.flatness.sampler import MOST, SAFETY, Goal, Sampler, settled
+from flatlab.metrics.units import Keep, forget
 from flatlab.results.estimate import Components, components
-from flatlab.results.sphere import Normalisation, SamplingPlan
+from flatlab.results.sphere import Normalisation, Reach, SamplingPlan
+from flatlab.seeds import base_seed
 
 GROUPS, DIRECTIONS, IMAGES = 16, 4, 16  # 64 independent directions, each on a block of 16 images
 FEWEST = 4 * IMAGES  # images below which a pilot costs more than it saves: each direction uses them all
@@ -212,6 +215,33 @@ def reached(sampler: Sampler, rises: Sequence[float]) -> FloatArray:
         )
     known = np.log(np.maximum(np.maximum.accumulate(found), np.finfo(float).tiny))
     return np.asarray(np.exp(np.interp(np.log(rises), known, np.log(places))))
+
+
+def radii_at_rises(
+    landscape: Landscape,
+    rises: Sequence[float],
+    *,
+    normalisation: Normalisation = "none",
+    seed: int | Generator = 0,
+    keep: Keep = forget,
+) -> Reach:
+    """Return the radii at which the mean loss rises by given amounts, such as radii that several models share.
+
+    Args:
+        landscape: around whose point.
+        rises: (R,) in nats, above zero, ascending.
+        normalisation: of the directions, as in `sphere_flatness`.
+        seed: names the directions and the blocks.
+        keep: stores units, which makes the measurement resumable.
+
+    Raises:
+        UserError: if the rises do not ascend from above zero, or the loss does not rise as far.
+    """
+    if (np.diff([0.0, *distances("rises", rises)]) <= 0).any():
+        raise UserError(f"rises must be numbers > 0 in increasing order, got {list(rises)}.")
+    sampler = Sampler([landscape], base_seed(seed), check_normalisation(normalisation, landscape), keep=keep)
+    (radii,) = sampler.keep([("reach", partial(reached, sampler, rises))])
+    return Reach(radii=radii, rises=tuple(rises), strata=landscape.strata, images=reached_price(sampler))
 
 
 @contextmanager
