@@ -8,6 +8,7 @@ from flatlab.derivatives.outer import GGN, Fisher
 from flatlab.errors import UserError
 from flatlab.landscape.evaluation import Evaluation
 from flatlab.landscape.landscape import Landscape
+from flatlab.landscape.own_loss import loss_of
 from flatlab.loading.checkpoint import network as network_of
 from flatlab.loading.export import Exported, load_exported
 from flatlab.loading.export import export as export_run
@@ -87,6 +88,7 @@ hessian_trace = counted(hessian_trace, products=lambda given: DEFLATE + PILOT)
 __all__ = [
     # landscapes and their measures
     "Landscape",
+    "loss_of",
     "Evaluation",
     "sphere_flatness",
     "SphereFlatness",

@@ -96,7 +96,7 @@ def test_help_names_the_bounds_choices_and_defaults_of_the_fields():
     assert told["bits"] == "Bits of a quantized weight. [>= 2, <= 16] (default: 7)"
     assert told["steps"].endswith("[>= 1] (default: smoke 10, quick 300, paper 5000)")
     assert told["lr"].endswith("[> 0] (default: smoke 0.003, quick 0.001, paper 5e-05)")
-    assert told["image_size"].endswith("(default: 16 for digits, 224 for photographs)")
+    assert told["image_size"].endswith("(default: 16 for digits, 224 for photographs, 48 for sentences)")
     assert "[none, signed, unsigned] (default: none)" in told["activations"] and "erm, coral" in told["objective"]
     assert set(options.MODELS) == set(networks.MODELS)
     quick, paper = settings.QUICK, settings.PAPER
@@ -247,6 +247,8 @@ def test_what_suits_the_data():
         assert (scratch.weights, scratch.freeze_batchnorm, scratch.lr) == ("none", False, quick.lr)
     digits = suit(paper, "digits")
     assert (digits.model, digits.freeze_batchnorm, digits.lr, digits.steps) == ("digits-cnn", False, quick.lr, 5000)
+    for text in (suit(paper, "sentences"), suit(paper, "folder-text:mine")):
+        assert (text.model, text.image_size, text.weights, text.lr) == ("sentences-transformer", 48, "none", quick.lr)
 
 
 def test_tensorboard_events(flatlab, store, tmp_path):

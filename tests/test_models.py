@@ -12,7 +12,7 @@ from torch import nn
 
 from flatlab.errors import UserError
 from flatlab.models.foreign import fitted, read_foreign
-from flatlab.models.networks import MODELS, build_network, frozen_statistics, set_training
+from flatlab.models.networks import build_network, frozen_statistics, set_training
 
 WEIGHTS = Path(__file__).parents[2] / "shared" / "data" / "weights" / "mobilenet_v2-imagenet-fp16.safetensors"
 WIDTHS = {"digits-cnn": 1024, "resnet18": 512, "resnet50": 2048, "mobilenet_v2": 1280}
@@ -38,7 +38,7 @@ def snapshot(network):
 # --- building ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", WIDTHS)
 def test_every_model_ends_in_flat_features_and_a_head(name):
     network = build_network(name, num_classes=7).eval()
     inputs = images(2, 3, 32, 32)

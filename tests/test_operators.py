@@ -202,16 +202,22 @@ def test_a_loss_that_weighs_samples_has_a_ggn_and_no_fisher():
             Fisher(landscape, kind=kind)
 
 
-def test_a_model_with_a_nest_of_outputs_has_no_ggn():
-    class Nest(nn.Linear):
-        def forward(self, x):
-            return {"y": super().forward(x)}
+class Nest(nn.Linear):
+    def forward(self, x):
+        y = super().forward(x)
+        return {"y": y, "z": (torch.tanh(y), None)}
 
+
+def test_the_ggn_of_a_nest_of_outputs_is_by_the_tensors_that_the_loss_reads():
     x = normal("nest", shape=(4, 2))
-    landscape = Landscape(Nest(2, 1).double().eval(), [(x, x)], lambda o, t: o["y"].square().mean())
-    assert (Hessian(landscape) @ torch.ones(3)).any()
-    with pytest.raises(UserError, match="needs a model that returns one tensor, got a dict"):
-        GGN(landscape)
+    one = Landscape(Nest(2, 1).double().eval(), [(x, x)], lambda o, t: o["y"].square().mean())
+    eye = torch.eye(3).double()
+    agree(GGN(one), Hessian(one) @ eye)  # equal for a linear network
+    both = Landscape(one.model, [(x, x)], lambda o, t: (o["y"] + o["z"][0]).square().mean())
+    assert (GGN(both) @ eye - GGN(one) @ eye).norm() > 0.1
+    assert (Fisher(one, kind="empirical") @ eye).any()
+    with pytest.raises(UserError, match="reads one tensor of the outputs, got one that reads 2: use GGN"):
+        Fisher(both, kind="empirical")
 
 
 def test_a_product_that_is_not_finite_is_refused():

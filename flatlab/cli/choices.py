@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # imported where they are used: `--help` answers before numpy
     from flatlab.specs.settings import Setting
     from flatlab.store.runs import Run, RunStore
 
+LAYOUT = {"folder": "DOMAIN/CLASS/IMAGE", "folder-text": "DOMAIN.tsv"}
 SHORT = 8  # digits of a digest on a screen
 Asked = Mapping[str, tuple[str, FieldInfo]]
 
@@ -81,12 +82,14 @@ class Choices(Options):
     def _own(self) -> Path | None:
         """Return PATH of `folder:PATH`; None for a data set known by name."""
         kind, _, path = str(self.dataset).partition(":")
-        if kind.strip().lower() != "folder":
+        if (kind := kind.strip().lower()) not in LAYOUT:
             return None
         if self.data_dir is not None:
-            raise UserError("--data-dir does nothing with --dataset folder:PATH, which names the folder; leave it out.")
+            raise UserError(
+                f"--data-dir does nothing with --dataset {kind}:PATH, which names the folder; leave it out."
+            )
         if not path.strip():
-            raise UserError("--dataset folder:PATH must name a folder with DOMAIN/CLASS/IMAGE, got no path.")
+            raise UserError(f"--dataset {kind}:PATH must name a folder with {LAYOUT[kind]}, got no path.")
         return Path(path.strip()).expanduser()
 
     def name(self) -> str:
@@ -94,10 +97,10 @@ class Choices(Options):
         own = self._own()
         if own is None:
             return catalog.canonical(self.dataset or self._chosen().dataset)
-        folder = self.folder()
+        folder, kind = self.folder(), str(self.dataset).partition(":")[0].strip().lower()
         if folder is None or not folder.is_dir():
-            raise UserError(f"--dataset folder:PATH must name a folder with DOMAIN/CLASS/IMAGE, got {folder}.")
-        return catalog.canonical(f"folder:{own.resolve().name}")
+            raise UserError(f"--dataset {kind}:PATH must name a folder with {LAYOUT[kind]}, got {folder}.")
+        return catalog.canonical(f"{kind}:{own.resolve().name}")
 
     def _chosen(self) -> "Setting":
         from flatlab.specs.settings import setting
@@ -141,10 +144,17 @@ class Choices(Options):
         return choose("model", self.model, MODELS) if self.model else None
 
     def _check_model(self, dataset: str) -> None:
-        """Refuse networks and image sizes that digits cannot have."""
+        """Refuse networks that the data cannot have, and image sizes that digits cannot."""
+        model = self._model()
+        if model and (MODELS[model] == 0) != catalog.is_text(dataset):
+            kind, fits = (
+                ("sentences", "sentences-transformer") if catalog.is_text(dataset) else ("images", "digits-cnn")
+            )
+            raise UserError(
+                f"{dataset} has {kind}, which {model} does not take; use --model {fits} or another --dataset."
+            )
         if dataset != "digits":
             return
-        model = self._model()
         if model and MODELS[model]:
             raise UserError(
                 f"{model} takes images of {MODELS[model]} channels, and digits have 1; "

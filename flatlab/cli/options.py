@@ -15,14 +15,20 @@ from flatlab.specs.base import LARGEST_INT, Spec
 from flatlab.specs.methods import KNOWN
 from flatlab.specs.quantizers import LSQOptions
 from flatlab.specs.run import FreezeSpec
-from flatlab.specs.settings import PAPER, QUICK, SETTINGS, Setting
+from flatlab.specs.settings import PAPER, QUICK, SETTINGS, TEXT, Setting
 
 _RUN = "the name of a method (QT-DoG) or composition (sam-swad), with --held-out and --seed, or the start of a digest"
 Runs = Annotated[list[str], typer.Argument(help=f"Runs: each {_RUN} (`flatlab runs list`).")]
 OneRun = Annotated[str, typer.Argument(help=f"Run: {_RUN} (`flatlab runs list`).")]
 
 DATA, COMPOSITION, SCHEDULE, PLACE, OUTPUT = "Data", "Composition", "Schedule and seeds", "Place", "Output"
-MODELS = {"digits-cnn": None, "resnet18": 3, "resnet50": 3, "mobilenet_v2": 3}  # -> channels; None: any number
+MODELS = {
+    "digits-cnn": None,
+    "resnet18": 3,
+    "resnet50": 3,
+    "mobilenet_v2": 3,
+    "sentences-transformer": 0,
+}  # -> channels; None: any number; 0: sentences
 DEVICES = ("auto", "cpu", "cuda", "mps")
 FOLDERS = ("store", "out", "cache", "tensorboard", "data_dir")
 BY_DATA = ("image_size", "model", "freeze_batchnorm")  # defaults that the data decide
@@ -113,7 +119,8 @@ def _of_setting(panel: str, name: str, *names: str, default: Any = None) -> Any:
 def _usual(name: str) -> str:
     """Return the default of a setting's field, in words for a help page."""
     if name in BY_DATA:
-        return f" (default: {_word(getattr(QUICK, name))} for digits, {_word(getattr(PAPER, name))} for photographs)"
+        kinds = {"digits": QUICK, "photographs": PAPER, "sentences": TEXT}
+        return f" (default: {', '.join(f'{_word(getattr(each, name))} for {kind}' for kind, each in kinds.items())})"
     values = {size: getattr(setting, name) for size, setting in SETTINGS.items()}
     if len(set(values.values())) > 1:
         return f" (default: {', '.join(f'{size} {value}' for size, value in values.items())})"
@@ -132,7 +139,7 @@ class Options:
     dataset: str | None = _option(
         DATA,
         "Data set: digits (embedded; the default), PACS (the default of --setting paper), VLCS, ... (`flatlab data "
-        "list`), or folder:PATH with images in DOMAIN/CLASS.",
+        "list`), folder:PATH with images in DOMAIN/CLASS, or folder-text:PATH with sentences in DOMAIN.tsv.",
     )
     datasets: str | None = _option(
         DATA, "Several data sets of a table, such as PACS,VLCS; --data-dir must contain all of them."

@@ -75,7 +75,7 @@ def _decode(wanted: set[tuple[str, int]], place: Any) -> None:
     folder, kept = (Path(each) if each else None for each in (place.data_dir, place.cache))
     for dataset, size in sorted(wanted):
         facts = catalog.facts(dataset)
-        if facts is None or facts.folder:
+        if (facts is None or facts.folder) and not catalog.is_text(dataset):
             with display.counter(f"{dataset}: decoding images, once") as report:
                 cache.prepare(dataset, data_dir=folder, image_size=size, cache=kept, report=report)
 

@@ -114,13 +114,18 @@ def list_data(chosen: Choices) -> None:
     from flatlab.data.catalog import CATALOG
 
     rows = [{"name": name, "domains": ", ".join(facts.domains)} for name, facts in CATALOG.items()]
-    chosen.answer(pd.DataFrame(rows), "Data sets; any other in the same layout: --dataset folder:PATH")
+    chosen.answer(
+        pd.DataFrame(rows),
+        "Data sets; any other in the same layout: --dataset folder:PATH, or folder-text:PATH for sentences",
+    )
 
 
 @data_commands.command(epilog="Example: `flatlab data check PACS --data-dir /data`")
 @takes("data_dir", "json", "debug")
-def check(chosen: Choices, dataset: Annotated[str, typer.Argument(help="PACS, ..., or folder:PATH.")]) -> None:
-    """Decode every image of a data set and compare the counts with known ones; exit with 1 if that fails."""
+def check(
+    chosen: Choices, dataset: Annotated[str, typer.Argument(help="PACS, ..., folder:PATH or folder-text:PATH.")]
+) -> None:
+    """Read every image or sentence of a data set and compare the counts with known ones; exit with 1 if that fails."""
     import pandas as pd
 
     from flatlab.cli import display

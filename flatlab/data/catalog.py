@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from flatlab.data.text import tables
 from flatlab.data.trees import images_below, subfolders
 from flatlab.errors import UserError, choose
 
@@ -59,15 +60,24 @@ CATALOG: dict[str, Facts] = {
         },
         345,
     ),
+    "sentences": Facts("", {"amazon": 2943, "movie": 10043, "nyt": 2788, "tweets": 3362}, ("negative", "positive")),
 }
 
 
+FOLDERS = ("folder", "folder-text")  # anybody's own images, DOMAIN/CLASS/IMAGE, and sentences, DOMAIN.tsv
+
+
 def canonical(dataset: str) -> str:
-    """Return the data set's name as the catalog spells it; `folder:NAME` keeps its NAME."""
+    """Return the data set's name as the catalog spells it; `folder:NAME` and `folder-text:NAME` keep their NAME."""
     kind, _, name = dataset.partition(":")
-    if kind.strip().lower() == "folder" and name.strip():
-        return f"folder:{name.strip()}"
-    return choose("dataset", dataset, [*CATALOG, "folder:NAME"])
+    if kind.strip().lower() in FOLDERS and name.strip():
+        return f"{kind.strip().lower()}:{name.strip()}"
+    return choose("dataset", dataset, [*CATALOG, *(f"{each}:NAME" for each in FOLDERS)])
+
+
+def is_text(dataset: str) -> bool:
+    """Return whether a data set has sentences, not images."""
+    return canonical(dataset).partition(":")[0] in ("sentences", "folder-text")
 
 
 def facts(dataset: str) -> Facts | None:
@@ -97,8 +107,9 @@ def locate(dataset: str, data_dir: Path | None) -> Path:
 
 
 def _expected(dataset: str) -> str:
-    known = facts(dataset)
-    return f"a folder with {', '.join(known.domains)}" if known else "a folder with one folder per domain"
+    if known := facts(dataset):
+        return f"a folder with {', '.join(known.domains)}"
+    return "a folder with one file DOMAIN.tsv per domain" if is_text(dataset) else "a folder with one folder per domain"
 
 
 def _candidates(dataset: str, data_dir: Path | None) -> list[Path]:
@@ -132,6 +143,8 @@ def domain_names(dataset: str, data_dir: Path | None) -> tuple[str, ...]:
     if known:
         return tuple(known.domains)
     root = locate(dataset, data_dir)
+    if is_text(dataset):
+        return tuple(tables.read(root))
     names = tuple(each.name for each in subfolders(root) if subfolders(each))
     if len(names) < 2:
         raise UserError(
@@ -171,9 +184,11 @@ def _domain(dataset: str, names: tuple[str, ...], word: str) -> str:
 
 
 def sizes(dataset: str, data_dir: Path | None) -> dict[str, int]:
-    """Return the number of images of each domain: the catalog's, or counted on disk where it has none."""
+    """Return the number of images or sentences of each domain: the catalog's, or counted on disk where it has none."""
     known = facts(dataset)
     if known and all(known.domains.values()):
         return {name: count or 0 for name, count in known.domains.items()}
+    if is_text(dataset):
+        return {name: len(table.texts) for name, table in tables.read(locate(dataset, data_dir)).items()}
     tree = images_below(locate(dataset, data_dir), domain_names(dataset, data_dir))
     return {name: sum(map(len, classes.values())) for name, classes in tree.items()}

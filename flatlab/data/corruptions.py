@@ -297,8 +297,10 @@ def corrupted(data: DomainSet, text: str, rows: Mapping[str, npt.NDArray[np.int6
         rows: of each domain that is kept.
 
     Raises:
-        UserError: there is no such corruption or severity, or a package is missing.
+        UserError: there is no such corruption or severity, a package is missing, or the data are sentences.
     """
+    if len(data.domains[0].images.shape) < 4:
+        raise UserError(f"Corruptions change images, and {data.name} has sentences; leave --corruption {text} out.")
     found = Corruption.of(text, max(data.domains[0].images.shape[-2:]))
     domains = (_corrupted(data.domain(name), found, torch.from_numpy(each)) for name, each in rows.items())
     return replace(data, name=f"{data.name}, {text}", domains=tuple(domains), stamp=None)

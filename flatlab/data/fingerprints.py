@@ -12,6 +12,7 @@ from pathlib import Path
 
 from flatlab import files
 from flatlab.data import cache, catalog
+from flatlab.data.text import tables
 
 
 def at_hand(dataset: str, data_dir: str | None, kept: str | None) -> str | None:
@@ -26,10 +27,15 @@ def at_hand(dataset: str, data_dir: str | None, kept: str | None) -> str | None:
         UserError: the folder lacks a domain or class.
     """
     folder = Path(kept) if kept else cache.default_folder()
-    if catalog.canonical(dataset) == "digits":
+    name = catalog.canonical(dataset)
+    if name == "digits":
         return _digits(folder)
+    if name == "sentences":
+        return tables.fingerprint(name, tables.embedded())
     if data_dir is None or not Path(data_dir).is_dir():
         return None
+    if catalog.is_text(name):
+        return tables.fingerprint(name, tables.read(Path(data_dir)))
     return cache.fingerprint(dataset, data_dir=Path(data_dir), cache=folder)
 
 

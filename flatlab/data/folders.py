@@ -11,6 +11,7 @@ import numpy.typing as npt
 from flatlab.arguments import Report
 from flatlab.data import catalog
 from flatlab.data.decode import fault, in_order
+from flatlab.data.text import tables
 from flatlab.data.trees import Tree, check_regular, images_below, subfolders
 from flatlab.errors import UserError
 
@@ -122,10 +123,13 @@ def check(dataset: str, data_dir: Path | None, *, report: Report | None = None) 
         report: called with (images read, images in all) after each image.
     """
     name, known = catalog.canonical(dataset), catalog.facts(dataset)
+    counts = known.domains if known else {}
+    if catalog.is_text(name):
+        found = tables.embedded() if known else tables.read(catalog.locate(name, data_dir))
+        return [Row(each, len(set(own.labels)), len(own.labels), counts.get(each)) for each, own in found.items()]
     if name == "digits":
         from flatlab.data import digits  # embedded, and made with torch
 
-        counts = known.domains if known else {}
         return [Row(d.name, len(set(d.labels.tolist())), len(d), counts[d.name]) for d in digits.load().domains]
     root = catalog.place(name, data_dir)
     if not any((root / each).is_dir() for each in (known.domains if known else ("",))):

@@ -10,6 +10,7 @@ from flatlab.data import cache as store
 from flatlab.data import catalog, digits
 from flatlab.data.domains import Domain, DomainSet
 from flatlab.data.images import Decoded, Ragged
+from flatlab.data.text import sets
 from flatlab.errors import UserError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -29,7 +30,8 @@ def load(
     Args:
         dataset: a catalog name, or `folder:NAME`.
         data_dir: where the folders lie; see `catalog.locate`.
-        image_size: pixels on a side, the aspect ratio not kept (as DomainBed); by default 224, and 16 for digits.
+        image_size: pixels on a side, the aspect ratio not kept (as DomainBed); by default 224, and 16 for digits; of
+            sentences the word pieces, by default 48.
         cache: folder of the decoded images; see `cache.default_folder`.
         report: called with (images read, images in all) after each image that is decoded.
 
@@ -40,6 +42,9 @@ def load(
         if image_size not in {None, digits.SIZE}:
             raise UserError(f"digits are {digits.SIZE} x {digits.SIZE} pixels; leave --image-size {image_size} out.")
         return digits.load()
+    if catalog.is_text(dataset):
+        folder = None if catalog.facts(dataset) else catalog.locate(dataset, data_dir)
+        return sets.load(catalog.canonical(dataset), folder, image_size)
     size = IMAGE_SIZE if image_size is None else image_size
     entry = store.prepare(dataset, data_dir=data_dir, image_size=size, cache=cache, report=report)
     found, domains = entry.listing, tuple(_stored(entry) if entry.stored else _decoded(entry))

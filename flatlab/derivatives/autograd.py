@@ -12,6 +12,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from flatlab.errors import UserError
 from flatlab.seeds import generator
+from flatlab.tensors.calls import call
 
 Apply = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 """A batch's share of a product, from and to tensors with the shapes of the parameters."""
@@ -38,7 +39,7 @@ class Whole(nn.Module):
 
     def forward(self, inputs: Any, total: Callable[[Any], Tensor]) -> Tensor:
         """Return the sum of the losses of a batch."""
-        return total(self.model(inputs))
+        return total(call(self.model, inputs))
 
 
 def total_at(model: nn.Module, tensors: Mapping[str, Tensor], inputs: Any, total: Callable[[Any], Tensor]) -> Tensor:

@@ -21,8 +21,9 @@ from flatlab.derivatives.differentiation import Choice, dual_numbers, measure, t
 from flatlab.derivatives.exact import exact_derivatives, uses_fused_weight_norm
 from flatlab.errors import UserError, choose
 from flatlab.seeds import generator
-from flatlab.tensors.flat import flatten
+from flatlab.tensors.flat import flatten, widened
 from flatlab.tensors.nested import part, tensors
+from flatlab.tensors.structures import mapped
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
@@ -54,8 +55,8 @@ class Around(Protocol):
 class Curvature(ABC):
     """A symmetric matrix (P, P) that is known by its products with vectors; ``@`` takes (P,) and (P, k).
 
-    Batches weigh by their size, strata equally. Memory beyond the model: the graph of one batch, and about four
-    vectors (P,) during a product.
+    Batches weigh by their size, strata equally. 16-bit weights are differentiated as copies in float32. Memory beyond
+    the model: the graph of one batch, and about four vectors (P,) during a product.
 
     Args:
         landscape: of which model, data, loss and choice of parameters are taken.
@@ -77,10 +78,14 @@ class Curvature(ABC):
         self.products = 0
         self.watch: Callable[[int], None] | None = None  # called with `products` after each block of them
         self._whole = Whole(landscape.model)
-        self._tensors: list[Tensor] = list(landscape.named.values())
-        chosen = {id(p) for p in self._tensors}
+        self._named = {name: _precise(p) for name, p in landscape.named.items()}
+        self._tensors: list[Tensor] = list(self._named.values())
+        chosen = {id(p) for p in landscape.named.values()}
         # What does not vary is detached: the derivatives of a head alone keep no graph of the features.
-        self._fixed = {n: p.detach() for n, p in landscape.model.named_parameters() if id(p) not in chosen}
+        self._fixed = {n: widened(p.detach()) for n, p in landscape.model.named_parameters() if id(p) not in chosen}
+        self._wide = any(p is not q for p, q in zip(self._tensors, landscape.named.values(), strict=True))
+        if self._wide:
+            self._fixed |= {name: widened(buffer) for name, buffer in landscape.model.named_buffers()} | self._named
         self._folds, self._fused = Folds(), False
         self._kept: tuple[list[int], Apply] | None = None
         self._look(fold)
@@ -165,7 +170,8 @@ class Curvature(ABC):
     ) -> Any:
         """Return what follows of the outputs, by the model's own parameters or by others in their place."""
         given = {f"model.{name}": tensor for name, tensor in (self._fixed | (replaced or {})).items()}
-        return functional_call(self._whole, given, (inputs, finish))
+        passed = mapped(lambda leaf: None if leaf is None else widened(leaf), inputs) if self._wide else inputs
+        return functional_call(self._whole, given, (passed, finish))
 
     @contextmanager
     def _differentiating(self) -> Iterator[None]:
@@ -228,11 +234,17 @@ class Hessian(Curvature):
 
     def _forward(self, term: Term, views: Sequence[Tensor]) -> Sequence[Tensor]:
         inputs, total, count = term
-        with dual_numbers(self.landscape.named, views) as duals:
+        with dual_numbers(self._named, views) as duals:
             loss = self._outputs(inputs, duals, total) / count
             grads = torch.autograd.grad(loss, list(duals.values()), materialize_grads=True)
             tangents = [tangent_of(grad) for grad in grads]
         return [torch.zeros_like(v) if t is None else t for t, v in zip(tangents, views, strict=True)]
+
+
+def _precise(weight: Tensor) -> Tensor:
+    """Return a weight, or its copy in float32 where it has 16 bits: their second derivatives would be noise."""
+    wide = widened(weight)
+    return weight if wide is weight else wide.detach().requires_grad_()
 
 
 def _refuse_parallel(model: nn.Module) -> None:

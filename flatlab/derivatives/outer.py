@@ -11,45 +11,61 @@ from flatlab.derivatives.autograd import Apply, pullback
 from flatlab.derivatives.differentiation import dual_numbers, tangent_of
 from flatlab.derivatives.operators import Around, Curvature, Method, Term
 from flatlab.errors import UserError, choose
+from flatlab.tensors.nested import tensors
+from flatlab.tensors.structures import mapped
+
+Values = Callable[[Sequence[Tensor]], Tensor]
+"""From the tensors of a batch's outputs that the loss reads to the sum of its losses."""
 
 
 class _OuterProduct(Curvature):
-    """J' M J, with J the Jacobian of the outputs and M a matrix on them, block-diagonal over samples."""
+    """J' M J, with J the Jacobian of the outputs that the loss reads and M a matrix on them, diagonal over samples."""
 
     @abstractmethod
-    def _middle(self, outputs: Tensor, total: Callable[[Any], Tensor], count: float) -> Callable[[Tensor], Tensor]:
-        """Return M as a function of a vector with the shape of the outputs."""
+    def _middle(self, outputs: Sequence[Tensor], total: Values, count: float) -> Apply:
+        """Return M as a function of tensors with the shapes of the outputs."""
 
     def _graph(self, term: Term) -> Apply:
         inputs, total, count = term
-        outputs = self._tensor(self._outputs(inputs))
-        middle = self._middle(outputs.detach(), total, count)
+        outputs, of_read = _read(self._outputs(inputs), total)
+        middle = self._middle([z.detach() for z in outputs], of_read, count)
         # The derivative of J'u by u, applied to v, is J v: two backward passes make a forward one.
-        u = torch.zeros_like(outputs, requires_grad=True)
+        us = [torch.zeros_like(z, requires_grad=True) for z in outputs]
         pushed = pullback(
-            torch.autograd.grad(outputs, self._tensors, u, create_graph=True, materialize_grads=True), [u]
+            torch.autograd.grad(outputs, self._tensors, us, create_graph=True, materialize_grads=True), us
         )
 
         def apply(views: Sequence[Tensor]) -> Sequence[Tensor]:
-            back = middle(pushed(views)[0])
+            back = middle(pushed(views))
             return torch.autograd.grad(outputs, self._tensors, back, retain_graph=True, materialize_grads=True)
 
         return apply
 
     def _forward(self, term: Term, views: Sequence[Tensor]) -> Sequence[Tensor]:
         inputs, total, count = term
-        with dual_numbers(self.landscape.named, views) as duals:
-            outputs = self._tensor(self._outputs(inputs, duals))
-            tangent = tangent_of(outputs)
-        if tangent is None:
-            return [torch.zeros_like(v) for v in views]
-        back = self._middle(outputs.detach(), total, count)(tangent.detach())
+        with dual_numbers(self._named, views) as duals:
+            outputs, of_read = _read(self._outputs(inputs, duals), total)
+            tangents = [tangent_of(z) for z in outputs]
+        pushed = [torch.zeros_like(z) if t is None else t.detach() for z, t in zip(outputs, tangents, strict=True)]
+        back = self._middle([z.detach() for z in outputs], of_read, count)(pushed)
         return torch.autograd.grad(outputs, self._tensors, back, materialize_grads=True)
 
-    def _tensor(self, outputs: Any) -> Tensor:
-        if isinstance(outputs, Tensor):
-            return outputs
-        raise UserError(f"The {self.name} needs a model that returns one tensor, got a {type(outputs).__name__}.")
+
+def _read(outputs: Any, total: Callable[[Any], Tensor]) -> tuple[list[Tensor], Values]:
+    """Return the tensors of the outputs that the loss depends on, and the loss as a function of these alone."""
+    if isinstance(outputs, Tensor):
+        return [outputs], lambda zs: total(zs[0])
+    found = [leaf for leaf in tensors(outputs) if leaf.requires_grad]
+    apart = [leaf.detach().requires_grad_() for leaf in found]
+    slopes = torch.autograd.grad(total(_with(outputs, found, apart)), apart, allow_unused=True)
+    read = [leaf for leaf, slope in zip(found, slopes, strict=True) if slope is not None]
+    return read, lambda zs: total(_with(outputs, read, zs))
+
+
+def _with(outputs: Any, old: Sequence[Tensor], new: Sequence[Tensor]) -> Any:
+    """Return a nest with some of its tensors replaced."""
+    places = {id(before): after for before, after in zip(old, new, strict=True)}
+    return mapped(lambda leaf: places.get(id(leaf), leaf), outputs)
 
 
 class GGN(_OuterProduct):
@@ -60,11 +76,10 @@ class GGN(_OuterProduct):
 
     name = "GGN"
 
-    def _middle(self, outputs: Tensor, total: Callable[[Any], Tensor], count: float) -> Callable[[Tensor], Tensor]:
-        z = outputs.requires_grad_()
-        slope = torch.autograd.grad(total(z) / count, [z], create_graph=True, materialize_grads=True)
-        pull = pullback(slope, [z])
-        return lambda u: pull([u])[0]
+    def _middle(self, outputs: Sequence[Tensor], total: Values, count: float) -> Apply:
+        zs = [z.requires_grad_() for z in outputs]
+        slopes = torch.autograd.grad(total(zs) / count, zs, create_graph=True, materialize_grads=True)
+        return pullback(slopes, zs)
 
 
 class Fisher(_OuterProduct):
@@ -99,16 +114,21 @@ class Fisher(_OuterProduct):
             )
         super().__init__(landscape, method=method, fold=fold)
 
-    def _middle(self, outputs: Tensor, total: Callable[[Any], Tensor], count: float) -> Callable[[Tensor], Tensor]:
-        if self.kind == "empirical":
-            z = outputs.requires_grad_()
-            (slope,) = torch.autograd.grad(total(z), [z])
-            axes = tuple(range(1, slope.ndim))
-            return lambda u: slope * ((slope * u).sum(axes, keepdim=True) if axes else slope * u) / count
-        if outputs.ndim != 2 or outputs.shape[1] < 2:
+    def _middle(self, outputs: Sequence[Tensor], total: Values, count: float) -> Apply:
+        if len(outputs) != 1:
             raise UserError(
-                f"The expected Fisher matrix needs logits of shape (n, C), got outputs {tuple(outputs.shape)}:"
+                f"The {self.name} needs a loss that reads one tensor of the outputs, got one that reads {len(outputs)}:"
+                " use GGN."
+            )
+        z = outputs[0]
+        if self.kind == "empirical":
+            (slope,) = torch.autograd.grad(total([z.requires_grad_()]), [z])
+            axes = tuple(range(1, slope.ndim))
+            return lambda us: [slope * ((slope * us[0]).sum(axes, keepdim=True) if axes else slope * us[0]) / count]
+        if z.ndim != 2 or z.shape[1] < 2:
+            raise UserError(
+                f"The expected Fisher matrix needs logits of shape (n, C), got outputs {tuple(z.shape)}:"
                 ' take kind="empirical" or GGN.'
             )
-        shares = outputs.softmax(1)
-        return lambda u: shares * (u - (shares * u).sum(1, keepdim=True)) / count
+        shares = z.softmax(1)
+        return lambda us: [shares * (us[0] - (shares * us[0]).sum(1, keepdim=True)) / count]

@@ -87,7 +87,7 @@ def refuse_changed(model: nn.Module, moved: Sequence[Tensor], point: Tensor, bef
     """Refuse a model that is no longer where its landscape was built: its values would be a mixture."""
     here = all(tensor.device == point.device for tensor in moved)
     # Bits are compared, not numbers: NaN is NaN, and -0.0 is not 0.0.
-    if not (here and torch.equal(flatten(moved).view(torch.uint8), point.view(torch.uint8))):
+    if not (here and torch.equal(flatten(moved).to(point.dtype).view(torch.uint8), point.view(torch.uint8))):
         raise UserError(
             "The weights are not those that the landscape was built on (trained since, or moved by an open"
             " `moving`): build a new Landscape."

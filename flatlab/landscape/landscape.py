@@ -27,8 +27,10 @@ from flatlab.landscape.checks import alike, refuse_changed, refuse_parametrized,
 from flatlab.landscape.curvature_checks import SAMPLED, check_second_derivatives
 from flatlab.landscape.evaluation import Evaluation, Move
 from flatlab.landscape.opening import Opening
+from flatlab.landscape.own_loss import OwnLoss
 from flatlab.seeds import generator
-from flatlab.tensors.flat import flatten, select, split_like
+from flatlab.tensors.calls import call
+from flatlab.tensors.flat import flatten, select, split_like, widened
 from flatlab.tensors.losses import Metric, total, total_and_hits, totals, weight, wide
 from flatlab.tensors.memory import SplitOnOOM
 from flatlab.tensors.nested import Batch, Data, part, read_strata, recut, same, span, spread
@@ -40,11 +42,15 @@ class Landscape:
     The model is moved in place and put back bit by bit, also after an exception: no copy, no hook.
 
     Args:
-        model: any module, in eval mode; it is called as ``model(inputs)``.
-        data: ``(inputs, targets)`` batches that can be read twice, any nests of tensors; or a mapping from the names
-            of strata (domains) to such batches, which then weigh equally whatever their sizes.
+        model: any module, in eval mode; it is called as ``model(inputs)``, or, where inputs are a dictionary whose keys
+            are arguments of its ``forward``, as ``model(**inputs)``. Of nested outputs, what is no
+            tensor with a sample axis is replaced by None.
+        data: ``(inputs, targets)`` batches that can be read twice, any nests of tensors; or dictionaries with an entry
+            ``labels``, which becomes the targets; or a mapping from the names of strata (domains) to such batches,
+            which then weigh equally whatever their sizes.
         loss: ``loss(outputs, targets)``, the mean over the samples or a vector of per-sample losses; or a pair of
-            vectors, each sample's sum and its weight, whose quotient of sums is the loss (a mean over tokens).
+            vectors, each sample's sum and its weight, whose quotient of sums is the loss (a mean over tokens); or
+            `flatlab.loss_of(model)`, the one that the model itself computes from labels.
         params: shell patterns of the parameters that vary; all that require a gradient by default.
         check: read the data twice, and check the loss as a function: its values on joined and on cut batches, its
             gradient against differences, and its Hessian before the first use. Opening costs 2 forward passes over the
@@ -71,7 +77,7 @@ class Landscape:
         self.named = select(model, params)
         refuse_parametrized(model, self.named)
         self._tensors: list[Tensor] = alike(self.named)
-        self._w0 = flatten(self._tensors)
+        self._w0 = widened(flatten(self._tensors))
         sources = data if isinstance(data, Mapping) else {"all": data}
         if not sources:
             raise UserError("The data hold no stratum: pass {name: batches} with at least one name.")
@@ -80,6 +86,9 @@ class Landscape:
             kept = read_strata(sources, self._w0.device, check=check)
         self.strata = tuple(str(name) for name in sources)
         self._batches = [recut(batches, batch_size) for batches in kept]
+        if isinstance(loss, OwnLoss):
+            with torch.no_grad():
+                loss.settle(*self._batches[0][0][:2])
         self.sizes = np.array([sum(batch.size for batch in batches) for batches in self._batches])
         self._state = versions(model, self._tensors)
         self._base: FloatArray | None = None
@@ -93,7 +102,7 @@ class Landscape:
 
     @property
     def point(self) -> Tensor:
-        """A copy of the parameters (P,) that the landscape lies around."""
+        """A copy of the parameters (P,) that the landscape lies around; in float32 where they have 16 bits."""
         return self._w0.clone()
 
     @property
@@ -224,7 +233,7 @@ class Landscape:
         result, terms = torch.zeros_like(self._w0), self.terms()
         with self._visiting(vector), torch.enable_grad():
             for inputs, total, count in terms:
-                loss = total(self.model(inputs)) / count
+                loss = total(call(self.model, inputs)) / count
                 if loss.requires_grad:  # else it does not depend on the parameters
                     result += flatten(torch.autograd.grad(loss, self._tensors, materialize_grads=True))
         return result
@@ -280,7 +289,8 @@ class Landscape:
         sums, self._weights = opening.values()
         self._base = sums / self._weights
         self._base.flags.writeable = False
-        self.remarks = tuple(opening.slopes(sums))
+        own = self.loss.remark if isinstance(self.loss, OwnLoss) else ""
+        self.remarks = tuple(each for each in (own, *opening.slopes(sums)) if each)
 
     def _put(self, vector: Tensor) -> None:
         with torch.no_grad():

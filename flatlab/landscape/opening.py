@@ -22,6 +22,7 @@ from flatlab.landscape.checks import Total, Versions, refuse_rewriting, refuse_t
 from flatlab.landscape.slope_checks import Slice, check_slope
 from flatlab.landscape.value_checks import Weigh, check_fixed, check_values
 from flatlab.seeds import generator
+from flatlab.tensors.calls import call
 from flatlab.tensors.flat import flatten, refuse_overlap, scales_of, split_like
 from flatlab.tensors.nested import Batch, spread
 
@@ -107,7 +108,7 @@ class Opening:
         found: list[Tensor | None] = [None] * len(tensors)
         with self.visiting(vector), torch.enable_grad():
             for batch in few:
-                loss = self.total(self.model(batch.inputs), batch) / count
+                loss = self.total(call(self.model, batch.inputs), batch) / count
                 slopes = torch.autograd.grad(loss, tensors, allow_unused=True) if loss.requires_grad else found
                 for index, slope in enumerate(slopes):
                     if slope is not None and loss.requires_grad:

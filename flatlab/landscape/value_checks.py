@@ -8,7 +8,8 @@ from torch import Tensor
 
 from flatlab.errors import UserError
 from flatlab.landscape.checks import Total
-from flatlab.tensors.memory import out_of_memory
+from flatlab.tensors.calls import unknown
+from flatlab.tensors.memory import SplitOnOOM, out_of_memory
 from flatlab.tensors.nested import Batch, concatenate, cut, distance, near, spread, tensors
 
 Forward = Callable[[Any], Any]
@@ -82,10 +83,9 @@ def _run(model: Forward, batch: Batch) -> Any:
         if not isinstance(batch.inputs, Mapping | tuple | list):
             raise
         kind = type(batch.inputs).__name__
-        call = "**inputs" if isinstance(batch.inputs, Mapping) else "*inputs"
         raise UserError(
-            f"The model is called as model(inputs) with one argument, a {kind}, and fails ({error}): wrap it in a"
-            f" module whose forward(self, inputs) returns self.model({call})."
+            f"The model is called with one argument, a {kind}, and fails ({error}): pass a dictionary whose keys are"
+            f" arguments of its forward{_foreign(model, batch.inputs)}."
         ) from error
     except ValueError as error:
         if isinstance(error, UserError):
@@ -101,6 +101,13 @@ def _run(model: Forward, batch: Batch) -> Any:
             f" {sizes}: return something per sample, and reduce it in the loss (squeeze(1), not squeeze())."
         )
     return outputs
+
+
+def _foreign(model: Forward, inputs: Any) -> str:
+    """Return which keys of a dictionary do not fit the model's arguments, as a part of a sentence."""
+    called = model.model if isinstance(model, SplitOnOOM) else model
+    odd = unknown(called, inputs) if isinstance(inputs, Mapping) else []
+    return f" (got other keys or lacks some: {', '.join(odd)})" if odd else ""
 
 
 def _on_cpu(outputs: Any) -> bool:

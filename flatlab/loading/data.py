@@ -14,6 +14,7 @@ from torch import Tensor
 from flatlab.data import batches
 from flatlab.data import load as data_load
 from flatlab.data.domains import DomainSet, split
+from flatlab.data.text.sets import TextSet
 from flatlab.errors import UserError, choose
 from flatlab.specs.run import Place, RunSpec
 
@@ -51,6 +52,8 @@ def domains(spec: RunSpec, place: Place) -> Domains:
     """Load (once in a process) and split the data of a run."""
     data = _load(spec.dataset, place.data_dir, spec.image_size, place.cache)
     target = choose("held-out domain", spec.held_out, data.names)
+    if isinstance(data, TextSet):
+        data = _seen(data, tuple(name for name in data.names if name != target))
     splits = {
         name: split(
             len(data.domain(name).labels),
@@ -68,6 +71,11 @@ def domains(spec: RunSpec, place: Place) -> Domains:
         outside={name: part.outside for name, part in splits.items()},
         tested={name: part.tested for name, part in splits.items() if len(part.tested)},
     )
+
+
+@lru_cache(maxsize=4)
+def _seen(data: TextSet, sources: tuple[str, ...]) -> TextSet:
+    return data.seen_from(sources)
 
 
 @lru_cache(maxsize=2)

@@ -22,7 +22,7 @@ from flatlab.seeds import generator
 from flatlab.specs.measurement import MeasurementSpec
 from flatlab.specs.run import Place, RunSpec
 from flatlab.store.runs import Run, RunStore
-from flatlab.tensors.nested import Data
+from flatlab.tensors.nested import Pairs
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def landscape(run: Run, spec: MeasurementSpec, place: Place, *, of: Collection[s
     return Landscape(loaded, batches, F.cross_entropy, params=spec.params)
 
 
-def images(run: Run, spec: MeasurementSpec, place: Place) -> dict[str, Data]:
+def images(run: Run, spec: MeasurementSpec, place: Place) -> dict[str, Pairs]:
     """Return the batches of each domain that a measurement looks at."""
     domains = loading_data.domains(run.spec, place)
     run.check_data(domains.data.fingerprint)
@@ -143,7 +143,7 @@ def images(run: Run, spec: MeasurementSpec, place: Place) -> dict[str, Data]:
     return {name: evaluation_batches(data, name, rows[name], device=device) for name in data.names}
 
 
-def training_images(run: Run, count: int | None, place: Place) -> Data | None:
+def training_images(run: Run, count: int | None, place: Place) -> Pairs | None:
     """Return batches of the first `count` training images of each source domain, the domains mixed in each batch."""
     if count is None:
         return None

@@ -8,7 +8,6 @@ import time
 
 import numpy as np
 import torch
-from torch.utils._pytree import tree_leaves
 
 from flatlab.errors import UserError
 from flatlab.landscape.landscape import Landscape
@@ -23,6 +22,8 @@ from flatlab.results.estimate import Cost
 from flatlab.results.scale_audit import WAYS, ScaleAudit
 from flatlab.results.sphere import Normalisation
 from flatlab.seeds import base_seed
+from flatlab.tensors.calls import call
+from flatlab.tensors.nested import tensors
 
 SPHERES: dict[str, Normalisation] = {
     "sphere, raw": "none",
@@ -94,7 +95,7 @@ def _deviation(landscape: Landscape, other: Landscape) -> float:
     off = size = 0.0
     with torch.no_grad():
         for inputs, _, _ in landscape.terms():
-            for a, b in zip(tree_leaves(landscape.model(inputs)), tree_leaves(other.model(inputs)), strict=True):
+            for a, b in zip(tensors(call(landscape.model, inputs)), tensors(call(other.model, inputs)), strict=True):
                 off, size = max(off, float((a - b).abs().max())), max(size, float(a.abs().max()))
     allowed = torch.finfo(landscape.point.dtype).eps ** 0.5
     if not off <= allowed * size:

@@ -13,11 +13,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from flatlab.errors import UserError, choose
 from flatlab.models.foreign import fitted, read_foreign
+from flatlab.models.transformer import sentences_transformer
 from flatlab.seeds import derive
 
 
 class Network(nn.Module):
-    """A classifier in two parts: `features`, (N, C, H, W) to (N, width), and a linear `head` to the logits."""
+    """A classifier in two parts: `features`, images or sentences to (N, width), and a linear `head` to the logits."""
 
     def __init__(self, features: nn.Module, head: nn.Linear) -> None:
         super().__init__()
@@ -54,7 +55,7 @@ def build_network(
     Args:
         name: one of `MODELS`.
         num_classes: outputs of the head, which is drawn from `seed` alike for all `weights`.
-        in_channels: torchvision's networks take 3.
+        in_channels: torchvision's networks take 3; of sentences the number of pieces.
         weights: "none", "imagenet" (torchvision downloads IMAGENET1K_V1, the paper's), or a file of weights.
         seed: of the initialisation; the global generators are left alone.
     """
@@ -156,4 +157,5 @@ MODELS: dict[str, Callable[[int], tuple[nn.Module, int]]] = {
     "resnet18": _torchvision("resnet18", "fc", 512),
     "resnet50": _torchvision("resnet50", "fc", 2048),
     "mobilenet_v2": _torchvision("mobilenet_v2", "classifier", 1280),  # its dropout goes with the classifier
+    "sentences-transformer": sentences_transformer,  # 332,418 parameters with two classes and 48 pieces
 }

@@ -20,7 +20,9 @@ class Setting(LSQOptions):
     dataset: str = "digits"
     domains: tuple[str, ...] = ("rot0", "rot15", "rot30", "rot45")
     held_out: tuple[str, ...] = ("rot0", "rot15", "rot30", "rot45")
-    image_size: int = Field(16, ge=1, le=4096, description="Height and width of the images in pixels.")
+    image_size: int = Field(
+        16, ge=1, le=4096, description="Height and width of the images in pixels; of sentences, their word pieces."
+    )
     model: str = Field("digits-cnn", description="Network.")
     weights: str = "none"
     freeze_batchnorm: bool = Field(False, description="Freeze or update BatchNorm's statistics in training.")
@@ -145,8 +147,9 @@ class Setting(LSQOptions):
 
     @property
     def words(self) -> str:
-        """Data, network and seeds, as text for a title; for photographs also image size and steps."""
-        size = {one.dataset: f" at {one.image_size} pixels, {one.steps:,} steps" for one in self.each}
+        """Data, network and seeds, as text for a title; but for digits also image size and steps."""
+        units = {one.dataset: "word pieces" if _suiting(one.dataset) is TEXT else "pixels" for one in self.each}
+        size = {one.dataset: f" at {one.image_size} {units[one.dataset]}, {one.steps:,} steps" for one in self.each}
         data = ", ".join(f"{one.dataset}, {one.model}{size[one.dataset] * (one.image_size > 16)}" for one in self.each)
         return f"{data}, {'1 seed' if self.seeds == 1 else f'{self.seeds} seeds'}"
 
@@ -233,6 +236,14 @@ PAPER = Setting(
     lr=5e-5,
 )
 
+TEXT = QUICK.replace(  # not a setting by name: what `for_data` takes for sentences
+    dataset="sentences",
+    domains=("amazon", "movie", "nyt", "tweets"),
+    held_out=("amazon", "movie", "nyt", "tweets"),
+    image_size=48,
+    model="sentences-transformer",
+)
+
 PAPERS_RADII = tuple(float(radius) for radius in range(0, 61, 5))  # QT-DoG's Figure 3, for one network only
 
 
@@ -254,27 +265,33 @@ BY_DATASET: dict[str, dict[str, Any]] = {  # exceptions of SWAD and QT-DoG from 
 def for_data(chosen: Setting, dataset: str, *, model: str | None = None, weights: str | None = None) -> Setting:
     """Return a setting for a data set: its default network and learning rates, the schedule of the chosen setting.
 
-    Photographs use the paper's, digits those of QUICK. BatchNorm statistics are frozen only if the network starts
-    from pretrained weights. The paper's learning rate is for pretrained weights: from scratch that of the setting is
-    kept.
+    Photographs use the paper's, digits those of QUICK, sentences those of TEXT. BatchNorm statistics are frozen only if
+    the network starts from pretrained weights. The paper's learning rate is for pretrained weights: from scratch that
+    of the setting is kept.
 
     Args:
         chosen: the setting whose schedule is kept.
-        dataset: name of the data set; all but digits are photographs.
+        dataset: name of the data set; all but digits and sentences are photographs.
         model: network, if not the default one.
         weights: initial weights, if not the default ones.
     """
-    suiting = QUICK if dataset == QUICK.dataset else PAPER
+    suiting = _suiting(dataset)
     start = weights or ("none" if model == QUICK.model else suiting.weights)
     changes: dict[str, Any] = {"dataset": dataset, "weights": start, "freeze_batchnorm": start != "none"}
-    if (chosen.dataset == QUICK.dataset) != (dataset == QUICK.dataset):
+    if _suiting(chosen.dataset) is not suiting:
         fields = ["image_size", "model", "augment"]
-        if start != "none" or suiting is QUICK:
+        if start != "none" or suiting is not PAPER:
             fields += ["lr", "scale_lr"]
         changes |= {field: getattr(suiting, field) for field in fields}
     if chosen.name == PAPER.name:
         changes |= BY_DATASET.get(dataset, {})
     return chosen.replace(**changes)
+
+
+def _suiting(dataset: str) -> Setting:
+    """Return the setting that is made for data of this kind."""
+    kind = dataset.partition(":")[0]
+    return QUICK if dataset == QUICK.dataset else TEXT if kind in (TEXT.dataset, "folder-text") else PAPER
 
 
 def setting(chosen: str | Setting, **changes: Any) -> Setting:

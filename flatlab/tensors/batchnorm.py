@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from flatlab.errors import UserError
+from flatlab.tensors.calls import call
 from flatlab.tensors.nested import Batch, Data, read
 
 
@@ -59,7 +60,7 @@ def recompute(model: nn.Module, layers: Sequence[Any], batches: Iterable[tuple[A
             seen += size
             for layer in layers:
                 layer.momentum = size / seen  # the mean over images, however they are cut
-            model(inputs)
+            call(model, inputs)
     finally:
         for layer, momentum in zip(layers, momenta, strict=True):
             layer.momentum = momentum

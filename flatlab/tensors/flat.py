@@ -1,5 +1,6 @@
 """Which parameters of a model, and how they lie in one flat vector."""
 
+import re
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
@@ -8,6 +9,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from flatlab.errors import UserError
+
+WRAPPED = re.compile(r"^((module|_orig_mod)\.)+")
 
 
 def select(model: nn.Module, pattern: str | Iterable[str] | None = None) -> dict[str, nn.Parameter]:
@@ -31,11 +34,11 @@ def select(model: nn.Module, pattern: str | Iterable[str] | None = None) -> dict
         raise UserError(f"{lazy!r} has no shape yet: run one batch through the model before its landscape is opened.")
     patterns = ["*"] if pattern is None else [pattern] if isinstance(pattern, str) else list(pattern)
     for each in patterns:
-        if not any(fnmatchcase(name, each) for name, _ in named):
+        if not any(_matches(name, each) for name, _ in named):
             raise UserError(f"No trainable parameter matches {each!r}; there are {_some(n for n, _ in named)}.")
     chosen: dict[int, tuple[str, nn.Parameter]] = {}
     for name, parameter in named:
-        if any(fnmatchcase(name, each) for each in patterns):
+        if any(_matches(name, each) for each in patterns):
             chosen.setdefault(id(parameter), (name, parameter))
     if not chosen:
         raise UserError("An empty list of patterns selects no parameter: name one, or pass None for all.")
@@ -49,6 +52,11 @@ def flatten(tensors: Iterable[Tensor]) -> Tensor:
     Sparse gradients (of embeddings) become dense.
     """
     return torch.cat([tensor.detach().to_dense().reshape(-1) for tensor in tensors])
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """Return a tensor of 16-bit floats in float32, any other as it is."""
+    return tensor.float() if tensor.is_floating_point() and tensor.dtype.itemsize < 4 else tensor
 
 
 def split_like(vector: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -76,6 +84,11 @@ def refuse_overlap(found: Tensor, written: Tensor) -> None:
             "Two parameters share memory without being one parameter, so they cannot vary freely:"
             " tie them as one nn.Parameter."
         )
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """Say whether a pattern matches a name, as it is or without what torch.compile and data parallelism add to it."""
+    return fnmatchcase(name, pattern) or fnmatchcase(WRAPPED.sub("", name), pattern)
 
 
 def _some(names: Iterable[str], most: int = 8) -> str:

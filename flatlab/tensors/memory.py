@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
+from flatlab.tensors.calls import call
 from flatlab.tensors.nested import concatenate, part, tensors
+from flatlab.tensors.structures import mapped
 
 LOG = logging.getLogger("flatlab")
 
@@ -35,7 +36,7 @@ class SplitOnOOM:
         graph = self.differentiates or torch.is_grad_enabled()
         try:
             with torch.set_grad_enabled(graph):
-                return _values(self.model(inputs))
+                return _values(call(self.model, inputs))
         except (RuntimeError, MemoryError) as error:
             alone = not graph and "does not require grad" in str(error)
             if not alone and (size < 2 or not out_of_memory(error)):
@@ -53,7 +54,7 @@ def _values(outputs: Any) -> Any:
     """Return outputs without the graph of a model that differentiates in its forward pass."""
     if isinstance(outputs, Tensor):
         return outputs.detach()
-    return tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, outputs)
+    return mapped(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, outputs)
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -6,12 +6,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 
 from flatlab.arguments import whole
 from flatlab.errors import UserError
+from flatlab.tensors.structures import leaves, mapped
 
-Data = Iterable[tuple[Any, Any]]
+Pairs = Iterable[tuple[Any, Any]]
+Data = Pairs | Iterable[Mapping[str, Any]]
 MOST_SPREAD = 8  # batches that a few samples are taken from
 
 
@@ -119,9 +120,9 @@ def converted(batch: Batch, dtype: torch.dtype) -> Batch:
 
 def part(nest: Any, start: int, stop: int) -> Any:
     """Return samples `start` to `stop` of a nest, as views."""
-    if isinstance(nest, Tensor):  # tree_map on a single leaf costs ten times as much as the slice
+    if isinstance(nest, Tensor):  # mapped on a single leaf costs ten times as much as the slice
         return nest[start:stop]
-    return tree_map(lambda leaf: leaf[start:stop] if isinstance(leaf, Tensor) else leaf, nest)
+    return mapped(lambda leaf: leaf[start:stop] if isinstance(leaf, Tensor) else leaf, nest)
 
 
 def span(batch: Batch, start: int, stop: int) -> Batch:
@@ -131,12 +132,12 @@ def span(batch: Batch, start: int, stop: int) -> Batch:
 
 def concatenate(nests: list[Any]) -> Any:
     """Join nests of one structure along the sample axis."""
-    return tree_map(lambda *parts: None if parts[0] is None else torch.cat(parts), *nests)
+    return mapped(lambda *parts: torch.cat(parts) if isinstance(parts[0], Tensor) else parts[0], *nests)
 
 
 def tensors(nest: Any) -> list[Tensor]:
     """Return the tensors of a nest, in a fixed order."""
-    return [leaf for leaf in tree_leaves(nest) if isinstance(leaf, Tensor)]
+    return [leaf for leaf in leaves(nest) if isinstance(leaf, Tensor)]
 
 
 def near(first: Any, second: Any, tolerance: float = 0.0) -> bool:
@@ -181,17 +182,19 @@ def _distance(a: Tensor, b: Tensor) -> float:
 
 def _pairs(source: Data, device: torch.device) -> Iterator[Batch]:
     for pair in source:
+        if isinstance(pair, Mapping) and isinstance(pair.get("labels"), Tensor):
+            pair = pair, pair["labels"]  # a model's own form: labels go to it, too, as encoder-decoders need them
         if not isinstance(pair, tuple | list) or len(pair) != 2:
             raise UserError(f"Each batch must be a pair (inputs, targets), got {_described(pair)}.")
-        leaves = [leaf for leaf in tree_leaves(list(pair)) if leaf is not None]
-        sizes = {leaf.shape[:1] if isinstance(leaf, Tensor) else None for leaf in leaves}
+        found = [leaf for leaf in leaves(list(pair)) if leaf is not None]
+        sizes = {leaf.shape[:1] if isinstance(leaf, Tensor) else None for leaf in found}
         if len(sizes) != 1 or not sizes.isdisjoint({None, ()}):
-            shapes = [tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__ for leaf in leaves]
+            shapes = [tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__ for leaf in found]
             raise UserError(
                 "Inputs and targets must be nests of tensors that share dimension 0, the sample axis, got shapes"
                 f" {shapes}."
             )
-        if size := len(leaves[0]):
+        if size := len(found[0]):
             yield _map_batch(lambda leaf: leaf.detach().to(device), Batch(pair[0], pair[1], size))
 
 
@@ -209,5 +212,5 @@ def _described(batch: Any) -> str:
 
 
 def _map_batch(change: Callable[[Tensor], Tensor], batch: Batch) -> Batch:
-    inputs, targets = tree_map(lambda leaf: None if leaf is None else change(leaf), batch[:2])
+    inputs, targets = mapped(lambda leaf: None if leaf is None else change(leaf), batch[:2])
     return Batch(inputs, targets, batch.size)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flatlab.data.batches import Batch
+from flatlab.errors import UserError
 from flatlab.models.networks import STAGES, Network
 from flatlab.specs.run import RunSpec
 from flatlab.train.mixstyle import mixing
@@ -20,10 +21,11 @@ Objective = Callable[[Network, Batch, int], Tensor]
 def objective_of(spec: RunSpec) -> Objective:
     """Return the objective that a spec names; with MixStyle, draws are functions of the step, as batches are."""
     loss = partial(coral, weight=spec.coral_weight) if spec.objective == "coral" else erm
-    mix = spec.mixing
+    mix, stages = spec.mixing, STAGES.get(spec.model, ())
+    if mix and not stages:
+        raise UserError(f"MixStyle mixes images, got the model {spec.model}: choose --mixing none.")
 
     def objective(network: Network, batch: Batch, step: int) -> Tensor:
-        stages = STAGES[spec.model]
         with mixing(network, stages, mix, names=(spec.seed, step), sizes=batch.sizes) if mix else nullcontext():
             return loss(network, batch)
 

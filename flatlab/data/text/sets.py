@@ -1,0 +1,64 @@
+"""Sentences as a data set: like images, rows of numbers in named domains."""
+
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from flatlab.data.domains import Domain, DomainSet
+from flatlab.data.text.tables import Table, classes_of, embedded, fingerprint, read
+from flatlab.data.text.vocabulary import Vocabulary
+
+LENGTH = 48  # pieces of a sentence; of the embedded ones nine in ten have at most 30 words
+
+
+@dataclass(frozen=True, eq=False)
+class TextSet(DomainSet):
+    """Sentences in domains, as numbers of a vocabulary that is built from some of the domains.
+
+    Attributes:
+        tables: the sentences of each domain.
+        length: pieces that a sentence is cut or padded to.
+        vocabulary: None before `seen_from`.
+    """
+
+    tables: dict[str, Table] = field(default_factory=dict)
+    length: int = LENGTH
+    vocabulary: Vocabulary | None = None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over name, sentences and labels, whatever the vocabulary."""
+        return fingerprint(self.name, self.tables)
+
+    def seen_from(self, sources: tuple[str, ...]) -> "TextSet":
+        """Return the sentences as numbers of the vocabulary of these domains alone."""
+        vocabulary = Vocabulary(text for name in sources for text in self.tables[name].texts)
+        domains = []
+        for domain in self.domains:
+            rows = [vocabulary.encode(text, self.length) for text in self.tables[domain.name].texts]
+            domains.append(replace(domain, images=torch.from_numpy(np.stack(rows))))
+        return replace(self, domains=tuple(domains), vocabulary=vocabulary)
+
+    def normalise(self, images: torch.Tensor) -> torch.Tensor:
+        """Return (N, length) numbers of pieces as int64, as an embedding takes them."""
+        return images.long()
+
+
+def load(dataset: str, data_dir: Path | None, length: int | None) -> TextSet:
+    """Return the embedded sentences, or those of a folder.
+
+    Args:
+        dataset: "sentences", or `folder-text:NAME`.
+        data_dir: that folder.
+        length: pieces of a sentence; None: 48.
+    """
+    found = embedded() if data_dir is None else read(data_dir)
+    classes = classes_of(found)
+    size, domains = length or LENGTH, []
+    for name, table in found.items():
+        labels = torch.tensor([classes.index(label) for label in table.labels])
+        domains.append(Domain(name, torch.zeros(len(labels), size, dtype=torch.int16), labels))
+    return TextSet(dataset, tuple(domains), classes, mean=(), std=(), tables=found, length=size)

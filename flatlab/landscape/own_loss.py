@@ -1,0 +1,137 @@
+"""The loss that a model computes from its labels, divided among the samples."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flatlab.errors import UserError
+from flatlab.tensors.calls import innermost
+from flatlab.tensors.nested import tensors
+from flatlab.tensors.structures import entry
+
+Pair = tuple[Tensor, Tensor]
+IGNORED = -100  # the label that is left out, in torch as in transformers
+CLOSE, CLOSE_IN_16_BITS = 1e-4, 1e-2  # models compute their loss in float32, some in the dtype of their weights
+
+
+def loss_of(model: nn.Module) -> "OwnLoss":
+    """Return the loss that a model returns of its labels, for a landscape whose batches hold ``labels``.
+
+    A mean over tokens stays one, whatever the batches: each counted token has the same weight, so a sample weighs as
+    many as it has; tokens labelled -100 have none. Which loss it is, is found by comparison with what the model itself
+    returns for the first batch: cross-entropy of classes, of tokens or of next tokens, binary cross-entropy, or squared
+    error. ``landscape.remarks`` says how samples are weighted where they differ.
+
+    Args:
+        model: returns ``logits`` and, given ``labels``, ``loss``; as the models of transformers do.
+    """
+    return OwnLoss(model)
+
+
+class OwnLoss:
+    """A function of outputs and labels that returns each sample's sum of losses and its weight; see `loss_of`.
+
+    Attributes:
+        kind: what it computes, in words; empty until a landscape has compared it with the model's.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.kind = model, ""
+
+    def __call__(self, outputs: Any, labels: Tensor) -> Pair:
+        """Return the sums and weights (n,) of a batch's samples."""
+        if not self.kind:
+            raise UserError("Pass loss_of(model) to a Landscape, which compares it with the model's own loss.")
+        found = KINDS[self.kind](_logits(outputs), labels)
+        if found is None:
+            raise UserError(f"Labels of shape {tuple(labels.shape)} and {labels.dtype} are not those of {self.kind}.")
+        return found
+
+    def settle(self, inputs: Any, labels: Any) -> None:
+        """Find out on a batch which loss the model returns.
+
+        Raises:
+            UserError: if it returns none, or one that is not known.
+        """
+        if not isinstance(inputs, Mapping) or not isinstance(labels, Tensor):
+            raise UserError(
+                "loss_of(model) needs batches that are dictionaries with an entry 'labels', got"
+                f" {type(inputs).__name__} and {type(labels).__name__}: pass your own loss(outputs, targets)."
+            )
+        raw = self.model(**{**inputs, "labels": labels})
+        own, logits, name = entry(raw, "loss"), _logits(raw), type(innermost(self.model)).__name__
+        if not isinstance(own, Tensor):
+            raise UserError(f"{name} returns no `loss` of its labels: pass your own loss(outputs, targets).")
+        found = {kind: of(logits, labels) for kind, of in KINDS.items()}
+        means = {kind: float(pair[0].sum() / pair[1].sum()) for kind, pair in found.items() if pair}
+        off = {kind: abs(mean - float(own)) / max(abs(float(own)), 1e-3) for kind, mean in means.items()}
+        self.kind = min(off, key=lambda kind: off[kind], default="")
+        if not off or not off[self.kind] <= (CLOSE if own.dtype.itemsize >= 4 else CLOSE_IN_16_BITS):
+            known = ", ".join(f"{kind}: {mean:.5g}" for kind, mean in means.items())
+            raise UserError(
+                f"{name} returns a loss of {float(own):.5g}, which is none that flatlab can divide among samples"
+                f" ({known or 'no kind has labels of this shape'}): pass your own loss(outputs, targets), which"
+                " returns each sample's sum and weight."
+            )
+
+    @property
+    def remark(self) -> str:
+        """How the samples are weighted, where they differ; empty where they are alike."""
+        if "token" not in self.kind:
+            return ""
+        return (
+            f"The loss is the mean {self.kind}, over all counted tokens: a sample weighs as many as it has, and"
+            f" tokens labelled {IGNORED} weigh nothing."
+        )
+
+
+def _logits(outputs: Any) -> Tensor:
+    """Return the scores, in at least single precision as the models of transformers compute their losses."""
+    named = entry(outputs, "logits")
+    of_samples = [leaf for leaf in tensors(outputs) if leaf.ndim and leaf.is_floating_point()]
+    found = named if isinstance(named, Tensor) else next(iter(of_samples), None)
+    if found is None:
+        raise UserError("loss_of(model) needs a model that returns `logits`: pass your own loss(outputs, targets).")
+    return found.float() if found.dtype.itemsize < 4 else found
+
+
+def _classes(logits: Tensor, labels: Tensor) -> Pair | None:
+    if labels.is_floating_point() or logits.ndim != labels.ndim + 1 or logits.shape[:-1] != labels.shape:
+        return None
+    flat = F.cross_entropy(logits.flatten(0, -2), labels.flatten().long(), reduction="none", ignore_index=IGNORED)
+    counted = labels != IGNORED
+    return flat.view(len(labels), -1).sum(1), counted.view(len(labels), -1).sum(1).to(flat.dtype)
+
+
+def _tokens(logits: Tensor, labels: Tensor) -> Pair | None:
+    return _classes(logits, labels) if labels.ndim == 2 else None
+
+
+def _next_tokens(logits: Tensor, labels: Tensor) -> Pair | None:
+    return _tokens(logits[:, :-1], labels[:, 1:]) if labels.ndim == 2 else None
+
+
+def _binary(logits: Tensor, labels: Tensor) -> Pair | None:
+    if not labels.is_floating_point() or logits.shape != labels.shape or logits.ndim != 2:
+        return None
+    sums = F.binary_cross_entropy_with_logits(logits, labels.to(logits), reduction="none").mean(1)
+    return sums, torch.ones_like(sums)
+
+
+def _squares(logits: Tensor, labels: Tensor) -> Pair | None:
+    if not labels.is_floating_point() or logits.numel() != labels.numel() or len(logits) != len(labels):
+        return None
+    sums = (logits.reshape(len(labels), -1) - labels.to(logits).reshape(len(labels), -1)).square().mean(1)
+    return sums, torch.ones_like(sums)
+
+
+KINDS: dict[str, Callable[[Tensor, Tensor], Pair | None]] = {
+    "cross-entropy of classes": lambda logits, labels: _classes(logits, labels) if labels.ndim == 1 else None,
+    "cross-entropy of tokens": _tokens,
+    "cross-entropy of next tokens": _next_tokens,
+    "binary cross-entropy": _binary,
+    "squared error": _squares,
+}
