@@ -36,6 +36,7 @@ class Analysis:
     measured: Callable[[Setting], Measured] = lambda setting: ()
     arrays: Callable[[pd.DataFrame, RunStore, Setting], Arrays] | None = None  # drawn besides the table
     sheet: Callable[[pd.DataFrame], pd.DataFrame] | None = None  # accuracies as the paper's table has them
+    sheet_title: str = ""  # of these, where they are not the paper's accuracies
     as_published: Callable[[], pd.DataFrame] | None = None  # the paper's numbers
 
     @property

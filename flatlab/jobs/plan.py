@@ -228,6 +228,7 @@ def training_passes(spec: RunSpec, sizes: Sizes, *, forked: bool) -> float:
     batch = spec.batch_size * (len(sizes) - 1)
     target = sizes.get(spec.held_out, 0)  # evaluated as a whole
     looks = (spec.holdout + spec.test_share) * (sum(sizes.values()) - target) + spec.target_logged * target
+    looks += (spec.stop is not None) * (1 - spec.holdout - spec.test_share) * (sum(sizes.values()) - target)
     evaluations = steps / spec.eval_every * looks
     return float(steps * batch * BACKWARD * (1 if spec.step.kind == "plain" else 2) + evaluations)
 
