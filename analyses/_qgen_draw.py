@@ -25,7 +25,7 @@ def draw(frame: pd.DataFrame, caption: str) -> Figure:
         for ax, among in zip(grid[0], (_kendall.ALL, _kendall.EQUAL), strict=True):
             _taus(ax, found[(found["among"] == among) & ~found["reached"]], among)
         grid[0, 1].set_yticklabels([])
-        grid[0, 0].legend(loc="lower left", fontsize=6)
+        grid[0, 0].legend(loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0, fontsize=6, ncols=2)
         _noise(grid[1, 0], frame)
         _corrupted(grid[1, 1], frame)
         plots.captioned(figure, grid[1, 1], caption)

@@ -121,7 +121,7 @@ def sheet(frame: pd.DataFrame) -> pd.DataFrame:
 def remarks(frame: pd.DataFrame) -> list[str]:
     """Say how many networks there are, whether quantized ones lie flatter, and which measures go with the gaps."""
     found = findings(frame)
-    differ, tau = found[found["quantity"] != "tau"], found[found["quantity"] == "tau"]
+    differ, tau = found[found["quantity"] != "tau"], found[found["quantity"] == "tau"].astype({"reached": bool})
     flat = differ[differ["quantity"] != "corrupted"]
     words: dict[str, Any] = {"words": ("flatter", "sharper"), "unit": "nats", "digits": 4}
     said = [_counts(frame), *verdicts.sentences(flat, **words)]

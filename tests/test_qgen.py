@@ -1,8 +1,10 @@
 """Small networks trained to a loss, what is measured of them, and Kendall's tau: closed forms, SciPy, and the loop."""
 
+import json
 import math
 
 import cases
+import commandline
 import numpy as np
 import pandas as pd
 import pytest
@@ -374,5 +376,22 @@ def test_networks_that_miss_the_target_are_named_and_left_out_of_a_second_column
     assert {"all pairs", "equal bits", "all pairs, target reached"} <= set(qgen.summary(found).columns)
 
 
-def test_smoke_keeps_the_contract():
+def test_each_tau_is_said_once():
+    frame = frame_of(count=40)
+    frame["gap in"] = frame["trace"] + 0.1 * frame["gap in"]
+    for among in (_kendall.ALL, _kendall.EQUAL):
+        (said,) = [each for each in qgen.remarks(frame) if each.startswith(f"Kendall's tau, {among}")]
+        assert "over 48 taus" in said and said.count("trace of the Hessian") == 1
+        assert said.endswith("out of domain, loss: none.")
+
+
+def test_the_price_counts_the_model_of_each_network(tmp_path, capsys):
+    words = ("reproduce", "qgen", "--dry-run", "--json", "--store", tmp_path / "runs")
+    assert commandline.call(*words) == 0
+    jobs = json.loads(capsys.readouterr().out)["jobs"]
+    rates = {round(job["core_seconds"] / job["passes"], 9) for job in jobs}
+    assert rates == {jobs_plan.REFERENCE[name] for name in _qgen_grid.DIGITS.models}
+
+
+def test_smoke_has_networks_of_full_precision():
     assert {name for name, _ in _qgen_grid.labelled(SMOKE)} == {"2 bits", "8 bits", "32 bits"}
