@@ -37,6 +37,7 @@ class Analysis:
     measured: Callable[[Setting], Measured] = lambda setting: ()
     arrays: Callable[[pd.DataFrame, RunStore, Setting], Arrays] | None = None  # drawn besides the table
     sheet: Callable[[pd.DataFrame], pd.DataFrame] | None = None  # accuracies as the paper's table has them
+    sheet_title: str = ""  # of these, where they are not the paper's accuracies
     as_published: Callable[[], pd.DataFrame] | None = None  # the paper's numbers
     alone: bool = False  # made only when it is named, not by `reproduce all`: it takes longer than all the others
 

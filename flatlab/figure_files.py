@@ -139,7 +139,7 @@ def _page(figure: Analysis, frame: pd.DataFrame, summary: pd.DataFrame, record: 
     parts += [f"## {figure.summary_title}", tables.markdown(summary)]
     unit = SHEET if figure.sheet else STARRED
     parts += [
-        f"## {ACCURACIES}{unit}",
+        f"## {figure.sheet_title or ACCURACIES + unit}",
         tables.markdown(accuracies(record)),
         *record["remarks"],
         *_published(figure, frame),

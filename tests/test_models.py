@@ -12,10 +12,11 @@ from torch import nn
 
 from flatlab.errors import UserError
 from flatlab.models.foreign import fitted, read_foreign
-from flatlab.models.networks import build_network, frozen_statistics, set_training
+from flatlab.models.networks import CNNS, build_network, frozen_statistics, set_training
 
 WEIGHTS = Path(__file__).parents[2] / "shared" / "data" / "weights" / "mobilenet_v2-imagenet-fp16.safetensors"
 WIDTHS = {"digits-cnn": 1024, "resnet18": 512, "resnet50": 2048, "mobilenet_v2": 1280}
+WIDTHS |= {name: 16 * width * 2 ** (depth - 1) for name, (width, depth) in CNNS.items()}
 needs_weights = pytest.mark.skipif(not WEIGHTS.exists(), reason=f"the ImageNet weights are not at {WEIGHTS}")
 
 

@@ -6,6 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from flatlab.errors import UserError
+from flatlab.specs.generalisation import GeneralisationSpec
 from flatlab.specs.measurements import (
     KINDS,
     ConnectionSpec,
@@ -22,7 +23,7 @@ from flatlab.specs.measurements import (
 from flatlab.specs.methods import METHODS, Method, compose, method, replicates, vary
 from flatlab.specs.quantizers import INQSpec, NoiseSpec, OBCSpec, QuantSpec, RTNSpec
 from flatlab.specs.rises import ReachSpec
-from flatlab.specs.run import AverageSpec, MixSpec, Place, RunSpec, StepSpec
+from flatlab.specs.run import AverageSpec, MixSpec, Place, RunSpec, StepSpec, StopSpec
 from flatlab.specs.settings import PAPER, QUICK, SETTINGS, SMOKE, setting
 
 FIELDS = {"dataset": "digits", "held_out": "rot0", "image_size": 16, "model": "digits-cnn", "steps": 10}
@@ -53,6 +54,7 @@ MEASUREMENTS = {
     "3bee72b46e3f6525": QuantizationNoiseSpec(),
     "b5aa8c195898affd": RoundingSpec(),
     "1ce3adf553f86252": SizeSpec(),
+    "831ef62a924c231c": GeneralisationSpec(),
 }
 
 
@@ -86,7 +88,7 @@ def test_each_field_of_a_run_is_part_of_its_name():
     other |= {"eval_every": 2, "batch_size": 8, "lr": 0.1, "weight_decay": 0.1, "seed": 1, "trial_seed": 1}
     other |= {"augment": "domainbed", "precision": "bf16", "holdout": 0.3, "test_share": 0.2, "source": "sha256:0"}
     other |= {"objective": "coral", "coral_weight": 0.5, "mixing": MixSpec(), "members": (RUN,)}
-    other |= {"combine": "probabilities", "target_logged": False}
+    other |= {"combine": "probabilities", "target_logged": False, "stop": StopSpec(loss=0.1)}
     names = {RUN.replace(**{field: value}).digest for field, value in other.items()}
     names |= {RUN.replace(frozen=True, switch=4).digest, RUN.replace(quantizer=QuantSpec(), switch=4).digest}
     kinds = (INQSpec(every=2), RTNSpec(), OBCSpec(), OBCSpec(images=9))

@@ -80,7 +80,8 @@ def reproduce(
         chosen.answer_facts({"written": written, "findings": done.findings.to_dict("records")}, "")
         return
     display.frame(figure.summary(done.findings), figure.summary_title)
-    display.frame(done.accuracies, figure_files.ACCURACIES, formats=dict.fromkeys(done.accuracies.columns, ".3f"))
+    title = figure.sheet_title or figure_files.ACCURACIES
+    display.frame(done.accuracies, title, formats=dict.fromkeys(done.accuracies.columns, ".3f"))
     for remark in done.remarks:
         display.out.print(remark, soft_wrap=True, markup=False)
     show_written(done.written)

@@ -129,29 +129,36 @@ def frame(table: pd.DataFrame, title: str, *, formats: dict[str, str] | None = N
     out.print(drawn)
 
 
-def plan(jobs: Sequence[Job], seconds_per_pass: float, source: str, *, workers: int) -> None:
-    """Print jobs, passes and estimated time."""
-    kinds: dict[str, list[float]] = {}
-    for job in jobs:
-        kinds.setdefault(job.name.partition(" on ")[0], []).append(job.passes)
+def plan(jobs: Sequence[Job], costs: Sequence[float], source: str, *, workers: int) -> None:
+    """Print jobs, passes and estimated time.
+
+    Args:
+        jobs: what is missing.
+        costs: core seconds of each.
+        source: what these rest on.
+        workers: processes.
+    """
+    kinds: dict[str, list[tuple[float, float]]] = {}
+    for job, cost in zip(jobs, costs, strict=True):
+        kinds.setdefault(job.name.partition(" on ")[0], []).append((job.passes, cost))
     rows = [
         {
             "jobs": len(all_),
             "what": kind,
-            "image passes": f"{sum(all_):,.0f}",
-            "core time": _clock(sum(all_) * seconds_per_pass + PER_JOB * len(all_)),
+            "image passes": f"{sum(passes for passes, _ in all_):,.0f}",
+            "core time": _clock(sum(cost + PER_JOB for _, cost in all_)),
         }
         for kind, all_ in kinds.items()
     ]
     total = sum(job.passes for job in jobs)
-    longest = max((job.passes for job in jobs), default=0.0)
-    forward = max(total / workers, longest) * seconds_per_pass
+    forward = max(sum(costs) / workers, max(costs, default=0.0))
     estimate = forward + (START + PER_JOB * -(-len(jobs) // workers) if jobs else 0.0)
     if rows:
         frame(pd.DataFrame(rows), "What is missing")
+    each = f"{sum(costs) / total * 1e6:,.0f} µs a pass" if total else "nothing to do"
     out.print(
         f"{len(jobs)} jobs, {total:,.0f} image passes, about {_clock(estimate)} with {workers} workers "
-        f"({seconds_per_pass * 1e6:,.0f} µs a pass: {source}).",
+        f"({each}: {source}).",
         soft_wrap=True,
     )
 

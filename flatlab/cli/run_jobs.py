@@ -85,12 +85,18 @@ def price(chosen: Choices, todo: list[Any], spec: Any) -> None:
     from flatlab.cli import display
     from flatlab.jobs import plan as jobs_plan
 
-    seconds, source = jobs_plan.seconds_per_pass(chosen.runs(), spec.model, spec.image_size)
+    store, kinds = chosen.runs(), dict.fromkeys((job.runs[0].model, job.runs[0].image_size) for job in todo)
+    rates = {kind: jobs_plan.seconds_per_pass(store, *kind) for kind in kinds or [(spec.model, spec.image_size)]}
+    costs = [job.passes * rates[job.runs[0].model, job.runs[0].image_size][0] for job in todo]
+    source = "; ".join(dict.fromkeys(source for _, source in rates.values()))
     workers = chosen.processes(len(todo))
     if not chosen.json:
-        display.plan(todo, seconds, source, workers=workers)
+        display.plan(todo, costs, source, workers=workers)
         return
-    rows = [{"name": job.name, "passes": job.passes, "core_seconds": job.passes * seconds} for job in todo]
+    rows = [
+        {"name": job.name, "passes": job.passes, "core_seconds": cost} for job, cost in zip(todo, costs, strict=True)
+    ]
+    seconds = sum(costs) / sum(job.passes for job in todo) if todo else next(iter(rates.values()))[0]
     chosen.answer_facts({"jobs": rows, "seconds_per_pass": seconds, "source": source, "workers": workers}, "")
 
 

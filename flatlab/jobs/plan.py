@@ -20,7 +20,9 @@ from flatlab.store.runs import RunStore
 
 BACKWARD = 3  # a training image costs about three forward passes: forward, and backward by weights and by inputs
 REFERENCE = {  # seconds for an image of 224 pixels (digits: 16) on one core of the reference machine, by model
-    "digits-cnn": 3e-5,
+    **{"digits-cnn": 3e-5, "cnn-10x2": 9e-6, "cnn-10x3": 1.4e-5, "cnn-16x2": 2.2e-5, "cnn-16x3": 3e-5},
+    **{"cnn-16x4": 6e-3, "cnn-16x5": 6.5e-3, "cnn-32x4": 1.8e-2, "cnn-32x5": 3.6e-2, "cnn-64x4": 6.6e-2},
+    "cnn-64x5": 9.7e-2,
     "sentences-transformer": 1e-2,  # 4.5e-4 for 48 word pieces, by the rule for pixels
     "mobilenet_v2": 1.2e-2,
     "resnet18": 4e-2,
@@ -229,6 +231,7 @@ def training_passes(spec: RunSpec, sizes: Sizes, *, forked: bool) -> float:
     batch = spec.batch_size * (len(sizes) - 1)
     target = sizes.get(spec.held_out, 0)  # evaluated as a whole
     looks = (spec.holdout + spec.test_share) * (sum(sizes.values()) - target) + spec.target_logged * target
+    looks += (spec.stop is not None) * (1 - spec.holdout - spec.test_share) * (sum(sizes.values()) - target)
     evaluations = steps / spec.eval_every * looks
     return float(steps * batch * BACKWARD * (1 if spec.step.kind == "plain" else 2) + evaluations)
 

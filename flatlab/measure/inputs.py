@@ -79,6 +79,30 @@ def rounded(weight: Tensor, bits: int, *, granularity: str, name: str) -> Layer:
     return _layer(weight, quantizer(weight), quantizer.scale, bits)
 
 
+def noise_norm(run: Run, checkpoint: str, place: Place, bits: int | None) -> float:
+    """Return the L2 norm of w_q - w over all quantized weights of a run, or of rounding those of a plain one.
+
+    Args:
+        run: finished.
+        checkpoint: "selected" or "last".
+        place: device and data.
+        bits: those to which a run without a quantizer is rounded, by channel; None for a quantized one.
+
+    Raises:
+        UserError: if a plain run lacks `bits`, or a quantized one is given any.
+    """
+    plain, found = latent_network(run, checkpoint, place)
+    if (bits is None) != bool(found):
+        raise UserError(
+            f"Radii in units of quantization noise need `bits` for a run without a quantizer, and only there; got "
+            f"bits={bits} for run {run.spec.digest} ({run.spec.label})."
+        )
+    if bits is not None:
+        weights = {name: plain.get_parameter(name).detach() for name in quantizable(plain)}
+        found = {name: rounded(w, bits, granularity="channel", name=name) for name, w in weights.items()}
+    return float(sum((each.quantized - each.weight).double().square().sum() for each in found.values()) ** 0.5)
+
+
 def latent_network(run: Run, checkpoint: str, place: Place) -> tuple[nn.Module, dict[str, Layer]]:
     """Return a run's network with its latent weights, as a plain one, and what its quantizer makes of them, by name.
 

@@ -22,6 +22,7 @@ FUNCTIONS = {
     "quantization_noise": "quantization_noise.fill",
     "rounding": "rounding.fill",
     "size": "size.fill",
+    "generalisation": "generalisation.fill",
 }
 
 

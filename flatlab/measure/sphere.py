@@ -10,13 +10,13 @@ import numpy as np
 from flatlab import files
 from flatlab.arguments import FloatArray, JobReport
 from flatlab.loading import data as loading_data
-from flatlab.measure.inputs import landscape
+from flatlab.measure.inputs import landscape, noise_norm
 from flatlab.measure.units import UnitFiles
 from flatlab.metrics.flatness import planning
 from flatlab.metrics.flatness.sampler import Draws, Sampler, visits
 from flatlab.metrics.flatness.sphere import sample
 from flatlab.specs.measurements import SphereSpec
-from flatlab.specs.rises import ByRise
+from flatlab.specs.rises import ByNoise, ByRise
 from flatlab.specs.run import Place
 from flatlab.store.radii import by_rise
 from flatlab.store.runs import Measurement, Run, RunStore
@@ -29,7 +29,7 @@ def fill(measurement: Measurement, run: Run, place: Place, report: JobReport | N
     sampler = Sampler([around], spec.seed, spec.normalisation, keep=UnitFiles(measurement).units)
     (flatness,) = sample(
         sampler,
-        _radii(run, spec),
+        _radii(run, spec, place),
         spec.num_samples,
         (spec.rel_error, spec.abs_error),
         spec.budget,
@@ -44,7 +44,9 @@ def fill(measurement: Measurement, run: Run, place: Place, report: JobReport | N
     files.save_arrays(measurement.result, *found.to_arrays())
 
 
-def _radii(run: Run, spec: SphereSpec) -> FloatArray | str:
+def _radii(run: Run, spec: SphereSpec, place: Place) -> FloatArray | str:
+    if isinstance(spec.radii, ByNoise):
+        return np.array([0.0, *spec.radii.multiples]) * noise_norm(run, spec.checkpoint, place, spec.radii.bits)
     if isinstance(spec.radii, ByRise):
         return np.array([0.0, *by_rise(RunStore(run.path.parent), spec.radii, spec)])
     return spec.radii if isinstance(spec.radii, str) else np.array(spec.radii)
@@ -62,7 +64,7 @@ def foresee(measurement: Measurement, run: Run, place: Place) -> list[dict[str, 
     measurement.create()
     around = landscape(run, spec, place)
     sampler = Sampler([around], spec.seed, spec.normalisation, keep=UnitFiles(measurement).units)
-    radii = planning.radii_of(sampler, _radii(run, spec))
+    radii = planning.radii_of(sampler, _radii(run, spec, place))
     goal = planning.goal_of(around, int((radii > 0).sum()), None, (spec.rel_error, spec.abs_error), spec.budget)
     plans = planning.plans_of(sampler, radii, goal)
     return [

@@ -1,9 +1,10 @@
 """Average- and worst-case sharpness, and the worst rise on a sphere."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
+import numpy.typing as npt
 
 from flatlab.arguments import FloatArray
 from flatlab.results.estimate import Cost, Estimate, Sampled, Stopped, estimate, mean_of
@@ -121,3 +122,36 @@ class WorstRise:
     def spread(self) -> FloatArray:
         """The difference (R,) between the best and the worst restart."""
         return np.asarray(np.ptp(self.rises, axis=1))
+
+
+@dataclass(frozen=True, eq=False)
+class Generalisation:
+    """Measures that are compared with generalization gaps, and accuracies on corrupted images.
+
+    Attributes:
+        values: by the names of `NAMES`: PAC-Bayes' sigma, plain and relative to the weights; the bounds of both, as
+            sqrt(bound / m); worst-case adaptive sharpness (nats); L2 distance from the initialisation; tenth percentile
+            of the margins; penalty of rounding and its standard error (nats).
+        corruptions: names.
+        accuracies: (corruptions, severities).
+    """
+
+    values: dict[str, float]
+    corruptions: tuple[str, ...]
+    accuracies: FloatArray
+
+    NAMES: ClassVar[tuple[str, ...]] = (
+        *("sigma", "relative_sigma", "pac_bayes", "magnitude_aware", "sharpness", "distance"),
+        *("margin", "penalty", "penalty_stderr"),
+    )
+
+    def to_arrays(self) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
+        """Return the content of a measurement's file."""
+        values = np.array([self.values[name] for name in self.NAMES])
+        return {"values": values, "accuracies": self.accuracies}, {"corruptions": list(self.corruptions)}
+
+    @classmethod
+    def from_arrays(cls, arrays: dict[str, npt.NDArray[Any]], facts: dict[str, Any]) -> Self:
+        """Return the result from what `to_arrays` returns."""
+        values = dict(zip(cls.NAMES, arrays["values"].tolist(), strict=True))
+        return cls(values, tuple(facts["corruptions"]), arrays["accuracies"])

@@ -7,6 +7,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, SerializeAsAny
 
 from flatlab.errors import UserError, choose
 from flatlab.specs.base import LARGEST_INT
+from flatlab.specs.generalisation import GeneralisationSpec
 from flatlab.specs.measurement import FORESEEN, PILOT, PRODUCT, MeasurementSpec, Sizes
 from flatlab.specs.quantizers import Bits, Granularity
 from flatlab.specs.rises import ByRise, Normalisation, Radii, ReachSpec, count_above_zero, pilots_of
@@ -357,6 +358,7 @@ KINDS: dict[str, type[MeasurementSpec]] = {
     "quantization_noise": QuantizationNoiseSpec,
     "rounding": RoundingSpec,
     "size": SizeSpec,
+    "generalisation": GeneralisationSpec,
 }
 
 

@@ -7,14 +7,15 @@ from pydantic import Field, model_validator
 
 from flatlab.specs.base import Spec
 from flatlab.specs.measurement import MeasurementSpec, Sizes
+from flatlab.specs.quantizers import Bits
 
 Normalisation = Literal["none", "filter", "layer", "parameter"]
 REACHING = 20_000  # maximum images forwarded to find the radii of one run (metrics/flatness/pilot.py)
 
 
-def _check(rises: tuple[float, ...]) -> None:
-    if not rises or list(rises) != sorted(set(rises)) or rises[0] <= 0:
-        raise ValueError(f"The rises must be one or more numbers > 0 in increasing order, got {rises}")
+def _check(numbers: tuple[float, ...], name: str = "rises") -> None:
+    if not numbers or list(numbers) != sorted(set(numbers)) or numbers[0] <= 0:
+        raise ValueError(f"The {name} must be one or more numbers > 0 in increasing order, got {numbers}")
 
 
 class ByRise(Spec):
@@ -54,7 +55,22 @@ class ReachSpec(MeasurementSpec):
         return float(min(REACHING, 100 * self.count(sizes)))
 
 
-Radii = tuple[float, ...] | Literal["auto"] | ByRise
+class ByNoise(Spec):
+    """Radii in units of a run's own quantization noise, the L2 norm of w_q - w over all quantized weights.
+
+    A run that is not quantized has that of rounding to `bits`, with the step sizes that LSQ would begin with.
+    """
+
+    multiples: tuple[float, ...] = Field(min_length=1)
+    bits: Bits | None = None  # None: the run's own quantizer
+
+    @model_validator(mode="after")
+    def _ascending(self) -> Self:
+        _check(self.multiples, "multiples")
+        return self
+
+
+Radii = tuple[float, ...] | Literal["auto"] | ByRise | ByNoise
 
 
 def pilots_of(measurement: MeasurementSpec, radii: object, **fields: object) -> tuple[tuple[str, MeasurementSpec], ...]:
@@ -72,6 +88,8 @@ def pilots_of(measurement: MeasurementSpec, radii: object, **fields: object) -> 
     return tuple((digest, pilot) for digest in radii.references)
 
 
-def count_above_zero(radii: Collection[float] | ByRise) -> int:
+def count_above_zero(radii: Collection[float] | ByRise | ByNoise) -> int:
     """Return the number of radii above zero, those at which something is sampled."""
+    if isinstance(radii, ByNoise):
+        return len(radii.multiples)
     return len(radii.rises) if isinstance(radii, ByRise) else sum(radius > 0 for radius in radii)

@@ -113,13 +113,23 @@ class MixSpec(Spec):
     across: bool = False  # mix with an image of another domain ("MixStyle w/ domain label"); else any of the batch
 
 
+class StopSpec(Spec):
+    """Training ends at the first evaluation at which the training images are fitted well enough.
+
+    Their mean cross-entropy is that of the network in evaluation mode, each source domain weighing the same.
+    """
+
+    loss: float = Field(gt=0)  # nats
+    after: int = Field(0, ge=0)  # first step at which it may end: with a parent, not before the switch
+
+
 class RunSpec(Spec):
     """One trained network: data, composition, schedule and seeds. The paper's name of it is only a label.
 
     A quantizer that is not trained (rtn, obc) makes a derived run, computed from the finished run without it.
     """
 
-    later = ("noise", "test_share", "coral_weight", "mixing", "members", "combine", "target_logged")
+    later = ("noise", "test_share", "coral_weight", "mixing", "members", "combine", "target_logged", "stop")
 
     dataset: str
     held_out: str
@@ -139,6 +149,7 @@ class RunSpec(Spec):
     switch: int | None = Field(None, ge=0)  # quantizing or freezing starts before the update of this step
     steps: int = Field(ge=1)  # updates 0..steps, one more than this number, as in DomainBed's forks
     eval_every: int = Field(ge=1)
+    stop: StopSpec | None = None  # the number of steps is then the largest
     batch_size: int = Field(32, ge=1)  # images per source domain
     lr: float = Field(gt=0)
     weight_decay: float = Field(0.0, ge=0)
@@ -174,6 +185,11 @@ class RunSpec(Spec):
             raise ValueError(
                 f"The {what} must be at a step <= {self.steps} (--steps), got {self.settled}: choose a smaller "
                 "--quantize-at."
+            )
+        if self.stop and (self.average.kind != "last" or self.stop.after < (self.settled or 0)):
+            raise ValueError(
+                f"Training to a loss needs the last weights and no stop before the switch at step {self.settled}, got "
+                f"the average {self.average.kind} and stop.after={self.stop.after}."
             )
         if self.average.kind in ("swa", "sma") and self.average.start > self.steps:
             raise ValueError(

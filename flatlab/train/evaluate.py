@@ -43,8 +43,9 @@ def mean(scores: Mapping[str, Score], field: str) -> float:
 class Evaluator:
     """Evaluates networks on the splits that selection and report need, its batches made once."""
 
-    def __init__(self, domains: Domains, device: torch.device, *, target: bool = True) -> None:
-        """Make the batches; of the held-out domain only where it is evaluated (`target`)."""
+    def __init__(self, domains: Domains, device: torch.device, *, target: bool = True, fitted: bool = False) -> None:
+        """Make the batches; of the held-out domain and of the training images only where these are evaluated."""
+        self.fitted = domains.evaluation("in", domains.sources, device) if fitted else {}
         self.validation = domains.evaluation("out", domains.sources, device)
         self.test = domains.evaluation("test", domains.sources, device) if domains.tested else {}
         self.target: dict[str, Batches] = {
@@ -57,10 +58,12 @@ class Evaluator:
         return evaluate(network, self.validation)
 
     def row(self, network: nn.Module, step: int, sources: dict[str, Score] | None = None) -> Row:
-        """Return a log's row: source validation; the target's two splits (a look at the target), where evaluated."""
+        """Return a log's row: source validation; where evaluated, training and test images, the target's two splits."""
         sources = sources or self.sources(network)
         tested = evaluate(network, self.test)
+        fitted = evaluate(network, self.fitted)
         return {
+            **({"fitted": fitted} if fitted else {}),
             **({"test": tested} if tested else {}),
             "step": step,
             "source": sources,

@@ -96,7 +96,9 @@ class Training:
         place = place.replace(threads=self._threads() or place.threads)
         self.threads = place.threads
         self.device = loading_data.device(place)
-        self.judge = Evaluator(self.domains, self.device, target=self.spec.target_logged)
+        self.judge = Evaluator(
+            self.domains, self.device, target=self.spec.target_logged, fitted=self.spec.stop is not None
+        )
         self.trajectory = Trajectory(runs, self.domains, place)
         self.shadow: Network | None = None  # holds averages while they are evaluated
         self._begin(place)
@@ -108,6 +110,8 @@ class Training:
         batches = stream(spec, self.domains, self.device)
         set_training(network, freeze_batchnorm=spec.freeze_batchnorm)
         for step in range(trajectory.next_step, spec.steps + 1):
+            if self._reached():
+                break
             if step == spec.switch:
                 trajectory.switch()
                 rule = trajectory.step_rule()
@@ -124,6 +128,11 @@ class Training:
             if report:
                 self._report(report, step)
         self._finish()
+
+    def _reached(self) -> bool:
+        """Return whether the last evaluation is one at which the training ends."""
+        stop, rows = self.spec.stop, self.trajectory.rows
+        return bool(stop and rows and rows[-1]["step"] >= stop.after and mean(rows[-1]["fitted"], "loss") <= stop.loss)
 
     def _report(self, report: JobReport, step: int) -> None:
         """Report a step; if the training is stopped here, its state is saved."""
@@ -278,7 +287,8 @@ class Training:
                 refresh(network, observer.run.spec, self.domains, self.device)
                 weights = network.state_dict()
                 self._log(observer, {**self.judge.row(network, self.spec.steps), **observer.average.facts()}, weights)
-            files.save_arrays(observer.run.checkpoint("last"), arrays(weights), {"step": self.spec.steps})
+            last = {"step": self.trajectory.next_step - 1}
+            files.save_arrays(observer.run.checkpoint("last"), arrays(weights), last)
         self._write_logs()
         for run in reversed(self.runs):  # the first, which keeps the state, is the last to be done without it
             run.finish()
