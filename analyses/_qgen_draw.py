@@ -70,6 +70,7 @@ def _corrupted(ax: Axes, frame: pd.DataFrame) -> None:
         _band(
             ax, wide.columns.astype(float), wide, style=look, color=f"C{index}" if bits != FULL else "0.3", label=label
         )
+    ax.set_xticks(sorted(set(each["at"])))
     ax.set(xlabel="Severity of the corruption", ylabel="Accuracy, source domains (points)")
 
 
