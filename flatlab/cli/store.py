@@ -1,4 +1,7 @@
-"""The commands of stores and data sets: runs list, show, verify, rm, merge; data list, check."""
+"""The commands of stores, clusters and data sets.
+
+runs list, show, verify, rm, merge; jobs list, logs, cancel; data list, check.
+"""
 
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +16,7 @@ from flatlab.cli.parse import HEX
 from flatlab.errors import UserError, printable
 
 runs_commands = Commands(help="List, show, verify, remove and merge the runs of a store.", no_args_is_help=True)
+jobs_commands = Commands(help="List and cancel what was submitted to Slurm.", no_args_is_help=True)
 data_commands = Commands(help="List and check data sets.", no_args_is_help=True)
 
 
@@ -103,6 +107,49 @@ def merge_(chosen: Choices, other: Annotated[Path, typer.Argument(help="Folder o
         say(each)
     if refused:
         raise typer.Exit(1)
+
+
+Number = Annotated[str, typer.Argument(help="Slurm's identifier of the array (`flatlab jobs list`).")]
+
+
+@jobs_commands.command("list", epilog="Example: `flatlab jobs list --store runs`")
+@takes("store", "json", "debug")
+def list_jobs(chosen: Choices) -> None:
+    """List the Slurm arrays of a store, and the states of their workers."""
+    import pandas as pd
+
+    from flatlab.jobs import slurm
+
+    store, rows = chosen.runs(), []
+    for each in slurm.arrays(store):
+        jobs, number = each.plan.jobs, each.facts["id"]
+        done = sum(job.done(store) for job in jobs)
+        rows.append({"array": number, "workers": slurm.states(number), "jobs": len(jobs), "done": done})
+    chosen.answer(pd.DataFrame(rows, columns=["array", "workers", "jobs", "done"]), f"Slurm arrays of {store.root}")
+
+
+@jobs_commands.command(epilog="Example: `flatlab jobs logs 1234`")
+@takes("store", "json", "debug")
+def logs(chosen: Choices, array: Number) -> None:
+    """Print the errors of an array's workers, and the files with their output."""
+    from flatlab.jobs import slurm
+
+    found = slurm.array(chosen.runs(), array)
+    errors = [event for event in found.news() if "error" in event]
+    written = sorted(str(path) for path in (found.folder / "logs").iterdir() if path.suffix in (".out", ".err"))
+    sentences = [*(f"{event['job']}: {event['error']}" for event in errors), *written]
+    chosen.answer_facts({"errors": errors, "files": written}, "\n".join(map(printable, sentences)))
+
+
+@jobs_commands.command(epilog="Example: `flatlab jobs cancel 1234`")
+@takes("store", "json", "debug")
+def cancel(chosen: Choices, array: Number) -> None:
+    """Cancel an array; its workers save their trainings and end."""
+    from flatlab.jobs import slurm
+
+    slurm.array(chosen.runs(), array)
+    slurm.cancel(array)
+    chosen.answer_facts({"cancelled": array}, f"Slurm array {array} is cancelled; the same command submits another.")
 
 
 @data_commands.command("list", epilog="Example: `flatlab data list`")
