@@ -1,19 +1,13 @@
 """Workers on a real Slurm: the bytes of a local run, also where nodes, workers and the command are killed."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
+from clusters import LONG, MANY, alone, contents, flatlab, planned, sessions, start, step_of
 from slurm_engine import answer, settled, slurm, until
-from stores import ERM, PLACE, PROBE, PROBES, RUNS, SIZES, content
+from stores import ERM, PROBES, RUNS
 
-from flatlab import files
-from flatlab.jobs import plan as jobs_plan
-from flatlab.jobs import worker
 from flatlab.jobs.engine import run
-from flatlab.jobs.plan import WorkPlan
 from flatlab.jobs.submission import submissions
 from flatlab.specs.engine import Engine
 from flatlab.store.runs import RunStore
@@ -21,8 +15,6 @@ from flatlab.store.runs import RunStore
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 pytest.importorskip("submitit", reason="The extra `slurm` is not installed.")
 TWO = Engine(executor="slurm", workers=2)
-LONG = ERM.replace(steps=1500, eval_every=250)
-MANY = PROBE.replace(num_samples=4000)
 
 
 @pytest.fixture(scope="module")
@@ -37,56 +29,9 @@ def store(tmp_path, engine):
     return RunStore(tmp_path / "store")
 
 
-def planned(store, runs, measurements=()):
-    todo = jobs_plan.missing(store, runs, measurements, sizes=SIZES)
-    return WorkPlan(store=str(store.root), place=PLACE, jobs=tuple(todo))
-
-
-def alone(root, runs, measurements=()):
-    """Return the store that one undisturbed process makes."""
-    store = RunStore(root)
-    errors = []
-    plan = planned(store, runs, measurements)
-    worker.work(plan.jobs, store, PLACE, emit=lambda event: errors.append(event) if "error" in event else None)
-    assert errors == []
-    return store
-
-
-def contents(store):
-    return {entry.path.name: content(entry) for run in store.runs() for entry in (run, *run.measurements())}
-
-
-def sessions(store, spec):
-    return [(each["from_step"], each["to_step"]) for each in store.run(spec).provenance["sessions"]]
-
-
-SUBMIT = """
-import sys
-from flatlab.jobs.engine import run
-from flatlab.jobs.plan import WorkPlan
-from flatlab.specs.engine import Engine
-plan = WorkPlan.parse(open(sys.argv[1]).read())
-errors = run(plan, Engine.parse(sys.argv[2]), on_event=lambda event: print(event, flush=True))
-sys.exit(str(errors) if errors else 0)
-"""
-
-
-def start(plan, path, engine=TWO):
-    """Start a command that runs a plan; its events go to its standard output."""
-    path.write_text(plan.canonical())
-    return subprocess.Popen(
-        [sys.executable, "-c", SUBMIT, str(path), engine.canonical()], stdout=subprocess.PIPE, text=True
-    )
-
-
 def number_of(store):
     (one,) = submissions(store)
     return one.facts["id"]
-
-
-def step_of(store, spec):
-    path = store.run(spec).state("resume")
-    return files.load_arrays(path)[1]["next_step"] if path.exists() else 0
 
 
 def node_of(number):
@@ -104,7 +49,7 @@ def test_two_nodes_make_the_bytes_of_one_process(store, tmp_path):
 
 def test_the_command_is_killed_and_called_again(store, tmp_path):
     plan = planned(store, [LONG])
-    with start(plan, tmp_path / "plan") as process:
+    with start(plan, tmp_path / "plan", TWO) as process:
         assert "is submitted" in process.stdout.readline()
         until(lambda: step_of(store, LONG))
         process.kill()
@@ -143,12 +88,6 @@ def test_a_node_is_killed_in_the_middle_of_training_and_of_measuring(engine, sto
     first, second = sessions(store, LONG)
     assert first[0] == 0 and first[1] == second[0] and second[1] == 1501  # from the last state on disk
     assert contents(store) == contents(alone(tmp_path / "alone", [LONG], [(LONG, MANY)]))
-
-
-def flatlab(*words):
-    return subprocess.run(
-        [sys.executable, "-m", "flatlab", *map(str, words)], capture_output=True, text=True, env=os.environ
-    )
 
 
 def test_figure_3_by_two_nodes(store, tmp_path):
