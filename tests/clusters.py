@@ -11,8 +11,8 @@ from flatlab.jobs import worker
 from flatlab.jobs.plan import WorkPlan
 from flatlab.store.runs import RunStore
 
-LONG = ERM.replace(steps=1500, eval_every=250)
-MANY = PROBE.replace(num_samples=4000)
+LONG = ERM.replace(steps=300, eval_every=50)
+MANY = PROBE.replace(num_samples=1000)
 
 
 def planned(store, runs, measurements=()):

@@ -1,10 +1,13 @@
 """Jobs as tasks of a real Ray cluster of three nodes: the bytes of a local run, also where a node is killed."""
 
+import os
+
 import pytest
 from clusters import LONG, alone, contents, flatlab, planned, sessions, start, step_of
 from slurm_engine import until
 from stores import PROBES, RUNS
 
+from flatlab.jobs import on_ray
 from flatlab.jobs.engine import run
 from flatlab.jobs.submission import submissions
 from flatlab.specs.engine import Engine
@@ -16,6 +19,7 @@ pytest.importorskip("ray", reason="The extra `ray` is not installed.")
 
 @pytest.fixture(scope="module")
 def cluster():
+    os.environ |= on_ray.SETTINGS
     from ray.cluster_utils import Cluster
 
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
@@ -51,7 +55,7 @@ def test_the_command_is_killed_and_called_again(engine, store, tmp_path):
         process.kill()
     assert run(planned(store, [LONG]), engine, on_event=print) == []
     first, second = sessions(store, LONG)
-    assert first[0] == 0 and first[1] == second[0] and second[1] == 1501  # from the last state on disk
+    assert first[0] == 0 and first[1] == second[0] and second[1] == 301  # from the last state on disk
     assert contents(store) == contents(alone(tmp_path / "alone", [LONG]))
 
 
@@ -64,7 +68,7 @@ def test_a_node_is_killed_in_the_middle_of_training(cluster, engine, store, tmp_
             cluster.add_node(num_cpus=1)
         process.stdout.read()
         assert process.wait() == 0
-    assert sum(to - start for start, to in sessions(store, LONG)) == 1501
+    assert sum(to - start for start, to in sessions(store, LONG)) == 301
     assert contents(store) == contents(alone(tmp_path / "alone", [LONG]))
 
 

@@ -56,7 +56,7 @@ def test_the_command_is_killed_and_called_again(store, tmp_path):
     notes = []
     assert run(planned(store, [LONG]), TWO, on_event=notes.append) == []
     assert "is under way" in notes[0]["note"] and number_of(store) in notes[0]["note"]
-    assert sessions(store, LONG) == [(0, 1501)]
+    assert sessions(store, LONG) == [(0, 301)]
 
 
 def test_a_preempted_worker_saves_its_state_and_goes_on(store, tmp_path):
@@ -67,7 +67,7 @@ def test_a_preempted_worker_saves_its_state_and_goes_on(store, tmp_path):
         process.stdout.read()
         assert process.wait() == 0
     first, second = sessions(store, LONG)
-    assert first[0] == 0 and first[1] == second[0] > 1 and second[1] == 1501  # each step once
+    assert first[0] == 0 and first[1] == second[0] > 1 and second[1] == 301  # each step once
     assert contents(store) == contents(alone(tmp_path / "alone", [LONG]))
 
 
@@ -75,7 +75,7 @@ def test_a_node_is_killed_in_the_middle_of_training_and_of_measuring(engine, sto
     plan = planned(store, [LONG], [(LONG, MANY)])
     with start(plan, tmp_path / "plan", TWO.replace(workers=1)) as process:
         for middle in (
-            lambda: step_of(store, LONG) > 250,
+            lambda: step_of(store, LONG) > 51,
             lambda: any(store.run(LONG).measurement(MANY).path.glob("unit-*.safetensors")),
         ):
             until(middle)
@@ -86,7 +86,7 @@ def test_a_node_is_killed_in_the_middle_of_training_and_of_measuring(engine, sto
         process.stdout.read()
         assert process.wait() == 0
     first, second = sessions(store, LONG)
-    assert first[0] == 0 and first[1] == second[0] and second[1] == 1501  # from the last state on disk
+    assert first[0] == 0 and first[1] == second[0] and second[1] == 301  # from the last state on disk
     assert contents(store) == contents(alone(tmp_path / "alone", [LONG], [(LONG, MANY)]))
 
 

@@ -18,6 +18,10 @@ from flatlab.store.disk import require_shared_locks
 from flatlab.store.entry import discard
 from flatlab.store.runs import RunStore
 
+SETTINGS = {  # of Ray, read when it is imported
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # a task that asks for no GPU sees none
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # where `uv run` started the command, nodes have their own environments
+}
 RETRIES = 10  # of a task whose node or process was lost
 GB = 2**30
 
@@ -51,7 +55,7 @@ def run_on_ray(plan: WorkPlan, engine: Engine, *, on_event: OnEvent) -> list[Eve
 @contextmanager
 def _cluster(engine: Engine) -> Iterator[Any]:
     """Connect to a cluster, or start one on this machine; a started one is stopped."""
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # a task without a GPU keeps the machine's setting
+    os.environ |= SETTINGS
     import ray
 
     own = {} if engine.ray_address else {"num_cpus": engine.workers * engine.cpus, "include_dashboard": False}
