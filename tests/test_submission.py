@@ -155,6 +155,28 @@ def test_slurm_must_be_there(tmp_path, monkeypatch):
         engines.run(planned(RunStore(tmp_path), ERM), Engine(executor="slurm"), on_event=print)
 
 
+def test_arrays_are_listed_where_slurm_is(submission, tmp_path, monkeypatch, capsys):
+    submission.started(engine="slurm", id="12", workers=2)
+    store = submission.plan.store
+    for words in (("list",), ("cancel", "12")):
+        monkeypatch.setenv("PATH", str(tmp_path))
+        assert call("jobs", *words, "--store", store) == 2
+        assert "is not in PATH" in capsys.readouterr().err
+    for name, text in (("squeue", "echo '12|RUNNING|None'; echo '12|PENDING|Priority'"), ("scancel", "exit 0")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    assert call("jobs", "list", "--store", store, "--json") == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert row == {"array": "12", "workers": "RUNNING 1, PENDING (Priority) 1", "jobs": 2, "done": 0}
+    append(submission.events(0), '{"job": "x", "error": "bad data"}\n')
+    (submission.folder / "logs" / "12_0_0_log.err").touch()
+    assert call("jobs", "logs", "12", "--store", store) == 0
+    said = capsys.readouterr().out
+    assert "x: bad data" in said and "12_0_0_log.err" in said
+    assert call("jobs", "cancel", "12", "--store", store) == 0
+    assert "Slurm array 12 is cancelled" in capsys.readouterr().out
+
+
 def test_a_disk_with_locks_of_one_node_is_refused(tmp_path, monkeypatch):
     table = tmp_path / "mountinfo"
     table.write_text("31 1 0:27 / / rw shared:1 - nfs server:/x rw,nolock\n")

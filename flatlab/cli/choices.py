@@ -167,7 +167,7 @@ class Choices(Options):
             cache=str(self.cache.resolve()) if self.cache else None,
             device=checks.device(self.device),
         )
-        if place.device.partition(":")[0] not in ("auto", "cpu"):
+        if self.executor == "local" and place.device.partition(":")[0] not in ("auto", "cpu"):
             from flatlab.loading import data as loading_data
 
             loading_data.device(place)  # refuses an absent one before the work; only this loads torch

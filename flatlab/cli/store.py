@@ -1,8 +1,9 @@
 """The commands of stores, clusters and data sets.
 
-runs list, show, verify, rm, merge; jobs list, logs, cancel; data list, check.
+runs list, show, verify, rm, merge; jobs list, logs, cancel; data list, check, cache.
 """
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -14,6 +15,9 @@ from flatlab.cli.errors import Commands, say
 from flatlab.cli.options import NAMED, OneRun, Runs
 from flatlab.cli.parse import HEX
 from flatlab.errors import UserError, printable
+
+UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12}
+SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([MGT]B)")
 
 runs_commands = Commands(help="List, show, verify, remove and merge the runs of a store.", no_args_is_help=True)
 jobs_commands = Commands(help="List and cancel what was submitted to Slurm.", no_args_is_help=True)
@@ -184,3 +188,20 @@ def check(chosen: Choices, dataset: Annotated[str, typer.Argument(help="PACS, ..
         typer.echo("".join(f"{sentence}\n" for row in rows for sentence in row.unreadable), nl=False)
     if not all(row.ok for row in rows):
         raise typer.Exit(1)
+
+
+@data_commands.command("cache", epilog="Example: `flatlab data cache --keep 20GB`")
+@takes("cache", "json", "debug")
+def cache_(
+    chosen: Choices,
+    keep: Annotated[str, typer.Option(help="Size of the entries that stay, such as 20GB; those used last stay.")],
+) -> None:
+    """Delete the decoded images that were used longest ago; those of the last day stay."""
+    from flatlab.data import cache
+
+    size = SIZE.fullmatch(keep.strip().upper())
+    if size is None:
+        raise UserError(f"--keep must be a number with MB, GB or TB, such as 20GB, got {keep}.")
+    removed = cache.evict(chosen.cache or cache.default_folder(), int(float(size[1]) * UNITS[size[2]]))
+    names = [str(path) for path in removed]
+    chosen.answer_facts({"removed": names}, f"{len(names)} entries removed{': ' if names else ''}{', '.join(names)}.")

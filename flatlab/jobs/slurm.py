@@ -88,16 +88,16 @@ def array(store: RunStore, number: str) -> Submission:
 
 def is_active(number: str) -> bool:
     """Whether an array is pending or running; where the controller does not answer, it counts as active."""
-    command = ["squeue", "--me", "--noheader", "--array", "--format=%F"]
-    asked = subprocess.run(command, capture_output=True, text=True)
+    asked = _asked("squeue", "--me", "--noheader", "--array", "--format=%F")
     return asked.returncode != 0 or number in asked.stdout.split()
 
 
 def states(number: str) -> str:
     """Return the states of an array's workers with Slurm's reasons, such as "RUNNING 2, PENDING (Priority) 1"."""
-    command = ["squeue", "--me", "--noheader", "--array", "--format=%F|%T|%r"]
-    rows = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n")
-    mine = [row.split("|")[1:] for row in rows if row.startswith(f"{number}|")]
+    asked = _asked("squeue", "--me", "--noheader", "--array", "--format=%F|%T|%r")
+    if asked.returncode:
+        return "unknown: Slurm's controller does not answer"
+    mine = [row.split("|")[1:] for row in asked.stdout.splitlines() if row.startswith(f"{number}|")]
     named = [state if reason == "None" else f"{state} ({reason})" for state, reason in mine]
     return ", ".join(f"{each} {named.count(each)}" for each in dict.fromkeys(named)) or "ended"
 
@@ -111,9 +111,15 @@ def cancel(number: str) -> None:
     Raises:
         UserError: if Slurm refuses.
     """
-    done = subprocess.run(["scancel", number], capture_output=True, text=True)
+    done = _asked("scancel", number)
     if done.returncode:
         raise UserError(f"Slurm did not cancel {number}: {done.stderr.strip()}")
+
+
+def _asked(*command: str) -> "subprocess.CompletedProcess[str]":
+    if shutil.which(command[0]) is None:
+        raise UserError(f"This must run on a machine with Slurm's `{command[0]}`, which is not in PATH.")
+    return subprocess.run(command, capture_output=True, text=True)
 
 
 def _submit(plan: WorkPlan, engine: Engine) -> Submission:
