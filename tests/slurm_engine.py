@@ -95,7 +95,7 @@ def answer(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     with ExitStack() as stack:
         sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
         return [each.getsockname()[1] for each in sockets]
@@ -114,7 +114,7 @@ def slurm(folder: Path):
     folder.chmod(0o755)
     (folder / "munge.key").write_bytes(secrets.token_bytes(1024))
     (folder / "munge.key").chmod(0o400)
-    words = {"host": platform.node(), "user": "root", "folder": folder, "ports": _free_ports(3)}
+    words = {"host": platform.node(), "user": "root", "folder": folder, "ports": free_ports(3)}
     (folder / "slurm.conf").write_text(CONFIGURATION.format(**words))
     with ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
         patch.setenv("SLURM_CONF", str(folder / "slurm.conf"))

@@ -71,6 +71,8 @@ TORCH_FREE = (
     "reproduce",
     "jobs.plan",
     "jobs.local",
+    "jobs.slurm",
+    "jobs.on_ray",
     "cli",
     "analyses",
 )

@@ -4,7 +4,7 @@ import os
 
 import pytest
 from clusters import LONG, alone, contents, flatlab, planned, sessions, start, step_of
-from slurm_engine import until
+from slurm_engine import free_ports, until
 from stores import PROBES, RUNS
 
 from flatlab.jobs import on_ray
@@ -17,14 +17,20 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 pytest.importorskip("ray", reason="The extra `ray` is not installed.")
 
 
+def ports():
+    """Return ports for a node's agents: without them a node waits seconds for these, too few on a busy machine."""
+    names = ("metrics_agent_port", "metrics_export_port", "dashboard_agent_listen_port", "runtime_env_agent_port")
+    return dict(zip(names, free_ports(len(names)), strict=True))
+
+
 @pytest.fixture(scope="module")
 def cluster():
     os.environ |= on_ray.SETTINGS
     from ray.cluster_utils import Cluster
 
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **ports()})
     for _ in range(3):
-        made.add_node(num_cpus=1)
+        made.add_node(num_cpus=1, **ports())
     made.wait_for_nodes()
     yield made
     made.shutdown()
@@ -65,7 +71,7 @@ def test_a_node_is_killed_in_the_middle_of_training(cluster, engine, store, tmp_
         for node in [*cluster.worker_nodes]:  # wherever the task is
             cluster.remove_node(node, allow_graceful=False)
         for _ in range(3):
-            cluster.add_node(num_cpus=1)
+            cluster.add_node(num_cpus=1, **ports())
         process.stdout.read()
         assert process.wait() == 0
     assert sum(to - start for start, to in sessions(store, LONG)) == 301
