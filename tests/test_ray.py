@@ -1,6 +1,7 @@
 """Jobs as tasks of a real Ray cluster of three nodes: the bytes of a local run, also where a node is killed."""
 
 import os
+from importlib.util import find_spec
 
 import pytest
 from clusters import LONG, alone, contents, flatlab, planned, sessions, start, step_of
@@ -13,8 +14,8 @@ from flatlab.jobs.submission import submissions
 from flatlab.specs.engine import Engine
 from flatlab.store.runs import RunStore
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
-pytest.importorskip("ray", reason="The extra `ray` is not installed.")
+lacking = pytest.mark.skipif(find_spec("ray") is None, reason="The extra `ray` is not installed.")
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900), lacking]
 
 
 def ports():

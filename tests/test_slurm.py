@@ -1,6 +1,7 @@
 """Workers on a real Slurm: the bytes of a local run, also where nodes, workers and the command are killed."""
 
 import json
+from importlib.util import find_spec
 
 import pytest
 from clusters import LONG, MANY, alone, contents, flatlab, planned, sessions, start, step_of
@@ -12,8 +13,8 @@ from flatlab.jobs.submission import submissions
 from flatlab.specs.engine import Engine
 from flatlab.store.runs import RunStore
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
-pytest.importorskip("submitit", reason="The extra `slurm` is not installed.")
+lacking = pytest.mark.skipif(find_spec("submitit") is None, reason="The extra `slurm` is not installed.")
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900), lacking]
 TWO = Engine(executor="slurm", workers=2)
 
 
