@@ -72,7 +72,6 @@ TORCH_FREE = (
     "jobs.plan",
     "jobs.local",
     "jobs.slurm",
-    "jobs.on_ray",
     "cli",
     "analyses",
 )
