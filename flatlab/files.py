@@ -41,6 +41,7 @@ if sys.platform != "win32":
 Arrays = dict[str, np.ndarray[Any, Any]]
 HOST = platform.node()
 SCRATCH, HELD = "flatlab-", ".flatlab.lock"  # a folder for temporary files: prefix of its name, and its lock file
+LONGEST_PAUSE = 2.0  # seconds between two looks at the disk, where long nothing has changed
 _DIGEST = "[0-9a-f]{16}"  # below: the files of a store (runs.py); an export that is written there has no owner
 _IN_STORE = re.compile(
     rf"(?:.*?/)?({_DIGEST}/(?:(?:checkpoints|state|kept|measurements/{_DIGEST})/[^/]+|[a-z]+\.jsonl?|done))"
@@ -98,6 +99,13 @@ def scratch() -> Iterator[Path]:
     """Yield a folder for temporary files, locked while the block runs, so that those of killed processes are known."""
     with tempfile.TemporaryDirectory(prefix=SCRATCH) as folder, FileLock(Path(folder) / HELD):
         yield Path(folder)
+
+
+def pauses(first: float) -> Iterator[float]:
+    """Yield the seconds between looks at a disk that others write to: each twice the last, up to `LONGEST_PAUSE`."""
+    while True:
+        yield first
+        first = min(2 * first, LONGEST_PAUSE)
 
 
 def write_json(path: Path, value: Any) -> None:

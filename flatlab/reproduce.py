@@ -14,10 +14,11 @@ from flatlab import environment, figure_files
 from flatlab.analysis import Analysis
 from flatlab.data import catalog
 from flatlab.errors import UserError, WorkerError, choose
-from flatlab.jobs import local
+from flatlab.jobs import engine as engines
 from flatlab.jobs import plan as jobs_plan
 from flatlab.jobs.plan import Job, WorkPlan
 from flatlab.report import tables, valleys, verdicts
+from flatlab.specs.engine import Engine
 from flatlab.specs.run import Place
 from flatlab.specs.settings import QUICK, Setting
 from flatlab.store.runs import Run, RunStore, check_data
@@ -101,14 +102,14 @@ def missing_of(figures: Iterable[Analysis], setting: Setting, store: RunStore, p
     return todo
 
 
-def carry_out(todo: list[Job], store: RunStore, place: Place, *, workers: int, on_event: OnEvent) -> None:
+def carry_out(todo: list[Job], store: RunStore, place: Place, *, engine: Engine, on_event: OnEvent) -> None:
     """Do jobs in worker processes.
 
     Args:
         todo: the jobs.
         store: receives runs and measurements.
         place: data, device, threads.
-        workers: processes.
+        engine: where the workers are started.
         on_event: called with the workers' events.
 
     Raises:
@@ -118,7 +119,7 @@ def carry_out(todo: list[Job], store: RunStore, place: Place, *, workers: int, o
         return
     store.root.mkdir(parents=True, exist_ok=True)
     plan = WorkPlan(store=str(store.root.resolve()), place=place, jobs=tuple(todo))
-    errors = local.run_locally(plan, workers=workers, on_event=on_event)
+    errors = engines.run(plan, engine, on_event=on_event)
     if errors:
         raise UserError(*_sentences(errors)) from _traces(errors)
 

@@ -71,6 +71,7 @@ TORCH_FREE = (
     "reproduce",
     "jobs.plan",
     "jobs.local",
+    "jobs.slurm",
     "cli",
     "analyses",
 )

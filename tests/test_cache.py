@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from commandline import call
 from PIL import Image
 
 from flatlab.data import cache, decode
@@ -243,3 +244,31 @@ def test_threads_keep_the_order_and_do_not_run_far_ahead(tmp_path):
     time.sleep(0.05)
     assert len(started) <= decode.AHEAD * decode.THREADS + 1
     assert list(results) == [Path(str(k)) for k in range(1, 1000)]
+
+
+# --- what is evicted ---------------------------------------------------------------------------------------------
+
+
+def test_entries_used_longest_ago_are_evicted_above_a_size(tree, kept):
+    made = [cache.prepare("folder:animals", data_dir=tree, image_size=size, cache=kept).folder for size in (6, 7, 8)]
+    sizes = [sum(file.stat().st_size for file in folder.iterdir()) for folder in made]
+    now = time.time()
+    for folder, days in zip(made, (3, 2, 0.5), strict=True):
+        os.utime(folder, (now - days * 86400, now - days * 86400))
+    assert cache.evict(kept, sum(sizes)) == []
+    assert cache.prepare("folder:animals", data_dir=tree, image_size=6, cache=kept).folder == made[0]  # it is used now
+    assert cache.evict(kept, sum(sizes) - 1) == [made[1]]
+    assert cache.evict(kept, 0) == []  # the others were used within a day
+    assert entries(kept) == sorted([made[0].name, made[2].name]) and leftovers(kept) == []
+    assert prepare(tree, kept).folder == made[2]
+
+
+def test_the_size_that_stays_is_a_number_with_a_unit(tree, kept, capsys):
+    folder = prepare(tree, kept).folder
+    os.utime(folder, (0, 0))
+    assert call("data", "cache", "--keep", "20", "--cache", kept) == 2
+    assert "--keep must be a number with MB, GB or TB, such as 20GB, got 20." in capsys.readouterr().err
+    assert call("data", "cache", "--keep", "0.5 gb", "--cache", kept) == 0
+    assert "0 entries removed." in capsys.readouterr().out
+    assert call("data", "cache", "--keep", "0MB", "--cache", kept) == 0
+    assert "1 entries removed: " in capsys.readouterr().out and entries(kept) == []

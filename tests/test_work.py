@@ -14,6 +14,7 @@ from stores import ERM, OTHER, PLACE, PROBE, PROBES, QT, RUNS, SIZES, child, con
 
 from flatlab import files
 from flatlab.data.batches import TrainingStream
+from flatlab.errors import UserError
 from flatlab.jobs import local
 from flatlab.jobs import plan as jobs_plan
 from flatlab.jobs import worker as jobs_worker
@@ -114,6 +115,7 @@ def test_a_killed_worker_lets_go(store):
 COMMAND = """
 import sys
 from flatlab.jobs.local import run_locally
+from flatlab.errors import UserError
 from flatlab.jobs.plan import WorkPlan
 run_locally(WorkPlan.parse(open(sys.argv[1]).read()), workers=1, on_event=lambda event: print(event, flush=True))
 """
@@ -332,3 +334,23 @@ def test_a_bug_is_called_one_and_the_other_jobs_go_on(store, monkeypatch):
     assert set(_errors(events).values()) == {"ZeroDivisionError: oh (a bug in flatlab)"}
     assert all("in broken" in event["trace"] for event in events if "error" in event)
     assert all(store.run(run).done for run in RUNS)
+
+
+def test_what_failed_for_one_worker_is_not_tried_by_another(store, tmp_path, monkeypatch):
+    tried = []
+
+    def broken(job, *_):
+        tried.append(job.name)
+        raise UserError("these data are bad")
+
+    monkeypatch.setattr(jobs_worker, "_do", broken)
+    todo = jobs_plan.missing(store, [ERM], [], sizes=SIZES)
+    for _ in range(2):
+        events = []
+        jobs_worker.work(todo, store, PLACE, emit=events.append, failures=tmp_path)
+        assert _errors(events) == {todo[0].name: "these data are bad"}
+    assert tried == [todo[0].name]
+    monkeypatch.undo()
+    (tmp_path / "again").mkdir()
+    jobs_worker.work(todo, store, PLACE, emit=events.append, failures=tmp_path / "again")  # another command
+    assert store.run(ERM).done

@@ -90,6 +90,7 @@ def reproduce(
 for _module in (training, measuring, info):
     app.add_typer(_module.commands)
 app.add_typer(store.runs_commands, name="runs")
+app.add_typer(store.jobs_commands, name="jobs")
 app.add_typer(store.data_commands, name="data")
 
 

@@ -14,18 +14,20 @@ from pydantic.fields import FieldInfo
 
 from flatlab.cli import checks
 from flatlab.cli.errors import spoken
-from flatlab.cli.options import MODELS, OF_SETTING, WORDS, Options, field_option, flag, shared_option
+from flatlab.cli.options import CLUSTERS, MODELS, OF_SETTING, WORDS, Options, field_option, flag, shared_option
 from flatlab.data import catalog
 from flatlab.errors import UserError, choose, printable
 
 if TYPE_CHECKING:  # imported where they are used: `--help` answers before numpy is there
     import pandas as pd
 
+    from flatlab.specs.engine import Engine
     from flatlab.specs.run import Place
     from flatlab.specs.settings import Setting
     from flatlab.store.runs import Run, RunStore
 
 LAYOUT = {"folder": "DOMAIN/CLASS/IMAGE", "folder-text": "DOMAIN.tsv"}
+CLUSTER_WORKERS = 16  # where --max-workers is not given
 SHORT = 8  # digits of a digest on a screen
 Asked = Mapping[str, tuple[str, FieldInfo]]
 
@@ -175,18 +177,37 @@ class Choices(Options):
             cache=str(self.cache.resolve()) if self.cache else None,
             device=checks.device(self.device),
         )
-        if place.device.partition(":")[0] not in ("auto", "cpu"):
+        if self.executor == "local" and place.device.partition(":")[0] not in ("auto", "cpu"):
             from flatlab.loading import data as loading_data
 
             loading_data.device(place)  # refuses an absent one before the work; only this loads torch
         return place
 
-    def processes(self, jobs: int) -> int:
-        """Return the number of workers for a number of jobs."""
-        from flatlab.environment import cores
+    def engine(self, jobs: int) -> "Engine":
+        """Return where the workers of a number of jobs are started.
 
-        usual = 1 if _accelerated(self.device) else cores()
-        return max(1, min(jobs, self.workers or usual))
+        Args:
+            jobs: their number.
+
+        Raises:
+            UserError: for an option that the executor does not take.
+        """
+        from flatlab.environment import cores
+        from flatlab.specs.engine import Engine
+
+        if self.executor == "local":
+            self.refuse(CLUSTERS, "without --executor slurm")
+            usual = 1 if _accelerated(self.device) else cores()
+            return Engine(workers=max(1, min(jobs, self.workers or usual)))
+        if self.workers:
+            raise UserError(f"--workers counts processes of this machine; write --max-workers {self.workers}.")
+        asked = {name: getattr(self, name) for name in CLUSTERS if name in Engine.model_fields}
+        given = {name: value for name, value in asked.items() if value not in (None, [])}
+        if "slurm_arg" in given:
+            given["slurm_arg"] = tuple(given["slurm_arg"])
+        return Engine.make(
+            executor=self.executor, workers=max(1, min(jobs, self.max_workers or CLUSTER_WORKERS)), **given
+        )
 
     def answer(self, table: "pd.DataFrame", title: str, formats: dict[str, str] | None = None) -> None:
         """Print a frame: as a table, or with --json as JSON."""

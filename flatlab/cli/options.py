@@ -12,6 +12,7 @@ from pydantic.fields import FieldInfo
 
 from flatlab.errors import UserError, choose
 from flatlab.specs.base import LARGEST_INT, Spec
+from flatlab.specs.engine import Engine
 from flatlab.specs.methods import KNOWN
 from flatlab.specs.quantizers import LSQOptions
 from flatlab.specs.run import FreezeSpec
@@ -22,6 +23,7 @@ Runs = Annotated[list[str], typer.Argument(help=f"Runs: each {_RUN} (`flatlab ru
 OneRun = Annotated[str, typer.Argument(help=f"Run: {_RUN} (`flatlab runs list`).")]
 
 DATA, COMPOSITION, SCHEDULE, PLACE, OUTPUT = "Data", "Composition", "Schedule and seeds", "Place", "Output"
+CLUSTER = "Slurm"
 MODELS = {  # -> channels; None: any number; 0: sentences
     **{"digits-cnn": None, "resnet18": 3, "resnet50": 3, "mobilenet_v2": 3, "sentences-transformer": 0},
     **dict.fromkeys(("cnn-10x2", "cnn-10x3", "cnn-16x2", "cnn-16x3")),  # cnn-WxD: W channels at first, D convolutions
@@ -112,6 +114,14 @@ def _of_setting(panel: str, name: str, *names: str, default: Any = None) -> Any:
     text = f"{rule.help(info.description or '')}{'' if default is False else _usual(name)}"
     option = typer.Option(*names, help=text, rich_help_panel=panel, show_default=False)
     return field(default=default, metadata={"option": option, "rule": rule, "setting": name})
+
+
+def _of_engine(name: str, *, default: Any = None) -> Any:
+    """Return the field of an option that is a field of `Engine`; not given, it is as the engine has it."""
+    info = Engine.model_fields[name]
+    usual = f" (default: {info.default})" if info.default else ""
+    text = f"{info.description}{usual} Only with --executor slurm."
+    return _option(CLUSTER, text, default=default, rule=Rule.of(info), show_default=False)
 
 
 def _usual(name: str) -> str:
@@ -219,6 +229,24 @@ class Options:
         "Number of worker processes (default: one per core; one on an accelerator).",
         rule=Rule(bounds=(("ge", 1), ("le", 1024))),
     )
+    executor: str = _option(
+        CLUSTER,
+        "Where the workers are started: on this machine, or as a Slurm array.",
+        default="local",
+        rule=Rule.of(Engine.model_fields["executor"]),
+    )
+    max_workers: int | None = _option(
+        CLUSTER,
+        "Number of workers on the cluster (default: one per job, at most 16). Only with --executor slurm.",
+        rule=Rule(bounds=(("ge", 1), ("le", 10_000))),
+    )
+    gpus: int | None = _of_engine("gpus")
+    cpus: int | None = _of_engine("cpus")
+    memory: int | None = _of_engine("memory")
+    time: int | None = _of_engine("time")
+    partition: str | None = _of_engine("partition")
+    slurm_arg: list[str] | None = _of_engine("slurm_arg")
+
     cache: Path | None = _option(
         PLACE, "Folder of decoded images (default: flatlab's in the platform's cache folder).", envvar="FLATLAB_CACHE"
     )
@@ -249,7 +277,8 @@ TYPES = get_type_hints(Options)
 OF_SETTING = {name: each.metadata["setting"] for name, each in WORDS.items() if "setting" in each.metadata}
 
 NAMED = ("held_out", "seed")  # select among the runs of a method
-RUNNING = ("device", "workers", "cache", "store", "dry_run", "json", "debug")
+CLUSTERS = ("max_workers", "gpus", "cpus", "memory", "time", "partition", "slurm_arg")  # only with --executor slurm
+RUNNING = ("device", "workers", "executor", *CLUSTERS, "cache", "store", "dry_run", "json", "debug")
 LSQ = tuple("unsigned" if name == "signed" else name for name in LSQOptions.model_fields)
 QUANTIZER = ("granularity", "inq_grid", "noise_amplitude", *LSQ)
 FREEZE = tuple(f"freeze_{name}" for name in FreezeSpec.model_fields)

@@ -33,9 +33,9 @@ def carry_out(chosen: Choices, todo: Sequence[Any], place: Any = None) -> None:
             if folder:  # before the work, since without the folder its pictures would be lost
                 folder.mkdir(parents=True, exist_ok=True)
     _decode({(spec.dataset, spec.image_size) for job in todo for spec in job.runs}, place)
-    processes = chosen.processes(len(todo))
-    with display.board(todo, workers=processes) as on_event:
-        reproduce.carry_out(list(todo), chosen.runs(), place, workers=processes, on_event=on_event)
+    engine = chosen.engine(len(todo))
+    with display.board(todo, workers=engine.workers) as on_event:
+        reproduce.carry_out(list(todo), chosen.runs(), place, engine=engine, on_event=on_event)
 
 
 def measured(chosen: Choices, found: Sequence[Any], measurements: Sequence[Any]) -> bool:
@@ -89,7 +89,7 @@ def price(chosen: Choices, todo: list[Any], spec: Any) -> None:
     rates = {kind: jobs_plan.seconds_per_pass(store, *kind) for kind in kinds or [(spec.model, spec.image_size)]}
     costs = [job.passes * rates[job.runs[0].model, job.runs[0].image_size][0] for job in todo]
     source = "; ".join(dict.fromkeys(source for _, source in rates.values()))
-    workers = chosen.processes(len(todo))
+    workers = chosen.engine(len(todo)).workers
     if not chosen.json:
         display.plan(todo, costs, source, workers=workers)
         return

@@ -1,5 +1,9 @@
-"""The commands of stores and data sets: runs list, show, verify, rm, merge; data list, check."""
+"""The commands of stores, clusters and data sets.
 
+runs list, show, verify, rm, merge; jobs list, logs, cancel; data list, check, cache.
+"""
+
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +16,11 @@ from flatlab.cli.options import NAMED, OneRun, Runs
 from flatlab.cli.parse import HEX
 from flatlab.errors import UserError, printable
 
+UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12}
+SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([MGT]B)")
+
 runs_commands = Commands(help="List, show, verify, remove and merge the runs of a store.", no_args_is_help=True)
+jobs_commands = Commands(help="List and cancel what was submitted to Slurm.", no_args_is_help=True)
 data_commands = Commands(help="List and check data sets.", no_args_is_help=True)
 
 
@@ -105,6 +113,49 @@ def merge_(chosen: Choices, other: Annotated[Path, typer.Argument(help="Folder o
         raise typer.Exit(1)
 
 
+Number = Annotated[str, typer.Argument(help="Slurm's identifier of the array (`flatlab jobs list`).")]
+
+
+@jobs_commands.command("list", epilog="Example: `flatlab jobs list --store runs`")
+@takes("store", "json", "debug")
+def list_jobs(chosen: Choices) -> None:
+    """List the Slurm arrays of a store, and the states of their workers."""
+    import pandas as pd
+
+    from flatlab.jobs import slurm
+
+    store, rows = chosen.runs(), []
+    for each in slurm.arrays(store):
+        jobs, number = each.plan.jobs, each.facts["id"]
+        done = sum(job.done(store) for job in jobs)
+        rows.append({"array": number, "workers": slurm.states(number), "jobs": len(jobs), "done": done})
+    chosen.answer(pd.DataFrame(rows, columns=["array", "workers", "jobs", "done"]), f"Slurm arrays of {store.root}")
+
+
+@jobs_commands.command(epilog="Example: `flatlab jobs logs 1234`")
+@takes("store", "json", "debug")
+def logs(chosen: Choices, array: Number) -> None:
+    """Print the errors of an array's workers, and the files with their output."""
+    from flatlab.jobs import slurm
+
+    found = slurm.array(chosen.runs(), array)
+    errors = [event for event in found.news() if "error" in event]
+    written = sorted(str(path) for path in (found.folder / "logs").iterdir() if path.suffix in (".out", ".err"))
+    sentences = [*(f"{event['job']}: {event['error']}" for event in errors), *written]
+    chosen.answer_facts({"errors": errors, "files": written}, "\n".join(map(printable, sentences)))
+
+
+@jobs_commands.command(epilog="Example: `flatlab jobs cancel 1234`")
+@takes("store", "json", "debug")
+def cancel(chosen: Choices, array: Number) -> None:
+    """Cancel an array; its workers save their trainings and end."""
+    from flatlab.jobs import slurm
+
+    slurm.array(chosen.runs(), array)
+    slurm.cancel(array)
+    chosen.answer_facts({"cancelled": array}, f"Slurm array {array} is cancelled; the same command submits another.")
+
+
 @data_commands.command("list", epilog="Example: `flatlab data list`")
 @takes("json", "debug")
 def list_data(chosen: Choices) -> None:
@@ -142,3 +193,20 @@ def check(
         typer.echo("".join(f"{sentence}\n" for row in rows for sentence in row.unreadable), nl=False)
     if not all(row.ok for row in rows):
         raise typer.Exit(1)
+
+
+@data_commands.command("cache", epilog="Example: `flatlab data cache --keep 20GB`")
+@takes("cache", "json", "debug")
+def cache_(
+    chosen: Choices,
+    keep: Annotated[str, typer.Option(help="Size of the entries that stay, such as 20GB; those used last stay.")],
+) -> None:
+    """Delete the decoded images that were used longest ago; those of the last day stay."""
+    from flatlab.data import cache
+
+    size = SIZE.fullmatch(keep.strip().upper())
+    if size is None:
+        raise UserError(f"--keep must be a number with MB, GB or TB, such as 20GB, got {keep}.")
+    removed = cache.evict(chosen.cache or cache.default_folder(), int(float(size[1]) * UNITS[size[2]]))
+    names = [str(path) for path in removed]
+    chosen.answer_facts({"removed": names}, f"{len(names)} entries removed{': ' if names else ''}{', '.join(names)}.")

@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import sys
+import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,6 +31,7 @@ from flatlab.data.folders import Listing, listing
 from flatlab.errors import UserError
 
 FORMAT = 1  # of an entry; part of its key
+DAY = 86400.0
 LIMIT = 32 * 2**30  # bytes of an entry: all of DomainBed's but DomainNet (at 224 pixels 250 GiB)
 SQUARES, ORIGINALS = "squares.bin", "originals.bin"
 
@@ -115,7 +117,34 @@ def _entry(found: Listing, image_size: int, cache: Path | None, report: Report |
     with FileLock(folder.with_name(f".{folder.name}.lock")):
         if not folder.exists():
             _build(found, image_size, folder, report or (lambda done, of: None))
-    return _open(found, image_size, folder)
+        if os.access(folder, os.W_OK):  # another user's may not be
+            os.utime(folder)  # its last use, for `evict`
+        return _open(found, image_size, folder)
+
+
+def evict(folder: Path, keep: int) -> list[Path]:
+    """Delete the entries that were opened longest ago until the others have a size; return what was deleted.
+
+    An entry that was opened within the last day stays, since a process may be reading it.
+
+    Args:
+        folder: the cache.
+        keep: bytes of all entries that stay.
+    """
+    entries = [path.parent for path in folder.glob("[!.]*/index.json")]
+    sizes = {entry: sum(file.stat().st_size for file in entry.iterdir()) for entry in entries}
+    removed = []
+    for entry in sorted(entries, key=lambda entry: entry.stat().st_mtime):
+        if sum(sizes.values()) <= keep or time.time() - entry.stat().st_mtime < DAY:
+            break
+        with FileLock(entry.with_name(f".{entry.name}.lock")):
+            gone = entry.with_name(f".{entry.name}.partial")  # which the next build removes, should this be killed
+            shutil.rmtree(gone, ignore_errors=True)
+            entry.rename(gone)
+            shutil.rmtree(gone)
+        del sizes[entry]
+        removed.append(entry)
+    return removed
 
 
 def _key(found: Listing, image_size: int) -> str:

@@ -2,8 +2,8 @@
 
 `python -m flatlab.jobs.worker PLAN` writes one JSON event a line. With `--end-with-input` it ends, with code 1, when
 its standard input is closed: a worker does not outlive the command that started it, even where that was killed. On
-SIGTERM, which batch systems send, it saves the state of a training after the step that it is at, and ends with code
-143.
+SIGTERM or SIGUSR2, which batch systems send, it saves the state of a training after the step that it is at, and ends
+with code 143.
 """
 
 import json
@@ -19,6 +19,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from flatlab import files
 from flatlab.errors import UserError
 from flatlab.jobs.plan import Job, WorkPlan
 from flatlab.specs.run import Place
@@ -26,13 +27,13 @@ from flatlab.store.runs import RunStore
 
 Event = dict[str, Any]
 Emit = Callable[[Event], None]
-IDLE_SECONDS = 0.1  # between two looks at jobs that others hold
+IDLE_SECONDS = 0.1  # between the first two looks at jobs that others hold
 EVENT_SECONDS = 0.2  # between two progress events of one job
 STOPPED = 128 + signal.SIGTERM  # exit code, as a shell gives for SIGTERM
 _training, _asked_to_stop = threading.Event(), threading.Event()
 
 
-def work(jobs: Sequence[Job], store: RunStore, place: Place, *, emit: Emit) -> None:
+def work(jobs: Sequence[Job], store: RunStore, place: Place, *, emit: Emit, failures: Path | None = None) -> None:
     """Do all jobs that nobody else does, each as soon as what it needs is done; then help others to measure.
 
     Args:
@@ -40,47 +41,76 @@ def work(jobs: Sequence[Job], store: RunStore, place: Place, *, emit: Emit) -> N
         store: receives the runs and measurements.
         place: data folder, device, threads.
         emit: called with events, each with the job's name: progress ("share", "shown"), "finished", or "error".
+        failures: folder in which the workers of a plan note their errors: what failed for one is not tried by another.
     """
-    pending = list(jobs)
-    while pending:
+    worker, pauses = _Worker(jobs, store, place, emit, failures), files.pauses(IDLE_SECONDS)
+    while worker.pending:
         if _asked_to_stop.is_set():  # while a training ended
             raise KeyboardInterrupt
-        # The first jobs first: what was waiting may be ready now. Who finds none free joins a measurement.
-        tries = ((job, join) for join in (False, True) for job in pending)
-        settled = next((job for job, join in tries if _settled(job, pending, store, place, emit, join=join)), None)
-        if settled:
-            pending.remove(settled)
+        if worker.settles_one():
+            pauses = files.pauses(IDLE_SECONDS)
         else:
-            time.sleep(IDLE_SECONDS)
+            time.sleep(next(pauses))
 
 
-def _settled(
-    job: Job, pending: Sequence[Job], store: RunStore, place: Place, emit: Emit, *, join: bool = False
-) -> bool:
-    """Do a job, or give it up; False where others hold it, or what it needs is still to come."""
-    if job.ready(store):
-        return _attempt(job, store, place, emit, join=join)
-    coming = {name for other in pending for name in other.fills}
-    if coming >= {name for name in job.needs if not store.finished(name)}:
-        return False
-    emit({"job": job.name, "error": "not tried: what it needs failed, or was removed."})
-    return True
+class _Worker:
+    """What a worker has still to do."""
 
+    def __init__(self, jobs: Sequence[Job], store: RunStore, place: Place, emit: Emit, failures: Path | None) -> None:
+        self.pending = list(jobs)
+        self.store, self.place, self.emit, self.failures = store, place, emit, failures
 
-def _attempt(job: Job, store: RunStore, place: Place, emit: Emit, *, join: bool = False) -> bool:
-    """Do a job if nobody holds it, or join who holds a measurement, whose units are locked one by one."""
-    try:
-        with ExitStack() as held:
-            if not job.done(store):
-                if job.measurements:  # before anything is claimed: a claim makes a folder
-                    store.run(job.runs[0]).require_done()
-                if not held.enter_context(store.claim(job.claims(store))) and not (join and job.measurements):
-                    return False
-                _do(job, store, place, emit)
-        emit({"job": job.name, "finished": True})
-    except Exception as error:
-        emit({"job": job.name, **_event_of(error)})
-    return True
+    def settles_one(self) -> bool:
+        """Do one job, or give one up; False where others hold all, or what they need is still to come."""
+        # The first jobs first: what was waiting may be ready now. Who finds none free joins a measurement.
+        tries = ((job, join) for join in (False, True) for job in self.pending)
+        settled = next((job for job, join in tries if self._settled(job, join=join)), None)
+        if settled:
+            self.pending.remove(settled)
+        return settled is not None
+
+    def _settled(self, job: Job, *, join: bool) -> bool:
+        if job.ready(self.store):
+            return self._failed_before(job) or self._attempt(job, join=join)
+        coming = {name for other in self.pending for name in other.fills}
+        if coming >= {name for name in job.needs if not self.store.finished(name)}:
+            return False
+        self.emit({"job": job.name, "error": "not tried: what it needs failed, or was removed."})
+        return True
+
+    def _attempt(self, job: Job, *, join: bool) -> bool:
+        """Do a job if nobody holds it, or join who holds a measurement, whose units are locked one by one."""
+        try:
+            with ExitStack() as held:
+                if not job.done(self.store):
+                    if job.measurements:  # before anything is claimed: a claim makes a folder
+                        self.store.run(job.runs[0]).require_done()
+                    free = held.enter_context(self.store.claim(job.claims(self.store)))
+                    if not free and not (join and job.measurements):
+                        return False
+                    if self._failed_before(job):  # while this one waited for the lock
+                        return True
+                    _do(job, self.store, self.place, self.emit)
+            self.emit({"job": job.name, "finished": True})
+        except Exception as error:
+            self._fail(job, _event_of(error))
+        return True
+
+    def _note_of(self, job: Job) -> Path | None:
+        return self.failures / f"failed-{job.digest}.json" if self.failures else None
+
+    def _failed_before(self, job: Job) -> bool:
+        """Whether the job failed in another worker; its error is passed on."""
+        note = self._note_of(job)
+        if note is None or not note.exists() or job.done(self.store):
+            return False
+        self.emit({"job": job.name, **files.read_json(note)})
+        return True
+
+    def _fail(self, job: Job, event: Event) -> None:
+        if note := self._note_of(job):
+            files.write_json(note, event)
+        self.emit({"job": job.name, **event})
 
 
 def _event_of(error: Exception) -> Event:
@@ -144,14 +174,17 @@ class _Reporter:
 
 def main() -> None:
     """Work through the plan named on the command line."""
-    plan = WorkPlan.parse(Path(sys.argv[1]).read_text())
+    path = Path(sys.argv[1])
+    plan = WorkPlan.parse(path.read_text())
     sys.stdout = sys.stderr  # what a library prints must not come between the events
     logging.getLogger("flatlab").addHandler(_Notes())
     if "--end-with-input" in sys.argv[2:]:
         threading.Thread(target=_end_with_parent, daemon=True).start()
-    signal.signal(signal.SIGTERM, _stop)
+    for name in ("SIGTERM", "SIGUSR2"):  # the second one comes from Slurm before the time is up
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), _stop)
     try:
-        work(plan.jobs, RunStore(plan.store), plan.place, emit=_print)
+        work(plan.jobs, RunStore(plan.store), plan.place, emit=_print, failures=path.parent)
     except KeyboardInterrupt:
         sys.exit(STOPPED if _asked_to_stop.is_set() else 128 + signal.SIGINT)
 

@@ -10,7 +10,7 @@ from flatlab.arguments import FloatArray
 from flatlab.metrics.units import Unit
 from flatlab.store.runs import Measurement
 
-IDLE_SECONDS = 0.05  # between two looks at units that others compute
+IDLE_SECONDS = 0.05  # between the first two looks at units that others compute
 
 
 class UnitFiles:
@@ -22,11 +22,11 @@ class UnitFiles:
     def units(self, units: Sequence[Unit]) -> Iterator[FloatArray]:
         """Yield the units' arrays in their order; those that nobody else computes at this moment are computed here."""
         for index, (name, _) in enumerate(units):
-            path = self.measurement.unit(name)
+            path, pauses = self.measurement.unit(name), files.pauses(IDLE_SECONDS)
             while not path.exists():
                 free = (each for each in units[index:] if self._fill(*each))
                 if next(free, None) is None and not path.exists():
-                    time.sleep(IDLE_SECONDS)  # all that is missing is in other hands
+                    time.sleep(next(pauses))  # all that is missing is in other hands
             yield files.load_arrays(path)[0]["unit"]
 
     def _fill(self, name: str, compute: Callable[[], FloatArray]) -> bool:

@@ -1,0 +1,34 @@
+"""A plan is handed to an engine: processes on this machine, or Slurm."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from flatlab.jobs import local
+from flatlab.jobs.plan import WorkPlan
+from flatlab.specs.engine import Engine
+from flatlab.store.disk import require_shared_locks
+
+Event = dict[str, Any]
+
+
+def run(plan: WorkPlan, engine: Engine, *, on_event: Callable[[Event], None]) -> list[Event]:
+    """Run a plan's jobs on an engine, and wait.
+
+    Args:
+        plan: the jobs, their store and place.
+        engine: where.
+        on_event: called with each event of each worker.
+
+    Returns:
+        The errors, as events.
+
+    Raises:
+        UserError: where the engine is not there, or the store's disk does not suit it.
+    """
+    if engine.executor == "local":
+        return local.run_locally(plan, workers=engine.workers, on_event=on_event)
+    require_shared_locks(Path(plan.store))
+    from flatlab.jobs.slurm import run_on_slurm
+
+    return run_on_slurm(plan.replace(place=plan.place.replace(threads=engine.cpus)), engine, on_event=on_event)
