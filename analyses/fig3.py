@@ -32,6 +32,7 @@ labelled = by_method(ORDER)
 PAIRS = [("QT-DoG", other) for other in ORDER[:-1]] + [(other, BASELINE) for other in ORDER[1:-1]]
 COLUMNS = ["panel", "normalisation", "method", "held_out", "seed", "radius"]
 COLUMNS += ["value", "stderr", "low", "high", "over", "published", "rise", "base_loss", "chance"]
+DOMAINS = ["each_domain", "highest", "ratio"]  # of the rise: by domain, the sharpest, and that over the mean
 GROUP = ["panel", "normalisation", "method", "radius"]
 PRINTED = {SOURCE: "train", TARGET: "test"}  # the paper's names: train and test flatness
 SUMMARY = (
@@ -60,8 +61,13 @@ def table(store: RunStore, setting: Setting) -> pd.DataFrame:
     """Return the curves: of each run with intervals over directions, and of each method over seeds."""
     wanted = [(name, run, measurement) for name, run in labelled(setting) for measurement in measurements(setting)]
     each = named_by_rise(tables.flatness(store, wanted), BASELINE)
-    whole = pd.concat([each, tables.over_seeds(each, GROUP)], ignore_index=True)
-    return _with_published(whole, setting)[COLUMNS]
+    whole = pd.concat([each, tables.over_seeds(each, GROUP).merge(_by_domain(each), on=GROUP)], ignore_index=True)
+    return _with_published(whole, setting)[[*COLUMNS, *DOMAINS]]
+
+
+def _by_domain(each: pd.DataFrame) -> pd.DataFrame:
+    """Return the means over held-out domains and seeds of the sharpest domain's rise, and of its ratio to the mean."""
+    return each.groupby(GROUP, sort=False)[DOMAINS[1:]].mean().reset_index()
 
 
 @once

@@ -170,6 +170,22 @@ def test_an_inputs_gradient_is_lsqs():
     assert quantizer.scale.grad.item() == pytest.approx(slope / math.sqrt(4 * 3), rel=1e-6)
 
 
+def test_inputs_that_are_not_rounded_are_clipped_to_the_range_of_their_codes():
+    inputs = torch.tensor([[-1.0, 0.2, 0.9, 9.0]], requires_grad=True)
+    for signed, expected in {False: [0.0, 0.2, 0.9, 1.5], True: [-1.0, 0.2, 0.5, 0.5]}.items():
+        quantizer = Activations(bits=2, signed=signed, start="one")
+        with torch.no_grad():
+            quantizer.scale.fill_(0.5)
+        (rounded,) = torch.autograd.grad(quantizer(inputs).sum(), inputs)
+        assert quantizer.straight_through
+        quantizer.rounded = False
+        assert not quantizer.straight_through
+        clipped = quantizer(inputs)
+        assert clipped.tolist() == [pytest.approx(expected)]
+        (slopes,) = torch.autograd.grad(clipped.sum(), inputs)
+        assert slopes[0, 1] == rounded[0, 1] == 1 and slopes[0, 3] == rounded[0, 3] == 0
+
+
 def test_attention_keeps_its_inputs_and_the_rest_of_the_block_does_not():
     model = ViTBlock()
     assert attach_activations(model) == ["patches", "block.linear1", "block.linear2"]

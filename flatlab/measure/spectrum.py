@@ -21,6 +21,7 @@ from flatlab.metrics.curvature.eigenvalues import hessian_spectrum
 from flatlab.metrics.curvature.resumable import KeptHessian
 from flatlab.metrics.curvature.trace import COLUMNS, hessian_trace
 from flatlab.quant.attach import bake
+from flatlab.quant.lsq import Activations
 from flatlab.results.estimate import Cost
 from flatlab.results.spectrum import FLOOR, NUMBERS, STATES, UNVERIFIED, MeasuredSpectrum, SpectralDensity, Trace
 from flatlab.seeds import derive
@@ -80,6 +81,9 @@ def _domains(run: Run, spec: SpectrumSpec, known: list[str]) -> list[str]:
 def _baked(run: Run, spec: SpectrumSpec, place: Place) -> torch.nn.Module:
     loaded = network(run, spec.checkpoint, place)
     bake(loaded)
+    for module in loaded.modules():
+        if isinstance(module, Activations) and spec.unrounded:
+            module.rounded = False
     return loaded
 
 

@@ -168,8 +168,8 @@ class Activations(nn.Module):
         UserError: an option is not known.
     """
 
-    straight_through = True  # autograd's second derivatives are not those of the loss
     ready: Tensor
+    rounded = True  # False: inputs are clipped to the range of the codes alone
 
     def __init__(self, *, bits: int = 8, signed: bool = False, start: str = "batch", count: str = "sample") -> None:
         super().__init__()
@@ -177,6 +177,11 @@ class Activations(nn.Module):
         self.scale = nn.Parameter(torch.ones(()))
         self.batch = choose("count", count, COUNTS) == "batch"
         self.register_buffer("ready", torch.tensor(choose("start", start, STARTS) == "one"))
+
+    @property
+    def straight_through(self) -> bool:
+        """Whether autograd's second derivatives are not those of the loss."""
+        return self.rounded
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the quantized input, in its shape and dtype."""
@@ -186,6 +191,9 @@ class Activations(nn.Module):
             with torch.no_grad():
                 self.scale.copy_(initial_scale(inputs, self.levels[1], granularity="tensor"))
                 self.ready.fill_(True)
+        if not self.rounded:
+            low, high = self.levels
+            return inputs.clamp(low * self.scale, high * self.scale)
         counted = inputs if self.batch else inputs[0]
         factor = 1 / math.sqrt(counted.numel() * self.levels[1])
         quantized: Tensor = Rounding.apply(inputs, self.scale, self.levels, factor)

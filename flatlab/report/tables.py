@@ -35,7 +35,8 @@ def flatness(store: RunStore, wanted: Iterable[tuple[str, RunSpec, SphereSpec]])
 
     The panel "source" is the mean over the source domains, each weighing the same; "target" is the held-out domain.
     `rise` is what a radius was chosen for (NaN where it was given), `base_loss` the loss at the checkpoint, `chance`
-    that of guessing, ln C; all in nats.
+    that of guessing, ln C; all in nats. `each_domain` names the panel's domains with the rise of each along the same
+    directions, `highest` is the largest of these, `ratio` that over their mean (NaN where the mean is not above 0).
 
     Args:
         store: holds the finished measurements.
@@ -62,7 +63,8 @@ def _rises(run: RunSpec, label: str, whole: SphereFlatness) -> Iterable[dict[str
     rises = whole.rises or [float("nan")] * len(whole.radii)
     for panel in (SOURCE, TARGET):
         flat = part_of(whole, panel, run.held_out)
-        for radius, found, rise in zip(flat.radii.tolist(), flat.estimates, rises, strict=True):
+        domains = np.array([visits.mean(axis=0) for visits in flat.visits])  # (R, S)
+        for radius, found, rise, each in zip(flat.radii.tolist(), flat.estimates, rises, domains, strict=True):
             yield {
                 "panel": panel,
                 "normalisation": flat.normalisation,
@@ -75,6 +77,9 @@ def _rises(run: RunSpec, label: str, whole: SphereFlatness) -> Iterable[dict[str
                 "rise": rise,
                 "base_loss": float(flat.base_loss.mean()),
                 "chance": flat.chance,
+                "each_domain": "; ".join(f"{name} {value:.6g}" for name, value in zip(flat.strata, each, strict=True)),
+                "highest": float(each.max()),
+                "ratio": float(each.max() / each.mean()) if each.mean() > 0 else float("nan"),
             }
 
 

@@ -198,6 +198,8 @@ class SphereSpec(MeasurementSpec):
 class SpectrumSpec(MeasurementSpec):
     """Curvature of the mean loss over some domains, weighted equally: extreme eigenvalues, trace, density."""
 
+    later = (*MeasurementSpec.later, "unrounded")
+
     metric: Literal["spectrum"] = "spectrum"
     space: Literal["baked"] = "baked"  # the loss has no curvature in weights that are rounded
     domains: str = "source"  # "source", "target" (the held-out domain), or names separated by commas
@@ -217,6 +219,11 @@ class SpectrumSpec(MeasurementSpec):
     )
     starts: int = Field(5, ge=1, le=10**4, description="Number of random starting vectors of the density.")
     steps: int = Field(60, ge=1, le=10**4, description="Lanczos steps from each starting vector.")
+    unrounded: bool = Field(
+        False,
+        description="Clip the inputs of layers to the range of their codes without rounding them, where a run rounds "
+        "them: behind rounded inputs the loss has no curvature.",
+    )
 
     @property
     def panel(self) -> str:
