@@ -108,10 +108,6 @@ def test_an_array_that_covers_the_plan_is_followed(submission, monkeypatch):
     "words, sentence",
     [
         ("--gpus 1", "--gpus does nothing without --executor slurm; leave it out."),
-        (
-            "--ray-address auto",
-            "--ray-address does nothing with --executor local; leave it out, or write --exec",
-        ),
         ("--executor slurm --workers 2", "--workers counts processes of this machine; write --max-workers 2."),
         ("--executor slurm --slurm-arg account", "slurm_arg"),
         ("--executor slurm --time 1", "--time must be an integer >= 3, got 1."),
