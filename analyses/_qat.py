@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from analyses import _disorder, _percent, fig3
 from flatlab import plots
-from flatlab.analysis import Analysis, Measured, crossed, from_table
+from flatlab.analysis import Analysis, Measured, crossed, from_table, once
 from flatlab.report import spectrum, tables, verdicts
 from flatlab.report.areas import UP_TO, areas, limits, named_by_rise
 from flatlab.report.panels import SOURCE, TARGET
@@ -195,7 +195,7 @@ class Comparison:
             labelled=self.labelled,
             measured=self.measured,
             table=self.table,
-            findings=self.findings,
+            findings=once(self.findings),
             summary=summary,
             summary_title=SUMMARY,
             remarks=self.remarks,
@@ -203,6 +203,7 @@ class Comparison:
             draw=from_table(self.draw),
             sheet=sheet,
             as_published=self.published,
+            alone=True,
         )
 
 
@@ -300,13 +301,10 @@ def _differences(ax: Axes, rows: pd.DataFrame, pairs: list[tuple[str, str]], blo
 
 def _map(ax: Axes, rows: pd.DataFrame, title: str) -> None:
     """Draw a number from 0 to 1 for each step-size tensor (rows) and evaluation (columns)."""
-    wide = rows.pivot(index="layer", columns="step", values="value")
+    import seaborn as sns  # here: it takes seconds to load
+
+    wide = rows.pivot(index="layer", columns="step", values="value").rename(columns=int)
     ax.set_facecolor(plots.BAD)
-    image = ax.pcolormesh(np.ma.masked_invalid(wide.to_numpy(float)), cmap="viridis", vmin=0, vmax=1)
-    ax.invert_yaxis()
-    places = np.arange(0, len(wide.columns), max(1, len(wide.columns) // 5))
-    ax.set(xticks=places + 0.5, xticklabels=wide.columns[places].astype(int), xlabel="Training step", title=title)
-    ax.set(yticks=np.arange(len(wide)) + 0.5, yticklabels=wide.index)
-    ax.tick_params(axis="y", labelsize=6)
-    ax.grid(visible=False)
-    ax.figure.colorbar(image, ax=ax)
+    sns.heatmap(wide, ax=ax, vmin=0, vmax=1, cmap="viridis", xticklabels=max(1, len(wide.columns) // 5))
+    ax.set(xlabel="Training step", ylabel="", title=title)
+    ax.tick_params(axis="y", labelsize=6, rotation=0)

@@ -210,4 +210,5 @@ FIGURE = Analysis(
     draw=from_table(draw),
     sheet=sheet,
     sheet_title=SHEET,
+    alone=True,
 )
