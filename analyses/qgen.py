@@ -171,8 +171,8 @@ def _without_misses(tau: pd.DataFrame) -> str:
     sure = [np.sign(side["value"]).where(side["p_bh"] < verdicts.LEVEL, 0) for side in sides]
     changed = int((sure[0] != sure[1].reindex(sure[0].index)).sum())
     return (
-        f"Without the networks that miss the target, {changed} of {len(sure[0])} taus (all pairs, equal bits) have "
-        "another verdict."
+        f"Of {len(sure[0])} taus (all pairs, equal bits), those whose verdict changes without the networks that miss "
+        f"the target: {changed}."
     )
 
 

@@ -354,3 +354,20 @@ def test_what_failed_for_one_worker_is_not_tried_by_another(store, tmp_path, mon
     (tmp_path / "again").mkdir()
     jobs_worker.work(todo, store, PLACE, emit=events.append, failures=tmp_path / "again")  # another command
     assert store.run(ERM).done
+
+
+def test_a_worker_takes_no_modules_from_the_folder_it_is_started_in(tmp_path, monkeypatch):
+    (tmp_path / "flatlab").mkdir()
+    (tmp_path / "flatlab" / "__init__.py").write_text("raise RuntimeError('another flatlab')")
+    (tmp_path / "torch.py").write_text("raise RuntimeError('another torch')")
+    monkeypatch.chdir(tmp_path)
+    command = [part for part in local.worker_command("plan.json") if part.startswith("-")][0]
+    code = "import flatlab, torch; print(flatlab.__file__)"
+    done = subprocess.run(
+        [sys.executable, command, "-c", code],
+        env=local.worker_environment(1),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert Path(done.stdout.strip()).parents[1] == Path(local.HERE)

@@ -20,6 +20,18 @@ Event = dict[str, Any]
 
 # glibc gives large blocks back to the system at each free, which costs up to 2.6 times; keep them instead.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "8589934592"}
+HERE = str(Path(__file__).parents[2])  # this package's folder
+
+
+def worker_command(plan: Path | str) -> list[str]:
+    """Return the command of a worker, which takes no modules from the folder that it is started in."""
+    return [sys.executable, "-P", "-m", "flatlab.jobs.worker", str(plan), "--end-with-input"]
+
+
+def worker_environment(threads: int) -> dict[str, str]:
+    """Return the environment of a worker: this package, and not one that the folder or a path names before it."""
+    paths = os.pathsep.join([HERE, *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**ALLOCATOR, **os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": str(threads)}
 
 
 def run_locally(plan: WorkPlan, *, workers: int, on_event: Callable[[Event], None]) -> list[Event]:
@@ -46,8 +58,8 @@ def run_locally(plan: WorkPlan, *, workers: int, on_event: Callable[[Event], Non
 def _workers(
     plan: Path, count: int, threads: int, events: "queue.Queue[Event]"
 ) -> Iterator[list[subprocess.Popen[str]]]:
-    environment = {**ALLOCATOR, **os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
-    command = [sys.executable, "-m", "flatlab.jobs.worker", str(plan), "--end-with-input"]
+    environment = {**worker_environment(threads), "PYTHONUNBUFFERED": "1"}
+    command = worker_command(plan)
     pipe = subprocess.PIPE
     start = partial(
         subprocess.Popen, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=environment, start_new_session=True

@@ -5,10 +5,8 @@ one machine, and goes on from the state on disk. Slurm requeues those of a node 
 """
 
 import json
-import os
 import shutil
 import subprocess
-import sys
 import threading
 import time
 from functools import partial
@@ -17,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from flatlab.errors import UserError
-from flatlab.jobs.local import ALLOCATOR
+from flatlab.jobs.local import worker_command, worker_environment
 from flatlab.jobs.plan import WorkPlan
 from flatlab.jobs.submission import Event, OnEvent, Submission, submissions
 from flatlab.jobs.worker import STOPPED
@@ -172,8 +170,7 @@ class Worker:
             raise RuntimeError(f"the worker ended with status {code}")  # Slurm shows the task as failed
 
     def _start(self, events: Any, threads: int) -> None:
-        command = [sys.executable, "-m", "flatlab.jobs.worker", f"{self.folder}/plan.json", "--end-with-input"]
-        environment = {**ALLOCATOR, **os.environ, "OMP_NUM_THREADS": str(threads)}
+        command, environment = worker_command(f"{self.folder}/plan.json"), worker_environment(threads)
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=events, env=environment)
         # A thread waits: the signal's handler interrupts the main one, and must be able to wait itself.
         self.waiting = threading.Thread(target=self.process.wait, daemon=True)
