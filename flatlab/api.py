@@ -51,7 +51,7 @@ from flatlab.results.gradcam import ClassMaps, MeasuredMaps
 from flatlab.results.quantization_noise import LayerNoise, NetworkNoise, QuantizationNoise, Symmetry
 from flatlab.results.rounding import RoundingRise, RoundingRises
 from flatlab.results.scale_audit import ScaleAudit
-from flatlab.results.sharpness import AverageSharpness, WorstRise, WorstSharpness
+from flatlab.results.sharpness import AverageSharpness, Generalisation, WorstRise, WorstSharpness
 from flatlab.results.size import FileSize
 from flatlab.results.spectrum import PILOT, MeasuredSpectrum, SpectralDensity, Spectrum, Trace
 from flatlab.results.sphere import PairedDifference, Reach, SphereFlatness
@@ -167,6 +167,7 @@ __all__ = [
     "load_exported",
     "Exported",
     "FileSize",
+    "Generalisation",
     # methods, settings, specs
     "METHODS",
     "Method",

@@ -25,7 +25,9 @@ from flatlab.store.runs import RunStore
 
 COMMANDS = ["reproduce", "train", "flatness", "noise", "hessian", "landscape", "audit", "selftest", "stability"]
 COMMANDS += ["replay", "ensemble", "import", "methods", "list", "doctor", "export"]
-COMMANDS += ["runs list", "runs show", "runs verify", "runs rm", "runs merge", "data list", "data check"]
+COMMANDS += ["runs list", "runs show", "runs verify", "runs rm", "runs merge", "data list", "data check", "data cache"]
+COMMANDS += ["jobs list", "jobs logs", "jobs cancel"]
+GROUPS = ("runs", "data", "jobs")
 HEAVY = ("torch", "pandas", "matplotlib", "numpy")
 
 
@@ -79,8 +81,8 @@ def test_version(flatlab):
 
 def test_one_word_means_one_thing():
     group = app.typer.main.get_command(app.app)
-    named = {name: command for name, command in group.commands.items() if name not in ("runs", "data")}
-    named |= {f"{each} {name}": c for each in ("runs", "data") for name, c in group.commands[each].commands.items()}
+    named = {name: command for name, command in group.commands.items() if name not in GROUPS}
+    named |= {f"{each} {name}": c for each in GROUPS for name, c in group.commands[each].commands.items()}
     assert set(named) == set(COMMANDS)
     shared = {}
     for command in named.values():

@@ -349,12 +349,17 @@ class Complex(nn.Linear):
         (lambda: Complex(6, 3), [(X, Y)], F.cross_entropy, "must be real, but 'w' is complex.*view_as_real"),
         (
             lambda: Named(6, 3),
-            [({"a": X, "b": X}, Y)],
+            [({"a": X, "c": X}, Y)],
             F.cross_entropy,
-            r"a dict, and fails .*self.model\(\*\*inputs\)",
+            "a dict, and fails .*keys are arguments of its",
         ),
         (lambda: nn.Linear(6, 3), [[X, Y, Y]], F.cross_entropy, r"got 3 items.*for inputs, targets, _ in loader\]"),
-        (lambda: nn.Linear(6, 3), [{"x": X, "labels": Y}], F.cross_entropy, "got a dict with 'x', 'labels'"),
+        (
+            lambda: nn.Linear(6, 3),
+            [{"x": X, "labels": Y}],
+            F.cross_entropy,
+            "keys are arguments of its forward .got other keys or lacks some: x, labels",
+        ),
         (
             lambda: nn.Linear(6, 1),
             [(X, X[:, 0])],

@@ -17,6 +17,7 @@ from flatlab.measure.runner import FUNCTIONS, measure
 from flatlab.report.panels import TITLES
 from flatlab.results.quantization_noise import LayerNoise, kl_to_uniform
 from flatlab.results.spectrum import NUMBERS as NUMBERS_OF
+from flatlab.specs.generalisation import GeneralisationSpec
 from flatlab.specs.measurements import (
     ConnectionSpec,
     GradCAMSpec,
@@ -41,6 +42,7 @@ MEASURED = [
     RoundingSpec(bits=(4, 2), layer_bits=(3,), images=4, num_samples=2, params="features.0*"),
     QuantizationNoiseSpec(bins=20),
     GradCAMSpec(images=5, num_shares=2, radii=(0.01,), num_samples=2),
+    GeneralisationSpec(images=4, ascent=1, num_samples=2, products=2, corruptions=("contrast",)),
 ]
 MADE = {  # spec -> the public function's result on a small landscape, where a network's would take minutes
     SphereSpec(radii=(0.5, 1.0), num_samples=3): lambda at: api.sphere_flatness(at, (0.5, 1.0), num_samples=3),
@@ -79,6 +81,7 @@ FRAMES = {  # metric -> columns and rows of the table
     "quantization_noise": (NOISE.split(), 3 * 3),
     "gradcam": (MAPS.split(), 5),
     "size": (["bytes", "float_bytes", "compression"], 1),
+    "generalisation": (["name", "severity", "value"], 9 + 5),
 }
 NUMBERS = {  # metric -> a column of the table, and the same from the arrays and facts of the file
     "sphere": ("value", lambda arrays, facts: [arrays["visits-00"].mean(), arrays["visits-01"].mean()]),
@@ -95,6 +98,7 @@ NUMBERS = {  # metric -> a column of the table, and the same from the arrays and
     ),
     "gradcam": ("row", lambda arrays, facts: arrays["rows"]),
     "size": ("bytes", lambda arrays, facts: [arrays["bytes"]]),
+    "generalisation": ("value", lambda arrays, facts: [*arrays["values"], *arrays["accuracies"].ravel()]),
 }
 
 

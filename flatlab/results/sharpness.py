@@ -1,14 +1,18 @@
 """Average- and worst-case sharpness, and the worst rise on a sphere."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from flatlab.arguments import FloatArray
-from flatlab.results.estimate import Cost, Estimate, Sampled, Stopped, estimate, mean_of
+from flatlab.results.estimate import Cost, Estimate, Sampled, Stopped, axes_of, estimate, mean_of
 from flatlab.results.verdicts import missed, remarks
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
 
 Norm = Literal["l2", "linf"]
 
@@ -144,6 +148,27 @@ class Generalisation:
         *("sigma", "relative_sigma", "pac_bayes", "magnitude_aware", "sharpness", "distance"),
         *("margin", "penalty", "penalty_stderr"),
     )
+
+    def to_frame(self) -> "pd.DataFrame":
+        """Return a row for each measure, and for each corruption and severity the accuracy."""
+        import pandas as pd
+
+        rows = [{"name": name, "value": value} for name, value in self.values.items()]
+        rows += [
+            {"name": name, "severity": level, "value": value}
+            for name, along in zip(self.corruptions, self.accuracies.tolist(), strict=True)
+            for level, value in enumerate(along, 1)
+        ]
+        return pd.DataFrame(rows, columns=["name", "severity", "value"])
+
+    def plot(self, ax: "Axes | None" = None) -> "Axes":
+        """Draw the accuracy along the severities of each corruption."""
+        axes = axes_of(ax)
+        for name, along in zip(self.corruptions, self.accuracies, strict=True):
+            axes.plot(range(1, 1 + len(along)), along, marker="o", label=name)
+        axes.set(xlabel="Severity", ylabel="Accuracy")
+        axes.legend()
+        return axes
 
     def to_arrays(self) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
         """Return the content of a measurement's file."""

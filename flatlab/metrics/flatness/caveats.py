@@ -43,18 +43,19 @@ def rounded(landscape: Landscape, radii: FloatArray, normalisation: Normalisatio
         normalisation: of the directions.
     """
     w, ratios = landscape.point, {}
+    kind = next(iter(landscape.named.values())).dtype  # in which the model holds them
     direction = draw_direction(landscape, 0, 0, normalisation=normalisation)
     length = float(torch.linalg.vector_norm(direction, dtype=torch.float64))
     for radius in radii.tolist():
-        stored = torch.add(w, direction.to(w), alpha=radius).sub_(w)  # exact: both are of one size
+        stored = torch.add(w, direction.to(w), alpha=radius).to(kind).to(w).sub_(w)  # exact: both are of one size
         ratio = float(torch.linalg.vector_norm(stored, dtype=torch.float64)) / (radius * length) if length else 1.0
         if abs(ratio - 1) > HELD:
             ratios[radius] = ratio
     if not ratios:
         return ""
     found = ", ".join(f"{radius:g} ({ratio:.2f} times as long)" for radius, ratio in ratios.items())
-    kind = str(w.dtype).removeprefix("torch.")
+    name = str(kind).removeprefix("torch.")
     return (
-        f"Weights of {kind} cannot hold steps of length {found}: the loss is that of other points; measure "
-        f"a copy of the model in {WIDER.get(w.dtype, 'a wider type')}, or larger radii."
+        f"Weights of {name} cannot hold steps of length {found}: the loss is that of other points; measure a copy of "
+        f"the model in {WIDER.get(kind, 'a wider type')}, or larger radii."
     )

@@ -38,8 +38,7 @@ def connect(
 ) -> Connection:
     """Measure the barrier between two checkpoints: the largest height of the loss above the line between its ends.
 
-    Definition: Frankle et al. 2020, section 2 (error barrier), in nats; but of the places between the ends alone, so
-    that it is negative, and not 0, where the loss lies below that line throughout.
+    Definition: Frankle et al. 2020, section 2, in nats; but between the ends alone: negative where the loss sags.
 
     Args:
         first: the landscape of one end.
