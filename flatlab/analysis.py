@@ -39,7 +39,7 @@ class Analysis:
     sheet: Callable[[pd.DataFrame], pd.DataFrame] | None = None  # accuracies as the paper's table has them
     sheet_title: str = ""  # of these, where they are not the paper's accuracies
     as_published: Callable[[], pd.DataFrame] | None = None  # the paper's numbers
-    alone: bool = False  # made only when it is named, not by `reproduce all`: it takes longer than all the others
+    alone: bool = False  # made only when it is named, not by `reproduce all`
 
     @property
     def name(self) -> str:

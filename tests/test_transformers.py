@@ -122,7 +122,8 @@ def test_curvature_agrees_with_dense_autograd(dense, sizes, untouched):
     block = torch.randn(landscape.num_params, 4, generator=rng("block"), dtype=torch.float64)
     with untouched(landscape.model):
         assert landscape.base_loss == pytest.approx(loss, rel=1e-12)
-        torch.testing.assert_close(landscape.gradient(), slope, rtol=1e-7, atol=1e-7)
+        rtol, atol = (1e-7, 1e-7) if name == "t5" else (1e-9, 1e-12)
+        torch.testing.assert_close(landscape.gradient(), slope, rtol=rtol, atol=atol)
         for operator, matrix in ((flatlab.Hessian, hessian), (flatlab.GGN, ggn)):
             off = (operator(landscape) @ block - matrix @ block).norm() / (matrix @ block).norm()
             assert off < (1e-5 if name == "t5" else 1e-10)  # T5 takes the variance of its norms in float32

@@ -45,7 +45,7 @@ def reproduce(
     name: Annotated[
         str,
         typer.Argument(
-            help="Figure or table, such as fig3 (`flatlab list`), or all, which leaves out those that take hours."
+            help="Figure or table, such as fig3 (`flatlab list`), or all: those that the list has in `in all`."
         ),
     ],
     draw_only: Annotated[

@@ -29,7 +29,7 @@ def unseen(landscape: Landscape, per_radius: Sequence[Draws]) -> list[str]:
     seen = min(round(count * draws.visits.shape[1] / draws.blocks) for draws in short)
     places = ", ".join(f"{draws.plan.radius:g}" for draws in short)
     return [
-        f"At radius {places}, the accuracy was reached with {seen:,} of {count:,} images: what fewer than about 1 in "
+        f"At radius {places}, sampling stopped after {seen:,} of {count:,} images: what fewer than about 1 in "
         f"{max(1, seen // RARE):,} images do may be missing from value and interval; num_samples evaluates all."
     ]
 
