@@ -24,6 +24,7 @@ from flatlab.metrics.curvature.density import spectral_density
 from flatlab.metrics.curvature.eigenvalues import hessian_spectrum
 from flatlab.metrics.curvature.trace import hessian_trace
 from flatlab.quant.attach import bake
+from flatlab.quant.lsq import Activations
 from flatlab.report import spectrum as report_spectrum
 from flatlab.specs.measurements import SpectrumSpec, SurfaceSpec, parse_measurement
 from flatlab.store.runs import RunStore
@@ -152,6 +153,35 @@ def test_a_quantized_network_is_baked(tmp_path):
     every = inputs.images(quantized, PROBE, PLACE)
     around = Landscape(model, {name: every[name] for name in SEEN}, F.cross_entropy)
     assert values == pytest.approx(hessian_spectrum(around, k=2, tol=0.05).eigenvalues, rel=1e-3)
+
+
+def test_inputs_that_are_rounded_are_clipped_alone(tmp_path):
+    both = spec("LSQ+SAGM")
+    run = trained(tmp_path, both).run(both)
+    with pytest.raises(UserError, match="rounds activations"):
+        measure(run, PROBE, PLACE)
+    measure(run, PROBE.replace(unrounded=True), PLACE)
+    values = files.load_arrays(run.measurement(PROBE.replace(unrounded=True)).result)[0]["eigenvalues"]
+    model = checkpoint.network(run, "selected", PLACE)
+    bake(model)
+    inside = [module for module in model.modules() if isinstance(module, Activations)]
+    for module in inside:
+        module.forward = lambda x, module=module: x.clamp(*(end * module.scale for end in module.levels))
+        module.rounded = False
+    every = inputs.images(run, PROBE, PLACE)
+    around = Landscape(model, {name: every[name] for name in SEEN}, F.cross_entropy)
+    assert inside and values == pytest.approx(hessian_spectrum(around, k=2, tol=0.05).eigenvalues, rel=1e-3)
+
+
+def test_the_option_for_rounded_inputs_is_asked_for_where_it_matters(store, tmp_path, capsys):
+    both = spec("LSQ+SAGM")
+    trained(tmp_path / "runs", both)
+    for root, run, words, sentence in (
+        (tmp_path / "runs", both, (), "and so has no curvature; add --unrounded."),
+        (store.root, ERM, ("--unrounded",), "--unrounded does nothing for runs that do not round the inputs of layers"),
+    ):
+        assert commandline.call("hessian", run.digest, *words, "--store", root, "--out", tmp_path) == 2
+        assert sentence in capsys.readouterr().err
 
 
 @pytest.mark.oracle

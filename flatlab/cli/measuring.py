@@ -10,7 +10,7 @@ from flatlab.cli.errors import Commands
 from flatlab.cli.options import NAMED, RUNNING, Rule, Runs, asked
 from flatlab.cli.parse import parse_radii
 from flatlab.cli.run_jobs import measured, show_written
-from flatlab.errors import choose
+from flatlab.errors import UserError, choose
 from flatlab.specs.base import LARGEST_INT
 from flatlab.specs.measurement import MeasurementSpec
 from flatlab.specs.measurements import (
@@ -37,7 +37,7 @@ SPHERE = asked(
 SPECTRUM = asked(
     SpectrumSpec,
     *("k", "which", "tol", "rel_error", "trace_budget", "starts", "engine", "checkpoint", "params", "images"),
-    "corruption",
+    *("corruption", "unrounded"),
     lanczos_steps="steps",
     start_seed="seed",
 )
@@ -151,6 +151,13 @@ def hessian(
 
     store, found = chosen.runs(), chosen.found(runs)
     checks.domains(domains or (), *reproduce.place_of(found, chosen.place()))
+    rounding = [run for run in found if getattr(run.spec.quantizer, "activations", "none") != "none"]
+    if not rounding:
+        chosen.refuse(("unrounded",), "for runs that do not round the inputs of layers")
+    elif not fields["unrounded"]:
+        raise UserError(
+            f"{rounding[0].name} rounds the inputs of its layers, and so has no curvature; add --unrounded."
+        )
     engines = dict.fromkeys(("flatlab", fields.pop("engine")))
     groups = domains or ["source"]
     measurements = [SpectrumSpec.make(domains=each, engine=name, **fields) for each in groups for name in engines]
