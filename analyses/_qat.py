@@ -18,7 +18,7 @@ from analyses import _disorder, _percent, fig3
 from flatlab import plots
 from flatlab.analysis import Analysis, Measured, crossed, from_table, once
 from flatlab.report import spectrum, tables, verdicts
-from flatlab.report.areas import UP_TO, areas, limits, named_by_rise
+from flatlab.report.areas import UP_TO, areas_by_domain, limits, named_by_rise
 from flatlab.report.panels import SOURCE, TARGET
 from flatlab.specs.measurements import SpectrumSpec
 from flatlab.specs.methods import METHODS, replicates
@@ -228,17 +228,10 @@ def _frozen(store: RunStore, runs: list[tuple[str, RunSpec]]) -> pd.DataFrame:
 
 
 def _flatness(store: RunStore, runs: list[tuple[str, RunSpec]], setting: Setting) -> pd.DataFrame:
-    """Return the mean of F of each run, of the sharpest source domain, and the ratio of the two."""
+    """Return the mean of F of each run: of source and target domains, and of the source domains one by one."""
     wanted = [(row, run, each) for row, run in runs for each in fig3.measurements(setting)]
     curves = named_by_rise(tables.flatness(store, wanted), "ERM")
-    ends = limits(curves)
-    mean = areas(curves, ends)
-    source = curves[curves["panel"] == SOURCE]
-    highest = areas(source.assign(value=source["highest"]), ends)
-    joined = highest.merge(mean, on=[name for name in mean if name != "value"], suffixes=("", "_mean"))
-    ratio = joined.assign(value=joined["value"] / joined["value_mean"])
-    parts = [mean, highest.assign(panel="highest"), ratio.assign(panel="ratio")]
-    found = pd.concat(parts, ignore_index=True)
+    found = areas_by_domain(curves, limits(curves))
     return found.assign(measure=found["panel"] + ", " + found["normalisation"])
 
 

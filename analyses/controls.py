@@ -12,7 +12,7 @@ from analyses import _percent, fig3
 from flatlab import plots
 from flatlab.analysis import Analysis, by_method, crossed, from_table
 from flatlab.report import stability, tables, verdicts
-from flatlab.report.areas import UP_TO, areas, limits, named_by_rise
+from flatlab.report.areas import UP_TO, areas_by_domain, limits, named_by_rise
 from flatlab.report.panels import SOURCE, TARGET
 from flatlab.specs.methods import RELEASED
 from flatlab.specs.run import RunSpec
@@ -75,13 +75,13 @@ def _flatness(store: RunStore, runs: list[tuple[str, RunSpec]], setting: Setting
         store, [(method, run, measurement) for method, run in runs for measurement in fig3.measurements(setting)]
     )
     each = named_by_rise(found, BASELINE)
-    means = areas(each, limits(each))
+    means = areas_by_domain(each, limits(each))
     return means.assign(measure=means["panel"] + ", " + means["normalisation"])
 
 
 def findings(frame: pd.DataFrame) -> pd.DataFrame:
     """Return the differences that answer the questions; a family of tests for each measure."""
-    each = frame[frame["over"] == "run"]
+    each = frame[(frame["over"] == "run") & frame["measure"].isin(MEASURES)]  # those of single domains are shown alone
     found = []
     for question, (method, base) in CONTRASTS.items():
         both = each[each["method"].isin((method, base))]

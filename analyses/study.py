@@ -17,7 +17,7 @@ from analyses import _claims, _correlation, _grid, _percent, fig3
 from flatlab import plots
 from flatlab.analysis import Analysis, crossed, from_table, once
 from flatlab.report import spectrum, stability, tables, verdicts
-from flatlab.report.areas import UP_TO, areas, limits, named_by_rise
+from flatlab.report.areas import UP_TO, areas_by_domain, limits, named_by_rise
 from flatlab.report.panels import SOURCE, TARGET
 from flatlab.specs.measurement import MeasurementSpec
 from flatlab.specs.measurements import SpectrumSpec
@@ -115,9 +115,10 @@ def _flatness(store: RunStore, runs: list[tuple[str, RunSpec]], setting: Setting
     curves = named_by_rise(found, BASELINE)
     coarse = curves["method"] == COARSE
     ends, own = limits(curves[~coarse]), limits(curves[coarse])
-    means = areas(curves, ends)
+    means = areas_by_domain(curves, ends)
     short = own[~(own["limit"].to_numpy() >= ends["limit"].to_numpy())][["panel", "normalisation"]]
-    left_out = pd.MultiIndex.from_frame(means[["panel", "normalisation"]]).isin(pd.MultiIndex.from_frame(short))
+    wide = means.assign(panel=means["panel"].where(means["panel"] == TARGET, SOURCE))[["panel", "normalisation"]]
+    left_out = pd.MultiIndex.from_frame(wide).isin(pd.MultiIndex.from_frame(short))
     means = means[~(left_out & (means["method"] == COARSE))]
     return means.assign(measure=means["panel"] + ", " + means["normalisation"])
 

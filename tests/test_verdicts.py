@@ -8,7 +8,7 @@ import pytest
 
 from analyses import fig3
 from flatlab.report import tables, verdicts
-from flatlab.report.areas import areas, limits, named_by_rise
+from flatlab.report.areas import areas, areas_by_domain, limits, named_by_rise
 from flatlab.results.estimate import Estimate
 
 RADII, RISES = [0.0, 1.0, 2.0, 3.0, 4.0], [0.0, 0.1, 0.3, 0.5, 1.0]
@@ -40,6 +40,25 @@ def test_the_mean_of_f_is_the_trapezoid_over_the_radius():
     fine = np.linspace(0, 1, 301)
     curve = frame(noise=0.0, radii=list(2 * fine), rises=list(0.5 * fine**2))
     assert areas(curve, limits(curve))["value"].iloc[0] == pytest.approx(0.5 / 3, rel=1e-4)  # of c r^2: c R^2 / 3
+
+
+def test_the_mean_of_f_of_single_domains_of_the_sharpest_and_its_ratio():
+    """Domain "c 1" is sharper at small radii, "d" at large ones."""
+    each = frame(noise=0.0)
+    parts = {"c 1": each["value"] * (1.6 - 0.4 * each["radius"]), "d": each["value"] * (0.4 + 0.4 * each["radius"])}
+    pairs = zip(parts["c 1"], parts["d"], strict=True)
+    each = each.assign(each_domain=[f"c 1 {a:.9g}; d {b:.9g}" for a, b in pairs])
+    each["highest"] = np.maximum(parts["c 1"], parts["d"])
+    found = areas_by_domain(each, limits(each))
+    assert set(found["panel"]) == {"source", "target", "highest", "ratio", "c 1", "d"}
+    of = found.query("normalisation == 'none' and method == 'ERM' and held_out == 'a' and seed == 0")
+    of = of.set_index("panel")["value"]
+    rises = np.array(RISES[:4])  # up to 0.5 nats, at radii 0 to 3
+    c, d = rises * [1.6, 1.2, 0.8, 0.4], rises * [0.4, 0.8, 1.2, 1.6]
+    expected = {"c 1": c, "d": d, "highest": np.maximum(c, d), "source": rises}
+    for panel, curve in expected.items():
+        assert of[panel] == pytest.approx((curve[0] / 2 + curve[1] + curve[2] + curve[3] / 2) / 3)
+    assert of["ratio"] == pytest.approx(of["highest"] / of["source"]) and of["ratio"] > 1.2
 
 
 def test_nothing_is_read_beyond_half_a_nat_or_where_guessing_is_reached():

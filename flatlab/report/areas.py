@@ -63,3 +63,24 @@ def areas(each: pd.DataFrame, ends: pd.DataFrame) -> pd.DataFrame:
         value = np.trapezoid(inside["value"], inside["radius"]) / limit if len(inside) else float("nan")
         rows.append({**dict(zip(RUN, keys, strict=True)), "value": float(value)})
     return pd.DataFrame(rows)
+
+
+def areas_by_domain(each: pd.DataFrame, ends: pd.DataFrame) -> pd.DataFrame:
+    """Return `areas`, and further panels of the source domains: each by its name, `highest`, and `ratio`.
+
+    `highest` is of the rise of the sharpest source domain at each radius; `ratio` that over the mean of the domains.
+
+    Args:
+        each: rows of runs, radius 0 among them, with `each_domain` and `highest` as `tables.flatness` returns them.
+        ends: as `limits` returns them.
+    """
+    whole, source = areas(each, ends), each[each["panel"] == SOURCE]
+    highest = areas(source.assign(value=source["highest"]), ends)
+    joined = highest.merge(whole, on=RUN, suffixes=("", "_mean"))
+    ratio = joined["value"] / joined["value_mean"].where(joined["value_mean"] > 0)
+    parts = [whole, highest.assign(panel="highest"), joined[[*RUN, "value"]].assign(value=ratio, panel="ratio")]
+    domains = source["each_domain"].str.findall(r"(?:^|; )(.+?) (\S+)(?=;|$)").explode()
+    split = source.join(pd.DataFrame(domains.tolist(), domains.index, ["domain", "own"]))
+    for domain, mine in split.groupby("domain", sort=False):
+        parts.append(areas(mine.assign(value=mine["own"].astype(float)), ends).assign(panel=domain))
+    return pd.concat(parts, ignore_index=True)
