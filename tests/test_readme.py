@@ -31,8 +31,9 @@ def faults(readme, root):
     return found
 
 
-def test_the_readme_quotes_its_pages():
-    readme = (ROOT / "README.md").read_text()
+@pytest.mark.parametrize("name", ["README.md", "docs/trust.md"])
+def test_the_readme_quotes_its_pages(name):
+    readme = (ROOT / name).read_text()
     assert faults(readme, ROOT) == []
     assert blocks(readme) or not (ROOT / "figures" / "reference").is_dir()
 
