@@ -183,6 +183,7 @@ class Comparison:
                 _map(ax, frame[(frame["measure"] == measure) & (frame["over"] == "seeds")], title)
             for ax in grid[2, 1:]:
                 ax.set_yticklabels([])
+            figure.colorbar(grid[2, 0].collections[0], ax=list(grid[2]), pad=0.01)
             plots.captioned(figure, grid[0, 0], caption)
         return figure
 
@@ -290,6 +291,7 @@ def _differences(ax: Axes, rows: pd.DataFrame, pairs: list[tuple[str, str]], blo
     ax.set_xlabel(MEASURES[rows["measure"].iloc[0]].replace("source, inputs", "source,\ninputs"))
     ax.set_title(f"{ABLATED.capitalize()}, less {pairs[0][1]}" if alone else "")
     ax.grid(visible=False, axis="y")
+    ax.locator_params(axis="x", nbins=5)
 
 
 def _map(ax: Axes, rows: pd.DataFrame, title: str) -> None:
@@ -298,6 +300,6 @@ def _map(ax: Axes, rows: pd.DataFrame, title: str) -> None:
 
     wide = rows.pivot(index="layer", columns="step", values="value").rename(columns=int)
     ax.set_facecolor(plots.BAD)
-    sns.heatmap(wide, ax=ax, vmin=0, vmax=1, cmap="viridis", xticklabels=max(1, len(wide.columns) // 5))
+    sns.heatmap(wide, ax=ax, vmin=0, vmax=1, cmap="viridis", cbar=False, xticklabels=max(1, len(wide.columns) // 5))
     ax.set(xlabel="Training step", ylabel="", title=title)
     ax.tick_params(axis="y", labelsize=6, rotation=0)
