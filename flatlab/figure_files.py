@@ -62,7 +62,7 @@ def read_data(stem: Path) -> tuple[pd.DataFrame, files.Arrays, dict[str, Any]]:
         stem: path without suffix.
 
     Raises:
-        UserError: where a file is missing, damaged or of another figure; names it.
+        UserError: if a file is missing, damaged or of another figure; names it.
     """
     remedy = f"Make the figure with `flatlab reproduce {stem.name}`."
     record = _record(stem.with_suffix(".json"), remedy)
@@ -204,7 +204,7 @@ def _reduced(path: Path) -> bytes:
         path: a png.
 
     Raises:
-        UserError: where 16 colours are too many.
+        UserError: if 16 colours are too many.
     """
     with Image.open(path, formats=["PNG"]) as picture:
         whole = picture.convert("RGB")

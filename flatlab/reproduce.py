@@ -44,7 +44,7 @@ def analysis(name: str) -> Analysis:
         name: fig3 and the like.
 
     Raises:
-        UserError: where `analyses/` is not to be found, or has no such figure.
+        UserError: if `analyses/` is not to be found, or has no such figure.
     """
     found: Analysis = import_module(f"analyses.{choose('figure or table', name, analyses())}").FIGURE
     return found
@@ -60,7 +60,7 @@ def analyses() -> list[str]:
     """Return the names of all figures and tables.
 
     Raises:
-        UserError: where `analyses/` is not to be found.
+        UserError: if `analyses/` is not to be found.
     """
     here = str(Path.cwd())
     if find_spec("analyses") is None and (Path(here) / "analyses" / "fig3.py").exists():
@@ -79,7 +79,7 @@ def missing(figure: Analysis, setting: Setting, store: RunStore, place: Place) -
     """Return the jobs that a figure or table still needs.
 
     Raises:
-        UserError: where several data sets are asked of one that shows a single one.
+        UserError: if several data sets are asked of one that shows a single one.
     """
     if setting.others and len({run.dataset for run in figure.plan(setting)[0]}) == 1:
         raise UserError(f"{figure.name} shows one data set; give --dataset instead of --datasets.")
@@ -149,7 +149,7 @@ def place_of(found: list[Run], asked: Place) -> tuple[Place, str]:
         asked: what the user named.
 
     Raises:
-        UserError: where the runs are of several data sets.
+        UserError: if the runs are of several data sets.
     """
     datasets = sorted({run.spec.dataset for run in found})
     if len(datasets) > 1:
@@ -195,7 +195,7 @@ def redraw(figure: Analysis, folder: Path, *, reference: bool = False) -> Reprod
         reference: write what the repository keeps, too.
 
     Raises:
-        UserError: where one of them is missing, damaged or of another figure.
+        UserError: if one of them is missing, damaged or of another figure.
     """
     stem = folder / figure.name
     written, findings, record = figure_files.draw(figure, stem)

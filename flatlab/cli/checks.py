@@ -30,7 +30,7 @@ def paths(given: dict[str, Any]) -> dict[str, Any]:
         given: values by the names of options.
 
     Raises:
-        UserError: where a folder is a file, or is below one.
+        UserError: if a folder is a file, or is below one.
     """
     found = {name: Path(os.path.expanduser(value)) for name, value in given.items() if isinstance(value, Path)}
     for name in found.keys() & set(FOLDERS):

@@ -70,7 +70,7 @@ class Rule:
             value: as given; None where it is not.
 
         Raises:
-            UserError: where it breaks the rule.
+            UserError: if it breaks the rule.
         """
         if value is not None and self.choices:
             return choose(name.replace("_", "-"), value, self.choices)

@@ -29,7 +29,7 @@ def named(store: "RunStore", words: Sequence[str], *, held_out: str = "all", see
         seed: of the runs that a name means, those of this seed; None: of the first there is.
 
     Raises:
-        UserError: where a word names no run, or several.
+        UserError: if a word names no run, or several.
     """
     runs = [run for run in store.runs() if not run.lends]
     labels = {_plain(run.spec.label) for run in runs} | {_plain(name) for name in METHODS}
@@ -112,7 +112,7 @@ def parse_radii(text: str) -> tuple[float, ...] | Literal["auto"]:
         text: "0:60:5" or "0,0.5,1".
 
     Raises:
-        UserError: where it is neither, or a radius is negative or not finite.
+        UserError: if it is neither, or a radius is negative or not finite.
     """
     if text.strip().lower() == "auto":
         return "auto"

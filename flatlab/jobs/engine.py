@@ -24,7 +24,7 @@ def run(plan: WorkPlan, engine: Engine, *, on_event: Callable[[Event], None]) ->
         The errors, as events.
 
     Raises:
-        UserError: where the engine is not there, or the store's disk does not suit it.
+        UserError: if the engine is not there, or the store's disk does not suit it.
     """
     if engine.executor == "local":
         return local.run_locally(plan, workers=engine.workers, on_event=on_event)

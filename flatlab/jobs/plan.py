@@ -95,7 +95,7 @@ def missing(store: RunStore, runs: Sequence[RunSpec], measurements: Wanted, *, s
         sizes: images of each domain, for the costs.
 
     Raises:
-        UserError: where an imported run is lacking, which no training brings back, or a reference run is nowhere.
+        UserError: if an imported run is lacking, which no training brings back, or a reference run is nowhere.
     """
     before = pilots(store, [*runs, *(run for run, _ in measurements)], measurements)
     lacking = _lacking(store, [*runs, *(run for run, _ in measurements)])
@@ -119,7 +119,7 @@ def pilots(store: RunStore, runs: Sequence[RunSpec], measurements: Wanted) -> li
         measurements: wanted measurements, each with its run.
 
     Raises:
-        UserError: where a reference run is in neither.
+        UserError: if a reference run is in neither.
     """
     known = {spec.digest: spec for spec in runs}
     wanted = dict.fromkeys(pair for _, measurement in measurements for pair in measurement.pilots)
@@ -140,7 +140,7 @@ def keeping(todo: Sequence[Job], store: RunStore, runs: Sequence[RunSpec], every
         every: steps.
 
     Raises:
-        UserError: where a run is finished and lacks such checkpoints: it says how to get them.
+        UserError: if a run is finished and lacks such checkpoints: it says how to get them.
     """
     for run in map(store.run, runs):
         if run.done and not run.spec.made_from:

@@ -39,7 +39,7 @@ def run_on_slurm(plan: WorkPlan, engine: Engine, *, on_event: OnEvent) -> list[E
         The errors, as events.
 
     Raises:
-        UserError: where submitit or Slurm is not there, or sbatch refuses the array.
+        UserError: if submitit or Slurm is not there, or sbatch refuses the array.
     """
     _needed()
     found = _under_way(plan)
@@ -76,7 +76,7 @@ def array(store: RunStore, number: str) -> Submission:
     """Return the array with an identifier.
 
     Raises:
-        UserError: where the store has none.
+        UserError: if the store has none.
     """
     found = [each for each in arrays(store) if each.facts["id"] == number]
     if not found:

@@ -31,7 +31,7 @@ def restore(built: nn.Module, checkpoint: Path) -> dict[str, Any]:
     """Load the weights of a checkpoint's file into a network of its architecture; returns the file's facts.
 
     Raises:
-        UserError: where the file is damaged, or names or shapes do not fit.
+        UserError: if the file is damaged, or names or shapes do not fit.
     """
     arrays, facts = files.load_arrays(checkpoint)
     loading_network.load(built, arrays)

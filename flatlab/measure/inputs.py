@@ -137,7 +137,7 @@ def landscape(run: Run, spec: MeasurementSpec, place: Place, *, of: Collection[s
     `space="latent"`, quantized again at each point, its step sizes held still.
 
     Raises:
-        UserError: where latent weights are asked for that nothing follows, or the data differ from the run's.
+        UserError: if latent weights are asked for that nothing follows, or the data differ from the run's.
     """
     batches = {name: each for name, each in images(run, spec, place).items() if of is None or name in of}
     loaded = network(run, spec.checkpoint, place)
@@ -181,7 +181,7 @@ def other_of(run: Run, digest: str, place: Place) -> Run:
     """Return another run of the store, of the same data.
 
     Raises:
-        UserError: where there is none, or its data are others.
+        UserError: if there is none, or its data are others.
     """
     other = RunStore(run.path.parent).find(digest)
     other.check_data(loading_data.domains(run.spec, place).data.fingerprint)

@@ -48,7 +48,7 @@ def measure(run: Run, spec: MeasurementSpec, place: Place, *, report: JobReport 
         report: called with what is done, what is foreseen, and numbers to show.
 
     Raises:
-        UserError: where the run is not finished, its data differ, or a file is damaged.
+        UserError: if the run is not finished, its data differ, or a file is damaged.
     """
     measurement = run.measurement(spec)
     check_data([run], place)

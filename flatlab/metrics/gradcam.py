@@ -45,7 +45,7 @@ def gradcam(
         grid: height and width, where a layer gives tokens (N, T, D) of which none can be inferred.
 
     Raises:
-        UserError: where the model trains, or layer, classes or the model's outputs are not of this kind.
+        UserError: if the model trains, or layer, classes or the model's outputs are not of this kind.
     """
     refuse_training(model)
     labels = _labels(inputs, classes)
@@ -84,7 +84,7 @@ def explained_layer(model: nn.Module, inputs: Tensor, label: int) -> str:
         label: the class whose logit is differentiated.
 
     Raises:
-        UserError: where there is no such module, or the label is not a class of the model.
+        UserError: if there is no such module, or the label is not a class of the model.
     """
     labels, inside = _labels(inputs, [label]), inside_attention(model)
     with _left_alone(model), torch.enable_grad():

@@ -39,7 +39,7 @@ def find_pairs(model: nn.Module) -> tuple[list[Pair], list[Refusal]]:
         model: in eval mode, plain weights.
 
     Raises:
-        UserError: where its graph cannot be followed.
+        UserError: if its graph cannot be followed.
     """
     try:
         with torch.random.fork_rng(devices=[]):
@@ -118,7 +118,7 @@ def _module(node: Any, modules: dict[str, nn.Module]) -> nn.Module | None:
 
 
 def _passes(node: Any, module: nn.Module | None) -> bool:
-    """Say whether a node is positively homogeneous and keeps the channels in order."""
+    """Return whether a node is positively homogeneous and keeps the channels in order."""
     if node.op == "call_module":
         return isinstance(module, PASSING)
     return node.target in (FUNCTIONS if node.op == "call_function" else METHODS if node.op == "call_method" else ())
@@ -138,7 +138,7 @@ def rescaled(model: nn.Module, pairs: list[Pair], *, by: By, most: float = 4.0, 
         pairs: of `find_pairs`.
         by: one factor for each pair, or for each of its channels.
         most: the largest factor; their logarithms are drawn evenly.
-        seed: names the draws.
+        seed: of the draws.
     """
     copied = copy.deepcopy(model)
     modules = dict(copied.named_modules())

@@ -54,7 +54,7 @@ def scale_audit(
         keep: stores units: of the sampling, traces and eigenvalues, and the method of products.
 
     Raises:
-        UserError: where no two layers can be rescaled, each with its reason, or rescaling does change the function.
+        UserError: if no two layers can be rescaled, each with its reason, or rescaling does change the function.
     """
     if not most > 1:
         raise UserError(f"most must be > 1, got {most}.")
@@ -90,7 +90,7 @@ def _deviation(landscape: Landscape, other: Landscape) -> float:
     """Return the largest change of an output, as a share of the largest output.
 
     Raises:
-        UserError: where that is more than rounding.
+        UserError: if that is more than rounding.
     """
     off = size = 0.0
     with torch.no_grad():

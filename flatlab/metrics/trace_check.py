@@ -44,11 +44,11 @@ def trace_check(
             1 nat.
         rel_error: standard error that rise and trace are measured to.
         density: starts and Lanczos steps of the density; its first moment rests on the starts alone.
-        seed: names the three draws, which share nothing.
-        keep: keeps units: of the sphere's sampling, trace and density, and how products are made.
+        seed: of the three draws, which are independent.
+        keep: stores units: of the sphere's sampling, trace and density, and how products are made.
 
     Raises:
-        UserError: where the radii are not positive, or the loss has no curvature to compare.
+        UserError: if the radii are not positive, or the loss has no curvature to compare.
     """
     name, hessian = base_seed(seed), KeptHessian(landscape, keep)
     trace = hessian.trace(rel_error=rel_error, seed=name)

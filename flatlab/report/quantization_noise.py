@@ -47,7 +47,7 @@ def statistics(store: RunStore, wanted: Iterable[tuple[str, RunSpec, Quantizatio
         wanted: method's name, run, measurement.
 
     Raises:
-        UserError: where a run is not measured yet.
+        UserError: if a run is not measured yet.
     """
     frames = []
     for label, spec, measurement in wanted:
@@ -106,7 +106,7 @@ def chosen_layers(frame: pd.DataFrame, pattern: str | None = None, most: int = M
         most: layers without a pattern.
 
     Raises:
-        UserError: where nothing matches.
+        UserError: if nothing matches.
     """
     there = list(dict.fromkeys(frame["layer"]))
     if pattern is None:

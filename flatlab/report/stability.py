@@ -66,7 +66,7 @@ def stability(validation: npt.ArrayLike, target: npt.ArrayLike) -> Stability:
         target: accuracy (n,) on the held-out domain, at the same.
 
     Raises:
-        UserError: where they are not of one length, or fewer than two.
+        UserError: if they are not of one length, or fewer than two.
     """
     from scipy.stats import spearmanr  # here: it takes half a second to load
 
@@ -96,7 +96,7 @@ def curves(store: RunStore, wanted: Iterable[tables.Labelled]) -> pd.DataFrame:
         wanted: method's name, run.
 
     Raises:
-        UserError: where a run is not finished.
+        UserError: if a run is not finished.
     """
     return pd.DataFrame([row for label, spec in wanted for row in _points(store.run(spec), label)])
 

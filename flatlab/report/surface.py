@@ -33,7 +33,7 @@ def centres(found: Sequence[Run], axes: str) -> tuple[list[Run], tuple[str, ...]
             from the first to the second.
 
     Raises:
-        UserError: where too few runs were named for that, or runs that differ in data or architecture.
+        UserError: if too few runs were named for that, or runs that differ in data or architecture.
     """
     if axes not in ("runs", "line"):
         return list(found), ()
@@ -67,7 +67,7 @@ def steps_between(found: Sequence[Run], axes: str, every: int | None) -> int | N
         every: the number of steps that was requested; else as the first run's training kept them.
 
     Raises:
-        UserError: where a run has not kept them, or other axes have no steps.
+        UserError: if a run has not kept them, or other axes have no steps.
     """
     if axes == "trajectory":
         every = found[0].kept_each(every)

@@ -43,7 +43,7 @@ def flatness(store: RunStore, wanted: Iterable[tuple[str, RunSpec, SphereSpec]])
         wanted: method's name, run, measurement.
 
     Raises:
-        UserError: where measurements of common radii have others: a reference run was measured again in between.
+        UserError: if measurements of common radii have others: a reference run was measured again in between.
     """
     found: dict[SphereSpec, tuple[str, FloatArray]] = {}
     rows: list[dict[str, Any]] = []
@@ -102,7 +102,7 @@ def over_seeds(frame: pd.DataFrame, by: Sequence[str], *, value: str = "value") 
         value: the column to average.
 
     Raises:
-        UserError: where a seed of a group lacks a domain, or has one twice.
+        UserError: if a seed of a group lacks a domain, or has one twice.
     """
     _check_crossed(frame, by)
     cells = frame.groupby([*by, "seed"], sort=False)[value]
@@ -175,7 +175,7 @@ def paired(frame: pd.DataFrame, baseline: str, by: Sequence[str]) -> pd.DataFram
         by: the columns that name a group within a method (panel, radius).
 
     Raises:
-        UserError: where a row has no partner in the baseline, or a seed of a group lacks a domain.
+        UserError: if a row has no partner in the baseline, or a seed of a group lacks a domain.
     """
     keys = [*by, "held_out", "seed"]
     base = frame[frame["method"] == baseline].set_index(keys)["value"].rename("base")

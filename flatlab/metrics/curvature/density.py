@@ -34,7 +34,7 @@ def spectral_density(
         landscape: whose Hessian; or an operator.
         num_vectors: V random starts of signs; two at least for an interval.
         steps: of Lanczos from each, m.
-        seed: names the starts.
+        seed: of the starts.
         reorthogonalise: hold `steps` vectors (P,) and keep them orthonormal; else hold three, whose loss of
             orthogonality puts copies of the outer eigenvalues in the place of inner ones (weights stay right).
         report: called with the products made and foreseen, after each start.

@@ -48,7 +48,7 @@ def hessian_spectrum(
         which: "LA" the largest, "SA" the smallest, "BE" half of them from each end (the odd one from the upper).
         tol: residual of each pair over its eigenvalue, as in SciPy's eigsh.
         budget: products at most; by default 50 k, and P more where P is at most 1,000.
-        seed: names the starting vector.
+        seed: of the starting vector.
         vectors: keep the eigenvectors.
 
     Raises:
@@ -159,7 +159,7 @@ class _Search:
         return np.asarray(np.maximum(self.tol * np.abs(values), resolution(self.operator) * np.abs(values).max()))
 
     def _settled(self) -> bool:
-        """Say whether the wanted pairs have converged, and `WAIT` more products have turned up no others."""
+        """Return whether the wanted pairs have converged, and `WAIT` more products have turned up no others."""
         if self.krylov.size < self.need or not self.reached()[self._ends(self.need)].all():
             self.before = np.full(self.k, np.nan)
             return False
@@ -185,7 +185,7 @@ class _Search:
         self._keep(self.need + (len(self.krylov.basis) - self.need) // 2)
 
     def _proved(self) -> bool:
-        """Say whether a whole new direction, down to its own breakdown, has changed nothing that is wanted."""
+        """Return whether a whole new direction, down to its own breakdown, has changed nothing that is wanted."""
         values = self.krylov.ritz()[0]
         before, self.best = self.best, values[self.order]
         scale = resolution(self.operator) * np.abs(values).max()

@@ -28,7 +28,7 @@ class KeptHessian:
 
     Args:
         landscape: around the point.
-        keep: keeps units.
+        keep: stores units.
         name: goes before the units' names.
     """
 

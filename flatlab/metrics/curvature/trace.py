@@ -56,7 +56,7 @@ def hessian_trace(
         landscape: whose Hessian; or an operator.
         rel_error: standard error of the trace over its value at which sampling stops.
         budget: products at most, those for the basis included: at least 48, or 32 more than `deflate`.
-        seed: names the start of the basis and, independently, the vectors.
+        seed: of the start of the basis and, independently, the vectors.
         deflate: how many products go into the basis, 20 by default and a third of the budget at most; 0 is plain
             Hutchinson; or a spectrum with its vectors, whose products are then used twice. Its seed may be this one,
             since its start and the vectors are different draws.

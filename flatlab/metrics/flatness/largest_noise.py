@@ -40,7 +40,7 @@ def largest_noise(
         relative: noise has the variance sigma^2 w_i^2 + 0.001^2 (magnitude-aware) instead of sigma^2.
         drop: of the accuracy, from 0 to 1.
         num_samples: draws of normal noise, each on all images.
-        seed: names the draws.
+        seed: of the draws.
 
     Raises:
         UserError: if a number is out of range, or the loss has no accuracy.
@@ -79,7 +79,7 @@ def rounding_penalty(
         landscape: the loss around w.
         steps: step sizes s (P,), 0 where a parameter is not rounded.
         num_samples: vectors of signs, a product with the Hessian each.
-        seed: names the vectors.
+        seed: of the vectors.
 
     Raises:
         UserError: if `num_samples` is below 2, or `steps` has another shape than a point.

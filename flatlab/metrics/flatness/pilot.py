@@ -231,7 +231,7 @@ def radii_at_rises(
         landscape: around whose point.
         rises: (R,) in nats, above zero, ascending.
         normalisation: of the directions, as in `sphere_flatness`.
-        seed: names the directions and the blocks.
+        seed: of the directions and the blocks.
         keep: stores units, which makes the measurement resumable.
 
     Raises:

@@ -117,7 +117,7 @@ def radii_of(sampler: Sampler, radii: npt.ArrayLike | str) -> FloatArray:
         radii: numbers, or "auto".
 
     Raises:
-        UserError: where a radius is negative or not finite, or the word is another.
+        UserError: if a radius is negative or not finite, or the word is another.
     """
     if isinstance(radii, str):
         if radii != "auto":

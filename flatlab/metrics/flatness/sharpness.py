@@ -76,7 +76,7 @@ def average_sharpness(
         rel_error: standard error over the value at which sampling stops.
         abs_error: absolute standard error (nats) at which sampling also stops.
         budget: images forwarded at most; 100 passes for each radius by default.
-        seed: names the draws.
+        seed: of the draws.
 
     Raises:
         UserError: if a number is out of range or a word is unknown.
@@ -122,7 +122,7 @@ def worst_sharpness(
             the loss, so that no point of the ball, and no mean over it, lies above the true maximum.
         steps: of an ascent; a step costs a gradient and a forward pass over the block.
         restarts: ascents from starts of their own.
-        seed: names the starts and the blocks.
+        seed: of the starts and the blocks.
 
     Raises:
         UserError: if a number is out of range or a word is unknown.

@@ -39,7 +39,7 @@ def worst_rise(
         radii: (R,) Euclidean distances above zero.
         restarts: ascents at each radius.
         steps: gradients of an ascent.
-        seed: names the starts.
+        seed: of the starts.
 
     Raises:
         UserError: if a radius is not positive, or too small for the weights' precision, or restarts or steps are

@@ -168,7 +168,7 @@ class _Buffers:
         self.stale = True
 
     def settle(self) -> None:
-        """Compute the statistics at the present weights, once for each place."""
+        """Compute the statistics at the current weights, once for each place."""
         if self.stale:
             self.stale = False
             self.statistics.renew()

@@ -79,7 +79,7 @@ def eigen_directions(
         spectrum: one that is there already, with its vectors.
 
     Raises:
-        UserError: where the given spectrum holds no vectors, too few, or those of another model.
+        UserError: if the given spectrum holds no vectors, too few, or those of another model.
     """
     found = spectrum or hessian_spectrum(landscape, k=count, which=which, seed=seed, vectors=True)
     if found.eigenvectors is None or found.eigenvectors.shape[1] < count:
@@ -94,7 +94,7 @@ def given_directions(
     """Take the user's own flat vectors (P,) as directions, as they are or scaled to the weights.
 
     Raises:
-        UserError: where one is of another model, zero, or not finite.
+        UserError: if one is of another model, zero, or not finite.
     """
     rows = [checked(landscape, vector) for vector in vectors]
     if not rows:
@@ -112,7 +112,7 @@ def plane_through(
     Coordinates are Euclidean distances: the first checkpoint is (0, 0), the second (|w2 - w1|, 0).
 
     Raises:
-        UserError: where a checkpoint is of another model, or the three lie on a line.
+        UserError: if a checkpoint is of another model, or the three lie on a line.
     """
     steps = [
         checked(landscape, each, zero=True).to(wide(each)) - landscape.point.to(wide(each)) for each in (second, third)
@@ -138,7 +138,7 @@ def trajectory_directions(
         names: of the iterates.
 
     Raises:
-        UserError: where there are fewer iterates than directions, or they span too little.
+        UserError: if there are fewer iterates than directions, or they span too little.
     """
     if len(points) <= count:
         raise UserError(f"{count} principal directions need at least {count + 1} checkpoints, got {len(points)}.")
@@ -182,7 +182,7 @@ def checked(landscape: Landscape, vector: Tensor, *, zero: bool = False) -> Tens
     """Return a direction, or a checkpoint, which may be zero, as (P,) in the dtype and on the device of the point.
 
     Raises:
-        UserError: where it is of another model, zero throughout, or not finite.
+        UserError: if it is of another model, zero throughout, or not finite.
     """
     try:
         flat = landscape.as_point(vector)

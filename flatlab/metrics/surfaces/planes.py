@@ -61,7 +61,7 @@ def line(
         report: called with the places done and foreseen.
 
     Raises:
-        UserError: where a grid has fewer than two places, or directions are of another model.
+        UserError: if a grid has fewer than two places, or directions are of another model.
     """
     start, name = time.perf_counter(), base_seed(seed)
     found = directions or random_directions(landscape, count=5, seed=name)
@@ -107,11 +107,11 @@ def plane(
             number of cells along an axis should be a multiple of 8, or of 16: 49 or 65 places.
         recompute: batches from which BatchNorm statistics are recomputed at each place; the model's by default.
         seed: of the random directions.
-        keep: keeps tiles.
+        keep: stores tiles.
         report: called with the places done and foreseen.
 
     Raises:
-        UserError: where a grid has fewer than two places, or directions are fewer than two or of another model.
+        UserError: if a grid has fewer than two places, or directions are fewer than two or of another model.
     """
     start, name = time.perf_counter(), base_seed(seed)
     found = directions or random_directions(landscape, seed=name)
@@ -200,7 +200,7 @@ class _Evaluator:
         landscape: around w.
         vectors: (D, P) directions.
         metrics: what is evaluated.
-        keep: keeps tiles.
+        keep: stores tiles.
         report: called with places done and foreseen.
         recompute: batches that give BatchNorm's statistics at each place.
     """
