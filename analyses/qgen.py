@@ -162,7 +162,7 @@ def _correlated(tau: pd.DataFrame, among: str) -> str:
 
 
 def _without_misses(tau: pd.DataFrame) -> str:
-    """Say whether a verdict on a tau changes where networks that miss the target are left out."""
+    """Return whether a verdict on a tau changes where networks that miss the target are left out."""
     keys = ["measure", "gap", "among"]
     mine = tau[tau["among"].isin((_kendall.ALL, _kendall.EQUAL))]
     sides = [mine[mine["reached"] == reached].set_index(keys) for reached in (False, True)]

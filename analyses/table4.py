@@ -41,7 +41,7 @@ def table(store: RunStore, setting: Setting) -> pd.DataFrame:
 
 
 def remarks(frame: pd.DataFrame) -> list[str]:
-    """Say whether the order is the paper's, and what OBC gains over rounding in the errors that it makes small."""
+    """Return whether the order is the paper's, and what OBC gains over rounding in the errors that it makes small."""
     mine = frame[(frame["method"] == POST) & (frame["over"] == "run")].drop_duplicates(["dataset", "held_out", "seed"])
     ratio, worse = mine["error"] / mine["error_nearest"], mine["rows_worse"].sum() / mine["rows"].sum()
     return [

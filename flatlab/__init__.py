@@ -1,7 +1,7 @@
 """Loss landscapes and flatness of neural networks: quantized ones, and under domain shift.
 
-`flatlab.NAME` is `flatlab.api.NAME`, fetched when it is first asked for (PEP 562), so that `import flatlab`
-and `flatlab --help` do not wait for torch.
+`flatlab.NAME` is `flatlab.api.NAME`, imported on first access (PEP 562), so that `import flatlab` and
+`flatlab --help` do not load torch.
 """
 
 from importlib import import_module
@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 
 def __getattr__(name: str) -> Any:
     """Fetch a public name from `flatlab.api`."""
-    if name.startswith("_") or find_spec(f"flatlab.{name}"):  # a module of ours, which the import statement loads
+    if name.startswith("_") or find_spec(f"flatlab.{name}"):  # a module, which the import statement loads
         raise AttributeError(name)
     api = import_module("flatlab.api")
     if name not in api.__all__:

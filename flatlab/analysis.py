@@ -1,4 +1,4 @@
-"""What a module of `analyses/` declares of its figure or table, as one object."""
+"""The declaration of a figure or table by a module of `analyses/`, as one object."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -16,12 +16,12 @@ from flatlab.store.runs import RunStore
 
 Measured = Sequence[tuple[RunSpec, MeasurementSpec]]
 Labelled = tuple[str, RunSpec]
-Draw = Callable[[pd.DataFrame, str, Arrays], Figure]  # of the table, the caption and the arrays alone
+Draw = Callable[[pd.DataFrame, str, Arrays], Figure]  # from the table, the caption and the arrays
 
 
 @dataclass(frozen=True)
 class Analysis:
-    """A figure or table: what it needs, tabulates, says and draws."""
+    """A figure or table: its runs and measurements, its table, findings and text, and its picture."""
 
     module: str  # name of its module; the last part is the name of the figure
     doc: str  # docstring of its module; the first line says what the figure shows
@@ -31,15 +31,15 @@ class Analysis:
     findings: Callable[[pd.DataFrame], pd.DataFrame]  # differences in the table, with their tests
     summary: Callable[[pd.DataFrame], pd.DataFrame]  # of the findings, for the page
     summary_title: str
-    remarks: Callable[[pd.DataFrame], list[str]]  # what the tests of the table say
+    remarks: Callable[[pd.DataFrame], list[str]]  # sentences on the tests of the table
     caption: Callable[[Setting], str]  # title, line feed, notes
     draw: Draw
     measured: Callable[[Setting], Measured] = lambda setting: ()
-    arrays: Callable[[pd.DataFrame, RunStore, Setting], Arrays] | None = None  # drawn besides the table
-    sheet: Callable[[pd.DataFrame], pd.DataFrame] | None = None  # accuracies as the paper's table has them
-    sheet_title: str = ""  # of these, where they are not the paper's accuracies
+    arrays: Callable[[pd.DataFrame, RunStore, Setting], Arrays] | None = None  # drawn in addition to the table
+    sheet: Callable[[pd.DataFrame], pd.DataFrame] | None = None  # accuracies in the form of the paper's table
+    sheet_title: str = ""  # of these, if they are not the paper's accuracies
     as_published: Callable[[], pd.DataFrame] | None = None  # the paper's numbers
-    alone: bool = False  # made only when it is named, not by `reproduce all`
+    alone: bool = False  # made only if it is named, not by `reproduce all`
 
     @property
     def name(self) -> str:
@@ -67,12 +67,12 @@ def crossed(labelled: Iterable[Labelled], measurements: Sequence[MeasurementSpec
 
 
 def from_table(draw: Callable[[pd.DataFrame, str], Figure]) -> Draw:
-    """Return a function that draws from the table alone."""
+    """Return a function that draws from the table only."""
     return lambda frame, caption, _: draw(frame, caption)
 
 
 def once(findings: Callable[[pd.DataFrame], pd.DataFrame]) -> Callable[[pd.DataFrame], pd.DataFrame]:
-    """Decorate `findings` of a figure to be computed once for a frame: remarks, page and picture all ask for them."""
+    """Decorate `findings` of a figure to be computed once for a frame, since remarks, page and picture use them."""
     kept: list[pd.DataFrame] = []  # the last frame and its findings
 
     @wraps(findings)

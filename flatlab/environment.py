@@ -10,7 +10,7 @@ from pathlib import Path
 
 import flatlab
 
-# Instruction sets that decide which kernels run, and so the last digits of a sum; named as in /proc/cpuinfo.
+# Instruction sets that determine which kernels run, and thus rounding; named as in /proc/cpuinfo.
 INSTRUCTIONS = ["avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512_bf16", "avx512_fp16", "avx512_vnni"]
 INSTRUCTIONS += ["avx_vnni", "amx_tile", "amx_int8", "amx_bf16", "asimd", "neon", "sve", "sve2", "bf16", "i8mm"]
 
@@ -30,14 +30,14 @@ def facts() -> dict[str, str]:
 
 
 def _capability() -> dict[str, str]:
-    """Return the instruction set that torch's kernels use, where this process has loaded torch."""
+    """Return the instruction set that torch's kernels use, if this process has loaded torch."""
     torch = sys.modules.get("torch")
     return {"cpu_capability": str(torch.backends.cpu.get_cpu_capability())} if torch else {}
 
 
 @cache
 def _processor() -> dict[str, str]:
-    """Return the processor's name and those of its instruction sets that decide the last digits of a sum."""
+    """Return the processor's name and those of its instruction sets that affect rounding."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     first = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in reversed(lines))}
@@ -53,7 +53,7 @@ def _processor() -> dict[str, str]:
 def commit() -> str:
     """Return the commit of flatlab's own source tree, or "unknown" for an installed package.
 
-    "+changes" follows where a tracked file of the package or of the analyses differs from it.
+    "+changes" is appended if a tracked file of the package or of the analyses differs from it.
     """
     tree = Path(flatlab.__file__).parents[1]
     found = _output_of("git", "-C", str(tree), "rev-parse", "HEAD") if (tree / ".git").exists() else ""
@@ -72,5 +72,5 @@ def _output_of(*command: str) -> str:
 
 
 def cores() -> int:
-    """Return how many processor cores this process may use."""
+    """Return the number of processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -20,8 +20,8 @@ def choose(kind: str, name: str, known: Iterable[str]) -> str:
     """Return the known name that matches `name`, ignoring case and the difference between `-` and `_`.
 
     Args:
-        kind: what is named, for the message ("method", "held-out domain").
-        name: the name as the user wrote it.
+        kind: of the name, for the message ("method", "held-out domain").
+        name: as the user wrote it.
         known: the valid names.
 
     Raises:

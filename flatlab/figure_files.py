@@ -1,7 +1,7 @@
-"""The files of a figure or table: csv, arrays and json hold what is drawn; pictures and page are made from these alone.
+"""The files of a figure or table: csv, arrays and json, from which alone pictures and page are made.
 
-Beside a csv lies an npz where the figure draws maps or histograms. The json states the hashes of both, so that no
-picture is drawn from a damaged file or from another figure's.
+The arrays are an npz, for figures with maps or histograms. The json states the hashes of both, so that no picture is
+drawn from a damaged file or from another figure's.
 """
 
 import hashlib
@@ -26,20 +26,20 @@ ACCURACIES = "Accuracies by training-domain validation, means over held-out doma
 SHEET = "; percent, ± standard error over seeds"
 STARRED = "; differences with 95 % intervals, each alone; * p < 0.05 after Holm over the methods"
 DATA = (".csv", ".npz")
-WORDS = ("dataset", "method", "held_out", "panel", "measure", "layer", "part")  # columns that are text, whatever it is
-REFERENCE = "reference"  # the folder of what the repository keeps
+WORDS = ("dataset", "method", "held_out", "panel", "measure", "layer", "part")  # columns that are text, even of digits
+REFERENCE = "reference"  # the folder of the files that the repository keeps
 MOST_BYTES = 150_000  # of a picture that the repository keeps
 TESTS = re.compile(r"\d+ famil(y|ies) of ")  # in the sentence that follows those of a page's primary tests
 INDEX = "What each figure and table shows, in the words of its page. `flatlab reproduce NAME --reference` writes both."
 
 
 def write_data(stem: Path, frame: pd.DataFrame, arrays: files.Arrays, record: Mapping[str, Any]) -> None:
-    """Write the data and the text of a figure: `<stem>.csv`, `<stem>.npz` where there are arrays, and `<stem>.json`.
+    """Write the data and the text of a figure: `<stem>.csv`, `<stem>.npz` if there are arrays, and `<stem>.json`.
 
     Args:
         stem: path without suffix.
         frame: the table.
-        arrays: what the picture shows beside it.
+        arrays: drawn in addition to the table.
         record: text of the page, and origin of the numbers.
     """
     contents = {".csv": frame.to_csv(index=False).encode()}
@@ -62,7 +62,7 @@ def read_data(stem: Path) -> tuple[pd.DataFrame, files.Arrays, dict[str, Any]]:
         stem: path without suffix.
 
     Raises:
-        UserError: where a file is missing, damaged or of another figure; names it.
+        UserError: if a file is missing, damaged or of another figure; names it.
     """
     remedy = f"Make the figure with `flatlab reproduce {stem.name}`."
     record = _record(stem.with_suffix(".json"), remedy)
@@ -127,7 +127,7 @@ def draw(figure: Analysis, stem: Path) -> tuple[list[Path], pd.DataFrame, dict[s
 
 
 def accuracies(record: Mapping[str, Any]) -> pd.DataFrame:
-    """Return the accuracies that a json holds, in the order of their columns."""
+    """Return the accuracies in a json, in the order of their columns."""
     rows = [{key: float("nan") if v is None else v for key, v in row.items()} for row in record["accuracies"]]
     return pd.DataFrame(rows, columns=record["columns"])
 
@@ -148,16 +148,16 @@ def _page(figure: Analysis, frame: pd.DataFrame, summary: pd.DataFrame, record: 
 
 
 def _published(figure: Analysis, frame: pd.DataFrame) -> list[str]:
-    """Return a block of the paper's numbers, where they stand beside ours nowhere: other data, or another protocol."""
+    """Return a block of the paper's numbers, if none is comparable with ours: other data, or another protocol."""
     if not figure.as_published or frame["comparable"].any():
         return []
     return [f"## {PUBLISHED}", tables.markdown(figure.as_published())]
 
 
 def keep(figure: Analysis, stem: Path, folder: Path) -> list[Path]:
-    """Write what the repository keeps of a drawn figure: its page, a small png, and the csv rows over seeds.
+    """Write the files of a drawn figure that the repository keeps: its page, a small png, and the csv rows over seeds.
 
-    Of a figure without rows over seeds the csv holds the table of its page.
+    For a figure without rows over seeds the csv is the table of its page.
 
     Args:
         figure: the figure or table.
@@ -196,7 +196,7 @@ def in_order(name: str) -> list[Any]:
 
 
 def _reduced(path: Path) -> bytes:
-    """Return a png of the same pixels in a palette of as many colours as fit into `MOST_BYTES`, at most 256.
+    """Return a png of the same pixels in the largest palette that fits into `MOST_BYTES`, at most 256 colours.
 
     Maximum coverage bounds the error of each pixel; median cut leaves coloured streaks in photographs.
 
@@ -204,7 +204,7 @@ def _reduced(path: Path) -> bytes:
         path: a png.
 
     Raises:
-        UserError: where 16 colours are too many.
+        UserError: if 16 colours are too many.
     """
     with Image.open(path, formats=["PNG"]) as picture:
         whole = picture.convert("RGB")

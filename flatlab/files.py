@@ -41,7 +41,7 @@ if sys.platform != "win32":
 Arrays = dict[str, np.ndarray[Any, Any]]
 HOST = platform.node()
 SCRATCH, HELD = "flatlab-", ".flatlab.lock"  # a folder for temporary files: prefix of its name, and its lock file
-LONGEST_PAUSE = 2.0  # seconds between two looks at the disk, where long nothing has changed
+LONGEST_PAUSE = 2.0  # seconds between two readings of the disk, if nothing changes
 _DIGEST = "[0-9a-f]{16}"  # below: the files of a store (runs.py); an export that is written there has no owner
 _IN_STORE = re.compile(
     rf"(?:.*?/)?({_DIGEST}/(?:(?:checkpoints|state|kept|measurements/{_DIGEST})/[^/]+|[a-z]+\.jsonl?|done))"
@@ -83,7 +83,7 @@ def _hold(file: IO[bytes]) -> None:
 
 
 def free(path: Path) -> bool:
-    """Whether no process holds a temporary file; where files cannot be locked, it counts as held."""
+    """Whether no process holds a temporary file; on systems without such locks it counts as held."""
     if sys.platform == "win32":
         return False
     try:
@@ -102,7 +102,7 @@ def scratch() -> Iterator[Path]:
 
 
 def pauses(first: float) -> Iterator[float]:
-    """Yield the seconds between looks at a disk that others write to: each twice the last, up to `LONGEST_PAUSE`."""
+    """Yield the seconds to wait between readings of the disk: each twice the last, up to `LONGEST_PAUSE`."""
     while True:
         yield first
         first = min(2 * first, LONGEST_PAUSE)

@@ -22,7 +22,7 @@ from flatlab.arguments import FloatArray
 MARKERS = "oXsDPv^*<>"
 COLUMN = 3.4  # inches: the width of a paper's column
 LINES = ("-", "--", ":", "-.")  # the next one after each ten colours
-# seaborn's palette "colorblind", written out: seaborn takes a third of the time in which a figure is drawn to load.
+# seaborn's palette "colorblind", written out, since loading seaborn takes a third of the time of drawing a figure.
 PALETTE = ["#0173b2", "#de8f05", "#029e73", "#d55e00", "#cc78bc", "#ca9161", "#fbafe4", "#949494", "#ece133", "#56b4e9"]
 STYLE: dict[Any, Any] = {
     "axes.prop_cycle": cycler(color=PALETTE),
@@ -72,7 +72,7 @@ def curves(ax: Axes, frame: pd.DataFrame, *, x: str, by: str, order: Sequence[st
 
 
 def bars(ax: Axes, frame: pd.DataFrame, *, x: str, by: str, order: Sequence[str]) -> None:
-    """Draw a thin line with markers and staggered error bars for each value of a column, where bands would overlap.
+    """Draw a thin line with markers and staggered error bars for each value of a column, for bands that would overlap.
 
     Args:
         ax: the axes.
@@ -122,7 +122,7 @@ def save(figure: Figure, stem: Path, table: pd.DataFrame | None = None) -> list[
     """
     stem.parent.mkdir(parents=True, exist_ok=True)
     paths = [stem.with_suffix(suffix) for suffix in (".pdf", ".png")]
-    with style():  # resolution and fonts are chosen on writing
+    with style():  # resolution and fonts are those at the time of writing
         try:
             for path in paths:
                 kind, metadata = path.suffix[1:], {"CreationDate": None} if path.suffix == ".pdf" else None
@@ -193,10 +193,10 @@ def notes_below(figure: Figure, notes: str, *, fontsize: float = 5.5) -> None:
 
 
 def dots(ax: Axes, frame: pd.DataFrame, order: Sequence[str]) -> None:
-    """Draw a dot with its interval for each method, and the published value as an open diamond where it is comparable.
+    """Draw a dot with its interval for each method, and the published value as an open diamond if it is comparable.
 
     Args:
-        ax: the axes; methods stand on its vertical axis.
+        ax: the axes; the vertical one is that of the methods.
         frame: rows with `method`, `value`, `low`, `high`, `published`, `comparable`.
         order: the methods, from top to bottom.
     """
@@ -214,8 +214,8 @@ def dots(ax: Axes, frame: pd.DataFrame, order: Sequence[str]) -> None:
 
 HALO: list[effects.AbstractPathEffect] = [effects.withStroke(linewidth=1.5, foreground="white")]
 ENDS = ("low", "high")
-BAD = "0.8"  # colour where the number is not finite
-DECADES = 6.0  # largest span of the contours, below the highest
+BAD = "0.8"  # colour of values that are not finite
+DECADES = 6.0  # largest span of the contours, below the highest one
 
 
 def contour_levels(surfaces: Iterable[FloatArray], count: int = 12, *, log: bool = True) -> FloatArray:
@@ -231,7 +231,7 @@ def contour_levels(surfaces: Iterable[FloatArray], count: int = 12, *, log: bool
 
 
 def contours(
-    ax: Axes, places: tuple[FloatArray, FloatArray], values: FloatArray, *, levels: FloatArray, label: bool = True
+    ax: Axes, places: tuple[FloatArray, FloatArray], values: FloatArray, *, levels: FloatArray
 ) -> QuadContourSet:
     """Draw values (n1, n2) at places x (n1,), y (n2,): filled, with labelled lines; grey where not finite.
 
@@ -240,22 +240,20 @@ def contours(
         places: coordinates of the grid's lines, in true units.
         values: row i is x[i].
         levels: contour levels, common to the panels that are to be compared.
-        label: write the level on each line.
     """
     shown = np.ma.masked_invalid(values.T)
     ax.set_facecolor(BAD)
     look: dict[str, Any] = {"levels": levels}
     filled = ax.contourf(*places, shown, cmap="viridis", norm=_norm(levels), extend="both", alpha=0.9, **look)
     lines = ax.contour(*places, shown, colors="k", linewidths=0.4, **look)
-    if label:
-        for text in ax.clabel(lines, levels[1::2].tolist(), fontsize=6, fmt=lambda level: f"{level:.2g}"):
-            text.set_path_effects(HALO)
+    for text in ax.clabel(lines, levels[1::2].tolist(), fontsize=6, fmt=lambda level: f"{level:.2g}"):
+        text.set_path_effects(HALO)
     ax.grid(visible=False)
     return filled
 
 
 def relief(ax: Any, places: tuple[FloatArray, FloatArray], values: FloatArray, *, levels: FloatArray) -> None:
-    """Draw the same as a relief on 3-D axes; its height is the logarithm where the levels are logarithmic."""
+    """Draw the same as a relief on 3-D axes; its height is logarithmic if the levels are positive."""
     log = bool(levels[0] > 0)
     height = np.log10(np.maximum(values, levels[0])) if log else values
     ends = np.log10(levels[[0, -1]]) if log else levels[[0, -1]]
@@ -268,7 +266,7 @@ def relief(ax: Any, places: tuple[FloatArray, FloatArray], values: FloatArray, *
 
 
 def marked(ax: Axes, marks: FloatArray, names: Sequence[str], *, connected: bool = False) -> None:
-    """Draw points (K, 2) of the plane with their names; as a path with its ends named if they are connected."""
+    """Draw points (K, 2) of the plane with their names; if connected, as a path with names at its ends."""
     if not len(marks):
         return
     ax.plot(*marks.T, "-o" if connected else "o", color="C3", ms=3, lw=1, mec="white", mew=0.5, zorder=5)

@@ -34,24 +34,24 @@ class Reproduction:
     findings: pd.DataFrame
     accuracies: pd.DataFrame
     remarks: list[str]
-    cost: dict[str, float]  # seconds of what it rests on, trained and measured, whenever that was
+    cost: dict[str, float]  # seconds of its trainings and measurements, also of earlier ones
 
 
 def analysis(name: str) -> Analysis:
     """Return a figure or table of the repository's `analyses/`.
 
     Args:
-        name: fig3 and the like.
+        name: such as fig3.
 
     Raises:
-        UserError: where `analyses/` is not to be found, or has no such figure.
+        UserError: if `analyses/` is not found, or has no such figure.
     """
     found: Analysis = import_module(f"analyses.{choose('figure or table', name, analyses())}").FIGURE
     return found
 
 
 def in_all() -> dict[str, Analysis]:
-    """Return the figures and tables that `reproduce all` makes, by name: all but those that are made alone."""
+    """Return the figures and tables that `reproduce all` makes, by name: all except those that are made alone."""
     figures = {name: analysis(name) for name in sorted(analyses(), key=figure_files.in_order)}
     return {name: figure for name, figure in figures.items() if not figure.alone}
 
@@ -60,7 +60,7 @@ def analyses() -> list[str]:
     """Return the names of all figures and tables.
 
     Raises:
-        UserError: where `analyses/` is not to be found.
+        UserError: if `analyses/` is not found.
     """
     here = str(Path.cwd())
     if find_spec("analyses") is None and (Path(here) / "analyses" / "fig3.py").exists():
@@ -79,7 +79,7 @@ def missing(figure: Analysis, setting: Setting, store: RunStore, place: Place) -
     """Return the jobs that a figure or table still needs.
 
     Raises:
-        UserError: where several data sets are asked of one that shows a single one.
+        UserError: if several data sets are given for a figure of one.
     """
     if setting.others and len({run.dataset for run in figure.plan(setting)[0]}) == 1:
         raise UserError(f"{figure.name} shows one data set; give --dataset instead of --datasets.")
@@ -87,7 +87,7 @@ def missing(figure: Analysis, setting: Setting, store: RunStore, place: Place) -
 
 
 def missing_of(figures: Iterable[Analysis], setting: Setting, store: RunStore, place: Place) -> list[Job]:
-    """Return the jobs that figures and tables still need, together: what several need is done once."""
+    """Return the jobs that figures and tables still need together; shared jobs are done once."""
     plans = [each.plan(setting) for each in figures]
     runs = [run for wanted, _ in plans for run in wanted]
     measurements = [pair for _, pairs in plans for pair in pairs]
@@ -113,7 +113,7 @@ def carry_out(todo: list[Job], store: RunStore, place: Place, *, engine: Engine,
         on_event: called with the workers' events.
 
     Raises:
-        UserError: each sentence once, with the job that met it.
+        UserError: if jobs failed; each sentence once, with its first job.
     """
     if not todo:
         return
@@ -142,14 +142,14 @@ def _traces(errors: list[dict[str, Any]]) -> WorkerError | None:
 
 
 def place_of(found: list[Run], asked: Place) -> tuple[Place, str]:
-    """Return where runs are measured, and their data set: the folder asked for, or that of their training.
+    """Return where runs are measured, and their data set: the given folder, or that of their training.
 
     Args:
-        found: runs.
-        asked: what the user named.
+        found: the runs.
+        asked: the place that the user chose.
 
     Raises:
-        UserError: where the runs are of several data sets.
+        UserError: if the runs have different data sets.
     """
     datasets = sorted({run.spec.dataset for run in found})
     if len(datasets) > 1:
@@ -168,10 +168,10 @@ def write(
     Args:
         figure: the figure or table.
         setting: as it was run.
-        store: holds the runs and measurements.
-        out: folder of the pictures; those of other data than digits go into a folder of their own in it.
-        redo: the command line that does it again.
-        reference: write what the repository keeps, too.
+        store: contains the runs and measurements.
+        out: folder of the pictures; those of data other than digits are written to a subfolder.
+        redo: the command line that repeats it.
+        reference: also write the files that the repository keeps.
     """
     frame = figure.table(store, setting)
     arrays = figure.arrays(frame, store, setting) if figure.arrays else {}
@@ -187,15 +187,15 @@ def write(
 
 
 def redraw(figure: Analysis, folder: Path, *, reference: bool = False) -> Reproduction:
-    """Draw a figure and write its page again, from the files that `write` left; neither torch nor a store is needed.
+    """Draw a figure and write its page again, from the files of `write`; needs neither torch nor a store.
 
     Args:
         figure: the figure or table.
-        folder: holds its csv, npz and json.
-        reference: write what the repository keeps, too.
+        folder: contains its csv, npz and json.
+        reference: also write the files that the repository keeps.
 
     Raises:
-        UserError: where one of them is missing, damaged or of another figure.
+        UserError: if one of them is missing, damaged or of another figure.
     """
     stem = folder / figure.name
     written, findings, record = figure_files.draw(figure, stem)
@@ -207,14 +207,14 @@ def redraw(figure: Analysis, folder: Path, *, reference: bool = False) -> Reprod
 
 
 def _own_folder(setting: dict[str, Any]) -> str:
-    """Return the folder of the figures of a setting; of the embedded data there is none."""
+    """Return the subfolder of the figures of a setting; empty for digits."""
     return "" if setting["dataset"] == QUICK.dataset else f"{setting['dataset']}-{setting['model']}".lower()
 
 
 def _accuracies(
     figure: Analysis, setting: Setting, store: RunStore, frame: pd.DataFrame
 ) -> tuple[pd.DataFrame, list[str]]:
-    """Return the accuracies of the methods, and what their tests say; a table of the paper lays them out itself."""
+    """Return the accuracies of the methods, and sentences on their tests; none for a table of the paper."""
     if figure.sheet:
         return figure.sheet(frame), []
     found = tables.accuracies(store, figure.labelled(setting))
@@ -235,7 +235,7 @@ def _facts(figure: Analysis, setting: Setting, store: RunStore) -> dict[str, Any
         "runs": {run.spec.digest: run.spec.model_dump(mode="json") for run in here},
         "measurements": {measurement.spec.digest: measurement.spec.model_dump(mode="json") for measurement in measured},
         "data_fingerprint": sorted({run.provenance.get("data_fingerprint", "unknown") for run in here}),
-        "machine": environment.facts(),  # that drew; below, those that trained and measured
+        "machine": environment.facts(),  # of the drawing; below, of training and measuring
         "machines": _distinct([entry.provenance.get("machine") for entry in (*here, *measured)]),
         "cost": {
             "training_seconds": round(sum(_seconds(run.provenance) for run in here if "passes" in run.provenance), 1),

@@ -280,8 +280,8 @@ def test_each_class_is_dealt_evenly(embedded: DomainSet) -> None:
 
 def test_each_digit_lies_in_one_domain() -> None:
     labels = np.arange(1797) % 10
-    hands = digits._deal(labels, 4)
-    assert sorted(np.concatenate(hands)) == list(range(1797))
+    parts = digits._parts(labels, 4)
+    assert sorted(np.concatenate(parts)) == list(range(1797))
 
 
 def test_digits_are_turned_counter_clockwise() -> None:
@@ -462,7 +462,9 @@ def test_check_tells_what_is_off(tmp_path: Path) -> None:
         ("sketches", 0, 0, 0, "no domain of this data set"),
     ]
     assert not any(row.ok for row in folders.check("PACS", tmp_path))
-    with pytest.raises(UserError, match=r"PACS is not in .*: expected a folder with .* `flatlab data check PACS` says"):
+    with pytest.raises(
+        UserError, match=r"PACS is not in .*: expected a folder with .* `flatlab data check PACS` lists"
+    ):
         data_load.load("PACS", data_dir=tmp_path)
     with pytest.raises(UserError, match="VLCS is not in"):
         folders.check("VLCS", tmp_path)

@@ -361,7 +361,7 @@ class Once:
         (lambda c: (batch for batch in c.batches()), "one-shot iterator"),
         (lambda c: [], "hold no sample"),
         (lambda c: [(c.inputs[:0], c.targets[:0])], "hold no sample"),
-        (lambda c: {}, "hold no stratum"),
+        (lambda c: {}, "at least one stratum, got none"),
         (lambda c: {"a": c.batches(), "b": []}, "data of 'b' hold no sample"),
         (lambda c: c.inputs, "must be a pair"),
         (lambda c: [(c.inputs, c.targets[:3])], "share dimension 0"),
@@ -385,7 +385,7 @@ def test_a_batch_size_needs_shapes_that_fit():
 
 def test_patterns_and_vectors_that_do_not_fit_are_refused():
     case = cases.make("mlp")
-    with pytest.raises(UserError, match="matches 'layer4.*'; there are 0.weight, 0.bias"):
+    with pytest.raises(UserError, match="matches 'layer4.*'; available: 0.weight, 0.bias"):
         case.landscape(params=["0.*", "layer4.*"])
     with pytest.raises(UserError, match="empty list of patterns"):
         case.landscape(params=[])

@@ -72,7 +72,7 @@ WORDS = {  # what the user writes -> what the answer names, before anything heav
     "train --image-size 32": r"digits are 16 x 16 pixels; leave --image-size 32 out\.",
     "train --weights nix.pth": r"--weights nix\.pth: no such file; must be none, imagenet, or a \.safetensors or ",
     "train --setting paper": r"PACS is read from disk; pass --data-dir, a folder with art_painting, ",
-    "train --dataset PACS --data-dir nix": r"PACS is not in nix or nix/PACS: expected .*Pass its place as --data-dir\.",
+    "train --dataset PACS --data-dir nix": r"PACS is not in nix or nix/PACS: .*Pass its location as --data-dir\.",
     "train --dataset folder:": r"--dataset folder:PATH must name a folder with DOMAIN/CLASS/IMAGE, got no path\.",
     "train --dataset folder:nix": r"--dataset folder:PATH must name a folder with DOMAIN/CLASS/IMAGE, got nix\.",
     "train once": r"once.*flatlab train --help",
@@ -202,7 +202,7 @@ def test_data_that_have_gone(mistake, tmp_path):
     assert call("train", *PETS, "--dataset", f"folder:{tree}", "--store", store) == 0
     tree.rename(tmp_path / "moved")
     sentence = mistake("flatness", only_run(store), "--store", store)
-    assert "Pass its place as --data-dir." in sentence
+    assert "Pass its location as --data-dir." in sentence
     moved = ("--data-dir", tmp_path / "moved", "--radii", "0,1", "--samples", 2, "--out", tmp_path)
     assert call("flatness", only_run(store), "--store", store, *moved) == 0
 

@@ -179,14 +179,14 @@ BROKEN = torch.full((4, 4), float("nan"))
     ("weight", "quantized", "kwargs", "words"),
     [
         (ONES, torch.ones(4, 5), {}, "(4, 4) and (4, 5)"),
-        (BROKEN, ONES, {}, "weight holds 16 of 16 values that are not finite"),
-        (ONES, BROKEN, {}, "quantized weight holds 16"),
-        (ONES, ONES, {"step": BROKEN}, "step size holds 16"),
+        (BROKEN, ONES, {}, "weight must be finite, got 16 of 16 values that are not"),
+        (ONES, BROKEN, {}, "quantized weight must be finite"),
+        (ONES, ONES, {"step": BROKEN}, "step size must be finite"),
         (ONES, ONES, {}, "before quantization"),
         (0 * ONES, 0 * ONES, {"step": 1.0}, "only zeros"),
         (ONES, ONES, {"normalise": True}, "pass step"),
         (ONES, ONES, {"bins": 1}, "bins must be an integer >= 2"),
-        (9 * torch.rand(4, 4) + 1, ONES, {"step": 1e-3}, "are not clipped"),
+        (9 * torch.rand(4, 4) + 1, ONES, {"step": 1e-3}, "weights that are not clipped, got 0 of 16"),
     ],
 )
 def test_a_mistake_is_one_sentence(weight, quantized, kwargs, words):

@@ -152,7 +152,7 @@ def test_a_loss_that_cannot_be_divided_is_refused():
     with pytest.raises(UserError, match="needs batches that are dictionaries with an entry 'labels', got Tensor"):
         flatlab.Landscape(bare, [(sentences()["words"], sentences()["labels"])], flatlab.loss_of(bare))
     silent = type("Silent", (Tagger,), {"forward": lambda self, words, mask, labels: Tagger.forward(self, words)})()
-    with pytest.raises(UserError, match="Silent returns no `loss` of its labels"):
+    with pytest.raises(UserError, match="Silent returns no `loss` for its labels"):
         flatlab.Landscape(silent.double().eval(), batches(6), flatlab.loss_of(silent))
     with pytest.raises(UserError, match=r"Pass loss_of\(model\) to a Landscape"):
         flatlab.loss_of(bare)(bare(sentences()["words"]), sentences()["labels"])

@@ -119,14 +119,14 @@ def test_the_sentence_on_a_barrier_follows_its_interval(store):
     measure(run, measurement, stores.PLACE)
     found = run.result(measurement).panels["target"]
     for shift, verdict in [
-        (9.0, "a barrier stands"),
+        (9.0, "there is a barrier between"),
         (-9.0, "no barrier: the line lies below"),
         (np.nan, "not finite"),
     ]:
         moved = replace(found, excess=found.excess + shift, bootstrap=found.bootstrap + shift)
         assert verdict in barrier_sentence(moved)
     around_zero = replace(found, excess=found.excess - found.barrier, bootstrap=np.linspace(-1, 1, 99))
-    assert "no barrier that these images would show" in barrier_sentence(around_zero)
+    assert "no barrier is established on these images" in barrier_sentence(around_zero)
 
 
 def refreshed(run, count, **which):

@@ -10,7 +10,7 @@ import typer
 from flatlab.cli import info, measuring, store, training
 from flatlab.cli.choices import Choices, takes
 from flatlab.cli.effects import refuse_without_effect
-from flatlab.cli.errors import Commands, spoken
+from flatlab.cli.errors import Commands, reported
 from flatlab.cli.options import DATASET, RUNNING, TRAINING
 from flatlab.cli.run_jobs import carry_out, everything, price, redraw, show_written
 
@@ -45,7 +45,7 @@ def reproduce(
     name: Annotated[
         str,
         typer.Argument(
-            help="Figure or table, such as fig3 (`flatlab list`), or all: those that the list has in `in all`."
+            help="Figure or table, such as fig3 (`flatlab list`), or all: those marked `in all` in that list."
         ),
     ],
     draw_only: Annotated[
@@ -106,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _run(words: list[str]) -> int:
     try:
-        with spoken(debug="--debug" in words):
+        with reported(debug="--debug" in words):
             return app(words, prog_name="flatlab", standalone_mode=False) or 0
     except typer.Exit as end:
         return end.exit_code

@@ -1,4 +1,4 @@
-"""What is refused before any work begins: files in place of folders, patterns that match nothing."""
+"""Checks before any work begins: of paths, devices, weights, and patterns that match nothing."""
 
 import os
 import re
@@ -30,7 +30,7 @@ def paths(given: dict[str, Any]) -> dict[str, Any]:
         given: values by the names of options.
 
     Raises:
-        UserError: where a folder is a file, or is below one.
+        UserError: if a folder is a file, or is below one.
     """
     found = {name: Path(os.path.expanduser(value)) for name, value in given.items() if isinstance(value, Path)}
     for name in found.keys() & set(FOLDERS):
@@ -55,7 +55,7 @@ def device(written: str) -> str:
 
 
 def weights(written: str) -> str:
-    """Return the setting's name for `--weights`: of a file its hash."""
+    """Return the setting's name for `--weights`: for a file its hash."""
     if written in ("none", "imagenet"):
         return written
     path = Path(written).expanduser()
@@ -102,7 +102,7 @@ def layers(found: "Iterable[Run]", pattern: str | None, checkpoint: str) -> None
 
 
 def _weights(run: "Run", checkpoint: str) -> dict[str, int]:
-    """Return the names of a checkpoint's parameters with the numbers of their axes, as if nothing were quantized."""
+    """Return the names of a checkpoint's parameters, without those of quantizers, with their numbers of axes."""
     from flatlab import files
 
     arrays, _ = files.load_arrays(run.checkpoint(checkpoint))
@@ -119,7 +119,7 @@ def _some_match(pattern: str, names: list[str], what: str) -> None:
 
 
 def start(todo: "Sequence[Job]", place: "Place") -> None:
-    """Refuse initial weights that are not a checkpoint of the model; torchvision's are downloaded here, once."""
+    """Refuse initial weights that do not fit the model; torchvision's are downloaded here, once."""
     starts = {
         (run.model, run.weights) for job in todo if not job.measurements for run in job.runs if run.weights != "none"
     }

@@ -1,4 +1,4 @@
-"""What the user chose: the options of a command become a setting, a store and a place."""
+"""The chosen options of a command, as a setting, a store and a place."""
 
 import inspect
 import os
@@ -13,12 +13,12 @@ import typer
 from pydantic.fields import FieldInfo
 
 from flatlab.cli import checks
-from flatlab.cli.errors import spoken
+from flatlab.cli.errors import reported
 from flatlab.cli.options import CLUSTERS, MODELS, OF_SETTING, WORDS, Options, field_option, flag, shared_option
 from flatlab.data import catalog
 from flatlab.errors import UserError, choose, printable
 
-if TYPE_CHECKING:  # imported where they are used: `--help` answers before numpy is there
+if TYPE_CHECKING:  # imported where they are used, so that `--help` does not load numpy
     import pandas as pd
 
     from flatlab.specs.engine import Engine
@@ -27,25 +27,25 @@ if TYPE_CHECKING:  # imported where they are used: `--help` answers before numpy
     from flatlab.store.runs import Run, RunStore
 
 LAYOUT = {"folder": "DOMAIN/CLASS/IMAGE", "folder-text": "DOMAIN.tsv"}
-CLUSTER_WORKERS = 16  # where --max-workers is not given
+CLUSTER_WORKERS = 16  # if --max-workers is not given
 SHORT = 8  # digits of a digest on a screen
 Asked = Mapping[str, tuple[str, FieldInfo]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Choices(Options):
-    """The options of a command; those that it does not take are at their defaults."""
+    """The options of a command; those that it does not have are at their defaults."""
 
     taken: frozenset[str] = frozenset()  # by the command
     written: frozenset[str] = frozenset()  # on the command line, the command's own options included
 
     def without(self, name: str) -> "Choices":
-        """Return the choices with an option as if it had not been written."""
+        """Return the choices with an option at its default, as if it had not been given."""
         usual: dict[str, Any] = {name: WORDS[name].default, "written": self.written - {name}}
         return replace(self, **usual)
 
     def refuse(self, names: Iterable[str], why: str) -> None:
-        """Refuse options that were written and have no effect.
+        """Refuse options that were given and have no effect.
 
         Args:
             names: of the options.
@@ -59,13 +59,13 @@ class Choices(Options):
                 raise UserError(f"{flag(name)} does nothing {why}; leave it out.")
 
     def named(self, words: Sequence[str]) -> "list[Run]":
-        """Return the runs that words name, among those that `--held-out` and `--seed` select."""
+        """Return the runs with these names, among those that `--held-out` and `--seed` select."""
         from flatlab.cli.parse import named
 
         return named(self.runs(), words, held_out=self.held_out, seed=self.seed)
 
     def found(self, words: Sequence[str]) -> "list[Run]":
-        """Return such runs; refuse unfinished ones."""
+        """Return the runs with these names; refuse unfinished ones."""
         found = self.named(words)
         for run in found:
             run.require_done()
@@ -95,7 +95,7 @@ class Choices(Options):
         return Path(path.strip()).expanduser()
 
     def name(self) -> str:
-        """Return the data set's name; of a folder its last part, since its place is no part of a run."""
+        """Return the data set's name; for a folder its last part, since its location is not part of a run."""
         own = self._own()
         if own is None:
             return catalog.canonical(self.dataset or self._chosen().dataset)
@@ -127,8 +127,8 @@ class Choices(Options):
         dataset, folder = self.name(), self.folder()
         self._check_model(dataset)
         known = catalog.facts(dataset)
-        several = "," in (self.datasets or "")  # --data-dir is then of those that have a folder
-        if known is None or known.folder or (folder is not None and not several):  # of embedded data, one is refused
+        several = "," in (self.datasets or "")  # --data-dir then applies to those that have a folder
+        if known is None or known.folder or (folder is not None and not several):  # for embedded data `locate` raises
             catalog.locate(dataset, folder)
         weights = checks.weights(self.weights) if self.weights else None
         changes = {field: getattr(self, option) for option, field in OF_SETTING.items()}
@@ -146,7 +146,7 @@ class Choices(Options):
         return choose("model", self.model, MODELS) if self.model else None
 
     def _check_model(self, dataset: str) -> None:
-        """Refuse networks that the data cannot have, and image sizes that digits cannot."""
+        """Refuse networks that do not suit the data, and image sizes other than 16 for digits."""
         model = self._model()
         if model and (MODELS[model] == 0) != catalog.is_text(dataset):
             kind, fits = (
@@ -180,17 +180,17 @@ class Choices(Options):
         if self.executor == "local" and place.device.partition(":")[0] not in ("auto", "cpu"):
             from flatlab.loading import data as loading_data
 
-            loading_data.device(place)  # refuses an absent one before the work; only this loads torch
+            loading_data.device(place)  # refuses a missing device before the work; loads torch
         return place
 
     def engine(self, jobs: int) -> "Engine":
-        """Return where the workers of a number of jobs are started.
+        """Return the engine on which the workers of a number of jobs are started.
 
         Args:
-            jobs: their number.
+            jobs: number of jobs.
 
         Raises:
-            UserError: for an option that the executor does not take.
+            UserError: for an option that the executor does not have.
         """
         from flatlab.environment import cores
         from flatlab.specs.engine import Engine
@@ -228,7 +228,7 @@ class Choices(Options):
 
 
 def _accelerated(device: str) -> bool:
-    """Return whether an accelerator is used, without loading torch, which takes seconds."""
+    """Return whether an accelerator is used, without loading torch."""
     if device != "auto":
         return not device.startswith("cpu")
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
@@ -247,7 +247,7 @@ def takes(
     Args:
         words: names of `Options`.
         asks: options that set fields of a spec (`options.asked`).
-        defaults: other defaults than the usual ones.
+        defaults: defaults that differ from the usual ones.
     """
     fields = {name: field for name, (field, _) in (asks or {}).items()}
     options = {name: field_option(name, info) for name, (_, info) in (asks or {}).items()}
@@ -255,7 +255,7 @@ def takes(
 
     def wrap(command: Callable[..., None]) -> Callable[..., None]:
         def run(context: typer.Context, **given: Any) -> None:
-            with spoken(debug=given["debug"]):
+            with reported(debug=given["debug"]):
                 given |= {name: option.rule.checked(name, given[name]) for name, option in options.items()}
                 given = checks.paths(given)
                 written = frozenset(name for name in given if _is_written(context, name))

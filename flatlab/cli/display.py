@@ -24,7 +24,7 @@ from flatlab.cli.timeleft import TimeLeft
 from flatlab.errors import printable
 from flatlab.jobs.plan import Job
 
-PER_JOB, START = 0.6, 5.0  # seconds beside the passes: of a job's loading and writing, and of starting the workers
+PER_JOB, START = 0.6, 5.0  # seconds in addition to the passes: loading and writing of a job, and start of the workers
 WIDEST = 100_000  # columns without a terminal: each row is one line; a terminal folds long cells
 
 
@@ -95,7 +95,7 @@ def board(jobs: Sequence[Job], *, workers: int) -> Iterator[Board]:
 
 @contextmanager
 def counter(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Show a count's progress, from the first report on: a bar, or a line each few seconds."""
+    """Show the progress of a count, from the first report on: a bar, or a line every few seconds."""
     what = printable(what)
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeRemainingColumn(), console=err, disable=not err.is_terminal) as progress:
@@ -133,10 +133,10 @@ def plan(jobs: Sequence[Job], costs: Sequence[float], source: str, *, workers: i
     """Print jobs, passes and estimated time.
 
     Args:
-        jobs: what is missing.
+        jobs: the missing jobs.
         costs: core seconds of each.
-        source: what these rest on.
-        workers: processes.
+        source: of the costs, for the message.
+        workers: number of processes.
     """
     kinds: dict[str, list[tuple[float, float]]] = {}
     for job, cost in zip(jobs, costs, strict=True):

@@ -42,7 +42,7 @@ def refuse_idle(chosen: Choices, parts: "Method") -> None:
     if sized and (chosen.bits or chosen.granularity):
         raise UserError("--noise-amplitude sets the size of the noise; leave --bits and --granularity out.")
     if chosen.bits is not None and parts.quantizer == "lsq-both":
-        raise UserError(f"--bits is of weights alone, lsq-both quantizes inputs, too; write --qat-bits {chosen.bits}.")
+        raise UserError(f"--bits is of weights alone, lsq-both also quantizes inputs; write --qat-bits {chosen.bits}.")
     for word, (used, needed, remedy) in NEEDS.items():
         value = getattr(chosen, word)
         if value is not None and value is not False and not used(parts):
@@ -56,14 +56,14 @@ def refuse_idle(chosen: Choices, parts: "Method") -> None:
 
 
 def refuse_without_effect(chosen: Choices, plan: "Callable[[Setting], Any]", what: str) -> None:
-    """Refuse written options that change the setting, but nothing that is trained or measured, at no value.
+    """Refuse given options that change the setting, but at no value anything that is trained or measured.
 
-    An option whose value is what would be planned without it is accepted where another value would change the plan.
+    An option at its default value is accepted if another value would change the plan.
 
     Args:
-        chosen: what the user chose.
-        plan: what is trained and measured in a setting.
-        what: is planned, for the message.
+        chosen: the chosen options.
+        plan: from a setting to what is trained and measured.
+        what: the name of what is planned, for the message.
 
     Raises:
         UserError: names the first of them.

@@ -1,4 +1,4 @@
-"""From an exception to one sentence and an exit code; a user's mistake shows no traceback.
+"""From an exception to one sentence and an exit code; there is no traceback for a user's mistake.
 
 Exit codes: 2 user's mistake, 1 internal error, 130 interrupted.
 """
@@ -23,10 +23,10 @@ Command = Callable[..., None]
 
 
 class Strict(TyperCommand):
-    """A command that refuses repeated options (click keeps the last without a word) and empty values."""
+    """A command that refuses repeated options (click silently uses the last) and empty values."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Check the words as they were written, then convert them."""
+        """Check the arguments, then convert them."""
         values, _, order = self.make_parser(ctx).parse_args(args=list(args))
         for param in order:
             hint: dict[str, Any] = {"ctx": ctx, "param": param}
@@ -51,7 +51,7 @@ class Commands(typer.Typer):
 
 
 @contextmanager
-def spoken(*, debug: bool) -> Iterator[None]:
+def reported(*, debug: bool) -> Iterator[None]:
     """Convert an exception to one sentence and an exit code.
 
     Args:
@@ -84,10 +84,7 @@ def explain(error: Exception) -> tuple[str, int]:
     if isinstance(error, UserError):
         if not isinstance(error.__cause__, WorkerError):
             return str(error), 2
-        return (
-            f"{error} Run the command again with --debug to see the traceback.",
-            1,
-        )  # a worker's bug, its traceback behind it
+        return f"{error} Run the command again with --debug to see the traceback.", 1  # a bug in a worker
     if isinstance(error, OSError):
         return of_system(error), 2
     if isinstance(error, MemoryError):

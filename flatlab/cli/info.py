@@ -25,7 +25,7 @@ def methods(chosen: Choices) -> None:
     from flatlab.specs.methods import METHODS
 
     rows = [{"method": name, **dataclasses.asdict(parts)} for name, parts in METHODS.items()]
-    chosen.answer(pd.DataFrame(rows), "Methods; `flatlab train` takes any other composition of these parts, too")
+    chosen.answer(pd.DataFrame(rows), "Methods; `flatlab train` also accepts any other composition of these parts")
 
 
 @commands.command("list", epilog="Example: `flatlab list --setting smoke`")
@@ -57,13 +57,13 @@ def _lacks(todo: Sequence[Any]) -> str:
 @commands.command(epilog="Example: `flatlab doctor --device cuda`")
 @takes("device", "json", "debug")
 def doctor(chosen: Choices) -> None:
-    """Report the hardware and software that decide speed and results, and what would make them faster."""
+    """Report the hardware and software that affect speed and results, and how to make runs faster."""
     facts = _diagnose(chosen.place())
     chosen.answer_facts(facts, "\n".join(f"{name}: {value}" for name, value in facts.items()))
 
 
 def _diagnose(place: Place) -> dict[str, str]:
-    """Return the facts that decide speed or correctness, by name."""
+    """Return the facts that affect speed or correctness, by name."""
     import torch
 
     from flatlab import environment
@@ -80,8 +80,8 @@ def _diagnose(place: Place) -> dict[str, str]:
     if unset:
         words = " ".join(f"{name}={local.ALLOCATOR[name]}" for name in unset)
         facts["allocator"] = (
-            "flatlab's workers keep large blocks of memory, which glibc would give back at each free; "
-            f"in your own scripts `export {words}` is worth up to 2.6 times for large batches on a CPU."
+            "flatlab's workers keep large blocks of memory, which glibc would return to the system at each free; "
+            f"in your own scripts `export {words}` gives up to 2.6 times the speed for large batches on a CPU."
         )
     return facts
 

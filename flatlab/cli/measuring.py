@@ -26,7 +26,7 @@ commands = Commands()
 AUDITED = {"measure": "", "before": ".4g", "ratio, by layer": ".4g", "ratio, by channel": ".4g", "invariant": ""}
 SHOWN = {"run": "", "domains": "", "engine": "", "number": "", "index": "", "value": ".4g", "low": ".4g", "high": ".4g"}
 SHOWN |= {"converged": ""}
-CITE = "PyHessian gives no interval: its trace stops when the running mean changes little, which can happen by chance."
+CITE = "PyHessian gives no interval: its trace stops once the running mean changes little, which can happen by chance."
 SPHERE = asked(
     SphereSpec,
     *("rel_error", "abs_error", "budget", "block_size", "normalisation", "space", "checkpoint", "params", "images"),
@@ -216,7 +216,7 @@ def landscape(
 
 
 def _planes(chosen: Choices, centres: list[Any], measurements: list[Any]) -> None:
-    """Measure and draw planes, and compare the traces where that is among the measurements."""
+    """Measure and draw planes, and compare the traces if that is among the measurements."""
     from flatlab.report import diagnostics, surface
 
     if not measured(chosen, centres, measurements):
@@ -266,7 +266,7 @@ def stability(
     ] = False,
     since: Annotated[
         int | None,
-        typer.Option(min=0, max=LARGEST_INT, help="First step that counts; the runs' latest switch if not given."),
+        typer.Option(min=0, max=LARGEST_INT, help="First step included; the runs' latest switch if not given."),
     ] = None,
 ) -> None:
     """Report the variability of held-out accuracy, its correlation with validation accuracy, and selection regret."""

@@ -1,4 +1,4 @@
-"""The options that commands share, each defined once; bounds, choices, help and default are read off a spec's field."""
+"""The options that commands share, each defined once; bounds, choices, help and default are those of a spec's field."""
 
 import operator
 from collections.abc import Callable
@@ -31,25 +31,25 @@ MODELS = {  # -> channels; None: any number; 0: sentences
 }
 DEVICES = ("auto", "cpu", "cuda", "mps")
 FOLDERS = ("store", "out", "cache", "tensorboard", "data_dir")
-BY_DATA = ("image_size", "model", "freeze_batchnorm")  # defaults that the data decide
+BY_DATA = ("image_size", "model", "freeze_batchnorm")  # options whose default depends on the data
 
 
 def flag(name: str) -> str:
-    """Return an option as it is written."""
+    """Return an option as written on the command line."""
     return f"-{name}" if len(name) == 1 else f"--{name.replace('_', '-')}"
 
 
 SIGNS = {"ge": (">=", operator.ge), "gt": (">", operator.gt), "le": ("<=", operator.le), "lt": ("<", operator.lt)}
-TECHNICAL = 1000  # bounds from here on only catch slips of the keyboard
+TECHNICAL = 1000  # larger bounds only catch typing errors, and are not shown
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What the value of an option must be: one of a few names, a number within bounds, or text that a field reads."""
+    """The valid values of an option: one of a few names, a number within bounds, or text that validators accept."""
 
     choices: tuple[str, ...] = ()
     bounds: tuple[tuple[str, float], ...] = ()  # "ge", "gt", "le" or "lt", and the limit
-    readers: tuple[Callable[..., Any], ...] = ()  # of text; a ValueError says what it must be
+    readers: tuple[Callable[..., Any], ...] = ()  # of text; a ValueError states what it must be
 
     @classmethod
     def of(cls, info: FieldInfo) -> "Rule":
@@ -63,14 +63,14 @@ class Rule:
         )
 
     def checked(self, name: str, value: Any) -> Any:
-        """Return a value, a name in its proper spelling.
+        """Return a value, a name in its canonical spelling.
 
         Args:
             name: of the option.
-            value: as given; None where it is not.
+            value: as given; None if it is not.
 
         Raises:
-            UserError: where it breaks the rule.
+            UserError: if it breaks the rule.
         """
         if value is not None and self.choices:
             return choose(name.replace("_", "-"), value, self.choices)
@@ -87,14 +87,14 @@ class Rule:
         return value
 
     def help(self, text: str) -> str:
-        """Return a help text with the bounds, or with the names that it does not mention already."""
+        """Return a help text with the bounds, or with the names unless it contains them."""
         limits = tuple(f"{SIGNS[word][0]} {limit:g}" for word, limit in self.bounds if limit < TECHNICAL)
         shown = () if self.choices and all(each in text for each in self.choices) else self.choices or limits
         return f"{text} [{', '.join(shown)}]" if shown else text
 
 
 def _option(panel: str, text: str, *names: str, default: Any = None, rule: Rule | None = None, **more: Any) -> Any:
-    """Return the field of an option that has no field of a spec."""
+    """Return the field of an option that is not a field of a spec."""
     rule = rule or Rule()
     info = typer.Option(*names, help=rule.help(text), rich_help_panel=panel, **more)
     return field(default=default, metadata={"option": info, "rule": rule})
@@ -109,7 +109,7 @@ def _part(part: str, what: str) -> Any:
 
 
 def _of_setting(panel: str, name: str, *names: str, default: Any = None) -> Any:
-    """Return the field of an option that is a field of `Setting`; not given, it is as the setting has it."""
+    """Return the field of an option that is a field of `Setting`, whose value it has if not given."""
     info, rule = Setting.model_fields[name], Rule.of(Setting.model_fields[name])
     text = f"{rule.help(info.description or '')}{'' if default is False else _usual(name)}"
     option = typer.Option(*names, help=text, rich_help_panel=panel, show_default=False)
@@ -117,7 +117,7 @@ def _of_setting(panel: str, name: str, *names: str, default: Any = None) -> Any:
 
 
 def _of_engine(name: str, *, default: Any = None) -> Any:
-    """Return the field of an option that is a field of `Engine`; not given, it is as the engine has it."""
+    """Return the field of an option that is a field of `Engine`, whose value it has if not given."""
     info = Engine.model_fields[name]
     usual = f" (default: {info.default})" if info.default else ""
     text = f"{info.description}{usual} Only with --executor slurm."
@@ -125,7 +125,7 @@ def _of_engine(name: str, *, default: Any = None) -> Any:
 
 
 def _usual(name: str) -> str:
-    """Return the default of a setting's field, in words for a help page."""
+    """Return the default of a setting's field, as text for a help page."""
     if name in BY_DATA:
         kinds = {"digits": QUICK, "photographs": PAPER, "sentences": TEXT}
         return f" (default: {', '.join(f'{_word(getattr(each, name))} for {kind}' for kind, each in kinds.items())})"
@@ -142,7 +142,7 @@ def _word(value: object) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Every shared option; it means the same in each command that takes it."""
+    """Every shared option; it has the same meaning in each command that has it."""
 
     dataset: str | None = _option(
         DATA,
@@ -263,7 +263,7 @@ class Options:
     )
     keep_every: int | None = _option(
         OUTPUT,
-        "Keep the weights each N steps for `flatlab replay`; the run itself does not change.",
+        "Keep the weights every N steps for `flatlab replay`; the run itself does not change.",
         rule=Rule(bounds=(("ge", 1), ("le", LARGEST_INT))),
     )
     tensorboard: Path | None = _option(OUTPUT, "Folder to write the training curves to as TensorBoard events.")
@@ -293,8 +293,8 @@ def asked(spec: type[Spec], *same: str, **renamed: str) -> dict[str, tuple[str, 
     """Return options of a measurement: by their names, each with the spec's field that it sets.
 
     Args:
-        spec: has the fields.
-        same: fields whose options have their names.
+        spec: the class of the spec.
+        same: fields whose options have the same name.
         renamed: other options, with their fields.
     """
     return {

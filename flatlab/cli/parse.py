@@ -1,4 +1,4 @@
-"""Words to values: runs by name or digest, and radii."""
+"""Arguments to values: runs by name or digest, and radii."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,20 +16,20 @@ if TYPE_CHECKING:  # it loads numpy
 SHOWN = 8  # candidates in a message
 HEX = set("0123456789abcdef")
 LARGEST_RADIUS = 1e9
-MOST_RADII = 10_000  # more are a slip of the keyboard
+MOST_RADII = 10_000  # more are a typing error
 
 
 def named(store: "RunStore", words: Sequence[str], *, held_out: str = "all", seed: int | None = None) -> "list[Run]":
-    """Return the runs that words name, each once; of a method the finished ones, if any.
+    """Return the runs with these names, each once; for a method the finished ones, if any.
 
     Args:
-        store: holds them.
+        store: contains them.
         words: names of methods (QT-DoG) or compositions (sam-swad), or digests, or their beginnings.
-        held_out: of the runs that a name means, those that held these domains out.
-        seed: of the runs that a name means, those of this seed; None: of the first there is.
+        held_out: selects the runs of a method with these held-out domains.
+        seed: selects the runs of a method with this seed; None: the smallest.
 
     Raises:
-        UserError: where a word names no run, or several.
+        UserError: if a name matches no run, or several.
     """
     runs = [run for run in store.runs() if not run.lends]
     labels = {_plain(run.spec.label) for run in runs} | {_plain(name) for name in METHODS}
@@ -67,7 +67,7 @@ def _plain(name: str) -> str:
 
 
 def _parts(spec: RunSpec) -> Method:
-    """Return the composition that a run was made of, an ensemble's members left out."""
+    """Return the composition of a run, without the members of an ensemble."""
     mixed = "none" if spec.mixing is None else "mixstyle-across" if spec.mixing.across else "mixstyle"
     return Method(
         step=spec.step.kind,
@@ -82,7 +82,7 @@ def _parts(spec: RunSpec) -> Method:
 
 
 def _held_out(spec: RunSpec, which: str) -> bool:
-    """Whether a run held one of these domains out, given by name, or by index for data sets known by name."""
+    """Whether a run has one of these held-out domains, given by name, or by index for data sets known by name."""
     known = catalog.facts(spec.dataset)
     order = list(known.domains) if known else []
     for word in [which.strip(), *(each.strip() for each in which.split(","))]:
@@ -112,7 +112,7 @@ def parse_radii(text: str) -> tuple[float, ...] | Literal["auto"]:
         text: "0:60:5" or "0,0.5,1".
 
     Raises:
-        UserError: where it is neither, or a radius is negative or not finite.
+        UserError: if it is neither, or a radius is negative or not finite.
     """
     if text.strip().lower() == "auto":
         return "auto"

@@ -1,4 +1,4 @@
-"""Jobs of a command: run with a progress bar, or only priced; all figures and tables at once."""
+"""Jobs of a command: run with a progress bar, or printed with their cost; all figures and tables at once."""
 
 import shlex
 import sys
@@ -12,16 +12,16 @@ from flatlab.cli.choices import Choices
 from flatlab.cli.errors import say
 from flatlab.errors import UserError
 
-DRAWING = frozenset({"name", "draw_only", "reference", "out", "json", "debug"})  # what --draw-only goes with
+DRAWING = frozenset({"name", "draw_only", "reference", "out", "json", "debug"})  # options allowed with --draw-only
 
 
 def carry_out(chosen: Choices, todo: Sequence[Any], place: Any = None) -> None:
     """Run jobs in worker processes, after decoding their images.
 
     Args:
-        chosen: what the user chose.
+        chosen: the chosen options.
         todo: the jobs.
-        place: where; as chosen by default.
+        place: machine facts; by default as chosen.
     """
     from flatlab import reproduce
     from flatlab.cli import display
@@ -30,7 +30,7 @@ def carry_out(chosen: Choices, todo: Sequence[Any], place: Any = None) -> None:
     if todo:
         checks.start(todo, place)
         for folder in (chosen.out if "out" in chosen.taken else None, chosen.tensorboard):
-            if folder:  # before the work, since without the folder its pictures would be lost
+            if folder:  # before the work, so that an unwritable folder is reported first
                 folder.mkdir(parents=True, exist_ok=True)
     _decode({(spec.dataset, spec.image_size) for job in todo for spec in job.runs}, place)
     engine = chosen.engine(len(todo))
@@ -42,9 +42,9 @@ def measured(chosen: Choices, found: Sequence[Any], measurements: Sequence[Any])
     """Measure what is missing of runs; with --dry-run, print the cost and return False.
 
     Args:
-        chosen: what the user chose.
+        chosen: the chosen options.
         found: the runs.
-        measurements: what is measured of each.
+        measurements: of each run.
     """
     from flatlab import reproduce
     from flatlab.data import catalog
@@ -152,13 +152,13 @@ def redraw(chosen: Choices, name: str, *, reference: bool) -> None:
 
 
 def everything(chosen: Choices, *, reference: bool) -> None:
-    """Make all figures and tables but those made alone; shared work is done once, and resumes after an interruption.
+    """Make all figures and tables except those made alone; shared work is done once, and can be resumed.
 
     A failure does not stop the rest; the command then ends with the errors.
 
     Args:
-        chosen: what the user chose.
-        reference: also write what the repository keeps.
+        chosen: the chosen options.
+        reference: also write the small files that the repository keeps.
     """
     import pandas as pd
 

@@ -20,7 +20,7 @@ UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12}
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([MGT]B)")
 
 runs_commands = Commands(help="List, show, verify, remove and merge the runs of a store.", no_args_is_help=True)
-jobs_commands = Commands(help="List and cancel what was submitted to Slurm.", no_args_is_help=True)
+jobs_commands = Commands(help="List and cancel Slurm arrays, and show their errors.", no_args_is_help=True)
 data_commands = Commands(help="List and check data sets.", no_args_is_help=True)
 
 
@@ -199,9 +199,9 @@ def check(
 @takes("cache", "json", "debug")
 def cache_(
     chosen: Choices,
-    keep: Annotated[str, typer.Option(help="Size of the entries that stay, such as 20GB; those used last stay.")],
+    keep: Annotated[str, typer.Option(help="Total size of the entries kept, such as 20GB; the last used are kept.")],
 ) -> None:
-    """Delete the decoded images that were used longest ago; those of the last day stay."""
+    """Delete the least recently used decoded images; those used within a day are kept."""
     from flatlab.data import cache
 
     size = SIZE.fullmatch(keep.strip().upper())

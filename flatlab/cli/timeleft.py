@@ -11,22 +11,22 @@ Kind = tuple[str, ...]
 
 
 def kind_of(job: Job) -> Kind:
-    """Return what decides the seconds of a pass: training or measuring, which method or metric, which network."""
+    """Return the properties that determine the seconds of a pass: training or measuring, network, method or metric."""
     verb = job.name.partition(" ")[0]
     what = sorted({measurement.metric for measurement in job.measurements}) or [job.name.partition(" on ")[0]]
     return (verb, job.runs[0].model, *what)
 
 
 class TimeLeft:
-    """Seconds left, estimated from the time that jobs have taken so far."""
+    """Seconds left, estimated from the time of jobs so far."""
 
     def __init__(self, jobs: Sequence[Job], *, workers: int, now: Callable[[], float] = time.monotonic) -> None:
         self.now, self.workers = now, workers
         self.kind = {job.name: kind_of(job) for job in jobs}
         self.cost = {job.name: job.passes for job in jobs}
         self.share = dict.fromkeys(self.cost, 0.0)
-        self.begun: dict[str, tuple[float, float]] = {}  # when, and from which share on
-        self.warming: set[str] = set()  # first jobs of the workers, which load libraries and data: timed from then on
+        self.begun: dict[str, tuple[float, float]] = {}  # time, and share done by then
+        self.warming: set[str] = set()  # first jobs of the workers, which load libraries and data: not timed meanwhile
         self.seconds: dict[str, float] = {}  # of finished jobs
 
     def on_event(self, name: str, share: float, *, over: bool) -> None:
@@ -58,7 +58,7 @@ class TimeLeft:
         return max(sum(rest.values()) / self.workers, max(rest.values(), default=0.0))
 
     def _pace(self, name: str, timed: Sequence[str]) -> float:
-        """Return the seconds of a pass: of the job's kind, else of such work, else of all; of finished jobs if any."""
+        """Return the seconds of a pass: of the job's kind, else of similar work, else of all; of finished jobs if any."""
         for length in (len(self.kind[name]), 2, 1, 0):
             alike = [each for each in timed if self.kind[each][:length] == self.kind[name][:length]]
             alike = [each for each in alike if each in self.seconds] or alike

@@ -58,7 +58,7 @@ def train(chosen: Choices) -> None:
     if chosen.tensorboard:
         from flatlab.report import tensorboard
 
-        tensorboard.needed()  # fails before hours of training, not after
+        tensorboard.needed()  # fails before the training, not after
     run_jobs.carry_out(chosen, todo)
     if chosen.tensorboard:
         run_jobs.show_written([tensorboard.write(store.run(spec), chosen.tensorboard) for spec in wanted])

@@ -1,9 +1,9 @@
 """DomainBed's training transform, on a whole batch at once, on the device that trains.
 
-RandomResizedCrop, flip, ColorJitter, RandomGrayscale (methods.md 1.2) with torchvision's laws. All randomness is drawn
-beforehand, on the CPU, as numbers per sample: a batch is the same whoever makes it, up to a device's rounding. Pillow
-cuts to bytes after each colour operation, which makes its images 1.4 of 255 levels darker (measured); here only the
-crop is rounded, and that on a CPU alone.
+RandomResizedCrop, flip, ColorJitter and RandomGrayscale, distributed as in torchvision. All random numbers are drawn
+beforehand, on the CPU, for each sample: a batch is the same on every device, up to rounding. Pillow truncates to bytes
+after each colour operation, which makes its images darker by 1.4 of 255 levels (measured); here only the crop is
+rounded, and only on a CPU.
 """
 
 import math
@@ -18,11 +18,11 @@ from torch import Tensor
 
 SCALE = (0.7, 1.0)  # of the picture's area
 RATIO = (3 / 4, 4 / 3)  # width over height of the crop
-TRIES = 10  # at a crop that fits, as torchvision
-JITTER = 0.3  # of brightness, contrast, saturation, and hue (in turns)
-GREY = 0.1  # share of the pictures that lose their colours
+TRIES = 10  # to draw a crop that fits, as torchvision
+JITTER = 0.3  # of brightness, contrast, saturation, and hue (as a fraction of the circle)
+GREY = 0.1  # share of the pictures that are converted to grey
 LUMA = (0.2989, 0.587, 0.114)  # ITU-R 601, as Pillow and torchvision
-UNIFORMS = 2 * TRIES + 12  # numbers that a sample needs
+UNIFORMS = 2 * TRIES + 12  # random numbers per sample
 
 
 class Draws(NamedTuple):
@@ -31,9 +31,9 @@ class Draws(NamedTuple):
     Attributes:
         boxes: (n, 4) top, left, height, width of the crop, in pixels.
         flips: (n,) whether left and right are exchanged.
-        factors: (n, 4) of brightness, contrast and saturation; and the turn of the hue.
-        orders: (n, 4) in which order those four are done.
-        greys: (n,) whether the colours are lost.
+        factors: (n, 4) of brightness, contrast and saturation; and the shift of the hue.
+        orders: (n, 4) the order in which those four are applied.
+        greys: (n,) whether the picture is converted to grey.
     """
 
     boxes: npt.NDArray[np.int64]
@@ -46,7 +46,7 @@ class Draws(NamedTuple):
 def draw(sizes: npt.NDArray[np.int64], generator: torch.Generator) -> Draws:
     """Draw the transforms of pictures of these sizes, (n, 2) heights and widths.
 
-    A sample takes the same number of draws whatever its size, so that no picture moves another's.
+    Each picture takes the same number of draws, so that its transform does not depend on the sizes of the others.
     """
     uniforms = torch.rand(len(sizes), UNIFORMS, generator=generator, dtype=torch.float64).numpy()
     crop, flip, factor, order, grey = np.split(uniforms, np.cumsum([2 * TRIES + 2, 1, 4, 4]), axis=1)
@@ -62,7 +62,7 @@ def join(draws: Sequence[Draws]) -> Draws:
 def augment(pictures: Sequence[Tensor], draws: Draws, size: int) -> Tensor:
     """Return pictures of any sizes, (3, h, w) bytes on one device, as (n, 3, size, size) float32 from 0 to 255."""
     # Per picture 0.1 (64 pixels) to 0.6 ms (224) on a core, ten times less than the products; on a GPU one launch
-    # for each picture would take longer than the training of it.
+    # for each picture would take longer than training on it.
     resize = _crop_each if pictures[0].device.type == "cpu" else crop_together
     images = resize(pictures, draws.boxes, size).div_(255)
     flips = _rows(draws.flips, images.device)
@@ -79,7 +79,7 @@ def augment(pictures: Sequence[Tensor], draws: Draws, size: int) -> Tensor:
 
 
 def _rows(chosen: npt.NDArray[np.bool_], device: torch.device) -> Tensor:
-    """Return row numbers, which unlike a mask spare the device a wait for their count."""
+    """Return row numbers: unlike indexing by a mask, indexing by them needs no synchronisation with the device."""
     return torch.from_numpy(np.flatnonzero(chosen)).to(device)
 
 
@@ -87,7 +87,7 @@ def _rows(chosen: npt.NDArray[np.bool_], device: torch.device) -> Tensor:
 
 
 def _boxes(sizes: npt.NDArray[np.int64], uniforms: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
-    """Return the first of ten boxes that fits; where none does, the largest central one within the ratios."""
+    """Return the first of ten boxes that fits; if none does, the largest central one within the ratios."""
     heights, widths = sizes[:, :1], sizes[:, 1:]
     area = heights * widths * (SCALE[0] + (SCALE[1] - SCALE[0]) * uniforms[:, :TRIES])
     low, high = map(math.log, RATIO)
@@ -160,10 +160,10 @@ def saturation(images: Tensor, factors: Tensor) -> Tensor:
 
 
 def hue(images: Tensor, turns: Tensor) -> Tensor:
-    """Turn the hue in HSV space, by shares of the circle."""
+    """Shift the hue in HSV space, by fractions of the circle."""
     (red, green, blue), high = images.unbind(1), images.amax(1)
     chroma = high - images.amin(1)
-    whole = chroma.clamp(min=1e-12)  # grey pixels have no hue, and keep none
+    whole = chroma.clamp(min=1e-12)  # grey pixels have no hue, and do not change
     reddest = torch.where(high == red, (green - blue) / whole, (red - green) / whole + 4)
     sixths = torch.where((high == green) & (high != red), (blue - red) / whole + 2, reddest)
     offsets = images.new_tensor([5, 3, 1]).view(1, 3, 1, 1)  # of red, green and blue: Smith 1978, without its cases

@@ -14,11 +14,11 @@ from flatlab.data.images import Decoded, Originals, Ragged
 from flatlab.errors import UserError
 from flatlab.seeds import generator
 
-KEPT = 2**28  # bytes of float32 inputs that are made once; of more, the bytes are kept, and the rest made each time
+KEPT = 2**28  # bytes of float32 inputs that are kept; larger sets are kept as bytes, and converted at each access
 
 
 class Batch(NamedTuple):
-    """One training batch: the source domains' shares one after another, in index order.
+    """One training batch: the samples of each source domain, in index order.
 
     Attributes:
         inputs: (B, C, H, W) float32, normalised, channels last.
@@ -32,7 +32,7 @@ class Batch(NamedTuple):
 
 
 class _Source(NamedTuple):
-    """One source domain: the rows to draw from, and what they are rows of, on the device."""
+    """One source domain: the rows to draw from, and its images and labels, on the device."""
 
     name: str
     rows: Tensor
@@ -42,11 +42,11 @@ class _Source(NamedTuple):
 
 
 class TrainingStream:
-    """Batches drawn with replacement, from an infinite stream of its own for each source domain (as DomainBed).
+    """Batches drawn with replacement, from a separate infinite stream for each source domain (as DomainBed).
 
     Stateless: a batch is a pure function of (seed, domain, step), the same on every device, so that a resumed run
-    needs no saved state and a new domain moves no other's draws. Images stay bytes until they are gathered. Files that
-    are decoded each time are decoded one step ahead, while the step before is trained.
+    needs no saved state and a new domain does not change the draws of the others. Images stay bytes until they are
+    gathered. Files that are decoded on each access are decoded one step ahead, during the previous step.
 
     Args:
         data: the data set.
@@ -54,10 +54,10 @@ class TrainingStream:
         batch_size: samples of each domain in a batch.
         seed: of the stream.
         device: where images are kept and batches are made.
-        augmented: whether DomainBed's training transform is applied to the originals; else the squares are taken.
+        augmented: whether DomainBed's training transform is applied to the originals; else the squares are used.
 
     Raises:
-        UserError: there is nothing to draw from, or there are no colours to change.
+        UserError: if there are no rows to draw from, or images to be augmented have no colours.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class TrainingStream:
         augmented: bool = False,
     ) -> None:
         if not rows or not all(map(len, rows.values())):
-            raise UserError("A training stream needs at least one source domain, and a row in each.")
+            raise UserError("A training stream needs at least one source domain, and at least one row of each.")
         if augmented and data.domains[0].images.shape[1] != 3:
             raise UserError(f"DomainBed's augmentation changes colours, and {data.name} has none; train without.")
         self._normalise, self._size = data.normalise, data.domains[0].images.shape[-1]
@@ -94,7 +94,7 @@ class TrainingStream:
         return Batch(self._normalise(images), targets, (self._batch_size,) * len(self._sources))
 
     def _picks(self, step: int) -> Iterator[tuple[_Source, Tensor]]:
-        """Yield each source with the row numbers that are drawn from it."""
+        """Yield each source with the row numbers drawn from it."""
         for source in self._sources:
             draws = generator("batches", self._seed, source.name, step)
             yield source, source.rows[torch.randint(len(source.rows), (self._batch_size,), generator=draws)]
@@ -104,7 +104,7 @@ class TrainingStream:
         return augment.draw(sizes, generator("augment", self._seed, name, step))
 
     def _pictures(self, step: int) -> list[list[Tensor]]:
-        """Return each source's share: its originals, or one tensor of squares."""
+        """Return the pictures of each source: its originals, or one tensor of squares."""
         if not self._slow:
             return self._gather(step)
         ready = self._ahead[1].result() if self._ahead and self._ahead[0] == step else self._gather(step)
@@ -118,7 +118,7 @@ class TrainingStream:
 
 
 def _source(data: DomainSet, name: str, rows: np.ndarray, device: torch.device, augmented: bool) -> _Source:
-    """Return a domain's share of a stream; only what is drawn from goes to the device."""
+    """Return one domain of a stream; only the images that are drawn from are copied to the device."""
     domain = data.domain(name)
     images, originals = domain.images, domain.originals
     if originals is None:
@@ -131,7 +131,7 @@ def _source(data: DomainSet, name: str, rows: np.ndarray, device: torch.device, 
 
 
 class _BatchesByRows(Sequence[tuple[Tensor, Tensor]]):
-    """Evaluation batches of which the bytes are kept, on the device; or the files' names, where those are too many."""
+    """Evaluation batches kept as bytes on the device, or as the names of files if those are too many."""
 
     def __init__(self, data: DomainSet, chunks: Sequence[tuple[Tensor | Decoded, Tensor, Tensor]]) -> None:
         self.data, self.chunks = data, chunks

@@ -2,10 +2,10 @@
 
     <cache>/<data set>-<size>-<key>/index.json  squares.bin  originals.bin
 
-The key is made of the files' names, sizes and times, so that a changed folder has another entry; `ctime` is among them,
-since a program that writes in place can set a file's other times, but not that one. An entry is whole or absent: it is
-built under a lock that dies with its process, in a neighbouring folder, and renamed. The fingerprint is of the files'
-own bytes: it is the same on each machine, whatever decodes them, stored or not. No torch.
+The key is a hash of the files' names, sizes and times, so that a changed folder has another entry; `ctime` is included,
+since a program that writes in place can set a file's other times, but not that one. An entry is complete or absent: it
+is built in a neighbouring folder, under a lock that is released when its process ends, and renamed. The fingerprint is
+computed from the files' own bytes: it is the same on each machine and for each decoder, stored or not. Torch-free.
 """
 
 import hashlib
@@ -45,7 +45,7 @@ class Entry:
         image_size: pixels on a side of the squares.
         folder: where the entry lies.
         fingerprint: SHA-256 over names, classes, and each file's bytes.
-        sizes: (n, 2) height and width of each original; none where the images are not stored, being too many.
+        sizes: (n, 2) height and width of each original; empty if the images are too many to be stored.
     """
 
     listing: Listing
@@ -78,7 +78,7 @@ def prepare(
     cache: Path | None = None,
     report: Report | None = None,
 ) -> Entry:
-    """Return a data set's entry, built first where there is none; another process that builds it is waited for.
+    """Return a data set's entry, and build it if there is none; waits for another process that is building it.
 
     Args:
         dataset: a catalog name, or `folder:NAME`.
@@ -88,7 +88,7 @@ def prepare(
         report: called with (images read, images in all) after each image.
 
     Raises:
-        UserError: the size does not suit, a folder, class or image is not as it should be, or the entry is damaged.
+        UserError: if the size, a folder, a class or an image is invalid, or the entry is damaged.
     """
     if image_size < 1:
         raise UserError(f"image_size must be an integer >= 1, got {image_size}.")
@@ -104,26 +104,26 @@ def fingerprint(dataset: str, *, data_dir: Path | None, cache: Path | None = Non
         cache: the cache's folder; by default `default_folder()`.
 
     Raises:
-        UserError: a folder or class is not as it should be, or the entry is damaged.
+        UserError: if a folder or class is invalid, or the entry is damaged.
     """
     return _entry(listing(dataset, data_dir), 0, cache, None).fingerprint
 
 
 def _entry(found: Listing, image_size: int, cache: Path | None, report: Report | None) -> Entry:
-    """Return the entry of these files at a size; at size 0, of their hashes alone."""
+    """Return the entry of these files at a size; at size 0 one that contains only their hashes."""
     name = re.sub(r"\W+", "-", found.name)
     folder = (cache or default_folder()) / f"{name}-{image_size}-{_key(found, image_size)}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f".{folder.name}.lock")):
         if not folder.exists():
             _build(found, image_size, folder, report or (lambda done, of: None))
-        if os.access(folder, os.W_OK):  # another user's may not be
+        if os.access(folder, os.W_OK):  # not if it is another user's
             os.utime(folder)  # its last use, for `evict`
         return _open(found, image_size, folder)
 
 
 def evict(folder: Path, keep: int) -> list[Path]:
-    """Delete the entries that were opened longest ago until the others have a size; return what was deleted.
+    """Delete the least recently opened entries until the others fit in a size; return the deleted folders.
 
     An entry that was opened within the last day stays, since a process may be reading it.
 
@@ -138,7 +138,7 @@ def evict(folder: Path, keep: int) -> list[Path]:
         if sum(sizes.values()) <= keep or time.time() - entry.stat().st_mtime < DAY:
             break
         with FileLock(entry.with_name(f".{entry.name}.lock")):
-            gone = entry.with_name(f".{entry.name}.partial")  # which the next build removes, should this be killed
+            gone = entry.with_name(f".{entry.name}.partial")  # removed by the next build if this process is killed
             shutil.rmtree(gone, ignore_errors=True)
             entry.rename(gone)
             shutil.rmtree(gone)
@@ -148,7 +148,7 @@ def evict(folder: Path, keep: int) -> list[Path]:
 
 
 def _key(found: Listing, image_size: int) -> str:
-    """Return a name for these files as they are now, decoded to this size by this Pillow."""
+    """Return a hash of the names, sizes and times of these files, of the image size, and of Pillow's version."""
     digest = hashlib.sha256(repr((FORMAT, PIL.__version__, found.name, found.classes, image_size)).encode())
     for domain in found.tree:
         for path in found.paths(domain):
@@ -173,12 +173,12 @@ def _build(found: Listing, image_size: int, folder: Path, report: Report) -> Non
 
 
 def _needed(found: Listing, image_size: int) -> int:
-    """Return about how many bytes the decoded images take: originals are as a rule 4:3."""
+    """Return the approximate size in bytes of the decoded images, assuming originals of 4:3."""
     return int(found.count * 3 * (image_size**2 + stored_side(image_size) ** 2 * 4 / 3))
 
 
 def _store(found: Listing, image_size: int, folder: Path, report: Report) -> dict[str, Any]:
-    """Decode all images into two files; what is written is hashed before it goes to the disk."""
+    """Decode all images into two files, whose content is hashed before it is written."""
     sizes, digests = [], []
     hashes = {SQUARES: hashlib.sha256(), ORIGINALS: hashlib.sha256()}
     paths = [path for domain in found.tree for path in found.paths(domain)]
@@ -199,7 +199,7 @@ def _store(found: Listing, image_size: int, folder: Path, report: Report) -> dic
 
 
 def _hash_only(found: Listing, image_size: int, folder: Path, report: Report) -> dict[str, Any]:
-    """Read all files for their fingerprint alone; they are decoded when they are needed."""
+    """Read all files for their fingerprint only; they are decoded on access."""
     digests = []
     for digest in in_order(file_digest, [path for domain in found.tree for path in found.paths(domain)]):
         digests.append(digest)
@@ -221,7 +221,7 @@ def _write_index(path: Path, facts: dict[str, Any]) -> None:
 
 
 def _open(found: Listing, image_size: int, folder: Path) -> Entry:
-    """Read an entry's index, and hash what it lists: 5 s for PACS at 224 pixels on two busy cores, 0.6 s at 64."""
+    """Read an entry's index, and hash the files it lists: 5 s for PACS at 224 pixels on two busy cores, 0.6 s at 64."""
     try:
         index = json.loads((folder / "index.json").read_bytes())
         facts = json.loads(index["facts"])

@@ -18,7 +18,7 @@ class Facts:
 
     Attributes:
         folder: name of its folder on disk; empty for embedded data.
-        domains: name of each domain, in index order, and its number of images; None where published counts differ.
+        domains: name of each domain, in index order, and its number of images; None if published counts differ.
         classes: the names of the classes, in label order, or only their number.
     """
 
@@ -64,7 +64,7 @@ CATALOG: dict[str, Facts] = {
 }
 
 
-FOLDERS = ("folder", "folder-text")  # anybody's own images, DOMAIN/CLASS/IMAGE, and sentences, DOMAIN.tsv
+FOLDERS = ("folder", "folder-text")  # the user's own images, DOMAIN/CLASS/IMAGE, and sentences, DOMAIN.tsv
 
 
 def canonical(dataset: str) -> str:
@@ -76,7 +76,7 @@ def canonical(dataset: str) -> str:
 
 
 def is_text(dataset: str) -> bool:
-    """Return whether a data set has sentences, not images."""
+    """Whether a data set consists of sentences, not images."""
     return canonical(dataset).partition(":")[0] in ("sentences", "folder-text")
 
 
@@ -93,7 +93,7 @@ def locate(dataset: str, data_dir: Path | None) -> Path:
         data_dir: for `folder:NAME` that folder itself; for a catalog name the folder or its parent.
 
     Raises:
-        UserError: the data set is embedded, no `data_dir` was given, or the domains are not in it.
+        UserError: if the data set is embedded, no `data_dir` is given, or the domains are not in it.
     """
     root, expected = place(dataset, data_dir), _expected(dataset)
     known = facts(dataset)
@@ -102,8 +102,8 @@ def locate(dataset: str, data_dir: Path | None) -> Path:
     name = canonical(dataset)
     tried = " or ".join(map(str, _candidates(dataset, data_dir)))
     some = known and any((root / domain).is_dir() for domain in known.domains)
-    hint = f" `flatlab data check {name}` says what is missing." if some else ""
-    raise UserError(f"{name} is not in {tried}: expected {expected}. Pass its place as --data-dir.{hint}")
+    hint = f" `flatlab data check {name}` lists what is missing." if some else ""
+    raise UserError(f"{name} is not in {tried}: expected {expected}. Pass its location as --data-dir.{hint}")
 
 
 def _expected(dataset: str) -> str:
@@ -122,11 +122,11 @@ def _candidates(dataset: str, data_dir: Path | None) -> list[Path]:
 
 
 def place(dataset: str, data_dir: Path | None) -> Path:
-    """Return the folder that has most of a data set's domains, which need not be all: `locate` asks for that.
+    """Return the folder that has most of a data set's domains, not necessarily all, as `locate` requires.
 
     Args:
         dataset: a catalog name, or `folder:NAME`.
-        data_dir: as `locate` takes it.
+        data_dir: as for `locate`.
     """
     known = facts(dataset)
     names = known.domains if known else ()
@@ -134,10 +134,10 @@ def place(dataset: str, data_dir: Path | None) -> Path:
 
 
 def domain_names(dataset: str, data_dir: Path | None) -> tuple[str, ...]:
-    """Return the names of the domains in index order, read off the disk only for `folder:NAME`.
+    """Return the names of the domains in index order, read from disk only for `folder:NAME`.
 
     Raises:
-        UserError: the folder holds fewer than two domains.
+        UserError: if the folder contains fewer than two domains.
     """
     known = facts(dataset)
     if known:
@@ -160,11 +160,11 @@ def held_out(dataset: str, data_dir: Path | None, which: str) -> tuple[str, ...]
     Args:
         dataset: a catalog name, or `folder:NAME`.
         data_dir: where the data lie; needed only for `folder:NAME`.
-        which: a domain's name, its index ("2"), several of them ("sketch,photo"), or "all". A name of digits goes
-            before an index.
+        which: a domain's name, its index ("2"), several of them ("sketch,photo"), or "all". If a domain's name is a
+            number, it is not read as an index.
 
     Raises:
-        UserError: there is no such domain.
+        UserError: if there is no such domain.
     """
     names = domain_names(dataset, data_dir)
     which = which.strip()
@@ -184,7 +184,7 @@ def _domain(dataset: str, names: tuple[str, ...], word: str) -> str:
 
 
 def sizes(dataset: str, data_dir: Path | None) -> dict[str, int]:
-    """Return the number of images or sentences of each domain: the catalog's, or counted on disk where it has none."""
+    """Return the number of images or sentences of each domain: from the catalog, or counted on disk if it has none."""
     known = facts(dataset)
     if known and all(known.domains.values()):
         return {name: count or 0 for name, count in known.domains.items()}

@@ -31,7 +31,7 @@ Pixels = npt.NDArray[np.float64]  # (C, H, W), scaled to [0, 1]
 Draws = np.random.RandomState  # its stream never changes
 SMALL = 64  # pixels on a side: larger images are photographs
 SEVERITIES = 5
-SEEDED = ("impulse_noise", "glass_blur")  # of imagecorruptions: by an argument, not by numpy's global generator
+SEEDED = ("impulse_noise", "glass_blur")  # imagecorruptions takes their seed as an argument, not from numpy's generator
 PHOTOGRAPHS = (
     *("gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur", "zoom_blur"),
     *("snow", "frost", "fog", "brightness", "contrast", "elastic_transform", "pixelate", "jpeg_compression"),
@@ -79,7 +79,7 @@ def defocus_blur(x: Pixels, lens: tuple[float, float], draws: Draws) -> Pixels:
 
 
 def glass_blur(x: Pixels, glass: tuple[float, int, int], draws: Draws) -> Pixels:
-    """Blur, swap each pixel with a near one (at most `reach` up and left) some times over, and blur again."""
+    """Blur, swap each pixel with a near one (at most `reach` up and left) `times` times, and blur again."""
     sigma, reach, times = glass
     blurred = gaussian_blur(x, sigma, draws).copy()
     height, width = x.shape[1:]
@@ -117,7 +117,7 @@ def zoom_blur(x: Pixels, count: int, draws: Draws) -> Pixels:
 
 
 def fog(x: Pixels, air: tuple[float, float], draws: Draws) -> Pixels:
-    """Add a cloud of a height, rougher for a smaller decay, and scale the brightest value back."""
+    """Add a random cloud of a height, rougher for a smaller decay, and rescale to the original maximum."""
     height, decay = air
     cloud = height * _cloud(max(x.shape[1:]), decay, draws)[: x.shape[1], : x.shape[2]]
     brightest = float(x.max())
@@ -148,7 +148,7 @@ def _cloud(size: int, decay: float, draws: Draws) -> Pixels:
 
 
 def brightness(x: Pixels, more: float, draws: Draws) -> Pixels:
-    """Raise the value (of hue, saturation and value): the largest channel of each pixel."""
+    """Increase V of HSV, the largest channel of each pixel."""
     del draws
     value: Pixels = x.max(axis=0)
     raised = np.clip(value + more, 0, 1)
@@ -156,7 +156,7 @@ def brightness(x: Pixels, more: float, draws: Draws) -> Pixels:
 
 
 def contrast(x: Pixels, share: float, draws: Draws) -> Pixels:
-    """Shrink the deviations from each channel's mean to a share."""
+    """Multiply the deviations from each channel's mean by a share."""
     del draws
     mean: Pixels = x.mean(axis=(1, 2), keepdims=True)
     return (x - mean) * share + mean
@@ -172,7 +172,7 @@ def jpeg_compression(x: Pixels, quality: int, draws: Draws) -> Pixels:
 
 
 def pixelate(x: Pixels, share: float, draws: Draws) -> Pixels:
-    """Average over fewer and larger pixels: a share of them along each side."""
+    """Average over larger pixels, whose number along each side is a share of the original one."""
     del draws
     picture = _picture(x)
     width, height = picture.size
@@ -224,14 +224,14 @@ class Corruption(NamedTuple):
 
     @classmethod
     def of(cls, text: str, size: int) -> "Corruption":
-        """Return the corruption of images of a size that NAME:SEVERITY means.
+        """Return the corruption named by NAME:SEVERITY, for images of a size.
 
         Args:
             text: such as "gaussian_noise:3".
             size: pixels on a side.
 
         Raises:
-            UserError: there is no such corruption or severity, or a package is missing.
+            UserError: if there is no such corruption or severity, or a package is missing.
         """
         name, _, severity = text.partition(":")
         proper = choose("corruption", name, SMALL_IMAGES if size <= SMALL else PHOTOGRAPHS)
@@ -242,11 +242,11 @@ class Corruption(NamedTuple):
         return cls(proper, int(severity))
 
     def apply(self, image: Tensor, *key: object) -> Tensor:
-        """Return an image corrupted, (C, H, W) uint8 as it is given.
+        """Return a corrupted image, (C, H, W) uint8.
 
         Args:
-            image: of at least 16 pixels on a side.
-            key: names the image: equal ones have equal draws.
+            image: (C, H, W) uint8, of at least 16 pixels on a side.
+            key: identifies the image; equal keys give equal draws.
         """
         seed = derive("corruption", self.name, self.seed, *key) % 2**32
         pixels = image.cpu().numpy()
@@ -297,7 +297,7 @@ def corrupted(data: DomainSet, text: str, rows: Mapping[str, npt.NDArray[np.int6
         rows: of each domain that is kept.
 
     Raises:
-        UserError: there is no such corruption or severity, a package is missing, or the data are sentences.
+        UserError: if there is no such corruption or severity, a package is missing, or the data are sentences.
     """
     if len(data.domains[0].images.shape) < 4:
         raise UserError(f"Corruptions change images, and {data.name} has sentences; leave --corruption {text} out.")

@@ -1,4 +1,4 @@
-"""Decoding of images: as DomainBed evaluates them, and as they are cropped for training. Torch-free."""
+"""Decoding of images: as DomainBed evaluates them, and for training crops. Torch-free."""
 
 import hashlib
 import io
@@ -20,7 +20,7 @@ from flatlab.errors import UserError
 Pixels = npt.NDArray[np.uint8]
 T = TypeVar("T")
 
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # no other decoder of Pillow's is started
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # Pillow's other decoders are not used
 MOST_PIXELS = 89_478_485  # of an image, beyond which Pillow warns of a decompression bomb: 268 MB in RGB
 TIFF_BITS = 258  # the tag BitsPerSample
 MOST_BYTES = 2**30  # of a file: those pixels in 16 bits, uncompressed, and more
@@ -29,7 +29,7 @@ MOST_BYTES = 2**30  # of a file: those pixels in 16 bits, uncompressed, and more
 # 1.4 times the wanted size it is not enlarged.
 MARGIN = 1.4
 THREADS = max(2, min(16, os.cpu_count() or 1))  # Pillow's decoders release Python's lock
-AHEAD = 8  # files in work for each thread
+AHEAD = 8  # files queued for each thread
 
 
 class Picture(NamedTuple):
@@ -47,21 +47,21 @@ class Picture(NamedTuple):
 
 
 def stored_side(size: int) -> int:
-    """Return how long the shorter side of an original may be in pixels."""
+    """Return the maximum length of the shorter side of an original, in pixels."""
     return math.ceil(MARGIN * size)
 
 
 def decode(path: Path, size: int) -> Picture:
-    """Decode an image: RGB, bilinear, not turned by its EXIF orientation (as ImageFolder).
+    """Decode an image: RGB, bilinear, its EXIF orientation ignored (as by ImageFolder).
 
-    Sixteen bits of grey are scaled to eight by their whole range, floating-point pixels from the range 0 to 1.
+    Grey values of 16 bits are scaled to 8 bits by their full range, floating-point pixels from the range 0 to 1.
 
     Args:
         path: the file, of one of `FORMATS`.
         size: pixels on a side.
 
     Raises:
-        UserError: where it is none, or larger than `MOST_PIXELS` or `MOST_BYTES`; names the file.
+        UserError: if it is not an image, or larger than `MOST_PIXELS` or `MOST_BYTES`; names the file.
     """
     content = _content(path)
     try:
@@ -113,7 +113,7 @@ def _rgb(path: Path, image: Image.Image) -> Image.Image:
                 f"between 0 and 1."
             )
         return _grey(values * 255)
-    # A palette by way of RGBA: the same colours, and Pillow does not warn of the transparency it drops.
+    # Palettes are converted through RGBA: the same colours, and Pillow does not warn of the transparency it drops.
     return (image.convert("RGBA") if image.mode == "P" else image).convert("RGB")
 
 
@@ -122,11 +122,7 @@ def _grey(values: npt.NDArray[np.floating]) -> Image.Image:
 
 
 def fault(path: Path) -> str:
-    """Return why a file cannot be decoded, in a sentence that names it; empty where it can.
-
-    Args:
-        path: the file.
-    """
+    """Return a sentence on why a file cannot be decoded; empty if it can."""
     try:
         decode(path, 1)
     except UserError as error:
@@ -145,7 +141,7 @@ def file_digest(path: Path) -> bytes:
 
 
 def in_order(act: Callable[[Path], T], paths: Iterable[Path]) -> Iterator[T]:
-    """Yield what `act` makes of each path, in their order, computed by threads that are a few files ahead."""
+    """Yield `act(path)` of each path, in their order; threads compute a few files ahead."""
     pending: deque[Future[T]] = deque()
     with ThreadPoolExecutor(THREADS) as pool:
         try:

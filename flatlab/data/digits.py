@@ -1,6 +1,6 @@
 """The embedded data: scikit-learn's 1,797 handwritten digits in four domains, one for each angle of rotation.
 
-Each digit lies in one domain only, as RotatedMNIST splits its images, so that no domain shows another's images again.
+Each digit belongs to one domain only, as in RotatedMNIST, so that no two domains share an image.
 """
 
 import numpy as np
@@ -18,28 +18,28 @@ def load() -> DomainSet:
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    hands = _deal(digits.target, len(ANGLES))
+    parts = _parts(digits.target, len(ANGLES))
     domains = tuple(
         Domain(name, _render(digits.images[rows], angle), torch.from_numpy(digits.target[rows].astype(np.int64)))
-        for (name, angle), rows in zip(ANGLES.items(), hands, strict=True)
+        for (name, angle), rows in zip(ANGLES.items(), parts, strict=True)
     )
     return DomainSet("digits", domains, tuple(map(str, digits.target_names)), mean=(MEAN,), std=(STD,))
 
 
-def _deal(labels: np.ndarray, hands: int) -> list[np.ndarray]:
+def _parts(labels: np.ndarray, count: int) -> list[np.ndarray]:
     """Split the row numbers evenly by class: sizes and class counts differ by at most one.
 
-    The shuffle before the sort parts the digits of one writer, who follow each other in scikit-learn's order.
+    The shuffle before the sort separates the digits of one writer, which are consecutive in scikit-learn's order.
     """
     shuffled = np.random.RandomState(0).permutation(len(labels))  # RandomState: its stream never changes
     by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
-    return [by_class[hand::hands] for hand in range(hands)]
+    return [by_class[part::count] for part in range(count)]
 
 
 def _render(images: np.ndarray, angle: int) -> torch.Tensor:
-    """Return (N, 8, 8) images of levels 0 to 16 as (N, 1, 16, 16) bytes, turned by `angle` degrees.
+    """Return (N, 8, 8) images of levels 0 to 16 as (N, 1, 16, 16) bytes, rotated by `angle` degrees.
 
-    Bilinear throughout, which stays within the levels: cubic overshoots by a fifth of the range at strokes' edges.
+    Bilinear interpolation stays within the levels: cubic overshoots by a fifth of the range at the edges of strokes.
     """
     from scipy import ndimage
 

@@ -19,9 +19,9 @@ class Domain:
 
     Attributes:
         name: of the domain.
-        images: (N, C, H, W) uint8; indexed by rows they are a tensor, also where they are decoded only then.
+        images: (N, C, H, W) uint8; indexing by rows returns a tensor, also if the images are decoded on access.
         labels: (N,) int64, indices into the data set's classes.
-        originals: the images in their own aspect ratios, which crops for training are cut from; None: `images`.
+        originals: the images in their own aspect ratios, from which training crops are taken; None: `images`.
     """
 
     name: str
@@ -43,7 +43,7 @@ class DomainSet:
         classes: the classes' names, in label order.
         mean: of each channel, for images scaled to [0, 1].
         std: of each channel, on the same scale.
-        stamp: the fingerprint, where it is known from the files that the images were decoded from.
+        stamp: the fingerprint of the files that the images were decoded from; None if there are none.
     """
 
     name: str
@@ -59,18 +59,18 @@ class DomainSet:
         return tuple(domain.name for domain in self.domains)
 
     def index(self, name: str) -> int:
-        """Return the index of the domain that `name` means."""
+        """Return the index of a domain, by its name."""
         return self.names.index(choose("domain", name, self.names))
 
     def domain(self, name: str) -> Domain:
-        """Return the domain that `name` means."""
+        """Return a domain, by its name."""
         return self.domains[self.index(name)]
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over names, classes, image bytes and labels: two equal ones are the same data.
+        """SHA-256 over names, classes, image bytes and labels, equal for equal data.
 
-        Images from files go by the files' bytes, which are the same whatever decodes them, and to whatever size.
+        For images from files the files' bytes are hashed, which do not depend on decoder or image size.
         """
         if self.stamp:
             return self.stamp
@@ -107,19 +107,19 @@ class Split(NamedTuple):
 
 
 def split(n: int, domain_index: int, *, trial_seed: int, fraction: float = 0.2, tested: float = 0.0) -> Split:
-    """Split the `n` images of a domain as DomainBed does, bit for bit, and the outer part again as SWAD does.
+    """Split the `n` images of a domain exactly as DomainBed does, and its "out" split again as SWAD does.
 
     Source: facebookresearch/DomainBed, scripts/train.py and lib/misc.py; khanrc/swad, trainer.py (`indomain_test`).
 
     Args:
         n: number of images in the domain.
         domain_index: the domain's place in index order; each domain is shuffled by its own seed.
-        trial_seed: chooses the split, and nothing else.
-        fraction: share of the images that validates, rounded down.
+        trial_seed: of the split only.
+        fraction: share of the images for validation, rounded down.
         tested: share of the images for an in-domain test.
 
     Raises:
-        UserError: one of the parts would be empty.
+        UserError: if one of the parts would be empty.
     """
     n_out = int(n * (fraction + tested))
     n_validate = int(n_out * (fraction / (fraction + tested)))

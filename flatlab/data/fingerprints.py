@@ -1,7 +1,7 @@
 """The fingerprint of the available data, which is compared with that of finished runs before they are used.
 
 It is computed from the bytes once, and kept in the cache of images under the files' names, sizes and times; torch is
-not loaded but for the first fingerprint of the embedded digits.
+loaded only for the first fingerprint of the embedded digits.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from flatlab.data.text import tables
 
 
 def at_hand(dataset: str, data_dir: str | None, kept: str | None) -> str | None:
-    """Return the fingerprint of a data set as it is now; None where its folder is not named or not there.
+    """Return the current fingerprint of a data set; None if its folder is not given or does not exist.
 
     Args:
         dataset: a catalog name, or `folder:NAME`.
@@ -24,7 +24,7 @@ def at_hand(dataset: str, data_dir: str | None, kept: str | None) -> str | None:
         kept: the cache's folder; None: the platform's.
 
     Raises:
-        UserError: the folder lacks a domain or class.
+        UserError: if the folder lacks a domain or class.
     """
     folder = Path(kept) if kept else cache.default_folder()
     name = catalog.canonical(dataset)
@@ -40,7 +40,7 @@ def at_hand(dataset: str, data_dir: str | None, kept: str | None) -> str | None:
 
 
 def _digits(folder: Path) -> str:
-    """Return the digits' fingerprint, computed once for each version of what renders them."""
+    """Return the digits' fingerprint, computed once for each version of the code and packages that render them."""
     versions = [version(name) for name in ("scikit-learn", "scipy", "numpy", "torch")]
     source = Path(__file__).with_name("digits.py").read_text()
     key = hashlib.sha256(repr((versions, platform.machine(), source)).encode()).hexdigest()[:16]
@@ -50,7 +50,7 @@ def _digits(folder: Path) -> str:
     from flatlab.data import digits
 
     found = digits.load().fingerprint
-    with contextlib.suppress(OSError):  # where nothing can be kept, it is computed at each call
+    with contextlib.suppress(OSError):  # if the cache is not writable, it is computed at each call
         folder.mkdir(parents=True, exist_ok=True)
         files.write_record(path, {"fingerprint": found})
     return found

@@ -52,7 +52,7 @@ def listing(dataset: str, data_dir: Path | None) -> Listing:
         data_dir: where the folders lie; see `catalog.locate`.
 
     Raises:
-        UserError: the folder is not there, a class is missing or unknown, or a file is not a regular one.
+        UserError: if the folder does not exist, a class is missing or unknown, or a file is not a regular one.
     """
     name = catalog.canonical(dataset)
     root, names = catalog.locate(name, data_dir), catalog.domain_names(name, data_dir)
@@ -66,7 +66,7 @@ def _count(files: Mapping[str, list[Path]]) -> int:
 
 
 def _classes(dataset: str, tree: Tree) -> tuple[str, ...]:
-    """Return the class names in label order, once every domain has images of every class."""
+    """Return the class names in label order; every domain must have images of every class."""
     classes = tuple(sorted(set().union(*tree.values())))
     known = catalog.facts(dataset)
     if known and known.classes not in {classes, len(classes)}:
@@ -94,8 +94,8 @@ class Row(NamedTuple):
         domain: its name.
         classes: number of classes that have images.
         images: number of images found.
-        expected: number of images that the catalog gives; None where it gives none.
-        off: what is not as it should be, in words; empty where nothing is.
+        expected: number of images that the catalog gives; None if it gives none.
+        off: the faults, as text; empty if there are none.
         unreadable: a sentence on each image that cannot be decoded.
     """
 
@@ -133,7 +133,7 @@ def check(dataset: str, data_dir: Path | None, *, report: Report | None = None) 
         return [Row(d.name, len(set(d.labels.tolist())), len(d), counts[d.name]) for d in digits.load().domains]
     root = catalog.place(name, data_dir)
     if not any((root / each).is_dir() for each in (known.domains if known else ("",))):
-        root = catalog.locate(name, data_dir)  # refuses: nothing of it is there
+        root = catalog.locate(name, data_dir)  # raises: no domain is there
     names = tuple(known.domains) if known else catalog.domain_names(name, data_dir)
     tree = images_below(root, [each for each in names if (root / each).is_dir()])
     expected, faults = _expected_classes(known, tree), _undecodable(tree, report or (lambda done, of: None))

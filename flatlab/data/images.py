@@ -1,4 +1,4 @@
-"""Images that are not one tensor: of any sizes, one after another; or files that are decoded when they are needed."""
+"""Images that are not one tensor: of any sizes, in a flat tensor; or files that are decoded on access."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -20,7 +20,7 @@ class Originals(Protocol):
         """Return the pictures of these rows, each (C, h, w) uint8."""
 
     def to(self, device: torch.device) -> "Originals":
-        """Return the same pictures, handed out on a device."""
+        """Return the same pictures, on a device."""
 
 
 class Ragged:
@@ -38,7 +38,7 @@ class Ragged:
 
     @classmethod
     def of(cls, images: Tensor) -> "Ragged":
-        """Return (N, C, H, W) images as pictures that happen to be of one size."""
+        """Return (N, C, H, W) images as pictures, all of one size."""
         count, channels, *size = images.shape
         return cls(images.reshape(-1), np.tile(np.array(size), (count, 1)), channels=channels)
 
@@ -51,19 +51,19 @@ class Ragged:
         return self.pixels[end - self.channels * height * width : end].view(self.channels, height, width)
 
     def to(self, device: torch.device) -> "Ragged":
-        """Return the same pictures, kept on a device."""
+        """Return the same pictures, on a device."""
         return Ragged(self.pixels.to(device), self.sizes, channels=self.channels)
 
 
 class Decoded:
-    """Files that threads decode each time: for data sets too large to be stored decoded.
+    """Image files that threads decode on each access: for data sets too large to be stored decoded.
 
-    Indexed by rows they are squares, as a tensor of images is; picked they are originals.
+    Indexing by rows returns squares, as for a tensor of images; `pick` returns originals.
 
     Args:
         paths: the files.
         size: pixels on a side.
-        device: where they are handed out.
+        device: of the returned images.
     """
 
     def __init__(self, paths: Sequence[Path], size: int, device: torch.device | None = None) -> None:
@@ -86,5 +86,5 @@ class Decoded:
         return list(in_order(partial(decode, size=self.size), [self.paths[row] for row in rows.tolist()]))
 
     def to(self, device: torch.device) -> "Decoded":
-        """Return the same files, handed out on a device."""
+        """Return the same files, their images on a device."""
         return Decoded(self.paths, self.size, device)

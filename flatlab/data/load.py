@@ -1,4 +1,4 @@
-"""A data set by its name: the embedded digits, or DomainBed's folders by way of the cache."""
+"""A data set by its name: the embedded digits or sentences, or DomainBed's folders through the cache."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,18 +25,18 @@ def load(
     cache: Path | None = None,
     report: Report | None = None,
 ) -> DomainSet:
-    """Return a data set, its images decoded, resized, and mapped into memory; or decoded when they are needed.
+    """Return a data set, its images decoded, resized, and mapped into memory; or decoded on access.
 
     Args:
         dataset: a catalog name, or `folder:NAME`.
         data_dir: where the folders lie; see `catalog.locate`.
-        image_size: pixels on a side, the aspect ratio not kept (as DomainBed); by default 224, and 16 for digits; of
-            sentences the word pieces, by default 48.
+        image_size: pixels on a side, the aspect ratio not kept (as DomainBed); by default 224, and 16 for digits; for
+            sentences the number of word pieces, by default 48.
         cache: folder of the decoded images; see `cache.default_folder`.
         report: called with (images read, images in all) after each image that is decoded.
 
     Raises:
-        UserError: the size does not suit, or a folder, class or image is not as it should be.
+        UserError: if the size, or a folder, class or image, is invalid.
     """
     if catalog.canonical(dataset) == "digits":
         if image_size not in {None, digits.SIZE}:
@@ -53,7 +53,7 @@ def load(
 
 
 def _stored(entry: store.Entry) -> Iterator[Domain]:
-    """Yield the domains as views of the entry's two files, which are mapped: what nobody reads takes no memory."""
+    """Yield the domains as views of the entry's two files, mapped into memory: unread parts take none."""
     first, offset, size = 0, 0, entry.image_size
     areas = entry.sizes.prod(axis=1)
     squares = _mapped(entry.folder / store.SQUARES, 3 * size * size * len(areas)).view(-1, 3, size, size)
@@ -67,7 +67,7 @@ def _stored(entry: store.Entry) -> Iterator[Domain]:
 
 
 def _mapped(path: Path, count: int) -> torch.Tensor:
-    """Return a file's bytes, mapped: a write to them would not reach the file."""
+    """Return a file's bytes, mapped into memory; writing to them does not change the file."""
     return torch.from_file(str(path), shared=False, size=count, dtype=torch.uint8)
 
 

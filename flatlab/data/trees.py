@@ -1,4 +1,4 @@
-"""Files in folders root/domain/class and below, each real folder once. No image is opened."""
+"""Files in folders root/domain/class and below, each folder once. No image is opened."""
 
 import os
 from collections import deque
@@ -15,7 +15,7 @@ SUFFIXES = frozenset([".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff",
 def subfolders(folder: Path) -> list[Path]:
     """Return the folders in a folder, sorted by name.
 
-    Hidden ones and archive leftovers are no data; nor are links that lead back, to the folder itself or above it.
+    Hidden folders, archive leftovers, and links to the folder itself or to a parent are skipped.
     """
     above = {folder.resolve(), *folder.resolve().parents}
     found = (each for each in folder.iterdir() if each.is_dir() and not each.name.startswith((".", "__")))
@@ -23,9 +23,9 @@ def subfolders(folder: Path) -> list[Path]:
 
 
 def images_below(root: Path, domains: Iterable[str]) -> Tree:
-    """Return the image files in each class folder and below it, as ImageFolder sorts them; macOS hides `._photo.jpg`.
+    """Return the image files in each class folder and below it, as ImageFolder sorts them; hidden files are skipped.
 
-    A real folder counts once, for the class whose own path leads to it: links to it, loops among them, add nothing.
+    A folder counts once, for the class that contains it: links to it, and loops of links, add nothing.
 
     Args:
         root: the folder of the domains.
@@ -35,7 +35,7 @@ def images_below(root: Path, domains: Iterable[str]) -> Tree:
     levels: dict[tuple[str, str], list[tuple[Path, list[str]]]] = {owner: [] for owner in classes}
     home = root.resolve()
     seen = {home, *home.parents, *((root / domain).resolve() for domain in domains)}
-    # Links come last: what they lead to belongs to the class in which it really lies.
+    # Links are followed last: a folder belongs to the class that contains it, not to one with a link to it.
     queue = deque(sorted(classes.items(), key=lambda item: item[1].resolve() != home.joinpath(*item[0])))
     while queue:
         owner, start = queue.popleft()
@@ -49,7 +49,7 @@ def images_below(root: Path, domains: Iterable[str]) -> Tree:
 
 
 def _walk(start: Path, seen: set[Path]) -> Iterator[tuple[Path, list[str], list[Path]]]:
-    """Yield each folder from `start` on that is not yet seen, its images' names, and the links to folders in it."""
+    """Yield each unseen folder from `start` on, the names of its images, and its links to folders."""
     for path, folders, names in os.walk(start):
         level, real = Path(path), Path(path).resolve()
         if real in seen:
@@ -67,11 +67,6 @@ def _is_image(name: str) -> bool:
     return name[0] != "." and Path(name).suffix.lower() in SUFFIXES
 
 
-def irregular(files: Iterable[Path]) -> list[str]:
-    """Return a sentence on each file that cannot be read as one: a link to nothing, a pipe, a device."""
-    return [f"{file} is not a regular file; replace or remove it." for file in files if not file.is_file()]
-
-
 def check_regular(tree: Tree) -> None:
     """Refuse files that are not regular, such as pipes, devices and links to nothing.
 
@@ -82,5 +77,5 @@ def check_regular(tree: Tree) -> None:
         UserError: names the first.
     """
     every = (file for classes in tree.values() for files in classes.values() for file in files)
-    for sentence in irregular(every):
-        raise UserError(sentence)
+    if found := next((file for file in every if not file.is_file()), None):
+        raise UserError(f"{found} is not a regular file; replace or remove it.")

@@ -1,1 +1,1 @@
-"""Products of a loss's second derivatives with vectors, and what torch needs for them to be right."""
+"""Products of a loss's second derivatives with vectors, corrected where torch's are wrong."""

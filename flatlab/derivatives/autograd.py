@@ -1,4 +1,4 @@
-"""Second derivatives by autograd, refused where they would silently be those of another function."""
+"""Second derivatives by autograd; refused if they would be those of another function."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,18 +15,18 @@ from flatlab.seeds import generator
 from flatlab.tensors.calls import call
 
 Apply = Callable[[Sequence[Tensor]], Sequence[Tensor]]
-"""A batch's share of a product, from and to tensors with the shapes of the parameters."""
+"""A batch's part of a product, from and to tensors with the shapes of the parameters."""
 
 STEP = 1e-5  # of each weight's size: hundreds of roundings of float32, and a thousandth of a step of 8-bit weights
-STUCK = 0.5  # share of the entries that should move and do not, above which a function is a staircase
+STUCK = 0.5  # share of the entries that should change and do not, above which a function is piecewise constant
 
 
 class OnceDifferentiableError(RuntimeError):
-    """A path through the graph ends where autograd has no second derivative."""
+    """A path through the graph ends at a function that autograd cannot differentiate twice."""
 
 
 class Whole(nn.Module):
-    """A model and its loss as one module: a loss that reads the model's parameters then reads those of a call.
+    """A model and its loss as one module, so that a loss that reads the model's parameters reads those of the call.
 
     Args:
         model: whose parameters are named ``model.*`` here.
@@ -43,14 +43,14 @@ class Whole(nn.Module):
 
 
 def total_at(model: nn.Module, tensors: Mapping[str, Tensor], inputs: Any, total: Callable[[Any], Tensor]) -> Tensor:
-    """Return the sum of the losses of a batch, where these tensors stand for parameters and buffers of the model."""
+    """Return the sum of the losses of a batch, with these tensors as parameters and buffers of the model."""
     named = {f"model.{name}": tensor for name, tensor in tensors.items()}
     value: Tensor = functional_call(Whole(model), named, (inputs, total))
     return value
 
 
 def pullback(values: Sequence[Tensor], tensors: Sequence[Tensor]) -> Apply:
-    """Return views -> the derivative of <values, views> by the tensors, from a graph that is kept.
+    """Return the function from views to the derivative of <values, views> by the tensors; the graph is kept.
 
     Raises:
         OnceDifferentiableError: if a path from the values ends in a function without second derivative.
@@ -71,7 +71,7 @@ def pullback(values: Sequence[Tensor], tensors: Sequence[Tensor]) -> Apply:
 def one_path() -> Iterator[None]:
     """Compute values as derivatives are computed: without the fused path of torch's own Transformer layers.
 
-    That one is taken where nothing is differentiated, and is another function: it sets padded positions to zero.
+    torch uses that path only without a graph, and it is another function: it sets padded positions to zero.
     """
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -83,17 +83,17 @@ def one_path() -> Iterator[None]:
 
 @contextmanager
 def twice_differentiable() -> Iterator[None]:
-    """Keep graphs, and take the attention kernels that have a second derivative: the fused ones have none."""
+    """Keep graphs, and use the attention kernels that have a second derivative: the fused ones have none."""
     with torch.enable_grad(), one_path(), sdpa_kernel(SDPBackend.MATH):
         yield
 
 
 @contextmanager
 def second_order() -> Iterator[None]:
-    """Differentiate twice: by the kernels that can be, and with one sentence where something cannot.
+    """Differentiate twice, with the kernels that have a second derivative.
 
     Raises:
-        UserError: where a path has no second derivative.
+        UserError: if a path has no second derivative.
     """
     try:
         with twice_differentiable():
@@ -103,7 +103,7 @@ def second_order() -> Iterator[None]:
 
 
 def nodes_behind(ends: Sequence[Any]) -> set[Any]:
-    """Return all nodes of the graph that these nodes lead to, themselves included."""
+    """Return all nodes of the graph that are reachable from these nodes, themselves included."""
     waiting, seen = list(ends), set()
     while waiting:
         node = waiting.pop()
@@ -114,7 +114,7 @@ def nodes_behind(ends: Sequence[Any]) -> set[Any]:
 
 
 def refuse_rounding(model: nn.Module, moved: Collection[Tensor]) -> None:
-    """Refuse curvature by weights that are rounded on the way, or through rounded activations (straight-through)."""
+    """Refuse curvature by weights that are rounded, or through rounded activations (straight-through)."""
     if sentence := rounding(model, moved):
         raise UserError(sentence)
 
@@ -122,15 +122,15 @@ def refuse_rounding(model: nn.Module, moved: Collection[Tensor]) -> None:
 def rounding(model: nn.Module, moved: Collection[Tensor]) -> str:
     """Return which weights, or activations, are rounded, as a sentence; empty if none are.
 
-    The loss is a staircase in them, whose derivatives are zero almost everywhere; autograd's belong to the function
-    behind the rounding. So each parametrized weight that moves is moved by a little, to see whether it does.
+    The loss is piecewise constant in them, and its derivatives are zero almost everywhere; autograd's are those of the
+    function without rounding. Each parametrized weight that varies is therefore tested with a small step.
     """
     ours = {id(tensor) for tensor in moved}
     for name, layer in model.named_modules():
         if getattr(layer, "straight_through", False):
             return (
                 f"{name!r} rounds activations: autograd differentiates straight through that, so the curvature is not"
-                " that of the loss; measure a network that quantizes its weights alone."
+                " that of the loss; measure a network that quantizes only its weights."
             )
         moves = isinstance(layer, ParametrizationList) and any(id(p) in ours for p in layer.parameters())
         if moves and is_staircase(layer):
@@ -149,7 +149,7 @@ def _way_out(layer: ParametrizationList) -> str:
 
 
 def is_staircase(layer: ParametrizationList) -> bool:
-    """Return whether entries with a gradient by the originals do not change when those change slightly.
+    """Return whether a parametrization has a gradient, but does not change when its originals change slightly.
 
     Each entry is moved up or down at random, since a common factor would not change a scale-invariant function.
     """
@@ -179,10 +179,10 @@ def _through(layer: ParametrizationList, originals: Sequence[Tensor]) -> Tensor:
 
 
 def _refuse_dead_ends(ends: Sequence[Any]) -> None:
-    """Raise where a path ends in a function that is marked as differentiable once.
+    """Raise if a path ends in a function that is marked as differentiable once.
 
-    torch raises there only if it follows that path; for the derivative by the parameters it prunes the path, and the
-    curvature behind it is silently zero.
+    torch raises only if it follows that path; for the derivative by the parameters it prunes the path, and the
+    curvature behind it is zero without an error.
     """
     if any(node.name() == "torch::autograd::Error" for node in nodes_behind(ends)):
         raise OnceDifferentiableError("a function in it is marked with @once_differentiable")

@@ -26,14 +26,14 @@ Pair = tuple[nn.Module, nn.Module]
 
 @dataclass(frozen=True)
 class Folds:
-    """Pairs (layer, BatchNorm behind it) that are folded, with a text on how many, or why not all."""
+    """Pairs (layer, BatchNorm behind it) that are folded, with their number, and why not all are, as text."""
 
     pairs: tuple[Pair, ...] = ()
     reason: str = "not asked for"
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Let the model compute folded layers; it is put back as it was."""
+        """Compute with folded layers inside the block; the model is restored after it."""
         with ExitStack() as stack:
             for layer, norm in self.pairs:
                 stack.enter_context(_replaced(layer, _folded(layer, norm)))
@@ -42,7 +42,7 @@ class Folds:
 
 
 def find_folds(model: nn.Module, call: Callable[[], Any]) -> Folds:
-    """Run a model once and see which BatchNorm layers can be folded.
+    """Run a model once, and determine which BatchNorm layers can be folded.
 
     Args:
         model: in eval mode.
@@ -66,7 +66,7 @@ def find_folds(model: nn.Module, call: Callable[[], Any]) -> Folds:
 
 
 class _Seen:
-    """A record of one run of a model: which layer's output each BatchNorm receives, and whether nothing else does."""
+    """A record of one run of a model: which layer's output each BatchNorm receives, and whether only it does."""
 
     def __init__(self, model: nn.Module) -> None:
         self.layers = [m for m in model.modules() if type(m) in (*CONVS, nn.Linear)]
@@ -118,7 +118,7 @@ class _Seen:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Say whether a call of the module is its class's forward and nothing else."""
+    """Return whether a call of the module is its class's forward and nothing else."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return "forward" not in vars(module) and not any(hooks)
 

@@ -14,18 +14,18 @@ from torch.autograd import forward_ad
 from flatlab.derivatives.autograd import Apply
 from flatlab.tensors.flat import flatten
 
-AGREE = 1e-2  # the two ways differ by rounding, 1e-6 to 1e-3 in float32; a wrong formula differs by far more
+AGREE = 1e-2  # the two methods differ by rounding, 1e-6 to 1e-3 in float32; a wrong formula differs by far more
 
 
 @dataclass(frozen=True)
 class Choice:
-    """How products are made.
+    """The method of products.
 
     Attributes:
-        reason: for the user.
-        build, kept, forward: seconds to build a graph, for a product with it, and for one by forward mode; infinite
-            where a way is closed.
-        failure: why neither way is open; empty where one is.
+        reason: of the choice, for the user.
+        build, kept, forward: seconds to build a graph, for a product with it, and for one by forward mode; infinite if
+            a method fails.
+        failure: why both methods fail; empty if one works.
     """
 
     reason: str
@@ -35,7 +35,7 @@ class Choice:
     failure: str
 
     def method(self, width: int) -> str:
-        """Return the faster method for a block of vectors, which share a graph but no forward mode."""
+        """Return the faster method for a block of vectors, which share a graph, but not a forward pass."""
         return "forward" if width * self.forward < self.build + width * self.kept else "reverse"
 
 
@@ -51,13 +51,13 @@ def dual_numbers(tensors: Mapping[str, Tensor], tangents: Sequence[Tensor]) -> I
 
 
 def tangent_of(dual: Tensor) -> Tensor | None:
-    """Return the tangent of a dual number, or None where it is zero."""
+    """Return the tangent of a dual number; None if it is zero."""
     return forward_ad.unpack_dual(dual).tangent  # type: ignore[no-any-return, no-untyped-call]
 
 
 @cache
 def _load() -> None:
-    """Make a first dual number: torch then compiles decompositions with torch.jit.script, and warns itself of that."""
+    """Make a first dual number: torch then compiles decompositions with torch.jit.script, and issues a warning."""
     with warnings.catch_warnings(), forward_ad.dual_level():
         warnings.simplefilter("ignore")
         forward_ad.make_dual(torch.zeros(()), torch.zeros(()))  # type: ignore[no-untyped-call]
@@ -65,7 +65,7 @@ def _load() -> None:
 
 @dataclass(frozen=True)
 class Trial:
-    """One way, tried on one batch: seconds to build its graph and for a product, or why it is closed."""
+    """A method tried on one batch: seconds to build its graph and for a product, or why it fails."""
 
     name: str
     build: float = float("inf")
@@ -80,13 +80,13 @@ def measure(
 ) -> tuple[Choice, Apply | None]:
     """Try what `method` allows on one batch.
 
-    With a `single` batch the graph is kept and nothing is faster, so forward mode is tried only where backwards fails.
-    Forward mode is always compared with the other way, even where it is asked for: some of torch's formulas are wrong.
+    With a `single` batch the graph is kept and nothing is faster, so forward mode is tried only if backwards fails.
+    Forward mode is always compared with backwards, even if it is requested: some of torch's formulas are wrong.
 
     Returns:
-        the choice, and the graph where one was built.
+        the choice, and the graph if one was built.
     """
-    rounds = 1 if single else 2  # the first round also warms up the machine
+    rounds = 1 if single else 2  # the first one is slower
     reverse = ahead = Trial("", failure="not asked for")
     with suppress(*([torch.OutOfMemoryError] if method == "forward" else [])):
         reverse = _try("reverse", build, views, rounds)

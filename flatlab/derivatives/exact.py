@@ -1,4 +1,4 @@
-"""Derivatives that torch gets wrong, or has none of, computed another way while a loss is differentiated twice."""
+"""Operations whose second derivatives are wrong or missing in torch, replaced by equal ones."""
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -11,25 +11,25 @@ from torch.overrides import TorchFunctionMode
 
 from flatlab.derivatives.autograd import nodes_behind, twice_differentiable
 
-FUSED = "WeightNormInterfaceBackward"  # its second derivative takes the norms for constants
+FUSED = "WeightNormInterfaceBackward"  # its second derivative treats the norms as constants
 
 
 def uses_fused_weight_norm(outputs: Sequence[Tensor]) -> bool:
-    """Say whether the graph of these outputs holds torch's fused weight_norm, of either kind."""
+    """Return whether the graph of these outputs contains torch's fused weight_norm, of either kind."""
     nodes = nodes_behind([leaf.grad_fn for leaf in outputs])
     return any(node.name().startswith(FUSED) for node in nodes)
 
 
 @contextmanager
 def exact_derivatives(model: nn.Module, *, weight_norm: bool = True) -> Iterator[None]:
-    """Let a model compute the same function by operations whose second derivatives are right.
+    """Compute a model's function inside the block by operations whose second derivatives are right.
 
     That is: attention by plain products; weight_norm from its definition; embeddings with dense gradients; modules of
-    torch.compile as they were written, since what it compiles has no second derivative.
+    torch.compile uncompiled, since compiled code has no second derivative.
 
     Args:
-        model: whose modules are used; it is put back as it was.
-        weight_norm: replace weight_norm; it makes each operation slower by some microseconds.
+        model: is restored after the block.
+        weight_norm: replace weight_norm, which makes each operation slower by some microseconds.
     """
     with ExitStack() as stack:
         stack.enter_context(twice_differentiable())
@@ -37,16 +37,16 @@ def exact_derivatives(model: nn.Module, *, weight_norm: bool = True) -> Iterator
         stack.enter_context(attributes_restored(model))
         if weight_norm:
             stack.enter_context(_PlainWeightNorm())
-        if "torch._dynamo" in sys.modules:  # else nothing is compiled, and the import would take seconds
+        if "torch._dynamo" in sys.modules:  # otherwise nothing is compiled, and the import would take seconds
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
 
 
 @contextmanager
 def attributes_restored(model: nn.Module) -> Iterator[None]:
-    """Put back the tensors that modules hold as plain attributes, which a forward pass may replace.
+    """Restore tensors that modules have as plain attributes, which a forward pass may replace.
 
-    So does weight_norm by hooks (torch.nn.utils.weight_norm): `weight` stays what the last pass computed.
+    Such as `weight` under weight_norm by hooks (torch.nn.utils.weight_norm), which is that of the last pass.
     """
     held = [
         (module, name, value)
@@ -63,7 +63,7 @@ def attributes_restored(model: nn.Module) -> Iterator[None]:
 
 
 class _PlainWeightNorm(TorchFunctionMode):
-    """Computes weight_norm as v g / |v| by operations that can be differentiated as often as one likes."""
+    """Computes weight_norm as v g / |v| by operations that can be differentiated any number of times."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: Any = None
@@ -74,7 +74,7 @@ class _PlainWeightNorm(TorchFunctionMode):
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    others = [axis for axis in range(v.ndim) if axis != dim]  # all of them for -1, which torch calls them by
+    others = [axis for axis in range(v.ndim) if axis != dim]  # all of them for -1, as in torch
     squares = v.square().sum(others, keepdim=True)
     return v * (g.expand_as(squares) / squares.sqrt())
 

@@ -1,8 +1,8 @@
-"""Curvature as a linear operator: the Hessian of a landscape's loss, and what all such operators share.
+"""Curvature as a linear operator: the Hessian of a landscape's loss, and the base class of such operators.
 
-Derivatives are by the model's own parameters, so that a loss that reads them, as an L2 penalty does, is differentiated
-as a whole. One batch's graph is kept between products, since it costs no more memory than the product itself holds; of
-several batches only one graph exists at a time, shared by a block of vectors.
+Derivatives are by the model's own parameters, so that a loss that reads them, such as an L2 penalty, is differentiated
+as a whole. The graph of a single batch is kept between products, since it takes no more memory than the product itself;
+of several batches only one graph exists at a time, shared by a block of vectors.
 """
 
 from abc import ABC, abstractmethod
@@ -30,12 +30,12 @@ if TYPE_CHECKING:
 
 Method = Literal["auto", "reverse", "forward"]
 Term = tuple[Any, Callable[[Any], Tensor], float]
-"""Inputs of a batch; from its outputs to the sum of its losses; what that sum is divided by in the loss."""
+"""Inputs of a batch; the function from its outputs to the sum of its losses; the divisor of that sum in the loss."""
 TRIED = 8  # samples on which it is determined what can be folded
 
 
 class Around(Protocol):
-    """What an operator needs of a landscape: a sum of terms around a point, which the model's parameters hold."""
+    """What an operator needs of a landscape: a sum of terms around a point, the values of the model's parameters."""
 
     @property
     def model(self) -> nn.Module: ...  # noqa: D102
@@ -53,19 +53,19 @@ class Around(Protocol):
 
 
 class Curvature(ABC):
-    """A symmetric matrix (P, P) that is known by its products with vectors; ``@`` takes (P,) and (P, k).
+    """A symmetric matrix (P, P), given by its products with vectors; ``@`` takes (P,) and (P, k).
 
-    Batches weigh by their size, strata equally. 16-bit weights are differentiated as copies in float32. Memory beyond
-    the model: the graph of one batch, and about four vectors (P,) during a product.
+    Batches are weighted by their size, strata equally. 16-bit weights are differentiated as copies in float32. Memory
+    beyond the model: the graph of one batch, and about four vectors (P,) during a product.
 
     Args:
-        landscape: of which model, data, loss and choice of parameters are taken.
+        landscape: gives model, data, loss and the parameters that vary.
         method: "reverse" differentiates twice backwards, "forward" once forwards over backwards, which needs less
-            memory; "auto" tries one batch: the faster that works.
-        fold: fold BatchNorm into the layer before it, where it directly follows one: exact, and faster.
+            memory; "auto" is the faster one that works, by a trial on one batch.
+        fold: fold BatchNorm into the layer directly before it: exact, and faster.
 
     Raises:
-        UserError: where the model cannot be differentiated twice, or rounds its weights.
+        UserError: if the model cannot be differentiated twice, or rounds its weights.
     """
 
     name = "curvature matrix"
@@ -108,12 +108,12 @@ class Curvature(ABC):
 
     @property
     def reason(self) -> str:
-        """Why that method was taken."""
+        """Why that method was chosen."""
         return self._choice.reason
 
     @property
     def folding(self) -> str:
-        """How many BatchNorm layers are folded, and why not all."""
+        """The number of folded BatchNorm layers, and why not all are folded, as text."""
         return self._folds.reason
 
     def __matmul__(self, vectors: Tensor) -> Tensor:
@@ -140,7 +140,7 @@ class Curvature(ABC):
         return result[0] if vectors.ndim == 1 else result.T
 
     def to_scipy(self) -> "LinearOperator":
-        """Return the operator on NumPy vectors, for scipy.sparse.linalg; each product crosses to the host and back."""
+        """Return the operator on NumPy vectors, for scipy.sparse.linalg; products are copied to and from the host."""
         from scipy.sparse.linalg import LinearOperator
 
         dtype = np.float64 if self.dtype == torch.float64 else np.float32
@@ -159,16 +159,16 @@ class Curvature(ABC):
 
     @abstractmethod
     def _graph(self, term: Term) -> Apply:
-        """Return a batch's share of the product as a function of views, from a graph that serves many vectors."""
+        """Return a batch's part of the product as a function of views, from a graph that many vectors share."""
 
     @abstractmethod
     def _forward(self, term: Term, views: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Return a batch's share of one product by forward mode, which keeps no graph."""
+        """Return a batch's part of one product by forward mode, which keeps no graph."""
 
     def _outputs(
         self, inputs: Any, replaced: dict[str, Tensor] | None = None, finish: Callable[[Any], Any] = lambda x: x
     ) -> Any:
-        """Return what follows of the outputs, by the model's own parameters or by others in their place."""
+        """Return `finish(outputs)`, with the model's own parameters or with others in their place."""
         given = {f"model.{name}": tensor for name, tensor in (self._fixed | (replaced or {})).items()}
         passed = mapped(lambda leaf: None if leaf is None else widened(leaf), inputs) if self._wide else inputs
         return functional_call(self._whole, given, (passed, finish))
@@ -179,7 +179,7 @@ class Curvature(ABC):
             yield
 
     def _look(self, fold: bool) -> None:
-        """See on a few samples what the model computes: what can be folded, and what needs another way."""
+        """Determine on a few samples which layers can be folded, and whether weight_norm must be replaced."""
         inputs, model = part(self.landscape.terms()[0][0], 0, TRIED), self.landscape.model
         with exact_derivatives(model, weight_norm=False):
             self._fused = uses_fused_weight_norm(tensors(self._outputs(inputs)))
@@ -192,14 +192,14 @@ class Curvature(ABC):
             return lambda views: self._forward(term, views)
         if not self._single:
             return self._graph(term)
-        here = [tensor._version for tensor in self._tensors]  # a graph ends when its parameters are written to
+        here = [tensor._version for tensor in self._tensors]  # a graph is invalid once its parameters are written to
         if self._kept is None or self._kept[0] != here:
             self._kept = None  # before the next is built
             self._kept = here, self._graph(term)
         return self._kept[1]
 
     def _choose(self, method: str) -> Choice:
-        """Try the methods on one batch; keep its graph where there is no other batch and backwards is right."""
+        """Try the methods on one batch; keep its graph if there is no other batch and backwards is chosen."""
         terms = self.landscape.terms()
         self._single = len(terms) == 1
         vector = torch.randn(self.shape[0], generator=generator("operators", "probe")).to(self.landscape.point)
@@ -242,7 +242,7 @@ class Hessian(Curvature):
 
 
 def _precise(weight: Tensor) -> Tensor:
-    """Return a weight, or its copy in float32 where it has 16 bits: their second derivatives would be noise."""
+    """Return a weight, or its copy in float32 if it has 16 bits, whose second derivatives would be noise."""
     wide = widened(weight)
     return weight if wide is weight else wide.detach().requires_grad_()
 

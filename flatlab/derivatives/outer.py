@@ -15,7 +15,7 @@ from flatlab.tensors.nested import tensors
 from flatlab.tensors.structures import mapped
 
 Values = Callable[[Sequence[Tensor]], Tensor]
-"""From the tensors of a batch's outputs that the loss reads to the sum of its losses."""
+"""The function from the outputs of a batch that the loss reads to the sum of its losses."""
 
 
 class _OuterProduct(Curvature):
@@ -52,7 +52,7 @@ class _OuterProduct(Curvature):
 
 
 def _read(outputs: Any, total: Callable[[Any], Tensor]) -> tuple[list[Tensor], Values]:
-    """Return the tensors of the outputs that the loss depends on, and the loss as a function of these alone."""
+    """Return the tensors of the outputs that the loss depends on, and the loss as a function of only these."""
     if isinstance(outputs, Tensor):
         return [outputs], lambda zs: total(zs[0])
     found = [leaf for leaf in tensors(outputs) if leaf.requires_grad]
@@ -86,11 +86,11 @@ class Fisher(_OuterProduct):
     """The Fisher matrix of a classifier whose outputs (n, C) are logits, averaged as the loss is.
 
     Args:
-        landscape: as for any curvature.
+        landscape: as in `Curvature`.
         kind: "expected" takes labels from the model's own softmax, and then equals the GGN of the cross-entropy without
-            label smoothing; "empirical" takes the data's labels, the mean of g g' over the samples' gradients g, which
+            label smoothing; "empirical" takes the data's labels: the mean of g g' over the samples' gradients g, which
             is another matrix (Kunstner et al. 2019).
-        method, fold: as for any curvature.
+        method, fold: as in `Curvature`.
 
     Raises:
         UserError: if the loss weighs the samples itself, by a pair (sums, weights).

@@ -1,4 +1,4 @@
-"""A plan is handed to an engine: processes on this machine, or Slurm."""
+"""Run a plan on an engine: processes on this machine, or Slurm."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,14 +17,14 @@ def run(plan: WorkPlan, engine: Engine, *, on_event: Callable[[Event], None]) ->
 
     Args:
         plan: the jobs, their store and place.
-        engine: where.
+        engine: local processes or Slurm, and the number of workers.
         on_event: called with each event of each worker.
 
     Returns:
         The errors, as events.
 
     Raises:
-        UserError: where the engine is not there, or the store's disk does not suit it.
+        UserError: if the engine is not available, or the store's disk has no locks across nodes.
     """
     if engine.executor == "local":
         return local.run_locally(plan, workers=engine.workers, on_event=on_event)

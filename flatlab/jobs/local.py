@@ -18,18 +18,18 @@ from flatlab.jobs.plan import WorkPlan
 
 Event = dict[str, Any]
 
-# glibc gives large blocks back to the system at each free, which costs up to 2.6 times; keep them instead.
+# glibc returns large blocks to the system at each free, which takes up to 2.6 times as long; keep them instead.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "8589934592"}
 HERE = str(Path(__file__).parents[2])  # this package's folder
 
 
 def worker_command(plan: Path | str) -> list[str]:
-    """Return the command of a worker, which takes no modules from the folder that it is started in."""
+    """Return the command of a worker, which imports no modules from the current folder."""
     return [sys.executable, "-P", "-m", "flatlab.jobs.worker", str(plan), "--end-with-input"]
 
 
 def worker_environment(threads: int) -> dict[str, str]:
-    """Return the environment of a worker: this package, and not one that the folder or a path names before it."""
+    """Return the environment of a worker, in which this package precedes others of its name in PYTHONPATH."""
     paths = os.pathsep.join([HERE, *filter(None, [os.environ.get("PYTHONPATH")])])
     return {**ALLOCATOR, **os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": str(threads)}
 
@@ -43,8 +43,8 @@ def run_locally(plan: WorkPlan, *, workers: int, on_event: Callable[[Event], Non
         on_event: called with each event of each worker.
 
     Returns:
-        The errors, as events, one for each job that nobody finished, and one for each worker that died, unless others
-        finished all jobs without it.
+        The errors, as events: one for each job that no worker finished, and one for each worker that died, unless the
+        others finished all jobs.
     """
     events: queue.Queue[Event] = queue.Queue()
     with files.scratch() as folder:
@@ -80,15 +80,15 @@ def _workers(
 
 def _listen(process: "subprocess.Popen[str]", events: "queue.Queue[Event]") -> None:
     """Pass on a worker's events; if it ends with an error, its last output as well."""
-    last_words: list[str] = []
-    listener = threading.Thread(target=_collect, args=(process.stderr, last_words), daemon=True)
+    output: list[str] = []
+    listener = threading.Thread(target=_collect, args=(process.stderr, output), daemon=True)
     listener.start()
     for line in process.stdout or ():
-        if line.startswith("{") and line.endswith("}\n"):  # else it is a library's, or half of one cut off by a kill
+        if line.startswith("{") and line.endswith("}\n"):  # other lines are a library's, or cut off by a kill
             events.put(json.loads(line))
     code = process.wait()
     listener.join()
-    events.put({"ended": code, "trace": "".join(last_words)})
+    events.put({"ended": code, "trace": "".join(output)})
 
 
 def _collect(stream: IO[str] | None, lines: list[str]) -> None:
@@ -108,7 +108,7 @@ def _errors(
         if "ended" in event:
             alive -= 1
             if event["ended"]:
-                died.append({"job": "worker", "error": _last_words(event), **event})
+                died.append({"job": "worker", "error": _why(event), **event})
             continue
         on_event(event)
         if "error" in event:
@@ -122,9 +122,10 @@ def _errors(
     return [*died, *(event for job, event in failed.items() if job not in finished)]
 
 
-def _last_words(event: Event) -> str:
+def _why(event: Event) -> str:
+    """Return why a worker ended, and how to continue."""
     if event["ended"] == -signal.SIGKILL:
-        return "it was killed, perhaps for want of memory; take fewer --workers or a smaller --image-size, and go on."
+        return "it was killed, perhaps for lack of memory; use fewer --workers or a smaller --image-size, and repeat."
     if event["ended"] in (128 + signal.SIGTERM, -signal.SIGTERM):
-        return "it was stopped by SIGTERM; what is finished is kept: the same command goes on from there."
+        return "it was stopped by SIGTERM; finished work is kept: repeat the command to continue."
     return f"it ended with status {event['ended']}: {event['trace'].strip().rpartition(chr(10))[2]}"

@@ -1,6 +1,6 @@
 """Plan of the missing runs and measurements: jobs, with their requirements and costs.
 
-Torch-free: a plan is made, printed and priced before anything heavy is loaded.
+Torch-free: a plan is made, and printed with its cost, before torch is loaded.
 """
 
 from collections import Counter
@@ -31,14 +31,14 @@ REFERENCE = {  # seconds for an image of 224 pixels (digits: 16) on one core of 
 
 
 class Job(Spec):
-    """Work that one process does in one go: a trajectory with its observers, an ensemble, or one run's measurements."""
+    """Work of one process: a trajectory with its observers, an ensemble, or one run's measurements."""
 
     name: str
     runs: tuple[RunSpec, ...]
     measurements: tuple[AnyMeasurement, ...] = ()  # empty: train the runs
     forks: tuple[int, ...] = ()  # steps before which the trajectory's state is kept for others
     keep_every: int | None = Field(None, ge=1)  # steps between checkpoints that are kept along the trajectory
-    needs: tuple[str, ...] = ()  # what must be done before: runs by digest, measurements by their path in the store
+    needs: tuple[str, ...] = ()  # to be finished before: runs by digest, measurements by their path in the store
     passes: float  # cost, in images forwarded
 
     def entries(self, store: RunStore) -> list[Entry]:
@@ -50,13 +50,13 @@ class Job(Spec):
 
     @property
     def fills(self) -> set[str]:
-        """What is done once the job is, as `needs` names it."""
+        """The runs and measurements that the job finishes, named as in `needs`."""
         if not self.measurements:
             return {spec.digest for spec in self.runs}
         return {_measurement(self.runs[0].digest, measurement) for measurement in self.measurements}
 
     def claims(self, store: RunStore) -> list[Entry]:
-        """Return the directories that the job writes to: what is kept goes where the trajectory's own run is."""
+        """Return the directories that the job writes to; kept checkpoints are in that of the trajectory's own run."""
         entries = {entry.path: entry for entry in self.entries(store)}
         if self.forks or self.keep_every:
             lineage = store.run(self.runs[0]).lineage
@@ -68,7 +68,7 @@ class Job(Spec):
         return all(entry.done for entry in self.entries(store))
 
     def ready(self, store: RunStore) -> bool:
-        """Whether what it needs is done."""
+        """Whether everything it needs is done."""
         return all(map(store.finished, self.needs))
 
 
@@ -86,16 +86,16 @@ Wanted = Sequence[tuple[RunSpec, MeasurementSpec]]
 def missing(store: RunStore, runs: Sequence[RunSpec], measurements: Wanted, *, sizes: Sizes) -> list[Job]:
     """Return the jobs for what the store lacks: trajectories, the longest first, derived runs, measurements.
 
-    The pilots that measurements rest on come before them.
+    The pilots of measurements precede them.
 
     Args:
-        store: what is there already.
+        store: its finished entries are not planned.
         runs: wanted runs; those of one trajectory become one job.
         measurements: wanted measurements, each with its run.
         sizes: images of each domain, for the costs.
 
     Raises:
-        UserError: where an imported run is lacking, which no training brings back, or a reference run is nowhere.
+        UserError: if an imported run is missing, which cannot be trained, or a reference run.
     """
     before = pilots(store, [*runs, *(run for run, _ in measurements)], measurements)
     lacking = _lacking(store, [*runs, *(run for run, _ in measurements)])
@@ -111,15 +111,15 @@ def missing(store: RunStore, runs: Sequence[RunSpec], measurements: Wanted, *, s
 
 
 def pilots(store: RunStore, runs: Sequence[RunSpec], measurements: Wanted) -> list[tuple[RunSpec, MeasurementSpec]]:
-    """Return the measurements of reference runs that others rest on, each once.
+    """Return the measurements of reference runs that others require, each once.
 
     Args:
-        store: where reference runs are sought that are not among these.
-        runs: that are planned.
+        store: contains the reference runs that are not among `runs`.
+        runs: planned runs.
         measurements: wanted measurements, each with its run.
 
     Raises:
-        UserError: where a reference run is in neither.
+        UserError: if a reference run is in neither.
     """
     known = {spec.digest: spec for spec in runs}
     wanted = dict.fromkeys(pair for _, measurement in measurements for pair in measurement.pilots)
@@ -135,12 +135,12 @@ def keeping(todo: Sequence[Job], store: RunStore, runs: Sequence[RunSpec], every
 
     Args:
         todo: as `missing` returns them.
-        store: what is there already.
-        runs: as they were asked for.
+        store: of the runs.
+        runs: the wanted runs.
         every: steps.
 
     Raises:
-        UserError: where a run is finished and lacks such checkpoints: it says how to get them.
+        UserError: if a run is finished and lacks such checkpoints; states how to obtain them.
     """
     for run in map(store.run, runs):
         if run.done and not run.spec.made_from:
@@ -149,13 +149,13 @@ def keeping(todo: Sequence[Job], store: RunStore, runs: Sequence[RunSpec], every
 
 
 def _with_distinct_names(jobs: Sequence[Job]) -> list[Job]:
-    """Add the run's digest to names that several jobs have: runs that differ in their bits, say."""
+    """Add the run's digest to names that several jobs have, such as those of runs that differ in their bits."""
     counts = Counter(job.name for job in jobs)
     return [job.replace(name=f"{job.name} ({job.runs[0].digest[:6]})") if counts[job.name] > 1 else job for job in jobs]
 
 
 def _lacking(store: RunStore, wanted: Sequence[RunSpec]) -> dict[str, RunSpec]:
-    """Return the runs that are not finished, by digest, and what they are made from."""
+    """Return the runs that are not finished, by digest, and those that they are made from."""
     lacking = {spec.digest: spec for spec in wanted if not store.run(spec).done}
     deeper = [each for spec in lacking.values() for each in spec.made_from]
     return {**lacking, **_lacking(store, deeper)} if deeper else lacking
@@ -165,7 +165,7 @@ def _training(lacking: Sequence[RunSpec], sizes: Sizes) -> list[Job]:
     groups: dict[str, list[RunSpec]] = {}
     for spec in lacking:
         groups.setdefault(spec.trajectory.digest, []).append(spec)
-    # The leader keeps the state: the same one however the runs were asked for, so that another command goes on from it.
+    # The first one keeps the state. It does not depend on the order of the runs, so that other commands can resume it.
     order = {"last": 0, "sma": 1, "swa": 2, "swad": 3}
     leaders = {
         digest: sorted(group, key=lambda spec: (order[spec.average.kind], spec.digest))
@@ -192,7 +192,7 @@ def _training(lacking: Sequence[RunSpec], sizes: Sizes) -> list[Job]:
 
 
 def _making(spec: RunSpec, lacking: Mapping[str, RunSpec], sizes: Sizes) -> Job:
-    """Return the job that makes a run from finished ones: images are forwarded to calibrate, and for the log."""
+    """Return the job that makes a run from finished ones; images are forwarded for calibration and for the log."""
     images = spec.quantizer.images if isinstance(spec.quantizer, OBCSpec) and not spec.members else 0
     averaged = f", {spec.combine}" if spec.members else ""
     return Job(
@@ -204,12 +204,12 @@ def _making(spec: RunSpec, lacking: Mapping[str, RunSpec], sizes: Sizes) -> Job:
 
 
 def _measuring(store: RunStore, measurements: Wanted, trained: set[str], sizes: Sizes) -> list[Job]:
-    asked: dict[str, list[tuple[RunSpec, MeasurementSpec]]] = {}
+    by_run: dict[str, list[tuple[RunSpec, MeasurementSpec]]] = {}
     for run, measurement in measurements:
         if not store.run(run).measurement(measurement).done:
-            asked.setdefault(run.digest, []).append((run, measurement))
+            by_run.setdefault(run.digest, []).append((run, measurement))
     jobs = []
-    for digest, pairs in asked.items():
+    for digest, pairs in by_run.items():
         before = dict.fromkeys(_measurement(*pilot) for _, measurement in pairs for pilot in measurement.pilots)
         lacking = [name for name in before if not store.finished(name)]
         run, kind = pairs[0][0], "pilot" if isinstance(pairs[0][1], ReachSpec) else "measure"
@@ -226,13 +226,13 @@ def _measuring(store: RunStore, measurements: Wanted, trained: set[str], sizes: 
 
 
 def training_passes(spec: RunSpec, sizes: Sizes, *, forked: bool) -> float:
-    """Return the images that a training forwards, its backward passes counted as `BACKWARD` says."""
+    """Return the number of images that a training forwards, `BACKWARD` for each training image."""
     steps = spec.steps + 1 - (spec.switch or 0 if forked else 0)
     batch = spec.batch_size * (len(sizes) - 1)
     target = sizes.get(spec.held_out, 0)  # evaluated as a whole
-    looks = (spec.holdout + spec.test_share) * (sum(sizes.values()) - target) + spec.target_logged * target
-    looks += (spec.stop is not None) * (1 - spec.holdout - spec.test_share) * (sum(sizes.values()) - target)
-    evaluations = steps / spec.eval_every * looks
+    evaluated = (spec.holdout + spec.test_share) * (sum(sizes.values()) - target) + spec.target_logged * target
+    evaluated += (spec.stop is not None) * (1 - spec.holdout - spec.test_share) * (sum(sizes.values()) - target)
+    evaluations = steps / spec.eval_every * evaluated
     return float(steps * batch * BACKWARD * (1 if spec.step.kind == "plain" else 2) + evaluations)
 
 

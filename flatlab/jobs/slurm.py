@@ -1,7 +1,7 @@
 """Workers on Slurm: one array of identical workers, which share a plan by the locks of the store.
 
 submitit writes the script, and requeues a worker that is preempted or out of time; a worker is the same process as on
-one machine, and goes on from the state on disk. Slurm requeues those of a node that is lost.
+one machine, and resumes from the state on disk. Slurm requeues the workers of a failed node.
 """
 
 import json
@@ -24,25 +24,25 @@ from flatlab.store.disk import require_shared_locks
 from flatlab.store.runs import RunStore
 
 GRACE_SECONDS = 600.0
-REQUEUES = 1000  # time-outs of a worker; each loses a step at most
+REQUEUES = 1000  # maximum time-outs of a worker, each of which loses at most a step
 
 
 def run_on_slurm(plan: WorkPlan, engine: Engine, *, on_event: OnEvent) -> list[Event]:
-    """Submit a plan as an array of workers, unless one that covers it is under way, and follow it.
+    """Submit a plan as an array of workers, unless one that covers it is active, and follow it.
 
     Args:
         plan: the jobs, their store and place.
-        engine: what each worker gets, and their number.
+        engine: number of workers, and the resources of each.
         on_event: called with each event of each worker.
 
     Returns:
         The errors, as events.
 
     Raises:
-        UserError: where submitit or Slurm is not there, or sbatch refuses the array.
+        UserError: if submitit or Slurm is not available, or sbatch refuses the array.
     """
     _needed()
-    found = _under_way(plan)
+    found = _active(plan)
     submission = found or _submit(plan, engine)
     number = submission.facts["id"]
     sentence = (
@@ -60,7 +60,7 @@ def _needed() -> None:
         raise UserError("--executor slurm must run on a machine with Slurm's `sbatch`, which is not in PATH.")
 
 
-def _under_way(plan: WorkPlan) -> Submission | None:
+def _active(plan: WorkPlan) -> Submission | None:
     """Return the newest active submission whose jobs include all of a plan's."""
     wanted = {name for job in plan.jobs for name in job.fills}
     active = (each for each in reversed(arrays(RunStore(plan.store))) if is_active(each.facts["id"]))
@@ -76,7 +76,7 @@ def array(store: RunStore, number: str) -> Submission:
     """Return the array with an identifier.
 
     Raises:
-        UserError: where the store has none.
+        UserError: if the store has none.
     """
     found = [each for each in arrays(store) if each.facts["id"] == number]
     if not found:
@@ -85,7 +85,7 @@ def array(store: RunStore, number: str) -> Submission:
 
 
 def is_active(number: str) -> bool:
-    """Whether an array is pending or running; where the controller does not answer, it counts as active."""
+    """Whether an array is pending or running; it counts as active if the controller does not answer."""
     asked = _asked("squeue", "--me", "--noheader", "--array", "--format=%F")
     return asked.returncode != 0 or number in asked.stdout.split()
 
@@ -147,7 +147,7 @@ def _submit(plan: WorkPlan, engine: Engine) -> Submission:
 
 
 class Worker:
-    """What submitit calls on a node: a worker process; its checkpoint ends that process with its state saved."""
+    """The callable that submitit runs on a node: a worker process; `checkpoint` ends it with its state saved."""
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
@@ -164,8 +164,8 @@ class Worker:
                 return
             self._start(events, plan.place.threads)
             code = self._wait()
-        if code == STOPPED:  # Slurm sends SIGTERM at the beginning of the time that a preempted job is left, and
-            time.sleep(GRACE_SECONDS)  # requeues only what it ends itself, or what SIGUSR2 makes `checkpoint` return
+        if code == STOPPED:  # Slurm sends SIGTERM at the beginning of a preempted job's grace time, and requeues only
+            time.sleep(GRACE_SECONDS)  # jobs that it ends itself, or that `checkpoint` returns on SIGUSR2
         if code:
             raise RuntimeError(f"the worker ended with status {code}")  # Slurm shows the task as failed
 
@@ -181,7 +181,7 @@ class Worker:
         return int(self.process.returncode)
 
     def checkpoint(self, index: int) -> Any:
-        """End the worker after the step that it is at; return what is requeued."""
+        """End the worker after the current step; return the submission to be requeued."""
         from submitit.helpers import DelayedSubmission
 
         self.process.terminate()

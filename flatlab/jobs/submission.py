@@ -1,4 +1,4 @@
-"""A plan that was handed to an engine: a folder of the store with the plan, and the events and logs of its workers.
+"""A submitted plan: a folder of the store with the plan, and the events and logs of its workers.
 
 <store>/.jobs/<time>-<token>/plan.json  engine.json  events-<worker>.jsonl  failed-<job>.json  logs/
 """
@@ -17,11 +17,11 @@ from flatlab.store.runs import RunStore
 Event = dict[str, Any]
 OnEvent = Callable[[Event], None]
 FOLDER = ".jobs"
-IDLE_SECONDS = 0.1  # between the first two looks at the events
+IDLE_SECONDS = 0.1  # between the first two readings of the events
 
 
 class Submission:
-    """A plan that was handed to an engine."""
+    """A submitted plan."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -48,7 +48,7 @@ class Submission:
         return files.read_json(path) if path.exists() else {}
 
     def started(self, **facts: Any) -> None:
-        """Record what the engine said of the submission."""
+        """Record the engine's facts about the submission."""
         files.write_json(self.folder / "engine.json", facts)
 
     def events(self, worker: int) -> Path:
@@ -56,7 +56,7 @@ class Submission:
         return self.folder / f"events-{worker}.jsonl"
 
     def news(self) -> Iterator[Event]:
-        """Yield the events that were written since the last call; half a line is left for the next one."""
+        """Yield the events written since the last call; an incomplete line is left for the next one."""
         for path in sorted(self.folder.glob("events-*.jsonl")):
             with open(path, "rb") as file:
                 file.seek(self._read.get(path, 0))
@@ -64,22 +64,22 @@ class Submission:
             whole = text.rpartition(b"\n")[0]
             self._read[path] = self._read.get(path, 0) + len(whole) + bool(whole)
             for line in whole.splitlines():
-                if line.startswith(b"{") and line.endswith(b"}"):  # else it is a library's, or cut off by a kill
+                if line.startswith(b"{") and line.endswith(b"}"):  # other lines are a library's, or cut off by a kill
                     yield json.loads(line)
 
     def follow(self, plan: WorkPlan, alive: Callable[[], bool], on_event: OnEvent) -> list[Event]:
         """Pass on the events of the workers until all jobs are settled, or no worker is left; return the errors.
 
         Args:
-            plan: the jobs that are waited for; they may be fewer, and named otherwise, than those submitted.
-            alive: whether a worker runs, or is going to.
+            plan: the awaited jobs; they may be fewer than those submitted, and have other names.
+            alive: whether a worker is running or pending.
             on_event: called with the events of these jobs, and with the workers' notes.
         """
         names = _names(self.plan.jobs, plan.jobs)
         waiting, failed = {job.name: job for job in plan.jobs}, dict[str, Event]()
         running, pauses = True, files.pauses(IDLE_SECONDS)
         while running and waiting:
-            running = alive()  # before the look: what a worker wrote at its end is read
+            running = alive()  # before reading, so that a worker's last events are read
             for event in self.news():
                 pauses = files.pauses(IDLE_SECONDS)
                 named = {**event, "job": names.get(event["job"], event["job"])}

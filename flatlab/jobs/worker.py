@@ -1,9 +1,9 @@
-"""A worker: does the jobs of a plan, sharing them with whoever else does, by locks that die with their process.
+"""A worker: does the jobs of a plan, shared with other workers by locks that are released when their process ends.
 
 `python -m flatlab.jobs.worker PLAN` writes one JSON event a line. With `--end-with-input` it ends, with code 1, when
-its standard input is closed: a worker does not outlive the command that started it, even where that was killed. On
-SIGTERM or SIGUSR2, which batch systems send, it saves the state of a training after the step that it is at, and ends
-with code 143.
+its standard input is closed: a worker does not outlive the command that started it, even if that was killed. On
+SIGTERM or SIGUSR2, which batch systems send, it saves the state of a training after the current step, and ends with
+code 143.
 """
 
 import json
@@ -27,25 +27,25 @@ from flatlab.store.runs import RunStore
 
 Event = dict[str, Any]
 Emit = Callable[[Event], None]
-IDLE_SECONDS = 0.1  # between the first two looks at jobs that others hold
+IDLE_SECONDS = 0.1  # between the first two checks of jobs that others hold
 EVENT_SECONDS = 0.2  # between two progress events of one job
-STOPPED = 128 + signal.SIGTERM  # exit code, as a shell gives for SIGTERM
+STOPPED = 128 + signal.SIGTERM  # exit code, as that of a shell for SIGTERM
 _training, _asked_to_stop = threading.Event(), threading.Event()
 
 
 def work(jobs: Sequence[Job], store: RunStore, place: Place, *, emit: Emit, failures: Path | None = None) -> None:
-    """Do all jobs that nobody else does, each as soon as what it needs is done; then help others to measure.
+    """Do all jobs that no other worker does, each once its needs are done; then join the measurements of others.
 
     Args:
         jobs: in the order in which they are tried.
         store: receives the runs and measurements.
         place: data folder, device, threads.
         emit: called with events, each with the job's name: progress ("share", "shown"), "finished", or "error".
-        failures: folder in which the workers of a plan note their errors: what failed for one is not tried by another.
+        failures: folder in which the workers of a plan note their errors, so that no job is tried again by another.
     """
     worker, pauses = _Worker(jobs, store, place, emit, failures), files.pauses(IDLE_SECONDS)
     while worker.pending:
-        if _asked_to_stop.is_set():  # while a training ended
+        if _asked_to_stop.is_set():  # at the end of a training
             raise KeyboardInterrupt
         if worker.settles_one():
             pauses = files.pauses(IDLE_SECONDS)
@@ -54,15 +54,15 @@ def work(jobs: Sequence[Job], store: RunStore, place: Place, *, emit: Emit, fail
 
 
 class _Worker:
-    """What a worker has still to do."""
+    """The pending jobs of a worker."""
 
     def __init__(self, jobs: Sequence[Job], store: RunStore, place: Place, emit: Emit, failures: Path | None) -> None:
         self.pending = list(jobs)
         self.store, self.place, self.emit, self.failures = store, place, emit, failures
 
     def settles_one(self) -> bool:
-        """Do one job, or give one up; False where others hold all, or what they need is still to come."""
-        # The first jobs first: what was waiting may be ready now. Who finds none free joins a measurement.
+        """Do one job, or give one up; return False if others hold all jobs, or their needs are not done yet."""
+        # In order, since a job that was waiting may be ready now; if none is free, join a measurement.
         tries = ((job, join) for join in (False, True) for job in self.pending)
         settled = next((job for job, join in tries if self._settled(job, join=join)), None)
         if settled:
@@ -75,20 +75,20 @@ class _Worker:
         coming = {name for other in self.pending for name in other.fills}
         if coming >= {name for name in job.needs if not self.store.finished(name)}:
             return False
-        self.emit({"job": job.name, "error": "not tried: what it needs failed, or was removed."})
+        self.emit({"job": job.name, "error": "not tried: a run or measurement that it needs failed, or was removed."})
         return True
 
     def _attempt(self, job: Job, *, join: bool) -> bool:
-        """Do a job if nobody holds it, or join who holds a measurement, whose units are locked one by one."""
+        """Do a job if no other worker holds it, or join a measurement, whose units are locked one by one."""
         try:
             with ExitStack() as held:
                 if not job.done(self.store):
-                    if job.measurements:  # before anything is claimed: a claim makes a folder
+                    if job.measurements:  # before the claim, which makes a folder
                         self.store.run(job.runs[0]).require_done()
                     free = held.enter_context(self.store.claim(job.claims(self.store)))
                     if not free and not (join and job.measurements):
                         return False
-                    if self._failed_before(job):  # while this one waited for the lock
+                    if self._failed_before(job):  # meanwhile, in another worker
                         return True
                     _do(job, self.store, self.place, self.emit)
             self.emit({"job": job.name, "finished": True})
@@ -100,7 +100,7 @@ class _Worker:
         return self.failures / f"failed-{job.digest}.json" if self.failures else None
 
     def _failed_before(self, job: Job) -> bool:
-        """Whether the job failed in another worker; its error is passed on."""
+        """Whether the job failed in another worker; emits its error."""
         note = self._note_of(job)
         if note is None or not note.exists() or job.done(self.store):
             return False
@@ -120,7 +120,7 @@ def _event_of(error: Exception) -> Event:
     if isinstance(error, OSError):
         return {"error": f"{error.strerror or error}: {error.filename or 'in the store'}; what is finished is kept."}
     if isinstance(error, MemoryError) or "allocate memory" in str(error) or "out of memory" in str(error):
-        return {"error": "out of memory; take a smaller --batch-size or --image-size, or fewer --workers."}
+        return {"error": "out of memory; use a smaller --batch-size or --image-size, or fewer --workers."}
     trace = "".join(traceback.format_exception(error))
     return {"error": f"{type(error).__name__}: {error} (a bug in flatlab)", "trace": trace}
 
@@ -152,18 +152,18 @@ def _do(job: Job, store: RunStore, place: Place, emit: Emit) -> None:
 
 
 class _Reporter:
-    """Turns what a training or a measurement reports into events, a few each second."""
+    """Turns the reports of a training or a measurement into events, a few each second."""
 
     def __init__(self, name: str, emit: Emit, *, parts: int) -> None:
         self.name, self.emit, self.parts, self.part = name, emit, parts, 0
         self.reported = 0.0  # time of the last event
 
     def begin(self) -> None:
-        """Report that the job begins: what was loaded until now is no part of its seconds."""
+        """Report the beginning of the job, so that loading does not count as its time."""
         self.emit({"job": self.name, "share": 0.0})
 
     def __call__(self, made: int, of: int, shown: dict[str, Any]) -> None:
-        """Report a part's progress, and numbers to show beside it; a training can be stopped here."""
+        """Report a part's progress, and numbers to show with it; a training can be stopped here."""
         if _asked_to_stop.is_set():
             raise KeyboardInterrupt
         if time.monotonic() - self.reported > EVENT_SECONDS:
@@ -176,11 +176,11 @@ def main() -> None:
     """Work through the plan named on the command line."""
     path = Path(sys.argv[1])
     plan = WorkPlan.parse(path.read_text())
-    sys.stdout = sys.stderr  # what a library prints must not come between the events
+    sys.stdout = sys.stderr  # keeps a library's output out of the events
     logging.getLogger("flatlab").addHandler(_Notes())
     if "--end-with-input" in sys.argv[2:]:
         threading.Thread(target=_end_with_parent, daemon=True).start()
-    for name in ("SIGTERM", "SIGUSR2"):  # the second one comes from Slurm before the time is up
+    for name in ("SIGTERM", "SIGUSR2"):  # Slurm sends SIGUSR2 before the time limit
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), _stop)
     try:
@@ -190,7 +190,7 @@ def main() -> None:
 
 
 def _stop(*_: Any) -> None:
-    """End after the step that a training is at; else at once: what is on disk is whole at any instant."""
+    """End after the current step of a training; else immediately, since files on disk are always complete."""
     if not _training.is_set():
         os._exit(STOPPED)
     _asked_to_stop.set()
@@ -206,7 +206,7 @@ class _Notes(logging.Handler):
 def _end_with_parent() -> None:
     while os.read(0, 1):  # not sys.stdin: its lock would be held at the interpreter's end
         pass
-    os._exit(1)  # at once: what is on disk is whole at any instant
+    os._exit(1)  # immediately: files on disk are always complete
 
 
 def _print(event: Event) -> None:

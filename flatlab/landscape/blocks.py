@@ -1,9 +1,9 @@
-"""Blocks: a fixed, shuffled partition of a landscape's samples, in which each block holds its share of each stratum.
+"""Blocks: a fixed, shuffled partition of a landscape's samples, in which each block has its share of each stratum.
 
 Evaluating a direction on one block costs a part of a pass over the data. The mean over all blocks is the mean over
 all samples, whatever the sizes: a block's total of stratum s is scaled by (number of blocks) / (size of s). A
-stratum of fewer samples than there are blocks has one in each: a sample that n blocks hold counts 1 / n in each of
-them. Otherwise most blocks would not contain a part of the loss, and a few of them would not show its variance.
+stratum of fewer samples than there are blocks has one in each: a sample in n blocks counts 1 / n in each of them.
+Otherwise most blocks would lack a part of the loss, and a few of them would not show its variance.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,7 +20,7 @@ from flatlab.errors import UserError
 from flatlab.tensors.nested import Batch, concatenate, pick, tensors
 
 Indices = npt.NDArray[np.int64]
-JOINED = 2**28  # bytes of all samples up to which a second copy of them is kept, as one batch
+JOINED = 2**28  # maximum bytes of all samples for which a second copy of them is kept, as one batch
 
 
 class Part(NamedTuple):
@@ -42,7 +42,7 @@ class Block:
 
     @property
     def size(self) -> int:
-        """How many samples the block holds."""
+        """The number of samples."""
         return self.parts[-1].stop
 
     @property
@@ -84,7 +84,7 @@ class Samples:
     def __init__(self, batches: Sequence[Sequence[Batch]]) -> None:
         each = [batch for stratum in batches for batch in stratum]
         self.alike = len(each) == 1 or _alike(each)
-        # From many batches, a few samples take as long to pick as a small network to evaluate.
+        # Picking a few samples from many batches takes as long as evaluating a small network.
         self._batches = [_join(each)] if len(each) > 1 and _bytes(each) <= JOINED and self.alike else each
         self._ends = np.cumsum([batch.size for batch in self._batches])
 
@@ -95,7 +95,7 @@ class Samples:
             rows: their numbers, ascending.
 
         Raises:
-            UserError: where samples differ in shape.
+            UserError: if samples differ in shape.
         """
         if len(self._batches) == 1:
             return pick(self._batches[0], torch.from_numpy(rows))
@@ -110,7 +110,7 @@ class Samples:
 
 
 class Partition:
-    """Blocks of about equal size, cut when they are asked for."""
+    """Blocks of about equal size, cut on access."""
 
     def __init__(
         self,
@@ -124,19 +124,19 @@ class Partition:
 
         Args:
             sizes: samples of each stratum.
-            block_size: samples of a block; their sizes, and their shares of each stratum, differ by one at most. With
-                rare strata blocks are larger: they have a sample of each.
+            block_size: samples of a block; sizes, and shares of each stratum, differ by at most one. Blocks are larger
+                with small strata: they have a sample of each.
             generator: of the shuffle.
-            weights: what the samples of each stratum weigh together; None: as much as there are.
+            weights: sum of the samples' weights in each stratum; None: their number.
         """
         self._weights = sizes if weights is None else weights
         self._count = max(1, round(sum(sizes) / whole("block_size", block_size)))
         self._orders = [torch.randperm(size, generator=generator).numpy() for size in sizes]
         self._starts = np.cumsum([0, *sizes])
-        self._seats: Indices = torch.randperm(self._count, generator=generator).numpy()  # who gets one more is drawn
+        self._seats: Indices = torch.randperm(self._count, generator=generator).numpy()  # which blocks get one more
 
     def __len__(self) -> int:
-        """How many blocks there are."""
+        """Return the number of blocks."""
         return self._count
 
     def __iter__(self) -> Iterator[Block]:
@@ -149,7 +149,7 @@ class Partition:
         for stratum, order in enumerate(self._orders):
             place = int(self._places(stratum)[index])
             share = order[place :: self._count] if place < len(order) else order[[place % len(order)]]
-            uses = (self._count - 1 - place % len(order)) // len(order) + 1  # by how many blocks
+            uses = (self._count - 1 - place % len(order)) // len(order) + 1  # number of blocks with this sample
             rows.append(self._starts[stratum] + np.sort(share))
             parts.append(Part(stratum, start, start + len(share), self._count / (self._weights[stratum] * uses)))
             start += len(share)
@@ -157,12 +157,12 @@ class Partition:
 
     @property
     def sizes(self) -> Indices:
-        """How many samples each block holds."""
+        """The number of samples of each block."""
         shares = [-(-(len(o) - self._places(s)) // self._count) for s, o in enumerate(self._orders)]
         return np.asarray(np.maximum(shares, 1).sum(axis=0))
 
     def _places(self, stratum: int) -> Indices:
-        # Each stratum is dealt on from where the last one ended, so that sizes differ by one at most.
+        # Each stratum begins at the block where the last one ended, so that sizes differ by at most one.
         return np.asarray((self._seats - self._starts[stratum]) % self._count)
 
 

@@ -16,14 +16,14 @@ from flatlab.tensors.nested import Batch
 Total = Callable[[Any, Batch], Tensor]
 """The sum of the losses over a batch, from the outputs: a float64 scalar."""
 Versions = dict[str, tuple[int, int]]
-"""By name of a tensor: which it is, and how often it was written."""
+"""By name of a tensor: its identity, and the number of writes to it."""
 
 
 def alike(named: Mapping[str, nn.Parameter]) -> list[Tensor]:
-    """Return the parameters as a list; refuse those that one flat vector cannot hold."""
+    """Return the parameters as a list; refuse those that do not fit into one flat vector."""
     if name := next((name for name, p in named.items() if p.is_complex()), ""):
         raise UserError(
-            f"The parameters must be real, but {name!r} is complex: hold it still with requires_grad_(False), or store"
+            f"The parameters must be real, but {name!r} is complex: exclude it with requires_grad_(False), or store"
             " it as pairs of real numbers (torch.view_as_real) and join them in forward (torch.view_as_complex)."
         )
     kinds = {(p.dtype, p.device) for p in named.values()}
@@ -34,7 +34,7 @@ def alike(named: Mapping[str, nn.Parameter]) -> list[Tensor]:
 
 
 def refuse_parametrized(model: nn.Module, moved: Mapping[str, nn.Parameter]) -> None:
-    """Refuse to move what a rounded weight is rounded by, such as a step size: a tiny step there is a huge one.
+    """Refuse to move the parameters of a rounding, such as a step size, in which a small step changes all weights.
 
     The parameters of a smooth parametrization (weight_norm, orthogonal, low rank) are weights like others.
     """
@@ -46,8 +46,8 @@ def refuse_parametrized(model: nn.Module, moved: Mapping[str, nn.Parameter]) -> 
         parametrized = model.get_submodule(f"{layer}.parametrizations.{tensor}")
         if isinstance(parametrized, ParametrizationList) and is_staircase(parametrized):
             raise UserError(
-                f"{name!r} belongs to the parametrization of {layer!r}, and moving it means something else than moving "
-                "weights: bake(model) first, or hold it still with requires_grad_(False)."
+                f"{name!r} belongs to the parametrization of {layer!r}, and moving it is not the same as moving "
+                "weights: bake(model) first, or exclude it with requires_grad_(False)."
             )
 
 
@@ -62,7 +62,7 @@ def refuse_rewriting(model: nn.Module) -> None:
 
 
 def refuse_training(model: nn.Module) -> None:
-    """Refuse a model of which any part is in training mode: dropout is on, BatchNorm uses batch statistics."""
+    """Refuse a model of which any part is in training mode, with dropout or batch statistics."""
     for name, module in model.named_modules():
         if module.training:
             raise UserError(
@@ -72,19 +72,19 @@ def refuse_training(model: nn.Module) -> None:
 
 
 def versions(model: nn.Module, moved: Iterable[Tensor]) -> Versions:
-    """Return what changes whenever a buffer, or a parameter that is not moved by us, is written or replaced."""
+    """Return the versions of buffers and of parameters that do not vary: they change with each write or replacement."""
     ours = {id(tensor) for tensor in moved}
     named = [*model.named_parameters(), *model.named_buffers()]
     return {n: (id(t), 0 if t.is_inference() else t._version) for n, t in named if id(t) not in ours}
 
 
 def written(model: nn.Module, moved: Iterable[Tensor], before: Versions) -> str | None:
-    """Return the name of a tensor that was written or replaced since, or nothing."""
+    """Return the name of a tensor that was written or replaced since; None if there is none."""
     return min((name for name, _ in versions(model, moved).items() ^ before.items()), default=None)
 
 
 def refuse_changed(model: nn.Module, moved: Sequence[Tensor], point: Tensor, before: Versions) -> None:
-    """Refuse a model that is no longer where its landscape was built: its values would be a mixture."""
+    """Refuse a model whose tensors have changed since its landscape was built."""
     here = all(tensor.device == point.device for tensor in moved)
     # Bits are compared, not numbers: NaN is NaN, and -0.0 is not 0.0.
     if not (here and torch.equal(flatten(moved).to(point.dtype).view(torch.uint8), point.view(torch.uint8))):

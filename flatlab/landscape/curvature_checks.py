@@ -1,7 +1,7 @@
 """A check of second derivatives: whether autograd's Hessian is symmetric, and the derivative of autograd's gradient.
 
-It uses a few samples in double precision, with steps so small that hardly any ReLU changes sign: the curvature of the
-kinks is then in neither number. The point is moved slightly first, since a kink at the point itself (a bias that is
+It uses a few samples in double precision, with steps so small that hardly any ReLU changes sign: neither number then
+contains the curvature of the kinks. The point is moved slightly first, since a kink at the point itself (a bias that is
 zero behind a black border) has no derivative to compare with.
 """
 
@@ -27,11 +27,11 @@ Loss = Callable[[Sequence[Tensor]], Tensor]
 """The mean loss on a few samples, of tensors with the shapes of the parameters."""
 
 SAMPLED = 8  # samples that the check uses
-DRAWS = 2  # what fails must fail along new directions from another point too
-AWAY = 1e-3  # of each tensor's size: how far the point is moved
-STEPS = (1e-5, 1e-7, 1e-8)  # of each tensor's size; 1e7 activations change sides 0.1 times at the last
+DRAWS = 2  # the check must fail along as many directions, from different points
+AWAY = 1e-3  # of each tensor's size: by which the point is moved
+STEPS = (1e-5, 1e-7, 1e-8)  # of each tensor's size; of 1e7 activations 0.1 change sign at the last
 SLACK = {torch.float64: 2e-2, torch.float32: 5e-2}  # a wrong formula is off by far more, rounding by far less
-# Nats below which a number is zero: where a network is sure of its answers, softmax less one is rounded to nothing.
+# Nats below which a number counts as zero: for confident networks, softmax minus one is rounded to zero.
 FLOOR = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 
@@ -41,7 +41,7 @@ class Products:
 
     directions: tuple[Tensor, Tensor]
     products: tuple[Tensor, Tensor]
-    floor: float  # nats that rounding may be
+    floor: float  # nats: differences up to this may be rounding
 
 
 def check_second_derivatives(
@@ -49,13 +49,13 @@ def check_second_derivatives(
 ) -> None:
     """Refuse a loss whose second derivatives autograd gets wrong; costs 2 products and 6 gradients, or twice as many.
 
-    A model that computes in its own precision alone is looked at in that one, and for symmetry alone: no step is small
+    A model that cannot compute in double precision is checked in its own, and only for symmetry: no step is small
     enough there.
 
     Args:
-        model: which is not moved: it is called with copies.
+        model: is called with copies of its tensors.
         moved: the parameters that vary, by name.
-        batches: few samples.
+        batches: a few samples.
         total: from outputs and batch to the sum of the losses.
 
     Raises:
@@ -63,7 +63,7 @@ def check_second_derivatives(
     """
     own = next(iter(moved.values())).dtype
     for dtype in dict.fromkeys((torch.float64, own)):
-        # Where the model fails in its own precision too, it has no second derivative: the product itself says why.
+        # A model that fails in its own precision, too, has no second derivative: the product's error states why.
         with suppress(RuntimeError, TypeError), exact_derivatives(model):
             return _refuse_faults(*_function(model, moved, batches, total, dtype))
 
@@ -121,7 +121,7 @@ def _fault(loss: Loss, point: Sequence[Tensor], draw: int) -> str:
     floor = FLOOR.get(scales.dtype, 1.0) * (1 + abs(float(value.detach())))
     found = Products((u, v), (hu, hv), floor)
     if not all(bool(torch.isfinite(each).all()) for each in found.products):
-        return ""  # which the product itself is refused for
+        return ""  # the product itself raises
     if sentence := _asymmetry(found):
         return sentence
     if scales.dtype != torch.float64:
@@ -141,7 +141,7 @@ def _asymmetry(found: Products) -> str:
         return ""
     return (
         f"Autograd's Hessian H is not symmetric, so some function in the model has a wrong second derivative: along two"
-        f" random directions u'Hv is {one:.4g}, but v'Hu is {other:.4g}; where it is weight_norm, replace it by the"
+        f" random directions u'Hv is {one:.4g}, but v'Hu is {other:.4g}; if it is weight_norm, replace it by the"
         " weight itself (torch.nn.utils.remove_weight_norm, or parametrize.remove_parametrizations)."
     )
 
@@ -152,13 +152,13 @@ def _difference(found: Products, slopes: Sequence[Tensor]) -> str:
         return ""
     off = min(float((slope - hv).norm()) for slope in slopes)
     size = max(float(hv.norm()), float(slopes[-1].norm()))
-    # Differences that differ among themselves (a kink between the points, rounding) say nothing.
+    # Differences that disagree with each other (a kink between the points, rounding) do not count.
     unsettled = float((slopes[-1] - slopes[-2]).norm())
     if off <= SLACK[torch.float64] * size + 10 * unsettled + found.floor:
         return ""
     return (
         f"Autograd's Hessian is not the derivative of the gradient: times a random direction the two differ by"
-        f" {off / size:.0%}, so derivatives in the model are made up (rounding by detach, a custom"
-        " backward): put the rounded weights themselves into the model, or hold them still with"
+        f" {off / size:.0%}, so some derivatives in the model are not those of its function (rounding by detach, a"
+        " custom backward): put the rounded weights themselves into the model, or exclude them with"
         " requires_grad_(False)."
     )

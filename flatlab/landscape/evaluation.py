@@ -27,4 +27,4 @@ class Evaluation:
     losses: FloatArray
     """(S,) mean loss of each stratum."""
     accuracies: FloatArray | None
-    """(S,), or None where the task is not one of classes."""
+    """(S,), or None if the outputs are not class scores."""

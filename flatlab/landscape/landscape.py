@@ -1,7 +1,7 @@
 """A landscape: the mean loss of a model over fixed data, as a function of one flat vector of parameters.
 
-Batches may differ in size, and data may change between two readings; a model may draw at random, or mix the samples of
-a batch. So data are kept in memory and weighted by samples, and the function is checked before its first use.
+Data are kept in memory and weighted by samples, since batches may differ in size, and data between two readings. The
+function is checked before its first use, since a model may draw at random, or mix the samples of a batch.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -37,24 +37,24 @@ from flatlab.tensors.nested import Batch, Data, part, read_strata, recut, same, 
 
 
 class Landscape:
-    """The mean loss of ``model`` on ``data`` around the parameters that it has now.
+    """The mean loss of ``model`` on ``data`` around its current parameters.
 
-    The model is moved in place and put back bit by bit, also after an exception: no copy, no hook.
+    The model is moved in place and restored bit by bit, also after an exception: no copy, no hook.
 
     Args:
-        model: any module, in eval mode; it is called as ``model(inputs)``, or, where inputs are a dictionary whose keys
-            are arguments of its ``forward``, as ``model(**inputs)``. Of nested outputs, what is no
-            tensor with a sample axis is replaced by None.
+        model: any module, in eval mode; it is called as ``model(inputs)``, or, if inputs are a dictionary whose keys
+            are arguments of its ``forward``, as ``model(**inputs)``. In nested outputs, leaves that are not tensors
+            with a sample axis are replaced by None.
         data: ``(inputs, targets)`` batches that can be read twice, any nests of tensors; or dictionaries with an entry
             ``labels``, which becomes the targets; or a mapping from the names of strata (domains) to such batches,
-            which then weigh equally whatever their sizes.
+            which then have equal weight whatever their sizes.
         loss: ``loss(outputs, targets)``, the mean over the samples or a vector of per-sample losses; or a pair of
             vectors, each sample's sum and its weight, whose quotient of sums is the loss (a mean over tokens); or
-            `flatlab.loss_of(model)`, the one that the model itself computes from labels.
+            `flatlab.loss_of(model)`, the loss that the model itself computes from labels.
         params: shell patterns of the parameters that vary; all that require a gradient by default.
         check: read the data twice, and check the loss as a function: its values on joined and on cut batches, its
-            gradient against differences, and its Hessian before the first use. Opening costs 2 forward passes over the
-            data and at most 2 more in all, the backward pass of a tenth of the samples included.
+            gradient against differences, and its Hessian before the first use. Costs 2 forward passes over the data
+            and at most 2 more, including the backward pass of a tenth of the samples.
         batch_size: cut the data into batches of this size; the value does not depend on it.
 
     Raises:
@@ -80,7 +80,7 @@ class Landscape:
         self._w0 = widened(flatten(self._tensors))
         sources = data if isinstance(data, Mapping) else {"all": data}
         if not sources:
-            raise UserError("The data hold no stratum: pass {name: batches} with at least one name.")
+            raise UserError("The data must have at least one stratum, got none: pass {name: batches}.")
         # A DataLoader draws from torch's global generator each time it is read; other draws must not change.
         with torch.random.fork_rng(devices=[]):
             kept = read_strata(sources, self._w0.device, check=check)
@@ -102,17 +102,17 @@ class Landscape:
 
     @property
     def point(self) -> Tensor:
-        """A copy of the parameters (P,) that the landscape lies around; in float32 where they have 16 bits."""
+        """A copy of the parameters (P,) around which the landscape lies; in float32 if they have 16 bits."""
         return self._w0.clone()
 
     @property
     def num_params(self) -> int:
-        """How many numbers a point has, P."""
+        """The number of parameters, P."""
         return self._w0.numel()
 
     @property
     def num_samples(self) -> int:
-        """How many samples one pass over the data evaluates."""
+        """The number of samples in one pass over the data."""
         return sum(batch.size for batch in chain.from_iterable(self._batches))
 
     @property
@@ -130,7 +130,7 @@ class Landscape:
 
     @property
     def weights(self) -> FloatArray:
-        """What the samples of each stratum weigh together (S,): how many there are, unless the loss gives weights."""
+        """The sum (S,) of the samples' weights in each stratum: their number, unless the loss gives weights."""
         if self._weights is None:
             self._weights = self._weigh(self.loss)
         return self._weights
@@ -176,7 +176,7 @@ class Landscape:
 
         A point costs one pass over the parameters to compute and one to copy. They are copied into the model's
         own tensors, not replaced by views of one flat vector, since a ``channels_last`` network is up to 1.5 times
-        slower with row-major kernels. Several radii at once (..., S) wait for the device once. With `metrics`,
+        slower with row-major kernels. Several radii at once (..., S) synchronise with the device once. With `metrics`,
         functions of the loss's form, their means (..., S, M) are returned instead. `settle` is called at each point.
         """
         flat = torch.empty_like(self._w0)
@@ -206,7 +206,7 @@ class Landscape:
 
     @property
     def joinable(self) -> bool:
-        """Whether samples of several batches can share a block: they are all of one shape."""
+        """Whether samples of several batches can share a block, since all have one shape."""
         return self._store().alike
 
     def gather(self, block: Block) -> Gathered:
@@ -216,15 +216,15 @@ class Landscape:
         return Gathered(batch, block, cut)
 
     def on(self, block: Block) -> "Landscape":
-        """Return a block's share of the landscape, around the same point: over a partition, the mean of these is it."""
+        """Return the landscape of a block, around the same point; the mean of those of a partition is the landscape."""
         other, whole = copy(self), self.gather(block).batch
         other._batches = [[span(whole, p.start, p.stop)] for p in block.parts]
         other._base = other._samples = other._hessian = None
-        other.sizes = other._weights = np.array([1 / p.scale for p in block.parts])  # what totals are divided by
+        other.sizes = other._weights = np.array([1 / p.scale for p in block.parts])  # divisors of the totals
         return other
 
     def shares_data(self, other: "Landscape") -> bool:
-        """Return whether another landscape has the same samples, however they are cut into batches."""
+        """Return whether another landscape has the same samples, in batches of any size."""
         pairs = zip(self._batches, other._batches, strict=False)
         return self.strata == other.strata and all(same(ours, theirs) for ours, theirs in pairs)
 
@@ -239,17 +239,17 @@ class Landscape:
         return result
 
     def hvp(self, vector: Tensor) -> Tensor:
-        """Return the Hessian of the loss at the point times a vector (P,): the product that `Hessian` makes.
+        """Return the Hessian of the loss at the point times a vector (P,), by `Hessian`.
 
         Raises:
-            UserError: where the model cannot be differentiated twice, or rounds its weights.
+            UserError: if the model cannot be differentiated twice, or rounds its weights.
         """
         direction = self.as_point(vector)
-        self._hessian = self._hessian or Hessian(proxy(self))  # not self: its graph would outlive the landscape
+        self._hessian = self._hessian or Hessian(proxy(self))  # self would be a reference cycle, which keeps the graph
         return self._hessian @ direction
 
     def check_curvature(self) -> None:
-        """Refuse weights that are rounded and, by a check on a few samples (once), derivatives that are wrong."""
+        """Refuse rounded weights, and, by one check on a few samples, second derivatives that are wrong."""
         refuse_rounding(self.model, self._tensors)
         if not self._curved:
             few = [spread(batches, max(1, SAMPLED // len(self.strata))) for batches in self._batches]

@@ -1,7 +1,7 @@
 """Checks of a loss when a landscape is created.
 
 Passes over the data, in forward passes: 2 for the values, 0.9 for first derivatives on a tenth of the samples (at
-least one of each stratum), and 1 more where parameters seem not to move the loss.
+least one of each stratum), and 1 more if some parameters seem not to change the loss.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,7 +31,7 @@ SHARE, MOST = 10, 256  # derivatives are checked on one sample in `SHARE`, on at
 
 @dataclass(frozen=True)
 class Opening:
-    """A landscape that is being opened.
+    """A landscape that is being created.
 
     Attributes:
         model: in eval mode.
@@ -41,8 +41,8 @@ class Opening:
         batches: of each stratum.
         forward: the model, for values.
         total: from outputs and batch to the sum of the losses.
-        weigh: from outputs and batch to what the batch weighs.
-        visiting: puts the parameters to a point, and back.
+        weigh: from outputs and batch to the weight of the batch.
+        visiting: sets the parameters to a point, and restores them.
     """
 
     model: nn.Module
@@ -56,11 +56,11 @@ class Opening:
     visiting: Callable[[Tensor | None], AbstractContextManager[None]]
 
     def values(self) -> tuple[FloatArray, FloatArray]:
-        """Return the sum of the losses and the weight (S,) of each stratum; refuse what has no fixed ones."""
+        """Return the sum of the losses and the weight (S,) of each stratum; refuse a loss that is not a function."""
         refuse_training(self.model)
         refuse_rewriting(self.model)
         self._refuse_overlap()
-        # Not inference_mode: what a model caches in its first pass (rotary tables) must stay usable in training.
+        # Not inference_mode: tensors cached in a first pass (rotary tables) must stay usable in training.
         with self._put_back(), self.visiting(None), torch.no_grad():
             for batch in self._few():
                 check_fixed(self.forward, batch, self.total)
@@ -77,13 +77,13 @@ class Opening:
         return sums, np.array(weights, dtype=float)
 
     def slopes(self, sums: FloatArray) -> list[str]:
-        """Refuse a gradient that is not the loss's slope; return sentences on what does not move the loss.
+        """Refuse a gradient that is not the loss's slope; return sentences on parameters that do not change the loss.
 
         Args:
             sums: of the losses (S,) at the point itself.
         """
         if rounding(self.model, self.named.values()):
-            return []  # whose gradient is meant to be another function's
+            return []  # the gradient is intentionally that of another function
         few = self._few()
         part = Slice([*self.named], [*self.named.values()], partial(self._value, few), partial(self._gradient, few))
         try:
@@ -134,7 +134,7 @@ class Opening:
         listed = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
         return [
             f"{count:,} of the {every:,} parameters ({count / every:.1%}) do not move the loss ({listed}), and"
-            " random directions are diluted by them: leave them out with params=, or requires_grad_(False)."
+            " random directions are diluted by them: exclude them with params=, or requires_grad_(False)."
         ]
 
     def _refuse_overlap(self) -> None:
@@ -152,7 +152,7 @@ class Opening:
 
     @contextmanager
     def _put_back(self) -> Iterator[None]:
-        """Put buffers back where the model is refused: a forward pass may have changed them."""
+        """Restore buffers if the model is refused, since a forward pass may have changed them."""
         buffers = list(self.model.buffers())
         kept = [buffer.clone() for buffer in buffers]
         try:

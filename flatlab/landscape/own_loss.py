@@ -13,17 +13,17 @@ from flatlab.tensors.nested import tensors
 from flatlab.tensors.structures import entry
 
 Pair = tuple[Tensor, Tensor]
-IGNORED = -100  # the label that is left out, in torch as in transformers
+IGNORED = -100  # the label that is ignored, in torch and in transformers
 CLOSE, CLOSE_IN_16_BITS = 1e-4, 1e-2  # models compute their loss in float32, some in the dtype of their weights
 
 
 def loss_of(model: nn.Module) -> "OwnLoss":
-    """Return the loss that a model returns of its labels, for a landscape whose batches hold ``labels``.
+    """Return the loss that a model computes from its labels, for a landscape whose batches have ``labels``.
 
-    A mean over tokens stays one, whatever the batches: each counted token has the same weight, so a sample weighs as
-    many as it has; tokens labelled -100 have none. Which loss it is, is found by comparison with what the model itself
-    returns for the first batch: cross-entropy of classes, of tokens or of next tokens, binary cross-entropy, or squared
-    error. ``landscape.remarks`` says how samples are weighted where they differ.
+    A mean over tokens does not depend on the batches: each counted token has the same weight, so the weight of a sample
+    is its number of tokens; tokens labelled -100 are not counted. The loss is identified by comparison with that
+    returned for the first batch: cross-entropy of classes, of tokens or of next tokens, binary cross-entropy, or
+    squared error. ``landscape.remarks`` states the weights of samples, if these differ.
 
     Args:
         model: returns ``logits`` and, given ``labels``, ``loss``; as the models of transformers do.
@@ -35,7 +35,7 @@ class OwnLoss:
     """A function of outputs and labels that returns each sample's sum of losses and its weight; see `loss_of`.
 
     Attributes:
-        kind: what it computes, in words; empty until a landscape has compared it with the model's.
+        kind: the name of the loss; empty until a landscape has compared it with the model's.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -51,7 +51,7 @@ class OwnLoss:
         return found
 
     def settle(self, inputs: Any, labels: Any) -> None:
-        """Find out on a batch which loss the model returns.
+        """Identify the loss that the model returns, on a batch.
 
         Raises:
             UserError: if it returns none, or one that is not known.
@@ -64,7 +64,7 @@ class OwnLoss:
         raw = self.model(**{**inputs, "labels": labels})
         own, logits, name = entry(raw, "loss"), _logits(raw), type(innermost(self.model)).__name__
         if not isinstance(own, Tensor):
-            raise UserError(f"{name} returns no `loss` of its labels: pass your own loss(outputs, targets).")
+            raise UserError(f"{name} returns no `loss` for its labels: pass your own loss(outputs, targets).")
         found = {kind: of(logits, labels) for kind, of in KINDS.items()}
         means = {kind: float(pair[0].sum() / pair[1].sum()) for kind, pair in found.items() if pair}
         off = {kind: abs(mean - float(own)) / max(abs(float(own)), 1e-3) for kind, mean in means.items()}
@@ -79,17 +79,17 @@ class OwnLoss:
 
     @property
     def remark(self) -> str:
-        """How the samples are weighted, where they differ; empty where they are alike."""
+        """The weights of the samples, as a sentence, if they differ; else empty."""
         if "token" not in self.kind:
             return ""
         return (
-            f"The loss is the mean {self.kind}, over all counted tokens: a sample weighs as many as it has, and"
-            f" tokens labelled {IGNORED} weigh nothing."
+            f"The loss is the mean {self.kind}, over all counted tokens: the weight of a sample is its number of"
+            f" tokens, without those labelled {IGNORED}."
         )
 
 
 def _logits(outputs: Any) -> Tensor:
-    """Return the scores, in at least single precision as the models of transformers compute their losses."""
+    """Return the scores, in at least single precision, in which transformers' models compute their losses."""
     named = entry(outputs, "logits")
     of_samples = [leaf for leaf in tensors(outputs) if leaf.ndim and leaf.is_floating_point()]
     found = named if isinstance(named, Tensor) else next(iter(of_samples), None)

@@ -1,8 +1,8 @@
 """A check of first derivatives: whether autograd's gradient is the slope of the loss that is evaluated.
 
-Slopes are central differences over random directions at two step sizes; a difference counts where both sizes give it.
-The point is moved a little first: a kink at the point itself (a bias that is zero behind a black border) has no slope
-to compare with, and a minimum has none at all.
+Slopes are central differences along random directions at two step sizes; a difference counts if both sizes give it.
+The point is moved slightly first: a kink at the point itself (a bias that is zero behind a black border) has no slope
+to compare with, and at a minimum the slope is zero.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,11 +16,11 @@ from flatlab.seeds import generator
 from flatlab.tensors.flat import flatten, scales_of, split_like
 from flatlab.tensors.losses import wide
 
-DRAWS = 3  # what fails must fail in two of three draws
-AWAY = 0.03  # of each tensor's size: how far the point is moved
+DRAWS = 3  # the check must fail in two of three draws
+AWAY = 0.03  # of each tensor's size: by which the point is moved
 FINER = 4  # the larger step over the smaller one
-SLACK = 2e-3  # of the gradient's length; what lacks a tenth of it is off by more in 49 of 50 draws
-ROUNDINGS = 16  # of a loss near 1, or of the loss where it is larger
+SLACK = 2e-3  # of the gradient's length; a gradient that lacks a tenth of it is off by more in 49 of 50 draws
+ROUNDINGS = 16  # of a loss of 1, or of the loss if it is larger
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Slice:
         names: of the parameters.
         tensors: the parameters.
         value: the mean loss.
-        gradient: its derivative by each parameter; None where the graph does not lead to it.
+        gradient: its derivative by each parameter; None for a parameter that the graph does not contain.
     """
 
     names: Sequence[str]
@@ -51,15 +51,15 @@ class Slope:
 
     @property
     def agrees(self) -> bool:
-        """Whether they differ by no more than rounding and curvature do (NaN says nothing)."""
+        """Whether they differ by no more than rounding and curvature; also if one is NaN."""
         return not abs(self.loss - self.autograd) > self.slack
 
 
 def check_slope(part: Slice) -> list[str]:
-    """Return the parameters that the gradient is zero in; refuse a gradient that is not the slope of the loss.
+    """Return the parameters with a gradient of zero; refuse a gradient that is not the slope of the loss.
 
-    Where autograd claims a slope and the loss does not move at all, a rounding is differentiated straight through: its
-    values are right, and it is left to the check of curvature. Costs a gradient and four values.
+    If autograd returns a slope and the loss does not change at all, a rounding is differentiated straight through: its
+    values are right, and the check of curvature refuses it. Costs a gradient and four values.
 
     Args:
         part: the loss on a stratified sample of the batches.
@@ -75,7 +75,7 @@ def check_slope(part: Slice) -> list[str]:
 
 
 def _slope(part: Slice, draw: int, only: int | None = None, known: Slope | None = None) -> Slope:
-    """Return both slopes along a random direction, or along its entries in one parameter, by a known gradient."""
+    """Return both slopes along a random direction, or along its entries in one parameter (`only`)."""
     rng = generator("slope", "probe", draw)
     scales = scales_of(part.tensors)
     point = flatten(part.tensors)
@@ -102,7 +102,7 @@ def _slope(part: Slice, draw: int, only: int | None = None, known: Slope | None 
 
 
 def _refuse_false(part: Slice, first: Slope) -> None:
-    """Raise, with the parameter in which the slopes differ most, unless they do where the loss does not move."""
+    """Raise for the parameter in which the slopes differ most, unless the loss does not change along any of them."""
     each = [_slope(part, 0, only, first) for only in range(len(part.tensors))]
     false = [slope for slope in each if not slope.agrees and abs(slope.loss) > slope.slack]
     if not false and any(not slope.agrees for slope in each):
@@ -111,7 +111,7 @@ def _refuse_false(part: Slice, first: Slope) -> None:
     name = part.names[each.index(worst)]
     raise UserError(
         f"Autograd's gradient is not the slope of the loss: along a random direction in {name!r} the loss rises by"
-        f" {worst.loss:.4g} per step, but by {worst.autograd:.4g} by autograd, so that derivatives are wrong or cut off"
-        " (checkpoint(use_reentrant=True), detach(), a custom backward): mend that (use_reentrant=False), or measure"
-        " values alone with check=False."
+        f" {worst.loss:.4g} per step, but by {worst.autograd:.4g} by autograd, so that derivatives are wrong or missing"
+        " (checkpoint(use_reentrant=True), detach(), a custom backward): correct that (use_reentrant=False), or measure"
+        " only values with check=False."
     )

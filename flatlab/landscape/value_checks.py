@@ -1,4 +1,4 @@
-"""Checks of a loss's value: the same at each reading, and the same however the samples are joined or cut."""
+"""Checks of a loss's value: the same in each pass, and the same for joined and for cut batches."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -14,9 +14,9 @@ from flatlab.tensors.nested import Batch, concatenate, cut, distance, near, spre
 
 Forward = Callable[[Any], Any]
 Weigh = Callable[[Any, Batch], Tensor | None]
-"""What a batch weighs, from the outputs; None where it is its size."""
+"""The weight of a batch, from the outputs; None if it is its size."""
 
-_PIECES = 64  # a batch is cut so often, at most, to see whether its mean loss is the mean over its samples
+_PIECES = 64  # into which a batch is cut, at most, to test whether its mean loss is the mean over its samples
 _JOINED = 8  # batches of one sample that are joined
 _ACROSS = 64  # samples of different batches whose losses are joined
 _GPU_NOISE = 1e-4  # atomics reorder sums from run to run
@@ -33,16 +33,16 @@ def check_fixed(model: Forward, batch: Batch, total: Total) -> None:
     off = max(distance(outputs, again), distance(losses[:1] * 2, losses[1:]))
     raise UserError(
         f"The same batch gives two different outputs or losses, by {off:.2g} of the largest, but a landscape needs a"
-        " fixed function: switch off what draws at random (dropout, noise, augmentation inside the model)."
+        " fixed function: switch off random parts (dropout, noise, augmentation inside the model)."
     )
 
 
 def check_values(model: Forward, batches: Sequence[Batch], total: Total, weigh: Weigh) -> tuple[Tensor, Tensor | None]:
     """Return the sum of the losses of a stratum and its weight; refuse one that depends on how samples are joined.
 
-    Each sample passes the model twice: in its batch, and in a half of it, or with others where it is a batch of its
-    own. The loss is compared with those of small pieces, and those of samples from different batches against that of
-    all of them: batches of one class each, or of one sample, have the same mean whatever the weights.
+    Each sample is evaluated twice: in its batch, and in a half of it, or joined with others if it is alone in its
+    batch. The loss of a batch is compared with those of small pieces of it, and the loss of samples from several
+    batches with those of their parts: batches of one class or one sample have the same mean whatever the weights.
     """
     sums, weights, across = list[Tensor](), list[Tensor | None](), list[Batch]()
     every = max(1, len(batches) // (_ACROSS // 2))
@@ -62,7 +62,7 @@ def check_values(model: Forward, batches: Sequence[Batch], total: Total, weigh: 
 
 
 def _groups(batches: Sequence[Batch]) -> Iterator[list[Batch]]:
-    """Yield batches, those of one sample several at a time."""
+    """Yield batches, those of one sample in groups."""
     singles: list[Batch] = []
     for batch in batches:
         if batch.size > 1:
@@ -92,7 +92,7 @@ def _run(model: Forward, batch: Batch) -> Any:
             raise
         raise UserError(
             f"The model fails on {batch.size} samples alone ({error}): if samples mix in the model, use statistics that"
-            " do not come from the batch (BatchNorm with track_running_stats=True)."
+            " do not depend on the batch (BatchNorm with track_running_stats=True)."
         ) from error
     sizes = [tuple(leaf.shape) for leaf in tensors(outputs)]
     if {shape[:1] for shape in sizes} != {(batch.size,)}:
@@ -104,7 +104,7 @@ def _run(model: Forward, batch: Batch) -> Any:
 
 
 def _foreign(model: Forward, inputs: Any) -> str:
-    """Return which keys of a dictionary do not fit the model's arguments, as a part of a sentence."""
+    """Return the keys of a dictionary that do not match the model's arguments, as a part of a sentence."""
     called = model.model if isinstance(model, SplitOnOOM) else model
     odd = unknown(called, inputs) if isinstance(inputs, Mapping) else []
     return f" (got other keys or lacks some: {', '.join(odd)})" if odd else ""
@@ -119,7 +119,7 @@ def _eps(outputs: Any) -> float:
 
 
 def _refuse_mixing(model: Forward, group: list[Batch], outputs: list[Any], total: Total) -> None:
-    """Refuse a model in which the samples of a batch change one another's outputs."""
+    """Refuse a model in which the samples of a batch change each other's outputs."""
     other = _otherwise(group)
     if not other:
         return
@@ -140,7 +140,7 @@ def _refuse_mixing(model: Forward, group: list[Batch], outputs: list[Any], total
         if (off := distance(first, second)) > allowed:
             raise UserError(
                 f"The outputs of a batch differ from those of its two halves by {off:.2g} of the largest, so samples"
-                " mix in the model: use statistics that do not come from the batch (BatchNorm with"
+                " mix in the model: use statistics that do not depend on the batch (BatchNorm with"
                 " track_running_stats=True)."
             )
         return
@@ -152,12 +152,12 @@ def _refuse_mixing(model: Forward, group: list[Batch], outputs: list[Any], total
         raise UserError(
             f"The outputs of a batch have shapes {_shapes(outputs)}, those of its parts {_shapes(again)}, and their"
             f" losses sum up to {one:.4g} and {two:.4g}: give the samples one length whatever their batch"
-            " (pad_packed_sequence(..., total_length=...)), or a loss that does not see the padding."
+            " (pad_packed_sequence(..., total_length=...)), or use a loss that ignores the padding."
         )
 
 
 def _otherwise(group: list[Batch]) -> list[Batch]:
-    """Return the same samples cut into halves, or joined where they are batches of one; nothing where neither can."""
+    """Return the same samples cut into halves, or joined if they are batches of one; empty if neither is possible."""
     if len(group) == 1:
         return cut(group[0], -(-group[0].size // 2)) if group[0].size > 1 else []
     joined = _joined([batch[:2] for batch in group])
@@ -165,7 +165,7 @@ def _otherwise(group: list[Batch]) -> list[Batch]:
 
 
 def _joined(nests: list[Any]) -> Any:
-    """Return nests as one, or None where their shapes differ."""
+    """Return nests as one; None if their shapes differ."""
     if len({tuple(shape[1:] for shape in _shapes(nest)) for nest in nests}) > 1:
         return None
     return concatenate(nests)
@@ -177,14 +177,14 @@ def _shapes(nest: Any) -> list[tuple[int, ...]]:
 
 def _pieces(whole: Batch) -> list[Batch]:
     """Return small pieces of a batch, given as outputs and targets."""
-    # Small pieces, not halves: ignored targets that lie evenly in the batch would go unseen.
+    # Small pieces, not halves: ignored targets that are spread evenly over the batch would not be detected.
     return cut(whole, max(1 if whole.size < 4 else 2, -(-whole.size // _PIECES)))
 
 
 def _refuse_weighing(whole: Batch, pieces: Sequence[Batch], total: Total, what: str) -> Tensor:
     """Return the sum of the losses of outputs and targets; refuse one that is not the sum over the pieces."""
     one, parts = total(whole.inputs, whole), torch.stack([total(piece.inputs, piece) for piece in pieces])
-    # What is not finite is no loss to compare, and is refused as such.
+    # Losses that are not finite are not compared here; they are refused elsewhere.
     if not torch.isfinite(one) or (one - parts.sum()).abs() <= 32 * _eps(whole.inputs) * parts.abs().sum():
         return one
     sizes = parts.new_tensor([piece.size for piece in pieces])
@@ -206,7 +206,7 @@ def _refuse_weighing(whole: Batch, pieces: Sequence[Batch], total: Total, what: 
 
 
 def _broadcast(whole: Batch) -> list[tuple[int, ...]]:
-    """Return the shapes of outputs and targets where they hold one number for each other but differ in shape."""
+    """Return the shapes of outputs and targets that have equal numbers of elements, but different shapes; else []."""
     pair = [whole.inputs, whole.targets]
     if not all(isinstance(each, Tensor) and each.is_floating_point() for each in pair):
         return []

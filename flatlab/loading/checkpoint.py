@@ -1,4 +1,4 @@
-"""A run's trained network, by any of its checkpoints."""
+"""A run's trained network, from any of its checkpoints."""
 
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,11 @@ from flatlab.store.runs import Run
 
 
 def network(run: Run, checkpoint: str | Path, place: Place) -> Network | Ensemble:
-    """Return a run's network, in eval mode, its quantizer attached where it has one.
+    """Return a run's network, in eval mode, with its quantizer if it has one.
 
     Args:
         run: of the network.
-        checkpoint: "selected", "last", or the file of one that was kept along the training.
+        checkpoint: "selected", "last", or the file of a checkpoint kept during training.
         place: data folder, device.
     """
     domains = loading_data.domains(run.spec, place)
@@ -28,10 +28,10 @@ def network(run: Run, checkpoint: str | Path, place: Place) -> Network | Ensembl
 
 
 def restore(built: nn.Module, checkpoint: Path) -> dict[str, Any]:
-    """Load the weights of a checkpoint's file into a network of its architecture; returns the file's facts.
+    """Load the weights of a checkpoint's file into a network of its architecture; return the file's facts.
 
     Raises:
-        UserError: where the file is damaged, or names or shapes do not fit.
+        UserError: if the file is damaged, or names or shapes do not fit.
     """
     arrays, facts = files.load_arrays(checkpoint)
     loading_network.load(built, arrays)

@@ -101,7 +101,7 @@ def load(built: nn.Module, weights: Mapping[str, npt.NDArray[np.float32]]) -> No
         weights: arrays by parameter name.
 
     Raises:
-        UserError: where names or shapes do not fit.
+        UserError: if names or shapes do not fit.
     """
     tensors = {name: torch.from_numpy(array.copy()) for name, array in weights.items()}
     try:

@@ -14,7 +14,7 @@ from flatlab.store.runs import Measurement, Run
 
 
 def fill(measurement: Measurement, run: Run, place: Place, report: JobReport | None) -> None:
-    """Measure what the measurement asks for, one panel after the other."""
+    """Measure the line over the domains of each panel."""
     spec: ConnectionSpec = measurement.spec
     other, data = other_of(run, spec.to, place), loading_data.domains(run.spec, place)
     recompute = training_images(run, spec.recompute, place)

@@ -12,7 +12,7 @@ from flatlab.store.runs import Measurement, Run
 
 
 def fill_scale_audit(measurement: Measurement, run: Run, place: Place, report: JobReport | None) -> None:
-    """Measure what the measurement asks for; its units, of spheres and of curvature, are kept."""
+    """Measure the scale audit; units of spheres and of curvature are stored."""
     spec: ScaleAuditSpec = measurement.spec
     keep = UnitFiles(measurement).units
     found = scale_audit(
@@ -22,7 +22,7 @@ def fill_scale_audit(measurement: Measurement, run: Run, place: Place, report: J
 
 
 def fill_trace_check(measurement: Measurement, run: Run, place: Place, report: JobReport | None) -> None:
-    """Measure what the measurement asks for; its units, of spheres and of curvature, are kept."""
+    """Measure the trace check; units of spheres and of curvature are stored."""
     spec: TraceCheckSpec = measurement.spec
     found = trace_check(
         landscape(run, spec, place), rel_error=spec.rel_error, seed=spec.seed, keep=UnitFiles(measurement).units

@@ -32,7 +32,7 @@ BATCH = 512  # images
 
 
 def fill(measurement: Measurement, run: Run, place: Place, report: JobReport | None) -> None:
-    """Measure what the measurement asks for, from where an earlier call was stopped."""
+    """Measure the numbers and accuracies; resumes an earlier call."""
     spec: GeneralisationSpec = measurement.spec
     baked = cache(lambda: _baked(run, spec, place))
 
@@ -61,7 +61,7 @@ def _baked(run: Run, spec: GeneralisationSpec, place: Place) -> nn.Module:
 
 
 def _pooled(run: Run, spec: GeneralisationSpec, place: Place) -> tuple[Tensor, Tensor]:
-    """Return images (N, C, H, W) of the source domains, as many of each, and their classes (N,)."""
+    """Return images (N, C, H, W) of the source domains and their classes (N,)."""
     every, sources = images(run, spec, place), loading_data.domains(run.spec, place).sources
     x, y = (torch.cat([batch[k] for name in sources for batch in every[name]]) for k in range(2))
     return x, y
@@ -116,9 +116,9 @@ def margin(logits: Tensor, labels: Tensor) -> float:
 
 
 def _accuracy(run: Run, spec: GeneralisationSpec, place: Place, baked: nn.Module, corruption: str) -> float:
-    """Return the accuracy on corrupted images of the source domains, each domain weighing the same.
+    """Return the accuracy on corrupted images of the source domains, with equal weights of the domains.
 
-    They are those of the test split, or of the out split where a run keeps none for a test.
+    The images are those of the test split, or of the out split if a run has no test split.
     """
     domains = loading_data.domains(run.spec, place)
     kept = domains.tested or {name: domains.outside[name] for name in domains.sources}

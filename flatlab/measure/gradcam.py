@@ -1,7 +1,7 @@
-"""GradCAM of a run on images of its held-out domain: maps and numbers, and the images themselves to draw them on.
+"""GradCAM of a run on images of its held-out domain: maps and numbers, and the images themselves, for pictures.
 
-Which images: the rows of the target's split are shuffled by the measurement's seed, and the first of each class comes
-before the second of any; the choice does not depend on a network. Runs that share a split are shown the same images.
+The rows of the target's split are shuffled by the measurement's seed, and the first of each class is chosen before the
+second of any; the choice does not depend on a network. Runs that share a split have the same images.
 """
 
 import numpy as np
@@ -28,16 +28,17 @@ from flatlab.specs.run import Place
 from flatlab.store.radii import by_rise
 from flatlab.store.runs import Measurement, Run, RunStore
 
-INK = 0.25  # of full brightness: what is brighter is ink, on black paper
+INK = 0.25  # of full brightness: brighter pixels of digits are strokes
 CHUNK = 8  # images at a time: their activations are kept for the gradient
 
 
 def fill(measurement: Measurement, run: Run, place: Place, report: JobReport | None) -> None:
-    """Measure what the measurement asks for, from where an earlier call was stopped."""
+    """Measure maps and numbers; resumes an earlier call."""
     spec: GradCAMSpec = measurement.spec
     if spec.space != "baked":
         raise UserError(
-            "GradCAM is drawn of the baked network, whose outputs are the quantized one's: leave space out."
+            f"GradCAM needs the space baked, whose outputs are those of the quantized network, got {spec.space}: leave "
+            "space out."
         )
     cams = _Cams(run, spec, place)
     names = ["maps", "curves", *(f"moved-{index:02d}" for index in range(spec.num_samples if spec.radii else 0))]
@@ -51,7 +52,7 @@ def fill(measurement: Measurement, run: Run, place: Place, report: JobReport | N
 
 
 class _Cams:
-    """A run's network, the chosen images, and what is computed of them."""
+    """A run's network, the chosen images, and the computations on them."""
 
     def __init__(self, run: Run, spec: GradCAMSpec, place: Place) -> None:
         domains = loading_data.domains(run.spec, place)
@@ -115,8 +116,8 @@ def choose_images(
     Args:
         split: (n,) rows to choose from.
         labels: (n,) their classes.
-        count: how many, at most.
-        seed: of the shuffling; the global generators are left alone.
+        count: maximum number of rows.
+        seed: of the shuffling.
     """
     order = np.random.default_rng(derive("gradcam images", seed)).permutation(np.sort(split))
     classes = dict(zip(split.tolist(), labels.tolist(), strict=True))

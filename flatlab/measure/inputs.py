@@ -1,4 +1,4 @@
-"""What a measurement starts from: landscapes, images and quantized weights of a run."""
+"""Inputs of measurements: landscapes, images and quantized weights of a run."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ class Layer:
 
     Attributes:
         weight: the latent weight, in full precision.
-        quantized: what the network computes with.
+        quantized: the weight with which the network computes.
         step: its step sizes, which broadcast against it.
         bits: of the codes.
     """
@@ -43,7 +43,7 @@ class Layer:
 
 
 def trained_layers(run: Run, checkpoint: str, place: Place) -> dict[str, Layer]:
-    """Return each weight that a run has quantized, by its name; none where it has no quantizer.
+    """Return each weight that a run has quantized, by its name; none if it has no quantizer.
 
     Args:
         run: finished.
@@ -66,13 +66,13 @@ def _layer(weight: Tensor, quantized: Tensor, step: Tensor, bits: int) -> Layer:
 
 
 def rounded(weight: Tensor, bits: int, *, granularity: str, name: str) -> Layer:
-    """Return a weight rounded to the nearest of the levels that LSQ would begin with.
+    """Return a weight rounded to the nearest level of LSQ's initial grid.
 
     Args:
         weight: of a layer.
         bits: 2 to 16.
         granularity: "channel" or "tensor".
-        name: what an error calls it.
+        name: of the weight, for errors.
     """
     check_finite(weight, name)
     quantizer = LSQ(weight, bits=bits, granularity=granularity).to(weight.device)
@@ -104,9 +104,9 @@ def noise_norm(run: Run, checkpoint: str, place: Place, bits: int | None) -> flo
 
 
 def latent_network(run: Run, checkpoint: str, place: Place) -> tuple[nn.Module, dict[str, Layer]]:
-    """Return a run's network with its latent weights, as a plain one, and what its quantizer makes of them, by name.
+    """Return a run's network with its latent weights, as a plain one, and its quantized weights by name.
 
-    Of a run without a quantizer that is its network, and no layer.
+    For a run without a quantizer that is its network, and no weights.
 
     Args:
         run: finished.
@@ -127,17 +127,17 @@ def quantizable(loaded: nn.Module) -> list[str]:
     return [f"{name}.{tensor_of(layer)}" for name, layer in layers(loaded).items()]
 
 
-SIZE = 128  # images of a batch that gives BatchNorm's statistics
+SIZE = 128  # images of a batch for BatchNorm's statistics
 
 
 def landscape(run: Run, spec: MeasurementSpec, place: Place, *, of: Collection[str] | None = None) -> Landscape:
     """Return the loss of a run's checkpoint on each domain, or on some, as a function of its weights.
 
-    Strata are the domains. A quantized network is baked, so that all methods move in one space; or, for
-    `space="latent"`, quantized again at each point, its step sizes held still.
+    Strata are the domains. A quantized network is baked, so that all methods are measured in the same space; or, for
+    `space="latent"`, quantized again at each point, with fixed step sizes.
 
     Raises:
-        UserError: where latent weights are asked for that nothing follows, or the data differ from the run's.
+        UserError: if latent weights do not determine the quantized ones, or the data differ from the run's.
     """
     batches = {name: each for name, each in images(run, spec, place).items() if of is None or name in of}
     loaded = network(run, spec.checkpoint, place)
@@ -146,7 +146,8 @@ def landscape(run: Run, spec: MeasurementSpec, place: Place, *, of: Collection[s
         return Landscape(loaded, batches, F.cross_entropy, params=spec.params)
     if any(not isinstance(quantizer, LSQ) for _, quantizer in quantized_layers(loaded).values()):
         raise UserError(
-            f"Run {run.spec.digest} ({run.spec.label}) has settled codes, which no latent weight moves; take baked."
+            f"Run {run.spec.digest} ({run.spec.label}) has fixed codes, which latent weights do not change: write "
+            "--space baked."
         )
     scales = loading_network.roles(loaded)["scales"].values()
     for scale in scales:
@@ -155,7 +156,7 @@ def landscape(run: Run, spec: MeasurementSpec, place: Place, *, of: Collection[s
 
 
 def images(run: Run, spec: MeasurementSpec, place: Place) -> dict[str, Pairs]:
-    """Return the batches of each domain that a measurement looks at."""
+    """Return the batches of each domain for a measurement."""
     domains = loading_data.domains(run.spec, place)
     run.check_data(domains.data.fingerprint)
     split = domains.inside if spec.split == "in" else domains.outside
@@ -181,7 +182,7 @@ def other_of(run: Run, digest: str, place: Place) -> Run:
     """Return another run of the store, of the same data.
 
     Raises:
-        UserError: where there is none, or its data are others.
+        UserError: if there is none, or its data differ.
     """
     other = RunStore(run.path.parent).find(digest)
     other.check_data(loading_data.domains(run.spec, place).data.fingerprint)

@@ -14,7 +14,7 @@ from flatlab.store.runs import Measurement, Run
 
 
 def fill(measurement: Measurement, run: Run, place: Place, report: JobReport | None) -> None:
-    """Measure each layer in three ways; no image is looked at."""
+    """Measure each layer in three modes; no image is evaluated."""
     spec: QuantizationNoiseSpec = measurement.spec
     spec.check(run.spec)
     layers = trained_layers(run, spec.checkpoint, place)
@@ -31,7 +31,7 @@ def fill(measurement: Measurement, run: Run, place: Place, report: JobReport | N
 
 
 def _modes(name: str, layer: Layer, spec: QuantizationNoiseSpec) -> Iterator[tuple[str, QuantizationNoise]]:
-    """Yield the run's own noise in its steps and raw, and that of one step size for the whole tensor."""
+    """Yield the run's own noise in units of its steps and raw, and that of one step size for the whole tensor."""
     pooled = rounded(layer.weight, layer.bits, granularity="tensor", name=name)
     ways = {"normalised": (layer, True), "raw": (layer, False), "tensor": (pooled, False)}
     for mode, (each, normalise) in ways.items():

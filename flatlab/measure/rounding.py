@@ -1,4 +1,4 @@
-"""What a bit width is worth as a radius: rises of the loss at rounded weights, and at random ones as far."""
+"""Bit widths as radii: rises of the loss at rounded weights, and at random ones at the same distance."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -22,19 +22,19 @@ from flatlab.specs.run import Place
 from flatlab.store.runs import Measurement, Run
 from flatlab.tensors.flat import flatten
 
-WHOLE: tuple[Normalisation, Normalisation] = ("none", "filter")  # where random noise has the norm of that in all layers
-ALONE: tuple[Normalisation, Normalisation] = ("layer", "filter")  # of that in one: as long in it, or in each channel
+WHOLE: tuple[Normalisation, Normalisation] = ("none", "filter")  # of random noise, if all layers are rounded
+ALONE: tuple[Normalisation, Normalisation] = ("layer", "filter")  # if one layer is rounded
 Weights = Mapping[str, Tensor]
 Part = tuple[str, dict[str, Tensor], Normalisation]
 
 
 def fill(measurement: Measurement, run: Run, place: Place, report: JobReport | None) -> None:
-    """Measure what the measurement asks for, from where an earlier call was stopped."""
+    """Measure the rises of each part; resumes an earlier call."""
     spec: RoundingSpec = measurement.spec
     plain, trained = latent_network(run, spec.checkpoint, place)
     names = [name for name in quantizable(plain) if fnmatchcase(name, spec.params or "*")]
     if not names:
-        raise UserError(f"No quantized weight matches {spec.params!r}; there are {', '.join(quantizable(plain))}.")
+        raise UserError(f"No quantized weight matches {spec.params!r}; available: {', '.join(quantizable(plain))}.")
     around = Landscape(plain, images(run, spec, place), F.cross_entropy, params=names)
     weights = {name: plain.get_parameter(name).detach().clone() for name in names}
     found: dict[tuple[str, Normalisation], RoundingRise] = {}
@@ -48,7 +48,7 @@ def fill(measurement: Measurement, run: Run, place: Place, report: JobReport | N
             seed=spec.seed,
             keep=UnitFiles(measurement).units,
         )
-        bits = tuple(name.partition("-")[2] for name in rise.names)  # what precedes it distinguishes the parts' units
+        bits = tuple(name.partition("-")[2] for name in rise.names)  # the prefix distinguishes the parts' units
         found[part, normalisation] = replace(rise, names=bits)
         if report:
             report(done, len(parts), {})
@@ -58,7 +58,7 @@ def fill(measurement: Measurement, run: Run, place: Place, report: JobReport | N
 def _parts(spec: RoundingSpec, weights: Weights, trained: Mapping[str, Layer]) -> Iterator[Part]:
     """Yield the part of the network that is rounded, its noise by bit width, and the normalisation.
 
-    The noise of the run's own, learned step sizes goes by the name "trained".
+    The noise of the run's own, learned step sizes has the name "trained".
     """
     whole = {f"{bits}": _noise(spec, weights, bits) for bits in spec.bits}
     if trained:
@@ -78,6 +78,6 @@ def _parts(spec: RoundingSpec, weights: Weights, trained: Mapping[str, Layer]) -
 
 
 def _noise(spec: RoundingSpec, weights: Weights, bits: int) -> dict[str, Tensor]:
-    """Return what rounding to the nearest level adds to each weight."""
+    """Return the noise that rounding to the nearest level adds to each weight."""
     found = {name: rounded(w, bits, granularity=spec.granularity, name=name) for name, w in weights.items()}
     return {name: found[name].quantized - w for name, w in weights.items()}

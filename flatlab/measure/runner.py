@@ -1,4 +1,4 @@
-"""From a run to a measurement on disk, whatever its kind; a module beside this one does each kind."""
+"""From a run to a measurement on disk; other modules of this package measure each metric."""
 
 from collections.abc import Callable
 from importlib import import_module
@@ -39,23 +39,23 @@ def function_of(metric: str) -> Callable[[Measurement, Run, Place, JobReport | N
 
 
 def measure(run: Run, spec: MeasurementSpec, place: Place, *, report: JobReport | None = None) -> None:
-    """Measure a finished run, from where an earlier call was stopped.
+    """Measure a finished run; resumes an earlier call.
 
     Args:
-        run: the run, done.
-        spec: what to measure.
+        run: finished.
+        spec: of the measurement.
         place: data folder, device, threads.
-        report: called with what is done, what is foreseen, and numbers to show.
+        report: called with the work done and foreseen, and numbers to show.
 
     Raises:
-        UserError: where the run is not finished, its data differ, or a file is damaged.
+        UserError: if the run is not finished, its data differ, or a file is damaged.
     """
     measurement = run.measurement(spec)
     check_data([run], place)
     if measurement.done:
         return
     run.require_done()
-    place = place.replace(threads=measurement.provenance.get("threads", place.threads))  # they order the sums
+    place = place.replace(threads=measurement.provenance.get("threads", place.threads))  # they change rounding
     with loading_data.threads(place.threads):
         measurement.create()
         measurement.note(machine=environment.facts(), **place.model_dump())

@@ -1,4 +1,4 @@
-"""The bytes of a run's network as a file: what its export takes, quantized or not."""
+"""The size in bytes of a run's network as a file: that of its export, quantized or not."""
 
 from flatlab import files
 from flatlab.arguments import JobReport
@@ -11,7 +11,7 @@ from flatlab.store.runs import Measurement, Run
 
 
 def fill(measurement: Measurement, run: Run, place: Place, report: JobReport | None) -> None:
-    """Write the network to a file that is thrown away, and keep its size."""
+    """Write the network to a temporary file, and store its size."""
     spec: SizeSpec = measurement.spec
     with files.scratch() as folder:
         written = write(network(run, spec.checkpoint, place).cpu(), run.spec, folder / "export", place)

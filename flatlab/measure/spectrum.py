@@ -31,12 +31,12 @@ from flatlab.store.runs import Measurement, Run
 from flatlab.tensors.flat import select
 
 Operator = Callable[[], Hessian]
-HELD = 2**17  # numbers of a batch's inputs: one graph holds some thousand times their memory
+HELD = 2**17  # numbers in a batch's inputs: a graph takes some thousand times their memory
 LEAST = 32  # images of a batch
 
 
 def fill(measurement: Measurement, run: Run, place: Place, report: JobReport | None) -> None:
-    """Measure what the spec asks for, from where an earlier call was stopped."""
+    """Measure eigenvalues, trace and density; resumes an earlier call."""
     spec: SpectrumSpec = measurement.spec
     if spec.engine == "pyhessian":
         (found,) = UnitFiles(measurement).units([("pyhessian", partial(_by_pyhessian, run, spec, place, report))])
@@ -51,7 +51,7 @@ def fill(measurement: Measurement, run: Run, place: Place, report: JobReport | N
 
 
 def batches_of(run: Run, spec: SpectrumSpec, place: Place) -> list[tuple[Tensor, Tensor]]:
-    """Return images and targets (n, 2), class and weight: in the mean of weight times loss domains weigh alike.
+    """Return images and targets (n, 2), class and weight, such that domains have equal weight in the mean loss.
 
     They are joined across domains, since the graph of a single batch can be kept between products.
     """
@@ -93,14 +93,14 @@ def _operator(measurement: Measurement, run: Run, place: Place, report: JobRepor
     around = Landscape(_baked(run, spec, place), batches_of(run, spec, place), weighted, params=spec.params)
     operator = KeptHessian(around, UnitFiles(measurement).units).operator()
     if spec.k > operator.shape[0]:
-        raise UserError(f"k must lie between 1 and the {operator.shape[0]} parameters, but is {spec.k}.")
+        raise UserError(f"k must be between 1 and the {operator.shape[0]} parameters, got {spec.k}.")
     if report:
         operator.watch = lambda made: report(made, max(made, spec.foreseen), {"products": made})
     return operator
 
 
 def _extremes(operator: Hessian, spec: SpectrumSpec) -> FloatArray:
-    """Return eigenvalues and trace as one vector; the trace's vectors are deflated by the eigenvectors."""
+    """Return eigenvalues and trace as one vector; the trace is deflated by the eigenvectors."""
     found = hessian_spectrum(operator, k=spec.k, which=spec.which, tol=spec.tol, seed=spec.seed, vectors=True)
     trace = hessian_trace(operator, rel_error=spec.rel_error, budget=spec.trace_budget, seed=spec.seed, deflate=found)
     facts = [found.cost.hvps, trace.cost.hvps, operator.shape[0], trace.stopped != "budget"]

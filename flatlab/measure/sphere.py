@@ -1,4 +1,4 @@
-"""Flatness on spheres: sample in resumable units, and write the visits down."""
+"""Flatness on spheres, sampled in resumable units."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -23,7 +23,7 @@ from flatlab.store.runs import Measurement, Run, RunStore
 
 
 def fill(measurement: Measurement, run: Run, place: Place, report: JobReport | None) -> None:
-    """Measure what the measurement asks for, from where an earlier call was stopped."""
+    """Measure flatness at each radius; resumes an earlier call."""
     spec: SphereSpec = measurement.spec
     around = landscape(run, spec, place)
     sampler = Sampler([around], spec.seed, spec.normalisation, keep=UnitFiles(measurement).units)
@@ -37,7 +37,7 @@ def fill(measurement: Measurement, run: Run, place: Place, report: JobReport | N
         report=partial(_tell, report, sampler) if report else None,
     )
     if "interrupted" in flatness.stopped:
-        raise KeyboardInterrupt  # its units are kept: the next call goes on from them
+        raise KeyboardInterrupt  # its units are stored: the next call resumes from them
     classes = len(loading_data.domains(run.spec, place).data.classes)
     rises = (0.0, *spec.radii.rises) if isinstance(spec.radii, ByRise) else ()
     found = replace(flatness, chance=float(np.log(classes)), rises=rises)
@@ -56,7 +56,7 @@ def foresee(measurement: Measurement, run: Run, place: Place) -> list[dict[str, 
     """Run the pilot, store its plan for the measurement, and return a row for each radius above zero.
 
     Args:
-        measurement: asks for an accuracy, and leaves block size and pairs to the pilot.
+        measurement: with an accuracy target, its block size and pairs chosen by the pilot.
         run: finished.
         place: data folder, device, threads.
     """
@@ -73,7 +73,7 @@ def foresee(measurement: Measurement, run: Run, place: Place) -> list[dict[str, 
             "radius": plan.radius,
             "block_size": plan.block_size or around.num_samples,
             "pairs": plan.paired,
-            "visits": plan.visits or None,  # None: as many as the spread turns out to ask for
+            "visits": plan.visits or None,  # None: determined while sampling
             "images": plan.visits * (plan.block_size or around.num_samples) * (2 if plan.paired else 1) or None,
         }
         for plan in plans
@@ -81,7 +81,7 @@ def foresee(measurement: Measurement, run: Run, place: Place) -> list[dict[str, 
 
 
 def _tell(report: JobReport, sampler: Sampler, per_radius: Sequence[Draws]) -> None:
-    """Report the share of the visits that are foreseen, and F at each radius with its standard error so far."""
+    """Report the draws made and foreseen, and F at each radius with its current standard error."""
     made, foreseen = visits(per_radius)
     found = [sampler.estimate(draws) for draws in per_radius if draws.visits.shape[1] > 1]
     shown = [f"{e.value:.2g}±{e.stderr / abs(e.value):.0%}" for e in found if e.value and np.isfinite(e.stderr)]

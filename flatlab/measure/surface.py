@@ -29,7 +29,7 @@ from flatlab.tensors.flat import flatten
 
 
 def fill(measurement: Measurement, run: Run, place: Place, report: JobReport | None) -> None:
-    """Measure what the measurement asks for, from where an earlier call was stopped."""
+    """Measure the plane; resumes an earlier call."""
     spec: SurfaceSpec = measurement.spec
     around = landscape(run, spec, place)
     places = spec.extent * (2 * np.arange(spec.grid) / (spec.grid - 1) - 1)
@@ -47,7 +47,7 @@ def fill(measurement: Measurement, run: Run, place: Place, report: JobReport | N
 
 
 def directions(around: Landscape, measurement: Measurement, run: Run, place: Place) -> Directions:
-    """Return what spans the plane: other checkpoints of the store stand beside this run's."""
+    """Return the directions that span the plane, which may be those to other checkpoints of the store."""
     spec: SurfaceSpec = measurement.spec
     if spec.axes == "random":
         return random_directions(around, seed=spec.seed)

@@ -1,4 +1,4 @@
-"""The shelf: units of a measurement as files of its measurement, which any number of processes fill together."""
+"""Units of a measurement as files in its directory, which any number of processes can compute together."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -10,27 +10,27 @@ from flatlab.arguments import FloatArray
 from flatlab.metrics.units import Unit
 from flatlab.store.runs import Measurement
 
-IDLE_SECONDS = 0.05  # between the first two looks at units that others compute
+IDLE_SECONDS = 0.05  # between the first two checks of units that others compute
 
 
 class UnitFiles:
-    """Units of a measurement as files of its measurement, which any number of processes fill together."""
+    """Units of a measurement as files in its directory, which any number of processes can compute together."""
 
     def __init__(self, measurement: Measurement) -> None:
         self.measurement = measurement
 
     def units(self, units: Sequence[Unit]) -> Iterator[FloatArray]:
-        """Yield the units' arrays in their order; those that nobody else computes at this moment are computed here."""
+        """Yield the units' arrays in their order; those that no other process is computing are computed here."""
         for index, (name, _) in enumerate(units):
             path, pauses = self.measurement.unit(name), files.pauses(IDLE_SECONDS)
             while not path.exists():
                 free = (each for each in units[index:] if self._fill(*each))
                 if next(free, None) is None and not path.exists():
-                    time.sleep(next(pauses))  # all that is missing is in other hands
+                    time.sleep(next(pauses))  # other processes compute all missing units
             yield files.load_arrays(path)[0]["unit"]
 
     def _fill(self, name: str, compute: Callable[[], FloatArray]) -> bool:
-        """Compute and keep a unit if it is missing and nobody is at it; returns whether that was so."""
+        """Compute and store a unit if it is missing and no other process computes it; return whether it did."""
         path = self.measurement.unit(name)
         if path.exists():
             return False

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from flatlab.errors import UserError
 
-PREFIXES = range(6)  # tokens before the patches: none, a class token, DeiT's two, registers
+PREFIXES = range(6)  # number of tokens before the patches: class token, DeiT's two, registers
 INSIDE = ("attention", "attn")  # in the name of a type
 PROJECTIONS = ("qkv", "to_qkv", "q_norm", "k_norm", "query", "key", "q_proj", "k_proj")  # children of an attention
 Sides = tuple[int, int]
@@ -18,13 +18,13 @@ Sides = tuple[int, int]
 def as_grid(outputs: Tensor, image: Sides, *, grid: Sides | None = None, trailing: bool = False) -> Tensor | None:
     """Return outputs as a view (N, C, h, w); None if they are not a grid, or their layout is ambiguous.
 
-    The grid has the aspect of the image: of (N, 7, 7, 768) over a square one, channels come last.
+    The grid has the aspect ratio of the image: for a square one, channels are the last axis of (N, 7, 7, 768).
 
     Args:
         outputs: of a layer.
         image: height and width of the inputs.
-        grid: height and width of the cells, where they are known.
-        trailing: whether the network has layers that work on the last axis of four. Only then do channels come last.
+        grid: height and width of the grid, if known.
+        trailing: whether the network has layers that work on the last axis of four. Only then can channels be last.
     """
     if outputs.ndim == 3:
         sides = grid or _patches(outputs.shape[1], image)
@@ -46,12 +46,12 @@ def as_grid(outputs: Tensor, image: Sides, *, grid: Sides | None = None, trailin
 
 
 def scores_of(outputs: Any, images: int, *, one: float = 1.0) -> Tensor:
-    """Return logits (N, num_classes) from the outputs of a model; of one logit z those of two classes, -z and z.
+    """Return logits (N, num_classes) from the outputs of a model; for one logit z those of two classes, -z and z.
 
     Args:
         outputs: of the model.
-        images: how many there are.
-        one: what a single logit is multiplied by: with 1/2, the softmax over the two is its sigmoid.
+        images: number of images N.
+        one: factor of a single logit: with 1/2, the softmax over the two is its sigmoid.
     """
     logits = outputs
     if isinstance(outputs, Mapping):
@@ -71,7 +71,7 @@ def scores_of(outputs: Any, images: int, *, one: float = 1.0) -> Tensor:
 
 
 def inside_attention(model: nn.Module) -> set[str]:
-    """Return the names of the modules within an attention: their outputs are parts of tokens, not places."""
+    """Return the names of the modules inside an attention, whose outputs are parts of tokens, not grid cells."""
     names = set[str]()
     for name, module in model.named_modules():
         if _is_attention(module):
@@ -85,7 +85,7 @@ def _is_attention(module: nn.Module) -> bool:
 
 
 def _patches(tokens: int, image: Sides) -> Sides | None:
-    """Return the sides of the grid, of the image's aspect, that tokens form behind a few that are no patches."""
+    """Return the sides of the grid of tokens, in the image's aspect ratio, after a prefix of tokens without patch."""
     for prefix in PREFIXES:
         count = max(0, tokens - prefix)
         height = round(math.sqrt(count * image[0] / image[1]))
@@ -96,5 +96,5 @@ def _patches(tokens: int, image: Sides) -> Sides | None:
 
 
 def _off(sides: tuple[int, ...], image: Sides) -> float:
-    """Return how far the aspect of a grid is from that of the image."""
+    """Return the difference of the logarithms of the aspect ratios of a grid and of the image."""
     return abs(math.log(sides[0] / sides[1]) - math.log(image[0] / image[1]))

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from flatlab.landscape.landscape import Landscape
 from flatlab.seeds import generator
 
-CUTS = [29, 1, 10]  # of 40 samples: batches that weigh alike would show
+CUTS = [29, 1, 10]  # of 40 samples: equally weighted batches would give wrong values
 SAMPLES = sum(CUTS)
 SPECTRUM = (30.0, 10.0, *(0.1 + 0.05 * k for k in range(37)), -0.5)  # outliers, a bulk, one negative
 
 
 @dataclass(frozen=True)
 class Golden:
-    """A landscape with its truth.
+    """A landscape with its exact values.
 
     Attributes:
         landscape: on a device, in a dtype.
@@ -82,7 +82,7 @@ def softmax_regression(where: Any) -> Golden:
 
 
 def linear_gaussian(where: Any) -> Golden:
-    """Least squares in uneven batches: L = mean (y - w'x)^2 / 2, H = X'X / n, at a point that is no minimum."""
+    """Least squares in uneven batches: L = mean (y - w'x)^2 / 2, H = X'X / n, at a point that is not a minimum."""
     x, w = _normal("gaussian x", SAMPLES, 6), _normal("gaussian w", 1, 6)
     y = x @ _normal("gaussian truth", 6, 1) + 0.3 * _normal("gaussian noise", SAMPLES, 1)
     loss = half_square
@@ -93,7 +93,7 @@ def linear_gaussian(where: Any) -> Golden:
 
 
 def deep_linear(where: Any) -> Golden:
-    """Two linear layers, L = mean |W2 W1 x - y|^2 / 2: not convex, and its Hessian is known by hand."""
+    """Two linear layers, L = mean |W2 W1 x - y|^2 / 2: not convex, with a Hessian in closed form."""
     x = _normal("deep x", SAMPLES, 4)
     first, second = _normal("deep 1", 3, 4) / 2, _normal("deep 2", 2, 3)
     y = x @ _normal("deep truth", 4, 2)

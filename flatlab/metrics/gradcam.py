@@ -1,7 +1,8 @@
 """GradCAM (Selvaraju et al. 2017): maps of the evidence for a class in an image, and measures of their faithfulness.
 
-The maps are those of the `grad-cam` library before it scales each by itself: two networks can then be shown on one
-scale. A layer's outputs are kept from what works on them in place, and of a layer that runs twice one run is chosen.
+The maps are those of the `grad-cam` library before it scales each by its own range, so that two networks can be shown
+on one scale. A layer's outputs are copied before later layers change them in place; of a layer that runs twice, one run
+is chosen.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -32,20 +33,20 @@ def gradcam(
     layer: str | None = None,
     grid: tuple[int, int] | None = None,
 ) -> ClassMaps:
-    """Return the evidence for one class in each image: ReLU of the channels' sum, weighed by their mean gradients.
+    """Return the evidence for one class in each image: ReLU of the sum of channels weighted by their mean gradients.
 
     Args:
         model: in eval mode, with logits (N, num_classes); a quantized one is baked first. It is left bit-identical.
-            Of outputs in a tuple the first tensor is taken, of a mapping or dataclass the entry `logits`. One logit
-            (N, 1) is evidence for class 1, and with the other sign for class 0.
+            Outputs may be a tuple, whose first tensor is used, or a mapping or dataclass with an entry `logits`. One
+            logit (N, 1) is evidence for class 1, and with the other sign for class 0.
         inputs: (N, C, H, W).
-        classes: (N,) which class is explained; the true one where two networks are compared.
-        layer: name of a module; None finds the last one that has a grid with a gradient (`explained_layer`). Where it
-            runs several times, the last time counts that has a gradient in several cells.
-        grid: height and width, where a layer gives tokens (N, T, D) of which none can be inferred.
+        classes: (N,) the class explained in each image; the true one if two networks are compared.
+        layer: name of a module; None: the last one that has a grid with a gradient (`explained_layer`). If it runs
+            several times, the last run that has a gradient in several cells is used.
+        grid: height and width of the grid, if a layer returns tokens (N, T, D) from which it cannot be inferred.
 
     Raises:
-        UserError: where the model trains, or layer, classes or the model's outputs are not of this kind.
+        UserError: if the model is in training mode, or layer, classes or the model's outputs are invalid.
     """
     refuse_training(model)
     labels = _labels(inputs, classes)
@@ -74,9 +75,9 @@ def gradcam(
 def explained_layer(model: nn.Module, inputs: Tensor, label: int) -> str:
     """Return the name of the last module to run whose outputs form a grid of which several cells have a gradient.
 
-    Of ResNets this is the last stage, of MobileNetV2 the last convolution with its norm, of a ViT that reads its class
-    token the norm before the last attention: behind that, patches no longer reach the logits. Modules within an
-    attention do not count.
+    In ResNets this is the last stage, in MobileNetV2 the last convolution with its norm, in a ViT that reads its class
+    token the norm before the last attention: after it, patches no longer affect the logits. Modules inside an attention
+    are excluded.
 
     Args:
         model: in eval mode.
@@ -84,7 +85,7 @@ def explained_layer(model: nn.Module, inputs: Tensor, label: int) -> str:
         label: the class whose logit is differentiated.
 
     Raises:
-        UserError: where there is no such module, or the label is not a class of the model.
+        UserError: if there is no such module, or the label is not a class of the model.
     """
     labels, inside = _labels(inputs, [label]), inside_attention(model)
     with _left_alone(model), torch.enable_grad():
@@ -99,13 +100,13 @@ def explained_layer(model: nn.Module, inputs: Tensor, label: int) -> str:
             return name
     raise UserError(
         "No layer of the model gives a grid (N, C, H, W), or tokens (N, T, D), of several cells that the logits depend "
-        "on: name one with layer=..., or take larger images."
+        "on: name one with layer=..., or use larger images."
     )
 
 
 @dataclass
 class _Trace:
-    """A forward pass: what was wanted of the outputs of modules, in the order in which they ran, and the logits."""
+    """A forward pass: the wanted outputs of modules, in the order in which they ran, and the logits."""
 
     ran: list[tuple[str, Tensor]]
     trailing: bool = False  # a layer works on the last axis of four
@@ -127,7 +128,7 @@ def _trace(model: nn.Module, inputs: Tensor, wanted: Callable[[str, Any], bool])
             if not found.requires_grad or not wanted(name, outputs):
                 return None
             seen.ran.append((name, found))
-            leaves[place] = found.clone()  # what comes next may work in place
+            leaves[place] = found.clone()  # the next layer may work in place
             return tree_unflatten(leaves, structure)
 
         return hook
@@ -183,7 +184,7 @@ def _no_grid(name: str, ran: list[tuple[str, Tensor]], grid: tuple[int, int] | N
 
 @contextmanager
 def _left_alone(model: nn.Module) -> Iterator[None]:
-    """Keep parameters out of the graph, and put their flags back."""
+    """Exclude parameters from the graph, and restore their flags."""
     before = [(p, p.requires_grad) for p in model.parameters()]
     try:
         for parameter, _ in before:
@@ -197,7 +198,7 @@ def _left_alone(model: nn.Module) -> Iterator[None]:
 def moved_agreement(
     landscape: Landscape, inputs: Tensor, maps: ClassMaps, *, direction: Tensor, radii: Sequence[float]
 ) -> FloatArray:
-    """Return how far the maps stay the same when the weights move along a direction: correlations (R, N).
+    """Return the agreement of the maps with those of weights moved along a direction: correlations (R, N).
 
     Args:
         landscape: around the network.
@@ -215,7 +216,7 @@ def moved_agreement(
 
 @contextmanager
 def _moved(landscape: Landscape, vector: Tensor) -> Iterator[None]:
-    """Put the model at a point (P,), and back bit by bit afterwards."""
+    """Set the model to a point (P,), and restore it bit by bit afterwards."""
     tensors: list[Tensor] = list(landscape.named.values())
     try:
         with torch.no_grad():
@@ -232,18 +233,18 @@ def ablation(
 ) -> tuple[FloatArray, FloatArray]:
     """Return deletion and insertion curves (Petsiuk et al. 2018, with one colour instead of a blur).
 
-    Pixels go (or come) in the order of the map, of equals those further up and left first. A map that points at what
-    the network uses lets the class's probability fall fast in deletion, and rise fast in insertion.
+    Pixels are removed (or inserted) in the order of the map; of equal ones, those further up and left first. For a map
+    of the pixels that the network uses, the class's probability falls fast in deletion, and rises fast in insertion.
 
     Args:
         model: in eval mode.
         inputs: (N, C, H, W).
         maps: of these images.
         num_shares: the curves have a point at each multiple of 1 / num_shares of the pixels.
-        fill: what stands for "nothing"; 0 is the mean colour of normalised images.
+        fill: value of removed pixels; 0 is the mean colour of normalised images.
 
     Returns:
-        (N, num_shares + 1) each: the class's probability after a share of the pixels has been taken away, or is there.
+        (N, num_shares + 1) each: the class's probability with a share of the pixels removed, or inserted.
     """
     whole("num_shares", num_shares)
     ranks = np.argsort(np.argsort(-maps.maps.reshape(len(maps.maps), -1), axis=1, kind="stable"), axis=1)

@@ -1,4 +1,4 @@
-"""A bar on standard error while a call of the library lasts: after two seconds, in a terminal or a notebook."""
+"""A progress bar on standard error during calls of the library: after two seconds, in a terminal or a notebook."""
 
 import functools
 import inspect
@@ -16,7 +16,7 @@ from flatlab.metrics.flatness.sampler import visits
 SECONDS = 2.0  # before a bar appears
 NOTE = """
 
-    `progress`: a bar on standard error, once the call has lasted two seconds; by default in a terminal or notebook.
+    `progress`: a bar on standard error after two seconds; by default in a terminal or notebook.
 """
 Count = Callable[[int, int | None], None]
 Arguments = dict[str, Any]
@@ -24,10 +24,10 @@ Arguments = dict[str, Any]
 
 @contextmanager
 def bar(name: str, progress: bool | None = None) -> Iterator[Count | None]:
-    """Show how much of something is done while the block runs; yields what is called with the counts, if anything.
+    """Show a progress bar while the block runs; yields the function to be called with the counts, or None.
 
     Args:
-        name: what is done.
+        name: of the call.
         progress: whether to show it; None: in a terminal or a notebook.
     """
     console = Console(stderr=True)
@@ -55,11 +55,11 @@ def bar(name: str, progress: bool | None = None) -> Iterator[Count | None]:
 
 
 def counted(call: Callable[..., Any], *, products: Callable[[Arguments], int] | None = None) -> Callable[..., Any]:
-    """Give a function a bar: of what it reports, of its products with a matrix, or of its seconds alone.
+    """Give a function a progress bar: of its reports, of its products with a matrix, or only of the time.
 
     Args:
         call: the function.
-        products: how many products are foreseen, where its `landscape` is one and its matrix another such argument.
+        products: from its arguments to the foreseen number of products with the curvature of its `landscape`.
     """
     signature = inspect.signature(call)
 

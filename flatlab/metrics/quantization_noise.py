@@ -1,8 +1,8 @@
-"""Quantization noise w_q - w: is it uniform, and is it symmetric (arXiv 2410.06020, section 3.2 and App. L)?
+"""Uniformity and symmetry of quantization noise w_q - w (arXiv 2410.06020, section 3.2 and App. L).
 
-A histogram's divergence is biased: a sample that *is* uniform gives about (B - 1) / (2 N) nats in B bins. So each
-number stands beside its null, what uniform samples of the same size give, drawn exactly: between the smallest and the
-largest of a uniform sample, which span the bins, the others are uniform again.
+A histogram's divergence is biased: a sample that *is* uniform gives about (B - 1) / (2 N) nats in B bins. Each value is
+therefore compared with its null distribution, that of uniform samples of the same size, drawn exactly: between the
+smallest and the largest of a uniform sample, which span the bins, the others are uniform.
 """
 
 import time
@@ -25,7 +25,7 @@ from flatlab.results.quantization_noise import (
 )
 
 Numbers = Tensor | npt.ArrayLike
-FEWEST = 8  # numbers that a distribution can be judged by
+FEWEST = 8  # values of a distribution that is tested
 ROUNDING = 2.4e-7  # of w / step, twice float32's: a weight moved by more than half a step was clipped
 
 
@@ -43,20 +43,20 @@ def quantization_noise(
     Args:
         weight: w, of any shape; channels are the first axis of more than one.
         quantized: w_q, in the same shape.
-        step: step sizes that broadcast against w; with them, clipped weights are known and left out.
-        normalise: divide by the step sizes: where these differ, pooled raw noise is a mixture, and not uniform.
+        step: step sizes that broadcast against w; with them, clipped weights are identified and excluded.
+        normalise: divide by the step sizes: if these differ, pooled raw noise is a mixture, and not uniform.
         bins: B of the histogram.
-        seed: of the nulls.
+        seed: of the null distributions.
 
     Raises:
-        UserError: shapes that differ, values that are not finite, or no noise to judge.
+        UserError: if shapes differ, values are not finite, or there is no noise to test.
     """
     start = time.perf_counter()
     w, w_q = _numbers(weight, "weight"), _numbers(quantized, "quantized weight")
     if w.shape != w_q.shape:
         raise UserError(f"weight and quantized must have the same shape, got {w.shape} and {w_q.shape}.")
     if normalise and step is None:
-        raise UserError("Noise is normalised by its step sizes: pass step=..., or leave normalise out.")
+        raise UserError("normalise=True needs the step sizes, got none: pass step=..., or leave normalise out.")
     if bins < 2:
         raise UserError(f"bins must be an integer >= 2, got {bins}.")
     alive = np.broadcast_to(_alive(w), w.shape)
@@ -81,26 +81,26 @@ def quantization_noise(
 
 
 def _numbers(values: Numbers, name: str) -> FloatArray:
-    """Return values as float64; refuse what is not finite."""
+    """Return values as float64; refuse those that are not finite."""
     found: Any = values.detach().cpu().double().numpy() if isinstance(values, Tensor) else values
     array = np.asarray(found, dtype=np.float64)
     broken = int((~np.isfinite(array)).sum())
     if broken:
-        raise UserError(f"The {name} holds {broken} of {array.size} values that are not finite, so it has no noise.")
+        raise UserError(f"The {name} must be finite, got {broken} of {array.size} values that are not.")
     return array
 
 
 def _alive(w: FloatArray) -> npt.NDArray[np.bool_]:
-    """Return which channels hold anything but zeros, shaped to broadcast; a vector is one channel."""
+    """Return which channels have non-zero weights, shaped to broadcast; a vector is one channel."""
     axes = tuple(range(1, w.ndim)) if w.ndim > 1 else None
     return np.asarray((w != 0).any(axis=axes, keepdims=True))
 
 
 def _no_noise(w: FloatArray, noise: FloatArray) -> str:
     if not w.any():
-        return "The weight holds only zeros, so quantization adds no noise to it."
+        return "The weight has only zeros, so quantization adds no noise to it."
     if len(noise) < FEWEST:
-        return f"Only {len(noise)} of {w.size} weights are not clipped; a distribution needs {FEWEST} at least."
+        return f"A distribution needs at least {FEWEST} weights that are not clipped, got {len(noise)} of {w.size}."
     return (
         f"The noise is {noise[0]:g} at each of {len(noise)} weights, so it has no distribution: pass the weights "
         "before quantization (a baked network has only those after it)."

@@ -1,7 +1,7 @@
-"""Rescalings of layers that leave a network's function as it is, found by following its graph (torch.fx).
+"""Rescalings of layers that leave a network's function unchanged, found in its graph (torch.fx).
 
-A convolution may grow by any factor against the BatchNorm behind it, and two layers against each other where all that
-lies between them is positively homogeneous, f(c x) = c f(x) for c > 0, as ReLU is (Dinh et al. 2017, section 5).
+A convolution can be scaled by any factor against the BatchNorm behind it, and two layers against each other if
+everything between them is positively homogeneous, f(c x) = c f(x) for c > 0, as ReLU is (Dinh et al. 2017, section 5).
 """
 
 import copy
@@ -33,22 +33,22 @@ BENT = {"ReLU6": "it is cut off at 6", "Hardtanh": "it is cut off", "LayerNorm":
 
 
 def find_pairs(model: nn.Module) -> tuple[list[Pair], list[Refusal]]:
-    """Return the pairs of a network that can be rescaled, and what was refused.
+    """Return the pairs of a network that can be rescaled, and the layers that cannot, with reasons.
 
     Args:
         model: in eval mode, plain weights.
 
     Raises:
-        UserError: where its graph cannot be followed.
+        UserError: if torch.fx cannot trace the model.
     """
     try:
         with torch.random.fork_rng(devices=[]):
             graph = fx.Tracer().trace(model)
-    except Exception as error:  # whatever a model does with a proxy
+    except Exception as error:  # a model's code may fail in any way on a proxy
         first = str(error).strip().partition("\n")[0]
         raise UserError(
             f"The graph of {type(model).__name__} cannot be followed by torch.fx, so that no pairs of layers are found:"
-            f" {first}. Control flow that depends on the input has to go."
+            f" {first}. Remove control flow that depends on the input."
         ) from None
     modules = dict(model.named_modules())
     shared = _shared(graph, modules)
@@ -62,7 +62,7 @@ def find_pairs(model: nn.Module) -> tuple[list[Pair], list[Refusal]]:
 
 
 def _shared(graph: fx.Graph, modules: dict[str, nn.Module]) -> set[str]:
-    """Return the modules that are called twice, or share a tensor with another, or hold weights that are computed."""
+    """Return the modules that are called twice, share a tensor with another, or whose weights are computed."""
     calls = Counter(id(modules[str(node.target)]) for node in graph.nodes if node.op == "call_module")
     owners = Counter(id(p) for module in set(modules.values()) for p in module._parameters.values() if p is not None)
     return {
@@ -118,7 +118,7 @@ def _module(node: Any, modules: dict[str, nn.Module]) -> nn.Module | None:
 
 
 def _passes(node: Any, module: nn.Module | None) -> bool:
-    """Say whether a node is positively homogeneous and keeps the channels in order."""
+    """Return whether a node is positively homogeneous and keeps the channels in order."""
     if node.op == "call_module":
         return isinstance(module, PASSING)
     return node.target in (FUNCTIONS if node.op == "call_function" else METHODS if node.op == "call_method" else ())
@@ -134,11 +134,11 @@ def rescaled(model: nn.Module, pairs: list[Pair], *, by: By, most: float = 4.0, 
     """Return a copy of a network, each pair scaled by factors between 1 / most and most.
 
     Args:
-        model: stays as it is.
+        model: is not changed.
         pairs: of `find_pairs`.
         by: one factor for each pair, or for each of its channels.
-        most: the largest factor; their logarithms are drawn evenly.
-        seed: names the draws.
+        most: the largest factor; logarithms of factors are uniform.
+        seed: of the draws.
     """
     copied = copy.deepcopy(model)
     modules = dict(copied.named_modules())
@@ -156,7 +156,7 @@ def _against_norm(layer: Any, norm: Any, factors: Tensor) -> None:
     _scale_outputs(layer, factors)
     scale = factors.to(norm.running_var)
     norm.running_mean.mul_(scale)
-    # The variance grows by c^2, and eps does not: the factor of the norm takes up the difference.
+    # The variance grows by c^2, and eps does not: the factor of the norm compensates.
     before = norm.running_var + norm.eps
     norm.running_var.mul_(scale**2)
     norm.weight.mul_(((norm.running_var + norm.eps) / before).sqrt() / scale)

@@ -54,7 +54,7 @@ def scale_audit(
         keep: stores units: of the sampling, traces and eigenvalues, and the method of products.
 
     Raises:
-        UserError: where no two layers can be rescaled, each with its reason, or rescaling does change the function.
+        UserError: if no two layers can be rescaled, with the reasons, or rescaling changes the function.
     """
     if not most > 1:
         raise UserError(f"most must be > 1, got {most}.")
@@ -90,7 +90,7 @@ def _deviation(landscape: Landscape, other: Landscape) -> float:
     """Return the largest change of an output, as a share of the largest output.
 
     Raises:
-        UserError: where that is more than rounding.
+        UserError: if that is more than rounding.
     """
     off = size = 0.0
     with torch.no_grad():
@@ -100,8 +100,8 @@ def _deviation(landscape: Landscape, other: Landscape) -> float:
     allowed = torch.finfo(landscape.point.dtype).eps ** 0.5
     if not off <= allowed * size:
         raise UserError(
-            f"Rescaling has changed an output by {off:.1e}, where the largest is {size:.1e}, more than rounding: the"
-            " network does something with its weights that its graph does not show."
+            f"Rescaling must not change the outputs, got a change of {off:.1e} where the largest is {size:.1e}: the"
+            " network uses its weights in a way that its graph does not show."
         )
     return off / size if size else 0.0
 

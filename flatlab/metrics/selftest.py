@@ -28,8 +28,8 @@ from flatlab.metrics.surfaces.directions import given_directions
 from flatlab.metrics.surfaces.planes import line, plane
 from flatlab.results.estimate import Estimate
 
-SIGMAS = 4.5  # one in 150,000 for a normal error
-REPEATS, LEVEL, FEWEST = 60, 0.9, 45  # of 60 intervals 54 should cover; fewer than 45 come in one of 1,000 tries
+SIGMAS = 4.5  # exceeded by one in 150,000 normal errors
+REPEATS, LEVEL, FEWEST = 60, 0.9, 45  # of 60 intervals 54 should cover; fewer than 45 have a probability of 0.001
 ROUNDING = {torch.float64: 1e-9, torch.float32: 2e-4}
 
 
@@ -60,7 +60,7 @@ Group = Callable[[Where], Iterable[Check]]
 
 
 def places() -> list[Where]:
-    """Return the devices that there are, with the dtypes that they have."""
+    """Return the available devices, with their dtypes."""
     found: list[Where] = [{"device": "cpu", "dtype": dtype} for dtype in (torch.float64, torch.float32)]
     if torch.cuda.is_available():
         found += [{"device": "cuda", "dtype": dtype} for dtype in (torch.float64, torch.float32)]
@@ -70,7 +70,7 @@ def places() -> list[Where]:
 
 
 def selftest() -> Iterator[Check]:
-    """Yield the checks as they are made, each under the device and dtype that it was made on."""
+    """Yield the checks as they are made, each named by its device and dtype."""
     for where in places():
         label = f"{where['device']} {str(where['dtype']).removeprefix('torch.')}"
         for group in GROUPS:
@@ -128,7 +128,7 @@ def _spectra(where: Where) -> Iterator[Check]:
 
 
 def _spheres(where: Where) -> Iterator[Check]:
-    """Flatness on spheres, in blocks and crossed; a difference of two models; what a seed names."""
+    """Flatness on spheres, in blocks and crossed; a difference of two models; filter normalisation."""
     problem, radius = closed_forms.quadratic(where), 0.5
     exact = radius**2 * problem.trace / (2 * problem.landscape.num_params)
     found = sphere_flatness(problem.landscape, [radius], num_samples=400)
@@ -148,7 +148,7 @@ def _spheres(where: Where) -> Iterator[Check]:
 
 
 def _surfaces(where: Where) -> Iterator[Check]:
-    """Every place of a line, a plane, a refined plane, and a straight path between two checkpoints."""
+    """Every point of a line, a plane, a refined plane, and a straight path between two checkpoints."""
     for name, problem in _problems(where).items():
         landscape, w = problem.landscape, problem.landscape.point.double().cpu()
         vectors = torch.stack([draw_direction(landscape, 9, k) for k in range(2)])
@@ -182,7 +182,7 @@ def _moved(landscape: Any) -> torch.nn.Module:
 
 
 def _invariance(where: Where) -> Iterator[Check]:
-    """Rescaled layers: the function stays, and adaptive flatness with it."""
+    """Rescaled layers: the function and adaptive flatness do not change."""
     found = scale_audit(closed_forms.deep_linear(where).landscape, num_samples=4)
     rounding = ROUNDING[where["dtype"]]
     yield Check("deep linear, outputs after rescaling, change", 0.0, float(found.deviation.max()), rounding)
@@ -191,7 +191,7 @@ def _invariance(where: Where) -> Iterator[Check]:
 
 
 def _randomness(where: Where) -> Iterator[Check]:
-    """Directions are Gaussian, a seed names its draws, and two seeds are two."""
+    """Directions are Gaussian, equal seeds give equal draws, and different seeds different ones."""
     wide = closed_forms.quadratic(where, tuple(1.0 + k / 500 for k in range(500))).landscape
     directions = torch.stack([draw_direction(wide, 0, k) for k in range(20)]).double().cpu()
     count = directions.numel()
@@ -216,7 +216,7 @@ def _randomness(where: Where) -> Iterator[Check]:
 
 
 def _coverage(where: Where) -> Iterator[Check]:
-    """How many intervals hold the truth: not many fewer than they claim."""
+    """The number of intervals that contain the true value."""
     problem = closed_forms.quadratic(where)
     exact, bound = problem.trace / (2 * problem.landscape.num_params), LEVEL * REPEATS - FEWEST
     hits = traced = 0
@@ -225,8 +225,8 @@ def _coverage(where: Where) -> Iterator[Check]:
         hits += bool(found[0][0] <= exact <= found[1][0])
         trace = hessian_trace(problem.landscape, deflate=4, budget=60, seed=seed).trace
         traced += abs(trace.value - problem.trace) <= trace.half_width(LEVEL)
-    yield Check(f"sphere, {LEVEL:.0%} intervals that hold F", LEVEL * REPEATS, hits, bound)
-    yield Check(f"trace, {LEVEL:.0%} intervals that hold it", LEVEL * REPEATS, traced, bound)
+    yield Check(f"sphere, {LEVEL:.0%} intervals that contain F", LEVEL * REPEATS, hits, bound)
+    yield Check(f"trace, {LEVEL:.0%} intervals that contain it", LEVEL * REPEATS, traced, bound)
 
 
 GROUPS: tuple[Group, ...] = (_values, _spectra, _spheres, _surfaces, _invariance, _randomness, _coverage)
@@ -242,7 +242,7 @@ def _problems(where: Where) -> dict[str, Golden]:
 
 
 def _near(name: str, expected: Tensor, got: Tensor, where: Where) -> Check:
-    """Compare vectors by their first entry that is furthest off; the bound is a share of the largest."""
+    """Compare vectors by the entry that differs most; the bound is a share of the largest entry."""
     exact, computed = expected.detach().double().cpu(), got.detach().double().cpu()
     off = torch.nan_to_num((exact - computed).abs(), nan=torch.inf)
     worst = int(off.argmax())
@@ -251,6 +251,6 @@ def _near(name: str, expected: Tensor, got: Tensor, where: Where) -> Check:
 
 
 def _sampled(name: str, expected: float, found: Estimate, scale: float | None = None) -> Check:
-    """Allow a sampled number its own errors, and rounding."""
+    """Compare a sampled number; the bound is `SIGMAS` of its standard errors, and rounding."""
     size = abs(expected if scale is None else scale)
     return Check(name, expected, found.value, SIGMAS * float(found.stderr) + 1e-4 * size)

@@ -1,9 +1,9 @@
 """Three estimates of one number: from the rise on small spheres, the trace, and the mean of the spectral density.
 
 On a quadratic loss F_gamma = gamma^2 tr(H) / (2 P), so that 2 P F / gamma^2, tr(H) and P times the mean eigenvalue are
-one number. They are measured from independent draws; where they disagree, one of them is wrong, or the loss is not
-what its second derivatives say. The latter is so for ReLU and max pooling: their kinks add to the rise at any finite
-radius, and autograd ignores them.
+one number. They are measured from independent draws; if they disagree, one of them is wrong, or the loss is not
+described by its second derivatives. The latter holds for ReLU and max pooling: their kinks add to the rise at any
+finite radius, and autograd ignores them.
 """
 
 import numpy as np
@@ -22,7 +22,7 @@ from flatlab.results.spectrum import Trace
 from flatlab.results.trace_check import TraceCheck
 from flatlab.seeds import base_seed
 
-RISES = (1e-3, 1.0, 7)  # nats that a quadratic would rise by at the radii, and how many there are
+RISES = (1e-3, 1.0, 7)  # smallest and largest rise (nats) of a quadratic at the radii, and their number
 KINKS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.Threshold)
 POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AdaptiveMaxPool2d)
 
@@ -42,13 +42,13 @@ def trace_check(
         landscape: of a smooth loss: see above for ReLU.
         radii: of the spheres, ascending; by default seven at which a quadratic of the measured trace rises by 0.001 to
             1 nat.
-        rel_error: standard error that rise and trace are measured to.
-        density: starts and Lanczos steps of the density; its first moment rests on the starts alone.
-        seed: names the three draws, which share nothing.
-        keep: keeps units: of the sphere's sampling, trace and density, and how products are made.
+        rel_error: relative standard error of rise and trace.
+        density: starts and Lanczos steps of the density; its first moment depends only on the starts.
+        seed: of the three draws, which are independent.
+        keep: stores units: of the sphere's sampling, trace and density, and how products are made.
 
     Raises:
-        UserError: where the radii are not positive, or the loss has no curvature to compare.
+        UserError: if the radii are not positive, or the loss has no curvature to compare.
     """
     name, hessian = base_seed(seed), KeptHessian(landscape, keep)
     trace = hessian.trace(rel_error=rel_error, seed=name)
@@ -66,12 +66,12 @@ def trace_check(
 
 
 def kinks_of(model: nn.Module) -> tuple[str, ...]:
-    """Return the kinds of modules in a model that are not smooth."""
+    """Return the names of the types of modules in a model that are not smooth."""
     return tuple(sorted({type(m).__name__ for m in model.modules() if isinstance(m, (*KINKS, *POOLS))}))
 
 
 def _radii(landscape: Landscape, trace: Trace) -> FloatArray:
     size = abs(trace.trace.value)
     if not size > 0:
-        raise UserError("The trace of the Hessian is zero or not finite here, so that no radius suits it: pass radii.")
+        raise UserError(f"The trace of the Hessian must be finite and not 0 to choose radii, got {size:g}: pass radii.")
     return np.asarray(np.sqrt(2 * landscape.num_params * np.geomspace(*RISES) / size))

@@ -1,4 +1,4 @@
-"""Resumable pieces of work: what can be computed in any order, kept, or computed by another process."""
+"""Resumable pieces of work: units that can be computed in any order, stored, or computed by another process."""
 
 from collections.abc import Callable, Iterator, Sequence
 

@@ -1,4 +1,4 @@
-"""Where the rise of the loss is read, and the area under it: up to ERM's rise of 0.5 nats, and below chance.
+"""The range of radii over which the rise of the loss is read, and the area under it: up to ERM's rise of 0.5 nats.
 
 Torch-free. The frames are those of `tables.flatness`: a row for each run, panel and radius.
 """
@@ -8,7 +8,7 @@ import pandas as pd
 
 from flatlab.report.panels import SOURCE
 
-UP_TO = 0.5  # nats that the baseline has risen by on the source domains, where the area ends
+UP_TO = 0.5  # nats: rise of the baseline on the source domains at which the area ends
 WHERE = ["panel", "normalisation"]
 RUN = [*WHERE, "method", "held_out", "seed"]
 
@@ -27,10 +27,10 @@ def named_by_rise(frame: pd.DataFrame, baseline: str) -> pd.DataFrame:
 
 
 def limits(each: pd.DataFrame) -> pd.DataFrame:
-    """Return for each panel and normalisation where the loss is read: a verdict needs a loss below that of guessing.
+    """Return for each panel and normalisation up to where the loss is read: a verdict needs a loss below chance.
 
     Columns: `limit`, the largest radius of at most 0.5 nats up to which no method's mean loss reaches chance (NaN:
-    there is none); `met`, the first radius at which one does (NaN: none), and `by`, which methods do.
+    there is none); `met`, the first radius at which one does (NaN: none), and `by`, the methods that do.
 
     Args:
         each: rows of runs with `rise`, `base_loss` and `chance`.

@@ -1,6 +1,6 @@
-"""The panels of figures and tables: the domains trained on and the one held out, and the splits of their images.
+"""The panels of figures and tables: the source domains and the held-out one, and the splits of their images.
 
-`in`, `out` and `test` are the splits of a domain (80/20, or 60/20/20 where images are kept for a test). Torch-free.
+`in`, `out` and `test` are the splits of a domain (80/20, or 60/20/20 with a test split). Torch-free.
 """
 
 from collections.abc import Iterable
@@ -17,7 +17,7 @@ ACCURACY = {  # panel and split of an accuracy -> its title
 
 
 def strata_of(strata: Iterable[str], panel: str, held_out: str) -> list[str]:
-    """Return which strata (domains) are a panel's, in their order.
+    """Return the strata (domains) of a panel, in their order.
 
     Args:
         strata: the domains' names.

@@ -43,11 +43,11 @@ def statistics(store: RunStore, wanted: Iterable[tuple[str, RunSpec, Quantizatio
     """Return one row per run, layer and mode: divergences with their nulls, tests, symmetry.
 
     Args:
-        store: holds the finished measurements.
+        store: contains the finished measurements.
         wanted: method's name, run, measurement.
 
     Raises:
-        UserError: where a run is not measured yet.
+        UserError: if a run is not measured yet.
     """
     frames = []
     for label, spec, measurement in wanted:
@@ -76,7 +76,7 @@ def drawn(
 
 
 def findings(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return one row per layer and mode: the divergence less a uniform sample's over seeds, and the share refused.
+    """Return one row per layer and mode: the divergence less a uniform sample's over seeds, and the shares rejected.
 
     The layers of a mode are a family of tests.
     """
@@ -90,7 +90,7 @@ def findings(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def refused(frame: pd.DataFrame) -> dict[str, tuple[int, int]]:
-    """Return for each test how many layers and runs it refuses at 5 %: each alone, and after Holm over all of them."""
+    """Return for each test the number of layers and runs that it rejects at 5 %, without and with Holm's correction."""
     return {
         what: (int((frame[name] < REJECTED).sum()), int((holm(frame[name]) < REJECTED).sum()))
         for name, what in TESTS.items()
@@ -98,22 +98,22 @@ def refused(frame: pd.DataFrame) -> dict[str, tuple[int, int]]:
 
 
 def chosen_layers(frame: pd.DataFrame, pattern: str | None = None, most: int = MOST) -> list[str]:
-    """Return the layers that a picture shows: those that match, or some that are evenly spread over the network.
+    """Return the layers that a picture shows: those that match, or some spread evenly over the network.
 
     Args:
         frame: as `statistics` returns it.
         pattern: such as "features.layer4.*".
-        most: layers without a pattern.
+        most: maximum number of layers without a pattern.
 
     Raises:
-        UserError: where nothing matches.
+        UserError: if nothing matches.
     """
     there = list(dict.fromkeys(frame["layer"]))
     if pattern is None:
         return [there[i] for i in np.unique(np.linspace(0, len(there) - 1, min(most, len(there))).round().astype(int))]
     matching = [name for name in there if fnmatchcase(name, pattern)]
     if not matching:
-        raise UserError(f"No quantized layer matches {pattern!r}; there are {', '.join(there)}.")
+        raise UserError(f"No quantized layer matches {pattern!r}; available: {', '.join(there)}.")
     return matching
 
 

@@ -1,4 +1,4 @@
-"""`flatlab replay`: what averages of kept checkpoints come to, beside the run's own, as a table and a picture."""
+"""`flatlab replay`: accuracy of averages of kept checkpoints and of the run's own, as a table and a picture."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -28,12 +28,12 @@ def chart(found: Sequence[Run], replays: Sequence[Any], *, out: Path) -> tuple[p
         out: folder of the pictures.
 
     Returns:
-        A row for each run and average, the run's own selected checkpoint first; sentences; what was written.
+        A row for each run and average, the run's own selected checkpoint first; sentences; the written files.
     """
     pairs = list(zip(found, replays, strict=True))
     table = pd.DataFrame([row for run, each in pairs for row in _rows(run, each)])
     written = plots.save(_draw(pairs, table), out / "replay", table)
-    return table, [sentence for run, each in pairs for sentence in _said(run, each)], written
+    return table, [sentence for run, each in pairs for sentence in _sentences(run, each)], written
 
 
 def _rows(run: Run, replay: Any) -> Iterator[dict[str, Any]]:
@@ -50,7 +50,7 @@ def _rows(run: Run, replay: Any) -> Iterator[dict[str, Any]]:
         }
 
 
-def _said(run: Run, replay: Any) -> Iterator[str]:
+def _sentences(run: Run, replay: Any) -> Iterator[str]:
     if replay.every > 1:
         yield (
             f"{run.name}: averages are of the checkpoints that were kept, each {replay.every} steps; "
@@ -78,7 +78,7 @@ def _draw(pairs: Sequence[tuple[Run, Any]], table: pd.DataFrame) -> Figure:
 
 
 def _spans(ax: Axes, rows: pd.DataFrame) -> None:
-    """Draw the steps that each average takes in, and its accuracy on the held-out domain beside it."""
+    """Draw the steps of each average, and its accuracy on the held-out domain beside it."""
     for place, row in enumerate(rows.to_dict("records")):
         look: Mapping[str, Any] = {"color": f"C{place}", "marker": plots.MARKERS[place], "linewidth": 2}
         ax.plot([row["first"], row["last"]], [place, place], **look)

@@ -1,4 +1,4 @@
-"""What a bit width is worth as a radius: from measured runs to a tidy table and its picture. Torch-free."""
+"""Bit widths as radii: from measured runs to a tidy table and its picture. Torch-free."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -28,8 +28,8 @@ COLUMNS = ["panel", "method", "held_out", "seed", "part", "perturbation", "null"
 COLUMNS += ["gamma", "share", "value", "stderr", "low", "high", "over"]
 SHOWN = {"method": "", "panel": "", "perturbation": "", "gamma": ".3g", "share": ".3f", "rise": ".4g"}
 SHOWN |= {"isotropic": ".4g", "isotropic z": "+.1f", "channel": ".4g", "channel z": "+.1f", "channel rank": ".2f"}
-LINEAR, FLOOR = 1e-3, 2e-3  # nats around zero that the axis of rises shows in proportion; where it ends below
-RULED = 2.0  # standard deviations that 95 % of random directions stay within, about
+LINEAR, FLOOR = 1e-3, 2e-3  # nats: linear range of the axis of rises around zero, and its lower end
+RULED = 2.0  # standard deviations within which about 95 % of random directions lie
 
 
 def rises(store: RunStore, wanted: Iterable[tuple[str, RunSpec, RoundingSpec]]) -> pd.DataFrame:
@@ -90,7 +90,7 @@ def wide(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def draw(rows: pd.DataFrame, caption: str, *, panel: str = SOURCE) -> Figure:
-    """Draw for each method the rise over gamma, and below it how typical the noise is among random ones of its norm.
+    """Draw for each method the rise over gamma, and below it the noise's z among random noises of its norm.
 
     Args:
         rows: of one `over`: each method once.

@@ -14,7 +14,7 @@ from flatlab.specs.measurements import SphereSpec
 from flatlab.store.runs import Run, RunStore
 
 SHOWN = {"method": "", "held_out": "", "seed": "", "radius": ".4g", "value": ".4g", "low": ".4g", "high": ".4g"}
-SHOWN |= {"l2": ".4g", "share": ".3f", "rms": ".2e"}  # what a screen has room for
+SHOWN |= {"l2": ".4g", "share": ".3f", "rms": ".2e"}
 
 
 def chart(
@@ -41,7 +41,7 @@ def chart(
 
 
 def remarks(found: list[Run], measurement: SphereSpec, *, panel: str) -> list[str]:
-    """Return sentences: where F means little, and which checkpoint is flatter than the first.
+    """Return sentences: at which radii F is not meaningful, and which checkpoint is flatter than the first.
 
     Args:
         found: the runs, measured.

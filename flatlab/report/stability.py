@@ -1,7 +1,7 @@
-"""How steady the accuracy on the held-out domain is along a training: curves, and the numbers behind the word "stable".
+"""Stability of the accuracy on the held-out domain along a training: curves, and numbers.
 
-The paper shows curves (QT-DoG Fig. 4); the numbers are ours: `spread` and `change` say how much it moves,
- `correlation` whether validation follows it, and `regret` what selecting by validation costs.
+The paper shows curves (QT-DoG Fig. 4); the numbers are ours: `spread` and `change` measure its variation, `correlation`
+its agreement with validation, and `regret` the cost of selecting by validation.
 """
 
 from collections.abc import Iterable, Sequence
@@ -32,7 +32,7 @@ NUMBERS = {
     "correlation": "Spearman with validation",
     "regret": "Regret of selection",
 }
-SETTLED = 0.1  # of the steps: before, accuracies rise from chance, and would flatten all that follows
+SETTLED = 0.1  # of the steps: earlier accuracies rise from chance, and would set the scale of the axis
 KEYS = ["quantity", "method", "held_out", "seed", "step"]
 SHOWN = {"method": "", "held_out": "", "seed": "", "points": "", **dict.fromkeys(NUMBERS, ".2f")}
 PERCENT = FuncFormatter(lambda share, _: f"{100 * share:g}")  # PercentFormatter rounds 0.75 % to 0.8
@@ -41,14 +41,14 @@ UNITLESS = "correlation"  # the other numbers are shares of 1, given in percent
 
 @dataclass(frozen=True)
 class Stability:
-    """What "stable" stands for; accuracies are shares of 1.
+    """Numbers of one training; accuracies are shares of 1.
 
     Attributes:
         spread: standard deviation of the accuracy on the held-out domain over the evaluations, with n - 1.
-        change: mean absolute difference between two evaluations in a row.
-        correlation: Spearman's, between validation and held-out accuracy; NaN where one stands still, or of two.
-        regret: the best accuracy there less that where validation is best (the first of equals).
-        points: evaluations.
+        change: mean absolute difference between consecutive evaluations.
+        correlation: Spearman's, between validation and held-out accuracy; NaN if one is constant, or for two points.
+        regret: the best held-out accuracy less that at the best validation (the first of equals).
+        points: number of evaluations.
     """
 
     spread: float
@@ -66,7 +66,7 @@ def stability(validation: npt.ArrayLike, target: npt.ArrayLike) -> Stability:
         target: accuracy (n,) on the held-out domain, at the same.
 
     Raises:
-        UserError: where they are not of one length, or fewer than two.
+        UserError: if they are not of one length, or fewer than two.
     """
     from scipy.stats import spearmanr  # here: it takes half a second to load
 
@@ -76,7 +76,7 @@ def stability(validation: npt.ArrayLike, target: npt.ArrayLike) -> Stability:
             f"Stability needs two series of at least two evaluations each, got shapes {inside.shape} and "
             f"{outside.shape}: give a smaller --eval-every, or an earlier --since."
         )
-    moving = len(inside) > 2 and np.ptp(inside) > 0 and np.ptp(outside) > 0  # of two points it is always one
+    moving = len(inside) > 2 and np.ptp(inside) > 0 and np.ptp(outside) > 0  # for two points it is always 1 or -1
     return Stability(
         spread=float(outside.std(ddof=1)),
         change=float(np.abs(np.diff(outside)).mean()),
@@ -89,14 +89,14 @@ def stability(validation: npt.ArrayLike, target: npt.ArrayLike) -> Stability:
 def curves(store: RunStore, wanted: Iterable[tables.Labelled]) -> pd.DataFrame:
     """Return one row per run, evaluation and quantity: accuracy (shares of 1), from the runs' logs.
 
-    Quantities are "validation", "target" and, where the run keeps images for it, "test".
+    Quantities are "validation", "target" and, if the run has a test split, "test".
 
     Args:
-        store: holds the finished runs.
+        store: contains the finished runs.
         wanted: method's name, run.
 
     Raises:
-        UserError: where a run is not finished.
+        UserError: if a run is not finished.
     """
     return pd.DataFrame([row for label, spec in wanted for row in _points(store.run(spec), label)])
 
@@ -124,7 +124,7 @@ def numbers(curves: pd.DataFrame, since: int) -> pd.DataFrame:
 
     Args:
         curves: as `curves` returns them.
-        since: the first step that counts, the same for all: that of the switch.
+        since: the first step included, the same for all: that of the switch.
     """
     late = curves[curves["step"] >= since]
     rows = []
@@ -136,7 +136,7 @@ def numbers(curves: pd.DataFrame, since: int) -> pd.DataFrame:
 
 
 def switch_of(runs: Sequence[RunSpec]) -> int:
-    """Return the latest switch of some runs, from which all are compared; 0 where none has one."""
+    """Return the latest switch of some runs, from which all are compared; 0 if none has one."""
     return max(spec.switch or 0 for spec in runs)
 
 
@@ -146,11 +146,11 @@ def chart(
     """Tabulate and draw any runs; write `stability.{csv,pdf,png}`.
 
     Args:
-        store: holds them.
+        store: contains them.
         found: the runs, finished.
-        since: the first step that counts.
+        since: the first step included.
         out: folder of the pictures.
-        valleys: SWAD's of each run, drawn in a panel of their own.
+        valleys: SWAD's of each run, drawn in a separate panel.
     """
     for run in found:
         if len(selection.candidates(run.rows(), since)) < 3:
@@ -193,7 +193,7 @@ def panels(axes: Sequence[Axes], frame: pd.DataFrame, order: Sequence[str], sinc
         since: the step of the switch; 0 is not marked.
     """
     there = [name for name in QUANTITIES if name in set(frame["quantity"])]
-    for ax, quantity in zip(axes, (there[0], "target"), strict=True):  # of images that select nothing, if any
+    for ax, quantity in zip(axes, (there[0], "target"), strict=True):  # the test split, if there is one
         name = QUANTITIES[quantity]
         mine = frame[frame["quantity"] == quantity]
         plots.curves(ax, mine, x="step", by="method", order=order)
@@ -207,7 +207,7 @@ def panels(axes: Sequence[Axes], frame: pd.DataFrame, order: Sequence[str], sinc
 
 
 def dots(figure: Any, frame: pd.DataFrame, order: Sequence[str]) -> None:
-    """Draw each number with its interval, a panel for each, the methods below one another.
+    """Draw each number with its interval, one panel for each number, one line for each method.
 
     Args:
         figure: or a part of one.

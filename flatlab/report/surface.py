@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from flatlab import plots
+from flatlab.arguments import FloatArray
 from flatlab.errors import UserError
 from flatlab.report import panels
 from flatlab.results.connectivity import Connection, Connections
@@ -25,15 +26,15 @@ BAND = "Band: 95 % over images, of the height above the dashed line; the barrier
 
 
 def centres(found: Sequence[Run], axes: str) -> tuple[list[Run], tuple[str, ...]]:
-    """Return the runs around which surfaces are laid, and the runs that span the planes, or the end of the line.
+    """Return the runs at the centres of the surfaces, and the digests of those that span the planes, or end the line.
 
     Args:
-        found: the runs that were named.
+        found: the named runs.
         axes: "runs": one plane, through three runs (around the first) or of a trajectory (around the last); "line":
             from the first to the second.
 
     Raises:
-        UserError: where too few runs were named for that, or runs that differ in data or architecture.
+        UserError: if too few runs are named, or runs that differ in data or architecture.
     """
     if axes not in ("runs", "line"):
         return list(found), ()
@@ -48,7 +49,7 @@ def centres(found: Sequence[Run], axes: str) -> tuple[list[Run], tuple[str, ...]
 
 
 def _check_alike(found: Sequence[Run], axes: str) -> None:
-    """Refuse runs that no line or plane can go through: of other weights, or with other images to be looked at."""
+    """Refuse runs that no line or plane can contain: of different weights, or with different images."""
     for field in ALIKE:
         values = [getattr(run.spec, field) for run in found]
         if odd := next((run for run, value in zip(found, values, strict=True) if value != values[0]), None):
@@ -63,11 +64,11 @@ def steps_between(found: Sequence[Run], axes: str, every: int | None) -> int | N
 
     Args:
         found: the runs.
-        axes: as they were asked for.
-        every: the number of steps that was requested; else as the first run's training kept them.
+        axes: as requested.
+        every: the requested number of steps; None: that of the first run.
 
     Raises:
-        UserError: where a run has not kept them, or other axes have no steps.
+        UserError: if a run has not kept them, or a number is given for other axes.
     """
     if axes == "trajectory":
         every = found[0].kept_each(every)
@@ -78,13 +79,13 @@ def steps_between(found: Sequence[Run], axes: str, every: int | None) -> int | N
     return every
 
 
-def of_panel(found: Surface, panel: str, held_out: str, metric: str = "loss") -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Return a metric (G1, G2) on the source domains, each weighing the same, or on the held-out one."""
-    return found.of(metric, panels.strata_of(found.strata, panel, held_out))
+def of_panel(found: Surface, panel: str, held_out: str) -> FloatArray:
+    """Return the loss (G1, G2) on the source domains, with equal weights, or on the held-out one."""
+    return found.of("loss", panels.strata_of(found.strata, panel, held_out))
 
 
 def draw_surfaces(found: Sequence[Run], measurement: SurfaceSpec, *, out: Path) -> list[Path]:
-    """Draw contours of each run on both panels, on common levels, with a relief; write npz and pictures."""
+    """Draw contours of each run on both panels, with common levels, and a relief; write npz and pictures."""
     surfaces = {run.spec.digest: run.result(measurement) for run in found}
     values = {
         (run.spec.digest, panel): of_panel(surfaces[run.spec.digest], panel, run.spec.held_out)
@@ -115,14 +116,14 @@ def draw_surfaces(found: Sequence[Run], measurement: SurfaceSpec, *, out: Path) 
 
 
 def remarks(found: Sequence[Run], measurement: SurfaceSpec | ConnectionSpec) -> list[str]:
-    """Return sentences for a caption: whose BatchNorm statistics, what a trajectory's plane holds of it."""
+    """Return sentences for a caption: on BatchNorm's statistics, and on the variance explained by a plane."""
     sentences = []
     if isinstance(measurement, SurfaceSpec) and measurement.axes == "trajectory":
         for run in found:
             mine: Surface = run.result(measurement)
             sentences.append(
-                f"{run.name}: the plane holds {mine.explained.sum():.1%} of the variance of {len(mine.marks)}"
-                f" checkpoints, each {measurement.every} steps, and lies at most"
+                f"{run.name}: the plane explains {mine.explained.sum():.1%} of the variance of {len(mine.marks)}"
+                f" checkpoints, each {measurement.every} steps, and is at most"
                 f" {mine.distances.max():.3g} from them (L2)."
             )
     if measurement.recompute is not None:
@@ -141,11 +142,11 @@ def draw_line(
 
     Args:
         ends: the two; the line was measured at the first.
-        measurement: of the measurement.
+        measurement: as measured.
         out: folder of the pictures.
 
     Returns:
-        A row for each panel with the barrier (nats) and its interval; sentences; what was written.
+        A row for each panel with the barrier (nats) and its interval; sentences; the written files.
     """
     run, other = ends
     sentences, written = [], []
@@ -165,16 +166,16 @@ def draw_line(
 
 
 def barrier_sentence(found: Connection) -> str:
-    """Say the barrier with its interval, and whether one was shown."""
+    """Return a sentence on the barrier with its interval, and on whether it is significant."""
     low, high = (float(end[0]) for end in found.interval())
     if not np.isfinite(found.barrier):
         verdict = "the loss is not finite somewhere on it"
     elif low > 0:
-        verdict = "a barrier stands between the two"
+        verdict = "there is a barrier between the two"
     elif high < 0:
         verdict = "no barrier: the line lies below the interpolation of its ends"
     else:
-        verdict = "no barrier that these images would show"
+        verdict = "no barrier is established on these images"
     return (
         f"the line is {found.barrier:.3g} nats [{low:.3g}, {high:.3g}] above the interpolation of its ends at "
         f"{found.position:.0%} of the way ({found.length:.3g} in all, L2): {verdict}."

@@ -1,4 +1,4 @@
-"""From the store to tidy frames, and verbs on them: DataFrame in, DataFrame out, nothing remembered.
+"""From the store to tidy frames, and functions on them: DataFrame in, DataFrame out, without state.
 
 One observation is one row. `over` names the source of an interval: "directions" (this checkpoint, these images) or
 "seeds" (the method). Torch-free.
@@ -33,17 +33,17 @@ Labelled = tuple[str, RunSpec]
 def flatness(store: RunStore, wanted: Iterable[tuple[str, RunSpec, SphereSpec]]) -> pd.DataFrame:
     """Return one row per run, panel and radius: the rise of the loss in nats, averaged over directions.
 
-    The panel "source" is the mean over the source domains, each weighing the same; "target" is the held-out domain.
-    `rise` is what a radius was chosen for (NaN where it was given), `base_loss` the loss at the checkpoint, `chance`
-    that of guessing, ln C; all in nats. `each_domain` names the panel's domains with the rise of each along the same
-    directions, `highest` is the largest of these, `ratio` that over their mean (NaN where the mean is not above 0).
+    The panel "source" is the mean over the source domains, with equal weights; "target" is the held-out domain.
+    `rise` is the rise for which a radius was chosen (NaN if it was given), `base_loss` the loss at the checkpoint,
+    `chance` that of guessing, ln C; all in nats. `each_domain` lists the panel's domains with the rise of each along
+    the same directions, `highest` is the largest of these, `ratio` that over their mean (NaN if that is not above 0).
 
     Args:
-        store: holds the finished measurements.
+        store: contains the finished measurements.
         wanted: method's name, run, measurement.
 
     Raises:
-        UserError: where measurements of common radii have others: a reference run was measured again in between.
+        UserError: if radii differ between runs that share them, since a reference run was measured again in between.
     """
     found: dict[SphereSpec, tuple[str, FloatArray]] = {}
     rows: list[dict[str, Any]] = []
@@ -89,7 +89,7 @@ def estimate(draws: npt.ArrayLike, level: float = LEVEL) -> dict[str, float]:
 
 
 def of(about: dict[str, Any], frame: pd.DataFrame) -> pd.DataFrame:
-    """Return a frame behind columns that hold the same in each row, such as the run that it is of."""
+    """Return a frame with constant columns before its own, such as those of its run."""
     return frame.assign(**about)[[*about, *frame.columns]]
 
 
@@ -102,11 +102,11 @@ def over_seeds(frame: pd.DataFrame, by: Sequence[str], *, value: str = "value") 
         value: the column to average.
 
     Raises:
-        UserError: where a seed of a group lacks a domain, or has one twice.
+        UserError: if a seed of a group lacks a domain, or has one twice.
     """
     _check_crossed(frame, by)
     cells = frame.groupby([*by, "seed"], sort=False)[value]
-    # A loss that is none is shown as such, where pandas' own mean would leave it out.
+    # A loss that is NaN stays NaN, whereas the mean of pandas would ignore it.
     per_seed: pd.DataFrame = cells.agg(lambda values: values.mean(skipna=False)).reset_index()
     groups = per_seed.groupby(list(by), sort=False)[value]
     rows = [
@@ -125,8 +125,8 @@ def over_seeds(frame: pd.DataFrame, by: Sequence[str], *, value: str = "value") 
 def over_seeds_within(frame: pd.DataFrame, by: Sequence[str], *, correlations: Collection[str] = ()) -> pd.DataFrame:
     """Return mean and interval over seeds, as `over_seeds` does, but within the bounds of each quantity.
 
-    The interval is that of a scale on which the bounds are far or known: the angle whose squared sine is the share for
-    shares of 1, their deviations and differences, and the angle whose sine it is for correlations.
+    The interval is computed on a transformed scale: for shares of 1, their deviations and differences the angle whose
+    squared sine is the value, for correlations the angle whose sine it is.
 
     Args:
         frame: rows with `quantity`, `held_out`, `seed` and `value`.
@@ -152,7 +152,7 @@ def _check_crossed(frame: pd.DataFrame, by: Sequence[str]) -> None:
     groups = frame.groupby(list(by), sort=False)
     cells_of = groups["held_out"].nunique() * groups["seed"].nunique()
     if (groups.size() == cells_of).all() and not frame.duplicated([*by, "held_out", "seed"]).any():
-        return  # at a hundredth of the time that naming a cell takes
+        return  # takes a hundredth of the time of finding the cell
     for keys, group in frame.groupby(list(by), sort=False):
         cells = pd.MultiIndex.from_product([group["held_out"].unique(), group["seed"].unique()])
         counts = group.groupby(["held_out", "seed"]).size().reindex(cells, fill_value=0)
@@ -167,7 +167,7 @@ def _check_crossed(frame: pd.DataFrame, by: Sequence[str]) -> None:
 def paired(frame: pd.DataFrame, baseline: str, by: Sequence[str]) -> pd.DataFrame:
     """Return each method less the baseline, paired by held-out domain and seed, with intervals over seeds.
 
-    `p` is the two-sided p-value of the paired t test, of this test alone: `verdicts.corrected` decides, by the family.
+    `p` is the two-sided p-value of the paired t test, not corrected; for the correction see `verdicts.corrected`.
 
     Args:
         frame: rows with `method`, `held_out`, `seed` and `value`.
@@ -175,7 +175,7 @@ def paired(frame: pd.DataFrame, baseline: str, by: Sequence[str]) -> pd.DataFram
         by: the columns that name a group within a method (panel, radius).
 
     Raises:
-        UserError: where a row has no partner in the baseline, or a seed of a group lacks a domain.
+        UserError: if a row has no partner in the baseline, or a seed of a group lacks a domain.
     """
     keys = [*by, "held_out", "seed"]
     base = frame[frame["method"] == baseline].set_index(keys)["value"].rename("base")
@@ -210,7 +210,7 @@ def paired_each(frame: pd.DataFrame, pairs: Iterable[tuple[str, str]], by: Seque
 
     Args:
         frame: rows with `method`, `held_out`, `seed` and `value`.
-        pairs: method and the one that is subtracted.
+        pairs: method, and the one that is subtracted.
         by: the columns that name a group within a method.
     """
     return pd.concat([paired(frame[frame["method"].isin(pair)], pair[1], by) for pair in pairs], ignore_index=True)
@@ -219,13 +219,13 @@ def paired_each(frame: pd.DataFrame, pairs: Iterable[tuple[str, str]], by: Seque
 def accuracies(store: RunStore, wanted: Iterable[Labelled], *, among_all: bool = False) -> pd.DataFrame:
     """Return one row per run and selection rule: step, accuracies, looks at the target.
 
-    `validation` and `test` are means over the source domains: of the images that select, and of those that do not (NaN
-    where a run keeps none). `target` is the held-out domain's.
+    `validation` and `test` are means over the source domains: on the images used for selection, and on those of the
+    test split (NaN if a run has none). `target` is the held-out domain's.
 
     Args:
-        store: holds the finished runs.
+        store: contains the finished runs.
         wanted: method's name, run.
-        among_all: adds what training-domain validation selects before the switch, too, where there is one.
+        among_all: adds a row for training-domain validation among all steps, if there is a switch.
     """
     rows = []
     for label, spec in wanted:
@@ -256,15 +256,15 @@ def accuracies(store: RunStore, wanted: Iterable[Labelled], *, among_all: bool =
 
 
 def tested(row: selection.Row) -> float:
-    """Return the mean accuracy on the source domains' test images; NaN where a run keeps none."""
+    """Return the mean accuracy on the source domains' test images; NaN if a run has none."""
     scores = [score["accuracy"] for score in row.get("test", {}).values()]
     return float(np.mean(scores)) if scores else float("nan")
 
 
 def overview(store: RunStore) -> tuple[pd.DataFrame, list[str]]:
-    """Return one row per run of a store: what it is, how far it is, and what it reached; and a sentence for each fault.
+    """Return one row per run of a store: composition, state and accuracies; and a sentence for each fault.
 
-    A run that is damaged has a row without what cannot be read of it.
+    A damaged run has a row with the columns that can be read.
     """
     columns = ["run", "dataset", "model", "composition", "held_out", "seed", "state", "measurements"]
     columns += ["validation", "test", "target"]
@@ -278,7 +278,7 @@ def overview(store: RunStore) -> tuple[pd.DataFrame, list[str]]:
 
 
 def _describe(folder: Path, row: dict[str, Any]) -> None:
-    """Add to a row what a run is, as far as it can be read."""
+    """Add the columns of a run to a row, as far as they can be read."""
     run = Run.read(folder)
     row["lends"] = run.lends
     row |= {"dataset": run.spec.dataset, "model": run.spec.model, "composition": run.spec.label}
@@ -302,7 +302,7 @@ def gains(accuracies: pd.DataFrame, baseline: str) -> pd.DataFrame:
     """Return each method's accuracy on the held-out domain less a baseline's, as one family of tests.
 
     Args:
-        accuracies: as `accuracies` returns them; rows by training-domain validation count.
+        accuracies: as `accuracies` returns them; only rows by training-domain validation are used.
         baseline: the method that is subtracted, paired by held-out domain and seed.
     """
     chosen = accuracies[accuracies["selection"] == "training-domain"].rename(columns={"target": "value"})
@@ -313,10 +313,10 @@ def gains(accuracies: pd.DataFrame, baseline: str) -> pd.DataFrame:
 def reached(accuracies: pd.DataFrame, gains: pd.DataFrame) -> pd.DataFrame:
     """Return one row per method: mean accuracies, and that on the held-out domain less a baseline's.
 
-    On the source domains it is that of the images that select nothing, where all runs keep such.
+    On the source domains it is that of the test split, if all runs have one.
 
     Args:
-        accuracies: as `accuracies` returns them; rows by training-domain validation count.
+        accuracies: as `accuracies` returns them; only rows by training-domain validation are used.
         gains: as `gains` returns them.
     """
     chosen = accuracies[accuracies["selection"] == "training-domain"]

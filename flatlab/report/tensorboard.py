@@ -10,21 +10,17 @@ from flatlab.store.runs import Run
 
 
 def needed() -> None:
-    """Refuse where TensorBoard is not installed.
-
-    Raises:
-        UserError: names the extra.
-    """
+    """Refuse if TensorBoard is not installed; the error names the extra."""
     if find_spec("tensorboard") is None:
         raise UserError("--tensorboard needs a package that is not installed: pip install 'flatlab[tensorboard]'.")
 
 
 def write(run: Run, folder: Path) -> Path:
-    """Write the scalars of a run's log below a folder, which is rewritten each time; returns the run's own folder.
+    """Write the scalars of a run's log to the run's own folder below another, replacing earlier ones; return it.
 
     Args:
         run: trained, at least in part.
-        folder: as `tensorboard --logdir` takes it.
+        folder: for `tensorboard --logdir`.
     """
     needed()
     from tensorboard.compat.proto.event_pb2 import Event

@@ -1,18 +1,18 @@
-"""What SWAD averaged, in words: where its valley lies, or that none began. Torch-free."""
+"""SWAD's valley as a sentence: its first and last step, or that none began. Torch-free."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from flatlab.store.runs import Run
 
-NONE = {  # rule -> what is handed over where no valley begins
+NONE = {  # rule -> what SWAD returns if no valley begins
     "paper": "the mean of all iterates (Algorithm 1)",
-    "released": "the mean of the last segment alone (as the released code does)",
+    "released": "the mean of only the last segment (as the released code does)",
 }
 
 
 def sentence(valley: Mapping[str, Any], rule: str = "paper") -> str:
-    """Say where a valley lies, or what is averaged where none began.
+    """Return a sentence on where a valley lies, or on what is averaged if none began.
 
     Args:
         valley: start, end, threshold, dead and span, as `train.swad` notes them.
@@ -20,7 +20,7 @@ def sentence(valley: Mapping[str, Any], rule: str = "paper") -> str:
     """
     first, last = valley["span"]
     if valley["start"] is None:
-        return f"no valley began: {NONE[rule]}, steps {first} to {last}, is handed over."
+        return f"no valley began: {NONE[rule]}, steps {first} to {last}, is returned."
     end = "before the end of training" if valley["dead"] else "at the end of training"
     return (
         f"the valley begins at step {valley['start']} and ends at step {valley['end']}, {end}; the threshold is "
@@ -29,16 +29,16 @@ def sentence(valley: Mapping[str, Any], rule: str = "paper") -> str:
 
 
 def of(run: Run) -> dict[str, Any]:
-    """Return what a finished run's log says of its valley; empty where it is not SWAD's."""
+    """Return the valley in a finished run's log; empty if the run is not SWAD's."""
     found: dict[str, Any] = next((row["valley"] for row in run.rows() if "valley" in row), {})
     return found
 
 
 def remarks(runs: Iterable[Run]) -> list[str]:
-    """Say in how many SWAD runs no valley began, and in which; nothing where one began in each.
+    """Return a sentence on the SWAD runs in which no valley began; none if one began in each.
 
     Args:
-        runs: finished; those of other averages are passed over.
+        runs: finished; those of other averages are skipped.
     """
     mine = {run.spec.digest: run for run in runs if run.spec.average.kind == "swad" and not run.spec.members}
     without = [run for run in mine.values() if (found := of(run)) and found["start"] is None]
@@ -46,4 +46,4 @@ def remarks(runs: Iterable[Run]) -> list[str]:
         return []
     named = "; ".join(f"{run.spec.label}, {run.spec.held_out}, seed {run.spec.seed}" for run in without)
     over = " and ".join(NONE[rule] for rule in sorted({run.spec.average.rule for run in without}))
-    return [f"SWAD: no valley began in {len(without)} of {len(mine)} runs ({named}); they hand over {over}."]
+    return [f"SWAD: no valley began in {len(without)} of {len(mine)} runs ({named}); they return {over}."]

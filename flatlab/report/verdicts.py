@@ -1,7 +1,7 @@
 """From tests to sentences, by one rule for every page: a verdict is a p-value below 5 % after Holm within its family.
 
 A finding is a row with `method`, `baseline`, `value` (their difference), `low`, `high` and `p`, those of this test
-alone. `corrected` adds the family and the verdict, `sentences` and `statement` say it. Torch-free.
+alone. `corrected` adds the family and the verdict, `sentences` and `statement` put it into words. Torch-free.
 """
 
 from collections.abc import Iterable, Sequence
@@ -47,7 +47,7 @@ def cells(findings: pd.DataFrame, *, digits: int | Sequence[int] = 3) -> list[st
 
     Args:
         findings: as `corrected` returns them.
-        digits: behind the point, of all values or of each.
+        digits: decimals of all values, or of each.
     """
     rows = findings[["p_holm", "value", "low", "high"]].itertuples(index=False)
     places = [digits] * len(findings) if isinstance(digits, int) else digits
@@ -55,7 +55,7 @@ def cells(findings: pd.DataFrame, *, digits: int | Sequence[int] = 3) -> list[st
 
 
 def digits_of(titles: Iterable[str]) -> list[int]:
-    """Return how many digits behind the point values have by the unit in their titles: 3 of nats, 2 of points."""
+    """Return the number of decimals of values by the unit in their titles: 3 for nats, 2 for points."""
     return [3 if title.endswith("(nats)") else 2 for title in titles]
 
 
@@ -71,10 +71,10 @@ def sentences(
 
     Args:
         findings: as `corrected` returns them; where a family tests a pair at several places, `at` names these.
-        words: what a method with a lower value is, and with a higher one.
+        words: for a method with a lower value, and with a higher one.
         unit: of the values.
-        digits: of the values, behind the point.
-        place: what precedes the names in `at`.
+        digits: decimals of the values.
+        place: word before the names in `at`.
     """
     lines = []
     for family, rows in findings.groupby("family", sort=False):
@@ -108,12 +108,12 @@ def _clauses(tests: pd.DataFrame, words: tuple[str, str], form: tuple[str, int, 
 
 
 def statement(findings: pd.DataFrame, *, name: str = "Tests", test: str = "paired t tests over seeds") -> str:
-    """Return what was tested, how it was corrected, and what chance alone would give.
+    """Return a sentence on the tests, their correction, and the number of false verdicts to expect by chance.
 
     Args:
         findings: as `corrected` returns them.
-        name: what the tests are called, where a page has several kinds.
-        test: of which kind they are.
+        name: of the tests, if a page has several kinds.
+        test: the kind of test.
     """
     tests = findings[findings["verdict"] != UNREAD]
     if tests.empty:

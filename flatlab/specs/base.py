@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, Valid
 
 from flatlab.errors import UserError
 
-LARGEST_INT = 10**9  # of counts and steps: more is a slip of the keyboard
+LARGEST_INT = 10**9  # of counts and steps: a larger number is a typing error
 LARGEST_SEED = 2**31 - 1
 
 

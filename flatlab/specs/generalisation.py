@@ -13,7 +13,7 @@ SEVERITIES = 5
 class GeneralisationSpec(MeasurementSpec):
     """PAC-Bayes' sigma, adaptive sharpness, distance, margin and rounding penalty of a run on its source domains.
 
-    And its accuracy on corrupted images of the source domains that were neither trained on nor selected on.
+    Also its accuracy on corrupted images of the source domains, those used neither for training nor for selection.
     """
 
     metric: Literal["generalisation"] = "generalisation"
@@ -30,6 +30,6 @@ class GeneralisationSpec(MeasurementSpec):
         Args:
             sizes: number of images of each domain.
         """
-        looks = 2 * 12 * self.num_samples + 4 * self.ascent + PRODUCT * self.products
+        of_each = 2 * 12 * self.num_samples + 4 * self.ascent + PRODUCT * self.products
         corrupted = 0.2 * sum(sizes.values()) * SEVERITIES * len(self.corruptions)
-        return float(self.count(sizes) * (len(sizes) - 1) / len(sizes) * looks + corrupted)
+        return float(self.count(sizes) * (len(sizes) - 1) / len(sizes) * of_each + corrupted)

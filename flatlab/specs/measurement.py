@@ -14,7 +14,7 @@ Sizes = Mapping[str, int]  # images of each domain
 
 
 def _name_and_severity(corruption: str | None) -> str | None:
-    """Return a corruption in its one spelling; whether its name is known depends on the images."""
+    """Return the canonical spelling of a corruption; which names are known depends on the size of the images."""
     if corruption is None:
         return None
     name, _, severity = corruption.strip().lower().replace("-", "_").partition(":")

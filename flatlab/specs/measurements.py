@@ -70,7 +70,7 @@ class SurfaceSpec(MeasurementSpec):
         Args:
             sizes: number of images of each domain.
         """
-        return _looked_at(self, sizes, self.recompute) * self.grid**2
+        return _images_per_point(self, sizes, self.recompute) * self.grid**2
 
 
 class ConnectionSpec(MeasurementSpec):
@@ -88,10 +88,10 @@ class ConnectionSpec(MeasurementSpec):
         Args:
             sizes: number of images of each domain.
         """
-        return _looked_at(self, sizes, 2 * (self.recompute or 0)) * self.grid
+        return _images_per_point(self, sizes, 2 * (self.recompute or 0)) * self.grid
 
 
-def _looked_at(spec: MeasurementSpec, sizes: Sizes, recompute: int | None) -> float:
+def _images_per_point(spec: MeasurementSpec, sizes: Sizes, recompute: int | None) -> float:
     """Return the number of images per point: those evaluated, and those of the source domains for statistics."""
     return float(spec.count(sizes) + (recompute or 0) * (len(sizes) - 1))
 
@@ -294,7 +294,7 @@ class _OfWeights(MeasurementSpec):
 
 
 class QuantizationNoiseSpec(_OfWeights):
-    """Quantization noise of each layer of a quantized run: uniform, symmetric (QT-DoG section 3.2, App. L)?"""
+    """Uniformity and symmetry of the quantization noise of each layer of a quantized run (QT-DoG sec. 3.2, App. L)."""
 
     metric: Literal["quantization_noise"] = "quantization_noise"
     bins: int = Field(100, ge=2)  # of the histograms; the paper gives none

@@ -49,8 +49,8 @@ METHODS = {
         quantizer="lsq", frozen=True, note="control: what QT-DoG's released code (e9d55eb) trains, only norms and head"
     ),
     "noise": Method(noise="fresh", note="control: uniform noise of the quantizer's norm in each step's gradient"),
-    "noise-kept": Method(noise="kept", note="control: such noise added at each step and kept, of that norm in all"),
-    "CORAL": Method(objective="coral", note="correlation alignment: domains' feature means and covariances agree"),
+    "noise-kept": Method(noise="kept", note="control: noise added at each step and not removed; the sum has that norm"),
+    "CORAL": Method(objective="coral", note="correlation alignment of the domains' feature means and covariances"),
     "CORAL+QT-DoG": Method(objective="coral", quantizer="lsq", note="CORAL, quantized as QT-DoG"),
     "MixStyle": Method(mixing="mixstyle", note="feature statistics mixed between images, in training"),
     "MixStyle+QT-DoG": Method(mixing="mixstyle", quantizer="lsq", note="MixStyle, quantized as QT-DoG"),
@@ -61,12 +61,12 @@ METHODS = {
     "GAQAT": Method(
         step="gaqat",
         quantizer="lsq-both",
-        note="GAQAT (our reading of arXiv 2412.05551): LSQ+SAGM, no task gradient to steady step sizes",
+        note="GAQAT (our reading of arXiv 2412.05551): LSQ+SAGM, step sizes of low disorder get no task gradient",
     ),
     "FQAT": Method(
         step="fqat",
         quantizer="lsq-both",
-        note="FQAT (our reading of arXiv 2509.00859): LSQ+SAGM, no task gradient to unsteady layers",
+        note="FQAT (our reading of arXiv 2509.00859): LSQ+SAGM, layers of high disorder get no task gradient",
     ),
     "ERM-ensemble": Method(members=6, note="ERM networks of several seeds, logits averaged"),
     "EoA": Method(average="sma", members=6, note="ensemble of averages: SMA networks"),
@@ -78,8 +78,8 @@ RELEASED = (
     "release-parity trains what QT-DoG's released code does (saqibjaved1/QT-DoG on GitHub, commit e9d55eb): after "
     "the switch neither convolutions nor step sizes, since its optimizer holds neither. Whether the paper's "
     "numbers come from that code is not known. Not modelled: with torch before 2.0 Adam's momentum goes on moving "
-    "the convolutions for some hundred steps after the switch. Two more of its habits are options: it selects "
-    "among the checkpoints before the switch, too (--select all), and it averages by SWAD (--average swad "
+    "the convolutions for some hundred steps after the switch. Two more differences from the paper are options: it "
+    "also selects among the checkpoints before the switch (--select all), and it averages by SWAD (--average swad "
     "--swad-rule released)."
 )
 
@@ -97,7 +97,8 @@ def method(name: str) -> tuple[str, Method]:
     return proper, METHODS[proper]
 
 
-PARTS = ("objective", "mixing", "step", "average", "quantizer", "combine")  # that an option exchanges
+PARTS = ("objective", "mixing", "step", "average", "quantizer", "combine")  # that an option replaces
+OWN = {"held_out", "seed", "trial_seed", "switch", "members"}  # fields of a run that `compose` determines
 KNOWN: dict[str, tuple[str, ...]] = {part: get_args(get_type_hints(Method)[part]) for part in PARTS}
 
 
@@ -107,7 +108,7 @@ def vary(parts: Method, changes: Mapping[str, str]) -> Method:
 
 
 def compose(parts: Method, setting: Setting, *, held_out: str, seed: int, trial_seed: int) -> RunSpec:
-    """Return the run of a composition in a setting; the members of an ensemble have consecutive seeds from these on."""
+    """Return the run of a composition in a setting; the members of an ensemble have consecutive seeds from these."""
     if parts.members:
         alone = replace(parts, members=0)
         members = [
@@ -115,19 +116,8 @@ def compose(parts: Method, setting: Setting, *, held_out: str, seed: int, trial_
             for i in range(setting.members or parts.members)
         ]
         return members[0].replace(members=tuple(members), combine=parts.combine)
-    data = {
-        "dataset",
-        "image_size",
-        "model",
-        "weights",
-        "freeze_batchnorm",
-        "augment",
-        "precision",
-        "test_share",
-        "target_logged",
-    }
     return RunSpec.make(
-        **setting.model_dump(include={*data, "steps", "eval_every", "batch_size", "lr", "weight_decay"}),
+        **setting.model_dump(include={*RunSpec.model_fields} - OWN),
         held_out=held_out,
         seed=seed,
         trial_seed=trial_seed,
@@ -143,7 +133,7 @@ def compose(parts: Method, setting: Setting, *, held_out: str, seed: int, trial_
 
 
 def switch_of(parts: Method, setting: Setting) -> int | None:
-    """Return the step at which a composition's training changes: with both quantized the first, unless one is given."""
+    """Return the step at which training changes: that of the setting, by default 0 for `lsq-both`; None without one."""
     if not parts.switched:
         return None
     return 0 if parts.quantizer == "lsq-both" and setting.switch is None else setting.switch_step

@@ -1,9 +1,9 @@
 """Radii chosen by rise: the distances around reference runs at which the loss has risen by given amounts (nats)."""
 
 from collections.abc import Collection
-from typing import Literal, Self
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field
 
 from flatlab.specs.base import Spec
 from flatlab.specs.measurement import MeasurementSpec, Sizes
@@ -13,9 +13,13 @@ Normalisation = Literal["none", "filter", "layer", "parameter"]
 REACHING = 20_000  # maximum images forwarded to find the radii of one run (metrics/flatness/pilot.py)
 
 
-def _check(numbers: tuple[float, ...], name: str = "rises") -> None:
+def _ascending(numbers: tuple[float, ...]) -> tuple[float, ...]:
     if not numbers or list(numbers) != sorted(set(numbers)) or numbers[0] <= 0:
-        raise ValueError(f"The {name} must be one or more numbers > 0 in increasing order, got {numbers}")
+        raise ValueError("must be one or more numbers > 0 in increasing order")
+    return numbers
+
+
+Ascending = Annotated[tuple[float, ...], AfterValidator(_ascending)]
 
 
 class ByRise(Spec):
@@ -25,32 +29,22 @@ class ByRise(Spec):
     not part of a measurement's digest.
     """
 
-    rises: tuple[float, ...]  # nats
+    rises: Ascending  # nats
     references: tuple[str, ...] = Field(min_length=1)  # digests of runs
-
-    @model_validator(mode="after")
-    def _ascending(self) -> Self:
-        _check(self.rises)
-        return self
 
 
 class ReachSpec(MeasurementSpec):
     """The radii at which the loss of a run rises by given amounts on its source domains: a pilot, without intervals."""
 
     metric: Literal["reach"] = "reach"
-    rises: tuple[float, ...]
+    rises: Ascending
     normalisation: Normalisation = "none"
-
-    @model_validator(mode="after")
-    def _ascending(self) -> Self:
-        _check(self.rises)
-        return self
 
     def passes(self, sizes: Sizes) -> float:
         """Return the maximum number of images forwarded.
 
         Args:
-            sizes: images of each domain.
+            sizes: number of images of each domain.
         """
         return float(min(REACHING, 100 * self.count(sizes)))
 
@@ -61,13 +55,8 @@ class ByNoise(Spec):
     A run that is not quantized has that of rounding to `bits`, with the step sizes that LSQ would begin with.
     """
 
-    multiples: tuple[float, ...] = Field(min_length=1)
+    multiples: Ascending
     bits: Bits | None = None  # None: the run's own quantizer
-
-    @model_validator(mode="after")
-    def _ascending(self) -> Self:
-        _check(self.multiples, "multiples")
-        return self
 
 
 Radii = tuple[float, ...] | Literal["auto"] | ByRise | ByNoise

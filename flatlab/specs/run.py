@@ -19,7 +19,7 @@ class FreezeSpec(Spec):
     """Which step sizes get no task gradient in a step of SAGM, by the disorder of their gradients.
 
     Disorder is the share of steps in which a gradient's sign differs from its last one (of `between`: in which the
-    task gradient's differs from that of the perturbed loss); zeros are passed over.
+    task gradient's differs from that of the perturbed loss); zeros are skipped.
 
     The defaults are those of "GAQAT (our reading)" (arXiv 2412.05551), whose text could not be read. FOUND (abstract):
     task and perturbed loss give step sizes conflicting gradients, a metric of disorder, selective freezing. REVIEW
@@ -34,12 +34,12 @@ class FreezeSpec(Spec):
     top: float | None = Field(None, ge=0, le=1)  # instead of a threshold: the share of units that is frozen
     trigger: Literal["task", "smooth", "between"] = "task"
     gradient: Literal["task", "smooth", "both"] = "task"  # that frozen units do not get
-    unit: Literal["scale", "channel", "layer"] = "scale"  # that a decision is about
-    when: Literal["window", "step"] = "window"  # each K steps over these; or at each, over a mean that forgets 1/K
+    unit: Literal["scale", "channel", "layer"] = "scale"  # frozen together
+    when: Literal["window", "step"] = "window"  # each K steps, over these; or each step, over a mean of decay 1 - 1/K
     what: Literal["steps", "weights", "layer"] = "steps"  # frozen: step sizes, latent weights, or both
-    forever: bool = False  # what is frozen stays so
-    alternate: bool = False  # no decision: task and smooth gradient in turn, K steps each
-    rescale: bool = False  # the gradient that is left counts whole, not half
+    forever: bool = False  # frozen units are not released
+    alternate: bool = False  # no decision: task and smooth gradient alternate, K steps each
+    rescale: bool = False  # the remaining gradient has weight 1, not 1/2
 
     @model_validator(mode="after")
     def _whole_layers(self) -> Self:
@@ -49,7 +49,7 @@ class FreezeSpec(Spec):
 
 
 # "FQAT (our reading)" (arXiv 2509.00859): FOUND (abstract): layers are frozen, decided at each training step, by a
-# disorder that identifies unstable ones. INFERRED: the mean that forgets, the threshold 0.45, that high is unstable.
+# disorder that identifies unstable ones. INFERRED: the decaying mean, the threshold 0.45, that high is unstable.
 FREEZING: dict[str, dict[str, Any]] = {
     "gaqat": {},
     "fqat": {"unit": "layer", "when": "step", "direction": "high", "threshold": 0.45},

@@ -35,7 +35,7 @@ class Setting(LSQOptions):
         ge=0,
         le=0.9,
         description="Share of each source domain that is used neither for training nor for selection, but for "
-        "in-domain test accuracy; with 0, that accuracy is of the images that select.",
+        "in-domain test accuracy; with 0, the images of selection give that accuracy.",
     )
     target_logged: bool = True  # False: for tuning, nothing is computed on the held-out domain
     steps: int = Field(ge=1, le=LARGEST_INT, description="Number of training updates.")
@@ -71,7 +71,7 @@ class Setting(LSQOptions):
         0.05, ge=0, le=1e30, description="Radius of SAM's ascent step, absolute L2."
     )
     sagm_alpha: float = Field(
-        1e-3, ge=0, le=1e30, description="Share of the gradient that SAGM takes off its ascent step."
+        1e-3, ge=0, le=1e30, description="Share of the gradient that SAGM subtracts from its ascent step."
     )
     perturb: Literal["weights", "all"] = Field(
         "weights",
@@ -82,7 +82,7 @@ class Setting(LSQOptions):
         None,
         ge=1,
         le=LARGEST_INT,
-        description="Steps over which GAQAT and FQAT take the disorder of gradients; if not given, 6 % of the steps.",
+        description="Steps over which the disorder of gradients is computed; if not given, 6 % of all steps.",
     )
     freeze_share: float = 0.06
     freeze_threshold: float | None = Field(
@@ -92,7 +92,7 @@ class Setting(LSQOptions):
         None, description="Freeze where the disorder is low (GAQAT) or high (FQAT)."
     )
     freeze_top: float | None = Field(
-        None, ge=0, le=1, description="Share of units that is frozen, those of the most extreme disorder."
+        None, ge=0, le=1, description="Share of units that is frozen, instead of a threshold."
     )
     freeze_trigger: Literal["task", "smooth", "between"] | None = Field(
         None, description="Gradient whose disorder decides: task (the default), smooth, or between the two."
@@ -111,9 +111,9 @@ class Setting(LSQOptions):
     )
     freeze_forever: bool = Field(False, description="Never release what GAQAT or FQAT froze.")
     freeze_alternate: bool = Field(
-        False, description="Instead of GAQAT's decisions, take task and smooth gradient of step sizes in turn."
+        False, description="Instead of GAQAT's decisions, alternate task and smooth gradient of step sizes."
     )
-    freeze_rescale: bool = Field(False, description="Count the gradient that is left whole where the other is frozen.")
+    freeze_rescale: bool = Field(False, description="Give the gradient that is not frozen the weight 1, not 1/2.")
     swa_every: int = Field(100, ge=1)
     swad_every: int = Field(100, ge=1, le=LARGEST_INT, description="Steps between two validations of SWAD.")
     swad_ratio: float = 0.3
@@ -147,7 +147,7 @@ class Setting(LSQOptions):
 
     @property
     def words(self) -> str:
-        """Data, network and seeds, as text for a title; but for digits also image size and steps."""
+        """Data, network and seeds, as text for a title; for data other than digits also image size and steps."""
         units = {one.dataset: "word pieces" if _suiting(one.dataset) is TEXT else "pixels" for one in self.each}
         size = {one.dataset: f" at {one.image_size} {units[one.dataset]}, {one.steps:,} steps" for one in self.each}
         data = ", ".join(f"{one.dataset}, {one.model}{size[one.dataset] * (one.image_size > 16)}" for one in self.each)
@@ -236,7 +236,7 @@ PAPER = Setting(
     lr=5e-5,
 )
 
-TEXT = QUICK.replace(  # not a setting by name: what `for_data` takes for sentences
+TEXT = QUICK.replace(  # not selectable by name: `for_data` uses it for sentences
     dataset="sentences",
     domains=("amazon", "movie", "nyt", "tweets"),
     held_out=("amazon", "movie", "nyt", "tweets"),
@@ -254,8 +254,6 @@ def papers_radii(one: Setting | RunSpec) -> tuple[float, ...] | None:
 
 
 SETTINGS = {setting.name: setting for setting in (SMOKE, QUICK, PAPER)}
-
-
 BY_DATASET: dict[str, dict[str, Any]] = {  # exceptions of SWAD and QT-DoG from their default settings
     "VLCS": {"swad_every": 50, "swad_ratio": 0.2},
     "DomainNet": {"steps": 15000, "eval_every": 1000, "switch": 8000, "swad_every": 500},
@@ -289,7 +287,7 @@ def for_data(chosen: Setting, dataset: str, *, model: str | None = None, weights
 
 
 def _suiting(dataset: str) -> Setting:
-    """Return the setting that is made for data of this kind."""
+    """Return the setting whose network and learning rates suit data of this kind."""
     kind = dataset.partition(":")[0]
     return QUICK if dataset == QUICK.dataset else TEXT if kind in (TEXT.dataset, "folder-text") else PAPER
 

@@ -1,4 +1,4 @@
-"""The disk of a store: whether a lock that one node holds is seen by the others."""
+"""The file system of a store: whether all nodes see its locks."""
 
 import re
 from pathlib import Path
@@ -14,13 +14,13 @@ NODE_LOCAL = (  # file system, mount option (an empty pattern: any), and the rem
 
 
 def require_shared_locks(root: Path) -> None:
-    """Refuse a store whose disk keeps `flock` within a node: two nodes would hold one lock.
+    """Refuse a store whose file system keeps `flock` within a node: two nodes would hold one lock.
 
     Args:
         root: folder of the store.
 
     Raises:
-        UserError: names the file system, its option and the remedy.
+        UserError: states the file system, its option and the remedy.
     """
     if not MOUNTS.exists():
         return
@@ -35,7 +35,7 @@ def require_shared_locks(root: Path) -> None:
 
 
 def _mount(path: Path, table: str) -> tuple[str, list[str]]:
-    """Return the file system that a path lies on and its options; the last mount over a folder hides those before."""
+    """Return the file system of a path and its options; the last mount at a folder hides earlier ones."""
     best: tuple[int, str, list[str]] = (-1, "", [])
     for line in table.splitlines():
         left, _, right = line.partition(" - ")

@@ -171,7 +171,7 @@ class Run(Entry):
             label: what the user calls the run, if not by its composition.
 
         Raises:
-            UserError: where it is not measured yet.
+            UserError: if it is not measured yet.
         """
         measurement = self.measurement(spec)
         if not measurement.done:

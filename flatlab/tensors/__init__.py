@@ -1,1 +1,1 @@
-"""Torch without a landscape: flat vectors, nested batches, memory, derivatives, losses."""
+"""Torch without a landscape: flat vectors, nested batches, memory, losses, BatchNorm statistics."""

@@ -16,7 +16,7 @@ class Statistics:
 
     Args:
         model: in eval mode; a private copy, whose weights may change between calls of `renew`.
-        data: batches, as of training; None keeps the statistics.
+        data: training batches; None keeps the statistics.
 
     Raises:
         UserError: if there is no BatchNorm with running statistics, or no sample.
@@ -33,7 +33,7 @@ class Statistics:
         self.batches: Sequence[Batch] = [] if data is None else read("recompute", data, device)
 
     def renew(self) -> None:
-        """Compute the statistics at the present weights."""
+        """Compute the statistics at the current weights."""
         if not self.batches:
             return
         try:
@@ -49,7 +49,7 @@ def recompute(model: nn.Module, layers: Sequence[Any], batches: Iterable[tuple[A
     Args:
         model: the model.
         layers: its BatchNorm layers.
-        batches: inputs, and how many images they are.
+        batches: inputs, and their number of images.
     """
     seen, momenta = 0, [layer.momentum for layer in layers]
     for layer in layers:
@@ -59,7 +59,7 @@ def recompute(model: nn.Module, layers: Sequence[Any], batches: Iterable[tuple[A
         for inputs, size in batches:
             seen += size
             for layer in layers:
-                layer.momentum = size / seen  # the mean over images, however they are cut
+                layer.momentum = size / seen  # the mean over images, for batches of any sizes
             call(model, inputs)
     finally:
         for layer, momentum in zip(layers, momenta, strict=True):

@@ -1,4 +1,4 @@
-"""How a model is called with a batch's inputs, and which of its outputs belong to the samples."""
+"""How a model is called with a batch's inputs, and which of its outputs have a sample axis."""
 
 from collections.abc import Callable, Mapping
 from inspect import Parameter, signature
@@ -10,7 +10,7 @@ from flatlab.tensors.structures import leaves, mapped
 
 
 def innermost(model: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the module as it was written, inside of what torch.compile and data parallelism wrap around it."""
+    """Return the module inside the wrappers of torch.compile and of data parallelism."""
     while True:
         if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
             model = model.module
@@ -21,7 +21,7 @@ def innermost(model: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def call(model: Callable[..., Any], inputs: Any) -> Any:
-    """Return the outputs of a model that belong to the samples.
+    """Return the outputs of a model that have a sample axis.
 
     A dictionary whose keys are arguments of ``forward`` is passed by keywords, a tuple to a ``forward`` that needs
     several arguments one by one; all else is one argument.
@@ -36,7 +36,7 @@ def call(model: Callable[..., Any], inputs: Any) -> Any:
 
 
 def unknown(model: Callable[..., Any], inputs: Mapping[Any, Any]) -> list[str]:
-    """Return why a mapping cannot be passed by keywords: keys without argument, and required arguments without key."""
+    """Return the names that prevent passing a mapping by keywords: unknown keys, and missing required arguments."""
     known = _arguments(model)
     anything = any(each.kind is Parameter.VAR_KEYWORD for each in known.values())
     named = {name for name, each in known.items() if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)}
@@ -45,7 +45,7 @@ def unknown(model: Callable[..., Any], inputs: Mapping[Any, Any]) -> list[str]:
 
 
 def of_samples(outputs: Any) -> Any:
-    """Return outputs without what has no sample axis: the mean loss that a model computes itself, caches of keys."""
+    """Return outputs without those that have no sample axis: the mean loss that a model computes, caches of keys."""
     if isinstance(outputs, Tensor) or not any(_has_samples(leaf) for leaf in leaves(outputs)):
         return outputs
     return mapped(lambda leaf: leaf if _has_samples(leaf) else None, outputs)

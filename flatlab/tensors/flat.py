@@ -1,4 +1,4 @@
-"""Which parameters of a model, and how they lie in one flat vector."""
+"""The parameters of a model that vary, and their flat vector."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -18,8 +18,8 @@ def select(model: nn.Module, pattern: str | Iterable[str] | None = None) -> dict
 
     Args:
         model: any module.
-        pattern: shell patterns over parameter names, such as ``"layer4.*"``; a tied parameter answers to each of
-            its names. ``None`` takes all.
+        pattern: shell patterns over parameter names, such as ``"layer4.*"``; a tied parameter matches by any of
+            its names. ``None`` selects all.
 
     Raises:
         UserError: if nothing requires a gradient, or a pattern matches nothing.
@@ -35,7 +35,7 @@ def select(model: nn.Module, pattern: str | Iterable[str] | None = None) -> dict
     patterns = ["*"] if pattern is None else [pattern] if isinstance(pattern, str) else list(pattern)
     for each in patterns:
         if not any(_matches(name, each) for name, _ in named):
-            raise UserError(f"No trainable parameter matches {each!r}; there are {_some(n for n, _ in named)}.")
+            raise UserError(f"No trainable parameter matches {each!r}; available: {_some([n for n, _ in named])}.")
     chosen: dict[int, tuple[str, nn.Parameter]] = {}
     for name, parameter in named:
         if any(_matches(name, each) for each in patterns):
@@ -66,9 +66,10 @@ def split_like(vector: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def scales_of(tensors: Sequence[Tensor]) -> Tensor:
-    """Return for each entry (P,) the size of its tensor, the root mean square; of all, where the tensor is zero.
+    """Return for each entry (P,) the root mean square of its tensor; that of all tensors if its tensor is zero.
 
-    Steps in these units mean alike to a layer of small weights and to one of large ones; where all are zero they are 1.
+    Steps in these units have the same relative size in layers of small and of large weights. If all are zero, the
+    scales are 1.
     """
     sizes = [float(tensor.detach().double().square().mean().sqrt()) if tensor.numel() else 0.0 for tensor in tensors]
     counts = [tensor.numel() for tensor in tensors]
@@ -78,7 +79,7 @@ def scales_of(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def refuse_overlap(found: Tensor, written: Tensor) -> None:
-    """Refuse parameters that do not hold what was written to them."""
+    """Refuse parameters whose values differ from those written to them."""
     if not torch.equal(found, written):
         raise UserError(
             "Two parameters share memory without being one parameter, so they cannot vary freely:"
@@ -87,10 +88,9 @@ def refuse_overlap(found: Tensor, written: Tensor) -> None:
 
 
 def _matches(name: str, pattern: str) -> bool:
-    """Say whether a pattern matches a name, as it is or without what torch.compile and data parallelism add to it."""
+    """Whether a pattern matches a name, with or without the prefixes of torch.compile and data parallelism."""
     return fnmatchcase(name, pattern) or fnmatchcase(WRAPPED.sub("", name), pattern)
 
 
-def _some(names: Iterable[str], most: int = 8) -> str:
-    listed = list(names)
-    return ", ".join(listed[:most]) + (f" and {len(listed) - most} more" if len(listed) > most else "")
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

@@ -1,4 +1,4 @@
-"""Sums of a loss over a batch, whatever form the loss function gives it."""
+"""Sums of a loss over a batch, for each form of loss function."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -25,7 +25,7 @@ def total(loss: Metric, outputs: Any, batch: Batch) -> Tensor:
         batch: whose targets they are compared with.
 
     Raises:
-        UserError: where the loss gives none of these.
+        UserError: if the loss returns none of these.
     """
     value = loss(outputs, batch.targets)
     if isinstance(value, Tensor) and value.ndim == 0:
@@ -42,7 +42,7 @@ def total(loss: Metric, outputs: Any, batch: Batch) -> Tensor:
 
 
 def weight(loss: Metric, outputs: Any, batch: Batch) -> Tensor | None:
-    """Return what the samples of a batch weigh together; None where a loss weighs all alike."""
+    """Return the sum of the weights of a batch's samples; None if the loss weighs all samples equally."""
     value = loss(outputs, batch.targets)
     if not _is_pair(value):
         return None
@@ -66,19 +66,19 @@ def totals(metrics: Sequence[Metric], outputs: Any, batch: Batch) -> Tensor:
 
 
 def total_and_hits(loss: Metric, outputs: Any, batch: Batch) -> Tensor:
-    """Return the sum of the losses, and how many samples are classified right; NaN where there are no classes."""
+    """Return the sum of the losses, and the number of correctly classified samples; NaN if there are no classes."""
     summed = total(loss, outputs, batch)
     hits = outputs.argmax(1) == batch.targets if names_classes(outputs, batch) else summed.new_tensor(math.nan)
     return torch.stack([summed, hits.sum(dtype=summed.dtype)])
 
 
 def wide(tensor: Tensor) -> torch.dtype:
-    """Return the dtype of sums: float64 where the device has it."""
+    """Return the dtype of sums: float64 if the device has it."""
     return torch.float32 if tensor.device.type == "mps" else torch.float64
 
 
 def names_classes(outputs: Any, batch: Batch) -> bool:
-    """Say whether outputs (n, C) score classes that targets (n,) name, so that there is an accuracy."""
+    """Whether outputs (n, C) are scores of the classes in targets (n,), so that an accuracy is defined."""
     scores = isinstance(outputs, Tensor) and outputs.is_floating_point() and outputs.ndim == 2
     names = isinstance(batch.targets, Tensor) and batch.targets.dtype in CLASSES
     return scores and names and outputs.shape[1] > 1 and batch.targets.shape == (batch.size,)

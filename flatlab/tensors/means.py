@@ -13,14 +13,14 @@ Saved = tuple[dict[str, Tensor], dict[str, Any]]  # tensors and JSON facts, for 
 
 @dataclass
 class Mean:
-    """The running mean of weights; integer entries follow the last."""
+    """The running mean of weights; integer entries are those of the last set."""
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     count: int = 0
 
     @torch.no_grad()
     def add(self, weights: Weights, count: int = 1) -> None:
-        """Take one more set of weights into the mean, or the mean of `count` sets."""
+        """Add one set of weights, or the mean of `count` sets."""
         self.count += count
         for name, value in weights.items():
             if self.count == count or not value.is_floating_point():

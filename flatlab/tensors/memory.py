@@ -15,23 +15,23 @@ LOG = logging.getLogger("flatlab")
 
 
 class SplitOnOOM:
-    """A model whose batches are cut where they do not fit; samples may not mix in it.
+    """A model whose batches are cut if they do not fit; its samples must be independent of each other.
 
     Args:
-        model: from a nest of inputs to one of outputs, samples along dimension 0 of each tensor; values come of it,
-            without a graph, also where it needs one itself (`torch.autograd.grad` in its forward pass).
+        model: from a nest of inputs to one of outputs, samples along dimension 0 of each tensor. The outputs have no
+            graph, even if the forward pass needs one itself (`torch.autograd.grad`).
     """
 
     def __init__(self, model: Callable[[Any], Any]) -> None:
         self.model = model
-        self.fits: int | None = None  # samples at a time; None: whatever comes
+        self.fits: int | None = None  # samples at a time; None: no limit
         self.differentiates = False  # whether the model needs a graph in its own forward pass
 
     def __call__(self, inputs: Any) -> Any:
         """Return the outputs of all samples."""
         leaves = tensors(inputs)
         size = len(leaves[0]) if leaves and leaves[0].ndim else 0
-        if self.fits and size > (step := self.fits):  # which a piece may make smaller
+        if self.fits and size > (step := self.fits):  # a piece may reduce it further
             return concatenate([self(part(inputs, start, start + step)) for start in range(0, size, step)])
         graph = self.differentiates or torch.is_grad_enabled()
         try:

@@ -13,7 +13,7 @@ from flatlab.tensors.structures import leaves, mapped
 
 Pairs = Iterable[tuple[Any, Any]]
 Data = Pairs | Iterable[Mapping[str, Any]]
-MOST_SPREAD = 8  # batches that a few samples are taken from
+MOST_SPREAD = 8  # batches from which a few samples are taken
 
 
 class Batch(NamedTuple):
@@ -25,7 +25,7 @@ class Batch(NamedTuple):
 
 
 def read_strata(sources: Mapping[Any, Data], device: torch.device, *, check: bool = True) -> list[list[Batch]]:
-    """Read all batches of each stratum into memory, as `read` does, also where their loaders refill one buffer."""
+    """Read all batches of each stratum into memory, as `read` does, also if their loaders reuse one buffer."""
     kept = [read(name, source, device, check=check) for name, source in sources.items()]
     if len(kept) > 1 and _overlap([batch for batches in kept for batch in batches]):
         return [read(name, source, device, check=check, copy=True) for name, source in sources.items()]
@@ -33,7 +33,7 @@ def read_strata(sources: Mapping[Any, Data], device: torch.device, *, check: boo
 
 
 def read(name: object, source: Data, device: torch.device, *, check: bool = True, copy: bool = False) -> list[Batch]:
-    """Read all batches of a stratum into memory; with ``check`` once more, to see whether they are the same.
+    """Read all batches of a stratum into memory; with ``check`` a second time, to compare them.
 
     Raises:
         UserError: if the data cannot be read twice, are empty, shuffled or augmented, or not pairs of tensors.
@@ -43,7 +43,7 @@ def read(name: object, source: Data, device: torch.device, *, check: bool = True
             f"The data of {name!r} are a one-shot iterator, but must be read twice: pass a list or a DataLoader."
         )
     batches = [] if copy else list(_pairs(source, device))
-    if copy or _overlap(batches):  # A loader that refills one buffer would leave us its last batch many times.
+    if copy or _overlap(batches):  # of a loader that reuses one buffer, every batch would be the last one
         batches = [_map_batch(torch.clone, batch) for batch in _pairs(source, device)]
     if not batches:
         raise UserError(f"The data of {name!r} hold no sample: pass at least one batch that is not empty.")
@@ -58,7 +58,7 @@ def read(name: object, source: Data, device: torch.device, *, check: bool = True
 
 
 def _overlap(batches: list[Batch]) -> bool:
-    """Say whether inputs or targets of two batches lie in the same memory."""
+    """Whether inputs or targets of two batches share memory."""
     spans = []
     for index, batch in enumerate(batches):
         for leaf in tensors(batch[:2]):
@@ -97,7 +97,7 @@ def cut(batch: Batch, length: int) -> list[Batch]:
 
 
 def pick(batch: Batch, rows: Tensor) -> Batch:
-    """Return some samples of a batch, in the memory format that they lie in."""
+    """Return some samples of a batch, in the same memory format."""
     if isinstance(batch.inputs, Tensor) and isinstance(batch.targets, Tensor):  # as in `part`
         where = rows.to(batch.inputs.device)
         return Batch(batch.inputs[where], batch.targets[where], len(rows))
@@ -105,7 +105,7 @@ def pick(batch: Batch, rows: Tensor) -> Batch:
 
 
 def spread(batches: Sequence[Batch], count: int) -> list[Batch]:
-    """Return about `count` samples, at least one, that lie evenly over the batches and over the rows of each."""
+    """Return about `count` samples, at least one, spread evenly over the batches and over the rows of each."""
     number = min(count, len(batches), MOST_SPREAD)
     chosen = [batches[index * len(batches) // number] for index in range(number)]
     rows = [count * (index + 1) // number - count * index // number for index in range(number)]
@@ -141,7 +141,7 @@ def tensors(nest: Any) -> list[Tensor]:
 
 
 def near(first: Any, second: Any, tolerance: float = 0.0) -> bool:
-    """Say whether two nests hold the same tensors, up to `tolerance` times the largest entry; NaN equals NaN."""
+    """Whether two nests contain the same tensors, up to `tolerance` times the largest entry; NaN equals NaN."""
     pairs = list(zip_longest(tensors(first), tensors(second)))
     if any(a is None or b is None or a.shape != b.shape or a.dtype != b.dtype for a, b in pairs):
         return False
@@ -149,15 +149,15 @@ def near(first: Any, second: Any, tolerance: float = 0.0) -> bool:
 
 
 def distance(first: Any, second: Any) -> float:
-    """Return how far two nests of equal shapes lie apart: the largest difference, as a share of the largest entry.
+    """Return the largest difference of two nests of equal shapes, relative to the largest entry.
 
-    Integers either agree or differ by 1; what is not finite on both sides is left out.
+    Integers that differ count as 1; entries that are NaN in both, or the same infinity, count as equal.
     """
     return max((_distance(a, b) for a, b in zip(tensors(first), tensors(second), strict=True)), default=0.0)
 
 
 def same(first: list[Batch], second: list[Batch]) -> bool:
-    """Say whether two lists of batches hold the same samples, however they are cut."""
+    """Whether two lists of batches contain the same samples, whatever the sizes of the batches."""
     if sum(batch.size for batch in first) != sum(batch.size for batch in second):
         return False
     if [batch.size for batch in first] != [batch.size for batch in second]:
@@ -183,7 +183,7 @@ def _distance(a: Tensor, b: Tensor) -> float:
 def _pairs(source: Data, device: torch.device) -> Iterator[Batch]:
     for pair in source:
         if isinstance(pair, Mapping) and isinstance(pair.get("labels"), Tensor):
-            pair = pair, pair["labels"]  # a model's own form: labels go to it, too, as encoder-decoders need them
+            pair = pair, pair["labels"]  # the form of transformers: encoder-decoders need the labels as an input
         if not isinstance(pair, tuple | list) or len(pair) != 2:
             raise UserError(f"Each batch must be a pair (inputs, targets), got {_described(pair)}.")
         found = [leaf for leaf in leaves(list(pair)) if leaf is not None]
@@ -199,7 +199,7 @@ def _pairs(source: Data, device: torch.device) -> Iterator[Batch]:
 
 
 def _described(batch: Any) -> str:
-    """Describe a batch that is not a pair, and how to make pairs of it."""
+    """Describe a batch that is not a pair, and state how to make it one."""
     if isinstance(batch, tuple | list) and len(batch) > 2:
         rest = ", ".join("_" * (len(batch) - 2))
         return f"{len(batch)} items: pass [(inputs, targets) for inputs, targets, {rest} in loader]"

@@ -1,4 +1,4 @@
-"""Nests of tensors: tuples, lists, dictionaries and what pytree knows besides; dataclasses and any other mapping."""
+"""Nests of tensors: tuples, lists, dictionaries and other types that pytree knows; dataclasses, any other mapping."""
 
 from collections.abc import Callable, Iterator, Mapping
 from copy import copy
@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 
 def leaves(nest: Any) -> Iterator[Any]:
-    """Yield what a nest holds, in a fixed order."""
+    """Yield the leaves of a nest, in a fixed order."""
     for leaf in tree_leaves(nest):
         if isinstance(leaf, Tensor) or (inside := _inside(leaf)) is None:
             yield leaf
@@ -19,7 +19,7 @@ def leaves(nest: Any) -> Iterator[Any]:
 
 
 def mapped(change: Callable[..., Any], nest: Any, *others: Any) -> Any:
-    """Return a nest with each leaf changed, given the leaves of nests of the same structure in its place.
+    """Return a nest of `change(leaf, ...)` for each leaf; further arguments are the leaves of other nests at its place.
 
     Mappings that pytree does not know (transformers' BatchEncoding) become dictionaries; dataclasses stay.
     """
@@ -35,7 +35,7 @@ def mapped(change: Callable[..., Any], nest: Any, *others: Any) -> Any:
 
 
 def entry(nest: Any, name: str) -> Any:
-    """Return the entry of a mapping, or the field of a dataclass or named tuple, that has this name; None otherwise."""
+    """Return the entry of a mapping, or the field of a dataclass or named tuple, with this name; None otherwise."""
     return nest.get(name) if isinstance(nest, Mapping) else getattr(nest, name, None)
 
 
@@ -48,7 +48,7 @@ def _inside(leaf: Any) -> dict[str, Any] | None:
 
 
 def _replaced(record: Any, values: Mapping[str, Any]) -> Any:
-    """Return a dataclass with other fields; not by its constructor, which may compute or refuse them."""
+    """Return a dataclass with other fields, without its constructor, which may compute or refuse them."""
     result = copy(record)
     for name, value in values.items():
         object.__setattr__(result, name, value)

@@ -32,11 +32,11 @@ def spectral_density(
 
     Args:
         landscape: whose Hessian; or an operator.
-        num_vectors: V random starts of signs; two at least for an interval.
-        steps: of Lanczos from each, m.
-        seed: names the starts.
-        reorthogonalise: hold `steps` vectors (P,) and keep them orthonormal; else hold three, whose loss of
-            orthogonality puts copies of the outer eigenvalues in the place of inner ones (weights stay right).
+        num_vectors: V random starting vectors of signs; at least two for an interval.
+        steps: Lanczos steps m from each.
+        seed: of the starts.
+        reorthogonalise: store `steps` vectors (P,) and keep them orthonormal; else store three, whose loss of
+            orthogonality replaces inner eigenvalues by copies of the outer ones (weights stay right).
         report: called with the products made and foreseen, after each start.
 
     Raises:
@@ -76,13 +76,13 @@ def _orthonormal(operator: Curvature, start: Tensor, steps: int) -> FloatArray:
     krylov = Krylov(operator, start, steps)
     while not krylov.full:
         krylov.extend()
-        if krylov.broken:  # going on would add ghosts
+        if krylov.broken:  # further vectors would add spurious eigenvalues
             break
     return krylov.projection[: krylov.size, : krylov.size]
 
 
 def _three_term(operator: Curvature, start: Tensor, steps: int) -> FloatArray:
-    """Return the tridiagonal matrix of plain Lanczos, which holds three vectors."""
+    """Return the tridiagonal matrix of plain Lanczos, which stores three vectors."""
     alphas: list[float] = []
     betas: list[float] = []
     previous, current = torch.zeros_like(start), start / torch.linalg.vector_norm(start)

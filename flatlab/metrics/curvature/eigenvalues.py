@@ -18,12 +18,12 @@ from flatlab.seeds import base_seed
 
 Order = np.ndarray[tuple[int], np.dtype[np.intp]]
 _Found = tuple[FloatArray, FloatArray, Flags, Tensor | None]  # values, residuals, which are converged, vectors
-EXTRA = 14  # basis vectors beyond k; with those of a product, k + 20 vectors (P,) are held at most
-BUDGET = 50  # products for each eigenpair, where no budget is given
-SMALL = 1000  # parameters up to which the whole matrix is formed where the search has not ended within its budget
-# Products after convergence. A residual says that an eigenvalue is near, not which: one that the start hardly holds
-# comes up late. Of 600 searches (k = 2 and 10, tol 0.001 to 0.1; clusters, near copies) 158 were off by more than tol
-# without them, the worst by two thirds; with them none, and 2 of 680 others, the worst by a tenth.
+EXTRA = 14  # basis vectors beyond k; with those of a product, at most k + 20 vectors (P,) are stored
+BUDGET = 50  # products for each eigenpair, if no budget is given
+SMALL = 1000  # parameters up to which the whole matrix is formed if the search has not ended within its budget
+# Products after convergence. A small residual means that some eigenvalue is near: an eigenvector with a small component
+# in the start is found late. Of 600 searches (k = 2 and 10, tol 0.001 to 0.1; clusters, near copies) 158 were off by
+# more than tol without them, the worst by two thirds; with them none, and 2 of 680 others, the worst by a tenth.
 WAIT = 8
 
 
@@ -39,16 +39,16 @@ def hessian_spectrum(
 ) -> Spectrum:
     """Find extreme eigenpairs of the Hessian of the mean loss, by Lanczos with thick restarts (Wu and Simon 2000).
 
-    It holds k + 20 vectors (P,) at most. Up to 1,000 parameters, the last P products of the budget are kept for the
-    whole matrix, solved exactly where the search has not ended. Copies of a multiple eigenvalue may be missed.
+    It stores at most k + 20 vectors (P,). Up to 1,000 parameters, the last P products of the budget are kept for the
+    whole matrix, solved exactly if the search has not ended. Copies of a multiple eigenvalue may be missed.
 
     Args:
         landscape: whose Hessian; or an operator, such as GGN(landscape).
-        k: how many eigenpairs.
+        k: number of eigenpairs.
         which: "LA" the largest, "SA" the smallest, "BE" half of them from each end (the odd one from the upper).
         tol: residual of each pair over its eigenvalue, as in SciPy's eigsh.
-        budget: products at most; by default 50 k, and P more where P is at most 1,000.
-        seed: names the starting vector.
+        budget: maximum number of products; by default 50 k, and P more if P is at most 1,000.
+        seed: of the starting vector.
         vectors: keep the eigenvectors.
 
     Raises:
@@ -59,7 +59,7 @@ def hessian_spectrum(
     operator = landscape if isinstance(landscape, Curvature) else Hessian(landscape)
     before, size = operator.products, operator.shape[0]
     if not 1 <= k <= size:
-        raise UserError(f"k must lie between 1 and the {size} parameters, got {k}.")
+        raise UserError(f"k must be between 1 and the {size} parameters, got {k}.")
     total = BUDGET * k + (size if size <= SMALL else 0) if budget is None else budget
     search, whole = _Search(operator, k, which, tol, name), size <= SMALL and total >= size
     ended = search.run(total - size if whole else max(total, k))
@@ -91,7 +91,7 @@ def _dense(operator: Curvature, k: int, which: Which, *, vectors: bool) -> _Foun
 
 
 def _ends(size: int, count: int, which: Which) -> Order:
-    """Return positions of the wanted among ascending values, from the end inwards."""
+    """Return the positions of the wanted values among ascending ones, from the end inwards."""
     count = min(count, size)
     if which == "LA":
         return np.arange(size - 1, size - 1 - count, -1)
@@ -101,20 +101,20 @@ def _ends(size: int, count: int, which: Which) -> Order:
 
 
 class _Search:
-    """A basis that grows, restarts and, after a breakdown, proves that nothing was missed."""
+    """A basis that is extended, restarted and, after a breakdown, continued in new directions."""
 
     def __init__(self, operator: Curvature, k: int, which: Which, tol: float, seed: int) -> None:
         self.operator, self.k, self.which, self.tol, self.seed = operator, k, which, tol, seed
         capacity = min(operator.shape[0], k + EXTRA)
         self.krylov = Krylov(operator, draw(operator, "normal", "lanczos", seed), capacity)
-        self.fresh = 0  # directions taken after breakdowns
+        self.fresh = 0  # new directions after breakdowns
         self.best: FloatArray = np.zeros(0)  # the wanted values at the last breakdown
         self.before: FloatArray = np.full(k, np.nan)  # the wanted values since convergence
         self.waited = 0  # products for which they have not changed
 
     @property
     def need(self) -> int:
-        """How many pairs must converge; after a breakdown the next ones too, since a copy could be among them."""
+        """The number of pairs that must converge; more after a breakdown, since copies may be among them."""
         beyond = (2 if self.which == "BE" else 1) if self.fresh else 0
         return min(self.k + beyond, self.operator.shape[0])
 
@@ -124,7 +124,7 @@ class _Search:
         return self._ends(self.k)
 
     def run(self, budget: int) -> bool:
-        """Extend the basis until the wanted pairs have converged and stay so; False where the products are spent."""
+        """Extend the basis until the wanted pairs have converged and stay so; return False if the budget is spent."""
         while self.krylov.products < budget:
             self.krylov.extend()
             if self.krylov.exhausted:
@@ -151,7 +151,7 @@ class _Search:
         return values, np.abs(self.krylov.beta * coefficients[-1]) * (not self.krylov.exhausted)
 
     def reached(self) -> Flags:
-        """Say of each Ritz value whether it is as accurate as was asked for, or as numbers allow."""
+        """Return for each Ritz value whether it has the requested accuracy, or that of its dtype."""
         values, residuals = self.measured()
         return np.asarray(residuals <= self._allowed(values))
 
@@ -159,7 +159,7 @@ class _Search:
         return np.asarray(np.maximum(self.tol * np.abs(values), resolution(self.operator) * np.abs(values).max()))
 
     def _settled(self) -> bool:
-        """Say whether the wanted pairs have converged, and `WAIT` more products have turned up no others."""
+        """Return whether the wanted pairs have converged, and `WAIT` more products have not changed them."""
         if self.krylov.size < self.need or not self.reached()[self._ends(self.need)].all():
             self.before = np.full(self.k, np.nan)
             return False
@@ -172,7 +172,7 @@ class _Search:
         return self.waited >= WAIT
 
     def eigenvectors(self) -> Tensor:
-        """Turn the basis into the wanted Ritz vectors (P, k), where it lies: a copy would be k vectors more."""
+        """Rotate the basis into the wanted Ritz vectors (P, k), in place: a copy would take k vectors more."""
         values, coefficients = self.krylov.ritz()
         self.krylov.restart(coefficients[:, self.order], values[self.order])
         return self.krylov.vectors.T
@@ -181,18 +181,18 @@ class _Search:
         return _ends(self.krylov.size, count, self.which)
 
     def _restart(self) -> None:
-        # Half of the room is kept beyond what is wanted: those that are nearly found would have to be found again.
+        # Half of the other vectors are kept, too: pairs that have nearly converged would have to be found again.
         self._keep(self.need + (len(self.krylov.basis) - self.need) // 2)
 
     def _proved(self) -> bool:
-        """Say whether a whole new direction, down to its own breakdown, has changed nothing that is wanted."""
+        """Return whether a new direction, extended until its own breakdown, has left the wanted values unchanged."""
         values = self.krylov.ritz()[0]
         before, self.best = self.best, values[self.order]
         scale = resolution(self.operator) * np.abs(values).max()
         return len(before) == self.k and bool(np.abs(self.best - before).max() <= 10 * scale)
 
     def _renew(self) -> None:
-        """Keep what is found, exact as it is, and look whether another direction holds better."""
+        """Keep the pairs found, which are exact, and continue in another direction."""
         self.fresh += 1
         self._keep(self.k)
         self.krylov.renew(draw(self.operator, "normal", "lanczos", self.seed, self.fresh))

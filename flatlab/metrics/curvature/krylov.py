@@ -1,7 +1,7 @@
-"""A Krylov basis that stays orthonormal: what the spectrum, its density and the trace are all built on.
+"""A Krylov basis that stays orthonormal: the basis of the spectrum, its density and the trace.
 
-It uses products with the operator alone. The basis is orthogonalised against all its vectors, twice, so that no
-eigenvalue appears as a ghost; the projection Q' A Q is read off those coefficients, which holds through restarts too.
+It uses only products with the operator. Each new vector is orthogonalised against all others, twice, so that there are
+no spurious eigenvalues; the coefficients are the projection Q' A Q, also after restarts.
 """
 
 import numpy as np
@@ -17,12 +17,12 @@ _SLAB = 1 << 16  # columns that are rotated together: a restart needs no second 
 
 
 def resolution(operator: Curvature | Tensor) -> float:
-    """Return the share of the largest eigenvalue below which numbers are rounding: 1e-6 in float32."""
+    """Return the share of the largest eigenvalue below which values are rounding errors: 1e-6 in float32."""
     return max(1e-10, 8 * torch.finfo(operator.dtype).eps)
 
 
 def draw(operator: Curvature, kind: str, *names: object) -> Tensor:
-    """Return random numbers (P,) that are named: "normal", or "signs" of -1 and 1."""
+    """Return random numbers (P,), "normal" or "signs" (-1 and 1), from the seed that the names determine."""
     rng = generator(*names)  # drawn on the host, so that each device gets the same
     if kind == "normal":
         return torch.randn(operator.shape[0], generator=rng).to(operator.device, operator.dtype)
@@ -42,7 +42,7 @@ class Krylov:
     Args:
         operator: A.
         start: (P,) the first direction.
-        capacity: how many vectors (P,) are held at most; no other of that size outlives a call.
+        capacity: maximum number of vectors (P,) in the basis; no other of that size is stored between calls.
     """
 
     def __init__(self, operator: Curvature, start: Tensor, capacity: int) -> None:
@@ -53,7 +53,7 @@ class Krylov:
 
     @property
     def full(self) -> bool:
-        """Whether the basis holds as many vectors as it may."""
+        """Whether the basis has as many vectors as its capacity."""
         return self.size == len(self.basis)
 
     @property
@@ -68,12 +68,12 @@ class Krylov:
 
     @property
     def broken(self) -> bool:
-        """Whether the basis spans an invariant subspace: what is left over is rounding, and no direction."""
+        """Whether the basis spans an invariant subspace, so that the remainder is only rounding."""
         scale = np.abs(self.projection).sum(axis=1).max()  # bounds |T| from above, without its eigenvalues
         return self.exhausted or not self.beta > resolution(self.operator) * scale
 
     def extend(self) -> None:
-        """Add one vector, at the price of one product."""
+        """Add one vector; costs one product."""
         j = self.size
         self.basis[j] = self._next
         self.size += 1
@@ -90,7 +90,7 @@ class Krylov:
         return values, coefficients
 
     def restart(self, coefficients: FloatArray, values: FloatArray) -> None:
-        """Keep only some Ritz vectors, and the direction that comes next (thick restart, Wu and Simon 2000)."""
+        """Keep only some Ritz vectors, and the next direction (thick restart, Wu and Simon 2000)."""
         rotation = torch.from_numpy(coefficients.T.copy()).to(self.basis)
         for start in range(0, self.basis.shape[1], _SLAB):
             slab = self.basis[: self.size, start : start + _SLAB]
@@ -100,12 +100,12 @@ class Krylov:
         self.projection[: self.size, : self.size] = np.diag(values)
 
     def renew(self, direction: Tensor) -> None:
-        """Go on in another direction after a breakdown, from which the basis is decoupled."""
+        """Continue in another direction after a breakdown; the projection has no entries between the two."""
         self._orthogonalise(direction)
         self._next, self.beta = direction / torch.linalg.vector_norm(direction), 0.0
 
     def _orthogonalise(self, vector: Tensor) -> FloatArray:
-        """Take the basis out of a vector, in place; twice is enough (Giraud et al. 2005)."""
+        """Orthogonalise a vector against the basis, in place; twice is enough (Giraud et al. 2005)."""
         total = np.zeros(self.size)
         for _ in range(2):
             part = self.vectors @ vector

@@ -1,6 +1,6 @@
 """Curvature in units that are stored, so that a resumed measurement gives the same numbers.
 
-The method of products is chosen by timing, and methods differ in rounding. So the choice is stored first.
+The method of products is chosen by timing, and methods differ in rounding; therefore the choice is stored first.
 """
 
 import time
@@ -24,12 +24,12 @@ STOPS = ("accuracy", "budget", "exact")
 
 
 class KeptHessian:
-    """The Hessian of a landscape, whose measurements are units; it is built when one is missing.
+    """The Hessian of a landscape, whose measurements are units; it is built only if one is missing.
 
     Args:
         landscape: around the point.
-        keep: keeps units.
-        name: goes before the units' names.
+        keep: stores units.
+        name: prefix of the units' names.
     """
 
     def __init__(self, landscape: Landscape, keep: Keep, *, name: str = "") -> None:

@@ -2,14 +2,14 @@
 
 As in Hutch++ (Meyer et al. 2021), tr(A) = tr(Q'AQ) + tr((1 - QQ') A (1 - QQ')) for an orthonormal Q: the first term
 is known exactly, and only the second is estimated, so that outliers of the spectrum add no variance. Q is a Krylov
-basis here, since that finds outliers with half the products of a sketch and yields Q'AQ as well. Its start and the
+basis here, since that finds outliers with half the products of a sketch and also gives Q'AQ. Its start and the
 vectors are drawn independently; otherwise the estimate would be biased.
 
 Vectors z are uniform on the sphere of radius sqrt(P') in the P' dimensions outside of Q. With B the restriction of A,
-z'Bz - tr(B) is a spherical harmonic of degree two, so that Var(z'Bz) = 2 E|Bz - (z'Bz / P') z|^2: the products give
-the variance as well, for any spectrum. Where few large eigenvalues are left, draws are skewed, and their spread is
-small whenever their mean is; this number is not, and its interval holds with few vectors. For |Az|^2 = z'Cz, with
-C = (1 - QQ') A^2 (1 - QQ'), the same needs A(Az), a second product, which the pilot's vectors have.
+z'Bz - tr(B) is a spherical harmonic of degree two, so that Var(z'Bz) = 2 E|Bz - (z'Bz / P') z|^2: the products also
+give the variance, for any spectrum. If few large eigenvalues are left, draws are skewed, and their sample variance is
+small whenever their mean is; this estimate is not, so that intervals cover with few vectors. For |Az|^2 = z'Cz, with
+C = (1 - QQ') A^2 (1 - QQ'), the same needs A(Az), a second product, which is computed for the pilot's vectors.
 """
 
 import time
@@ -28,12 +28,12 @@ from flatlab.results.estimate import Cost
 from flatlab.results.spectrum import PILOT, Spectrum, Trace, mean_of_draws
 from flatlab.seeds import base_seed
 
-DEFLATE = 20  # products for the basis: as many vectors (P,) are held
-BUDGET = 500  # products in all, where none is given: Hutchinson's vectors for 2 % on a spectrum with outliers, twice
-LEAST = 16  # of them: from there on 95 % intervals hold the truth in 93 to 97 % of cases, whatever the spectrum
+DEFLATE = 20  # products for the basis, which stores as many vectors (P,)
+BUDGET = 500  # products, if not given: twice those that Hutchinson needs for 2 % on a spectrum with outliers
+LEAST = 16  # vectors: from there on 95 % intervals contain the true value in 93 to 97 % of cases, for all spectra
 WHOLE = DEFLATE + 2 * PILOT  # parameters up to which the whole matrix costs no more
-COLUMNS = 5  # numbers of a vector
-BLOCK = 4  # vectors that share the graph of a batch; as many products are held
+COLUMNS = 5  # numbers stored of a vector
+BLOCK = 4  # vectors that share the graph of a batch; as many products are stored
 
 
 def hessian_trace(
@@ -46,19 +46,19 @@ def hessian_trace(
 ) -> Trace:
     """Estimate the trace of the Hessian of the mean loss, and of its square, until the trace is accurate enough.
 
-    Sampling does not stop when it looks accurate, which would be biased. 32 pilot vectors determine once how many are
-    needed, and the interval's width (Stein 1945). Of 95 % intervals, 93 to 97 % contained the true value
-    from the least budget on, on flat, decaying and indefinite spectra and on ones with outliers, deflated or not. Up to
-    84 parameters the matrix is formed by P products, and nothing is sampled; so it is with more of them where sampling
-    would cost more than that.
+    A rule that stops as soon as the estimate looks accurate would bias it. Instead, 32 pilot vectors determine once the
+    number needed, and the interval's width (Stein 1945). Of 95 % intervals, 93 to 97 % contained the true value
+    from the smallest budget on, for flat, decaying and indefinite spectra and with outliers, deflated or not. Up to 84
+    parameters the matrix is formed by P products, and nothing is sampled; also with more parameters, if sampling would
+    cost more than that.
 
     Args:
         landscape: whose Hessian; or an operator.
         rel_error: standard error of the trace over its value at which sampling stops.
-        budget: products at most, those for the basis included: at least 48, or 32 more than `deflate`.
-        seed: names the start of the basis and, independently, the vectors.
-        deflate: how many products go into the basis, 20 by default and a third of the budget at most; 0 is plain
-            Hutchinson; or a spectrum with its vectors, whose products are then used twice. Its seed may be this one,
+        budget: maximum number of products, those for the basis included: at least 48, or 32 more than `deflate`.
+        seed: of the start of the basis and, independently, of the vectors.
+        deflate: number of products for the basis, by default 20, but at most a third of the budget; 0 is plain
+            Hutchinson; or a spectrum with its vectors, whose products are then used twice. It may have the same seed,
             since its start and the vectors are different draws.
 
     Raises:
@@ -80,7 +80,7 @@ def hessian_trace(
 
 
 class _Parts(NamedTuple):
-    """What is known exactly, what was sampled, the size of the basis, and why the sampling ended."""
+    """The exact part, the sampled part, the size of the basis, and why sampling ended."""
 
     exact: FloatArray
     vectors: FloatArray
@@ -93,17 +93,17 @@ def _check(rel_error: float, budget: int, deflate: "int | Spectrum | None", oper
         raise UserError(f"rel_error must be >= 0, got {rel_error}.")
     if isinstance(deflate, Spectrum):
         if deflate.eigenvectors is None:
-            raise UserError("The spectrum to deflate holds no vectors: make it by hessian_spectrum(..., vectors=True).")
+            raise UserError("The spectrum to deflate has no vectors: make it by hessian_spectrum(..., vectors=True).")
         if len(deflate.eigenvectors) != operator.shape[0]:
             raise UserError(
-                f"The spectrum to deflate is of {len(deflate.eigenvectors)} parameters, but the operator of"
-                f" {operator.shape[0]}: take that of the same landscape."
+                f"The spectrum to deflate has {len(deflate.eigenvectors)} parameters, but the operator"
+                f" {operator.shape[0]}: use that of the same landscape."
             )
     elif deflate is not None and deflate < 0:
         raise UserError(f"deflate must be at least 0, got {deflate}.")
     least = _least(deflate, operator.shape[0])
     if budget < least:
-        raise UserError(f"The budget must be at least {least} products for intervals that hold, got {budget}.")
+        raise UserError(f"The budget must be at least {least} products, the least with valid intervals, got {budget}.")
 
 
 def _least(deflate: "int | Spectrum | None", size: int) -> int:
@@ -117,9 +117,9 @@ def _least(deflate: "int | Spectrum | None", size: int) -> int:
 def _deflate(
     operator: Curvature, deflate: "int | Spectrum | None", budget: int, seed: int
 ) -> tuple[Tensor, FloatArray]:
-    """Return a basis (d, P) and what it holds of tr(A) and tr(A^2).
+    """Return a basis (d, P) and its parts of tr(A) and tr(A^2).
 
-    Of the square it holds tr(A^2) - tr((1 - QQ') A^2 (1 - QQ')) = |A Q|^2, which for Ritz pairs is the sum of
+    That of the square is tr(A^2) - tr((1 - QQ') A^2 (1 - QQ')) = |A Q|^2, for Ritz pairs the sum of
     lambda^2 + residual^2, and for a Krylov basis |T|^2 + beta^2.
     """
     if isinstance(deflate, Spectrum):
@@ -161,7 +161,7 @@ def _sampled(
 
 
 def _missing(pilot: FloatArray, exact: float, rel_error: float) -> float:
-    """Return how many vectors are needed beyond the pilot's for the requested accuracy."""
+    """Return the number of vectors needed beyond the pilot's for the requested accuracy."""
     found = mean_of_draws(pilot, 1.0, 0.0)
     tolerance = rel_error * abs(exact + found.value)
     if not found.stderr:
@@ -189,7 +189,7 @@ def _products_of(operator: Curvature, basis: Tensor, indices: range, seed: int, 
 
 
 def _outside(vectors: Tensor, basis: Tensor) -> Tensor:
-    """Return rows less what the basis holds of them; twice is enough."""
+    """Return rows orthogonalised against the basis; twice is enough."""
     for _ in range(2):
         vectors = vectors - (vectors @ basis.T) @ basis
     return vectors

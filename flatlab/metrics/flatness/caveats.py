@@ -1,4 +1,4 @@
-"""What a measured value cannot know of itself: images that were not evaluated, and steps that weights cannot hold."""
+"""Caveats of a measured value: images that were not evaluated, and steps that the weights' dtype cannot represent."""
 
 from collections.abc import Sequence
 
@@ -10,13 +10,13 @@ from flatlab.metrics.flatness.perturbations import draw_direction
 from flatlab.metrics.flatness.sampler import Draws
 from flatlab.results.sphere import Normalisation
 
-HELD = 0.005  # of a step's length that rounding may change: 1 % of F
+HELD = 0.005  # relative change of a step's length by rounding that is accepted: 1 % of F
 WIDER = {torch.bfloat16: "float32", torch.float16: "float32", torch.float32: "float64"}
-RARE = 3  # an event that was not seen in n draws is rarer than 3 / n, at 95 %
+RARE = 3  # an event that did not occur in n draws has a probability below 3 / n, at 95 %
 
 
 def unseen(landscape: Landscape, per_radius: Sequence[Draws]) -> list[str]:
-    """Return a sentence where sampling stopped short of a round over the images; none where it did not.
+    """Return a sentence if sampling stopped before a full round over the images; else none.
 
     Args:
         landscape: the loss.
@@ -35,7 +35,7 @@ def unseen(landscape: Landscape, per_radius: Sequence[Draws]) -> list[str]:
 
 
 def rounded(landscape: Landscape, radii: FloatArray, normalisation: Normalisation = "none") -> str:
-    """Return a sentence that names the radii whose steps the weights' own precision cannot hold; else nothing.
+    """Return a sentence on the radii whose steps the weights' own dtype cannot represent; empty if there are none.
 
     Args:
         landscape: the loss around w.
@@ -43,11 +43,11 @@ def rounded(landscape: Landscape, radii: FloatArray, normalisation: Normalisatio
         normalisation: of the directions.
     """
     w, ratios = landscape.point, {}
-    kind = next(iter(landscape.named.values())).dtype  # in which the model holds them
+    kind = next(iter(landscape.named.values())).dtype  # of the model
     direction = draw_direction(landscape, 0, 0, normalisation=normalisation)
     length = float(torch.linalg.vector_norm(direction, dtype=torch.float64))
     for radius in radii.tolist():
-        stored = torch.add(w, direction.to(w), alpha=radius).to(kind).to(w).sub_(w)  # exact: both are of one size
+        stored = torch.add(w, direction.to(w), alpha=radius).to(kind).to(w).sub_(w)  # exact: both are of similar size
         ratio = float(torch.linalg.vector_norm(stored, dtype=torch.float64)) / (radius * length) if length else 1.0
         if abs(ratio - 1) > HELD:
             ratios[radius] = ratio

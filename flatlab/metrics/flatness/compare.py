@@ -38,12 +38,12 @@ def compare_flatness(
     shapes = [[tensor.shape for tensor in each.split(each.point)] for each in (a, b)]
     if shapes[0] != shapes[1]:
         raise UserError(
-            "A comparison needs models of one architecture, but their parameters have other shapes"
+            "A comparison needs models of one architecture, but their parameters have different shapes"
             f" ({a.num_params:,} and {b.num_params:,} numbers)."
         )
     if not a.shares_data(b):
         raise UserError(
-            "A comparison needs the same data in the same order, but the two landscapes lie over different samples"
+            "A comparison needs the same data in the same order, but the two landscapes have different samples"
             f" ({a.num_samples:,} and {b.num_samples:,}): pass the same batches."
         )
     sampler = Sampler([a, b], base_seed(seed), check_normalisation(normalisation, a), value=_difference)

@@ -1,7 +1,7 @@
-"""How much noise the weights bear: PAC-Bayes' sigma, plain and relative to the weights; and the noise of rounding.
+"""The largest noise on the weights at a given accuracy: PAC-Bayes' sigma; and the rise of the loss under rounding.
 
 Definitions FOUND in nitarshan/robust-generalization-measures (measures.py), which follows Jiang et al. 2020
-(arXiv 1912.02178) and Dziugaite et al. 2020 (arXiv 2010.11924). That code hands the variance to a function that takes
+(arXiv 1912.02178) and Dziugaite et al. 2020 (arXiv 2010.11924). That code passes the variance to a function that takes
 the standard deviation; here sigma is the standard deviation.
 """
 
@@ -18,8 +18,8 @@ from flatlab.results.estimate import Estimate, mean_of
 from flatlab.seeds import base_seed, generator
 
 HIGHEST = 2.0  # of sigma
-SMALLEST = 2.0**-14  # below it the noise counts as none
-PRECISION = 0.02  # of sigma, relative: less than what other draws change
+SMALLEST = 2.0**-14  # a smaller sigma is returned as 0
+PRECISION = 0.02  # of sigma, relative: less than its variation between draws
 EPSILON = 1e-3  # standard deviation that relative noise has at a weight of zero
 
 
@@ -40,7 +40,7 @@ def largest_noise(
         relative: noise has the variance sigma^2 w_i^2 + 0.001^2 (magnitude-aware) instead of sigma^2.
         drop: of the accuracy, from 0 to 1.
         num_samples: draws of normal noise, each on all images.
-        seed: names the draws.
+        seed: of the draws.
 
     Raises:
         UserError: if a number is out of range, or the loss has no accuracy.
@@ -50,20 +50,20 @@ def largest_noise(
     count, name = whole("num_samples", num_samples), base_seed(seed)
     home = landscape.evaluate().accuracy
     if home is None:
-        raise UserError("The largest noise is that of an accuracy: the outputs must be the logits of classes.")
+        raise UserError("The largest noise is defined by the accuracy: the outputs must be the logits of classes.")
     draws = [draw_direction(landscape, name, index, noise="normal") for index in range(count)]
 
-    def borne(sigma: float) -> bool:
+    def kept(sigma: float) -> bool:
         spread = (sigma**2 * landscape.point.square() + EPSILON**2).sqrt() if relative else sigma
         found = [landscape.evaluate(landscape.point + spread * draw).accuracy for draw in draws]
         return home - float(np.mean(np.array(found, dtype=float))) <= drop
 
-    if borne(HIGHEST):
+    if kept(HIGHEST):
         return HIGHEST
     low, high = SMALLEST, HIGHEST
     while high > (1 + PRECISION) * low:
         middle = (low * high) ** 0.5
-        low, high = (middle, high) if borne(middle) else (low, middle)
+        low, high = (middle, high) if kept(middle) else (low, middle)
     return low if low > SMALLEST else 0.0
 
 
@@ -72,14 +72,14 @@ def rounding_penalty(
 ) -> Estimate:
     """Estimate sum_i s_i^2 H_ii / 24, the rise of the loss under noise on (-s_i / 2, s_i / 2), to second order.
 
-    QGen (arXiv 2404.11769) writes the expected loss of rounded weights so: a penalty that grows with the step. On a
-    quadratic loss it is the expected rise itself. With signs z_i the mean of z' D H z is its value, D = diag(s^2) / 24.
+    The penalty by which QGen (arXiv 2404.11769) describes the expected loss of rounded weights; on a quadratic loss it
+    is the expected rise. It is the mean of z' D H z over random signs z, with D = diag(s^2) / 24.
 
     Args:
         landscape: the loss around w.
         steps: step sizes s (P,), 0 where a parameter is not rounded.
         num_samples: vectors of signs, a product with the Hessian each.
-        seed: names the vectors.
+        seed: of the vectors.
 
     Raises:
         UserError: if `num_samples` is below 2, or `steps` has another shape than a point.
@@ -94,13 +94,13 @@ def rounding_penalty(
 
 
 def pac_bayes(displaced: Tensor, sigma: float, relative_sigma: float, *, num_samples: int) -> dict[str, float]:
-    """Return PAC-Bayes' bounds with the prior at a displacement's foot, plain and magnitude-aware: sqrt(bound / m).
+    """Return PAC-Bayes' bounds with the prior at w_0, plain and magnitude-aware: sqrt(bound / m).
 
     Args:
         displaced: w - w_0 (P,), or w for a prior at zero.
-        sigma: as `largest_noise` returns it.
-        relative_sigma: as `largest_noise(relative=True)` returns it.
-        num_samples: m, images trained on.
+        sigma: from `largest_noise`.
+        relative_sigma: from `largest_noise(relative=True)`.
+        num_samples: m, number of training images.
     """
     squares = displaced.double().square()
     length, count = float(squares.sum()), squares.numel()

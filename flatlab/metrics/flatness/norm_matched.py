@@ -48,7 +48,7 @@ def typical_rise(
     """
     whole("num_samples", num_samples, least=2)
     if not perturbations:
-        raise UserError("perturbations must be a mapping from names to vectors, with one at least, got none.")
+        raise UserError("perturbations must be a mapping from names to vectors, with at least one, got none.")
     start = time.perf_counter()
     sampler = Sampler([landscape], base_seed(seed), check_normalisation(normalisation, landscape), keep=keep)
     vectors = {name: _checked(name, landscape.as_point(each)) for name, each in perturbations.items()}

@@ -45,10 +45,10 @@ def draw_direction(
 def scale_to_weights(
     vector: Tensor, landscape: Landscape, normalisation: Normalisation = "filter", like: Tensor | None = None
 ) -> Tensor:
-    """Scale a direction (P,) to the weights (arXiv 1712.09913, section 4): by filter, by layer, or number by number.
+    """Scale a direction (P,) to the weights (arXiv 1712.09913, section 4): by filter, by layer, or by entry.
 
     A filter is a slice along the first axis of a tensor of more than one axis, a layer is such a tensor; BatchNorm
-    and biases are held still. "parameter" multiplies each entry by |w|, of whatever tensor (Kwon et al. 2021).
+    and biases are fixed. "parameter" multiplies each entry of all tensors by |w| (Kwon et al. 2021).
     A vector `like` (P,), such as a perturbation, replaces the weights. Zero entries stay zero.
     """
     scaled = landscape.as_point(vector).clone()
@@ -66,7 +66,7 @@ def scale_to_weights(
 
 
 def reach(landscape: Landscape, normalisation: Normalisation) -> float:
-    """Return the Euclidean norm of a direction: 1, or (in the mean) that of the weights to which it is scaled."""
+    """Return the Euclidean norm of a direction: 1, or (on average) that of the weights to which it is scaled."""
     if normalisation == "none":
         return 1.0
     if normalisation == "parameter":
@@ -95,7 +95,7 @@ def check_normalisation(normalisation: str, landscape: Landscape) -> Normalisati
 
 
 def _length(vector: Tensor) -> Tensor:
-    """Return the length of a long vector to 1e-6: float32 alone drifts, float64 alone takes 20 times as long."""
+    """Return the length of a long vector to 1e-6: float32 is less accurate, float64 takes 20 times as long."""
     pieces = torch.split(vector, 2**15)  # short enough for one thread
     lengths = torch.stack([torch.linalg.vector_norm(piece) for piece in pieces])
     return lengths.double().square().sum().sqrt()
@@ -108,5 +108,5 @@ def _lengths(tensor: Tensor) -> Tensor:
 
 
 def _ratios(wanted: Tensor, lengths: Tensor) -> Tensor:
-    """Return the factors that give directions of some lengths those which are wanted; 0 for no direction."""
+    """Return the factors from lengths to wanted lengths; 0 for a length of 0."""
     return torch.where(lengths > 0, wanted / lengths, 0.0)

@@ -1,6 +1,6 @@
 """The pilot: choice of block size, pairing and number of draws from a few directions on a few images.
 
-Its draws are not used again, since the choice of the plan must not bias the result.
+Its draws are not part of the result, since the choice of the plan would bias it.
 """
 
 import sys
@@ -49,7 +49,7 @@ class Pilot:
 def run_pilot(
     landscapes: Sequence[Landscape], radii: FloatArray, *, seed: int, normalisation: Normalisation, value: Value
 ) -> Pilot:
-    """Run the pilot: rises of single images at each radius, along directions of its own and their opposites.
+    """Run the pilot: rises of single images at each radius, along separate directions and their opposites.
 
     Args:
         landscapes: one, or two to be compared.
@@ -79,7 +79,7 @@ def run_pilot(
 
 
 def price(landscapes: Sequence[Landscape], radii: int, *, seed: int) -> int:
-    """Return the images that a pilot forwards."""
+    """Return the number of images that a pilot forwards."""
     blocks, directions = _groups(landscapes[0], seed)
     rises = sum(block.size for block in blocks) * (1 + 2 * radii * directions)
     sizes = [blocks.sizes for blocks in _clocked_on(landscapes[0], seed).values()]
@@ -183,7 +183,7 @@ Rise = Callable[[float], float]
 def span(sampler: Sampler) -> FloatArray:
     """Return radii between those where the loss rises by 0.01 and by 2 nats, evenly spaced in their logarithm.
 
-    Found by bisection on eight pairs of directions; where the loss never rises so far, where it stops being finite.
+    Found by bisection on eight pairs of directions; if the loss never rises by 2 nats, up to where it is not finite.
     """
     with _rising(sampler) as rise:
         low, high = (_bisect(rise, target, _unit(sampler)) for target in (LOW, HIGH))
@@ -211,7 +211,7 @@ def reached(sampler: Sampler, rises: Sequence[float]) -> FloatArray:
     if not found[-1] >= rises[-1]:
         raise UserError(
             f"The loss must rise by {rises[-1]:g} nats around the reference runs, got {np.nanmax(found):.2g} within"
-            f" {2 ** OCTAVES[1]:g} times the length of the weights: name smaller rises, or radii."
+            f" {2 ** OCTAVES[1]:g} times the length of the weights: give smaller rises, or radii."
         )
     known = np.log(np.maximum(np.maximum.accumulate(found), np.finfo(float).tiny))
     return np.asarray(np.exp(np.interp(np.log(rises), known, np.log(places))))
@@ -229,13 +229,13 @@ def radii_at_rises(
 
     Args:
         landscape: around whose point.
-        rises: (R,) in nats, above zero, ascending.
+        rises: (R,) in nats, above zero, increasing.
         normalisation: of the directions, as in `sphere_flatness`.
-        seed: names the directions and the blocks.
+        seed: of the directions and the blocks.
         keep: stores units, which makes the measurement resumable.
 
     Raises:
-        UserError: if the rises do not ascend from above zero, or the loss does not rise as far.
+        UserError: if the rises are not above zero and increasing, or the loss does not rise as far.
     """
     if (np.diff([0.0, *distances("rises", rises)]) <= 0).any():
         raise UserError(f"rises must be numbers > 0 in increasing order, got {list(rises)}.")
@@ -264,7 +264,7 @@ def _rising(sampler: Sampler) -> Iterator[Rise]:
 
 
 def _unit(sampler: Sampler) -> float:
-    """Return the radius whose Euclidean distance is the length of the weights; of zeros, a step of 1 in each."""
+    """Return the radius whose Euclidean distance is the length of the weights; if that is 0, a step of 1 in each."""
     landscape, length = sampler.landscapes[0], sampler.landscapes[0].norm
     return length / reach(landscape, sampler.normalisation) if length else landscape.num_params**0.5
 

@@ -16,7 +16,7 @@ from flatlab.results.sphere import SamplingPlan
 from flatlab.seeds import derive
 
 BUDGET = 100  # default number of passes over the data for each radius, as in SWAD's script
-SLOPES = 1.5  # of the cost of a fixed number of directions: what the slopes may cost beside it
+SLOPES = 1.5  # maximum cost of the slopes, relative to that of a fixed number of directions
 
 
 def goal_of(
@@ -45,7 +45,7 @@ def goal_of(
 
 
 def plans_of(sampler: Sampler, radii: FloatArray, goal: Goal) -> list[SamplingPlan]:
-    """Return how each radius above zero is sampled. A stored plan is reused, since it depends on timings.
+    """Return the plan of each radius above zero. A stored plan is reused, since it depends on timings.
 
     Args:
         sampler: of the measurement.
@@ -80,8 +80,8 @@ def plans_of(sampler: Sampler, radii: FloatArray, goal: Goal) -> list[SamplingPl
 def slopes_of(sampler: Sampler, plans: Sequence[SamplingPlan], goal: Goal) -> Sequence[FloatArray | None]:
     """Return the slopes of each landscape at the smallest radius; None without a radius above zero.
 
-    None, too, where samples of different shapes cannot share a block, and where a fixed number of directions costs
-    less than the slopes would.
+    Also None if samples of different shapes cannot share a block, or a fixed number of directions costs less than the
+    slopes.
 
     Args:
         sampler: of the measurement.
@@ -117,7 +117,7 @@ def radii_of(sampler: Sampler, radii: npt.ArrayLike | str) -> FloatArray:
         radii: numbers, or "auto".
 
     Raises:
-        UserError: where a radius is negative or not finite, or the word is another.
+        UserError: if a radius is negative or not finite, or the text is not "auto".
     """
     if isinstance(radii, str):
         if radii != "auto":

@@ -44,9 +44,10 @@ class Goal:
 
 
 def settled(visits: int, blocks: int) -> int:
-    """Return the number of draws, increased where their spread would not be known well enough.
+    """Return the number of draws, increased if their variance would not be known well enough.
 
-    Short of a round that is the spread of all visits, in which images count as sampled; after it that within blocks.
+    Before a full round over the blocks that is the variance of all draws, with images as sampled; after it that within
+    blocks.
     """
     return max(visits, FREEDOM + 1) if max(visits, FREEDOM + 1) < blocks else max(visits, blocks + FREEDOM)
 
@@ -114,7 +115,7 @@ class Sampler:
     spent: float = 0.0  # images forwarded as by a single process: a budget does not depend on how work is shared
     _partitions: dict[tuple[int, int], Partition] = field(default_factory=dict)
     _bases: dict[tuple[int, int, int], FloatArray] = field(default_factory=dict)
-    _rested: dict[int, int] = field(default_factory=dict)  # visits at rest that are paid, by block size
+    _rested: dict[int, int] = field(default_factory=dict)  # draws whose block is evaluated at w, by block size
 
     def run(self, plans: Sequence[SamplingPlan], goal: Goal, *, report: DrawsReport | None = None) -> list[Draws]:
         """Sample each radius by its plan until the goal is reached; radii of one plan share their directions."""
@@ -125,7 +126,7 @@ class Sampler:
             kinds.setdefault((draws.plan.block_size, draws.plan.paired), []).append(draws)
         groups = [Group(list(each)) for each in kinds.values()]
         try:
-            # In turns, the one that has cost least first: all radii have an interval soon, and a fair share.
+            # In turns, the cheapest so far first: all radii have an interval soon, and similar shares of the budget.
             while running := [group for group in groups if group.active]:
                 share = (goal.budget - self.spent) / len(running)
                 self._turn(
@@ -167,7 +168,7 @@ class Sampler:
         return "" if group.done == group.look else "budget"
 
     def _next_look(self, group: Group, goal: Goal) -> int:
-        """Look where the spread is known, then at twice the visits, or where the variance says the goal lies."""
+        """Return the number of draws at the next look: that foreseen, then up to twice as many, by the variance."""
         if goal.visits:
             return goal.visits
         visits = group.foreseen
@@ -180,7 +181,7 @@ class Sampler:
         return -(-visits // unit) * unit
 
     def _prices(self, group: Group, visits: range) -> FloatArray:
-        """Return the images that each visit forwards, with those at rest where the block is met first."""
+        """Return the images that each draw forwards, including those at w at the first draw of a block."""
         size, ends = group.plans[0].block_size, len(group.active) * (2 if group.plans[0].paired else 1)
         numbers = np.arange(visits.start, visits.stop)
         first = (numbers >= self._rested.get(size, 0)) & (numbers < group.blocks)
@@ -228,13 +229,13 @@ class Sampler:
         return np.asarray(at(direction, radii, block=block).mean(axis=1) - self._bases[which, size, index])
 
     def _sizes(self, block_size: int) -> FloatArray:
-        """Return the images of each block."""
+        """Return the number of images of each block."""
         if not block_size:
             return np.array([self.landscapes[0].num_samples], dtype=float)
         return self._partition(0, block_size).sizes.astype(float)
 
     def _partition(self, which: int, block_size: int) -> Partition:
-        """Return a landscape's blocks; those of another hold the same images, however its batches are cut."""
+        """Return a landscape's blocks; those of other landscapes contain the same images, for any batch sizes."""
         if (which, block_size) not in self._partitions:
             self._partitions[which, block_size] = self.landscapes[which].blocks(block_size, seed=self.seed)
         return self._partitions[which, block_size]

@@ -1,8 +1,9 @@
 """Adaptive sharpness, average and worst case (Andriushchenko et al. 2023, arXiv 2302.07011; Kwon et al. 2021).
 
-A perturbation is delta = c u, entry by entry, where c = |w| makes it adaptive (a rescaling of weights that leaves the
-function alone then leaves the sharpness alone) and c = 1 does not. In the average case u = rho z with z normal ("l2")
-or uniform on [-1, 1] ("linf") in each entry; in the worst case |u| <= rho in that norm, for each block of m images.
+A perturbation is delta = c u, entry by entry, where c = |w| makes it adaptive (a rescaling of weights that does not
+change the function does not change the sharpness) and c = 1 does not. In the average case u = rho z with z normal
+("l2") or uniform on [-1, 1] ("linf") in each entry; in the worst case |u| <= rho in that norm, for each block of m
+images.
 """
 
 import math
@@ -29,11 +30,11 @@ from flatlab.seeds import base_seed
 NORMS = ("l2", "linf")
 BLOCK = 128  # images m of a block, as in the authors' runs
 MOMENTUM = 0.75  # share of the new step (Auto-PGD, Croce and Hein 2020)
-CLIMBING = 0.75  # share of steps that must find something better, or steps are halved
+CLIMBING = 0.75  # share of steps that must find a larger loss, or steps are halved
 
 
 def normalised_logits(loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return the loss of logits (n, C) that are centred and scaled to length 1, each sample alone.
+    """Return the loss of logits (n, C) that are centred and scaled to length 1 for each sample.
 
     The scale of the logits, which training can increase arbitrarily, then does not affect sharpness.
 
@@ -63,23 +64,23 @@ def average_sharpness(
 ) -> AverageSharpness:
     """Measure the mean rise of the loss under random noise, with the engine of the sphere.
 
-    Draws come in antithetic pairs, each on one block of the images. On a quadratic loss with Hessian H the result is
+    Draws are antithetic pairs, each on one block of the images. On a quadratic loss with Hessian H the result is
     rho^2 sum_i H_ii c_i^2 / 2, a third of that for "linf".
 
     Args:
-        landscape: the loss around w; over `normalised_logits(loss)` the size of the logits is taken out.
-        radii: (R,) rho, relative to |w| where adaptive.
+        landscape: the loss around w; with `normalised_logits(loss)` the size of the logits has no effect.
+        radii: (R,) rho, relative to |w| if adaptive.
         norm: "l2" draws normal noise, "linf" uniform noise.
         adaptive: scale the noise by |w|.
         block_size: images on which one pair of draws is evaluated.
-        num_samples: draws, each on all images, instead of an accuracy.
+        num_samples: fixed number of draws, each on all images, instead of an accuracy target.
         rel_error: standard error over the value at which sampling stops.
         abs_error: absolute standard error (nats) at which sampling also stops.
-        budget: images forwarded at most; 100 passes for each radius by default.
-        seed: names the draws.
+        budget: maximum number of images forwarded; by default 100 passes for each radius.
+        seed: of the draws.
 
     Raises:
-        UserError: if a number is out of range or a word is unknown.
+        UserError: if a number is out of range or a name is unknown.
     """
     places = _places(radii, norm)
     noise: Literal["normal", "uniform"] = "normal" if norm == "l2" else "uniform"
@@ -108,24 +109,25 @@ def worst_sharpness(
     restarts: int = 1,
     seed: int | torch.Generator = 0,
 ) -> WorstSharpness:
-    """Climb from random starts to the worst perturbation of each block, by Auto-PGD (Croce and Hein 2020).
+    """Search the worst perturbation of each block from random starts, by Auto-PGD (Croce and Hein 2020).
 
-    Steps begin at 2 rho, carry momentum, and are halved at fixed checkpoints where too few of them climb. It climbs in
-    u = delta / c, where the ball is round and projection exact; the authors' code climbs in delta and bisects.
+    Steps begin at 2 rho, have momentum, and are halved at fixed checkpoints if too few of them increase the loss. The
+    ascent is in u = delta / c, where the ball is round and the projection exact; the authors' code ascends in delta and
+    bisects.
 
     Args:
-        landscape: the loss around w; over `normalised_logits(loss)` the size of the logits is taken out.
-        radii: (R,) rho, relative to |w| where adaptive.
+        landscape: the loss around w; with `normalised_logits(loss)` the size of the logits has no effect.
+        radii: (R,) rho, relative to |w| if adaptive.
         norm: of the ball.
         adaptive: scale perturbations by |w|.
-        block_size: images m that one perturbation meets, a share of each stratum. The mean of the blocks' losses is
-            the loss, so that no point of the ball, and no mean over it, lies above the true maximum.
+        block_size: images m of one perturbation, a share of each stratum. The mean of the blocks' losses is the loss,
+            so that no point of the ball, and no mean over it, exceeds the true maximum.
         steps: of an ascent; a step costs a gradient and a forward pass over the block.
-        restarts: ascents from starts of their own.
-        seed: names the starts and the blocks.
+        restarts: ascents, each from another start.
+        seed: of the starts and the blocks.
 
     Raises:
-        UserError: if a number is out of range or a word is unknown.
+        UserError: if a number is out of range or a name is unknown.
     """
     begin, name, places = time.perf_counter(), base_seed(seed), _places(radii, norm)
     steps, restarts = whole("steps", steps), whole("restarts", restarts)
@@ -156,7 +158,7 @@ class _Ascent:
         self.block, self.scale, self.rho, self.norm = block, scale, rho, norm
 
     def climb(self, steps: int, start: tuple[int, int, int]) -> float:
-        """Return the largest rise that is met."""
+        """Return the largest rise found."""
         here = before = best = self._start(*start)
         highest, seen = self._loss(here), -math.inf  # at the last checkpoint
         size, halved, climbed, last = 2 * self.rho, False, 0, 0
@@ -189,14 +191,14 @@ class _Ascent:
         return u * shrink.clamp_max(1.0)
 
     def _start(self, seed: int, block: int, restart: int) -> Tensor:
-        number = -1 - restart - (block << 20)  # no direction of the average case
+        number = -1 - restart - (block << 20)  # negative: none of the average case
         if self.norm == "linf":
             return self.rho * draw_direction(self.block, seed, number, noise="uniform")
         return self.rho * draw_direction(self.block, seed, number)
 
 
 def _checkpoints(steps: int) -> set[int]:
-    """Return the steps at which an ascent is judged (Croce and Hein 2020, section 3)."""
+    """Return the steps at which the step size is adapted (Croce and Hein 2020, section 3)."""
     places = [0.0, 0.22]
     while places[-1] < 1:
         places.append(places[-1] + max(places[-1] - places[-2] - 0.03, 0.06))

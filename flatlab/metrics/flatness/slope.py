@@ -1,4 +1,4 @@
-"""The slope at w, from forward passes alone: where it dominates, w is not a minimum of these data."""
+"""The slope at w, by forward passes only: if it dominates, w is not a minimum on these data."""
 
 import numpy as np
 
@@ -21,9 +21,9 @@ def slopes(landscape: Landscape, radius: float, *, seed: int, normalisation: Nor
     bias.
 
     Args:
-        landscape: of two samples at least.
-        radius: small: the odd part there is the linear term.
-        seed: of the measurement; the directions are drawn for this alone.
+        landscape: of at least two samples.
+        radius: so small that the odd part is the linear term.
+        seed: of the measurement; the directions are separate draws.
         normalisation: of the directions.
     """
     blocks = _blocks(landscape, seed)
@@ -36,13 +36,13 @@ def slopes(landscape: Landscape, radius: float, *, seed: int, normalisation: Nor
             one, other = ((there - back) / (2 * radius) for there, back in ends)
             across = (np.outer(one, other) + np.outer(other, one)) / 2
             within = (np.outer(one, one) + np.outer(other, other)) / 2
-            # Blocks are drawn without replacement: of B, the pairs alone would be too low by the images' scatter / B.
+            # Blocks are drawn without replacement: of B, pairs alone would be too low by the variance over images / B.
             products[k] = ((len(blocks) - 1) * across + within) / len(blocks)
     return products
 
 
 def price(landscape: Landscape, *, seed: int) -> int:
-    """Return the images that the slopes forward."""
+    """Return the number of images that the slopes forward."""
     sizes = _blocks(landscape, seed).sizes
     return 2 * int(sizes[np.arange(2 * DIRECTIONS) % len(sizes)].sum())
 

@@ -1,4 +1,4 @@
-"""Flatness on a sphere: how far the loss rises at distance gamma from a minimum, in a random direction."""
+"""Flatness on a sphere: the rise of the loss at distance gamma from a minimum, in a random direction."""
 
 import time
 from collections.abc import Sequence
@@ -40,12 +40,12 @@ def sphere_flatness(
     Args:
         landscape: the loss around w.
         radii: (R,) distances gamma, relative radii rho with a normalisation, or "auto": six that span F = 0.01 to 2.
-        num_samples: K directions, each on all images, instead of an accuracy.
+        num_samples: fixed number K of directions, each on all images, instead of an accuracy target.
         rel_error: standard error / |F| at which sampling stops.
         abs_error: absolute standard error (nats) at which sampling also stops.
-        budget: images forwarded at most; 100 passes for each radius by default.
-        seed: seed of the directions; use the same for all models that are to be compared.
-        normalisation: "filter", "layer" or "parameter" takes the scale of the weights out (Dinh et al. 2017).
+        budget: maximum number of images forwarded; by default 100 passes for each radius.
+        seed: of the directions; use the same for all models that are to be compared.
+        normalisation: "filter", "layer" or "parameter": radii relative to the weights' norms (Dinh et al. 2017).
         report: called with the draws at each radius after each unit.
     """
     sampler = Sampler([landscape], base_seed(seed), check_normalisation(normalisation, landscape))

@@ -1,4 +1,4 @@
-"""The worst direction on a sphere: projected gradient ascent, which finds a lower bound of the largest rise."""
+"""The worst direction on a sphere by projected gradient ascent, which gives a lower bound of the largest rise."""
 
 import time
 
@@ -16,8 +16,8 @@ from flatlab.results.estimate import Cost
 from flatlab.results.sharpness import WorstRise
 from flatlab.seeds import base_seed
 
-FIRST_ANGLE = 0.5  # radians of the first step on the sphere; halved whenever a step does not climb
-BACKWARD = 3  # passes that one gradient costs, its forward pass included
+FIRST_ANGLE = 0.5  # radians of the first step on the sphere; halved whenever the loss does not increase
+BACKWARD = 3  # cost of a gradient in passes, its forward pass included
 
 
 def worst_rise(
@@ -28,18 +28,18 @@ def worst_rise(
     steps: int = 20,
     seed: int | torch.Generator = 0,
 ) -> WorstRise:
-    """Climb on spheres around w from random starts; the first start follows the gradient at w.
+    """Ascend on spheres around w from random starts; the first start is the direction of the gradient at w.
 
-    Each step turns the direction towards the tangential gradient by an angle, which is halved where the loss does not
-    rise; the data are used whole, and the point stays on the sphere exactly. On a quadratic loss at its minimum the
+    Each step turns the direction towards the tangential gradient by an angle, which is halved if the loss does not
+    rise; all data are used, and the point stays on the sphere exactly. On a quadratic loss at its minimum the
     maximum is gamma^2 lambda_max / 2.
 
     Args:
         landscape: the loss around w.
         radii: (R,) Euclidean distances above zero.
         restarts: ascents at each radius.
-        steps: gradients of an ascent.
-        seed: names the starts.
+        steps: gradient steps of an ascent.
+        seed: of the starts.
 
     Raises:
         UserError: if a radius is not positive, or too small for the weights' precision, or restarts or steps are
@@ -67,7 +67,7 @@ def _climb(landscape: Landscape, gamma: float, steps: int, seed: int, k: int) ->
         uphill = landscape.gradient(w + gamma * here)
         tangent = uphill - (uphill @ here) * here
         if not tangent.norm() > 0:
-            break  # a top, or a pole, of this sphere
+            break  # a critical point on this sphere
         there = _unit(np.cos(angle) * here + np.sin(angle) * _unit(tangent))
         reached = landscape.evaluate(w + gamma * there).loss
         if reached > height:

@@ -1,7 +1,7 @@
 """Linear connectivity of two checkpoints: the height of the barrier on the line between them, with an interval.
 
-The maximum along a path is biased upwards, since it selects noise. So the place is chosen on one half of the images,
-and the barrier is measured there on the other half.
+The maximum along a path is biased upwards, since it selects noise. Therefore its place is chosen on one half of the
+images, and the barrier is measured there on the other half.
 """
 
 import copy
@@ -38,14 +38,14 @@ def connect(
 ) -> Connection:
     """Measure the barrier between two checkpoints: the largest height of the loss above the line between its ends.
 
-    Definition: Frankle et al. 2020, section 2, in nats; but between the ends alone: negative where the loss sags.
+    Definition: Frankle et al. 2020, section 2, in nats; but only between the ends, so that it can be negative.
 
     Args:
         first: the landscape of one end.
         second: that of the other, of the same architecture over the same data.
         grid: places along the line, the ends included.
-        recompute: batches, as of training, from which BatchNorm statistics are recomputed at each place (Izmailov et
-            al. 2018). Else they are interpolated like the weights: both ends are the checkpoints.
+        recompute: training batches from which BatchNorm statistics are recomputed at each place (Izmailov et al. 2018).
+            By default they are interpolated like the weights, so that both ends are the checkpoints.
         seed: of the halves and the bootstrap.
         report: called with the places done and foreseen.
 
@@ -59,7 +59,7 @@ def connect(
     places = np.arange(grid) / (grid - 1)
     table, stratum = _losses(path, step, places, moved, report)
     chosen = np.isin(np.arange(len(stratum)), _half(stratum, name))
-    with np.errstate(invalid="ignore"):  # what is not finite is shown so
+    with np.errstate(invalid="ignore"):  # values that are not finite stay so
         excess = table - chord(table, places)
     position = _highest(excess[:, chosen], stratum[chosen])
     kept, home = excess[position, ~chosen], stratum[~chosen]
@@ -83,14 +83,14 @@ def _check(first: Landscape, second: Landscape, grid: int) -> None:
     shapes = [[tensor.shape for tensor in each.split(each.point)] for each in (first, second)]
     if shapes[0] != shapes[1]:
         raise UserError(
-            "A line between two checkpoints needs models of one architecture, but their parameters have other shapes"
+            "A line between two checkpoints needs models of one architecture, but their parameters differ in shape"
             f" ({first.num_params:,} and {second.num_params:,} numbers)."
         )
     if not first.shares_data(second):
         raise UserError("A line between two checkpoints needs the same data in the same order: pass the same.")
     whole("grid", grid, least=3)  # a barrier lies between the ends
     if first.sizes.min() < FEWEST:
-        raise UserError(f"Each stratum is cut in halves, and needs at least {FEWEST} images, but one has fewer.")
+        raise UserError(f"Each stratum must have at least {FEWEST} images, two in each half, got {first.sizes.min()}.")
 
 
 def _losses(
@@ -129,7 +129,7 @@ def _half(stratum: npt.NDArray[np.int64], seed: int) -> npt.NDArray[np.int64]:
 
 
 def _highest(excess: FloatArray, stratum: npt.NDArray[np.int64]) -> int:
-    """Return the place between the ends where the mean over strata is largest, or no number."""
+    """Return the index between the ends at which the mean over strata is largest, or NaN."""
     means = by_stratum(excess, stratum).mean(axis=1)
     return 1 + int(np.argmax(np.nan_to_num(means[1:-1], nan=np.inf)))
 
@@ -168,7 +168,7 @@ class _Buffers:
         self.stale = True
 
     def settle(self) -> None:
-        """Compute the statistics at the present weights, once for each place."""
+        """Compute the statistics at the current weights, once for each place."""
         if self.stale:
             self.stale = False
             self.statistics.renew()

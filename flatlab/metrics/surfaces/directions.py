@@ -1,7 +1,7 @@
 """Directions that span a line or a plane through a point, with points marked in it and the variance explained.
 
-Every plane passes through the point that its landscape lies around, so that the value at the origin is its loss.
-BatchNorm's running statistics are those of that network everywhere; weights alone move.
+Every plane contains the point of its landscape, so that the value at the origin is its loss. BatchNorm's running
+statistics are those of that network everywhere; only weights move.
 """
 
 from collections.abc import Sequence
@@ -30,9 +30,9 @@ class Directions:
     Attributes:
         vectors: (D, P).
         labels: (D,) what each axis means, with units.
-        marks: (K, D) coordinates of points of interest, such as checkpoints; the nearest places in the plane.
+        marks: (K, D) coordinates of points of interest, such as checkpoints, projected onto the plane.
         mark_labels: (K,) their names.
-        distances: (K,) Euclidean distances of these points from the plane: 0 where they lie in it.
+        distances: (K,) Euclidean distances of these points from the plane.
         explained: (D,) share of a trajectory's variance along each axis; NaN for other directions.
         connected: whether the marks are a path.
     """
@@ -47,7 +47,7 @@ class Directions:
 
     @property
     def cosine(self) -> float:
-        """The cosine of the first two directions; random ones are not made orthogonal, and need not be."""
+        """The cosine of the first two directions; random ones are not orthogonalised."""
         u, v = self.vectors[:2].to(wide(self.vectors))
         return float(u @ v / (u.norm() * v.norm()))
 
@@ -55,7 +55,7 @@ class Directions:
 def random_directions(
     landscape: Landscape, *, count: int = 2, seed: int = 0, normalisation: Normalisation = "filter"
 ) -> Directions:
-    """Draw Gaussian directions; by default each filter as long as the weights' (Li et al. 2018, section 4).
+    """Draw Gaussian directions; by default each filter has the norm of the weights' (Li et al. 2018, section 4).
 
     BatchNorm and biases are fixed, as in the authors' examples (`ignore="biasbn"`). They are the directions of
     `sphere_flatness`: models of one architecture share them.
@@ -73,17 +73,17 @@ def eigen_directions(
 
     Args:
         landscape: around the point.
-        count: how many.
-        which: from which end, as in `hessian_spectrum`.
-        seed: of its start.
-        spectrum: one that is there already, with its vectors.
+        count: number of directions.
+        which: end of the spectrum, as in `hessian_spectrum`.
+        seed: of its starting vector.
+        spectrum: a given spectrum with its vectors, instead of a new one.
 
     Raises:
-        UserError: where the given spectrum holds no vectors, too few, or those of another model.
+        UserError: if the given spectrum has no vectors, too few, or those of another model.
     """
     found = spectrum or hessian_spectrum(landscape, k=count, which=which, seed=seed, vectors=True)
     if found.eigenvectors is None or found.eigenvectors.shape[1] < count:
-        raise UserError(f"The spectrum holds fewer than {count} vectors: hessian_spectrum(k={count}, vectors=True).")
+        raise UserError(f"The spectrum has fewer than {count} vectors: hessian_spectrum(k={count}, vectors=True).")
     vectors = torch.stack([checked(landscape, vector) for vector in found.eigenvectors.T[:count]])
     return _bare(vectors, [f"eigenvector of λ = {value:.3g} (L2)" for value in found.eigenvalues[:count]])
 
@@ -91,14 +91,14 @@ def eigen_directions(
 def given_directions(
     landscape: Landscape, vectors: Sequence[Tensor], *, normalisation: Normalisation = "none"
 ) -> Directions:
-    """Take the user's own flat vectors (P,) as directions, as they are or scaled to the weights.
+    """Return the user's own flat vectors (P,) as directions, unchanged or scaled to the weights.
 
     Raises:
-        UserError: where one is of another model, zero, or not finite.
+        UserError: if one is of another model, zero, or not finite.
     """
     rows = [checked(landscape, vector) for vector in vectors]
     if not rows:
-        raise UserError("vectors must hold one flat vector for a line, two for a plane, got none.")
+        raise UserError("vectors must be one flat vector for a line, two for a plane, got none.")
     if normalisation != "none":
         rows = [scale_to_weights(row, landscape, check_normalisation(normalisation, landscape)) for row in rows]
     return _bare(torch.stack(rows), [f"direction {k + 1}" for k in range(len(rows))])
@@ -112,7 +112,7 @@ def plane_through(
     Coordinates are Euclidean distances: the first checkpoint is (0, 0), the second (|w2 - w1|, 0).
 
     Raises:
-        UserError: where a checkpoint is of another model, or the three lie on a line.
+        UserError: if a checkpoint is of another model, or the three lie on a line.
     """
     steps = [
         checked(landscape, each, zero=True).to(wide(each)) - landscape.point.to(wide(each)) for each in (second, third)
@@ -120,7 +120,7 @@ def plane_through(
     u = steps[0] / _length(steps[0], "The second checkpoint is the first one: three points span a plane.", steps)
     rest = steps[1] - (steps[1] @ u) * u
     rest -= (rest @ u) * u  # twice is enough
-    v = rest / _length(rest, "The three checkpoints lie on one line, and span no plane: take others.", steps)
+    v = rest / _length(rest, "The three checkpoints lie on one line, and span no plane: name others.", steps)
     basis = torch.stack([u, v])
     found = _bare(basis.to(landscape.point), [f"distance along {names[0]} to {names[1]} (L2)", "distance across (L2)"])
     return _marked(landscape, found, [landscape.point, second, third], list(names))
@@ -132,19 +132,19 @@ def trajectory_directions(
     """Return the principal directions of a training's iterates, of unit length, through the landscape's point.
 
     Args:
-        landscape: around the last iterate, as a rule.
-        points: iterates (P,), in order; each is marked at its nearest place in the plane, at a stated distance.
-        count: how many directions.
+        landscape: usually around the last iterate.
+        points: iterates (P,), in order; each is marked at its projection, with its distance from the plane.
+        count: number of directions.
         names: of the iterates.
 
     Raises:
-        UserError: where there are fewer iterates than directions, or they span too little.
+        UserError: if there are fewer iterates than directions, or they span too little.
     """
     if len(points) <= count:
         raise UserError(f"{count} principal directions need at least {count + 1} checkpoints, got {len(points)}.")
     rows = torch.stack([checked(landscape, point, zero=True).to(wide(point)) for point in points])
     rows = rows - rows.mean(dim=0)
-    # The Gram matrix (T, T) has the same spectrum as the covariance (P, P), and fits.
+    # The Gram matrix (T, T) has the same spectrum as the covariance (P, P), and fits in memory.
     values, vectors = torch.linalg.eigh(rows @ rows.T)
     values, vectors = values.flip(0).clamp_min(0.0), vectors.flip(1)
     if not values[count - 1] > SAME**2 * values[0]:
@@ -169,7 +169,7 @@ def _bare(vectors: Tensor, labels: Sequence[str]) -> Directions:
 
 
 def _marked(landscape: Landscape, plane: Directions, points: Sequence[Tensor], names: Sequence[str]) -> Directions:
-    """Attach points to a plane with orthonormal axes, each at its nearest place."""
+    """Mark points in a plane with orthonormal axes, each at its projection."""
     basis = plane.vectors.to(wide(plane.vectors))
     steps = torch.stack([checked(landscape, p, zero=True).to(basis) - landscape.point.to(basis) for p in points])
     coordinates = steps @ basis.T
@@ -182,7 +182,7 @@ def checked(landscape: Landscape, vector: Tensor, *, zero: bool = False) -> Tens
     """Return a direction, or a checkpoint, which may be zero, as (P,) in the dtype and on the device of the point.
 
     Raises:
-        UserError: where it is of another model, zero throughout, or not finite.
+        UserError: if it is of another model, zero throughout, or not finite.
     """
     try:
         flat = landscape.as_point(vector)
@@ -193,7 +193,7 @@ def checked(landscape: Landscape, vector: Tensor, *, zero: bool = False) -> Tens
         ) from None
     if not torch.isfinite(flat).all() or not (zero or flat.any()):
         raise UserError(
-            "A direction or checkpoint must be finite, and a direction not zero throughout: look at what was loaded."
+            "A direction or checkpoint must be finite, and a direction not zero throughout: check the file it is from."
         )
     return flat
 

@@ -1,4 +1,4 @@
-"""Lines and planes through a landscape: each place is set from the point itself and evaluated once.
+"""Lines and planes through a landscape: each place is computed from the point itself and evaluated once.
 
 Places are grouped in tiles, each a unit that can be stored as a file (`keep`), so that a surface can be resumed.
 A plane can be refined from coarse to fine: evaluated where linear interpolation would be wrong.
@@ -53,15 +53,15 @@ def line(
 
     Args:
         landscape: with one stratum for each domain or split that is to be shown.
-        directions: five random filter-normalised ones by default, whose spread is the profile's band.
-        grid: places t, or how many of them lie between -1 and 1.
+        directions: by default five random filter-normalised ones, whose spread is the profile's band.
+        grid: places t, or their number between -1 and 1.
         metrics: functions of the loss's form by name; loss and, for classes, accuracy by default.
         seed: of the random directions.
         keep: stores tiles.
         report: called with the places done and foreseen.
 
     Raises:
-        UserError: where a grid has fewer than two places, or directions are of another model.
+        UserError: if a grid has fewer than two places, or directions are of another model.
     """
     start, name = time.perf_counter(), base_seed(seed)
     found = directions or random_directions(landscape, count=5, seed=name)
@@ -98,20 +98,20 @@ def plane(
 
     Args:
         landscape: with one stratum for each domain or split that is to be shown side by side.
-        directions: the first two span the plane; random filter-normalised ones by default (Li et al. 2018).
-        grid: places a and b, or how many along each axis: between -1 and 1, or around the directions' marks. An odd
-            number has w itself in the middle.
-        metrics: functions of the loss's form by name; loss and, for classes, accuracy by default.
+        directions: the first two span the plane; by default random filter-normalised ones (Li et al. 2018).
+        grid: places a and b, or their number along each axis: between -1 and 1, or around the directions' marks. With
+            an odd number, w itself is the middle one.
+        metrics: functions of the loss's form by name; by default loss and, for classes, accuracy.
         refine: begin with a coarse grid, and halve the cells in which linear interpolation is off by more than this
             share of the loss's height above its minimum (plus 2 % of its range); 0.05 saves half to nine tenths. The
             number of cells along an axis should be a multiple of 8, or of 16: 49 or 65 places.
-        recompute: batches from which BatchNorm statistics are recomputed at each place; the model's by default.
+        recompute: batches from which BatchNorm statistics are recomputed at each place; by default the model's own.
         seed: of the random directions.
-        keep: keeps tiles.
+        keep: stores tiles.
         report: called with the places done and foreseen.
 
     Raises:
-        UserError: where a grid has fewer than two places, or directions are fewer than two or of another model.
+        UserError: if a grid has fewer than two places, or directions are fewer than two or of another model.
     """
     start, name = time.perf_counter(), base_seed(seed)
     found = directions or random_directions(landscape, seed=name)
@@ -156,7 +156,7 @@ def _tolerance(refine: float | None) -> float | None:
 def _metrics(landscape: Landscape, metrics: Mapping[str, Metric] | None) -> dict[str, Metric]:
     if metrics is not None:
         if not metrics:
-            raise UserError("No metric was named: pass {name: function}, or None for loss and accuracy.")
+            raise UserError("metrics must have at least one entry, got none: pass {name: function}, or None.")
         return dict(metrics)
     named: dict[str, Metric] = {"loss": landscape.loss}
     return named if landscape.evaluate().accuracy is None else {**named, "accuracy": correct}
@@ -200,9 +200,9 @@ class _Evaluator:
         landscape: around w.
         vectors: (D, P) directions.
         metrics: what is evaluated.
-        keep: keeps tiles.
+        keep: stores tiles.
         report: called with places done and foreseen.
-        recompute: batches that give BatchNorm's statistics at each place.
+        recompute: batches for BatchNorm's statistics at each place.
     """
 
     landscape: Landscape
@@ -232,7 +232,7 @@ class _Evaluator:
         return np.concatenate(found)
 
     def tile(self, places: FloatArray) -> FloatArray:
-        """Evaluate a tile: no place is reached from another, and none allocates."""
+        """Evaluate a tile; each place is computed from the point itself, without allocating memory."""
         step, path = torch.empty_like(self.vectors[0]), self.landscape
         if self.recompute is not None:
             path = path.around(copy.deepcopy(path.model), check=False)  # a private copy, whose statistics may change
@@ -241,13 +241,13 @@ class _Evaluator:
             return np.stack([at(displacement(self.vectors, each, out=step)) for each in places.tolist()])
 
     def cost(self, start: float) -> Cost:
-        """Return what was forwarded."""
+        """Return the cost so far."""
         images = self.evaluated * self.landscape.num_samples
         return Cost(float(self.evaluated), images, 0, time.perf_counter() - start)
 
 
 def displacement(vectors: Tensor, place: Sequence[float], *, out: Tensor) -> Tensor:
-    """Return the sum of the directions (D, P) times coordinates (D,), in a vector (P,) that is there already."""
+    """Write the sum of the directions (D, P) times coordinates (D,) to a vector (P,), and return it."""
     torch.mul(vectors[0], place[0], out=out)
     for vector, coordinate in zip(vectors[1:], place[1:], strict=True):
         out.add_(vector, alpha=coordinate)

@@ -1,4 +1,4 @@
-"""From coarse to fine: a plane is evaluated where linear interpolation would be wrong, and interpolated elsewhere."""
+"""Refinement: a plane is evaluated where linear interpolation would be wrong, and interpolated elsewhere."""
 
 from collections.abc import Callable
 from itertools import pairwise
@@ -8,11 +8,11 @@ import numpy.typing as npt
 
 from flatlab.arguments import FloatArray
 
-COARSEST = 9  # places along an axis that refinement begins with, at least
-FLOOR = 0.02  # of the range: how much of it is added to the height that the tolerance is a share of
+COARSEST = 9  # minimum number of places along an axis with which refinement begins
+FLOOR = 0.02  # share of the range that is added to the height to which the tolerance is relative
 Mask = npt.NDArray[np.bool_]
 Evaluate = Callable[[FloatArray], FloatArray]
-"""From places (N, 2) to values (N, S, M); the first metric decides."""
+"""From places (N, 2) to values (N, S, M); refinement is by the first metric."""
 
 
 def refined(evaluate: Evaluate, x: FloatArray, y: FloatArray, tolerance: float | None) -> tuple[FloatArray, Mask]:
@@ -33,7 +33,7 @@ def refined(evaluate: Evaluate, x: FloatArray, y: FloatArray, tolerance: float |
 
 
 def _evaluate(evaluate: Evaluate, x: FloatArray, y: FloatArray, wanted: Mask) -> FloatArray:
-    """Return values (G1, G2, S, M), NaN where nothing was wanted."""
+    """Return values (G1, G2, S, M), NaN where none is wanted."""
     rows, columns = np.nonzero(wanted)
     found = evaluate(np.stack([x[rows], y[columns]], axis=1))
     values = np.full((*wanted.shape, *found.shape[1:]), np.nan)
@@ -42,7 +42,7 @@ def _evaluate(evaluate: Evaluate, x: FloatArray, y: FloatArray, wanted: Mask) ->
 
 
 def _coarsest(*cells: int) -> int:
-    """Return the largest power of 2 that divides the cells of both axes and leaves enough places to begin with."""
+    """Return the largest power of 2 that divides the cells of both axes and leaves at least `COARSEST` places."""
     stride = 1
     while all(each % (2 * stride) == 0 and each // (2 * stride) >= COARSEST - 1 for each in cells):
         stride *= 2
@@ -72,17 +72,17 @@ def _bent(values: FloatArray, tolerance: float) -> Mask:
 
 
 def _cells(points: Mask) -> Mask:
-    """Say of each cell whether one of its corners is."""
+    """Return for each cell whether one of its corners is marked."""
     return points[1:, 1:] | points[:-1, 1:] | points[1:, :-1] | points[:-1, :-1]
 
 
 def _corners(cells: Mask) -> Mask:
-    """Say of each place whether it is a corner of such a cell."""
+    """Return for each place whether it is a corner of a marked cell."""
     return _cells(np.pad(cells, 1))
 
 
 def _halved(values: FloatArray) -> FloatArray:
-    """Return values on a grid of half the spacing, new places by linear interpolation."""
+    """Return values on a grid of half the spacing, those at new places by linear interpolation."""
     for axis in (0, 1):
         rows = np.moveaxis(values, axis, 0)
         new = np.empty((2 * len(rows) - 1, *rows.shape[1:]))
