@@ -1,7 +1,7 @@
-"""A table of accuracies as the paper prints it: our runs line by line, the printed numbers beside comparable ones.
+"""A table of accuracies as the paper prints it: our runs line by line, with the printed numbers if comparable.
 
-A module of `analyses/` declares lines and columns, and takes everything else from here. Torch-free. Accuracies are
-percent, at the checkpoint that training-domain validation selects; intervals are over seeds.
+A module of `analyses/` declares lines and columns; everything else is here. Torch-free. Accuracies are percent, at the
+checkpoint that training-domain validation selects; intervals are over seeds.
 """
 
 import re
@@ -48,8 +48,8 @@ class Line:
     Attributes:
         label: the line's name in our table.
         method: a key of `METHODS`.
-        changes: fields of the setting, as this line has them.
-        printed: what tells the paper's line from its others, such as {"bits": 8}.
+        changes: fields of the setting that differ in this line.
+        printed: identifies the paper's line, such as {"bits": 8}.
     """
 
     label: str
@@ -68,12 +68,12 @@ class PaperTable:
 
     Attributes:
         number: as in published.json.
-        lines: the first one is what the others are compared with.
+        lines: the others are compared with the first one.
         columns: data set -> panel -> the paper's column.
-        split: of the source domains, whose accuracies the paper prints: "out" (the images that select) or "test".
-            Ours are of test images wherever the runs keep such.
+        split: of the source domains, whose accuracies the paper prints: "out" (used for selection) or "test". Ours are
+            of the test split if the runs have one.
         domains: whether the paper prints a column for each held-out domain.
-        average: the paper's column of the mean over all data sets, where it prints one.
+        average: the paper's column of the mean over all data sets, if it prints one.
     """
 
     number: str
@@ -106,7 +106,7 @@ class PaperTable:
     def table(self, store: RunStore, setting: Setting) -> pd.DataFrame:
         """Return accuracies in percent: of each run, over seeds of each held-out domain and of their mean.
 
-        Of an ensemble also the mean over its members, each alone (`over` is "members").
+        For an ensemble also the mean over its single members (`over` is "members").
         """
         wanted, panels = self.labelled(setting), self._panels(setting)
         each = accuracies(store, wanted, panels)
@@ -116,18 +116,18 @@ class PaperTable:
         return self._with_published(pd.concat(parts, ignore_index=True), setting)[COLUMNS]
 
     def _average(self, setting: Setting) -> str:
-        """Return the name of the mean over the data sets present: the paper's, where they are all there."""
+        """Return the name of the mean over the data sets present: the paper's, if all are."""
         there = [one.dataset for one in setting.each]
         return f"{AVERAGE}." if {*there} == {*self.columns} else f"{AVERAGE} of {', '.join(there)}"
 
     def _panels(self, setting: Setting) -> list[Panel]:
-        """Return panels and splits; of the source domains images that select nothing wherever the runs keep such."""
+        """Return panels and splits; of the source domains the test split, if the runs have one."""
         declared = dict.fromkeys(panel for panels in self.columns.values() for panel in panels)
         splits = {SOURCE: "test" if setting.test_share else self.split, TARGET: "in"}
         return [(panel, splits[panel]) for panel in declared]
 
     def printed(self, label: str, dataset: str, panel: Panel, held_out: str) -> Printed:
-        """Return the paper's number for one of ours; none where it printed none."""
+        """Return the paper's number for one of ours; NaN if it printed none."""
         line = next(line for line in self.lines if line.label == label)
         columns = {**self.columns, f"{AVERAGE}.": {TARGET: self.average}}.get(dataset, {})
         other = (SOURCE, "test" if self.split == "out" else "out")
@@ -142,7 +142,7 @@ class PaperTable:
         return Printed(found["mean"], np.nan if found["std"] is None else found["std"])
 
     def _with_published(self, frame: pd.DataFrame, setting: Setting) -> pd.DataFrame:
-        """Fill in what the paper printed, but only where it did the same as we: on the same data, by its protocol."""
+        """Fill in the printed numbers, but only for the paper's data and protocol."""
         same = self._same(setting)
         beside = [
             self.printed(method, dataset, (panel, split), held_out)
@@ -156,7 +156,7 @@ class PaperTable:
         return frame.join(theirs).assign(comparable=theirs["published"].notna())
 
     def _same(self, setting: Setting) -> set[tuple[str, str, bool]]:
-        """Return method, data set, and whether it is the mean over held-out domains, where the paper did the same."""
+        """Return method, data set, and whether it is the mean over held-out domains, for all comparable cells."""
         same = set()
         for line in self.lines:
             alike = {one.dataset: is_papers(METHODS[line.method], one, line.changes) for one in setting.each}
@@ -168,7 +168,7 @@ class PaperTable:
         return same
 
     def as_published(self) -> pd.DataFrame:
-        """Return the lines as the paper prints them, in a table of their own."""
+        """Return the lines as the paper prints them, as a separate table."""
         rows: dict[str, dict[str, str]] = {}
         for line in self.lines:
             for row in [row for row in self.facts["rows"] if line.printed and line.printed.items() <= row.items()][:1]:
@@ -180,7 +180,7 @@ class PaperTable:
         return _laid_out(rows)
 
     def findings(self, frame: pd.DataFrame) -> pd.DataFrame:
-        """Return the differences of all pairs of lines in points; where the paper did the same, whether they agree.
+        """Return the differences of all pairs of lines in points; if comparable to the paper, whether they agree.
 
         Families, in each panel: the differences to the first line, and those of the other pairs.
         """
@@ -199,7 +199,7 @@ class PaperTable:
         return _laid_out(rows)
 
     def sheet(self, frame: pd.DataFrame) -> pd.DataFrame:
-        """Return the table as the paper prints one: mean and standard error over seeds; published where comparable."""
+        """Return the table as the paper prints one: mean and standard error over seeds; published if comparable."""
         shown = frame[(frame["over"] == "seeds") & ((frame["held_out"] == "all") | (frame["panel"] == TARGET))]
         rows: dict[str, dict[str, str]] = {label: {} for label in self.order}
         for row in shown.to_dict("records"):
@@ -211,7 +211,7 @@ class PaperTable:
         return _laid_out(rows)
 
     def remarks(self, frame: pd.DataFrame) -> list[str]:
-        """Say what the tests say, what was tested, what ensembles gain, and what is odd about the printed numbers."""
+        """Return sentences on the tests, on the gains of ensembles, and on anomalies of the printed numbers."""
         found = self.findings(frame)
         first = found[found["baseline"] == self.baseline]
         sentences = [*verdicts.sentences(first, unit="points", digits=2), verdicts.statement(first)]
@@ -230,12 +230,12 @@ class PaperTable:
         return [f"Printed, and not made here: {names}.", *odd] if names else odd
 
     def protocol(self, setting: Setting) -> str:
-        """Say which domains are held out, and how the numbers come about."""
+        """Return sentences on the held-out domains, the checkpoint and the mean."""
         held_out = "; ".join(f"{one.dataset}: {', '.join(one.held_out)}" for one in setting.each)
         return f"Held out in turn: {held_out}. Checkpoint by training-domain validation; mean over held-out domains."
 
     def caption(self, setting: Setting) -> str:
-        """Say in a title and a line below which data and seeds the picture shows."""
+        """Return title and notes: data, seeds, intervals."""
         bars = f"Bars: {setting.interval}. Right: less {self.baseline}, paired by held-out domain and seed."
         return f"Table {self.number}: {setting.words}\n{self.protocol(setting)} {bars}"
 
@@ -253,7 +253,7 @@ class PaperTable:
         )
 
     def figure(self, module: str, doc: str) -> Analysis:
-        """Return what the module of the table declares."""
+        """Return the declaration of the table."""
         return Analysis(
             module,
             doc,
@@ -279,13 +279,13 @@ def domains_table(number: str, dataset: str) -> PaperTable:
 
 
 def bit_widths(widths: Sequence[int]) -> tuple[Line, ...]:
-    """Return lines that differ in the bits of a weight alone, after that of ERM."""
+    """Return lines that differ only in the bits of a weight, after that of ERM."""
     quantized = (Line(f"{bits} bit", "QT-DoG", {"bits": bits}, {"bits": bits}) for bits in widths)
     return (Line("ERM", "ERM", printed={"bits": 32}), *quantized)
 
 
 def _laid_out(rows: Mapping[str, Mapping[str, str]]) -> pd.DataFrame:
-    """Return a row for each method, with empty cells where there is nothing to tell."""
+    """Return a row for each method; missing cells are empty."""
     return pd.DataFrame([{"method": method, **cells} for method, cells in rows.items()]).fillna("")
 
 
@@ -298,7 +298,7 @@ def _title(row: Mapping[Any, Any]) -> str:
 
 
 def plus_minus(value: float, stderr: float) -> str:
-    """Return "mean ± standard error"; without the latter where there is none."""
+    """Return "mean ± standard error"; only the mean if there is no error."""
     return f"{value:.1f}" if np.isnan(stderr) else f"{value:.1f} ± {stderr:.1f}"
 
 

@@ -1,7 +1,7 @@
-"""The paper's claims, each with the tests that decide it, and how many seeds would decide more. Torch-free.
+"""The paper's claims, each with the tests that decide it, and the number of seeds that would decide more. Torch-free.
 
-The rule: a claim is supported where at least one test of its family has a verdict in its direction and none has one in
-the other; contradicted the other way round; else it cannot be told at this size.
+The rule: a claim is supported if at least one test of its family has a verdict in its direction and none has one in
+the other; contradicted if it is the other way round; else it is not decided at this size.
 """
 
 from collections.abc import Hashable, Iterator, Mapping
@@ -23,9 +23,9 @@ SUPPORTED, CONTRADICTED, MIXED, UNKNOWN = (
     "supported",
     "contradicted",
     "supported in part and contradicted in part",
-    "cannot be told at this size",
+    "not decided at this size",
 )
-EFFECTS: Mapping[str, tuple[float, str]] = {  # the smallest of interest; of what has no unit of its own, a share of ERM
+EFFECTS: Mapping[str, tuple[float, str]] = {  # the smallest of interest; for flatness as a share of ERM's
     "test": (1.0, "points"),
     "validation": (1.0, "points"),
     "target": (1.0, "points"),  # the paper reports about two on PACS
@@ -41,10 +41,10 @@ class Claim:
 
     Attributes:
         words: the claim.
-        measures: what is compared.
+        measures: compared measures.
         pairs: method and baseline.
         verdict: "lower" or "higher", that of the method.
-        note: what the tests leave open.
+        note: limits of the tests.
     """
 
     words: str
@@ -77,17 +77,12 @@ CLAIMS = (
 
 
 def claim_of(row: Mapping[Hashable, Any]) -> str:
-    """Return the claim that a finding is a test of; an empty string where it is of none."""
+    """Return the claim that a finding tests; an empty string if there is none."""
     return next((claim.words for claim in CLAIMS if claim.holds(row)), "")
 
 
 def verdict_of(claim: Claim, tests: pd.DataFrame) -> str:
-    """Return what the tests of a claim say of it.
-
-    Args:
-        claim: the claim.
-        tests: its findings, with verdicts.
-    """
+    """Return the verdict on a claim by its tests."""
     decided = set(tests["verdict"]) - {verdicts.NONE, verdicts.UNREAD}
     return {(True, False): SUPPORTED, (False, True): CONTRADICTED, (True, True): MIXED}.get(
         (claim.verdict in decided, bool(decided - {claim.verdict})), UNKNOWN
@@ -95,7 +90,7 @@ def verdict_of(claim: Claim, tests: pd.DataFrame) -> str:
 
 
 def sentences(findings: pd.DataFrame, names: Mapping[str, str]) -> Iterator[str]:
-    """Yield a line for each claim: what the tests say, their intervals, and how many seeds would tell.
+    """Yield a line for each claim: the verdict, the tests with intervals, and the number of seeds that would decide.
 
     Args:
         findings: with verdicts, `seeds`, `targets` and `seeds_needed`.
@@ -104,7 +99,7 @@ def sentences(findings: pd.DataFrame, names: Mapping[str, str]) -> Iterator[str]
     for claim in CLAIMS:
         mine = findings[[claim.holds(row) for row in findings.to_dict("records")]]
         parts = [f"{which}: {_sentence(claim, rows, names)}" for which, rows in mine.groupby("targets", sort=False)]
-        yield f"{claim.words}. {' '.join(parts) or 'Nothing was measured that would tell.'}{claim.note}"
+        yield f"{claim.words}. {' '.join(parts) or 'No measurement decides this.'}{claim.note}"
 
 
 def _sentence(claim: Claim, rows: pd.DataFrame, names: Mapping[str, str]) -> str:
@@ -116,7 +111,7 @@ def _sentence(claim: Claim, rows: pd.DataFrame, names: Mapping[str, str]) -> str
         for row in rows.to_dict("records")
     ]
     seeds, needed = int(rows["seeds"].max()), rows["seeds_needed"].max()
-    what = f"; {needed:,.0f} seeds would tell" if np.isfinite(needed) else ""
+    what = f"; {needed:,.0f} seeds would decide" if np.isfinite(needed) else ""
     return f"**{verdict_of(claim, rows)}** ({seeds} {'seed' if seeds == 1 else 'seeds'}; {', '.join(tests)}{what})."
 
 
@@ -140,7 +135,7 @@ def powered(findings: pd.DataFrame, base: Mapping[tuple[str, str], float]) -> pd
 
 
 def seeds_needed(spread: float, effect: float) -> float:
-    """Return the fewest seeds whose 95 % interval is at most half as wide as an effect; NaN where nothing is known.
+    """Return the fewest seeds whose 95 % interval is at most half as wide as an effect; NaN if either is unknown.
 
     Args:
         spread: standard deviation of the paired differences over seeds.
@@ -160,13 +155,13 @@ def _widths() -> FloatArray:
 
 
 def detectable(spread: float, seeds: int) -> float:
-    """Return the smallest true difference that a single test at 5 % finds with 80 % power, roughly.
+    """Return approximately the smallest true difference that a single test at 5 % detects with 80 % power.
 
     (t(0.975) + t(0.8)) s / sqrt(n), both quantiles of Student's t with n - 1 degrees of freedom.
 
     Args:
         spread: standard deviation s of the paired differences over seeds.
-        seeds: n, at least 2; of one there is no test (NaN).
+        seeds: n, at least 2; one seed gives no test (NaN).
     """
     if seeds < 2:
         return float("nan")

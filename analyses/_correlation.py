@@ -27,7 +27,7 @@ def correlations(x: pd.DataFrame, y: pd.DataFrame, *, seed: int = 0) -> pd.DataF
         seed: of the bootstrap.
 
     Returns:
-        Rows with `kind`, `value`, `low`, `high`; NaN where a side does not vary.
+        Rows with `kind`, `value`, `low`, `high`; NaN if a side does not vary.
     """
     first, second = x.to_numpy(float), y.to_numpy(float)
     blocks = first.shape[1]
@@ -51,12 +51,7 @@ def _kinds(x: FloatArray, y: FloatArray) -> dict[str, FloatArray]:
 
 
 def spearman(x: FloatArray, y: FloatArray) -> FloatArray:
-    """Return Spearman's correlation along the last axis (..., n); NaN where one side does not vary.
-
-    Args:
-        x: (..., n)
-        y: (..., n)
-    """
+    """Return Spearman's correlation of x and y (..., n) along the last axis; NaN if one side does not vary."""
     ranks = [stats.rankdata(each, axis=-1) for each in (x, y)]
     first, second = (each - each.mean(axis=-1, keepdims=True) for each in ranks)
     scale = np.sqrt((first**2).sum(axis=-1) * (second**2).sum(axis=-1))
@@ -65,7 +60,7 @@ def spearman(x: FloatArray, y: FloatArray) -> FloatArray:
 
 
 def _mean(values: FloatArray) -> FloatArray:
-    """Return the mean along the last axis of what is finite; NaN where nothing is."""
+    """Return the mean of finite values along the last axis; NaN if there are none."""
     known = np.isfinite(values)
     count = known.sum(axis=-1)
     return np.asarray(np.where(known, values, 0.0).sum(axis=-1) / np.where(count > 0, count, np.nan))

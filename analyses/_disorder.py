@@ -1,4 +1,4 @@
-"""Disorder of step sizes' gradients and what was frozen, from the logs of GAQAT's and FQAT's runs. Torch-free."""
+"""Disorder of step sizes' gradients and the frozen share, from the logs of GAQAT's and FQAT's runs. Torch-free."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -19,7 +19,7 @@ def along(store: RunStore, wanted: Iterable[tuple[str, RunSpec]]) -> pd.DataFram
     first evaluation, of a single step, is left out.
 
     Args:
-        store: holds the finished runs.
+        store: contains the finished runs.
         wanted: method's name, run.
     """
     rows: list[dict[str, Any]] = []

@@ -1,4 +1,4 @@
-"""Pictures of GradCAM as the paper lays them out, and the numbers behind them.
+"""Pictures of GradCAM in the paper's layout, and measures of the maps.
 
 One class serves Figures 6, 7 and 9 to 12: they differ in targets, images and layout.
 """
@@ -43,11 +43,11 @@ COLUMNS = ["quantity", "method", "held_out", "seed", "share", "image", "label", 
 CORRELATIONS = ("moved", "agreement")
 PER_IMAGE = ("energy", "area", "empty", "moved", "vanished")  # columns of `MeasuredMaps.to_frame`
 COLUMNS += ["value", "stderr", "low", "high", "over"]
-IMAGES = 24  # of each target: the numbers rest on all of them, the pictures show the first
+IMAGES = 24  # of each target: the numbers are over all of them, the pictures show the first
 DIRECTIONS = 5
-RISES = (0.005, 0.02)  # nats on the source domains, that name the radii; further out most maps are empty
-# This network's head reads the last grid cell by cell, where averaging gradients over cells leaves 7 maps of 10 empty
-# (measured on ERM and QT-DoG); one stage earlier none is.
+RISES = (0.005, 0.02)  # nats on the source domains, which define the radii; further out most maps are empty
+# This network's head reads the last grid cell by cell, for which averaging gradients over cells leaves 7 maps of 10
+# empty (measured on ERM and QT-DoG); one stage earlier none is.
 LAYERS = {"digits-cnn": "features.6"}
 
 
@@ -58,8 +58,8 @@ class CamFigure:
     Attributes:
         number: of the paper's figure.
         layout: "pairs" has a row for each target and columns ERM, QT-DoG; "triples" one target, the original first.
-        targets: the paper's held-out domains, and which of ours stand for them elsewhere, by index.
-        first: the first image shown; figures of the same layout go on where others end.
+        targets: the paper's held-out domains, and the indices of those that replace them on other data.
+        first: the first image shown; figures of the same layout continue each other.
         shown: images of each target.
     """
 
@@ -70,7 +70,7 @@ class CamFigure:
     shown: int = 3
 
     def held_out(self, setting: Setting) -> tuple[str, ...]:
-        """Return the held-out domains: the paper's where the data have them, else those that stand for them."""
+        """Return the held-out domains: the paper's if the data have them, else those that replace them."""
         known = [name for name in self.targets if name in setting.held_out]
         others = [setting.held_out[i % len(setting.held_out)] for i in self.targets.values()]
         return tuple(dict.fromkeys(known or others))
@@ -113,7 +113,7 @@ class CamFigure:
         return held
 
     def caption(self, setting: Setting) -> str:
-        """Say in a title and a line below which data, images and networks the picture shows."""
+        """Return title and notes: data, images, networks."""
         measurement = self.measurement(setting)
         moved = " and ".join(f"{each:g}" for each in (setting.radii[1:5:3] if setting.radii else RISES))
         moved = f"by γ = {moved}" if setting.radii else f"to where ERM's loss rises by {moved} nats on source domains,"
@@ -147,7 +147,7 @@ class CamFigure:
         return figure
 
     def figure(self, module: str, doc: str) -> Analysis:
-        """Return what the module of the figure declares."""
+        """Return the declaration of the figure."""
         return Analysis(
             module,
             doc,
@@ -181,7 +181,7 @@ def summary(findings: pd.DataFrame) -> pd.DataFrame:
 
 
 def remarks(frame: pd.DataFrame) -> list[str]:
-    """Say how alike the two networks' maps are, and what the tests say of their numbers."""
+    """Return sentences on the agreement of the two networks' maps, and on the tests of their numbers."""
     found = findings(frame)
     whole = frame[(frame["over"] == "seeds") & (frame["quantity"] == "agreement")]["value"].item()
     empty = frame[(frame["over"] == "seeds") & (frame["quantity"] == "empty")].set_index("method")["value"]
@@ -198,7 +198,7 @@ Found = dict[tuple[str, str, int], tuple[str, MeasuredMaps]]
 
 
 def _numbers(found: Found) -> Iterable[dict[str, Any]]:
-    """Yield one row per run and number, the mean over images; of curves one for each share of the pixels."""
+    """Yield one row per run and number, the mean over images; for curves one for each share of the pixels."""
     for (method, held_out, seed), (_, own) in found.items():
         keys = {"method": method, "held_out": held_out, "seed": seed, "over": "images"}
         numbers = own.to_frame()
@@ -216,7 +216,7 @@ def _numbers(found: Found) -> Iterable[dict[str, Any]]:
 
 
 def _pictures(found: Found, indices: Iterable[int], seed: int) -> Iterable[dict[str, Any]]:
-    """Yield one row per picture: whose it is, and what the network says of it."""
+    """Yield one row per picture: its run and image, and the network's prediction."""
     for (method, held_out, trial), (run, own) in found.items():
         keys = {"quantity": "picture", "method": method, "held_out": held_out, "seed": trial, "run": run}
         numbers = own.to_frame()[["label", "predicted", "probability"]].rename(columns={"probability": "value"})
@@ -260,7 +260,7 @@ def _triples(part: Any, shown: pd.DataFrame, arrays: files.Arrays, *, common: bo
 
 
 def _explained(cells: Sequence[Axes], rows: pd.DataFrame, arrays: files.Arrays, *, common: bool) -> None:
-    """Draw both networks' maps of one image; a wrong answer is named below."""
+    """Draw both networks' maps of one image, with a wrong prediction below."""
     both = [_arrays(arrays, run, int(image)) for run, image in rows[["run", "image"]].itertuples(index=False)]
     peak = max(float(each.max()) for _, each in both) if common else None
     for ax, (image, evidence), (_, row) in zip(cells, both, rows.iterrows(), strict=True):

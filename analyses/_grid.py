@@ -1,7 +1,7 @@
-"""How far trained convolutions lie from the 8-bit grid that some pretrained weights begin on. Torch-free.
+"""Distance of trained convolutions from the 8-bit grid of some pretrained weights. Torch-free.
 
-The shared ImageNet weights of MobileNetV2 are dequantized integers: each output channel lies on multiples of its
-largest weight / 127, within 0.013 steps. Training moves them off it; noise of rounding means little before.
+The shared ImageNet weights of MobileNetV2 are dequantized integers: each output channel consists of multiples of its
+largest weight / 127, within 0.013 steps. Training moves them off it; before, rounding noise is not meaningful.
 """
 
 import re
@@ -16,7 +16,7 @@ from flatlab.report.tables import Labelled
 from flatlab.store.runs import RunStore
 
 LEVELS = 127  # of a signed 8-bit integer; symmetric, a step for each output channel
-UNIFORM = 0.25  # steps from the nearest level, where weights know no grid
+UNIFORM = 0.25  # mean distance to the nearest level in steps, for weights without a grid
 NAMES = {r"^features\.features\.": "features.", r"\.parametrizations\.(\w+)\.original$": r".\1"}
 
 
@@ -24,7 +24,7 @@ def distances(store: RunStore, wanted: list[Labelled]) -> pd.DataFrame:
     """Return a row for each run that started from a file: mean distance to the nearest level, in steps of the start.
 
     Args:
-        store: holds the finished runs.
+        store: contains the finished runs.
         wanted: method's name, run.
     """
     rows = []
@@ -46,8 +46,8 @@ def distance(start: files.Arrays, trained: files.Arrays) -> float:
     """Return the mean over all convolutions' weights of the distance to the nearest level of the start, in steps.
 
     Args:
-        start: what training began with, by the names of torchvision.
-        trained: a checkpoint; of a quantized network its latent weights.
+        start: the initial weights, by the names of torchvision.
+        trained: a checkpoint; for a quantized network its latent weights.
     """
     found = []
     for name, array in trained.items():

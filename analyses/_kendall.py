@@ -1,7 +1,7 @@
 """Kendall's tau-b between the columns of a table of networks, with bootstrap intervals over groups of them. Torch-free.
 
-tau-b is (concordant - discordant pairs) / sqrt(pairs untied in x * pairs untied in y). "equal" counts pairs of networks
-of one stratum alone, so that what differs between strata cannot make a correlation.
+tau-b is (concordant - discordant pairs) / sqrt(pairs untied in x * pairs untied in y). "equal" counts only pairs of
+networks of one stratum, so that differences between strata do not contribute to a correlation.
 """
 
 from collections.abc import Iterable, Iterator
@@ -13,15 +13,13 @@ from scipy import stats
 from flatlab.arguments import FloatArray
 
 DRAWS = 1000
-FEWEST = 10  # groups without which the bootstrap gives no interval
+FEWEST = 10  # minimum number of groups for a bootstrap interval
 LEVEL = 0.95
 ALL, EQUAL = "all pairs", "equal bits"
 
 
-def taus(
-    frame: pd.DataFrame, pairs: Iterable[tuple[str, str]], *, stratum: str, group: str, seed: int = 0
-) -> pd.DataFrame:
-    """Return tau-b of pairs of columns: over all pairs of rows, over pairs of one stratum, and in each stratum alone.
+def taus(frame: pd.DataFrame, pairs: Iterable[tuple[str, str]], *, stratum: str, group: str) -> pd.DataFrame:
+    """Return tau-b of pairs of columns: over all pairs of rows, over pairs of one stratum, and within each stratum.
 
     `low` and `high` are percentiles of the bootstrap, which draws groups of rows with replacement; `p` is two-sided for
     tau = 0, of the normal distribution with the bootstrap's standard error. Fewer than ten groups give neither. `p_bh`
@@ -30,13 +28,12 @@ def taus(
     Args:
         frame: a row for each network.
         pairs: names of two columns each.
-        stratum: the column that names the strata.
-        group: the column that names the rows that are drawn together.
-        seed: of the bootstrap.
+        stratum: the column of the strata.
+        group: the column of the groups.
 
     Returns:
-        Rows with `measure`, `gap`, `among`, `networks`, `value`, `low`, `high`, `p`, `p_bh`; NaN where a column does
-        not vary.
+        Rows with `measure`, `gap`, `among`, `networks`, `value`, `low`, `high`, `p`, `p_bh`; NaN if a column does not
+        vary.
     """
     wanted, rows = list(pairs), []
     strata = frame[stratum].to_numpy()
@@ -46,18 +43,18 @@ def taus(
     ]
     parts += [(str(name), mine, None) for name, mine in frame.groupby(stratum, sort=False)]
     for among, mine, mask in parts:
-        counts = _drawn(mine[group].to_numpy(), seed)
+        counts = _drawn(mine[group].to_numpy())
         for names, found in _each(mine, wanted, mask, counts):
             rows.append({"measure": names[0], "gap": names[1], "among": among, "networks": len(mine), **found})
     table = pd.DataFrame(rows)
     return table.assign(p_bh=table.groupby("among", sort=False)["p"].transform(_benjamini_hochberg))
 
 
-def _drawn(groups: np.ndarray, seed: int) -> FloatArray:
+def _drawn(groups: np.ndarray) -> FloatArray:
     """Return how often each row is drawn (1 + DRAWS, n); the first is the table itself."""
     names, index = np.unique(groups, return_inverse=True)
     draws = DRAWS if len(names) >= FEWEST else 0
-    drawn = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), size=draws)
+    drawn = np.random.default_rng(0).multinomial(len(names), np.full(len(names), 1 / len(names)), size=draws)
     return np.concatenate([np.ones((1, len(groups))), drawn[:, index]]).astype(float)
 
 

@@ -1,4 +1,4 @@
-"""A figure of quantization noise, as the paper has two: which layers, pooled in which ways. Torch-free."""
+"""The two figures of quantization noise: they differ in layers, and in the pooling of their noise. Torch-free."""
 
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ from flatlab.specs.settings import Setting
 from flatlab.store.runs import RunStore
 
 BASELINE, METHOD = "ERM", "QT-DoG"
-labelled = by_method((BASELINE, METHOD))  # the baseline for the accuracies alone
+labelled = by_method((BASELINE, METHOD))  # the baseline only for the accuracies
 MEASUREMENT = QuantizationNoiseSpec()
 SUMMARY = "KL to the uniform (nats); corrected: less a uniform sample's, 95 % intervals over seeds, each alone; "
 SUMMARY += "* p < 0.05 after Holm over the layers; refused: share of runs in which the test alone refuses at 5 %"
@@ -25,11 +25,11 @@ STAGES = ((64, 3), (128, 4), (256, 6), (512, 3))  # of ResNet-50: width and bloc
 
 @dataclass(frozen=True)
 class NoiseFigure:
-    """What the paper's figure shows.
+    """A figure of quantization noise.
 
     Attributes:
         number: in the paper.
-        layers: how many of a network's are drawn; one is that of a weight drawn by lot, more are evenly spread.
+        layers: number of layers drawn; one is that of a random weight, more are spread evenly over the network.
         modes: of pooling.
     """
 
@@ -47,7 +47,7 @@ class NoiseFigure:
         """Return a row for each layer and mode of each run; `shown` marks those that are drawn."""
         frame = quantization_noise.statistics(store, self._measured(setting))
         mine = (
-            [_by_lot(frame, derive("figure", self.number, setting.seed))]
+            [_random_layer(frame, derive("figure", self.number, setting.seed))]
             if self.layers == 1
             else quantization_noise.chosen_layers(frame, most=self.layers)
         )
@@ -69,12 +69,12 @@ class NoiseFigure:
 
     @staticmethod
     def findings(frame: pd.DataFrame) -> pd.DataFrame:
-        """Return the divergences of each layer and mode over seeds, and how often a test refuses the uniform."""
+        """Return the divergences of each layer and mode over seeds, and the share of runs that each test rejects."""
         return quantization_noise.findings(frame)
 
     @staticmethod
     def summary(findings: pd.DataFrame) -> pd.DataFrame:
-        """Return the findings as they fit on a screen."""
+        """Return the findings with formatted numbers."""
         names = {"count": "N", "kl": "KL (nats)", "kl_null": "uniform sample"}
         table = findings.assign(corrected=verdicts.cells(findings), count=findings["count"].round().astype(int)).rename(
             columns=names
@@ -87,7 +87,7 @@ class NoiseFigure:
         return table[[*columns, *(f"{test} refused" for test in quantization_noise.TESTS.values())]]
 
     def remarks(self, frame: pd.DataFrame) -> list[str]:
-        """Say where the noise differs from a uniform one, and what of the published numbers is the estimator's."""
+        """Return sentences on the tests of uniformity, and on the bias of the published divergences."""
         found = self.findings(frame).assign(at=lambda rows: rows["layer"])
         sentences = [*verdicts.sentences(found, place="in"), verdicts.statement(found, test="t tests over seeds")]
         for mode, rows in frame.groupby("mode", sort=False):
@@ -104,7 +104,7 @@ class NoiseFigure:
         return [*sentences, *(explained(kl, int(frame["bins"].iloc[0])) for kl in self.published)]
 
     def caption(self, setting: Setting) -> str:
-        """Say which data and run the picture shows."""
+        """Return title and notes: data and run."""
         return (
             f"Quantization noise at {setting.bits} bits: {setting.dataset}, {setting.model}, {METHOD}\n"
             f"{setting.held_out[0]} held out, seed {setting.seed}. {quantization_noise.NULL}"
@@ -116,7 +116,7 @@ class NoiseFigure:
         return quantization_noise.draw(NoiseFigure._shown(frame), caption, arrays)
 
     def figure(self, module: str, doc: str) -> Analysis:
-        """Return what the module of the figure declares."""
+        """Return the declaration of the figure."""
         return Analysis(
             module,
             doc,
@@ -134,14 +134,14 @@ class NoiseFigure:
         )
 
 
-def _by_lot(frame: pd.DataFrame, lot: int) -> str:
-    """Return the layer of one weight of the first run: large layers are drawn more often, as there are more of them."""
+def _random_layer(frame: pd.DataFrame, number: int) -> str:
+    """Return the layer of a random weight: the probability of a layer is proportional to its size."""
     sizes = frame.drop_duplicates("layer").set_index("layer")["count"].cumsum()
-    return str(sizes.index[sizes > lot % int(sizes.iloc[-1])][0])
+    return str(sizes.index[sizes > number % int(sizes.iloc[-1])][0])
 
 
 def null_count(kl: float, bins: int) -> float:
-    """Return how large a uniform sample is whose divergence is so large in the mean, (B - 1) / (2 KL)."""
+    """Return the size of a uniform sample with this mean divergence, (B - 1) / (2 KL)."""
     return (bins - 1) / (2 * kl)
 
 
@@ -151,7 +151,7 @@ def null_shares(kl: float, bins: int) -> pd.Series:
 
 
 def explained(kl: float, bins: int) -> str:
-    """Say what share of a published divergence the estimator's bias explains in the layers of ResNet-50."""
+    """Return a sentence on the share of a published divergence that the bias explains in the layers of ResNet-50."""
     shares = null_shares(kl, bins)
     return (
         f"Published KL {kl:g}, layer and bins not named: with {bins} bins a uniform sample of "

@@ -10,7 +10,7 @@ from flatlab.specs.run import RunSpec
 from flatlab.store.runs import RunStore
 
 Panel = tuple[str, str]  # and split
-READ = {(SOURCE, "out"): "validation", (SOURCE, "test"): "test", (TARGET, "in"): "target"}  # what of a log's row
+READ = {(SOURCE, "out"): "validation", (SOURCE, "test"): "test", (TARGET, "in"): "target"}  # entry of a log's row
 BY = ["dataset", "panel", "split"]
 
 
@@ -18,7 +18,7 @@ def accuracies(store: RunStore, wanted: list[tuple[str, RunSpec]], panels: list[
     """Return a row for each run and panel: the accuracy in percent.
 
     Args:
-        store: holds the finished runs.
+        store: contains the finished runs.
         wanted: line's name, run.
         panels: each with its split, of `READ`.
     """
@@ -36,7 +36,7 @@ def accuracies(store: RunStore, wanted: list[tuple[str, RunSpec]], panels: list[
 
 
 def over_datasets(each: pd.DataFrame, name: str) -> pd.DataFrame:
-    """Return the mean over data sets, each the mean over its held-out domains, as that of one more data set."""
+    """Return the mean over data sets, each the mean over its held-out domains, in the form of a data set."""
     keys = [*BY[1:], "method", "seed"]
     means = each.groupby([*keys, "dataset"], sort=False)["value"].mean()
     return means.groupby(level=keys, sort=False).mean().reset_index().assign(dataset=name, held_out="all")
@@ -69,7 +69,7 @@ def over_members(store: RunStore, wanted: list[tuple[str, RunSpec]], panels: lis
 
 
 def ensembles(frame: pd.DataFrame) -> Iterator[str]:
-    """Say what each ensemble gains over the mean of its members; it takes up their seeds, and has no interval."""
+    """Yield a sentence on the gains of ensembles over the mean of their members; ensembles have no interval."""
     mine = frame[(frame["held_out"] == "all") & (frame["panel"] == TARGET)]
     keys = [*BY, "method"]
     members, whole = (mine[mine["over"] == over][[*keys, "value"]] for over in ("members", "seeds"))

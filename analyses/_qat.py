@@ -1,4 +1,4 @@
-"""Quantization from the first step beside full precision: what `gaqat` and `fqat` share; each names its own pairs.
+"""Quantization from the first step compared with full precision: the shared part of `gaqat` and `fqat`.
 
 Rows ERM, SAGM, LSQ, LSQ+SAM, LSQ+SAGM, SAQ, GAQAT and FQAT: at 4/4 bits (weights/layers' inputs) on all held-out
 domains; at 3/3 bits, and the ablations, on the last one. Tests are of differences paired by held-out domain and seed.
@@ -58,21 +58,21 @@ SUMMARY = (
 )
 EIGENVALUE = (
     "Top eigenvalue: of the baked network whose layers' inputs are clipped to the range of their codes and not "
-    "rounded, since a loss behind rounded inputs is a staircase and has no curvature; of the flatness the inputs are "
-    "rounded."
+    "rounded, since with rounded inputs the loss is piecewise constant and has no curvature; for flatness the inputs "
+    "are rounded."
 )
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What one of the two figures says of the common rows.
+    """One of the two figures: its comparisons of the common rows.
 
     Attributes:
         own: the row whose disorder is drawn and whose options are varied.
-        baseline: what all other rows are compared with.
+        baseline: the row with which all others are compared.
         further: more pairs: a row and the one that is subtracted.
         ablations: name -> changes of the setting.
-        reading: which parts of the method were found, and which are inferred, in a sentence.
+        reading: sentences on the parts of the method that were found, and that are inferred.
         published: the paper's differences; None: none could be read.
     """
 
@@ -89,7 +89,7 @@ class Comparison:
         return [(row, self.baseline) for row in ROWS if row != self.baseline] + [*self.further]
 
     def pairs_of(self, block: str) -> list[tuple[str, str]]:
-        """Return the pairs of a block; an ablation is compared with the method as it is."""
+        """Return the pairs of a block; an ablation is compared with the unchanged method."""
         return [(name, self.own) for name in self.ablations] if block == ABLATED else self.pairs
 
     def runs(self, setting: Setting) -> dict[str, list[tuple[str, RunSpec]]]:
@@ -110,7 +110,7 @@ class Comparison:
         return {**found, ABLATED: ablated}
 
     def labelled(self, setting: Setting) -> list[tuple[str, RunSpec]]:
-        """Return each run with its row's name, and its block's where that is not the first."""
+        """Return each run with its row's name, and its block's if that is not the first."""
         return [
             (row if block == FINE else f"{row}, {block}", run)
             for block, runs in self.runs(setting).items()
@@ -118,7 +118,7 @@ class Comparison:
         ]
 
     def measured(self, setting: Setting) -> Measured:
-        """Return the flatness and the top eigenvalue of each run but the ablations."""
+        """Return the flatness and the top eigenvalue of each run except the ablations."""
         runs = self.runs(setting)
         return crossed([*runs[FINE], *runs[COARSE]], [*fig3.measurements(setting), curvature(setting)])
 
@@ -144,17 +144,17 @@ class Comparison:
             tables.paired_each(mine, self.pairs_of(str(block)), ["measure"]).assign(block=block)
             for block, mine in each.groupby("block", sort=False)
         ]
-        told = pd.concat(found, ignore_index=True)
-        return verdicts.corrected(told, told["block"] + ": " + told["measure"].map(MEASURES))
+        whole = pd.concat(found, ignore_index=True)
+        return verdicts.corrected(whole, whole["block"] + ": " + whole["measure"].map(MEASURES))
 
     def remarks(self, frame: pd.DataFrame) -> list[str]:
-        """Say what the tests say, which shares were frozen, and what of the method is inferred."""
+        """Return sentences on the tests, the frozen shares, and the inferred parts of the method."""
         found = self.findings(frame)
-        said = [*verdicts.sentences(found), verdicts.statement(found)]
-        return [*said, *_frozen_shares(frame), EIGENVALUE, self.reading]
+        tests = [*verdicts.sentences(found), verdicts.statement(found)]
+        return [*tests, *_frozen_shares(frame), EIGENVALUE, self.reading]
 
     def caption(self, setting: Setting) -> str:
-        """Say in a title and a line below which data and seeds the picture shows."""
+        """Return title and notes: data, seeds, intervals."""
         own = self.own.split()[0]
         return (
             f"{own} (our reading): {setting.words}\n"
@@ -243,13 +243,7 @@ def _eigenvalue(store: RunStore, runs: list[tuple[str, RunSpec]], setting: Setti
 
 def summary(findings: pd.DataFrame) -> pd.DataFrame:
     """Return a line for each block and pair, and a column for each measure."""
-    cells = findings.assign(
-        pair=findings["method"] + " less " + findings["baseline"],
-        cell=verdicts.cells(findings, digits=verdicts.digits_of(findings["measure"].map(MEASURES))),
-        measure=findings["measure"].map(MEASURES),
-    )
-    wide = cells.pivot_table(index=["block", "pair"], columns="measure", values="cell", aggfunc="first", sort=False)
-    return wide.fillna("")[[name for name in MEASURES.values() if name in wide]].reset_index()
+    return verdicts.by_measure(findings, MEASURES, ["block", "pair"])
 
 
 def sheet(frame: pd.DataFrame) -> pd.DataFrame:
@@ -264,13 +258,13 @@ def sheet(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _frozen_shares(frame: pd.DataFrame) -> list[str]:
-    """Say which share of the step sizes' tensors and steps was frozen, of each block and row."""
+    """Return a sentence on the frozen share of the step sizes' tensors and steps, for each block."""
     shares = frame[(frame["measure"] == FROZEN) & (frame["over"] == "seeds")]
-    said = []
+    sentences = []
     for block, rows in shares.groupby("block", sort=False):
-        told = ", ".join(f"{row} {value:.1f}" for row, value in zip(rows["method"], rows["value"], strict=True))
-        said.append(f"Frozen share of step sizes and steps, {block}, percent: {told}.")
-    return said
+        listed = ", ".join(f"{row} {value:.1f}" for row, value in zip(rows["method"], rows["value"], strict=True))
+        sentences.append(f"Frozen share of step sizes and steps, {block}, percent: {listed}.")
+    return sentences
 
 
 def _differences(ax: Axes, rows: pd.DataFrame, pairs: list[tuple[str, str]], blocks: tuple[str, ...]) -> None:
@@ -278,11 +272,7 @@ def _differences(ax: Axes, rows: pd.DataFrame, pairs: list[tuple[str, str]], blo
     for index, block in enumerate(blocks):
         mine = rows[rows["block"] == block].set_index(["method", "baseline"]).reindex(pairs)
         heights = np.arange(len(pairs)) + 0.3 * (index - (len(blocks) - 1) / 2)
-        color = ("0.1", "C0")[index]
-        ax.hlines(heights, mine["low"], mine["high"], color=color, linewidth=1.1)
-        ax.plot(mine["value"], heights, "o", color=color, markerfacecolor="white", label=block)
-        sure = (mine["p_holm"] < verdicts.LEVEL).to_numpy()
-        ax.plot(mine["value"][sure], heights[sure], "o", color=color)
+        plots.intervals(ax, mine, heights, mine["p_holm"] < verdicts.LEVEL, color=("0.1", "C0")[index], label=block)
     ax.axvline(0, color="0.3", linewidth=0.8)
     alone = blocks == (ABLATED,)
     names = [row if alone else f"{row} − {base}" for row, base in pairs]

@@ -37,11 +37,8 @@ def _taus(ax: Axes, found: pd.DataFrame, among: str) -> None:
     heights = np.arange(len(MEASURES))
     for index, gap in enumerate(SHOWN):
         rows = found[found["gap"] == gap].set_index("measure").reindex(list(MEASURES))
-        at, color = heights + 0.3 * (index - 0.5), f"C{index}"
-        ax.hlines(at, rows["low"], rows["high"], color=color, linewidth=1.1)
-        ax.plot(rows["value"], at, "o", color=color, markerfacecolor="white", label=f"gap {GAPS[gap]}")
-        sure = (rows["p_bh"] < verdicts.LEVEL).to_numpy()
-        ax.plot(rows["value"][sure], at[sure], "o", color=color)
+        look = {"color": f"C{index}", "label": f"gap {GAPS[gap]}"}
+        plots.intervals(ax, rows, heights + 0.3 * (index - 0.5), rows["p_bh"] < verdicts.LEVEL, **look)
     ax.axvline(0, color="0.3", linewidth=0.8)
     ax.set(yticks=heights, yticklabels=list(MEASURES.values()), ylim=(len(heights) - 0.5, -0.5))
     ax.set(xlabel=f"Kendall's tau, {among}")

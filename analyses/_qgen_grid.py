@@ -1,9 +1,9 @@
-"""The networks of `qgen` and what is measured of each: width x depth x lr x weight decay x seed x bits.
+"""The networks of `qgen` and their measurements: width x depth x lr x weight decay x seed x bits.
 
-The networks of one trajectory differ in their bits alone: up to the switch they are one training, of which the store
-keeps the state there. Each trajectory has seeds of its own for split, initialisation and batches, so that trajectories
-are independent. A training ends at the first evaluation from the switch on at which the mean cross-entropy on the
-training images is at most `TARGET` nats, or at the setting's number of steps. Torch-free.
+The networks of one trajectory differ only in their bits: up to the switch they are one training, whose state there is
+stored. Each trajectory has its own seeds of split, initialisation and batches, so that trajectories are independent. A
+training ends at the first evaluation from the switch on at which the mean cross-entropy on the training images is at
+most `TARGET` nats, or at the setting's number of steps. Torch-free.
 """
 
 import itertools
@@ -99,7 +99,7 @@ def _run(setting: Setting, bits: int, number: int) -> RunSpec:
 
 
 def name_of(bits: int) -> str:
-    """Return what the networks of a bit width are called."""
+    """Return the name of the networks of a bit width."""
     return f"{bits} bits"
 
 
@@ -109,7 +109,7 @@ def labelled(setting: Setting) -> list[Labelled]:
 
 
 def measurements(setting: Setting, run: RunSpec, reference: str) -> dict[str, MeasurementSpec]:
-    """Return what is measured of a network, by name.
+    """Return the measurements of a network, by name.
 
     Args:
         setting: of the reproduction.

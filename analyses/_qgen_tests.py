@@ -17,7 +17,7 @@ GAPS = {
     "accuracy gap in": "in domain, accuracy",
     "accuracy gap out": "out of domain, accuracy",
 }
-MEASURES = {  # a larger value is said to go with a larger gap
+MEASURES = {  # by hypothesis, a larger value means a larger gap
     "raw": "F at matched rise, raw",
     "filter": "F at matched rise, filter-normalised",
     "trace": "trace of the Hessian",
@@ -53,7 +53,7 @@ def corrupted(frame: pd.DataFrame) -> pd.DataFrame:
 def findings(frame: pd.DataFrame) -> pd.DataFrame:
     """Return the differences of quantized networks to those of full precision, and Kendall's tau of measures and gaps.
 
-    `quantity` names what differs, or is "tau"; differences are paired by trajectory, and corrected by Holm's method.
+    `quantity` is that of a difference, or "tau"; differences are paired by trajectory, and corrected by Holm's method.
     """
     return pd.concat([differences(frame), correlations(frame)], ignore_index=True)
 
@@ -80,7 +80,7 @@ def _noise(frame: pd.DataFrame, bits: int) -> pd.DataFrame:
 
 
 def correlations(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return tau-b of each measure with each gap; `reached` says whether networks that miss the target are left out."""
+    """Return tau-b of each measure with each gap; with `reached` only of networks that reach the target."""
     pairs = [(measure, gap) for measure in MEASURES for gap in GAPS]
     found = []
     for reached, mine in ((False, frame), (True, frame[frame["reached"]])):

@@ -1,7 +1,7 @@
-"""Is the order of our lines the paper's? Differences of all pairs, and Kendall's tau, with intervals over seeds.
+"""Agreement of the order of our lines with the paper's: differences of all pairs, and Kendall's tau, over seeds.
 
-Verbs on the frame of an accuracy table: rows with `dataset`, `panel`, `split`, `method`, `held_out`, `seed`, `value`,
-`over`, `published`. Torch-free.
+Functions on the frame of an accuracy table: rows with `dataset`, `panel`, `split`, `method`, `held_out`, `seed`,
+`value`, `over`, `published`. Torch-free.
 """
 
 import itertools
@@ -17,16 +17,16 @@ from flatlab.report.panels import ACCURACY
 
 
 def pairs(frame: pd.DataFrame, order: Sequence[str]) -> pd.DataFrame:
-    """Return the differences of all pairs of lines, paired by held-out domain and seed; the paper's where comparable.
+    """Return the differences of all pairs of lines, paired by held-out domain and seed; the paper's if comparable.
 
-    The verdict is Holm's within a family: in each panel the pairs with the first line, and the others. `agrees` says
-    whether the order is the paper's: "yes", "no", or "not distinguishable"; empty where nothing is comparable, or the
-    paper tells no difference. Where one line has other seeds than the other, as an ensemble has, the means over all
-    seeds are compared, and there is no interval.
+    The verdict is Holm's within a family: in each panel the pairs with the first line, and the others. `agrees` states
+    whether the order is the paper's: "yes", "no", or "not distinguishable"; empty if nothing is comparable, or the
+    paper's difference is 0. If two lines have different seeds, as ensembles have, the means over all seeds are
+    compared, without an interval.
 
     Args:
         frame: rows of single runs (`over` is "run") and of lines over seeds ("seeds").
-        order: the lines; of two the later one less the earlier one is given.
+        order: the lines; a difference is that of the later one less the earlier one.
     """
     each = frame[frame["over"] == "run"]
     printed = frame[(frame["over"] == "seeds") & (frame["held_out"] == "all")].set_index([*BY, "method"])
@@ -39,7 +39,7 @@ def pairs(frame: pd.DataFrame, order: Sequence[str]) -> pd.DataFrame:
 
 
 def _pair(each: pd.DataFrame, first: str, second: str) -> pd.DataFrame:
-    """Return the second line less the first: by seed, or of means over all seeds where they have not the same."""
+    """Return the second line less the first: by seed, or of means over all seeds if their seeds differ."""
     both = each[each["method"].isin((first, second))]
     one, other = (set(both[both["method"] == method]["seed"]) for method in (first, second))
     if one != other:
@@ -48,7 +48,7 @@ def _pair(each: pd.DataFrame, first: str, second: str) -> pd.DataFrame:
 
 
 def _agreement(pairs: pd.DataFrame, printed: pd.DataFrame) -> pd.DataFrame:
-    """Put the paper's differences beside ours, and say whether the order agrees."""
+    """Add the paper's differences, and whether the order agrees."""
     mine, base = (
         printed.reindex(pd.MultiIndex.from_frame(pairs[[*BY, which]], names=[*BY, "method"]))
         for which in ("method", "baseline")
@@ -63,11 +63,11 @@ def _agreement(pairs: pd.DataFrame, printed: pd.DataFrame) -> pd.DataFrame:
 
 
 def sentence(frame: pd.DataFrame, found: pd.DataFrame, dataset: str, panel: Panel) -> str:
-    """Say how the order of the lines stands to the paper's; nothing where the paper tells none.
+    """Return a sentence on the agreement with the paper's order; empty if nothing is comparable.
 
     Args:
-        frame: as `pairs` takes it.
-        found: what `pairs` returned.
+        frame: as for `pairs`.
+        found: as `pairs` returns it.
         dataset: of the panel.
         panel: and split.
     """
@@ -88,7 +88,7 @@ def _at(frame: pd.DataFrame, dataset: str, panel: Panel) -> pd.DataFrame:
 
 
 def _named(found: pd.DataFrame) -> str:
-    """Return how many pairs these are, and which ones."""
+    """Return the number of these pairs, and their names."""
     signs = found["value"].map(lambda value: "<" if value < 0 else ">")
     names = [f"{a} {sign} {b}" for a, sign, b in zip(found["method"], signs, found["baseline"], strict=True)]
     return f"{len(names)} ({'; '.join(names)})" if names else "0"

@@ -1,4 +1,4 @@
-"""What a bit width is worth as a radius: rounding noise beside random directions of its length (no figure of QT-DoG).
+"""Bit widths as radii: rounding noise compared with random directions of the same norm (no figure of QT-DoG).
 
 The paper treats quantization noise as a random step that finds flat minima. Around the latent weights of each run the
 loss is evaluated at the rounded weights, at 8 to 2 bits, and along random directions under two nulls: of the same norm
@@ -20,9 +20,9 @@ from flatlab.store.runs import RunStore
 BASELINE = "ERM"
 ORDER = ("ERM", "QT-DoG")
 labelled = by_method(ORDER)
-IMAGES, DIRECTIONS = 64, 48  # of each domain; beside each perturbation: a typical spread is known to 10 %
+IMAGES, DIRECTIONS = 64, 48  # of each domain; of each perturbation, which gives the standard deviation to 10 %
 LAYER_BITS = (4,)
-MOST = 5  # layers that are listed one by one
+MOST = 5  # layers that are listed
 SUMMARY = "Rise by rounding in standard deviations above random directions (z), source domains, means over held-out "
 SUMMARY += "domains and seeds; 95 % intervals over seeds, each alone; * p < 0.05 after Holm over the lines of a column"
 
@@ -77,7 +77,7 @@ def summary(findings: pd.DataFrame) -> pd.DataFrame:
 
 
 def remarks(frame: pd.DataFrame) -> list[str]:
-    """Say how far rounding raises the loss, and what the tests say."""
+    """Return sentences on the rises of the loss, and on the tests."""
     found = findings(frame)
     z, less = found[found["quantity"] == "z"], found[found["quantity"] == "difference"]
     sentences = [*_rises(_whole(frame)), *_layer_by_layer(_whole(frame)), *verdicts.sentences(z)]
@@ -86,7 +86,7 @@ def remarks(frame: pd.DataFrame) -> list[str]:
 
 
 def _rises(whole: pd.DataFrame) -> list[str]:
-    """Say how far the loss rises at each bit width, beside random directions."""
+    """Return a sentence on the rises at each bit width and along random directions, for each method."""
     sentences = []
     for method, mine in whole[whole["part"] == "all"].groupby("method", sort=False):
         widths = []
@@ -100,7 +100,7 @@ def _rises(whole: pd.DataFrame) -> list[str]:
 
 
 def _layer_by_layer(found: pd.DataFrame) -> list[str]:
-    """Say how far the loss rises where one layer alone is rounded, for those where it rises most."""
+    """Return a sentence on the rises if one layer is rounded, for the layers with the largest ones."""
     sentences = []
     alone = found[(found["part"] != "all") & (found["null"] == "channel")]
     for (method, bits), rows in alone.groupby(["method", "perturbation"], sort=False):
@@ -111,16 +111,16 @@ def _layer_by_layer(found: pd.DataFrame) -> list[str]:
             for c in most
         ]
         sentences.append(
-            f"{method!s}, one layer alone, {bits} (bits; trained: its own quantizer): {'; '.join(layers)} nats."
+            f"{method!s}, one layer rounded, {bits} (bits; trained: its own quantizer): {'; '.join(layers)} nats."
         )
     return sentences
 
 
 def caption(setting: Setting) -> str:
-    """Say in a title and a line below which data, seeds and directions the picture shows."""
+    """Return title and notes: data, seeds, directions."""
     chosen = measurement(setting)
     return (
-        f"What a bit width is worth as a radius: {setting.words}\n"
+        f"Bit widths as radii: {setting.words}\n"
         f"Source domains, {chosen.images} images of each; {chosen.num_samples} random directions beside each width. "
         f"Means over held-out domains; bars and bands: {setting.interval}. Grey: 95 % of random directions. "
         "own: the run's own quantizer."
@@ -128,7 +128,7 @@ def caption(setting: Setting) -> str:
 
 
 def draw(frame: pd.DataFrame, caption: str) -> Figure:
-    """Draw for each method the rises over the radius, and how typical the noise is."""
+    """Draw for each method the rises over the radius, and z of the noise."""
     return rounding.draw(frame[frame["over"] == "seeds"], caption)
 
 

@@ -1,7 +1,7 @@
-"""Controls: what of QT-DoG is quantization, and what is freezing, noise, or merely fewer bits (not in the paper).
+"""Controls: effects of QT-DoG that are those of quantization, freezing, noise, or merely fewer bits (not in the paper).
 
-Accuracy on source and held-out domains, its unrest after the switch, and the flatness that decides in Figure 3, the
-mean of F up to ERM's rise of 0.5 nats; intervals are of differences paired by held-out domain and seed.
+Accuracy on source and held-out domains, its variation after the switch, and the primary flatness of Figure 3, the mean
+of F up to ERM's rise of 0.5 nats; intervals are of differences paired by held-out domain and seed.
 """
 
 import matplotlib.pyplot as plt
@@ -23,7 +23,7 @@ BASELINE = "ERM"
 QUANTIZED = "QT-DoG"
 ORDER = ("ERM", "QT-DoG", "release-parity", "freeze", "noise", "noise-kept", "RTN")
 labelled = by_method(ORDER)
-CONTRASTS = {  # question -> of which two methods the difference answers it
+CONTRASTS = {  # question -> the two methods whose difference answers it
     "Quantization-aware training": ("QT-DoG", "ERM"),
     "Freezing alone": ("freeze", "ERM"),
     "What the released code trains": ("release-parity", "ERM"),
@@ -103,12 +103,12 @@ def summary(findings: pd.DataFrame) -> pd.DataFrame:
 
 
 def remarks(frame: pd.DataFrame) -> list[str]:
-    """Say of each measure whether quantization-aware training moves it, and which control does the same."""
+    """Return sentences on the effect of quantization-aware training on each measure, and on the controls."""
     return [*words(findings(frame)), RELEASED]
 
 
 def words(findings: pd.DataFrame) -> list[str]:
-    """Return a sentence for each measure, from the verdicts; one in all where there are no intervals."""
+    """Return a sentence for each measure, from the verdicts; a single one if there are no intervals."""
     if findings["p"].isna().all():
         return ["One seed gives no interval, so that neither an effect nor its absence is established."]
     found = findings.set_index(["measure", "method", "baseline"])["verdict"]
@@ -120,7 +120,7 @@ def words(findings: pd.DataFrame) -> list[str]:
         moved = {str(method): verdict for method, verdict in against.items() if verdict != verdicts.NONE}
         if whole == verdicts.NONE:
             others = "; ".join(f"{method} is {verdict}" for method, verdict in moved.items())
-            sentences.append(f"{name}: no effect of {QUANTIZED} shows{f', while {others}' if others else ''}.")
+            sentences.append(f"{name}: no effect of {QUANTIZED} is established{f', while {others}' if others else ''}.")
         elif alike:
             sentences.append(
                 f"{name}: {QUANTIZED} is {whole}, and so is {', '.join(alike)}: no effect of quantization alone."
@@ -133,13 +133,13 @@ def words(findings: pd.DataFrame) -> list[str]:
 
 
 def _shown(frame: pd.DataFrame) -> dict[str, str]:
-    """Return the measures that there are, with their names."""
+    """Return the measures in a frame, with their names."""
     there = set(frame["measure"])
     return {measure: name for measure, name in MEASURES.items() if measure in there}
 
 
 def caption(setting: Setting) -> str:
-    """Say in a title and a line below which data and seeds the picture shows."""
+    """Return title and notes: data, seeds, intervals."""
     return (
         f"Controls, less {BASELINE}: {setting.words}\n"
         f"Held out in turn: {', '.join(setting.held_out)}; paired by held-out domain and seed. Bars: "

@@ -1,7 +1,7 @@
 """Figure 1: accuracy on the held-out domain, the memory of the weights as the area of a marker (QT-DoG, Figure 1).
 
-Memory is that of the exported file, relative to one network in float32; the nominal one, members times bits over 32,
-as the paper prints it, stands beside it. The paper's own picture is drawn beside ours in a panel of its own.
+Memory is that of the exported file, relative to one network in float32; the nominal one, members times bits over 32 as
+in the paper, is given in brackets. The paper's own picture is drawn in a separate panel.
 """
 
 from dataclasses import replace
@@ -28,7 +28,7 @@ SIZE = SizeSpec()
 
 
 def _sized(setting: Setting) -> dict[str, RunSpec]:
-    """Return one run of each line: the others' files are as large."""
+    """Return one run of each line, since the others' files have the same size."""
     return dict(reversed(TABLE.labelled(setting.replace(others=()))))
 
 
@@ -51,7 +51,7 @@ def table(store: RunStore, setting: Setting) -> pd.DataFrame:
 
 
 def caption(setting: Setting) -> str:
-    """Say in a title and a line below what the picture shows."""
+    """Return title and notes: data, intervals, memory."""
     area = f"Bars: {setting.interval}; ensembles have none. Area, and number: the exported file over one network "
     area += "in float32; in brackets the nominal memory, bits times members over 32, which is the area below."
     return f"Accuracy and memory: {setting.words}\n{TABLE.protocol(setting)} {area}"

@@ -1,10 +1,10 @@
 """Figure 3: local flatness on spheres of growing radius, on source and held-out domains (QT-DoG, section 3.4).
 
 Each domain is held out in turn. F is the mean rise of the loss at distance gamma in a random direction (Eq. 5),
-measured around the checkpoint that training-domain validation selects. Below the published panels stand
-their filter-normalised twins, which do not depend on the scale of the weights. Radii are those at which ERM's loss
-has risen by given amounts, except for the paper's own network; the primary quantity is the mean of F up to ERM's rise
-of 0.5 nats.
+measured around the checkpoint that training-domain validation selects. Below the published panels are the
+filter-normalised ones, which do not depend on the scale of the weights. Radii are those at which ERM's loss has risen
+by given amounts, except for the paper's own network; the primary quantity is the mean of F up to ERM's rise of 0.5
+nats.
 """
 
 from typing import Any
@@ -94,7 +94,7 @@ def findings(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def remarks(frame: pd.DataFrame) -> list[str]:
-    """Say what the tests say, first of the mean of F, then of single radii; and where the loss reaches chance."""
+    """Return sentences on the tests of the mean of F and at single radii, and on where the loss reaches chance."""
     found = findings(frame)
     words: dict[str, Any] = {"words": ("flatter", "sharper"), "unit": "nats"}
     single = found["quantity"] == "at"
@@ -106,7 +106,7 @@ def remarks(frame: pd.DataFrame) -> list[str]:
 
 
 def _chance(ends: pd.DataFrame) -> list[str]:
-    """Say from which radius on the loss is no longer below that of guessing."""
+    """Return sentences on the radii from which on the loss is not below that of guessing."""
     sentences = []
     for row in ends.to_dict("records"):
         where, guess = f"{TITLES[row['panel']]}, {SYMBOLS[row['normalisation']]}", f"{row['chance']:.2f} nats"
@@ -120,7 +120,7 @@ def _chance(ends: pd.DataFrame) -> list[str]:
 
 
 def summary(findings: pd.DataFrame) -> pd.DataFrame:
-    """Return the primary findings, a line for each pair: enough to read on a screen."""
+    """Return the primary findings, a line for each pair."""
     mine = findings[findings["quantity"] != "at"]
     cells = mine.assign(
         pair=mine["method"] + " less " + mine["baseline"],
@@ -137,7 +137,7 @@ def summary(findings: pd.DataFrame) -> pd.DataFrame:
 
 
 def caption(setting: Setting) -> str:
-    """Say in a title and a line below which data, seeds and directions the picture shows."""
+    """Return title and notes: data, seeds, directions, radii."""
     images = "all" if setting.images is None else f"{setting.images}"
     return (
         f"Local flatness: {setting.words}, {setting.effort}\n"
@@ -151,7 +151,7 @@ def caption(setting: Setting) -> str:
 
 
 def _with_published(frame: pd.DataFrame, setting: Setting) -> pd.DataFrame:
-    """Fill `published` where the paper did the same: its setting but for seeds and sampling, raw radii, all domains."""
+    """Fill `published` if comparable: the paper's setting except seeds and sampling, raw radii, all domains."""
     frame = frame.assign(published=float("nan"))
     ours = {field: getattr(PAPER, field) for field in OURS}
     if setting.replace(**ours) != PAPER:
@@ -167,7 +167,7 @@ def _with_published(frame: pd.DataFrame, setting: Setting) -> pd.DataFrame:
 
 
 def draw(frame: pd.DataFrame, caption: str) -> Figure:
-    """Draw the published panels, below them their filter-normalised twins, and beside them what decides."""
+    """Draw the published panels, below them the filter-normalised ones, and beside them the tested differences."""
     shown = frame[frame["over"] == "seeds"]
     ends = limits(frame[frame["over"] == "directions"])
     decisive = findings(frame).query("quantity != 'at'")
@@ -189,7 +189,7 @@ def draw(frame: pd.DataFrame, caption: str) -> Figure:
 
 
 def _marks(ax: Axes, ends: pd.DataFrame, mine: pd.DataFrame) -> None:
-    """Mark where the mean that decides ends, and from where on a method's loss is that of guessing."""
+    """Mark where the tested mean ends, and from where on a method's loss is that of guessing."""
     limit, met = ends[["limit", "met"]].iloc[0]
     ax.axvline(limit, color="0.3", linewidth=0.8, linestyle=":")
     right = mine["radius"].max() * 1.04
@@ -206,11 +206,7 @@ def _differences(ax: Axes, rows: pd.DataFrame) -> None:
     for index, (panel, word) in enumerate(TITLES.items()):
         mine = rows[rows["panel"] == panel].set_index(["method", "baseline"]).loc[PAIRS]
         heights = np.arange(len(PAIRS)) + 0.3 * (index - 0.5)
-        color = ("0.1", "C0")[index]
-        ax.hlines(heights, mine["low"], mine["high"], color=color, linewidth=1.2)
-        ax.plot(mine["value"], heights, "o", color=color, markerfacecolor="white", label=word)
-        sure = (mine["p_holm"] < verdicts.LEVEL).to_numpy()
-        ax.plot(mine["value"][sure], heights[sure], "o", color=color)
+        plots.intervals(ax, mine, heights, mine["p_holm"] < verdicts.LEVEL, color=("0.1", "C0")[index], label=word)
     ax.vlines(0, -0.5, len(PAIRS) - 0.5, color="0.3", linewidth=0.8)  # ends above the legend
     ax.set(yticks=range(len(PAIRS)), yticklabels=names, ylim=(len(PAIRS) + 0.5, -0.5))
     ax.set(title=f"Difference in mean $F$ up to {SYMBOLS[rows['normalisation'].iloc[0]]} = {rows['radius'].max():g}")

@@ -1,9 +1,8 @@
 """Figure 4: accuracy on source and held-out domains along the training, ERM against QT-DoG, on two targets.
 
-The paper shows TerraIncognita's location_100 and location_46, and a line where quantization sets in. Beside the curves
-stand the numbers that the word "stable" is short for, over the evaluations from the switch on, the same for all
-methods. `--controls` adds two runs: the convolutions frozen at the switch without any quantization, and what the
-released code trains.
+The paper shows TerraIncognita's location_100 and location_46, and a line at the beginning of quantization. The numbers
+beside the curves measure stability over the evaluations from the switch on, the same for all methods. `--controls` adds
+two runs: the convolutions frozen at the switch without any quantization, and what the released code trains.
 """
 
 import pandas as pd
@@ -33,7 +32,7 @@ def order(setting: Setting) -> tuple[str, ...]:
 
 
 def targets(setting: Setting) -> tuple[str, ...]:
-    """Return the two held-out domains: the paper's where they are among the data, else the first and the last."""
+    """Return the two held-out domains: the paper's if the data have them, else the first and the last."""
     paper = [name for name in published()["figures"]["4"]["test_domains"] if name in setting.held_out]
     return tuple(paper) or tuple(dict.fromkeys((setting.held_out[0], setting.held_out[-1])))
 
@@ -76,7 +75,7 @@ def summary(findings: pd.DataFrame) -> pd.DataFrame:
 
 
 def remarks(frame: pd.DataFrame) -> list[str]:
-    """Say what the tests say of each of the numbers."""
+    """Return sentences on the tests of the numbers."""
     tested = findings(frame)
     sentences = verdicts.sentences(tested.assign(at=tested["quantity"].map(stability.NUMBERS).str.lower()), place="in")
     shown = set(frame["method"])
@@ -84,13 +83,13 @@ def remarks(frame: pd.DataFrame) -> list[str]:
 
 
 def caption(setting: Setting) -> str:
-    """Say in a title and a line below which data and seeds the picture shows."""
+    """Return title and notes: data, seeds, intervals, splits."""
     return (
         f"Stability along training: {setting.words}\n"
         f"Means over seeds; bands and bars: {setting.interval}, on scales that end where accuracies and deviations do. "
-        "Accuracy on the held-out domain: in split; on source domains: of images that "
-        f"{'select nothing' if setting.test_share else 'also select'}. Right: from step {setting.switch_step} on, over "
-        "both targets. The first evaluations lie below the axes."
+        "Accuracy on the held-out domain: in split; on source domains: "
+        f"{'test split' if setting.test_share else 'out split, also used for selection'}. Right: from step "
+        f"{setting.switch_step} on, over both targets. The first evaluations lie below the axes."
     )
 
 

@@ -13,18 +13,18 @@ from flatlab.specs.settings import Setting
 
 
 def remarks(frame: pd.DataFrame) -> list[str]:
-    """Say what the tests of the bit widths say on the held-out domain."""
+    """Return sentences on the tests of the bit widths on the held-out domain."""
     return TABLE.remarks(frame[frame["panel"] == "target"])
 
 
 def caption(setting: Setting) -> str:
-    """Say in a title and a line below which data and seeds the picture shows."""
+    """Return title and notes: data, seeds, interval."""
     band = f"Band: {setting.interval}; differences are paired by held-out domain and seed."
     return f"Gain on the held-out domain by bit width: {setting.words}\n{TABLE.protocol(setting)} {band}"
 
 
 def draw(frame: pd.DataFrame, caption: str) -> Figure:
-    """Draw the difference to ERM against the bits: a line for each data set, and bands where there are seeds."""
+    """Draw the difference to ERM against the bits: a line for each data set, with bands over seeds."""
     less = TABLE.findings(frame[frame["panel"] == "target"])
     less = less[less["baseline"] == TABLE.baseline]
     less = less.assign(bits=less["method"].str.split().str[0].astype(int))

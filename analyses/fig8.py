@@ -1,6 +1,6 @@
 """Figure 8: weights, quantization noise and its symmetry in four layers of a quantized network (QT-DoG, App. L).
 
-The paper does not name its layers; here they are evenly spread over the network, or all where it has no more.
+The paper does not name its layers; here they are spread evenly over the network.
 """
 
 from analyses._noise_figure import NoiseFigure

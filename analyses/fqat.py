@@ -8,9 +8,9 @@ from analyses._qat import FQAT, GAQAT, Comparison
 
 READING = (
     "FQAT (our reading of arXiv 2509.00859). Found in its abstract: layers are frozen, decided at each training step, "
-    "by a disorder that identifies unstable ones. Inferred: a mean of the disorder that forgets 1/K in a step, K as "
-    "6 % of the steps, the threshold 0.45, that high disorder is unstable, that step sizes are frozen and not weights. "
-    "No published number of it could be read, so that none is shown."
+    "by a disorder that identifies unstable ones. Inferred: a mean of the disorder of decay 1 - 1/K, K as 6 % of the "
+    "steps, the threshold 0.45, that high disorder is unstable, that step sizes are frozen and not weights. No "
+    "published number of it could be read, so that none is shown."
 )
 COMPARISON = Comparison(
     own=FQAT,

@@ -1,4 +1,4 @@
-"""QGen: do networks of fewer bits lie flatter, and does flatness go with small generalization gaps? (arXiv 2404.11769).
+"""QGen: are networks of fewer bits flatter, and is flatness correlated with generalization gaps? (arXiv 2404.11769).
 
 FOUND (abstract and paper page; there is no public code): rounding acts as noise that penalizes curvature, more so with
 fewer bits; some 2,000 networks; smaller gaps with fewer bits at a higher training loss; less damage by corruptions.
@@ -30,7 +30,7 @@ SHEET = "Networks by bits, at the end of training; means, accuracies in percent"
 
 
 def table(store: RunStore, setting: Setting) -> pd.DataFrame:
-    """Return a row for each network: what it is, how it is fitted, gaps, measures, accuracies on corrupted images."""
+    """Return a row for each network: its options, fit, gaps, measures, and accuracies on corrupted images."""
     return pd.DataFrame([_row(store.run(run), bits, specs) for bits, run, specs in planned(setting)])
 
 
@@ -58,7 +58,7 @@ def _row(run: Run, bits: int, specs: dict[str, MeasurementSpec]) -> dict[str, An
 
 
 def _scores(parts: Any, *, weighed: bool = False) -> dict[str, float]:
-    """Return mean accuracy and loss of domains, or of the parts of one domain, whose images weigh the same."""
+    """Return mean accuracy and loss of domains, or of the parts of one domain, weighted by their images."""
     rows = list(parts)
     weights = [part["n"] if weighed else 1 for part in rows]
     return {name: float(np.average([part[name] for part in rows], weights=weights)) for name in ("accuracy", "loss")}
@@ -91,7 +91,7 @@ def _rises(run: Run, spec: MeasurementSpec) -> list[float]:
 
 
 def summary(findings: pd.DataFrame) -> pd.DataFrame:
-    """Return a line for each measure and gap: tau over all pairs and over pairs of equal bits; without misses, too."""
+    """Return a line for each measure and gap: tau over all pairs and over pairs of equal bits; also without misses."""
     mine = findings[(findings["quantity"] == "tau") & findings["among"].isin((_kendall.ALL, _kendall.EQUAL))]
     columns = mine["among"] + mine["reached"].map({False: "", True: ", target reached"})
     cells = mine.assign(
@@ -108,7 +108,7 @@ def summary(findings: pd.DataFrame) -> pd.DataFrame:
 
 
 def sheet(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return a line for each bit width: how many networks reach the target, losses, accuracies and gaps."""
+    """Return a line for each bit width: number of networks that reach the target, losses, accuracies and gaps."""
     each = frame.groupby("method", sort=False)
     percent = {"train accuracy": "training", "test accuracy": "in domain", "target accuracy": "out of domain"}
     found = each[["train loss", "gap in", "gap out"]].mean()
@@ -119,16 +119,16 @@ def sheet(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def remarks(frame: pd.DataFrame) -> list[str]:
-    """Say how many networks there are, whether quantized ones lie flatter, and which measures go with the gaps."""
+    """Return sentences on the number of networks, the tests of flatness, and the correlations with the gaps."""
     found = findings(frame)
     differ, tau = found[found["quantity"] != "tau"], found[found["quantity"] == "tau"].astype({"reached": bool})
     flat = differ[differ["quantity"] != "corrupted"]
     words: dict[str, Any] = {"words": ("flatter", "sharper"), "unit": "nats", "digits": 4}
-    said = [_counts(frame), *verdicts.sentences(flat, **words)]
-    said += verdicts.sentences(differ[differ["quantity"] == "corrupted"], words=("less accurate", "more accurate"))
-    said.append(verdicts.statement(differ, test="paired t tests over trajectories"))
-    said += [_correlated(tau[(tau["among"] == among) & ~tau["reached"]], among) for among in tau["among"].unique()]
-    return [*said, _without_misses(tau), *PROVENANCE]
+    lines = [_counts(frame), *verdicts.sentences(flat, **words)]
+    lines += verdicts.sentences(differ[differ["quantity"] == "corrupted"], words=("less accurate", "more accurate"))
+    lines.append(verdicts.statement(differ, test="paired t tests over trajectories"))
+    lines += [_correlated(tau[(tau["among"] == among) & ~tau["reached"]], among) for among in tau["among"].unique()]
+    return [*lines, _without_misses(tau), *PROVENANCE]
 
 
 PROVENANCE = (
@@ -140,29 +140,30 @@ PROVENANCE = (
 
 def _counts(frame: pd.DataFrame) -> str:
     missed = frame[~frame["reached"]].groupby("method", sort=False).size()
-    told = ", ".join(f"{count} of {name}" for name, count in missed.items())
+    listed = ", ".join(f"{count} of {name}" for name, count in missed.items())
     return (
         f"{len(frame)} networks of {frame['seed'].nunique()} trajectories; those of a trajectory differ in their bits "
         f"and share the training up to the switch. {int(frame['reached'].sum())} reach a cross-entropy of {TARGET:g} "
-        f"nats on the training images within the limit of steps; {int(missed.sum())} do not{f' ({told})' * bool(told)}."
+        f"nats on the training images within the limit of steps; {int(missed.sum())} do "
+        f"not{f' ({listed})' * bool(listed)}."
     )
 
 
 def _correlated(tau: pd.DataFrame, among: str) -> str:
-    """Say which measures go with each loss gap, or against it."""
-    said = []
+    """Return a sentence on the measures that are correlated with each loss gap."""
+    found = []
     for gap in ("gap in", "gap out"):
         mine = tau[(tau["gap"] == gap) & (tau["p_bh"] < verdicts.LEVEL)]
-        told = [f"{MEASURES[name]} {value:+.2f}" for name, value in mine[["measure", "value"]].itertuples(index=False)]
-        said.append(f"{GAPS[gap]}: {', '.join(told) or 'none'}")
+        sure = [f"{MEASURES[name]} {value:+.2f}" for name, value in mine[["measure", "value"]].itertuples(index=False)]
+        found.append(f"{GAPS[gap]}: {', '.join(sure) or 'none'}")
     return (
         f"Kendall's tau, {among}, distinguishable from 0 (p < {verdicts.LEVEL} after Benjamini and Hochberg over "
-        f"{int(tau['p'].notna().sum())} taus): {'; '.join(said)}."
+        f"{int(tau['p'].notna().sum())} taus): {'; '.join(found)}."
     )
 
 
 def _without_misses(tau: pd.DataFrame) -> str:
-    """Return whether a verdict on a tau changes where networks that miss the target are left out."""
+    """Return a sentence on the verdicts that change without the networks that miss the target."""
     keys = ["measure", "gap", "among"]
     mine = tau[tau["among"].isin((_kendall.ALL, _kendall.EQUAL))]
     sides = [mine[mine["reached"] == reached].set_index(keys) for reached in (False, True)]
@@ -177,7 +178,7 @@ def _without_misses(tau: pd.DataFrame) -> str:
 
 
 def caption(setting: Setting) -> str:
-    """Say in a title and a line below which networks the picture shows."""
+    """Return title and notes: networks, intervals."""
     axes, own = grid(setting), _qgen_grid.trained(setting)
     count = len(labelled(setting))
     return (

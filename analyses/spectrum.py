@@ -1,6 +1,6 @@
-"""Hessian spectra of flat-minima methods on source and held-out domains: what QT-DoG argues with (section 3.3).
+"""Hessian spectra of flat-minima methods on source and held-out domains (cf. QT-DoG, section 3.3).
 
-The paper reasons that a small Hessian means a flat minimum and shows none; here are its eigenvalues' density, its
+The paper argues that a small Hessian means a flat minimum and shows none; here are the density of its eigenvalues, its
 largest eigenvalue and its trace, around the checkpoint that training-domain validation selects. A quantized network is
 baked. Each method is compared with ERM at the same held-out domain and seed.
 """
@@ -27,7 +27,7 @@ SUMMARY = (
     "Difference to ERM in nats, paired by held-out domain and seed, 95 % intervals over seeds, each alone; "
     "* p < 0.05 after Holm over the methods of a column"
 )
-EFFORT = {  # few images and products, where a figure is to be had in minutes: the spread over seeds is larger
+EFFORT = {  # few images and products for figures in minutes: the spread over seeds is larger than their error
     "smoke": {"images": 8, "k": 1, "tol": 0.1, "trace_budget": 32, "starts": 1, "steps": 3},
     "quick": {"images": 100, "k": 3, "tol": 0.01, "trace_budget": 32, "starts": 1, "steps": 16},
     "paper": {"images": 256, "k": 10, "tol": 0.01, "trace_budget": 64, "starts": 2, "steps": 40},
@@ -63,13 +63,13 @@ def _each(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def remarks(frame: pd.DataFrame) -> list[str]:
-    """Say what the tests say, and what was tested."""
+    """Return sentences on the tests."""
     found = findings(frame)
     return [*verdicts.sentences(found, unit="nats"), verdicts.statement(found)]
 
 
 def summary(findings: pd.DataFrame) -> pd.DataFrame:
-    """Return the findings with a line per method: enough to read on a screen."""
+    """Return the findings with a line per method."""
     cells = findings.assign(
         where=findings["number"] + ", " + findings["panel"],
         cell=verdicts.cells(findings),
@@ -78,7 +78,7 @@ def summary(findings: pd.DataFrame) -> pd.DataFrame:
 
 
 def caption(setting: Setting) -> str:
-    """Say in a title and a line below which data, seeds and products the picture shows."""
+    """Return title and notes: data, seeds, images."""
     effort = EFFORT[setting.name]
     return (
         f"Hessian of the mean loss: {setting.words}\n"
@@ -112,7 +112,7 @@ def _pairs(ax: Axes, frame: pd.DataFrame) -> None:
             ax.plot(wide[BASELINE], wide[name], plots.MARKERS[index], color=f"C{index}", markersize=3)
     if (wide > 0).all(axis=None):
         ax.set(xscale="log", yscale="log")
-        for axis in (ax.xaxis, ax.yaxis):  # less than a decade: the usual ticks would bear no number
+        for axis in (ax.xaxis, ax.yaxis):  # less than a decade: the usual ticks would have no numbers
             axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axis.set_major_formatter(ScalarFormatter())
             axis.set_minor_formatter(NullFormatter())

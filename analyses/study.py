@@ -1,8 +1,8 @@
 """The study: does quantization flatten, and does it help out of domain? The paper's claims, each with its tests.
 
 Eleven methods at each held-out domain and seed: accuracy in and out of domain, stability after the switch, and the
-flatness that decides in Figure 3, raw and filter-normalised; top eigenvalue and trace of the first seed. Tests are of
-differences paired by held-out domain and seed, in families that figures/reference/pacs-study/PROTOCOL.md fixes.
+primary flatness of Figure 3, raw and filter-normalised; top eigenvalue and trace of the first seed. Tests are of
+differences paired by held-out domain and seed, in the families of figures/reference/pacs-study/PROTOCOL.md.
 """
 
 from typing import Any
@@ -47,7 +47,6 @@ GRID = "distance from the 8-bit grid of the start (steps)"
 KEYS = ["measure", "method", "held_out", "seed"]
 IMAGES = {"smoke": 8, "quick": 48, "paper": 256}  # of each domain, for the curvature of one seed
 ALL, FEWER = "all targets", "without photo"
-CONTROL = _claims.CLAIMS[0].words
 PHOTO = ("PACS", "photo")  # the statistics of the shared weights were measured on its photographs
 SUMMARY = (
     "Differences paired by held-out domain and seed, 95 % intervals over seeds, each alone; * p < 0.05 after Holm "
@@ -71,7 +70,7 @@ def labelled(setting: Setting) -> list[tuple[str, RunSpec]]:
 
 
 def spheres(setting: Setting) -> list[Any]:
-    """Return Figure 3's measurements, with radii from ERM's first seed: so that seeds can be added later."""
+    """Return Figure 3's measurements, with radii from ERM's first seed, so that seeds can be added later."""
     return list(fig3.measurements(setting.replace(seeds=1)))
 
 
@@ -110,7 +109,7 @@ def _unrest(store: RunStore, runs: list[tuple[str, RunSpec]], since: int) -> pd.
 
 
 def _flatness(store: RunStore, runs: list[tuple[str, RunSpec]], setting: Setting) -> pd.DataFrame:
-    """Return the mean of F of each run; of 4 bits only where its loss stays below chance as far as the others'."""
+    """Return the mean of F of each run; for 4 bits only if its loss stays below chance as far as the others'."""
     found = tables.flatness(store, [(method, run, each) for method, run in runs for each in spheres(setting)])
     curves = named_by_rise(found, BASELINE)
     coarse = curves["method"] == COARSE
@@ -132,7 +131,7 @@ def _curvature(store: RunStore, runs: list[tuple[str, RunSpec]], setting: Settin
 
 
 def _correlations(each: pd.DataFrame) -> pd.DataFrame:
-    """Return Spearman's correlation of each flatness with accuracy out of domain; negative: flatter is better."""
+    """Return Spearman's correlation of each flatness with accuracy out of domain; if negative, flatter is better."""
     blocks = ["held_out", "seed"]
     accuracy = each[each["measure"] == "target"].pivot(index="method", columns=blocks, values="value")
     rows = []
@@ -157,10 +156,10 @@ def runs(frame: pd.DataFrame) -> pd.DataFrame:
 
 @once
 def findings(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return the differences of the pairs, of all targets and without `photo` where the data are PACS.
+    """Return the differences of the pairs, of all targets and, for PACS, without `photo`.
 
     A family is a claim's tests; of the others, for each measure those less ERM, and those of QT-DoG less the others.
-    Besides the verdict: the smallest effect of interest, how many seeds would tell it, and what these seeds can detect.
+    Besides the verdict: the smallest effect of interest, the seeds needed for it, and the effect that is detectable.
     """
     each = frame[frame["measure"].isin(MEASURES) & (frame["over"] == "run")]
     parts = {ALL: each}
@@ -190,19 +189,11 @@ def _paired(each: pd.DataFrame) -> pd.DataFrame:
 
 def summary(findings: pd.DataFrame) -> pd.DataFrame:
     """Return a line for each pair and a column for each measure."""
-    cells = findings.assign(
-        pair=findings["method"] + " less " + findings["baseline"],
-        cell=verdicts.cells(findings, digits=verdicts.digits_of(findings["measure"].map(MEASURES))),
-        measure=findings["measure"].map(MEASURES),
-    )
-    wide = cells.pivot_table(
-        index=["targets", "pair"], columns="measure", values="cell", aggfunc="first", sort=False
-    ).fillna("")
-    return wide[[name for name in MEASURES.values() if name in wide]].reset_index()
+    return verdicts.by_measure(findings, MEASURES, ["targets", "pair"])
 
 
 def remarks(frame: pd.DataFrame) -> list[str]:
-    """Say of each claim what the tests say; then of the other differences, of the correlations and of the curvature."""
+    """Return sentences on the claims, on the other differences, on the correlations and on the curvature."""
     found = findings(frame)
     primary = found["claim"] != ""
     sentences = list(_claims.sentences(found, MEASURES))
@@ -215,7 +206,7 @@ def remarks(frame: pd.DataFrame) -> list[str]:
 
 
 def _power(found: pd.DataFrame) -> str:
-    """Say what a single test at 5 % finds with 80 % power, of QT-DoG less ERM."""
+    """Return a sentence on the differences of QT-DoG to ERM that a single test at 5 % detects with 80 % power."""
     mine = found[(found["method"] == QUANTIZED) & (found["baseline"] == BASELINE) & (found["targets"] == ALL)]
     sizes = ", ".join(f"{MEASURES[name]} {size:.2g}" for name, size in mine[["measure", "detectable"]].to_numpy())
     return f"Smallest difference of {QUANTIZED} to {BASELINE} that one test at 5 % finds with 80 % power: {sizes}."
@@ -227,7 +218,7 @@ def _ranks(frame: pd.DataFrame) -> list[str]:
 
 
 def _curved(frame: pd.DataFrame) -> list[str]:
-    """Say top eigenvalue and trace of each method, means over the held-out domains at the first seed."""
+    """Return sentences on top eigenvalue and trace of each method, means over held-out domains at the first seed."""
     rows = frame[frame["measure"].str.startswith(("top eigenvalue", "trace"))]
     sentences = []
     for measure, mine in rows.groupby("measure", sort=False):
@@ -240,17 +231,17 @@ def _curved(frame: pd.DataFrame) -> list[str]:
 
 
 def _off_grid(frame: pd.DataFrame) -> list[str]:
-    """Say how far the convolutions have moved off the grid that they began on; nothing where they began on none."""
+    """Return a sentence on the distance of the convolutions from their initial grid; none if they began on none."""
     means = frame[frame["measure"] == GRID].groupby("method", sort=False)["value"].mean()
     shown = ", ".join(f"{method} {value:.3f}" for method, value in means.items())
     sentence = (
         f"Convolutions, mean distance to the nearest level of the 8-bit grid that they began on, in steps: {shown}. "
     )
-    return [f"{sentence}Weights that know no grid have {_grid.UNIFORM:g}."] if shown else []
+    return [f"{sentence}Weights without a grid have {_grid.UNIFORM:g}."] if shown else []
 
 
 def caption(setting: Setting) -> str:
-    """Say in a title and a line below which data and seeds the picture shows."""
+    """Return title and notes: data, seeds, intervals."""
     return (
         f"Does quantization flatten, and does it help? {setting.words}\n"
         f"Held out in turn: {', '.join(setting.held_out)}; differences paired by held-out domain and seed, bars: "
@@ -289,18 +280,8 @@ def _differences(ax: Axes, found: pd.DataFrame, measures: tuple[str, ...]) -> No
     for index, measure in enumerate(measures):
         rows = found[found["measure"] == measure].set_index(["method", "baseline"]).reindex(PAIRS)
         heights = np.arange(len(PAIRS)) + 0.3 * (index - (len(measures) - 1) / 2)
-        color = ("0.1", "C0")[index]
-        ax.hlines(heights, rows["low"], rows["high"], color=color, linewidth=1.1)
-        ax.plot(
-            rows["value"],
-            heights,
-            "o",
-            color=color,
-            markerfacecolor="white",
-            label=measure.split(",")[0] if len(measures) > 1 else None,
-        )
-        sure = (rows["p_holm"] < verdicts.LEVEL).to_numpy()
-        ax.plot(rows["value"][sure], heights[sure], "o", color=color)
+        look = {"color": ("0.1", "C0")[index], "label": measure.split(",")[0] if len(measures) > 1 else None}
+        plots.intervals(ax, rows, heights, rows["p_holm"] < verdicts.LEVEL, **look)
     ax.axvline(0, color="0.3", linewidth=0.8)
     ax.axhline(len(ORDER) - 1.5, color="0.7", linewidth=0.6)
     names = [f"{method} − {base}" for method, base in PAIRS]

@@ -1,8 +1,8 @@
-"""Loss surfaces of flat-minima methods on source and held-out domains: what QT-DoG argues with (section 3.3).
+"""Loss surfaces of flat-minima methods on source and held-out domains (cf. QT-DoG, section 3.3).
 
-Each method's checkpoint lies in the middle of a plane that two filter-normalised random directions span (Li et al.
-2018, section 4): the same Gaussian draws for all methods, each filter scaled to the weights it moves, and common
-contour levels. A quantized network is baked. Surfaces are averaged over held-out domains and seeds, place by place.
+Each method's checkpoint is the middle of a plane that two filter-normalised random directions span (Li et al. 2018,
+section 4): the same Gaussian draws for all methods, each filter scaled to the weights it moves, and common contour
+levels. A quantized network is baked. Surfaces are averaged over held-out domains and seeds, place by place.
 """
 
 import matplotlib.pyplot as plt
@@ -46,8 +46,8 @@ def measurement(setting: Setting) -> SurfaceSpec:
 def table(store: RunStore, setting: Setting) -> pd.DataFrame:
     """Return each run's mean rise over the places that count, and each method's mean surface over seeds and targets.
 
-    Places count where ERM's mean loss on the source domains has risen by at most 0.5 nats, as in Figure 3: further out
-    the loss is soon that of guessing.
+    Places count if ERM's mean loss on the source domains has risen by at most 0.5 nats there, as in Figure 3: further
+    out the loss soon reaches that of guessing.
     """
     rises: dict[tuple[str, str, RunSpec], Values] = {}
     sums: dict[tuple[str, str], Values] = {}
@@ -91,7 +91,7 @@ def _each(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def remarks(frame: pd.DataFrame) -> list[str]:
-    """Say what the tests say, what was tested, and over which places."""
+    """Return sentences on the tests, and on the places that count."""
     found, places = findings(frame), frame[frame["number"] == LOSS]
     inside = places[places["counted"].astype(bool)]
     explained = (
@@ -103,7 +103,7 @@ def remarks(frame: pd.DataFrame) -> list[str]:
 
 
 def summary(findings: pd.DataFrame) -> pd.DataFrame:
-    """Return the findings with a line per method: enough to read on a screen."""
+    """Return the findings with a line per method."""
     cells = findings.assign(
         where=findings["panel"].map(TITLES),
         cell=verdicts.cells(findings),
@@ -112,7 +112,7 @@ def summary(findings: pd.DataFrame) -> pd.DataFrame:
 
 
 def caption(setting: Setting) -> str:
-    """Say in a title and a line below which data, seeds and places the picture shows."""
+    """Return title and notes: data, seeds, places."""
     effort = EFFORT[setting.name]
     return (
         f"Loss surfaces: {setting.words}\n"

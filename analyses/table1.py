@@ -1,7 +1,7 @@
 """Table 1: accuracy on the held-out domain on each data set, of one model and of ensembles (QT-DoG, Table 1).
 
-`--datasets PACS,VLCS,...` takes those present, and their mean: the printed one, of all five, stands beside that of all
-five alone. SAM and SMA are ours: the paper does not print them here. An ensemble takes up the seeds, so that it has no
+`--datasets PACS,VLCS,...` uses those given, and their mean, which is compared with the printed one only for all five.
+SAM and SMA are ours: the paper does not print them here. The members of an ensemble use the seeds, so that it has no
 interval.
 """
 

@@ -1,6 +1,6 @@
 """Table 10: accuracy on the held-out domain down to two bits a weight (QT-DoG, Table 10).
 
-The runs differ in the number of bits alone: they share split, initialisation, batches, and the state at the switch.
+The runs differ only in the number of bits: they share split, initialisation, batches, and the state at the switch.
 """
 
 from analyses._accuracy_table import PaperTable, bit_widths

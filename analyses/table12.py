@@ -1,6 +1,6 @@
 """Table 12: test accuracy on the source domains of the flat-minima methods, on images kept for it (QT-DoG, Table 12).
 
-Each domain is split 60/20/20. Accuracies on the held-out domain stand beside.
+Each domain is split 60/20/20. Accuracies on the held-out domain are also shown.
 """
 
 from analyses._accuracy_table import Line, PaperTable

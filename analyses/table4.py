@@ -1,6 +1,6 @@
 """Table 4: quantization algorithms at 7 bits, trained and not, on source and held-out domains (QT-DoG, Table 4).
 
-OBC and round-to-nearest start from ERM's checkpoint and train nothing; INQ and LSQ go on training from the switch on.
+OBC and round-to-nearest start from ERM's checkpoint without training; INQ and LSQ continue training from the switch on.
 Round-to-nearest is ours: the paper does not print it.
 """
 
@@ -13,7 +13,7 @@ from flatlab.specs.settings import Setting
 from flatlab.store.runs import RunStore
 
 POST = "OBC"
-ERRORS = ["error", "error_nearest", "rows", "rows_worse"]  # that OBC notes of each layer
+ERRORS = ["error", "error_nearest", "rows", "rows_worse"]  # logged by OBC for each layer
 TABLE = PaperTable(
     number="4",
     lines=(
@@ -28,7 +28,7 @@ TABLE = PaperTable(
 
 
 def table(store: RunStore, setting: Setting) -> pd.DataFrame:
-    """Return the accuracies; beside OBC's also its layers' errors, and how many rows rounding would serve better."""
+    """Return the accuracies; for OBC also its layers' errors, and the number of rows worse than by rounding."""
     frame = TABLE.table(store, setting)
     for label, run in TABLE.labelled(setting):
         if label == POST:
@@ -41,7 +41,7 @@ def table(store: RunStore, setting: Setting) -> pd.DataFrame:
 
 
 def remarks(frame: pd.DataFrame) -> list[str]:
-    """Return whether the order is the paper's, and what OBC gains over rounding in the errors that it makes small."""
+    """Return the sentences of the table, and one on the layer errors of OBC and of rounding."""
     mine = frame[(frame["method"] == POST) & (frame["over"] == "run")].drop_duplicates(["dataset", "held_out", "seed"])
     ratio, worse = mine["error"] / mine["error_nearest"], mine["rows_worse"].sum() / mine["rows"].sum()
     return [

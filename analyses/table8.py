@@ -1,6 +1,6 @@
 """Table 8: accuracy on each held-out domain of TerraIncognita (QT-DoG, Table 8).
 
-On other data the printed means alone stand beside ours. An ensemble takes up the seeds, so that it has no interval.
+On other data only the printed means are shown. The members of an ensemble use the seeds, so that it has no interval.
 """
 
 from analyses._accuracy_table import domains_table

@@ -1,7 +1,7 @@
 """Table 9: accuracy on source and held-out domains from eight bits a weight to five (QT-DoG, Table 9).
 
-The runs differ in the number of bits alone: they share split, initialisation, batches, and the state at the switch.
-On the source domains it is that of the test split, where the runs keep one.
+The runs differ only in the number of bits: they share split, initialisation, batches, and the state at the switch.
+On the source domains it is that of the test split, if the runs have one.
 """
 
 from analyses._accuracy_table import PaperTable, bit_widths

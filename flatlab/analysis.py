@@ -24,7 +24,7 @@ class Analysis:
     """A figure or table: its runs and measurements, its table, findings and text, and its picture."""
 
     module: str  # name of its module; the last part is the name of the figure
-    doc: str  # docstring of its module; the first line says what the figure shows
+    doc: str  # docstring of its module; its first line describes the figure
     baseline: str  # the method with which the others are compared
     labelled: Callable[[Setting], list[Labelled]]  # each run with its method's name
     table: Callable[[RunStore, Setting], pd.DataFrame]

@@ -116,9 +116,6 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
-    Args:
-        path: the file.
-
     Raises:
         UserError: if the file contains none; names the file.
     """
@@ -145,9 +142,6 @@ def write_record(path: Path, value: Mapping[str, Any]) -> None:
 def read_record(path: Path) -> dict[str, Any]:
     """Read what `write_record` wrote, and check its hash and its owner.
 
-    Args:
-        path: the file.
-
     Raises:
         UserError: if the file is altered, or belongs to another owner; names the file.
     """
@@ -165,9 +159,6 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Read what `write_rows` wrote, and check its hash and its owner.
-
-    Args:
-        path: the file.
 
     Raises:
         UserError: if the file is altered, or belongs to another owner; names the file.
@@ -227,9 +218,6 @@ def save_arrays(path: Path, arrays: Mapping[str, np.ndarray[Any, Any]], meta: An
 
 def load_arrays(path: Path) -> tuple[Arrays, Any]:
     """Read what `save_arrays` wrote, and check its hash and its owner.
-
-    Args:
-        path: the file.
 
     Raises:
         UserError: if the file is missing, truncated, altered, or belongs to another owner; names the file.

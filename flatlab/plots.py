@@ -10,6 +10,7 @@ import matplotlib as mpl
 import matplotlib.patheffects as effects
 import matplotlib.pyplot as plt
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 from cycler import cycler
 from matplotlib.axes import Axes
@@ -180,13 +181,7 @@ def captioned(figure: Figure, ax: Axes, caption: str) -> None:
 
 
 def notes_below(figure: Figure, notes: str, *, fontsize: float = 5.5) -> None:
-    """Place notes below all panels, each line wrapped to the width of the figure.
-
-    Args:
-        figure: the figure.
-        notes: the text.
-        fontsize: in points.
-    """
+    """Place notes below all panels, each line wrapped to the width of the figure."""
     characters = round(figure.get_figwidth() * 121 / fontsize)
     lines = [textwrap.fill(line, characters) for line in notes.split("\n")]
     figure.supxlabel("\n".join(lines), fontsize=fontsize, color="0.3")
@@ -210,6 +205,23 @@ def dots(ax: Axes, frame: pd.DataFrame, order: Sequence[str]) -> None:
     ax.set(yticks=heights, yticklabels=order, ylim=(len(order) - 0.5, -0.5))
     ax.grid(visible=False, axis="y")
     ax.tick_params(axis="y", length=0)
+
+
+def intervals(
+    ax: Axes, rows: pd.DataFrame, heights: npt.NDArray[np.floating[Any]], significant: "pd.Series[bool]", **look: Any
+) -> None:
+    """Draw a dot with its interval for each row, filled if significant.
+
+    Args:
+        ax: the axes.
+        rows: `value`, `low` and `high`.
+        heights: positions on the vertical axis.
+        significant: of each row.
+        look: color and label.
+    """
+    ax.hlines(heights, rows["low"], rows["high"], color=look["color"], linewidth=1.1)
+    ax.plot(rows["value"], heights, "o", markerfacecolor="white", **look)
+    ax.plot(rows["value"][significant], heights[significant.to_numpy()], "o", color=look["color"])
 
 
 HALO: list[effects.AbstractPathEffect] = [effects.withStroke(linewidth=1.5, foreground="white")]

@@ -399,8 +399,8 @@ def controlled(**shifts):
 @pytest.mark.parametrize(
     ("shifts", "said"),
     [
-        ({}, "no effect of QT-DoG shows."),
-        ({"freeze": -1.0}, "no effect of QT-DoG shows, while freeze is lower."),
+        ({}, "no effect of QT-DoG is established."),
+        ({"freeze": -1.0}, "no effect of QT-DoG is established, while freeze is lower."),
         ({"QT-DoG": -1.0}, "QT-DoG is lower, and no control here is: an effect of quantization is possible."),
         ({"QT-DoG": -1.0, "freeze": -1.0}, "QT-DoG is lower, and so is freeze: no effect of quantization alone."),
         (

@@ -186,9 +186,6 @@ class Choices(Options):
     def engine(self, jobs: int) -> "Engine":
         """Return the engine on which the workers of a number of jobs are started.
 
-        Args:
-            jobs: number of jobs.
-
         Raises:
             UserError: for an option that the executor does not have.
         """

@@ -39,13 +39,7 @@ def carry_out(chosen: Choices, todo: Sequence[Any], place: Any = None) -> None:
 
 
 def measured(chosen: Choices, found: Sequence[Any], measurements: Sequence[Any]) -> bool:
-    """Measure what is missing of runs; with --dry-run, print the cost and return False.
-
-    Args:
-        chosen: the chosen options.
-        found: the runs.
-        measurements: of each run.
-    """
+    """Measure what is missing of runs; with --dry-run, print the cost and return False."""
     from flatlab import reproduce
     from flatlab.data import catalog
     from flatlab.jobs import plan as jobs_plan

@@ -58,7 +58,7 @@ class TimeLeft:
         return max(sum(rest.values()) / self.workers, max(rest.values(), default=0.0))
 
     def _pace(self, name: str, timed: Sequence[str]) -> float:
-        """Return the seconds of a pass: of the kind of the job, else of similar work, else of all."""
+        """Return the seconds of a pass: of the kind, else of similar jobs, else of all; of finished jobs if any."""
         for length in (len(self.kind[name]), 2, 1, 0):
             alike = [each for each in timed if self.kind[each][:length] == self.kind[name][:length]]
             alike = [each for each in alike if each in self.seconds] or alike

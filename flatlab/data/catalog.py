@@ -86,7 +86,7 @@ def facts(dataset: str) -> Facts | None:
 
 
 def locate(dataset: str, data_dir: Path | None) -> Path:
-    """Return the folder that holds the domains of a data set.
+    """Return the folder of the domains of a data set.
 
     Args:
         dataset: a catalog name, or `folder:NAME`.
@@ -155,7 +155,7 @@ def domain_names(dataset: str, data_dir: Path | None) -> tuple[str, ...]:
 
 
 def held_out(dataset: str, data_dir: Path | None, which: str) -> tuple[str, ...]:
-    """Return the domains to hold out, one after another.
+    """Return the domains to hold out.
 
     Args:
         dataset: a catalog name, or `folder:NAME`.

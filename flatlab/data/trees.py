@@ -70,9 +70,6 @@ def _is_image(name: str) -> bool:
 def check_regular(tree: Tree) -> None:
     """Refuse files that are not regular, such as pipes, devices and links to nothing.
 
-    Args:
-        tree: the files.
-
     Raises:
         UserError: names the first.
     """

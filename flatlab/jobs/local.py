@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from flatlab import files
 from flatlab.jobs.plan import WorkPlan
@@ -81,7 +81,7 @@ def _workers(
 def _listen(process: "subprocess.Popen[str]", events: "queue.Queue[Event]") -> None:
     """Pass on a worker's events; if it ends with an error, its last output as well."""
     output: list[str] = []
-    listener = threading.Thread(target=_collect, args=(process.stderr, output), daemon=True)
+    listener = threading.Thread(target=lambda: output.extend(process.stderr or ()), daemon=True)
     listener.start()
     for line in process.stdout or ():
         if line.startswith("{") and line.endswith("}\n"):  # other lines are a library's, or cut off by a kill
@@ -89,10 +89,6 @@ def _listen(process: "subprocess.Popen[str]", events: "queue.Queue[Event]") -> N
     code = process.wait()
     listener.join()
     events.put({"ended": code, "trace": "".join(output)})
-
-
-def _collect(stream: IO[str] | None, lines: list[str]) -> None:
-    lines.extend(stream or ())
 
 
 def _errors(

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_structure
 
 from flatlab.arguments import FloatArray, whole
 from flatlab.errors import UserError
-from flatlab.tensors.nested import Batch, concatenate, pick, tensors
+from flatlab.tensors.nested import Batch, join, pick, tensors
 
 Indices = npt.NDArray[np.int64]
 JOINED = 2**28  # maximum bytes of all samples for which a second copy of them is kept, as one batch
@@ -85,7 +85,7 @@ class Samples:
         each = [batch for stratum in batches for batch in stratum]
         self.alike = len(each) == 1 or _alike(each)
         # Picking a few samples from many batches takes as long as evaluating a small network.
-        self._batches = [_join(each)] if len(each) > 1 and _bytes(each) <= JOINED and self.alike else each
+        self._batches = [join(each)] if len(each) > 1 and _bytes(each) <= JOINED and self.alike else each
         self._ends = np.cumsum([batch.size for batch in self._batches])
 
     def pick(self, rows: Indices) -> Batch:
@@ -102,7 +102,7 @@ class Samples:
         homes, starts = np.searchsorted(self._ends, rows, side="right"), np.append(0, self._ends)
         picked = [pick(self._batches[h], torch.from_numpy(rows[homes == h] - starts[h])) for h in np.unique(homes)]
         try:
-            return _join(picked)
+            return join(picked)
         except (RuntimeError, ValueError) as error:
             raise UserError(
                 f"Samples of different shapes cannot share a block; give num_samples, which uses whole batches: {error}"
@@ -164,11 +164,6 @@ class Partition:
     def _places(self, stratum: int) -> Indices:
         # Each stratum begins at the block where the last one ended, so that sizes differ by at most one.
         return np.asarray((self._seats - self._starts[stratum]) % self._count)
-
-
-def _join(batches: Sequence[Batch]) -> Batch:
-    inputs, targets = concatenate([batch[:2] for batch in batches])
-    return Batch(inputs, targets, sum(batch.size for batch in batches))
 
 
 def _bytes(batches: Sequence[Batch]) -> int:

@@ -28,9 +28,9 @@ class Domains:
 
     data: DomainSet
     target: str
-    inside: Rows  # trained on (sources); of the target all that is not outside, 80 %: reported on
-    outside: Rows  # 20 %: validation
-    tested: Rows  # of the sources, kept for an in-domain test; may be none
+    inside: Rows  # "in" split, 80 %: training (sources), reported accuracy (target)
+    outside: Rows  # "out" split, 20 %: validation
+    tested: Rows  # "test" split of the sources; may be empty
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -43,7 +43,7 @@ class Domains:
         return {name: batches.evaluation_batches(self.data, name, rows[name], device=device) for name in names}
 
     def calibration(self, count: int, device: torch.device) -> list[Batches]:
-        """Return batches of the first `count` training images of each source domain (fewer where it has fewer)."""
+        """Return batches of the first `count` training images of each source domain (all if it has fewer)."""
         load = partial(batches.evaluation_batches, self.data, device=device, batch_size=64, limit=count)
         return [load(name, self.inside[name]) for name in self.sources]
 
@@ -60,7 +60,7 @@ def domains(spec: RunSpec, place: Place) -> Domains:
             index,
             trial_seed=spec.trial_seed,
             fraction=spec.holdout,
-            tested=0.0 if name == target else spec.test_share,  # an in-domain test takes nothing of the target
+            tested=0.0 if name == target else spec.test_share,  # the target has no test split
         )
         for index, name in enumerate(data.names)
     }
@@ -97,9 +97,6 @@ def threads(count: int) -> Iterator[None]:
 
 def device(place: Place) -> torch.device:
     """Return the device: as named, or for "auto" the best of cuda, mps, cpu.
-
-    Args:
-        place: names it.
 
     Raises:
         UserError: if the name is unknown, or the device is not available.

@@ -34,10 +34,10 @@ def network(spec: RunSpec, data: DomainSet, place: Place) -> Network:
 
 
 def finished(spec: RunSpec, data: DomainSet, place: Place) -> Network | Ensemble:
-    """Return the network that a run ends with, to load a checkpoint into: quantizer attached, an ensemble's members."""
+    """Return the final network of a run, to load a checkpoint into: with its quantizer, or an ensemble's members."""
     if spec.members:
         return Ensemble([finished(member, data, place) for member in spec.members], combine=spec.combine)
-    built = network(spec.replace(weights="none"), data, place)  # the checkpoint holds all weights
+    built = network(spec.replace(weights="none"), data, place)  # the checkpoint contains all weights
     quantize(built, spec)
     return built
 
@@ -53,9 +53,9 @@ def _weights(spec: RunSpec, place: Place) -> str | Path:
 
 
 def quantize(built: Network, spec: RunSpec) -> list[nn.Parameter]:
-    """Attach the spec's quantizer to a network; return its step sizes (none where it has none to learn).
+    """Attach the spec's quantizer to a network; return its learned step sizes, if any.
 
-    What post-training quantization leaves behind is attached empty, to be loaded or settled.
+    The modules of post-training quantization are attached empty; their content is loaded or computed later.
     """
     match spec.quantizer:
         case None:
@@ -97,7 +97,7 @@ def load(built: nn.Module, weights: Mapping[str, npt.NDArray[np.float32]]) -> No
     """Load a checkpoint's arrays into a network built from the same spec.
 
     Args:
-        built: the network, its quantizer attached where the run has one.
+        built: the network, with the quantizer of the run, if it has one.
         weights: arrays by parameter name.
 
     Raises:
@@ -108,4 +108,4 @@ def load(built: nn.Module, weights: Mapping[str, npt.NDArray[np.float32]]) -> No
         built.load_state_dict(tensors)
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
-        raise UserError(f"The checkpoint is of another architecture than its spec says: {reason}") from None
+        raise UserError(f"The checkpoint is of another architecture than its spec: {reason}") from None

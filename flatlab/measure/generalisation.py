@@ -96,7 +96,7 @@ def _numbers(run: Run, spec: GeneralisationSpec, place: Place, baked: nn.Module)
 
 
 def _steps(run: Run, spec: GeneralisationSpec, place: Place, around: Landscape) -> Tensor:
-    """Return the step size of each parameter (P,): 0 where it is not quantized."""
+    """Return the step size of each parameter (P,): 0 if it is not quantized."""
     layers = trained_layers(run, spec.checkpoint, place)
     none = torch.zeros(())
     each = ((layers[name].step if name in layers else none, tensor) for name, tensor in around.named.items())

@@ -62,7 +62,7 @@ def drawn(
     """Return the histograms and quantiles that a picture of these rows shows, by run and name.
 
     Args:
-        store: holds the finished measurements.
+        store: contains the finished measurements.
         rows: of `statistics`.
         wanted: method's name, run, measurement.
     """
@@ -167,7 +167,7 @@ def chart(
     """Tabulate and draw measured runs; write `noise.{csv,pdf,png}`.
 
     Args:
-        store: holds the measurements.
+        store: contains the measurements.
         found: the runs.
         measurement: as measured.
         layers: pattern of those that are drawn.

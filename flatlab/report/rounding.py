@@ -39,7 +39,7 @@ def rises(store: RunStore, wanted: Iterable[tuple[str, RunSpec, RoundingSpec]]) 
     its interval over directions), in nats; `z` and `rank` of the noise's rise among the random rises.
 
     Args:
-        store: holds the finished measurements.
+        store: contains the finished measurements.
         wanted: method's name, run, measurement.
     """
     rows = [_rows(store.run(spec), measurement, label) for label, spec, measurement in wanted]
@@ -162,7 +162,7 @@ def chart(
     """Tabulate and draw measured runs; write `radius.{csv,pdf,png}`.
 
     Args:
-        store: holds the measurements.
+        store: contains the measurements.
         found: the runs.
         measurement: as measured.
         layers: pattern of those that were rounded.
@@ -170,8 +170,7 @@ def chart(
     """
     frame = rises(store, [(run.name, run.spec, measurement) for run in found])
     caption = (
-        f"What a bit width is worth as a radius\n{layers or 'All layers'}, source domains; "
-        f"{measurement.num_samples} random "
+        f"Bit widths as radii\n{layers or 'All layers'}, source domains; {measurement.num_samples} random "
         "directions each, 95 % intervals over them; grey: 95 % of these"
     )
     return wide(frame), plots.save(draw(frame, caption), out / "radius", frame)

@@ -29,7 +29,7 @@ def numbers(store: RunStore, wanted: Wanted) -> pd.DataFrame:
     """Return a row for each run, engine and number: eigenvalues by `index`, within residuals; the others by sampling.
 
     Args:
-        store: holds the finished measurements.
+        store: contains the finished measurements.
         wanted: method's name, run, measurement.
     """
     frames = []
@@ -44,7 +44,7 @@ def densities(store: RunStore, wanted: Wanted) -> pd.DataFrame:
     """Return a row for each run and place of a grid that all runs of a panel share: the density of eigenvalues there.
 
     Args:
-        store: holds the finished measurements, by flatlab's engine.
+        store: contains the finished measurements, by flatlab's engine.
         wanted: method's name, run, measurement.
     """
     found = [
@@ -75,7 +75,7 @@ def chart(store: RunStore, wanted: list[tuple[str, RunSpec, SpectrumSpec]], out:
     """Draw the densities of measured runs, and write all numbers: `hessian.{pdf,png,csv}`.
 
     Args:
-        store: holds the measurements.
+        store: contains the measurements.
         wanted: method's name, run, measurement.
         out: folder of the pictures.
     """

@@ -23,7 +23,7 @@ def chart(
     """Tabulate and draw measured runs; write `flatness.{csv,pdf,png}`.
 
     Args:
-        store: holds the measurements.
+        store: contains the measurements.
         found: the runs.
         measurement: as measured.
         panel: "source" or "target" (the held-out domain).

@@ -4,7 +4,7 @@ A finding is a row with `method`, `baseline`, `value` (their difference), `low`,
 alone. `corrected` adds the family and the verdict, `sentences` and `statement` put it into words. Torch-free.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -52,6 +52,21 @@ def cells(findings: pd.DataFrame, *, digits: int | Sequence[int] = 3) -> list[st
     rows = findings[["p_holm", "value", "low", "high"]].itertuples(index=False)
     places = [digits] * len(findings) if isinstance(digits, int) else digits
     return [bracketed(*each, digits=n, starred=p < LEVEL) for n, (p, *each) in zip(places, rows, strict=True)]
+
+
+def by_measure(findings: pd.DataFrame, titles: Mapping[str, str], index: list[str]) -> pd.DataFrame:
+    """Return a line for each pair of methods, and a column for each measure.
+
+    Args:
+        findings: as `corrected` returns them, with `measure`.
+        titles: of the measures, in the order of the columns.
+        index: the columns that distinguish lines; `pair` is that of "method less baseline".
+    """
+    names = findings["measure"].map(titles)
+    pair, shown = findings["method"] + " less " + findings["baseline"], cells(findings, digits=digits_of(names))
+    named = findings.assign(pair=pair, cell=shown, measure=names)
+    wide = named.pivot_table(index=index, columns="measure", values="cell", aggfunc="first", sort=False).fillna("")
+    return wide[[name for name in titles.values() if name in wide]].reset_index()
 
 
 def digits_of(titles: Iterable[str]) -> list[int]:

@@ -23,9 +23,6 @@ class Spec(BaseModel):
     def make(cls, **fields: Any) -> Self:
         """Return a spec with these fields.
 
-        Args:
-            fields: values by name.
-
         Raises:
             UserError: if a field is unknown, missing or of the wrong type.
         """

@@ -25,11 +25,7 @@ class GeneralisationSpec(MeasurementSpec):
     corruptions: tuple[str, ...] = CORRUPTIONS  # each at all severities
 
     def passes(self, sizes: Sizes) -> float:
-        """Return the estimated number of images forwarded.
-
-        Args:
-            sizes: number of images of each domain.
-        """
+        """Return the estimated number of images forwarded."""
         of_each = 2 * 12 * self.num_samples + 4 * self.ascent + PRODUCT * self.products
         corrupted = 0.2 * sum(sizes.values()) * SEVERITIES * len(self.corruptions)
         return float(self.count(sizes) * (len(sizes) - 1) / len(sizes) * of_each + corrupted)

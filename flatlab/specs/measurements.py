@@ -48,8 +48,8 @@ class SurfaceSpec(MeasurementSpec):
         description="Steps between the checkpoints of a trajectory; all that were kept if not given.",
     )
     grid: int = Field(33, ge=2, le=1000, description="Grid points along each axis; 33 and 49 refine best.")
-    extent: float = Field(  # around checkpoints where they span the plane
-        1.0, gt=0, le=1e9, description="Half the length of each axis; set by the runs where they span the plane."
+    extent: float = Field(  # not used if checkpoints span the plane
+        1.0, gt=0, le=1e9, description="Half the length of each axis; set by the runs if they span the plane."
     )
     refine: Annotated[float | None, AfterValidator(_none_if_zero)] = Field(
         0.05,
@@ -65,11 +65,7 @@ class SurfaceSpec(MeasurementSpec):
         return self.axes in ("runs", "trajectory")
 
     def passes(self, sizes: Sizes) -> float:
-        """Return an upper bound of the number of images forwarded; refinement needs fewer.
-
-        Args:
-            sizes: number of images of each domain.
-        """
+        """Return an upper bound of the number of images forwarded; refinement needs fewer."""
         return _images_per_point(self, sizes, self.recompute) * self.grid**2
 
 
@@ -83,11 +79,7 @@ class ConnectionSpec(MeasurementSpec):
     recompute: Recompute = None
 
     def passes(self, sizes: Sizes) -> float:
-        """Return the number of images forwarded; statistics are computed for the sources and for the held-out domain.
-
-        Args:
-            sizes: number of images of each domain.
-        """
+        """Return the number of images forwarded; with statistics for the source and the held-out domains."""
         return _images_per_point(self, sizes, 2 * (self.recompute or 0)) * self.grid
 
 
@@ -106,11 +98,7 @@ class TraceCheckSpec(MeasurementSpec):
     )
 
     def passes(self, sizes: Sizes) -> float:
-        """Return the estimated number of images forwarded: products for trace and density, and seven spheres.
-
-        Args:
-            sizes: number of images of each domain.
-        """
+        """Return the estimated number of images forwarded: products for trace and density, and seven spheres."""
         return float(self.count(sizes) * PRODUCT * (20 + PILOT + 96) + 7 * FORESEEN / self.rel_error**2)
 
 
@@ -123,11 +111,7 @@ class ScaleAuditSpec(MeasurementSpec):
     num_samples: int = Field(20, ge=2, le=10**6, description="Number of directions of each sphere, on all images.")
 
     def passes(self, sizes: Sizes) -> float:
-        """Return the estimated number of images forwarded: four spheres, a trace, an eigenvalue for three networks.
-
-        Args:
-            sizes: number of images of each domain.
-        """
+        """Return the estimated number of images forwarded: four spheres, a trace, an eigenvalue for three networks."""
         return float(3 * self.count(sizes) * (4 * self.num_samples + PRODUCT * (20 + PILOT + 10)))
 
 
@@ -183,11 +167,7 @@ class SphereSpec(MeasurementSpec):
         return pilots_of(self, self.radii, normalisation=self.normalisation)
 
     def passes(self, sizes: Sizes) -> float:
-        """Return the number of images forwarded; for an accuracy target a rule of thumb, since no pilot has run yet.
-
-        Args:
-            sizes: number of images of each domain.
-        """
+        """Return the number of images forwarded; for an accuracy target a rule of thumb, since no pilot has run yet."""
         images = self.count(sizes)
         count = AUTO_RADII if isinstance(self.radii, str) else count_above_zero(self.radii)
         foreseen = max(LEAST, FORESEEN / max(self.rel_error, 1e-3) ** 2)
@@ -238,11 +218,7 @@ class SpectrumSpec(MeasurementSpec):
         return 3 * self.k + min(self.trace_budget, PILOT) + self.starts * self.steps
 
     def passes(self, sizes: Sizes) -> float:
-        """Return the number of images forwarded, a product counting as ten passes.
-
-        Args:
-            sizes: number of images of each domain.
-        """
+        """Return the number of images forwarded, a product counting as ten passes."""
         share = {"source": len(sizes) - 1, "target": 1}.get(self.domains, self.domains.count(",") + 1) / len(sizes)
         return float(self.count(sizes) * share * PRODUCT * self.foreseen)
 
@@ -269,11 +245,7 @@ class GradCAMSpec(MeasurementSpec):
         return min(max(sizes.values()), self.images or max(sizes.values()))
 
     def passes(self, sizes: Sizes) -> float:
-        """Return the number of images forwarded; a map costs a forward and a backward pass.
-
-        Args:
-            sizes: number of images of each domain.
-        """
+        """Return the number of images forwarded; a map costs a forward and a backward pass."""
         maps = 1 + count_above_zero(self.radii) * self.num_samples
         return float(self.count(sizes) * (3 * maps + 2 * (self.num_shares + 1)))
 
@@ -338,11 +310,7 @@ class RoundingSpec(MeasurementSpec):
     )
 
     def passes(self, sizes: Sizes) -> float:
-        """Return the estimated number of images forwarded, assuming a few layers: their number is not known here.
-
-        Args:
-            sizes: number of images of each domain.
-        """
+        """Return the estimated number of images forwarded, assuming a few layers: their number is not known here."""
         few = 4
         return float(self.count(sizes) * 2 * self.num_samples * (len(self.bits) + 1 + few * len(self.layer_bits)))
 

@@ -41,11 +41,7 @@ class ReachSpec(MeasurementSpec):
     normalisation: Normalisation = "none"
 
     def passes(self, sizes: Sizes) -> float:
-        """Return the maximum number of images forwarded.
-
-        Args:
-            sizes: number of images of each domain.
-        """
+        """Return the maximum number of images forwarded."""
         return float(min(REACHING, 100 * self.count(sizes)))
 
 

@@ -73,7 +73,7 @@ class StepSpec(Spec):
 
     @property
     def unquantized(self) -> "StepSpec":
-        """The rule that makes the same updates where nothing is quantized."""
+        """The rule that makes the same updates in a network that is not quantized."""
         if self.kind == "saq":
             return StepSpec(kind="sam", rho=self.rho)
         return self.replace(kind="sagm", perturb="weights", freezing=None) if self.freezing else self

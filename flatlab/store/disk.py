@@ -16,9 +16,6 @@ NODE_LOCAL = (  # file system, mount option (an empty pattern: any), and the rem
 def require_shared_locks(root: Path) -> None:
     """Refuse a store whose file system keeps `flock` within a node: two nodes would hold one lock.
 
-    Args:
-        root: folder of the store.
-
     Raises:
         UserError: states the file system, its option and the remedy.
     """

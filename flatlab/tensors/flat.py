@@ -55,7 +55,7 @@ def flatten(tensors: Iterable[Tensor]) -> Tensor:
 
 
 def widened(tensor: Tensor) -> Tensor:
-    """Return a tensor of 16-bit floats in float32, any other as it is."""
+    """Return a tensor of 16-bit floats in float32, others unchanged."""
     return tensor.float() if tensor.is_floating_point() and tensor.dtype.itemsize < 4 else tensor
 
 

@@ -29,5 +29,5 @@ class Mean:
                 self.tensors[name].lerp_(value, count / self.count)
 
     def copy(self) -> "Mean":
-        """Return a mean with tensors of its own."""
+        """Return a mean with copies of the tensors."""
         return Mean({name: value.clone() for name, value in self.tensors.items()}, self.count)

@@ -79,12 +79,17 @@ def recut(batches: list[Batch], batch_size: int | None) -> list[Batch]:
         return batches
     whole("batch_size", batch_size)
     try:
-        inputs, targets = concatenate([batch[:2] for batch in batches])
+        return cut(join(batches), batch_size)
     except (RuntimeError, ValueError) as error:
         raise UserError(
             f"batch_size needs batches of equal shapes and structures, got others: leave it out ({error})."
         ) from error
-    return cut(Batch(inputs, targets, sum(batch.size for batch in batches)), batch_size)
+
+
+def join(batches: Sequence[Batch]) -> Batch:
+    """Return batches of one structure and of equal shapes as one."""
+    inputs, targets = concatenate([batch[:2] for batch in batches])
+    return Batch(inputs, targets, sum(batch.size for batch in batches))
 
 
 def cut(batch: Batch, length: int) -> list[Batch]:

@@ -109,7 +109,7 @@ def _check(rel_error: float, budget: int, deflate: "int | Spectrum | None", oper
 def _least(deflate: "int | Spectrum | None", size: int) -> int:
     """Return the products of the smallest pilot and of the basis before it, or those of the whole matrix."""
     if deflate is None:
-        return min(3 * LEAST, size)  # a third goes into the basis
+        return min(3 * LEAST, size)  # a third is for the basis
     held = deflate if isinstance(deflate, int) else 0
     return held if held >= size else held + 2 * LEAST
 

@@ -47,11 +47,6 @@ def goal_of(
 def plans_of(sampler: Sampler, radii: FloatArray, goal: Goal) -> list[SamplingPlan]:
     """Return the plan of each radius above zero. A stored plan is reused, since it depends on timings.
 
-    Args:
-        sampler: of the measurement.
-        radii: all of them.
-        goal: when sampling stops.
-
     Raises:
         UserError: if the budget does not exceed the pilot's cost.
     """

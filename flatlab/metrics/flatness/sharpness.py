@@ -111,8 +111,8 @@ def worst_sharpness(
 ) -> WorstSharpness:
     """Search the worst perturbation of each block from random starts, by Auto-PGD (Croce and Hein 2020).
 
-    Steps begin at 2 rho, have momentum, and are halved at fixed checkpoints if too few of them increase the loss. The
-    ascent is in u = delta / c, where the projection is exact; the authors' code ascends in delta and bisects.
+    Steps begin at 2 rho, have momentum, and are halved at fixed checkpoints if too few increase the loss. The ascent is
+    in u = delta / c, where the ball is round and the projection exact; the authors' code ascends in delta and bisects.
 
     Args:
         landscape: the loss around w; with `normalised_logits(loss)` the size of the logits has no effect.

@@ -50,9 +50,9 @@ def _coarsest(*cells: int) -> int:
 
 
 def _bent(values: FloatArray, tolerance: float) -> Mask:
-    """Say of each cell whether linear interpolation of values (G1, G2, S) is likely to be wrong in it or beside it.
+    """Return for each cell whether linear interpolation of values (G1, G2, S) is likely to be wrong in or next to it.
 
-    The error of linear interpolation is an eighth of the second difference. Where finite values meet others, it is.
+    The error of linear interpolation is an eighth of the second difference. Cells with finite and other values count.
     """
     finite = np.isfinite(values)
     if not finite.any():
