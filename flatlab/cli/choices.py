@@ -131,12 +131,15 @@ class Choices(Options):
         if known is None or known.folder or (folder is not None and not several):  # of embedded data, one is refused
             catalog.locate(dataset, folder)
         weights = checks.weights(self.weights) if self.weights else None
+        if self.epochs and self.steps:
+            raise UserError(f"--epochs {self.epochs} sets the number of steps; leave --steps {self.steps} out.")
         changes = {field: getattr(self, option) for option, field in OF_SETTING.items()}
         return setting(
             for_data(self._chosen(), dataset, model=self._model(), weights=weights),
             **changes,
             model=self._model(),
             domains=catalog.domain_names(dataset, folder),
+            sizes=tuple(catalog.sizes(dataset, folder).values()) if self.epochs else None,
             held_out=catalog.held_out(dataset, folder, self.held_out),
             signed=False if self.unsigned else None,
             target_logged=False if self.no_target else None,

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args, get_type_hints
 
 from flatlab.errors import choose
+from flatlab.specs.optimizing import Optimizing
 from flatlab.specs.quantizers import AnyQuantizer, BothSpec, INQSpec, LSQOptions, NoiseSpec, OBCSpec, QuantSpec, RTNSpec
 from flatlab.specs.rises import ByRise
 from flatlab.specs.run import FREEZING, AverageSpec, FreezeSpec, MixSpec, RunSpec, StepKind, StepSpec
@@ -115,6 +116,7 @@ def compose(parts: Method, setting: Setting, *, held_out: str, seed: int, trial_
             for i in range(setting.members or parts.members)
         ]
         return members[0].replace(members=tuple(members), combine=parts.combine)
+    setting = setting.in_steps(held_out)
     data = {
         "dataset",
         "image_size",
@@ -127,7 +129,8 @@ def compose(parts: Method, setting: Setting, *, held_out: str, seed: int, trial_
         "target_logged",
     }
     return RunSpec.make(
-        **setting.model_dump(include={*data, "steps", "eval_every", "batch_size", "lr", "weight_decay"}),
+        **setting.model_dump(include={*data, "steps", "eval_every", "batch_size", "lr"}),
+        **_optimizing(setting),
         held_out=held_out,
         seed=seed,
         trial_seed=trial_seed,
@@ -140,6 +143,12 @@ def compose(parts: Method, setting: Setting, *, held_out: str, seed: int, trial_
         frozen=parts.frozen,
         switch=switch_of(parts, setting),
     )
+
+
+def _optimizing(setting: Setting) -> dict[str, Any]:
+    """Return the optimizer's options; what is SGD's alone is at its default under the others."""
+    unused = {"momentum"} if setting.optimizer != "sgd" else set()
+    return {name: getattr(setting, name) for name in Optimizing.model_fields if name not in unused}
 
 
 def switch_of(parts: Method, setting: Setting) -> int | None:
