@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 
 from flatlab.cli import checks
 from flatlab.cli.errors import spoken
-from flatlab.cli.options import CLUSTERS, MODELS, OF_SETTING, WORDS, Options, field_option, flag, shared_option
+from flatlab.cli.options import CLUSTERS, MODELS, OF_SETTING, SIDES, WORDS, Options, field_option, flag, shared_option
 from flatlab.data import catalog
 from flatlab.errors import UserError, choose, printable
 
@@ -158,6 +158,10 @@ class Choices(Options):
             raise UserError(
                 f"{dataset} has {kind}, which {model} does not take; use --model {fits} or another --dataset."
             )
+        size = self.image_size or (16 if dataset == "digits" else 224)
+        side = SIDES.get(model or "", size)
+        if size != side:
+            raise UserError(f"{model} takes images of {side} pixels, got {size}: write --image-size {side}.")
         if dataset != "digits":
             return
         if model and MODELS[model]:

@@ -26,10 +26,13 @@ OneRun = Annotated[str, typer.Argument(help=f"Run: {_RUN} (`flatlab runs list`).
 DATA, COMPOSITION, SCHEDULE, PLACE, OUTPUT = "Data", "Composition", "Schedule and seeds", "Place", "Output"
 CLUSTER = "Slurm"
 MODELS = {  # -> channels; None: any number; 0: sentences
-    **{"digits-cnn": None, "resnet18": 3, "resnet50": 3, "mobilenet_v2": 3, "sentences-transformer": 0},
+    **dict.fromkeys(("digits-cnn", "digits-vit", "digits-resnext", "digits-densenet", "digits-clip")),
+    **dict.fromkeys(("resnet18", "resnet50", "resnext50_32x4d", "densenet121", "mobilenet_v2", "vit_b_16"), 3),
+    "sentences-transformer": 0,
     **dict.fromkeys(("cnn-10x2", "cnn-10x3", "cnn-16x2", "cnn-16x3")),  # cnn-WxD: W channels at first, D convolutions
     **dict.fromkeys(("cnn-16x4", "cnn-16x5", "cnn-32x4", "cnn-32x5", "cnn-64x4", "cnn-64x5")),
 }
+SIDES = {"digits-vit": 16, "digits-clip": 16, "vit_b_16": 224}  # of images, which their positions fix
 DEVICES = ("auto", "cpu", "cuda", "mps")
 FOLDERS = ("store", "out", "cache", "tensorboard", "data_dir")
 BY_DATA = ("image_size", "model", "freeze_batchnorm")  # defaults that the data decide

@@ -194,6 +194,7 @@ class Training:
             self.parent.check_data(self.domains.data.fingerprint)
             self.trajectory.fork(self._fork())
             return f"forked from {self.parent.spec.digest}"
+        self.trajectory.prepare(self.domains)
         return "begun again: the saved state lacks one of the averages" if state.exists() else "begun"
 
     def _session(self) -> dict[str, Any]:

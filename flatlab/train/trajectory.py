@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from flatlab import files
 from flatlab.loading import data as loading_data
 from flatlab.loading import network as loading_network
+from flatlab.models.networks import ALIGNED
 from flatlab.quant.attach import clamp_scales, quantized_layers
 from flatlab.specs.optimizing import rate
 from flatlab.specs.quantizers import INQSpec, QuantSpec
@@ -20,6 +21,7 @@ from flatlab.store.runs import Run
 from flatlab.store.selection import Row
 from flatlab.train import averages
 from flatlab.train.freezing import Disorder, Freezing, disorder_of
+from flatlab.train.objectives import contrast
 from flatlab.train.steps import SAGM, SAM, SAQ, Plain, Step
 from flatlab.train.switch import Stages, WeightNoise
 
@@ -62,6 +64,11 @@ class Trajectory:
 
     def _roles(self) -> dict[str, dict[str, nn.Parameter]]:
         return loading_network.roles(self.network)
+
+    def prepare(self, domains: loading_data.Domains) -> None:
+        """Make what a run begins with and the seed alone does not give: class vectors of captions."""
+        if self.spec.model in ALIGNED:
+            contrast(self.network, self.spec, domains, next(self.network.parameters()).device)
 
     def _clip(self, *_: Any) -> None:
         self.norms.append(nn.utils.clip_grad_norm_(self.network.parameters(), self.spec.clip_norm or math.inf))
