@@ -22,7 +22,7 @@ from flatlab.report.panels import ACCURACY, SOURCE, TARGET
 from flatlab.resources import published
 from flatlab.specs.methods import METHODS, is_papers, replicates
 from flatlab.specs.run import RunSpec
-from flatlab.specs.settings import Setting
+from flatlab.specs.settings import PAPER, QUICK, TEXT, Setting, for_data
 from flatlab.store.runs import RunStore
 
 SUMMARY = (
@@ -74,6 +74,9 @@ class PaperTable:
             of the test split if the runs have one.
         domains: whether the paper prints a column for each held-out domain.
         average: the paper's column of the mean over all data sets, if it prints one.
+        networks: for a table about another network than the paper's ResNet-50: the fields of a setting that replace it,
+            by data set ("" for all others); the printed numbers are then shown in a separate block only.
+        beside: settings of embedded data that are shown beside the digits.
     """
 
     number: str
@@ -82,6 +85,8 @@ class PaperTable:
     split: Literal["out", "test"] = "out"
     domains: bool = False
     average: str = ""
+    networks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    beside: tuple[Setting, ...] = ()
 
     @property
     def baseline(self) -> str:
@@ -101,13 +106,30 @@ class PaperTable:
 
     def labelled(self, setting: Setting) -> list[tuple[str, RunSpec]]:
         """Return each run with its line's name."""
-        return [(line.label, run) for one in setting.each for line in self.lines for run in line.runs(one)]
+        return [(line.label, run) for one in self.suited(setting).each for line in self.lines for run in line.runs(one)]
+
+    def suited(self, setting: Setting) -> Setting:
+        """Return the setting with the networks of the table, where no other was asked for."""
+        if setting.dataset == QUICK.dataset and not setting.others:
+            shown = len(setting.held_out)
+            added = [
+                for_data(setting, one.dataset).replace(domains=one.domains, held_out=one.held_out[:shown])
+                for one in self.beside
+            ]
+            setting = setting.replace(others=tuple(added))
+        first, *others = (one.replace(**self._network(one)) for one in setting.each)
+        return first.replace(others=tuple(others))
+
+    def _network(self, one: Setting) -> Mapping[str, Any]:
+        own = one.model in {each.model for each in (QUICK, PAPER, TEXT)}
+        return self.networks.get(one.dataset, self.networks.get("", {})) if own else {}
 
     def table(self, store: RunStore, setting: Setting) -> pd.DataFrame:
         """Return accuracies in percent: of each run, over seeds of each held-out domain and of their mean.
 
         For an ensemble also the mean over its single members (`over` is "members").
         """
+        setting = self.suited(setting)
         wanted, panels = self.labelled(setting), self._panels(setting)
         each = accuracies(store, wanted, panels)
         if self.average and each["dataset"].nunique() > 1:
@@ -124,7 +146,8 @@ class PaperTable:
         """Return panels and splits; of the source domains the test split, if the runs have one."""
         declared = dict.fromkeys(panel for panels in self.columns.values() for panel in panels)
         splits = {SOURCE: "test" if setting.test_share else self.split, TARGET: "in"}
-        return [(panel, splits[panel]) for panel in declared]
+        percentile = [(TARGET, "percentile")] if setting.class_percentile is not None else []
+        return [*((panel, splits[panel]) for panel in declared), *percentile]
 
     def printed(self, label: str, dataset: str, panel: Panel, held_out: str) -> Printed:
         """Return the paper's number for one of ours; NaN if it printed none."""
@@ -158,7 +181,7 @@ class PaperTable:
     def _same(self, setting: Setting) -> set[tuple[str, str, bool]]:
         """Return method, data set, and whether it is the mean over held-out domains, for all comparable cells."""
         same = set()
-        for line in self.lines:
+        for line in () if self.networks else self.lines:
             alike = {one.dataset: is_papers(METHODS[line.method], one, line.changes) for one in setting.each}
             whole = {one.dataset: {*one.held_out} == {*one.domains} for one in setting.each}
             same |= {(line.label, name, False) for name in alike if alike[name]}
@@ -171,9 +194,10 @@ class PaperTable:
         """Return the lines as the paper prints them, as a separate table."""
         rows: dict[str, dict[str, str]] = {}
         for line in self.lines:
-            for row in [row for row in self.facts["rows"] if line.printed and line.printed.items() <= row.items()][:1]:
+            found = [row for row in self.facts["rows"] if line.printed and line.printed.items() <= row.items()]
+            for row in found if "dataset" in self.facts["columns"] else found[:1]:
                 cells = {name: cell for name, cell in row.items() if isinstance(cell, dict)}
-                rows[line.label] = {
+                rows[f"{row['dataset']}, {line.label}" if "dataset" in row else line.label] = {
                     name: plus_minus(cell["mean"], np.nan if cell["std"] is None else cell["std"])
                     for name, cell in cells.items()
                 }
@@ -231,12 +255,14 @@ class PaperTable:
 
     def protocol(self, setting: Setting) -> str:
         """Return sentences on the held-out domains, the checkpoint and the mean."""
+        setting = self.suited(setting)
         held_out = "; ".join(f"{one.dataset}: {', '.join(one.held_out)}" for one in setting.each)
         return f"Held out in turn: {held_out}. Checkpoint by training-domain validation; mean over held-out domains."
 
     def caption(self, setting: Setting) -> str:
         """Return title and notes: data, seeds, intervals."""
         bars = f"Bars: {setting.interval}. Right: less {self.baseline}, paired by held-out domain and seed."
+        setting = self.suited(setting)
         return f"Table {self.number}: {setting.words}\n{self.protocol(setting)} {bars}"
 
     def draw(self, frame: pd.DataFrame, caption: str) -> Figure:

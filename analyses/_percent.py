@@ -10,7 +10,10 @@ from flatlab.specs.run import RunSpec
 from flatlab.store.runs import RunStore
 
 Panel = tuple[str, str]  # and split
-READ = {(SOURCE, "out"): "validation", (SOURCE, "test"): "test", (TARGET, "in"): "target"}  # entry of a log's row
+READ = {  # entry of a log's row
+    **{(SOURCE, "out"): "validation", (SOURCE, "test"): "test", (TARGET, "in"): "target"},
+    (TARGET, "percentile"): "target_percentile",
+}
 BY = ["dataset", "panel", "split"]
 
 

@@ -92,12 +92,12 @@ def missing_of(figures: Iterable[Analysis], setting: Setting, store: RunStore, p
     runs = [run for wanted, _ in plans for run in wanted]
     measurements = [pair for _, pairs in plans for pair in pairs]
     todo = []
-    for one in setting.each:
-        sizes = catalog.sizes(one.dataset, Path(place.data_dir) if place.data_dir else None)
-        mine = [run for run in runs if run.dataset == one.dataset]
+    for dataset in dict.fromkeys(run.dataset for run in [*runs, *(run for run, _ in measurements)]):
+        sizes = catalog.sizes(dataset, Path(place.data_dir) if place.data_dir else None)
+        mine = [run for run in runs if run.dataset == dataset]
         check_data(map(store.run, mine), place)
         todo += jobs_plan.missing(
-            store, mine, [pair for pair in measurements if pair[0].dataset == one.dataset], sizes=sizes
+            store, mine, [pair for pair in measurements if pair[0].dataset == dataset], sizes=sizes
         )
     return todo
 

@@ -86,7 +86,7 @@ def vit(classifier="token"):
 
 
 def own(name):
-    channels, side = (1, 16) if name == "digits-cnn" else (3, 64)
+    channels, side = (1, 16) if name.startswith("digits") else (3, 64)
     return build_network(name, num_classes=3, in_channels=channels).eval(), random(2, channels, side, side)
 
 
@@ -94,6 +94,8 @@ def own(name):
     ("name", "layers", "grid"),
     [
         ("digits-cnn", {"features.10"}, (4, 4)),
+        ("digits-vit", {"features.blocks.1"}, (4, 4)),  # before the last attention
+        ("digits-clip", {"features.tower.blocks.1"}, (4, 4)),
         ("resnet18", {"features.layer4", "features.layer4.1"}, (2, 2)),
         ("resnet50", {"features.layer4", "features.layer4.2"}, (2, 2)),
         ("mobilenet_v2", {"features.features", "features.features.18"}, (2, 2)),

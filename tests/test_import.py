@@ -79,7 +79,7 @@ def test_the_run_tells_the_accuracy_of_the_network_itself(state, tmp_path, capsy
     network = build_network("digits-cnn", num_classes=10, in_channels=1)
     network.load_state_dict(state)
     (run,) = RunStore(tmp_path / "runs").runs()
-    judged = Evaluator(loading_data.domains(run.spec, Place()), torch.device("cpu")).row(network, 0)
+    judged = Evaluator(loading_data.domains(run.spec, Place()), torch.device("cpu"), run.spec).row(network, 0)
     assert row["validation"] == pytest.approx(judged["validation"])
     assert run.done and run.faults() == []
 

@@ -48,7 +48,7 @@ def weights_of(run, name="selected"):
 
 
 def judge_of(spec):
-    return Evaluator(loading_data.domains(spec, PLACE), torch.device("cpu"))
+    return Evaluator(loading_data.domains(spec, PLACE), torch.device("cpu"), spec)
 
 
 def observe(spec, store):

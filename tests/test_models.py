@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import re
 from pathlib import Path
 from urllib.error import URLError
 
@@ -16,6 +17,7 @@ from flatlab.models.networks import CNNS, build_network, frozen_statistics, set_
 
 WEIGHTS = Path(__file__).parents[2] / "shared" / "data" / "weights" / "mobilenet_v2-imagenet-fp16.safetensors"
 WIDTHS = {"digits-cnn": 1024, "resnet18": 512, "resnet50": 2048, "mobilenet_v2": 1280}
+WIDTHS |= {"digits-resnext": 1024, "digits-densenet": 1072, "resnext50_32x4d": 2048, "densenet121": 1024}
 WIDTHS |= {name: 16 * width * 2 ** (depth - 1) for name, (width, depth) in CNNS.items()}
 needs_weights = pytest.mark.skipif(not WEIGHTS.exists(), reason=f"the ImageNet weights are not at {WEIGHTS}")
 
@@ -55,6 +57,44 @@ def test_every_model_ends_in_flat_features_and_a_head(name):
 
 def test_digits_cnn_has_the_size_that_the_design_states():
     assert sum(each.numel() for each in digits_network().parameters()) == 33_658
+
+
+PIECES = {"digits-vit": (1, 64), "digits-clip": (1, 32)}
+
+
+@pytest.mark.parametrize("name", PIECES)
+def test_patch_transformers_attend_over_patches_and_a_class_token(name):
+    channels, width = PIECES[name]
+    network, inputs = build_network(name, num_classes=10, in_channels=channels).eval(), images(2, 1, 16, 16)
+    assert network.features(inputs).shape == (2, width) and network(inputs).shape == (2, 10)
+    tower = network.features if name == "digits-vit" else network.features.tower
+    cells = torch.cat([inputs[:, :, i : i + 4, j : j + 4].reshape(2, 16) for i in (0, 4, 8, 12) for j in (0, 4, 8, 12)])
+    weight, bias = tower.patches.weight.flatten(1), tower.patches.bias
+    torch.testing.assert_close(
+        tower.patches(inputs).flatten(2).transpose(1, 2),
+        (cells @ weight.T + bias).unflatten(0, (16, 2)).transpose(0, 1),
+    )
+    shuffled = inputs.clone()
+    shuffled[:, :, :4], shuffled[:, :, 4:8] = inputs[:, :, 4:8], inputs[:, :, :4]
+    assert not torch.allclose(network(inputs), network(shuffled))  # positions matter
+
+
+def test_the_small_clip_has_unit_features_and_a_frozen_head_without_bias():
+    network = build_network("digits-clip", num_classes=10, in_channels=1).eval()
+    lengths = network.features(images(3, 1, 16, 16)).norm(dim=1)
+    torch.testing.assert_close(lengths, torch.full((3,), 1 / 0.07))
+    assert network.head.bias is None and not network.head.weight.requires_grad
+    assert all(each.requires_grad for each in network.features.parameters())
+
+
+def test_the_small_networks_have_groups_and_dense_layers():
+    groups = [
+        each.groups for each in build_network("digits-resnext", num_classes=2).modules() if hasattr(each, "groups")
+    ]
+    assert groups.count(8) == 3
+    dense = build_network("digits-densenet", num_classes=2, in_channels=1).features[1]
+    outputs = dense(images(2, 16, 8, 8))
+    assert outputs.shape[1] == 16 + 3 * 12 and torch.equal(outputs[:, :16], images(2, 16, 8, 8))
 
 
 def test_initialisation_is_reproducible_the_seed_bites_and_global_draws_are_untouched():
@@ -223,6 +263,27 @@ def test_weights_of_another_shape_are_refused(tmp_path):
     )
     with pytest.raises(UserError, match=sentence):
         build_network("digits-cnn", num_classes=10, in_channels=3, weights=tmp_path / "grey.pth")
+
+
+@pytest.mark.parametrize("name", ("resnext50_32x4d", "densenet121", "vit_b_16"))
+def test_files_with_torchvisions_names_fit(name):
+    from torchvision.models import get_model
+
+    with torch.device("meta"):
+        expected = build_network(name, num_classes=3).state_dict()
+        theirs = get_model(name).state_dict()
+    state = {
+        re.sub(r"(denselayer\d+\.(norm|conv))([12])\.", r"\1.\3.", key): torch.zeros(each.shape)
+        for key, each in theirs.items()
+    }
+    found = fitted(state, expected, name=name, source="a file", but="head.")
+    assert {key: each.shape for key, each in found.items()} == {
+        key: each.shape for key, each in expected.items() if not key.startswith("head.")
+    }
+    first = next(iter(state))
+    state[first] = torch.zeros(2, 2)
+    with pytest.raises(UserError, match=rf"a file does not fit {name}, .* \(first .*shape \(2, 2\) where "):
+        fitted(state, expected, name=name, source="a file", but="head.")
 
 
 @needs_weights

@@ -89,6 +89,8 @@ def test_each_field_of_a_run_is_part_of_its_name():
     other |= {"augment": "domainbed", "precision": "bf16", "holdout": 0.3, "test_share": 0.2, "source": "sha256:0"}
     other |= {"objective": "coral", "coral_weight": 0.5, "mixing": MixSpec(), "members": (RUN,)}
     other |= {"combine": "probabilities", "target_logged": False, "stop": StopSpec(loss=0.1)}
+    other |= {"optimizer": "adamw", "momentum": 0.5, "schedule": "cosine", "warmup": 2, "clip_norm": 1.0}
+    other |= {"class_percentile": 10.0}
     names = {RUN.replace(**{field: value}).digest for field, value in other.items()}
     names |= {RUN.replace(frozen=True, switch=4).digest, RUN.replace(quantizer=QuantSpec(), switch=4).digest}
     kinds = (INQSpec(every=2), RTNSpec(), OBCSpec(), OBCSpec(images=9))
@@ -128,7 +130,7 @@ def test_a_trajectory_is_all_but_the_average_and_a_parent_all_before_the_switch(
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"bits": 7}, r"^RunSpec has no field 'bits'; its fields are dataset, held_out, .*, combine\.$"),
+        ({"bits": 7}, r"^RunSpec has no field 'bits'; its fields are optimizer, .*, dataset, held_out, .*, combine\.$"),
         ({"steps": "10"}, r"^RunSpec: steps must be a valid integer, got '10'\.$"),
         ({"steps": 10.0}, r"^RunSpec: steps must be a valid integer, got 10\.0\.$"),
         ({"steps": 0}, r"^RunSpec: steps must be at least 1, got 0\.$"),
@@ -222,8 +224,8 @@ def test_specs_are_frozen_and_compare_by_value():
 
 
 def test_a_stored_spec_is_read_strictly():
-    with pytest.raises(UserError, match="^RunSpec has no field 'optimizer'"):
-        RunSpec.parse(json.dumps({**json.loads(RUN.canonical()), "optimizer": "adam"}))
+    with pytest.raises(UserError, match="^RunSpec has no field 'betas'"):
+        RunSpec.parse(json.dumps({**json.loads(RUN.canonical()), "betas": 0.9}))
     with pytest.raises(UserError, match="JSON"):
         RunSpec.parse("{")
 

@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 
 from flatlab.cli import checks
 from flatlab.cli.errors import reported
-from flatlab.cli.options import CLUSTERS, MODELS, OF_SETTING, WORDS, Options, field_option, flag, shared_option
+from flatlab.cli.options import CLUSTERS, MODELS, OF_SETTING, SIDES, WORDS, Options, field_option, flag, shared_option
 from flatlab.data import catalog
 from flatlab.errors import UserError, choose, printable
 
@@ -131,12 +131,15 @@ class Choices(Options):
         if known is None or known.folder or (folder is not None and not several):  # for embedded data `locate` raises
             catalog.locate(dataset, folder)
         weights = checks.weights(self.weights) if self.weights else None
+        if self.epochs and self.steps:
+            raise UserError(f"--epochs {self.epochs} sets the number of steps; leave --steps {self.steps} out.")
         changes = {field: getattr(self, option) for option, field in OF_SETTING.items()}
         return setting(
             for_data(self._chosen(), dataset, model=self._model(), weights=weights),
             **changes,
             model=self._model(),
             domains=catalog.domain_names(dataset, folder),
+            sizes=tuple(catalog.sizes(dataset, folder).values()) if self.epochs else None,
             held_out=catalog.held_out(dataset, folder, self.held_out),
             signed=False if self.unsigned else None,
             target_logged=False if self.no_target else None,
@@ -155,6 +158,10 @@ class Choices(Options):
             raise UserError(
                 f"{dataset} has {kind}, which {model} does not take; use --model {fits} or another --dataset."
             )
+        size = self.image_size or (16 if dataset == "digits" else 224)
+        side = SIDES.get(model or "", size)
+        if size != side:
+            raise UserError(f"{model} takes images of {side} pixels, got {size}: write --image-size {side}.")
         if dataset != "digits":
             return
         if model and MODELS[model]:

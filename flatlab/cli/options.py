@@ -14,6 +14,7 @@ from flatlab.errors import UserError, choose
 from flatlab.specs.base import LARGEST_INT, Spec
 from flatlab.specs.engine import Engine
 from flatlab.specs.methods import KNOWN
+from flatlab.specs.optimizing import Optimizing
 from flatlab.specs.quantizers import LSQOptions
 from flatlab.specs.run import FreezeSpec
 from flatlab.specs.settings import PAPER, QUICK, SETTINGS, TEXT, Setting
@@ -25,10 +26,13 @@ OneRun = Annotated[str, typer.Argument(help=f"Run: {_RUN} (`flatlab runs list`).
 DATA, COMPOSITION, SCHEDULE, PLACE, OUTPUT = "Data", "Composition", "Schedule and seeds", "Place", "Output"
 CLUSTER = "Slurm"
 MODELS = {  # -> channels; None: any number; 0: sentences
-    **{"digits-cnn": None, "resnet18": 3, "resnet50": 3, "mobilenet_v2": 3, "sentences-transformer": 0},
+    **dict.fromkeys(("digits-cnn", "digits-vit", "digits-resnext", "digits-densenet", "digits-clip")),
+    **dict.fromkeys(("resnet18", "resnet50", "resnext50_32x4d", "densenet121", "mobilenet_v2", "vit_b_16"), 3),
+    "sentences-transformer": 0,
     **dict.fromkeys(("cnn-10x2", "cnn-10x3", "cnn-16x2", "cnn-16x3")),  # cnn-WxD: W channels at first, D convolutions
     **dict.fromkeys(("cnn-16x4", "cnn-16x5", "cnn-32x4", "cnn-32x5", "cnn-64x4", "cnn-64x5")),
 }
+SIDES = {"digits-vit": 16, "digits-clip": 16, "vit_b_16": 224}  # of images, which their positions fix
 DEVICES = ("auto", "cpu", "cuda", "mps")
 FOLDERS = ("store", "out", "cache", "tensorboard", "data_dir")
 BY_DATA = ("image_size", "model", "freeze_batchnorm")  # options whose default depends on the data
@@ -215,6 +219,14 @@ class Options:
     eval_every: int | None = _of_setting(SCHEDULE, "eval_every")
     batch_size: int | None = _of_setting(SCHEDULE, "batch_size")
     lr: float | None = _of_setting(SCHEDULE, "lr")
+    epochs: int | None = _of_setting(SCHEDULE, "epochs")
+    optimizer: str | None = _of_setting(SCHEDULE, "optimizer")
+    momentum: float | None = _of_setting(SCHEDULE, "momentum")
+    weight_decay: float | None = _of_setting(SCHEDULE, "weight_decay")
+    schedule: str | None = _of_setting(SCHEDULE, "schedule")
+    warmup: int | None = _of_setting(SCHEDULE, "warmup")
+    clip_norm: float | None = _of_setting(SCHEDULE, "clip_norm")
+    class_percentile: float | None = _of_setting(SCHEDULE, "class_percentile")
     precision: str | None = _of_setting(SCHEDULE, "precision")
     seed: int | None = _of_setting(SCHEDULE, "seed")
     trial_seed: int | None = _of_setting(SCHEDULE, "trial_seed")
@@ -285,7 +297,7 @@ FREEZE = tuple(f"freeze_{name}" for name in FreezeSpec.model_fields)
 STEP = ("sagm_alpha", "perturb", "qat_bits", *FREEZE)
 DATASET = ("dataset", "data_dir", "held_out", "image_size")
 TRAINING: tuple[str, ...] = ("test_share", "swad_rule", "swad_every", "sam_rho", "bits", "quantize_at", "model")
-TRAINING += ("weights", "freeze_batchnorm")
+TRAINING += ("weights", "freeze_batchnorm", "epochs", *Optimizing.model_fields)
 TRAINING += ("setting", "steps", "eval_every", "batch_size", "lr", "precision", "seed", "trial_seed", "seeds")
 
 

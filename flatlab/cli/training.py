@@ -39,14 +39,15 @@ def train(chosen: Choices) -> None:
 
     setting, store = chosen.make_setting(), chosen.runs()
     among_all = chosen.select == "all"
-    if chosen.keep_every and chosen.keep_every > setting.steps:
-        raise UserError(f"--keep-every must be at most --steps, got {chosen.keep_every} > {setting.steps}.")
     label, parts = methods.method(chosen.method)
     changes = {part: getattr(chosen, part) for part in PARTS if getattr(chosen, part) is not None}
     parts = methods.vary(parts, changes)
     refuse_idle(chosen, parts)
     refuse_without_effect(chosen, partial(methods.replicates, parts), "this method")
     wanted = methods.replicates(parts, setting)
+    shortest = min(spec.steps for spec in wanted)
+    if chosen.keep_every and chosen.keep_every > shortest:
+        raise UserError(f"--keep-every must be at most --steps, got {chosen.keep_every} > {shortest}.")
     label += "".join(f", {part} {value}" for part, value in changes.items())
     check_data(map(store.run, wanted), chosen.place())
     todo = jobs_plan.missing(store, wanted, [], sizes=catalog.sizes(setting.dataset, chosen.folder()))

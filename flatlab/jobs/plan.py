@@ -24,6 +24,8 @@ REFERENCE = {  # seconds for an image of 224 pixels (digits: 16) on one core of 
     **{"cnn-16x4": 6e-3, "cnn-16x5": 6.5e-3, "cnn-32x4": 1.8e-2, "cnn-32x5": 3.6e-2, "cnn-64x4": 6.6e-2},
     "cnn-64x5": 9.7e-2,
     "sentences-transformer": 1e-2,  # 4.5e-4 for 48 word pieces, by the rule for pixels
+    **{"digits-vit": 3.5e-5, "digits-clip": 3.5e-5, "digits-resnext": 7e-5, "digits-densenet": 1.1e-4},
+    **{"resnext50_32x4d": 1e-1, "densenet121": 8e-2, "vit_b_16": 3e-1},
     "mobilenet_v2": 1.2e-2,
     "resnet18": 4e-2,
     "resnet50": 9e-2,

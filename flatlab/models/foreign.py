@@ -22,7 +22,8 @@ WRAPPERS = re.compile(r"(?:module|_orig_mod|algorithm|model|net|backbone|encoder
 # DomainBed holds each tensor twice: under `featurizer`, and in `network`, the Sequential of featurizer and classifier.
 DOMAINBED_FEATURES = re.compile(r"(?:featurizer|network\.0)\.(?:network\.)?")
 BACKBONE = re.compile(r"(?:(?:module|_orig_mod|model|net)\.)*(?:backbone|encoder|feature_extractor)\.")
-HEAD = re.compile(r"(?:head|fc|classifier|classifier\.1|network\.1)\.(?=(?:weight|bias)$)")
+HEAD = re.compile(r"(?:head|heads\.head|fc|classifier|classifier\.1|network\.1)\.(?=(?:weight|bias)$)")
+DENSE = re.compile(r"(denselayer\d+\.(?:norm|conv))\.(?=[12]\.)")  # torchvision's files have norm.1 for norm1
 COUNTER = "num_batches_tracked"  # BatchNorm's; older checkpoints lack it, and nothing here reads it
 LATENT = ("parametrizations", "quan_w_fn")  # names of a quantized network's latent weights
 
@@ -95,6 +96,7 @@ def _readings(state: Mapping[str, Tensor]) -> Iterator[dict[str, str]]:
     """
     keys = [key for key in state if not key.endswith("n_averaged")]  # AveragedModel's counter
     yield _ours({key: _unwrap(key) for key in keys})
+    yield _ours({key: DENSE.sub(r"\1", key) for key in keys})  # torchvision's own, whose ViT begins with an `encoder.`
     beside = {key: BACKBONE.sub("features.", key, count=1) for key in keys if BACKBONE.match(key)}  # a head without
     yield {key: beside.get(key) or _rename(_unwrap(key), prefixed=True) for key in keys}
     parts = {key: key.split(".") for key in keys}

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from flatlab.errors import UserError, choose
+from flatlab.models import small
 from flatlab.models.foreign import fitted, read_foreign
 from flatlab.models.transformer import sentences_transformer
 from flatlab.seeds import derive
@@ -64,7 +65,8 @@ def build_network(
         # Not torch.manual_seed, which would reseed the accelerators' generators too.
         torch.default_generator.manual_seed(derive("init", seed))
         features, width = MODELS[name](in_channels)
-        network = Network(features, nn.Linear(width, num_classes))
+        network = Network(features, nn.Linear(width, num_classes, bias=name not in ALIGNED))
+    network.head.requires_grad_(name not in ALIGNED)
     if weights == "imagenet":
         _load_features(network, _imagenet(name), name=name, source="torchvision's download")
     elif weights != "none":
@@ -156,18 +158,31 @@ CNNS = {  # of an analysis over widths and depths: those of digits have 5,160 to
     for width, depth in (*itertools.product((10, 16), (2, 3)), *itertools.product((16, 32, 64), (4, 5)))
 }
 
+ALIGNED = ("digits-clip",)  # their heads are frozen class vectors, from a text tower (`train/objectives.py`)
+
 STAGES = {  # where MixStyle is applied: the ends of all stages but the last (of ResNets conv2_x to conv4_x, as SWAD's)
     "digits-cnn": ("features.2", "features.6"),
     "resnet18": ("features.layer1", "features.layer2", "features.layer3"),
     "resnet50": ("features.layer1", "features.layer2", "features.layer3"),
+    "resnext50_32x4d": ("features.layer1", "features.layer2", "features.layer3"),
+    "densenet121": ("features.features.transition1", "features.features.transition2", "features.features.transition3"),
     "mobilenet_v2": ("features.features.3", "features.features.6", "features.features.13"),
+    "digits-resnext": ("features.3", "features.4"),
+    "digits-densenet": ("features.5", "features.10"),  # behind the pooling
     **{name: tuple(f"features.{4 * level + 2}" for level in range(depth - 1)) for name, (_, depth) in CNNS.items()},
 }
 
 MODELS: dict[str, Callable[[int], tuple[nn.Module, int]]] = {
     "digits-cnn": _cnn(16, 3),  # 33,658 parameters with ten classes; made for 1 x 16 x 16 images
+    "digits-vit": small.vit,
+    "digits-resnext": small.resnext,
+    "digits-densenet": small.densenet,
+    "digits-clip": small.clip,
     "resnet18": _torchvision("resnet18", "fc", 512),
     "resnet50": _torchvision("resnet50", "fc", 2048),
+    "resnext50_32x4d": _torchvision("resnext50_32x4d", "fc", 2048),
+    "densenet121": _torchvision("densenet121", "classifier", 1024),
+    "vit_b_16": _torchvision("vit_b_16", "heads", 768),
     "mobilenet_v2": _torchvision("mobilenet_v2", "classifier", 1280),  # its dropout goes with the classifier
     "sentences-transformer": sentences_transformer,  # 332,418 parameters with two classes and 48 pieces
     **{name: _cnn(*shape) for name, shape in CNNS.items()},

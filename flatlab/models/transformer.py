@@ -17,8 +17,8 @@ class Block(nn.Module):
         self.qkv, self.proj = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
         self.fc1, self.fc2 = nn.Linear(WIDTH, HIDDEN), nn.Linear(HIDDEN, WIDTH)
 
-    def forward(self, x: Tensor, seen: Tensor) -> Tensor:
-        """Return (N, T, WIDTH) from the same; `seen` (N, 1, 1, T) says which tokens are attended to."""
+    def forward(self, x: Tensor, seen: Tensor | None = None) -> Tensor:
+        """Return (N, T, WIDTH) from the same; `seen` (N, 1, 1, T) says which tokens are attended to, None: all."""
         q, k, v = (each.unflatten(-1, (HEADS, -1)).transpose(1, 2) for each in self.qkv(self.norm1(x)).chunk(3, -1))
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
         x = x + self.proj(attended.transpose(1, 2).flatten(2))

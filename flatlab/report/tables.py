@@ -220,7 +220,8 @@ def accuracies(store: RunStore, wanted: Iterable[Labelled], *, among_all: bool =
     """Return one row per run and selection rule: step, accuracies, looks at the target.
 
     `validation` and `test` are means over the source domains: on the images used for selection, and on those of the
-    test split (NaN if a run has none). `target` is the held-out domain's.
+    test split (NaN if a run has none). `target` is the held-out domain's; if logged, `target_percentile` is the
+    percentile over its classes.
 
     Args:
         store: contains the finished runs.
@@ -249,10 +250,16 @@ def accuracies(store: RunStore, wanted: Iterable[Labelled], *, among_all: bool =
                     "validation": row["validation"],
                     "test": tested(row),
                     "target": selection.target_accuracy(row),
+                    **_percentile(row),
                     "looks": (len(log) if rule == "oracle" else 1) * spec.target_logged,
                 }
             )
     return pd.DataFrame(rows)
+
+
+def _percentile(row: selection.Row) -> dict[str, float]:
+    score = row.get("target", {}).get("in", {})
+    return {"target_percentile": score["class_percentile"]} if "class_percentile" in score else {}
 
 
 def tested(row: selection.Row) -> float:

@@ -116,8 +116,10 @@ def compose(parts: Method, setting: Setting, *, held_out: str, seed: int, trial_
             for i in range(setting.members or parts.members)
         ]
         return members[0].replace(members=tuple(members), combine=parts.combine)
+    setting = setting.in_steps(held_out)
+    unused = {"momentum"} if setting.optimizer != "sgd" else set()
     return RunSpec.make(
-        **setting.model_dump(include={*RunSpec.model_fields} - OWN),
+        **setting.model_dump(include={*RunSpec.model_fields} - OWN - unused),
         held_out=held_out,
         seed=seed,
         trial_seed=trial_seed,

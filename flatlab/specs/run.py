@@ -5,11 +5,12 @@ digest of that JSON identifies the run. Machine facts (folders, device, threads)
 """
 
 from collections import Counter
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from flatlab.specs.base import Spec
+from flatlab.specs.optimizing import Optimizing
 from flatlab.specs.quantizers import AnyQuantizer, INQSpec, NoiseSpec, OBCSpec, QuantSpec, RTNSpec
 
 StepKind = Literal["plain", "sam", "sagm", "saq", "gaqat", "fqat"]
@@ -123,13 +124,14 @@ class StopSpec(Spec):
     after: int = Field(0, ge=0)  # first step at which it may end: with a parent, not before the switch
 
 
-class RunSpec(Spec):
+class RunSpec(Optimizing):
     """One trained network: data, composition, schedule and seeds. The paper's name of it is only a label.
 
     A quantizer that is not trained (rtn, obc) makes a derived run, computed from the finished run without it.
     """
 
-    later = ("noise", "test_share", "coral_weight", "mixing", "members", "combine", "target_logged", "stop")
+    later: ClassVar[tuple[str, ...]] = ("noise", "test_share", "coral_weight", "mixing", "members", "combine")
+    later += ("target_logged", "stop", *Optimizing.later)
 
     dataset: str
     held_out: str
@@ -152,7 +154,6 @@ class RunSpec(Spec):
     stop: StopSpec | None = None  # the number of steps is then the largest
     batch_size: int = Field(32, ge=1)  # images per source domain
     lr: float = Field(gt=0)
-    weight_decay: float = Field(0.0, ge=0)
     precision: Literal["fp32", "bf16"] = "fp32"  # of the forward passes in training; all else is fp32
     seed: int = Field(0, ge=0)  # initialisation and batches
     trial_seed: int = Field(0, ge=0)  # split
@@ -191,6 +192,8 @@ class RunSpec(Spec):
                 f"Training to a loss needs the last weights and no stop before the switch at step {self.settled}, got "
                 f"the average {self.average.kind} and stop.after={self.stop.after}."
             )
+        if self.warmup > self.steps:
+            raise ValueError(f"The warm-up must end at a step <= {self.steps} (--steps), got --warmup {self.warmup}.")
         if self.average.kind in ("swa", "sma") and self.average.start > self.steps:
             raise ValueError(
                 f"{self.average.kind.upper()} must start at a step <= {self.steps}, got {self.average.start}."

@@ -1,20 +1,23 @@
 """SMOKE, QUICK and PAPER: the size of a reproduction, as one frozen record of numbers with their reasons."""
 
+import math
 from typing import Any, Literal
 
 from pydantic import Field
 
 from flatlab.errors import choose
 from flatlab.specs.base import LARGEST_INT, LARGEST_SEED
+from flatlab.specs.optimizing import Optimizing
 from flatlab.specs.quantizers import Bits, Granularity, INQGrid, LSQOptions
 from flatlab.specs.run import FreezeSpec, RunSpec
 
 
-class Setting(LSQOptions):
+class Setting(LSQOptions, Optimizing):
     """All that a reproduction needs besides the names of methods; shares of the schedule are shares of its steps."""
 
     later = ("inq_grid", *LSQOptions.later, "noise_amplitude", "target_logged", "sagm_alpha", "perturb")
     later += ("qat_bits", *(f"freeze_{name}" for name in (*FreezeSpec.model_fields, "share")))
+    later += (*Optimizing.later, "epochs", "sizes")
 
     name: str
     dataset: str = "digits"
@@ -39,10 +42,16 @@ class Setting(LSQOptions):
     )
     target_logged: bool = True  # False: for tuning, nothing is computed on the held-out domain
     steps: int = Field(ge=1, le=LARGEST_INT, description="Number of training updates.")
+    epochs: int | None = Field(
+        None,
+        ge=1,
+        le=LARGEST_INT,
+        description="Training's length in place of steps: updates that draw this multiple of the training images.",
+    )
+    sizes: tuple[int, ...] = ()  # images of each domain, which epochs need
     eval_every: int = Field(ge=1, le=LARGEST_INT, description="Steps between two evaluations.")
     batch_size: int = Field(32, ge=1, le=10**6, description="Images of each source domain in a batch.")
-    lr: float = Field(gt=0, le=1e30, description="Learning rate of Adam.")
-    weight_decay: float = 0.0
+    lr: float = Field(gt=0, le=1e30, description="Learning rate.")
     bits: Bits = Field(7, description="Bits of a quantized weight.")
     granularity: Granularity = Field(
         "channel", description="Weights that share a step size or noise amplitude: an output channel or a tensor."
@@ -149,9 +158,24 @@ class Setting(LSQOptions):
     def words(self) -> str:
         """Data, network and seeds, as text for a title; for data other than digits also image size and steps."""
         units = {one.dataset: "word pieces" if _suiting(one.dataset) is TEXT else "pixels" for one in self.each}
-        size = {one.dataset: f" at {one.image_size} {units[one.dataset]}, {one.steps:,} steps" for one in self.each}
+        size = {one.dataset: f" at {one.image_size} {units[one.dataset]}, {one.length}" for one in self.each}
         data = ", ".join(f"{one.dataset}, {one.model}{size[one.dataset] * (one.image_size > 16)}" for one in self.each)
         return f"{data}, {'1 seed' if self.seeds == 1 else f'{self.seeds} seeds'}"
+
+    @property
+    def length(self) -> str:
+        """How long is trained, as text."""
+        return f"{self.steps:,} steps" if self.epochs is None else f"epochs: {self.epochs:,}"
+
+    def in_steps(self, held_out: str) -> "Setting":
+        """Return the setting with the steps that its epochs take where a domain is held out."""
+        if self.epochs is None:
+            return self
+        sources = [n for name, n in zip(self.domains, self.sizes, strict=True) if name != held_out]
+        outside = float(RunSpec.model_fields["holdout"].default) + self.test_share
+        inside = sum(n - int(n * outside) for n in sources)
+        updates = self.epochs * math.ceil(inside / (self.batch_size * len(sources)))
+        return self.replace(steps=max(1, updates - 1), epochs=None)  # of steps one more is made
 
     @property
     def interval(self) -> str:

@@ -103,7 +103,7 @@ def join(spec: RunSpec, store: RunStore, place: Place) -> None:
         member.check_data(domains.data.fingerprint)
         restore(built, member.checkpoint("selected"))
     run.create()
-    judge = Evaluator(replace(domains, tested={}), loading_data.device(place), target=spec.target_logged)
+    judge = Evaluator(replace(domains, tested={}), loading_data.device(place), spec)
     row = judge.row(network.eval(), spec.steps)
     run.write_log([{**row, "looks": int(spec.target_logged)}])
     for name in ("selected", "last"):

@@ -1,12 +1,14 @@
 """Accuracy and loss by domain, each image weighing the same within its domain; and the row of a log."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flatlab.loading.data import Batches, Domains
+from flatlab.specs.run import RunSpec
 from flatlab.store.selection import Row
 from flatlab.tensors.memory import SplitOnOOM
 
@@ -14,25 +16,38 @@ Score = dict[str, float]
 
 
 @torch.no_grad()
-def evaluate(network: nn.Module, domains: Mapping[str, Sequence[tuple[Tensor, Tensor]]]) -> dict[str, Score]:
-    """Return accuracy (share of 1), mean cross-entropy (nats) and n of each domain, in eval mode."""
+def evaluate(
+    network: nn.Module, domains: Mapping[str, Sequence[tuple[Tensor, Tensor]]], *, percentile: float | None = None
+) -> dict[str, Score]:
+    """Return accuracy (share of 1), mean cross-entropy (nats) and n of each domain, in eval mode.
+
+    Args:
+        network: returns logits.
+        domains: batches by name.
+        percentile: also that of the accuracies of a domain's classes; between two of them on a line, as numpy's.
+    """
     modes = [(module, module.training) for module in network.modules()]
     network.eval()
     forward = SplitOnOOM(network)
-    scores = {name: _score(forward, batches) for name, batches in domains.items()}
+    scores = {name: _score(forward, batches, percentile) for name, batches in domains.items()}
     for module, training in modes:  # one by one: frozen BatchNorm stays in eval mode while the rest trains
         module.training = training
     return scores
 
 
-def _score(forward: SplitOnOOM, batches: Sequence[tuple[Tensor, Tensor]]) -> Score:
-    losses, hits = [], []
+def _score(forward: SplitOnOOM, batches: Sequence[tuple[Tensor, Tensor]], percentile: float | None) -> Score:
+    losses, hits, classes = [], [], []
     for inputs, targets in batches:
         logits = forward(inputs)
         losses.append(F.cross_entropy(logits, targets, reduction="none").cpu().double())
         hits.append((logits.argmax(dim=1) == targets).cpu())
-    hit = torch.cat(hits)
-    return {"accuracy": float(hit.double().mean()), "loss": float(torch.cat(losses).mean()), "n": len(hit)}
+        classes.append(targets.cpu())
+    hit, label = torch.cat(hits).double(), torch.cat(classes)
+    score = {"accuracy": float(hit.mean()), "loss": float(torch.cat(losses).mean()), "n": len(hit)}
+    if percentile is not None:
+        each = torch.stack([hit[label == one].mean() for one in torch.unique(label)])
+        score["class_percentile"] = float(each.quantile(percentile / 100))
+    return score
 
 
 def mean(scores: Mapping[str, Score], field: str) -> float:
@@ -43,31 +58,32 @@ def mean(scores: Mapping[str, Score], field: str) -> float:
 class Evaluator:
     """Evaluates networks on the splits that selection and report need, its batches made once."""
 
-    def __init__(self, domains: Domains, device: torch.device, *, target: bool = True, fitted: bool = False) -> None:
+    def __init__(self, domains: Domains, device: torch.device, spec: RunSpec, *, fitted: bool = False) -> None:
         """Make the batches; of the held-out domain and of the training images only where these are evaluated."""
+        self._evaluate = partial(evaluate, percentile=spec.class_percentile)
         self.fitted = domains.evaluation("in", domains.sources, device) if fitted else {}
         self.validation = domains.evaluation("out", domains.sources, device)
         self.test = domains.evaluation("test", domains.sources, device) if domains.tested else {}
         self.target: dict[str, Batches] = {
             part: domains.evaluation(part, (domains.target,), device)[domains.target]
-            for part in (("in", "out") if target else ())
+            for part in (("in", "out") if spec.target_logged else ())
         }
 
     def sources(self, network: nn.Module) -> dict[str, Score]:
         """Score a network on the source domains' held-back images."""
-        return evaluate(network, self.validation)
+        return self._evaluate(network, self.validation)
 
     def row(self, network: nn.Module, step: int, sources: dict[str, Score] | None = None) -> Row:
         """Return a log's row: source validation; where evaluated, training and test images, the target's two splits."""
         sources = sources or self.sources(network)
-        tested = evaluate(network, self.test)
-        fitted = evaluate(network, self.fitted)
+        tested = self._evaluate(network, self.test)
+        fitted = self._evaluate(network, self.fitted)
         return {
             **({"fitted": fitted} if fitted else {}),
             **({"test": tested} if tested else {}),
             "step": step,
             "source": sources,
-            **({"target": evaluate(network, self.target)} if self.target else {}),
+            **({"target": self._evaluate(network, self.target)} if self.target else {}),
             "validation": mean(sources, "accuracy"),
             "validation_loss": mean(sources, "loss"),
         }

@@ -72,7 +72,7 @@ def hand_in(run: Run, network: Network, domains: loading_data.Domains, place: Pl
         place: data folder, device, threads.
         row: the step that the weights are of, and more for the log.
     """
-    scores = Evaluator(domains, loading_data.device(place), target=run.spec.target_logged).row(network, row["step"])
+    scores = Evaluator(domains, loading_data.device(place), run.spec).row(network, row["step"])
     run.write_log([{**scores, **row, "looks": int(run.spec.target_logged)}])
     for name in ("selected", "last"):
         files.save_arrays(run.checkpoint(name), arrays_of(network.state_dict()), {"step": row["step"]})

@@ -96,9 +96,7 @@ class Training:
         place = place.replace(threads=self._threads() or place.threads)
         self.threads = place.threads
         self.device = loading_data.device(place)
-        self.judge = Evaluator(
-            self.domains, self.device, target=self.spec.target_logged, fitted=self.spec.stop is not None
-        )
+        self.judge = Evaluator(self.domains, self.device, self.spec, fitted=self.spec.stop is not None)
         self.trajectory = Trajectory(runs, self.domains, place)
         self.shadow: Network | None = None  # holds averages while they are evaluated
         self._begin(place)
@@ -115,6 +113,7 @@ class Training:
             if step == spec.switch:
                 trajectory.switch()
                 rule = trajectory.step_rule()
+            lr = trajectory.rate(step)
             for act in trajectory.on_step:
                 act(step)
             batch = batches.batch(step)
@@ -123,7 +122,7 @@ class Training:
             sources = cache(lambda: self.judge.sources(network))  # computed only if somebody asks at this step
             trajectory.after(step, lambda sources=sources: mean(sources(), "loss"))  # type: ignore[misc]
             if step % spec.eval_every == 0 or step == spec.steps:
-                self._evaluate(step, sources())
+                self._evaluate(step, sources(), lr)
             self._keep(step)
             if report:
                 self._report(report, step)
@@ -195,6 +194,7 @@ class Training:
             self.parent.check_data(self.domains.data.fingerprint)
             self.trajectory.fork(self._fork())
             return f"forked from {self.parent.spec.digest}"
+        self.trajectory.prepare(self.domains)
         return "begun again: the saved state lacks one of the averages" if state.exists() else "begun"
 
     def _session(self) -> dict[str, Any]:
@@ -217,7 +217,7 @@ class Training:
             "The checkpoints before it are kept."
         )
 
-    def _evaluate(self, step: int, sources: dict[str, Score]) -> None:
+    def _evaluate(self, step: int, sources: dict[str, Score], lr: float) -> None:
         """Log the network and those observers that are evaluated as they go; keep the best."""
         trajectory = self.trajectory
         live = self.judge.row(trajectory.network, step, sources)
@@ -225,6 +225,11 @@ class Training:
             raise self._diverged("validation", step)
         live["train_loss"] = float(torch.stack(trajectory.losses).cpu().double().mean())
         trajectory.losses.clear()
+        if self.spec.scheduled:
+            live["lr"] = lr
+        if trajectory.norms:
+            live["gradient_norm"] = float(torch.stack(trajectory.norms).cpu().double().mean())
+            trajectory.norms.clear()
         if trajectory.disorder:
             live["disorder"] = trajectory.disorder.row()
         trajectory.rows.append(live)

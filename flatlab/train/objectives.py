@@ -1,4 +1,10 @@
-"""Objectives: functions from a network, a batch and its step to a scalar loss in nats."""
+"""Objectives: functions from a network, a batch and its step to a scalar loss in nats; and CLIP's, for its stand-in.
+
+The stand-in's pretraining trains an image tower and a caption tower together on the source domains. Each image has the
+caption "a 7 of rot30", its class and domain. The loss is CLIP's in both directions, with all equal captions of a batch
+as positives (Yang et al. 2022, UniCL). Afterwards the caption tower is gone: the head has a class's vector, the mean
+over the source domains' captions, and stays frozen.
+"""
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -11,8 +17,12 @@ from torch import Tensor
 
 from flatlab.data.batches import Batch
 from flatlab.errors import UserError
+from flatlab.loading.data import Domains
 from flatlab.models.networks import STAGES, Network
+from flatlab.models.small import CaptionTower
+from flatlab.seeds import derive
 from flatlab.specs.run import RunSpec
+from flatlab.train.batches import stream
 from flatlab.train.mixstyle import mixing
 
 Objective = Callable[[Network, Batch, int], Tensor]
@@ -23,7 +33,7 @@ def objective_of(spec: RunSpec) -> Objective:
     loss = partial(coral, weight=spec.coral_weight) if spec.objective == "coral" else erm
     mix, stages = spec.mixing, STAGES.get(spec.model, ())
     if mix and not stages:
-        raise UserError(f"MixStyle mixes images, got the model {spec.model}: choose --mixing none.")
+        raise UserError(f"MixStyle mixes the maps of convolutions, got the model {spec.model}: choose --mixing none.")
 
     def objective(network: Network, batch: Batch, step: int) -> Tensor:
         with mixing(network, stages, mix, names=(spec.seed, step), sizes=batch.sizes) if mix else nullcontext():
@@ -59,3 +69,58 @@ def alignment(domains: Sequence[Tensor]) -> Tensor:
     moments = [(each.mean(0), torch.cov(each.T)) for each in domains]
     pairs = [F.mse_loss(m, n) + F.mse_loss(c, d) for (m, c), (n, d) in combinations(moments, 2)]
     return torch.stack(pairs).mean() if pairs else domains[0].new_zeros(())
+
+
+def contrast(network: Network, spec: RunSpec, domains: Domains, device: torch.device) -> None:
+    """Train the image tower with a caption tower, in place, and write the class vectors to the head.
+
+    Args:
+        network: its features are in the space of captions.
+        spec: of the run: the number of steps, the batches' size and the learning rate are its own.
+        domains: of the run; the training images of the source domains are shown.
+        device: where the network is.
+    """
+    captions = _numbers([f"a {one} of {name}" for name in domains.sources for one in domains.data.classes]).to(device)
+    count = len(domains.data.classes)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(derive("captions", spec.seed))
+        tower = CaptionTower(int(captions.max()) + 1, captions.shape[1]).to(device)
+    optimizer = torch.optim.Adam([*network.features.parameters(), *tower.parameters()], lr=spec.lr)
+    batches = stream(spec.replace(seed=derive("contrast", spec.seed) % 2**31), domains, device)
+    network.train()
+    for step in range(spec.steps + 1):
+        batch = batches.batch(step)
+        optimizer.zero_grad()
+        loss = _loss(network.features(batch.inputs), tower(captions), _captioned(batch, count))
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    with torch.no_grad():
+        vectors = tower(captions).unflatten(0, (-1, count)).mean(0)
+        network.head.weight.copy_(F.normalize(vectors, dim=-1))
+
+
+def _numbers(captions: list[str]) -> Tensor:
+    """Return the characters (N, T) as numbers, 0 behind the end."""
+    known = {each: index for index, each in enumerate(sorted({*"".join(captions)}), 1)}
+    length = max(map(len, captions))
+    return torch.tensor([[known[each] for each in text] + [0] * (length - len(text)) for text in captions])
+
+
+def _captioned(batch: Batch, classes: int) -> Tensor:
+    """Return the number of each image's caption (B,): domains in the order of the batch, classes within them."""
+    domain = torch.arange(len(batch.sizes)).repeat_interleave(torch.tensor(batch.sizes)).to(batch.targets.device)
+    return domain * classes + batch.targets
+
+
+def _loss(images: Tensor, vectors: Tensor, captions: Tensor) -> Tensor:
+    """Return the mean cross-entropy over both directions.
+
+    Args:
+        images: (B, D), of the length that the temperature gives.
+        vectors: (M, D) of all captions.
+        captions: (B,) each image's.
+    """
+    logits = images @ vectors[captions].T
+    same = (captions[:, None] == captions[None]).float()
+    positives = same / same.sum(1, keepdim=True)  # symmetric: rows of equal captions have equal sums
+    return (F.cross_entropy(logits, positives) + F.cross_entropy(logits.T, positives)) / 2

@@ -139,7 +139,7 @@ class _Replaying:
         self.kept = {step: path for step, path in run.kept().items() if step in self.spec.iterates(every)}
         self.domains = loading_data.domains(self.spec, place)
         run.check_data(self.domains.data.fingerprint)
-        self.judge = Evaluator(self.domains, self.device, target=self.spec.target_logged)
+        self.judge = Evaluator(self.domains, self.device, self.spec)
         self.network = loading_network.finished(self.spec, self.domains.data, place)
         self.shadow = copy.deepcopy(self.network)  # holds averages while they are evaluated
         self.losses: dict[int, float] = {}

@@ -1,5 +1,6 @@
 """The state of a training: network, optimizer, observers; saved and restored."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,18 +12,21 @@ from torch import Tensor, nn
 from flatlab import files
 from flatlab.loading import data as loading_data
 from flatlab.loading import network as loading_network
+from flatlab.models.networks import ALIGNED
 from flatlab.quant.attach import clamp_scales, quantized_layers
+from flatlab.specs.optimizing import rate
 from flatlab.specs.quantizers import INQSpec, QuantSpec
 from flatlab.specs.run import Place, RunSpec
 from flatlab.store.runs import Run
 from flatlab.store.selection import Row
 from flatlab.train import averages
 from flatlab.train.freezing import Disorder, Freezing, disorder_of
+from flatlab.train.objectives import contrast
 from flatlab.train.steps import SAGM, SAM, SAQ, Plain, Step
 from flatlab.train.switch import Stages, WeightNoise
 
 SCALE_EPS = 1e-12  # Adam's eps for step sizes: their gradients are small, and the usual 1e-8 would show
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # Adam's
+MOMENTS = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")  # Adam's three, and SGD's
 
 
 @dataclass
@@ -45,7 +49,10 @@ class Trajectory:
         self.spec: RunSpec = runs[0].spec.trajectory
         self.network = loading_network.network(self.spec, domains.data, place)
         groups = [{"params": list(group.values()), "role": role} for role, group in self._roles().items() if group]
-        self.optimizer = torch.optim.Adam(groups, lr=self.spec.lr, weight_decay=self.spec.weight_decay, fused=True)
+        self.optimizer = optimizer_of(self.spec, groups)
+        self.norms: list[Tensor] = []  # of the gradients before they are clipped, since the last row
+        if self.spec.clip_norm:
+            self.optimizer.register_step_pre_hook(self._clip)
         self.observers = [Observer(run, averages.build(run.spec.average, switch=self.spec.switch)) for run in runs]
         self.rows: list[Row] = []  # of the network itself, whoever observes it
         self.losses: list[Tensor] = []  # of each step since the last row
@@ -57,6 +64,21 @@ class Trajectory:
 
     def _roles(self) -> dict[str, dict[str, nn.Parameter]]:
         return loading_network.roles(self.network)
+
+    def prepare(self, domains: loading_data.Domains) -> None:
+        """Make what a run begins with and the seed alone does not give: class vectors of captions."""
+        if self.spec.model in ALIGNED:
+            contrast(self.network, self.spec, domains, next(self.network.parameters()).device)
+
+    def _clip(self, *_: Any) -> None:
+        self.norms.append(nn.utils.clip_grad_norm_(self.network.parameters(), self.spec.clip_norm or math.inf))
+
+    def rate(self, step: int) -> float:
+        """Set the learning rates of a step; return that of the weights."""
+        factor = rate(self.spec, step, self.spec.steps + 1)
+        for group in self.optimizer.param_groups if self.spec.scheduled else ():
+            group["lr"] = factor * group.setdefault("first_lr", group["lr"])
+        return factor * self.spec.lr
 
     def step_rule(self) -> Step:
         """Return the spec's step rule."""
@@ -126,7 +148,7 @@ class Trajectory:
         tensors = {f"network/{name}": value for name, value in self.network.state_dict().items()}
         for name, parameter in self.network.named_parameters():
             moments = self.optimizer.state.get(parameter, {})
-            tensors |= {f"adam/{moment}/{name}": value for moment, value in moments.items()}
+            tensors |= {f"adam/{moment}/{name}": value for moment, value in moments.items() if value is not None}
         if self.noise:
             tensors |= {f"noise/{name}": value for name, value in self.noise.amplitudes.items()}
         if self.disorder:
@@ -137,8 +159,10 @@ class Trajectory:
             observed, facts = observer.average.save()
             notes[digest] = {"average": facts, "rows": observer.rows}
             tensors |= {f"{digest}/{name}": value for name, value in observed.items()}
-        losses = torch.stack(self.losses).tolist() if self.losses else []
+        losses, norms = (torch.stack(each).tolist() if each else [] for each in (self.losses, self.norms))
         facts = {"next_step": self.next_step, "rows": self.rows, "losses": losses, "members": notes}
+        if norms:
+            facts["norms"] = norms
         files.save_arrays(path, arrays(tensors), facts)
 
     def resume(self, path: Path) -> bool:
@@ -180,13 +204,27 @@ class Trajectory:
         if self.disorder:
             self.disorder.load({n: torch.from_numpy(saved[f"disorder/{n}"].copy()) for n in self.disorder.save()})
         self.next_step, self.rows = facts["next_step"], facts["rows"]
-        self.losses = list(torch.tensor(facts["losses"], device=next(self.network.parameters()).device))
+        device = next(self.network.parameters()).device
+        self.losses = list(torch.tensor(facts["losses"], device=device))
+        self.norms = list(torch.tensor(facts.get("norms", []), device=device))
 
     def _tensor(self, name: str, array: Any) -> Tensor:
         # In the memory format of the network's own tensor: another one may sum in another order.
         own = self.network.state_dict()[name.rsplit("/", 1)[-1]]
         loaded = torch.from_numpy(array.copy()).to(own.device)
         return torch.empty_like(own).copy_(loaded) if loaded.shape == own.shape else loaded
+
+
+def optimizer_of(spec: RunSpec, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """Return a spec's optimizer of groups of parameters."""
+    common: dict[str, Any] = {"lr": spec.lr, "weight_decay": spec.weight_decay, "fused": True}
+    match spec.optimizer:
+        case "adam":
+            return torch.optim.Adam(groups, **common)
+        case "adamw":
+            return torch.optim.AdamW(groups, **common)
+        case "sgd":
+            return torch.optim.SGD(groups, momentum=spec.momentum, **common)
 
 
 def arrays(tensors: dict[str, Tensor]) -> files.Arrays:
