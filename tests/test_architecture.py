@@ -18,7 +18,7 @@ from flatlab.specs.run import RunSpec
 from flatlab.store.runs import RunStore
 
 ROOT = Path(__file__).resolve().parents[1]
-GROUND = "errors arguments seeds files environment plots resources"
+GROUND = "errors arguments seeds files saving environment plots resources"
 MAY_IMPORT = {
     # the ground, which all may import
     "errors": "",
@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "resources": "",
     "arguments": "errors",
     "files": "errors",
+    "saving": "errors files",
     "plots": "arguments files",
     # what is asked for, where it lies, what comes out: without torch
     "specs": "",
