@@ -42,6 +42,7 @@ MAY_IMPORT = {
     "landscape": "tensors derivatives",
     "metrics": "landscape derivatives tensors results",
     # from specs to things, to runs, to measurements: `train` and `measure` meet in the store
+    "watch": "landscape metrics",
     "loading": "specs store data models quant",
     "train": "loading store specs data models quant tensors",
     "measure": "loading store specs data quant landscape derivatives metrics results tensors",
