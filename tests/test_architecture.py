@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "arguments": "errors",
     "files": "errors",
     "saving": "errors files",
-    "plots": "arguments files",
+    "plots": "errors arguments files",
     # what is asked for, where it lies, what comes out: without torch
     "specs": "",
     "results": "",

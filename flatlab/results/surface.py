@@ -189,6 +189,27 @@ class Surface(Grid):
         axes.set(xlabel=names[0], ylabel=names[1])
         return axes  # type: ignore[no-any-return]
 
+    def interactive(self, *, metric: str = "loss", strata: str | Iterable[str] | None = None) -> Any:
+        """Return the surface as a picture that can be turned, for a notebook (plotly; extra `report`).
+
+        Args:
+            metric: which.
+            strata: the mean over which of them.
+
+        Raises:
+            UserError: where plotly is not installed.
+        """
+        from flatlab.plots import turning
+
+        x, y = (label.partition(" (")[0] for label in self.labels)
+        return turning(
+            (self.x, self.y),
+            self.of(metric, strata),
+            marks=(self.marks, self.mark_labels),
+            connected=self.connected,
+            axes=(x, y, AXIS.get(metric, metric)),
+        )
+
 
 def _tidy(grid: Any, axes: dict[str, npt.NDArray[Any]]) -> "pd.DataFrame":
     import pandas as pd
