@@ -12,9 +12,11 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """Fetch a public name from `flatlab.api`."""
-    if name.startswith("_") or find_spec(f"flatlab.{name}"):  # a module, which the import statement loads
+    """Fetch a public name from `flatlab.api`, or a module of the package, such as `flatlab.watch`."""
+    if name.startswith("_"):
         raise AttributeError(name)
+    if find_spec(f"flatlab.{name}"):
+        return import_module(f"flatlab.{name}")
     api = import_module("flatlab.api")
     if name not in api.__all__:
         raise AttributeError(f"flatlab has no {name!r}; public names: {', '.join(sorted(api.__all__))}")

@@ -57,6 +57,7 @@ from flatlab.results.spectrum import PILOT, MeasuredSpectrum, SpectralDensity, S
 from flatlab.results.sphere import PairedDifference, Reach, SphereFlatness
 from flatlab.results.surface import Profile, Surface
 from flatlab.results.trace_check import TraceCheck
+from flatlab.saving import load
 from flatlab.specs.measurements import QuantizationNoiseSpec, RoundingSpec, SphereSpec
 from flatlab.specs.methods import METHODS, Method, compose, replicates, vary
 from flatlab.specs.quantizers import INQSpec, NoiseSpec, OBCSpec, QuantSpec, RTNSpec
@@ -87,6 +88,7 @@ hessian_trace = counted(hessian_trace, products=lambda given: DEFLATE + PILOT)
 
 __all__ = [
     # landscapes and their measures
+    "load",
     "Landscape",
     "loss_of",
     "Evaluation",

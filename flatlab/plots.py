@@ -3,6 +3,8 @@
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from matplotlib.figure import Figure
 
 from flatlab import files
 from flatlab.arguments import FloatArray
+from flatlab.errors import UserError
 
 MARKERS = "oXsDPv^*<>"
 COLUMN = 3.4  # inches: the width of a paper's column
@@ -315,3 +318,67 @@ def _norm(levels: FloatArray) -> Any:
 
     kind = LogNorm if levels[0] > 0 and levels[-1] / levels[0] > 10 else Normalize
     return kind(float(levels[0]), float(levels[-1]))
+
+
+def plotly() -> Any:
+    """Return plotly's graph objects (extra `report`).
+
+    Raises:
+        UserError: where the package is not installed.
+    """
+    if find_spec("plotly") is None:
+        raise UserError("Interactive pictures need plotly, which is not installed: pip install 'flatlab[report]'.")
+    return import_module("plotly.graph_objects")
+
+
+def bands(curves: Mapping[str, tuple[FloatArray, FloatArray, FloatArray, FloatArray]], *, axes: tuple[str, str]) -> Any:
+    """Return an interactive picture of lines with bands.
+
+    Args:
+        curves: name -> places, values, and the ends of the intervals (low, high), each (n,).
+        axes: names of the two axes.
+    """
+    go = plotly()
+    figure = go.Figure()
+    for index, (name, (places, values, low, high)) in enumerate(curves.items()):
+        colour = PALETTE[index % len(PALETTE)]
+        around = {"x": np.concatenate([places, places[::-1]]), "y": np.concatenate([high, low[::-1]])}
+        shared = {"legendgroup": name, "name": name}
+        hidden = {"mode": "lines", "line_width": 0, "hoverinfo": "skip", "showlegend": False}
+        figure.add_scatter(**around, **hidden, **shared, fill="toself", fillcolor=colour, opacity=0.25)
+        figure.add_scatter(x=places, y=values, mode="lines+markers", line_color=colour, **shared)
+    return figure.update_layout(xaxis_title=axes[0], yaxis_title=axes[1], template="plotly_white")
+
+
+def turning(
+    places: tuple[FloatArray, FloatArray],
+    values: FloatArray,
+    *,
+    marks: tuple[FloatArray, Sequence[str]],
+    connected: bool,
+    axes: tuple[str, str, str],
+) -> Any:
+    """Return a surface that can be turned, with its marks; on a logarithmic axis where the values span a decade.
+
+    Args:
+        places: x (n1,), y (n2,).
+        values: (n1, n2); gaps where they are not finite.
+        marks: points (K, 2) of the plane, and their names.
+        connected: whether these are a path.
+        axes: names of the three axes.
+    """
+    from scipy.interpolate import RegularGridInterpolator
+
+    go = plotly()
+    shown = np.where(np.isfinite(values), values, np.nan)
+    log = bool(np.nanmin(shown) > 0 and np.nanmax(shown) > 10 * np.nanmin(shown))
+    figure = go.Figure(go.Surface(x=places[0], y=places[1], z=shown.T, colorscale="Viridis", colorbar_title=axes[2]))
+    if len(marks[0]):
+        inside = np.clip(marks[0], [each.min() for each in places], [each.max() for each in places])
+        height = RegularGridInterpolator(places, shown)(inside)
+        mode = "lines+markers" if connected else "markers"
+        where = dict(zip("xyz", (*marks[0].T, height), strict=True))
+        look: dict[str, Any] = {"marker": {"size": 4, "color": "crimson"}, "line_color": "crimson", "name": "marks"}
+        figure.add_scatter3d(**where, mode=mode, text=list(marks[1]), **look)
+    scene = {f"{axis}axis_title": name for axis, name in zip("xyz", axes, strict=True)}
+    return figure.update_layout(scene={**scene, "zaxis_type": "log" if log else "linear"}, template="plotly_white")

@@ -18,7 +18,7 @@ from flatlab.specs.run import RunSpec
 from flatlab.store.runs import RunStore
 
 ROOT = Path(__file__).resolve().parents[1]
-GROUND = "errors arguments seeds files environment plots resources"
+GROUND = "errors arguments seeds files saving environment plots resources"
 MAY_IMPORT = {
     # the ground, which all may import
     "errors": "",
@@ -27,7 +27,8 @@ MAY_IMPORT = {
     "resources": "",
     "arguments": "errors",
     "files": "errors",
-    "plots": "arguments files",
+    "saving": "errors files",
+    "plots": "errors arguments files",
     # what is asked for, where it lies, what comes out: without torch
     "specs": "",
     "results": "",
@@ -41,6 +42,7 @@ MAY_IMPORT = {
     "landscape": "tensors derivatives",
     "metrics": "landscape derivatives tensors results",
     # from specs to things, to runs, to measurements: `train` and `measure` meet in the store
+    "watch": "landscape metrics",
     "loading": "specs store data models quant",
     "train": "loading store specs data models quant tensors",
     "measure": "loading store specs data quant landscape derivatives metrics results tensors",

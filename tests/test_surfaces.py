@@ -20,7 +20,6 @@ from flatlab.metrics.surfaces.directions import (
     trajectory_directions,
 )
 from flatlab.metrics.surfaces.planes import line, plane
-from flatlab.results.surface import Profile, Surface
 
 
 def bowl(slope=True):
@@ -286,21 +285,9 @@ def test_principal_directions_of_a_trajectory():
 # ------------------------------------------------------------------------------------------- files and drawings
 
 
-def test_what_is_saved_is_what_is_loaded(tmp_path):
-    case = cases.make("mlp")
-    landscape = case.landscape()
+def test_the_table_of_a_surface_says_which_places_were_evaluated():
+    landscape = cases.make("mlp").landscape()
     surface = plane(landscape, plane_through(landscape, landscape.point + 1, 2 * landscape.point), grid=17, refine=0.1)
-    surface.save(tmp_path / "s.npz")
-    loaded = Surface.load(tmp_path / "s.npz")
-    assert vars(loaded).keys() == vars(surface).keys()
-    for name, value in vars(surface).items():
-        same = np.array_equal(value, vars(loaded)[name], equal_nan=name in ("explained", "values"))
-        assert same if isinstance(value, np.ndarray) else value == vars(loaded)[name]
-    profile = line(landscape, grid=3)
-    profile.save(tmp_path / "p.npz")
-    assert np.array_equal(Profile.load(tmp_path / "p.npz").values, profile.values)
-    refuses(lambda: Surface.load(tmp_path / "p.npz"), "p.npz", "no surface")
-    refuses(lambda: Surface.load(tmp_path / "absent.npz"), "absent.npz")
     frame = surface.to_frame()
     assert len(frame) == 17 * 17 * 2 and frame.measured.sum() == 2 * surface.measured.sum()
 

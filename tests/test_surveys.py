@@ -16,8 +16,8 @@ from flatlab.measure.runner import measure
 from flatlab.metrics.surfaces.connectivity import connect
 from flatlab.metrics.surfaces.planes import plane
 from flatlab.report.surface import barrier_sentence, centres, of_panel
-from flatlab.results.connectivity import Connection
 from flatlab.results.surface import Surface
+from flatlab.saving import load
 from flatlab.specs.measurements import ConnectionSpec, ScaleAuditSpec, SurfaceSpec, TraceCheckSpec, parse_measurement
 from flatlab.store.runs import RunStore
 from flatlab.tensors.flat import flatten
@@ -53,7 +53,7 @@ def test_a_surface_is_measured_drawn_and_kept(flatlab, store, tmp_path):
     erm = digests(store)["erm"]
     words = (erm, *IMAGES, "--grid", 5, "--refine", 0, "--no-triangle")
     assert flatlab("landscape", *words).code == 0
-    found = Surface.load(tmp_path / f"landscape-{erm[:6]}.npz")
+    found = load(tmp_path / f"landscape-{erm[:6]}.npz")
     run = RunStore(store).find(erm)
     around = landscape(run, SurfaceSpec(images=6), stores.PLACE)
     again = plane(around, grid=5)
@@ -85,7 +85,7 @@ def test_runs_span_a_plane(flatlab, store, tmp_path):
     named = list(digests(store).values())
     answer = flatlab("landscape", *named, "--axes", "runs", "--grid", 3, *IMAGES, "--no-triangle")
     assert answer.code == 0 and "BatchNorm's statistics" in answer.err
-    found = Surface.load(tmp_path / f"landscape-{named[0][:6]}.npz")
+    found = load(tmp_path / f"landscape-{named[0][:6]}.npz")
     assert len(found.marks) == 3 and not found.marks[0].any() and found.distances == pytest.approx(0, abs=1e-4)
     assert [name.split()[1] for name in found.mark_labels] == [digest[:6] for digest in named]
 
@@ -102,7 +102,7 @@ def test_a_line_between_two_runs_is_measured_told_and_drawn(flatlab, store, tmp_
     for panel, domains in {"source": ["rot15", "rot30", "rot45"], "target": ["rot0"]}.items():
         first, second = (landscape(run, measurement, stores.PLACE, of=domains) for run in ends)
         again = connect(first, second, grid=5)
-        found = Connection.load(tmp_path / f"connection-{names['erm'][:6]}-{names['lsq'][:6]}-{panel}.npz")
+        found = load(tmp_path / f"connection-{names['erm'][:6]}-{names['lsq'][:6]}-{panel}.npz")
         assert np.array_equal(found.bootstrap, again.bootstrap) and found.strata == tuple(domains)
         assert rows[panel]["barrier"] == pytest.approx(again.barrier, abs=1e-12)
         assert rows[panel]["low"] < rows[panel]["barrier"] < rows[panel]["high"]
@@ -148,13 +148,13 @@ def test_statistics_are_computed_anew_along_lines_and_on_planes(flatlab, store, 
     run, most = RunStore(store).find(names["erm"]), ("--recompute", 20, *IMAGES)
     answer = flatlab("landscape", names["erm"], names["sam"], "--axes", "line", "--grid", 3, *most)
     assert answer.code == 0 and "recomputed at each place, from up to 20" in answer.err
-    found = Connection.load(tmp_path / f"connection-{names['erm'][:6]}-{names['sam'][:6]}-target.npz")
+    found = load(tmp_path / f"connection-{names['erm'][:6]}-{names['sam'][:6]}-target.npz")
     (own,), (expected,) = refreshed(run, 20, of=["rot0"])  # 60 images are one batch
     assert found.statistics == "recomputed" and found.losses[0, 0] == pytest.approx(expected, rel=1e-5)
     assert abs(own - expected) > 1e-3
     answer = flatlab("landscape", names["erm"], "--grid", 3, "--refine", 0, "--no-triangle", *most)
     assert answer.code == 0 and "recomputed" in answer.err
-    plane_ = Surface.load(tmp_path / f"landscape-{names['erm'][:6]}.npz")
+    plane_ = load(tmp_path / f"landscape-{names['erm'][:6]}.npz")
     assert plane_.statistics == "recomputed" and plane_.values[1, 1, :, 0] == pytest.approx(
         refreshed(run, 20)[1], rel=1e-5
     )
@@ -175,7 +175,7 @@ def test_a_trajectory_spans_a_plane(flatlab, store, tmp_path):
     words = ("--axes", "trajectory", "--grid", 3, *IMAGES, "--no-triangle", "--checkpoint", "last")
     answer = flatlab("landscape", erm, *words)
     assert answer.code == 0 and "of the variance of 6 checkpoints, each 2 steps" in answer.err
-    found = Surface.load(tmp_path / f"landscape-{erm[:6]}.npz")
+    found = load(tmp_path / f"landscape-{erm[:6]}.npz")
     assert found.mark_labels == tuple(f"step {step}" for step in range(0, 11, 2)) and found.connected
     assert found.marks[-1] == pytest.approx(0, abs=1e-5) and 0.5 < found.explained.sum() < 1
     run = RunStore(store).find(erm)

@@ -1,16 +1,19 @@
-"""The commands that inform: methods, list, doctor, selftest."""
+"""The commands that inform: methods, list, doctor, report, selftest."""
 
 import dataclasses
 import os
+import shlex
+import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
 from flatlab.cli.choices import Choices, takes
 from flatlab.cli.errors import Commands
-from flatlab.cli.options import DATASET, TRAINING
+from flatlab.cli.options import DATASET, NAMED, TRAINING
 from flatlab.specs.run import Place
 
 commands = Commands()
@@ -84,6 +87,26 @@ def _diagnose(place: Place) -> dict[str, str]:
             f"in your own scripts `export {words}` gives up to 2.6 times the speed for large batches on a CPU."
         )
     return facts
+
+
+@commands.command(epilog="Example: `flatlab report 3f2a 77c1 surface.npz --out report`")
+@takes(*NAMED, "store", "out", "json", "debug")
+def report(
+    chosen: Choices,
+    runs: Annotated[
+        list[str],
+        typer.Argument(help="Runs, as `flatlab flatness` takes them, and files written by `result.save(FILE.npz)`."),
+    ],
+) -> None:
+    """Write one HTML page, without network: what is measured of runs, in sentences, tables and pictures that turn."""
+    from flatlab.report.html.sections import report as write
+    from flatlab.saving import load
+
+    saved = {Path(word).stem: load(word) for word in runs if word.endswith(".npz")}
+    found = chosen.found([word for word in runs if not word.endswith(".npz")])
+    redo = shlex.join(["flatlab", *sys.argv[1:]])
+    path = write(chosen.runs(), found, saved, out=chosen.out, redo=redo)
+    chosen.answer_facts({"written": [str(path)]}, f"Written: {path}")
 
 
 @commands.command(epilog="Example: `flatlab selftest`")

@@ -21,6 +21,7 @@ from flatlab import plots
 from flatlab.errors import UserError
 from flatlab.report import tables
 from flatlab.report.panels import ACCURACY, SOURCE, TARGET
+from flatlab.saving import Saved
 from flatlab.specs.run import RunSpec
 from flatlab.store import selection
 from flatlab.store.runs import Run, RunStore
@@ -40,7 +41,7 @@ UNITLESS = "correlation"  # the other numbers are shares of 1, given in percent
 
 
 @dataclass(frozen=True)
-class Stability:
+class Stability(Saved):
     """Numbers of one training; accuracies are shares of 1.
 
     Attributes:

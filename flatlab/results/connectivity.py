@@ -9,7 +9,8 @@ import numpy.typing as npt
 
 from flatlab.arguments import FloatArray
 from flatlab.results.estimate import Estimate, Sampled, axes_of
-from flatlab.results.surface import Kept
+from flatlab.results.surface import Timed
+from flatlab.saving import Saved
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Connection(Kept, Sampled):
+class Connection(Timed, Sampled):
     """The loss along the straight line between two checkpoints.
 
     Attributes:
@@ -112,7 +113,7 @@ class Connection(Kept, Sampled):
 
 
 @dataclass(frozen=True, eq=False)
-class Connections:
+class Connections(Saved):
     """The line between two checkpoints on several panels of images.
 
     Attributes:

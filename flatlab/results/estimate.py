@@ -11,6 +11,7 @@ from scipy.special import stdtr, stdtrit
 
 from flatlab.arguments import FloatArray
 from flatlab.errors import UserError, choose
+from flatlab.saving import Saved
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -45,7 +46,7 @@ class Cost:
         )
 
 
-class Stored:
+class Stored(Saved):
     """A dataclass whose file holds its fields by their names: arrays as such, all else but None as facts for JSON."""
 
     def to_arrays(self) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
@@ -160,7 +161,7 @@ def standing(own: float, draws: FloatArray) -> tuple[float, float]:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Sampled(ABC):
+class Sampled(Saved, ABC):
     """Means over draws, along an axis such as the radius.
 
     Attributes:

@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from flatlab.arguments import FloatArray
 from flatlab.results.estimate import Stored, axes_of
+from flatlab.saving import Saved
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -76,7 +77,7 @@ MOST = 8  # images of a picture
 
 
 @dataclass(frozen=True, eq=False)
-class ClassMaps:
+class ClassMaps(Saved):
     """Where images hold evidence for a class.
 
     Attributes:

@@ -11,6 +11,7 @@ from scipy.special import chdtrc, ndtri, xlogy
 from flatlab.arguments import FloatArray
 from flatlab.errors import UserError
 from flatlab.results.estimate import Cost, axes_of
+from flatlab.saving import Saved
 from flatlab.seeds import derive
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ POINTS = 2000  # pairs of order statistics that are kept, at equal ranks
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Symmetry:
+class Symmetry(Saved):
     """The halves of one sample, or of several (leading axes).
 
     Attributes:
@@ -142,7 +143,7 @@ class Histogram:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class QuantizationNoise:
+class QuantizationNoise(Saved):
     """Quantization noise against a uniform with the same minimum and maximum.
 
     Attributes:
@@ -271,7 +272,7 @@ class QuantizationNoise:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class LayerNoise:
+class LayerNoise(Saved):
     """What is kept of one layer's quantization noise, pooled in one way.
 
     Attributes:
@@ -320,7 +321,7 @@ class LayerNoise:
 
 
 @dataclass(frozen=True, eq=False)
-class NetworkNoise:
+class NetworkNoise(Saved):
     """The quantization noise of a network's layers, each pooled in several ways."""
 
     layers: tuple[LayerNoise, ...]

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from flatlab.arguments import FloatArray
 from flatlab.results.estimate import Cost, Estimate, Sampled, axes_of, mean_of, rows_of, standing
 from flatlab.results.sphere import Normalisation
+from flatlab.saving import Saved
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -109,7 +110,7 @@ WHOLE = "all"  # the part that is the whole network
 
 
 @dataclass(frozen=True, eq=False)
-class RoundingRises:
+class RoundingRises(Saved):
     """The rises by rounding a network, and each of its layers alone.
 
     Attributes:

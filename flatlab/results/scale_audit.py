@@ -8,6 +8,7 @@ import numpy.typing as npt
 
 from flatlab.arguments import FloatArray
 from flatlab.results.estimate import Cost, axes_of
+from flatlab.saving import Saved
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -39,7 +40,7 @@ SAME = 0.01  # a ratio nearer to one than that is called invariant: rounding of 
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class ScaleAudit:
+class ScaleAudit(Saved):
     """How measures of flatness move under rescalings that leave the function as it is.
 
     Attributes:

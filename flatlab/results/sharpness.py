@@ -9,6 +9,7 @@ import numpy.typing as npt
 from flatlab.arguments import FloatArray
 from flatlab.results.estimate import Cost, Estimate, Sampled, Stopped, axes_of, estimate, mean_of
 from flatlab.results.verdicts import missed, remarks
+from flatlab.saving import Saved
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -100,7 +101,7 @@ class WorstSharpness(Sampled):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class WorstRise:
+class WorstRise(Saved):
     """The largest rise of the loss found on spheres around w, in nats: a lower bound of the true maximum.
 
     Attributes:
@@ -129,7 +130,7 @@ class WorstRise:
 
 
 @dataclass(frozen=True, eq=False)
-class Generalisation:
+class Generalisation(Saved):
     """Measures that are compared with generalization gaps, and accuracies on corrupted images.
 
     Attributes:

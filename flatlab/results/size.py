@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flatlab.results.estimate import axes_of
+from flatlab.saving import Saved
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class FileSize:
+class FileSize(Saved):
     """The size of a run's network as a file.
 
     Attributes:

@@ -11,6 +11,7 @@ from scipy.special import stdtrit
 from flatlab.arguments import FloatArray
 from flatlab.errors import UserError
 from flatlab.results.estimate import Cost, Estimate, Sampled, axes_of, mean_of, ratio_of
+from flatlab.saving import Saved
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,7 +36,7 @@ Flags = np.ndarray[tuple[int], np.dtype[np.bool_]]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Spectrum:
+class Spectrum(Saved):
     """Extreme eigenpairs of a symmetric matrix A (P, P).
 
     Attributes:
@@ -186,7 +187,7 @@ def mean_of_draws(vectors: FloatArray, first: float, second: float) -> Estimate:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class SpectralDensity:
+class SpectralDensity(Saved):
     """A quadrature of the eigenvalues' distribution for each of V random starts; its mean over starts is unbiased.
 
     Attributes:
@@ -300,7 +301,7 @@ class SpectralDensity:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class MeasuredSpectrum:
+class MeasuredSpectrum(Saved):
     """The spectrum of a Hessian as it is kept: extreme eigenvalues, numbers by sampling, and the spectral density.
 
     Attributes:
@@ -341,10 +342,8 @@ class MeasuredSpectrum:
         frame = pd.DataFrame({"number": "eigenvalue", "index": np.arange(len(self.states)), "value": self.eigenvalues})
         low, high = self.eigenvalues - self.residuals, self.eigenvalues + self.residuals
         extremes = frame.assign(low=low, high=high, converged=self.states, over="residual")
-        rows = [
-            {"number": name, "index": 0, **each.columns(), "converged": self.reached if name == "trace" else ""}
-            for name, each in self.numbers.items()
-        ]
+        kept = {name: self.reached if name == "trace" else "" for name in self.numbers}
+        rows = [{"number": n, "index": 0, **e.columns(), "converged": kept[n]} for n, e in self.numbers.items()]
         sampled = pd.DataFrame(rows).drop(columns="stderr").assign(over="vectors")
         return pd.concat([extremes, sampled], ignore_index=True)
 

@@ -193,9 +193,26 @@ class SphereFlatness(Stopped):
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Draw F over the radius, with its 95 % interval over directions as a band."""
         axes = super().plot(ax)
-        axes.set_xlabel("radius γ (L2)" if self.normalisation == "none" else "relative radius ρ")
-        axes.set_ylabel("rise of the loss (nats)")
+        axes.set(**dict(zip(("xlabel", "ylabel"), self.axis_names, strict=True)))
         return axes
+
+    @property
+    def axis_names(self) -> tuple[str, str]:
+        """Names of the axes of a picture: what a radius is, and F."""
+        return "radius γ (L2)" if self.normalisation == "none" else "relative radius ρ", "rise of the loss (nats)"
+
+    def interactive(self, name: str = "F") -> Any:
+        """Return F over the radius with its 95 % interval, as an interactive picture (plotly; extra `report`).
+
+        Args:
+            name: of the curve.
+
+        Raises:
+            UserError: where plotly is not installed.
+        """
+        from flatlab.plots import bands
+
+        return bands({name: (self.radii, self.value, *self.interval())}, axes=self.axis_names)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -1,15 +1,14 @@
-"""Losses on a line or a plane through a landscape: values at true coordinates, kept as npz, drawn."""
+"""Losses on a line or a plane through a landscape: values at true coordinates."""
 
 from collections.abc import Iterable
-from dataclasses import MISSING, asdict, dataclass, fields, replace
-from os import PathLike
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from flatlab.arguments import FloatArray
-from flatlab.errors import UserError, choose
+from flatlab.errors import choose
 from flatlab.results.estimate import Cost, Estimate, Sampled, Stored, axes_of, mean_of, rows_of
 
 if TYPE_CHECKING:
@@ -19,31 +18,8 @@ if TYPE_CHECKING:
 AXIS = {"loss": "loss (nats)", "accuracy": "accuracy"}
 
 
-class Kept(Stored):
-    """What is kept as a file of its own."""
-
-    def save(self, path: str | PathLike[str]) -> None:
-        """Write everything to a .npz file that NumPy alone can read: no pickle."""
-        arrays: dict[str, Any] = {each.name: np.asarray(getattr(self, each.name)) for each in _kept(self)}
-        cost: Cost = getattr(self, "cost")  # noqa: B009 (of the dataclasses)
-        np.savez_compressed(path, cost=np.array([cost.forward_passes, cost.images, cost.hvps, cost.seconds]), **arrays)
-
-    @classmethod
-    def load(cls, path: str | PathLike[str]) -> Self:
-        """Read what `save` wrote.
-
-        Raises:
-            UserError: where the file is no such thing.
-        """
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                needed = [each.name for each in _kept(cls) if each.default is MISSING or each.name in file]
-                found = {name: file[name] for name in [*needed, "cost"]}
-        except (OSError, KeyError, ValueError, EOFError) as error:
-            raise UserError(f"{path} holds no {cls.__name__.lower()} of flatlab: {error}.") from None
-        passes, images, hvps, seconds = found.pop("cost").tolist()
-        cost = Cost(passes, int(images), int(hvps), seconds)
-        return cls(**{"cost": cost, **{name: _plain(array) for name, array in found.items()}})
+class Timed(Stored):
+    """What a file keeps with its cost, but for the seconds."""
 
     def to_arrays(self) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
         """Return the content of a measurement's file: arrays, and facts for JSON; without the seconds."""
@@ -56,7 +32,7 @@ class Kept(Stored):
         return super().from_arrays(arrays, {**facts, "cost": Cost(**facts["cost"])})
 
 
-class Grid(Kept):
+class Grid(Timed):
     """What profiles and surfaces share: metrics and strata by name."""
 
     values: FloatArray
@@ -73,16 +49,6 @@ class Grid(Kept):
         rows = rows_of(self.strata if strata is None else strata, self.strata)
         with np.errstate(invalid="ignore"):
             return np.asarray(self.values[..., rows, column].mean(axis=-1))
-
-
-def _kept(grid: Any) -> list[Any]:
-    return [each for each in fields(grid) if each.name != "cost"]
-
-
-def _plain(array: npt.NDArray[Any]) -> Any:
-    if array.ndim == 0:
-        return array.item()
-    return tuple(array.tolist()) if array.dtype.kind == "U" else array
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -222,6 +188,27 @@ class Surface(Grid):
         names = [label.partition(" (")[0] if kind == "relief" else label for label in self.labels]
         axes.set(xlabel=names[0], ylabel=names[1])
         return axes  # type: ignore[no-any-return]
+
+    def interactive(self, *, metric: str = "loss", strata: str | Iterable[str] | None = None) -> Any:
+        """Return the surface as a picture that can be turned, for a notebook (plotly; extra `report`).
+
+        Args:
+            metric: which.
+            strata: the mean over which of them.
+
+        Raises:
+            UserError: where plotly is not installed.
+        """
+        from flatlab.plots import turning
+
+        x, y = (label.partition(" (")[0] for label in self.labels)
+        return turning(
+            (self.x, self.y),
+            self.of(metric, strata),
+            marks=(self.marks, self.mark_labels),
+            connected=self.connected,
+            axes=(x, y, AXIS.get(metric, metric)),
+        )
 
 
 def _tidy(grid: Any, axes: dict[str, npt.NDArray[Any]]) -> "pd.DataFrame":

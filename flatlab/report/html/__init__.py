@@ -1,0 +1,1 @@
+"""Runs and saved results as one HTML page that needs no network."""

@@ -1,0 +1,150 @@
+"""Flatness along a training: measured every so many steps, within a share of the training's time."""
+
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from flatlab.arguments import finite, whole
+from flatlab.errors import UserError, choose
+from flatlab.landscape.landscape import Landscape
+from flatlab.metrics.curvature.eigenvalues import hessian_spectrum
+from flatlab.metrics.curvature.trace import hessian_trace
+from flatlab.metrics.flatness.pilot import radii_at_rises
+from flatlab.watch.sinks import Sink
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+NUMBERS = ("radius", "eigenvalue", "trace")
+TOL, REL_ERROR = 0.01, 0.1  # of the eigenvalue's residual; of the trace's standard error
+
+
+class Monitor:
+    """Measures the landscape of a model while it is trained: ``monitor(model, step)`` after each step of a loop.
+
+    A measurement has the mean loss, the length ``norm`` of the weights, and what `numbers` names: the ``radius`` at
+    which the mean loss rises by `rise` nats, along the same directions each time (a larger one is flatter); the
+    largest ``eigenvalue`` of the Hessian with its bounds; its ``trace`` with a 95 % interval. The model is measured in
+    eval mode. Its weights, its modes, its gradients and the states of all random generators are afterwards as they
+    were before: a training that is monitored gives the same bytes as one that is not.
+
+    Args:
+        landscape: makes the landscape of the model as it is now, on data that it is called with each time.
+        every: steps between two measurements.
+        share: largest part of the training's time that measurements may take. The first is made at the first step that
+            is due, since its cost is not known before; each later one waits for a due step at which the most expensive
+            so far, with all that is spent, keeps within the share.
+        rise: of the loss, in nats, that defines the radius.
+        numbers: which are measured: some of "radius", "eigenvalue" and "trace"; quantized weights have a radius alone.
+        sinks: each is given every measurement: ``sink.log(values, step)``.
+
+    Attributes:
+        rows: the measurements, with their steps.
+        remarks: sentences on numbers that could not be measured, and are NaN.
+        spent: seconds of the measurements.
+    """
+
+    def __init__(
+        self,
+        landscape: Callable[[nn.Module], Landscape],
+        *,
+        every: int = 100,
+        share: float = 0.05,
+        rise: float = 0.1,
+        numbers: Sequence[str] = NUMBERS,
+        sinks: Sequence[Sink] = (),
+    ) -> None:
+        self.landscape, self.sinks = landscape, tuple(sinks)
+        self.every, self.rise = whole("every", every), finite("rise", rise, above=0)
+        self.share = finite("share", share, above=0)
+        self.numbers = tuple(choose("number", each, NUMBERS) for each in numbers)
+        self.rows: list[dict[str, float]] = []
+        self.remarks: list[str] = []
+        self.spent = self._dearest = 0.0
+        self._start: float | None = None
+        self._last: int | None = None
+
+    @property
+    def trained(self) -> float:
+        """Seconds since the first call, without those of the measurements."""
+        return 0.0 if self._start is None else time.perf_counter() - self._start - self.spent
+
+    def __call__(self, model: nn.Module, step: int) -> dict[str, float] | None:
+        """Measure, where the step is due and the share allows it; returns the measurement, or None.
+
+        Args:
+            model: as it is after the step.
+            step: how many steps the training has made.
+        """
+        self._start = time.perf_counter() if self._start is None else self._start
+        if step % self.every or step == self._last or not self._affordable():
+            return None
+        self._last, start = step, time.perf_counter()
+        with _undisturbed(model):
+            values = self._measure(model, step)
+        seconds = time.perf_counter() - start
+        self.spent += seconds
+        self._dearest = max(self._dearest, seconds)
+        row = {**values, "seconds": seconds}
+        self.rows.append({"step": step, **row})
+        for sink in self.sinks:
+            sink.log(dict(row), step=step)
+        return row
+
+    def to_frame(self) -> "pd.DataFrame":
+        """Return a tidy table, one row for each measurement."""
+        import pandas as pd
+
+        return pd.DataFrame(self.rows)
+
+    def _affordable(self) -> bool:
+        return not self.rows or self.spent + self._dearest <= self.share * self.trained
+
+    def _measure(self, model: nn.Module, step: int) -> dict[str, float]:
+        landscape = self.landscape(model)
+        values = {"loss": float(landscape.base_loss.mean()), "norm": landscape.norm}
+        if "radius" in self.numbers:
+            values["radius"] = self._radius(landscape, step)
+        if "eigenvalue" in self.numbers:
+            top = hessian_spectrum(landscape, k=1, tol=TOL)
+            values |= _ends("eigenvalue", float(top.value[0]), *(float(end[0]) for end in top.interval()))
+        if "trace" in self.numbers:
+            trace = hessian_trace(landscape, rel_error=REL_ERROR).trace
+            values |= _ends("trace", trace.value, *trace.interval())
+        return values
+
+    def _radius(self, landscape: Landscape, step: int) -> float:
+        """Return the radius at the rise; NaN, with a remark, where the loss does not rise so far: training goes on."""
+        try:
+            return float(radii_at_rises(landscape, [self.rise]).radii[0])
+        except UserError as error:
+            self.remarks.append(f"step {step}: {error}")
+            return float("nan")
+
+
+def _ends(name: str, value: float, low: float, high: float) -> dict[str, float]:
+    return {name: value, f"{name}_low": low, f"{name}_high": high}
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Put a model into eval mode while the block runs; then restore each module's mode and all random generators."""
+    modes = [(module, module.training) for module in model.modules()]
+    devices = {each.device for each in model.parameters()} - {torch.device("cpu")}
+    kind = next(iter(devices)).type if devices else "cuda"
+    theirs: tuple[Any, Any] = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[each.index or 0 for each in devices], device_type=kind), torch.enable_grad():
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+            random.setstate(theirs[0])
+            np.random.set_state(theirs[1])
