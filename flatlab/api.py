@@ -42,6 +42,7 @@ from flatlab.models.networks import Ensemble, Network, build_network
 from flatlab.quant.attach import attach, attach_activations, bake, clamp_scales
 from flatlab.quant.calibration import second_moments
 from flatlab.quant.inq import INQ
+from flatlab.quant.libraries import plain_network
 from flatlab.quant.lsq import LSQ
 from flatlab.quant.obc import obc
 from flatlab.report.stability import Stability
@@ -163,6 +164,7 @@ __all__ = [
     "attach_activations",
     "bake",
     "clamp_scales",
+    "plain_network",
     "obc",
     "second_moments",
     "export_run",

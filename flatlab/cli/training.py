@@ -1,5 +1,6 @@
 """The commands that make runs: train, ensemble, import, export, replay."""
 
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,7 +12,8 @@ from flatlab.cli.choices import Choices, takes
 from flatlab.cli.effects import refuse_idle, refuse_without_effect
 from flatlab.cli.errors import Commands, say
 from flatlab.cli.options import DATASET, NAMED, QUANTIZER, RUNNING, STEP, TRAINING, OneRun, Runs, asked
-from flatlab.errors import UserError
+from flatlab.errors import UserError, choose
+from flatlab.specs.deploy import OnnxSpec
 from flatlab.specs.measurement import MeasurementSpec
 from flatlab.specs.methods import PARTS
 
@@ -151,26 +153,55 @@ def import_(
     chosen.answer(table[table["selection"] == "last"], f"Run {spec.digest}", ACCURACIES)
 
 
-@commands.command(epilog="Example: `flatlab export 3f2a --file qt-dog.safetensors`")
-@takes(*NAMED, "data_dir", "device", "cache", "store", "json", "debug", asks=asked(MeasurementSpec, "checkpoint"))
+@commands.command(
+    epilog="Examples: `flatlab export 3f2a --file qt-dog.safetensors`, "
+    "`flatlab export 3f2a --format onnx --activations int8`"
+)
+@takes(
+    *(*NAMED, "data_dir", "device", "cache", "store", "json", "debug"),
+    asks=asked(MeasurementSpec, "checkpoint") | asked(OnnxSpec, *OnnxSpec.model_fields),
+)
 def export(
     chosen: Choices,
     run: OneRun,
     fields: dict[str, Any],
-    file: Annotated[Path | None, typer.Option(help="File to write; DIGEST.safetensors if not given.")] = None,
+    file: Annotated[Path | None, typer.Option(help="File to write; DIGEST.safetensors or .onnx if not given.")] = None,
+    kind: Annotated[str, typer.Option("--format", help="Of the file: packed or onnx.")] = "packed",
 ) -> None:
-    """Write a quantized run to a file of packed integer weights, and report the compression."""
+    """Write a quantized run to a file of integer weights; report its size, or how an ONNX file agrees with it."""
     from flatlab import reproduce
     from flatlab.loading.export import export as write
 
+    kind = choose("format", kind, ("packed", "onnx"))
     found = chosen.found([run])[0]
-    path = file or Path(f"{found.spec.digest}.safetensors")
+    path = file or Path(f"{found.spec.digest}.{'onnx' if kind == 'onnx' else 'safetensors'}")
     checks.target(path)
     place, _ = reproduce.place_of([found], chosen.place())
-    done = write(found, path, place, **fields)
+    checkpoint = fields.pop("checkpoint")
+    if kind == "onnx":
+        _export_onnx(chosen, found, path, place, (checkpoint, OnnxSpec(**fields)))
+        return
+    if changed := [name for name, value in fields.items() if value != OnnxSpec.model_fields[name].default]:
+        raise UserError(f"--{changed[0].replace('_', '-')} is of ONNX files; write --format onnx.")
+    done = write(found, path, place, checkpoint=checkpoint)
     sentence = (
         f"{done.path}: {done.bytes:,} bytes instead of {done.float_bytes:,}, {done.compression:.2f} times smaller; "
         f"nominally {done.nominal:.2f} times, 32 bits to {done.bits}. {done.quantized_share:.1%} of the parameters are "
         "quantized. flatlab.load_exported reads it."
     )
     chosen.answer_facts(done.facts(), sentence)
+
+
+def _export_onnx(chosen: Choices, run: Any, path: Path, place: Any, how: tuple[str, OnnxSpec]) -> None:
+    import pandas as pd
+
+    from flatlab.deploy import session
+
+    session.needed()
+    from flatlab.deploy.onnx import export_onnx
+
+    checkpoint, spec = how
+    done = export_onnx(run, path, place, spec, checkpoint=checkpoint)
+    rows = pd.DataFrame([asdict(row) for row in done.rows])
+    formats = {"agreement": ".2%", "deviation": ".2g", "largest": ".2f", "accuracy": ".3f", "accuracy_onnx": ".3f"}
+    chosen.answer(rows, f"{done.path}: {done.bytes:,} bytes, {spec.activations} activations", formats)

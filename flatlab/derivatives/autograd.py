@@ -130,7 +130,14 @@ def rounding(model: nn.Module, moved: Collection[Tensor]) -> str:
         if getattr(layer, "straight_through", False):
             return (
                 f"{name!r} rounds activations: autograd differentiates straight through that, so the curvature is not"
-                " that of the loss; measure a network that quantizes only its weights."
+                " that of the loss; measure a network that quantizes its weights only, such as"
+                " flatlab.plain_network(model, activations=False) if another library quantized it."
+            )
+        if any(kind.__name__ == "FakeQuantizeBase" for kind in type(layer).__mro__):  # of torch.ao, which is not loaded
+            return (
+                f"{name!r} rounds what it is given: autograd differentiates straight through that, so the curvature is"
+                " not that of the loss; measure flatlab.plain_network(model, activations=False), whose weights are the"
+                " rounded ones."
             )
         moves = isinstance(layer, ParametrizationList) and any(id(p) in ours for p in layer.parameters())
         if moves and is_staircase(layer):

@@ -29,6 +29,7 @@ Loss = Callable[[Sequence[Tensor]], Tensor]
 SAMPLED = 8  # samples that the check uses
 DRAWS = 2  # the check must fail along as many directions, from different points
 AWAY = 1e-3  # of each tensor's size: by which the point is moved
+MOVED, MOVE = 8, 1e-4  # entries that are moved to detect rounding, and by how much of their tensor's size
 STEPS = (1e-5, 1e-7, 1e-8)  # of each tensor's size; of 1e7 activations 0.1 change sign at the last
 SLACK = {torch.float64: 2e-2, torch.float32: 5e-2}  # a wrong formula is off by far more, rounding by far less
 # Nats below which a number counts as zero: for confident networks, softmax minus one is rounded to zero.
@@ -49,8 +50,8 @@ def check_second_derivatives(
 ) -> None:
     """Refuse a loss whose second derivatives autograd gets wrong; costs 2 products and 6 gradients, or twice as many.
 
-    A model that cannot compute in double precision is checked in its own, and only for symmetry: no step is small
-    enough there.
+    A model that cannot compute in double precision is checked in its own, only for symmetry and for weights that are
+    rounded: no step is small enough there for differences of gradients.
 
     Args:
         model: is called with copies of its tensors.
@@ -125,13 +126,40 @@ def _fault(loss: Loss, point: Sequence[Tensor], draw: int) -> str:
     if sentence := _asymmetry(found):
         return sentence
     if scales.dtype != torch.float64:
-        return ""
+        return _straight_through(loss, point, there)
     with twice_differentiable():
         slopes = [
             scales * (flatten(gradient(there + h * scales * v)[1]) - flatten(gradient(there - h * scales * v)[1]))
             for h in STEPS
         ]
-    return _difference(found, [slope / (2 * h) for slope, h in zip(slopes, STEPS, strict=True)])
+    sentence = _difference(found, [slope / (2 * h) for slope, h in zip(slopes, STEPS, strict=True)])
+    return sentence and (_straight_through(loss, point, there) or sentence)
+
+
+def _straight_through(loss: Loss, point: Sequence[Tensor], there: Tensor) -> str:
+    """Return which tensor has a gradient but does not change the loss in a small move, as a sentence; empty if none.
+
+    The entries that the loss is said to change most by are moved, few enough that hardly any passes a threshold.
+    """
+    leaves = [t.clone().requires_grad_() for t in split_like(there, point)]
+    value = loss(leaves)
+    slopes = torch.autograd.grad(value, leaves, materialize_grads=True)
+    units = split_like(scales_of(point), point)
+    for index, (slope, unit) in enumerate(zip(slopes, units, strict=True)):
+        claims = (slope * unit).abs().flatten()
+        least = claims.topk(min(MOVED, len(claims))).values[-1:].sum()
+        step = MOVE * unit * slope.sign() * ((slope * unit).abs() >= least)
+        if float((slope * step).sum()) < 100 * torch.finfo(step.dtype).eps * (1 + abs(float(value.detach()))):
+            continue
+        moved = loss([leaf + step if index == other else leaf for other, leaf in enumerate(leaves)])
+        if torch.equal(moved, value):
+            return (
+                f"The loss does not change when a tensor of the shape {tuple(slope.shape)} moves slightly, but autograd"
+                " gives it a gradient: it is rounded in the forward pass (a straight-through estimator), so that the"
+                " curvature is not that of the loss; measure flatlab.plain_network(model) where torch.ao, torchao or"
+                " brevitas rounds it, else put the rounded weights themselves into the model."
+            )
+    return ""
 
 
 def _asymmetry(found: Products) -> str:

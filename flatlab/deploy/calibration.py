@@ -1,0 +1,77 @@
+"""Ranges of activations for 256 levels, from training images of the source domains alone."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from onnx import helper
+
+from flatlab.deploy.graph import INPUT, Graph, Range
+from flatlab.deploy.session import opened
+from flatlab.errors import UserError
+
+Array = npt.NDArray[Any]
+BINS, KEPT = 2048, 0.9999  # of a histogram; the share of the values that a percentile's range holds
+SHRUNK = np.linspace(0.3, 1.0, 71)  # shares of the whole range that the least squared error is looked for among
+
+
+def ranges(graph: Graph, batches: Sequence[Array], rule: str) -> dict[str, Range]:
+    """Return the range of each tensor that is rounded, by name.
+
+    Args:
+        graph: before its weights are codes.
+        batches: of images (N, C, H, W).
+        rule: "min-max", "percentile" (which leaves out 0.01 % of the values) or "mse" (the least squared error).
+
+    Raises:
+        UserError: without images.
+    """
+    if not batches:
+        raise UserError("Activations need images of the source domains to be calibrated on, and there are none.")
+    names = graph.rounded()
+    model = type(graph.model).FromString(graph.model.SerializeToString())
+    del model.graph.output[:]
+    model.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in names if name != INPUT)
+    session = opened(model.SerializeToString())
+
+    def each_batch() -> Any:
+        for batch in batches:
+            found = session.run(None, {INPUT: batch})
+            computed = [name for name in names if name != INPUT]
+            yield {INPUT: batch, **dict(zip(computed, found, strict=True))}
+
+    ends = [{name: (float(value.min()), float(value.max())) for name, value in each.items()} for each in each_batch()]
+    whole = {name: (min(end[name][0] for end in ends), max(end[name][1] for end in ends)) for name in names}
+    if rule == "min-max":
+        return {name: Range(*span) for name, span in whole.items()}
+    counts = {name: np.zeros(BINS) for name in names}
+    for each in each_batch():
+        for name, value in each.items():
+            counts[name] += np.histogram(value, BINS, _open(*whole[name]))[0]
+    choose = _percentile if rule == "percentile" else _least_error
+    return {name: choose(counts[name], *_open(*whole[name])) for name in names}
+
+
+def _open(low: float, high: float) -> tuple[float, float]:
+    return low, max(high, low + 1e-12)
+
+
+def _percentile(counts: Array, low: float, high: float) -> Range:
+    share, edges = np.cumsum(counts) / counts.sum(), np.linspace(low, high, len(counts) + 1)
+    outside = (1 - KEPT) / 2
+    first, last = np.searchsorted(share, [outside, 1 - outside])
+    return Range(float(edges[first]), float(edges[min(last, len(counts) - 1) + 1]))
+
+
+def _least_error(counts: Array, low: float, high: float) -> Range:
+    edges = np.linspace(low, high, len(counts) + 1)
+    middles = (edges[:-1] + edges[1:]) / 2
+    tried = [Range(low * share, high * share) for share in SHRUNK]
+    return min(tried, key=lambda each: _error(each, middles, counts))
+
+
+def _error(each: Range, values: Array, counts: Array) -> float:
+    scale, zero = each.grid
+    codes = np.clip(np.rint(values / scale) + zero, 0, 255) - float(zero)
+    return float((counts * (codes * scale - values) ** 2).sum())

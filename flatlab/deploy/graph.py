@@ -1,0 +1,213 @@
+"""A network as an ONNX graph: BatchNorm inside the convolutions, weights as integer codes, activations as int8."""
+
+import warnings
+from collections import Counter
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import torch
+from onnx import helper, numpy_helper
+from torch import Tensor, nn
+
+from flatlab.errors import UserError
+
+Array = npt.NDArray[Any]
+INPUT, OUTPUT = "images", "logits"
+PASSING = ("Relu", "Clip")  # what an engine merges with the layer before it
+ROUNDED = ("Conv", "Relu", "Clip", "Add", "GlobalAveragePool", "AveragePool")  # whose outputs are rounded to int8
+
+
+@dataclass(frozen=True)
+class Codes:
+    """A weight as integers: codes c (C, ...) and step sizes s (C,) of its output channels, w = s c."""
+
+    codes: npt.NDArray[np.int64]
+    scale: npt.NDArray[np.float32]
+
+    def times(self, factor: Array) -> "Codes":
+        """Return the codes of the weight times a factor (C,); step sizes stay positive."""
+        sign = np.where(factor < 0, -1, 1).reshape(-1, *[1] * (self.codes.ndim - 1))
+        return Codes(self.codes * sign, (self.scale * np.abs(factor)).astype(np.float32))
+
+
+@dataclass(frozen=True)
+class Range:
+    """The range of an activation's values, which holds zero."""
+
+    low: float
+    high: float
+
+    @property
+    def grid(self) -> tuple[np.float32, np.uint8]:
+        """The step size and the code of zero on 256 levels."""
+        low, high = min(self.low, 0.0), max(self.high, 0.0)
+        scale = (high - low) / 255 or 1.0
+        return np.float32(scale), np.uint8(round(-low / scale))
+
+
+class Graph:
+    """The graph of a network with its weights, which is changed in place.
+
+    Args:
+        network: in eval mode, its weights baked.
+        images: (N, C, H, W), any that it takes.
+        opset: version of the operators.
+
+    Raises:
+        UserError: an operator of the network, or the version, cannot be exported.
+    """
+
+    def __init__(self, network: nn.Module, images: Tensor, *, opset: int) -> None:
+        self.model = onnx.load_from_string(_exported(network, images, opset))
+        self.proto = self.model.graph
+        self.weights = {each.name: numpy_helper.to_array(each) for each in self.proto.initializer}
+        self.codes: dict[str, Codes] = {}
+        for node in [each for each in self.proto.node if each.op_type == "Identity" and each.input[0] in self.weights]:
+            self.weights[node.output[0]] = self.weights[node.input[0]]
+            self.proto.node.remove(node)
+
+    def before(self, name: str) -> Any | None:
+        """Return the node that computes a tensor; None for inputs and weights."""
+        return next((node for node in self.proto.node if name in node.output), None)
+
+    def after(self, name: str) -> list[Any]:
+        """Return the nodes that read a tensor."""
+        return [node for node in self.proto.node if name in node.input]
+
+    def fold(self) -> None:
+        """Move each BatchNorm behind a convolution into its weight and bias; codes stay what they are."""
+        for norm in [each for each in self.proto.node if each.op_type == "BatchNormalization"]:
+            layer = self.before(norm.input[0])
+            if layer is None or layer.op_type != "Conv" or len(self.after(norm.input[0])) > 1:
+                continue
+            gain, shift, mean, variance = (self.weights[name].astype(np.float64) for name in norm.input[1:5])
+            epsilon = next((each.f for each in norm.attribute if each.name == "epsilon"), 1e-5)
+            factor = gain / np.sqrt(variance + epsilon)
+            name = layer.input[1]
+            if name in self.codes:
+                self.codes[name] = self.codes[name].times(factor)
+            else:
+                wide = self.weights[name] * factor.reshape(-1, *[1] * (self.weights[name].ndim - 1))
+                self.weights[name] = wide.astype(np.float32)
+            bias = self.weights[layer.input[2]] if len(layer.input) > 2 else 0.0
+            self._bias(layer, shift + (bias - mean) * factor)
+            layer.output[0] = norm.output[0]
+            self.proto.node.remove(norm)
+
+    def _bias(self, layer: Any, values: Array) -> None:
+        name = f"{layer.input[1]}.bias"
+        self.weights[name] = values.astype(np.float32)
+        del layer.input[2:]
+        layer.input.append(name)
+
+    def rounded(self) -> list[str]:
+        """Return the tensors that int8 activations round, in the order of the network."""
+        outputs = [node.output[0] for node in self.proto.node if node.op_type in ROUNDED]
+        return [name for name in (INPUT, *outputs) if self._is_rounded(name)]
+
+    def _is_rounded(self, name: str) -> bool:
+        readers = self.after(name)
+        merged = len(readers) == 1 and readers[0].op_type in PASSING and name != INPUT
+        return not merged and any(self._in_integers(node) for node in readers)
+
+    def _in_integers(self, node: Any) -> bool:
+        """Return whether a node computes in integers, or passes values on to one that does."""
+        if node.op_type == "MaxPool":
+            return any(self._in_integers(each) for each in self.after(node.output[0]))
+        return node.op_type in ("Add", "GlobalAveragePool") or (node.op_type == "Conv" and node.input[1] in self.codes)
+
+    def round_activations(self, ranges: dict[str, Range]) -> None:
+        """Round tensors to 256 levels, and the biases of integer layers to the grid of their sums.
+
+        Args:
+            ranges: of the tensors that `rounded` names, and of what MaxPool makes of them.
+        """
+        for node in [each for each in self.proto.node if each.op_type == "MaxPool" and each.input[0] in ranges]:
+            ranges = {**ranges, node.output[0]: ranges[node.input[0]]}
+        for name, each in ranges.items():
+            scale, zero = each.grid
+            self.weights |= {f"{name}.step": np.asarray(scale), f"{name}.zero": np.asarray(zero)}
+            readers = self.after(name)
+            for node in readers:
+                node.input[:] = [f"{name}.rounded" if one == name else one for one in node.input]
+            own = [f"{name}.step", f"{name}.zero"]
+            self.proto.node.extend(
+                [
+                    helper.make_node("QuantizeLinear", [name, *own], [f"{name}.codes"]),
+                    helper.make_node("DequantizeLinear", [f"{name}.codes", *own], [f"{name}.rounded"]),
+                ]
+            )
+        for node in [each for each in self.proto.node if each.op_type == "Conv" and each.input[1] in self.codes]:
+            source = node.input[0].removesuffix(".rounded")
+            if len(node.input) > 2 and source in ranges:
+                step = (ranges[source].grid[0] * self.codes[node.input[1]].scale).astype(np.float32)
+                whole = np.clip(np.rint(self.weights.pop(node.input[2]) / step), -(2**31), 2**31 - 1)
+                self._codes_of(node.input[2], whole.astype(np.int32), step)
+
+    def _codes_of(self, name: str, codes: Array, scale: Array) -> None:
+        """Have a tensor computed from integer codes."""
+        zero = np.zeros(scale.shape, codes.dtype)
+        self.weights |= {f"{name}.codes": codes, f"{name}.scale": scale, f"{name}.origin": zero}
+        parts = [f"{name}.codes", f"{name}.scale", f"{name}.origin"]
+        self.proto.node.append(helper.make_node("DequantizeLinear", parts, [name], axis=0))
+
+    def finished(self) -> Any:
+        """Return the model, each quantized weight as its codes; the ONNX checker has passed it."""
+        for name, each in self.codes.items():
+            low, high = int(each.codes.min()), int(each.codes.max())
+            kind = np.uint8 if low >= 0 else np.int8
+            if not np.iinfo(kind).min <= low <= high <= np.iinfo(kind).max:
+                kind = np.int8  # a code -128 whose channel BatchNorm turned over: 127, half a per cent of one weight
+            self.weights.pop(name)
+            self._codes_of(name, np.clip(each.codes, np.iinfo(kind).min, np.iinfo(kind).max).astype(kind), each.scale)
+        self.write()
+        onnx.checker.check_model(self.model, full_check=True)
+        return self.model
+
+    def write(self) -> None:
+        """Write the weights that nodes read into the model."""
+        used = {name for node in self.proto.node for name in node.input}
+        del self.proto.initializer[:]
+        self.proto.initializer.extend(
+            numpy_helper.from_array(np.ascontiguousarray(value), name)
+            for name, value in self.weights.items()
+            if name in used
+        )
+        _sort(self.proto)
+
+
+def _exported(network: nn.Module, images: Tensor, opset: int) -> bytes:
+    buffer = BytesIO()
+    names: dict[str, Any] = {"input_names": [INPUT], "output_names": [OUTPUT]}
+    axes = {INPUT: {0: "n"}, OUTPUT: {0: "n"}}
+    with warnings.catch_warnings():
+        # The exporter that traces keeps the weights' names and takes a tenth of the time, and is called deprecated.
+        warnings.simplefilter("ignore")
+        try:
+            options = {"dynamo": False, "opset_version": opset, "do_constant_folding": False}
+            torch.onnx.export(network, (images,), buffer, dynamic_axes=axes, **names, **options)  # type: ignore[arg-type]
+        except (RuntimeError, ValueError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise UserError(
+                f"This network cannot be exported to ONNX with --opset {opset}: {reason.rstrip('.')}."
+            ) from None
+    return buffer.getvalue()
+
+
+def _sort(graph: Any) -> None:
+    """Put each node behind those whose outputs it reads."""
+    waiting, ready, done = list(graph.node), {each.name for each in (*graph.initializer, *graph.input)}, []
+    made = Counter(name for node in waiting for name in node.output)
+    while waiting:
+        first = [node for node in waiting if all(name in ready or name not in made for name in node.input)]
+        ready |= {name for node in first for name in node.output}
+        done += first
+        kept = {id(node) for node in first}
+        waiting = [node for node in waiting if id(node) not in kept]
+    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in done]
+    del graph.node[:]
+    graph.node.extend(copies)

@@ -1,0 +1,47 @@
+"""An ONNX file, opened by onnxruntime."""
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from flatlab.errors import UserError
+
+
+def needed() -> None:
+    """Refuse where the packages of the extra are missing.
+
+    Raises:
+        UserError: names the extra.
+    """
+    if any(find_spec(name) is None for name in ("onnx", "onnxruntime")):
+        raise UserError("ONNX files need packages that are not installed: pip install 'flatlab[deploy]'.")
+
+
+def opened(file: Path | bytes, *, threads: int = 1, integers: bool = True) -> Any:
+    """Return a session of onnxruntime on the processor.
+
+    Args:
+        file: or its bytes.
+        threads: of one operator.
+        integers: False: codes become floats once, when the file is opened, and all sums are of floats.
+
+    Raises:
+        UserError: where onnxruntime cannot open it.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    if not integers:
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
+    try:
+        given = file if isinstance(file, bytes) else str(file)
+        return onnxruntime.InferenceSession(given, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its classes have no common base but this one
+        name = "this network" if isinstance(file, bytes) else file
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"onnxruntime {onnxruntime.__version__} cannot run {name}: {reason.rstrip('.')}; "
+            "write the file again with another --opset, such as 17."
+        ) from None

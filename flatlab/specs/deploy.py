@@ -1,0 +1,21 @@
+"""How a run's network is written for an engine that is not ours."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from flatlab.specs.base import Spec
+
+
+class OnnxSpec(Spec):
+    """How a network becomes an ONNX file."""
+
+    activations: Annotated[Literal["float", "int8"], Field(description="Of an ONNX file: float or int8.")] = "float"
+    calibration: Annotated[
+        Literal["min-max", "percentile", "mse"],
+        Field(description="How ranges of int8 activations are chosen: min-max, percentile (99.99 %) or mse."),
+    ] = "min-max"
+    calibration_images: Annotated[
+        int, Field(ge=1, le=2**31, description="Training images of each source domain that int8 activations see.")
+    ] = 128
+    opset: Annotated[int, Field(ge=13, le=100, description="Of an ONNX file: version of its operators.")] = 17
