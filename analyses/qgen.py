@@ -187,7 +187,7 @@ def caption(setting: Setting) -> str:
         f"steps, bits from step {own.switch_step} on. Taus: bars are 95 % intervals by bootstrap over trajectories, "
         "filled where p < 0.05 after Benjamini and Hochberg. F over the distance in units of the network's "
         "quantization noise; dashed: full precision, in units of its rounding noise at as many bits. Bands: 95 % "
-        "intervals over trajectories."
+        "intervals over trajectories; one that extends to the lower edge includes 0."
     )
 
 
