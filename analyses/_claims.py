@@ -1,7 +1,7 @@
 """The paper's claims, each with the tests that decide it, and the number of seeds that would decide more. Torch-free.
 
 The rule: a claim is supported if at least one test of its family has a verdict in its direction and none has one in
-the other; contradicted if it is the other way round; else it is not decided at this size.
+the other; contradicted if it is the other way round; else it "cannot be told at this size", as PROTOCOL.md words it.
 """
 
 from collections.abc import Hashable, Iterator, Mapping
@@ -23,7 +23,7 @@ SUPPORTED, CONTRADICTED, MIXED, UNKNOWN = (
     "supported",
     "contradicted",
     "supported in part and contradicted in part",
-    "not decided at this size",
+    "cannot be told at this size",
 )
 EFFECTS: Mapping[str, tuple[float, str]] = {  # the smallest of interest; for flatness as a share of ERM's
     "test": (1.0, "points"),
@@ -111,7 +111,7 @@ def _sentence(claim: Claim, rows: pd.DataFrame, names: Mapping[str, str]) -> str
         for row in rows.to_dict("records")
     ]
     seeds, needed = int(rows["seeds"].max()), rows["seeds_needed"].max()
-    what = f"; {needed:,.0f} seeds would decide" if np.isfinite(needed) else ""
+    what = f"; {needed:,.0f} seeds would tell" if np.isfinite(needed) else ""
     return f"**{verdict_of(claim, rows)}** ({seeds} {'seed' if seeds == 1 else 'seeds'}; {', '.join(tests)}{what})."
 
 

@@ -169,4 +169,4 @@ def test_a_rescaling_that_changes_the_function_is_refused(monkeypatch):
         )
 
     monkeypatch.setattr(module, "rescaled", wrong)
-    refuses(lambda: scale_audit(landscape), "changed an output")
+    refuses(lambda: scale_audit(landscape), "must not change the outputs")

@@ -338,7 +338,7 @@ class Finished:
         return [{"step": 0, **self.average.facts()}]
 
 
-@pytest.mark.parametrize(("rule", "said"), [("paper", "all iterates"), ("released", "the last segment alone")])
+@pytest.mark.parametrize(("rule", "said"), [("paper", "all iterates"), ("released", "only the last segment")])
 def test_it_is_said_where_no_valley_began(rule, said):
     fields = {"dataset": "digits", "held_out": "rot0", "image_size": 16, "model": "digits-cnn", "eval_every": 1}
     spec = RunSpec(**fields, steps=5, lr=0.1, average=AverageSpec(kind="swad", rule=rule))

@@ -525,7 +525,7 @@ def test_stream_draws_from_the_inside_with_replacement() -> None:
 
 
 def test_stream_refuses_nothing_to_draw_from() -> None:
-    with pytest.raises(UserError, match="at least one source domain, and a row in each"):
+    with pytest.raises(UserError, match="at least one source domain, and at least one row of each"):
         stream({"first": np.arange(0)})
 
 

@@ -308,7 +308,7 @@ def test_no_spectrum_of_what_has_none(sentence, way):
 
 def test_more_eigenvalues_than_there_are_parameters():
     landscape = cases.make("mlp").landscape()
-    with pytest.raises(UserError, match="k must lie between 1 and the 53 parameters, got 54"):
+    with pytest.raises(UserError, match="k must be between 1 and the 53 parameters, got 54"):
         hessian_spectrum(landscape, k=54)
 
 

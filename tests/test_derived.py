@@ -141,7 +141,7 @@ def test_settled_codes_have_no_latent_landscape(erm, tmp_path):
     train([wanted], store, PLACE)
     measurement = SphereSpec(radii=(0.0, 1.0), images=8)
     refuses(
-        lambda: measure_inputs.landscape(store.run(wanted), measurement.replace(space="latent"), PLACE), "settled codes"
+        lambda: measure_inputs.landscape(store.run(wanted), measurement.replace(space="latent"), PLACE), "fixed codes"
     )
     assert measure_inputs.landscape(store.run(wanted), measurement, PLACE).num_params == 33658
 

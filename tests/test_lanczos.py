@@ -245,7 +245,7 @@ def test_plain_lanczos_gives_the_same_moments_but_ghosts_of_outliers():
 def test_bad_input_is_refused():
     landscape = double("mlp").landscape()
     for k in (0, 54):
-        with pytest.raises(UserError, match=f"k must lie between 1 and the 53 parameters, got {k}"):
+        with pytest.raises(UserError, match=f"k must be between 1 and the 53 parameters, got {k}"):
             hessian_spectrum(landscape, k=k)
     with pytest.raises(UserError, match="Unknown end of the spectrum 'LM'.*: LA, SA, BE"):
         hessian_spectrum(landscape, which="LM")

@@ -179,9 +179,9 @@ BROKEN = torch.full((4, 4), float("nan"))
     ("weight", "quantized", "kwargs", "words"),
     [
         (ONES, torch.ones(4, 5), {}, "(4, 4) and (4, 5)"),
-        (BROKEN, ONES, {}, "weight must be finite, got 16 of 16 values that are not"),
-        (ONES, BROKEN, {}, "quantized weight must be finite"),
-        (ONES, ONES, {"step": BROKEN}, "step size must be finite"),
+        (BROKEN, ONES, {}, "weight must have finite values, got 16 of 16 that are not finite"),
+        (ONES, BROKEN, {}, "quantized weight must have finite"),
+        (ONES, ONES, {"step": BROKEN}, "step size must have finite"),
         (ONES, ONES, {}, "before quantization"),
         (0 * ONES, 0 * ONES, {"step": 1.0}, "only zeros"),
         (ONES, ONES, {"normalise": True}, "pass step"),

@@ -71,7 +71,7 @@ def test_a_run_that_is_not_quantized_is_refused(store, capsys):
 def test_a_layer_without_noise_is_named(store, monkeypatch, tmp_path):
     layer = next(iter(inputs.trained_layers(store.run(QT), "selected", PLACE).values()))
     zeros, broken = (inputs.Layer(layer.weight * x, layer.quantized * x, layer.step, 7) for x in (0, float("nan")))
-    for case, words in ((zeros, "Layer features.0.weight: The weight holds only zeros"), (broken, "not finite")):
+    for case, words in ((zeros, "Layer features.0.weight: The weight has only zeros"), (broken, "not finite")):
         monkeypatch.setattr(measured_noise, "trained_layers", lambda *_, case=case: {"features.0.weight": case})
         run = copied(store, tmp_path / words).run(QT)
         refuses(partial(measure, run, QuantizationNoiseSpec(seed=1), PLACE), "features.0", words)

@@ -91,7 +91,7 @@ def test_a_halved_trace_is_caught(monkeypatch):
     original = trace._products_of
     monkeypatch.setattr(trace, "_products_of", lambda *args, **kwargs: original(*args, **kwargs) / 2)
     failed = failures(selftest._spectra, selftest._coverage)
-    assert "cpu: quadratic, trace (Hutchinson)" in failed and "cpu: trace, 90% intervals that hold it" in failed
+    assert "cpu: quadratic, trace (Hutchinson)" in failed and "cpu: trace, 90% intervals that contain it" in failed
 
 
 @pytest.mark.slow

@@ -94,11 +94,11 @@ def test_an_array_that_covers_the_plan_is_followed(submission, monkeypatch):
     active = {"12"}
     monkeypatch.setattr(slurm, "is_active", lambda number: number in active)
     part = submission.plan.replace(jobs=submission.plan.jobs[:1])
-    assert slurm._under_way(part).folder == submission.folder
+    assert slurm._active(part).folder == submission.folder
     more = planned(RunStore(submission.plan.store), ERM, measurements=[(ERM, PROBE)])
-    assert slurm._under_way(more) is None
+    assert slurm._active(more) is None
     active.clear()
-    assert slurm._under_way(part) is None
+    assert slurm._active(part) is None
 
 
 # --- what is refused

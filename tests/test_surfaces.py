@@ -318,7 +318,7 @@ def test_mistakes_are_one_sentence():
     refuses(lambda: line(other, axes), "not of this landscape's model")
     refuses(lambda: plane(landscape, refine=0.0), "refine")
     refuses(lambda: plane(landscape, metrics={}), "metric")
-    refuses(lambda: given_directions(landscape, []), "vectors must hold one flat vector", "got none")
+    refuses(lambda: given_directions(landscape, []), "vectors must be one flat vector", "got none")
     refuses(lambda: given_directions(landscape, [torch.zeros(landscape.num_params)]), "not zero")
     refuses(lambda: given_directions(landscape, [torch.full((landscape.num_params,), torch.nan)]), "finite")
     w = landscape.point

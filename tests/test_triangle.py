@@ -106,5 +106,5 @@ def test_the_draws_share_nothing_and_the_seed_bites():
 
 def test_mistakes_are_one_sentence():
     flat = cases.Quadratic(torch.zeros(6, 6, dtype=torch.float64)).landscape(check=False)
-    refuses(lambda: trace_check(flat), "no radius suits it")
+    refuses(lambda: trace_check(flat), "to choose radii")
     refuses(lambda: trace_check(bowl([1.0, 2.0], "m"), radii=[0.0, 1.0]), "radii must be", "> 0", "got [0.0, 1.0]")

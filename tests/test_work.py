@@ -249,7 +249,7 @@ def test_a_loss_that_is_not_finite(store, whole, monkeypatch):
         f"The training loss of run {ERM.digest} is not finite at step 7; lower --lr. "
         "The checkpoints before it are kept."
     )
-    assert set(errors.values()) == {"not tried: what it needs failed, or was removed."}
+    assert set(errors.values()) == {"not tried: a run or measurement that it needs failed, or was removed."}
     assert set(errors) == {job.name for job in todo if job.runs[0] != OTHER} - {first.name}
     assert store.run(OTHER).done
     assert not any(store.run(run).done for run in RUNS if run != OTHER)
@@ -273,7 +273,9 @@ def test_a_rate_far_too_high(store):
 
 def test_what_was_removed_is_not_waited_for(store):
     measuring = [job for job in _todo(store) if job.measurements]
-    assert set(_errors(_work(store, measuring)).values()) == {"not tried: what it needs failed, or was removed."}
+    assert set(_errors(_work(store, measuring)).values()) == {
+        "not tried: a run or measurement that it needs failed, or was removed."
+    }
 
 
 def test_a_run_removed_before_it_is_measured(tmp_path):

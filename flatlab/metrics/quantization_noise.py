@@ -86,7 +86,7 @@ def _numbers(values: Numbers, name: str) -> FloatArray:
     array = np.asarray(found, dtype=np.float64)
     broken = int((~np.isfinite(array)).sum())
     if broken:
-        raise UserError(f"The {name} must be finite, got {broken} of {array.size} values that are not.")
+        raise UserError(f"The {name} must have finite values, got {broken} of {array.size} that are not finite.")
     return array
 
 
