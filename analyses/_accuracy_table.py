@@ -76,6 +76,7 @@ class PaperTable:
         average: the paper's column of the mean over all data sets, where it prints one.
         networks: of a table about another network than the paper's ResNet-50: the fields of a setting that stand in for
             it, by data set ("" for all others); the printed numbers are then in a block of their own alone.
+        theirs: the paper's network, where another stands in for it, in words.
         beside: settings of embedded data that are shown beside the digits.
     """
 
@@ -86,6 +87,7 @@ class PaperTable:
     domains: bool = False
     average: str = ""
     networks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    theirs: str = ""
     beside: tuple[Setting, ...] = ()
 
     @property
@@ -263,6 +265,9 @@ class PaperTable:
         """Say in a title and a line below which data and seeds the picture shows."""
         bars = f"Bars: {setting.interval}. Right: less {self.baseline}, paired by held-out domain and seed."
         setting = self.suited(setting)
+        if self.theirs:
+            models = " and ".join(f"{one.model}, weights {one.weights[:15]}," for one in setting.each)
+            bars = f"{models} in place of the paper's {self.theirs}. {bars}"
         return f"Table {self.number}: {setting.words}\n{self.protocol(setting)} {bars}"
 
     def draw(self, frame: pd.DataFrame, caption: str) -> Figure:

@@ -23,6 +23,7 @@ TABLE = PaperTable(
         "digits": {"model": "digits-densenet", **PERCENTILE},
         "": {"model": "densenet121", **PERCENTILE},
     },
+    theirs="DistilBERT and DenseNet-121",
     beside=(SENTENCES.replace(held_out=("amazon", "nyt")),),
 )
 
