@@ -259,7 +259,10 @@ class PaperTable:
         """Say which domains are held out, and how the numbers come about."""
         setting = self.suited(setting)
         held_out = "; ".join(f"{one.dataset}: {', '.join(one.held_out)}" for one in setting.each)
-        return f"Held out in turn: {held_out}. Checkpoint by training-domain validation; mean over held-out domains."
+        rule = "Checkpoint by training-domain validation; mean over held-out domains."
+        percentile = setting.class_percentile
+        classes = "" if percentile is None else f" The percentile over classes is that of {percentile:g}."
+        return f"Held out in turn: {held_out}. {rule}{classes}"
 
     def caption(self, setting: Setting) -> str:
         """Say in a title and a line below which data and seeds the picture shows."""

@@ -48,6 +48,11 @@ def test_table_3_prints_both_data_sets_of_the_paper():
             assert found.loc[f"{row['dataset']}, {row['method']}", column] == f"{cell['mean']} ± {cell['std']}"
 
 
+def test_the_caption_names_the_percentile_where_there_is_one():
+    assert "The percentile over classes is that of 10." in table3.FIGURE.caption(QUICK)
+    assert "percentile" not in table5.FIGURE.caption(QUICK)
+
+
 def test_the_optimizers_are_those_of_the_papers_code():
     def of(module, dataset="digits"):
         (first, *_) = (run for _, run in module.FIGURE.labelled(QUICK) if run.dataset == dataset)
