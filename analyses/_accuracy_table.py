@@ -76,6 +76,7 @@ class PaperTable:
         average: the paper's column of the mean over all data sets, if it prints one.
         networks: for a table about another network than the paper's ResNet-50: the fields of a setting that replace it,
             by data set ("" for all others); the printed numbers are then shown in a separate block only.
+        theirs: the paper's network, if another one stands in for it, as text.
         beside: settings of embedded data that are shown beside the digits.
     """
 
@@ -86,6 +87,7 @@ class PaperTable:
     domains: bool = False
     average: str = ""
     networks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    theirs: str = ""
     beside: tuple[Setting, ...] = ()
 
     @property
@@ -257,12 +259,18 @@ class PaperTable:
         """Return sentences on the held-out domains, the checkpoint and the mean."""
         setting = self.suited(setting)
         held_out = "; ".join(f"{one.dataset}: {', '.join(one.held_out)}" for one in setting.each)
-        return f"Held out in turn: {held_out}. Checkpoint by training-domain validation; mean over held-out domains."
+        rule = "Checkpoint by training-domain validation; mean over held-out domains."
+        percentile = setting.class_percentile
+        classes = "" if percentile is None else f" The percentile over classes is that of {percentile:g}."
+        return f"Held out in turn: {held_out}. {rule}{classes}"
 
     def caption(self, setting: Setting) -> str:
         """Return title and notes: data, seeds, intervals."""
         bars = f"Bars: {setting.interval}. Right: less {self.baseline}, paired by held-out domain and seed."
         setting = self.suited(setting)
+        if self.theirs:
+            models = " and ".join(f"{one.model}, weights {one.weights[:15]}," for one in setting.each)
+            bars = f"{models} in place of the paper's {self.theirs}. {bars}"
         return f"Table {self.number}: {setting.words}\n{self.protocol(setting)} {bars}"
 
     def draw(self, frame: pd.DataFrame, caption: str) -> Figure:

@@ -48,7 +48,7 @@ def test_equal_captions_are_positives_of_each_other():
 
 
 def test_class_vectors_are_of_the_sources_and_stay_while_the_image_tower_is_trained(tmp_path):
-    runs = [run_of(), run_of(held_out="rot0"), run_of("QT-DoG")]
+    runs = [run_of(), run_of("QT-DoG", held_out="rot0")]
     heads, towers = [], []
     for index, run in enumerate(runs):
         weights, _ = files.load_arrays(trained(tmp_path / str(index), run).run(run).checkpoint("last"))
@@ -60,7 +60,7 @@ def test_class_vectors_are_of_the_sources_and_stay_while_the_image_tower_is_trai
         latent = [each for name, each in weights.items() if name.startswith("features.projection.") and each.ndim == 2]
         towers.append([torch.equal(network.features.projection.weight, torch.from_numpy(each)) for each in latent])
     assert not any(map(any, towers))
-    assert torch.equal(heads[0], heads[2]) and not torch.allclose(heads[0], heads[1])
+    assert not torch.allclose(heads[0], heads[1])
     torch.testing.assert_close(heads[0].norm(dim=1), torch.ones(10))
 
 
@@ -102,6 +102,7 @@ def test_a_network_that_does_not_suit_the_data_is_refused(words, sentence, tmp_p
     assert sentence in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.slow
 def test_the_new_networks_are_trained_quantized_and_measured_by_the_commands(tmp_path):
     places = ("--store", tmp_path, "--held-out", "rot0")
     for name in ("digits-vit", "digits-clip"):

@@ -18,6 +18,7 @@ NAMED = {  # what the user writes -> the quantizer, or the noise, of the run
     "--method qt-dog --granularity tensor --bits 4": QuantSpec(granularity="tensor", bits=4, **LSQ),
     "--method qt-dog --log-scale": QuantSpec(log_scale=True, **LSQ),
     "--method qt-dog --unsigned": QuantSpec(signed=False, **LSQ),
+    "--method qt-dog --skip-first --head": QuantSpec(skip_first=True, head=True, **LSQ),
     "--method qt-dog --activations unsigned": QuantSpec(activations="unsigned", **LSQ),
     "--method qt-dog --activations Signed --activation-bits 4": QuantSpec(
         activations="signed", activation_bits=4, **LSQ

@@ -132,10 +132,12 @@ def _suffer(start, tally, kept, deaths):
         yield had + made - kept()
 
 
+SGD = {"optimizer": "sgd", "lr": 0.05, "schedule": "cosine", "warmup": 3, "clip_norm": 0.8}
 KILLED = {
     "group": (GROUP, None, 4),  # a state at each evaluation only: each four steps
     "lsq-swad": ([spec("QT-DoG", average="swad")], 0.0, 1),  # a state at each step
     "sam-lsq-sma": ([spec("QT-DoG", average="sma", step="sam")], None, 4),
+    "lsq, SGD on a clipped cosine": ([spec("QT-DoG").replace(**SGD)], None, 4),
 }
 
 

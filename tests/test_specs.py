@@ -97,6 +97,7 @@ def test_each_field_of_a_run_is_part_of_its_name():
     names |= {RUN.replace(quantizer=q, switch=None if q.kind in ("rtn", "obc") else 2).digest for q in kinds}
     names |= {RUN.replace(noise=noise, switch=4).digest for noise in (NoiseSpec(bits=7), NoiseSpec(amplitude=0.1))}
     changed = {"signed": False, "log_scale": True, "activations": "signed", "scale_lr": 0.0, "bits": 3}
+    changed |= {"embeddings": True, "skip_first": True, "head": True}
     names |= {RUN.replace(quantizer=QuantSpec(**{f: v}), switch=4).digest for f, v in changed.items()}
     assert len(names | {RUN.digest}) == len(other) + 3 + len(kinds) + 2 + len(changed)
     assert set(RunSpec.model_fields) - set(other) == {"quantizer", "frozen", "switch", "noise"}

@@ -62,8 +62,9 @@ def quantize(built: Network, spec: RunSpec) -> list[nn.Parameter]:
             return []
         case QuantSpec() as q:
             options = q.model_dump(include={"bits", "granularity", "grad_scale", "signed", "log_scale"})
-            skip = [next(iter(attach.layers(built)))] if isinstance(q, BothSpec) else []
-            attach.attach(built, skip=skip, **options)
+            where: dict[str, Any] = {"outside": "" if q.head else "head", "embeddings": q.embeddings}
+            first = next(iter(attach.layers(built, **where)))
+            attach.attach(built, skip=[first] if isinstance(q, BothSpec) or q.skip_first else [], **where, **options)
             own: dict[str, Any] = (
                 {"start": q.activation_start, "count": q.activation_count} if isinstance(q, BothSpec) else {}
             )

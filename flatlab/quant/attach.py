@@ -57,7 +57,7 @@ class Quantized(NamedTuple):
         return cast("nn.Parameter", self.layer.get_submodule(f"parametrizations.{tensor_of(self.layer)}").original)
 
 
-def layers(network: nn.Module, *, outside: str = "head") -> dict[str, nn.Module]:
+def layers(network: nn.Module, *, outside: str = "head", embeddings: bool = False) -> dict[str, nn.Module]:
     """Return the layers that can be quantized, by name: convolutions, linear maps and attention, outside of the head.
 
     A weight that several of them hold counts once, by the first; one that the head holds, too, is the head's.
@@ -65,6 +65,7 @@ def layers(network: nn.Module, *, outside: str = "head") -> dict[str, nn.Module]
     Args:
         network: any module.
         outside: the first part of the names that are left out.
+        embeddings: whether embeddings count, too, their rows as output channels.
 
     Raises:
         UserError: there are none.
@@ -72,7 +73,7 @@ def layers(network: nn.Module, *, outside: str = "head") -> dict[str, nn.Module]
     named = network.named_parameters(remove_duplicate=False)
     known = {id(each) for name, each in named if name.split(".")[0] == outside}
     found = {}
-    for name, layer in _places(network, outside):
+    for name, layer in _places(network, outside, embeddings=embeddings):
         if id(weight := _stored(layer)) not in known:
             known.add(id(weight))
             found[name] = layer
@@ -83,11 +84,12 @@ def layers(network: nn.Module, *, outside: str = "head") -> dict[str, nn.Module]
     return found
 
 
-def _places(network: nn.Module, outside: str) -> Iterator[tuple[str, nn.Module]]:
-    """Yield each layer of a kind that can be quantized, outside of the head; tied ones, too."""
-    for name, layer in network.named_modules():
-        if isinstance(layer, KINDS) and name.split(".")[0] != outside and _stored(layer) is not None:
-            yield name, layer
+def _places(network: nn.Module, outside: str | None, *, embeddings: bool = False) -> Iterator[tuple[str, nn.Module]]:
+    """Yield each layer of a kind that can be quantized, outside of the head; tied ones, too; embeddings come last."""
+    for kinds in (KINDS, (nn.Embedding,)) if embeddings else (KINDS,):
+        for name, layer in network.named_modules():
+            if isinstance(layer, kinds) and name.split(".")[0] != outside and _stored(layer) is not None:
+                yield name, layer
 
 
 def _stored(layer: nn.Module) -> nn.Parameter | None:
@@ -98,7 +100,14 @@ def _stored(layer: nn.Module) -> nn.Parameter | None:
     return cast("nn.Parameter | None", getattr(layer, name))
 
 
-def attach_each(network: nn.Module, make: Make, *, outside: str = "head", skip: Collection[str] = ()) -> list[str]:
+def attach_each(
+    network: nn.Module,
+    make: Make,
+    *,
+    outside: str = "head",
+    skip: Collection[str] = (),
+    embeddings: bool = False,
+) -> list[str]:
     """Quantize the weight of each layer in place by what `make(name, weight, axis)` returns; return the layers' names.
 
     The latent weights stay the very parameters that they were, so an optimizer keeps their moments. A weight that
@@ -110,13 +119,14 @@ def attach_each(network: nn.Module, make: Make, *, outside: str = "head", skip: 
         make: returns a layer's quantizer.
         outside: the first part of the names that are left out: the head.
         skip: names of other layers that are left out; no warning names them.
+        embeddings: whether embeddings are quantized, too, their rows as output channels.
 
     Raises:
         UserError: nothing to quantize, a weight that is parametrized already or not finite, or what `make` refuses.
     """
     made: dict[str, tuple[Quantizer, list[tuple[nn.Module, str]]]] = {}
     left = {id(each): name for name, each in network.named_parameters() if not is_lazy(each) and each.dim() > 1}
-    for name, layer in layers(network, outside=outside).items():
+    for name, layer in layers(network, outside=outside, embeddings=embeddings).items():
         weight = cast("nn.Parameter", _stored(layer))
         left.pop(id(weight), None)
         if name in skip:
@@ -153,12 +163,20 @@ def _holders(network: nn.Module, weight: nn.Parameter) -> list[tuple[nn.Module, 
     return [(module, name) for module in network.modules() for name, own in module._parameters.items() if own is weight]
 
 
-def attach(network: nn.Module, *, outside: str = "head", skip: Collection[str] = (), **options: Any) -> list[str]:
+def attach(
+    network: nn.Module,
+    *,
+    outside: str = "head",
+    skip: Collection[str] = (),
+    embeddings: bool = False,
+    **options: Any,
+) -> list[str]:
     """Quantize the weight of each convolution and linear map in place by LSQ; return the layers' names.
 
     Convolutions of any dimension, transposed ones, linear and bilinear maps, and the joint projection of attention are
-    quantized. Other matrices, such as those of embeddings and recurrent layers, stay in floating point, and a warning
-    names them. A weight that several modules hold stays one weight, and goes by the first layer's name.
+    quantized; embeddings only where asked for, row by row. Other matrices, such as those of recurrent layers, stay in
+    floating point, and a warning names them. A weight that several modules hold stays one weight, and goes by the first
+    layer's name.
 
     The latent weights stay the very parameters that they were, so an optimizer keeps their moments; the new step
     sizes (`scales`) have to be given to it, and kept positive by `clamp_scales` after each of its steps. The network is
@@ -168,12 +186,14 @@ def attach(network: nn.Module, *, outside: str = "head", skip: Collection[str] =
         network: any module.
         outside: the first part of the names that are left out: the head.
         skip: names of other layers that are left out.
+        embeddings: whether embeddings are quantized, too.
         options: LSQ's.
 
     Raises:
         UserError: nothing to quantize, a weight that is parametrized already, or what LSQ refuses.
     """
-    return attach_each(network, lambda _, weight, axis: LSQ(weight, axis=axis, **options), outside=outside, skip=skip)
+    where: dict[str, Any] = {"outside": outside, "skip": skip, "embeddings": embeddings}
+    return attach_each(network, lambda _, weight, axis: LSQ(weight, axis=axis, **options), **where)
 
 
 def attach_activations(
@@ -215,8 +235,8 @@ def _quantize_input(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tenso
 def quantized_layers(network: nn.Module) -> dict[str, Quantized]:
     """Return each quantized layer and its quantizer, by the layer's name; tied ones once, by the first's."""
     found: dict[str, Quantized] = {}
-    for name, layer in network.named_modules():
-        if isinstance(layer, KINDS) and parametrize.is_parametrized(layer, tensor_of(layer)):
+    for name, layer in _places(network, None, embeddings=True):
+        if parametrize.is_parametrized(layer, tensor_of(layer)):
             quantizer = layer.get_submodule(f"parametrizations.{tensor_of(layer)}.0")
             known = any(quantizer is each.quantizer for each in found.values())
             if isinstance(quantizer, Quantizer) and not known:

@@ -15,6 +15,7 @@ class LSQOptions(Spec):
     """Options of LSQ beyond its grid: fields of its spec and of a setting, and options of the command line."""
 
     later: ClassVar[tuple[str, ...]] = ("signed", "log_scale", "activations", "activation_bits")
+    later += ("embeddings", "skip_first", "head")
 
     signed: bool = Field(True, description="Quantize weights to codes of both signs; else negative weights become 0.")
     log_scale: bool = Field(False, description="Learn the logarithm of each LSQ step size.")
@@ -22,6 +23,9 @@ class LSQOptions(Spec):
         "none", description="Also quantize the layers' inputs with LSQ; unsigned for inputs that follow a ReLU."
     )
     activation_bits: Bits = Field(8, description="Bits of a quantized input.")
+    embeddings: bool = Field(False, description="Also quantize embeddings with LSQ, a step size for each row.")
+    skip_first: bool = Field(False, description="Leave the first layer (embeddings aside) in floating point under LSQ.")
+    head: bool = Field(False, description="Also quantize the head, the last layer, with LSQ.")
 
 
 class QuantSpec(LSQOptions):
