@@ -381,4 +381,5 @@ def turning(
         look: dict[str, Any] = {"marker": {"size": 4, "color": "crimson"}, "line_color": "crimson", "name": "marks"}
         figure.add_scatter3d(**where, mode=mode, text=list(marks[1]), **look)
     scene = {f"{axis}axis_title": name for axis, name in zip("xyz", axes, strict=True)}
-    return figure.update_layout(scene={**scene, "zaxis_type": "log" if log else "linear"}, template="plotly_white")
+    scene |= {"zaxis_type": "log" if log else "linear"}
+    return figure.update_layout(scene=scene, height=600, margin=dict.fromkeys("lrtb", 20), template="plotly_white")

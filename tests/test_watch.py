@@ -1,4 +1,4 @@
-"""Flatness while training: what is measured, when, within which share; and that it leaves no trace in the training."""
+"""Flatness while training: what is measured, when, within which share; and that the training is the same with it."""
 
 import random
 import subprocess
@@ -189,6 +189,7 @@ def test_importing_the_package_is_enough():
 # ----------------------------------------------------------------------------------------- with the real frameworks
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_the_callback_of_lightning(tmp_path):
     pl = pytest.importorskip("lightning.pytorch", reason="Lightning is not installed: uv sync --extra lightning")
@@ -232,6 +233,7 @@ def test_the_callback_of_lightning(tmp_path):
     assert logged["flatness/radius"].tolist() == pytest.approx([row["radius"] for row in watch.rows])
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_the_callback_of_transformers(tmp_path):
     pytest.importorskip("accelerate", reason="accelerate is not installed: uv sync --extra transformers")
