@@ -24,7 +24,7 @@ from flatlab.specs.base import Spec
 from flatlab.store.runs import RunStore
 
 COMMANDS = ["reproduce", "train", "flatness", "noise", "hessian", "landscape", "audit", "selftest", "stability"]
-COMMANDS += ["replay", "ensemble", "import", "methods", "list", "doctor", "report", "export"]
+COMMANDS += ["replay", "ensemble", "import", "methods", "list", "doctor", "report", "export", "latency"]
 COMMANDS += ["runs list", "runs show", "runs verify", "runs rm", "runs merge", "data list", "data check", "data cache"]
 COMMANDS += ["jobs list", "jobs logs", "jobs cancel"]
 GROUPS = ("runs", "data", "jobs")

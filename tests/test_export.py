@@ -1,6 +1,7 @@
 """Codes as bits, and quantized runs as files: the round trip is exact, and the bytes are told as they are."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -249,3 +250,21 @@ def test_the_command_tells_the_nominal_and_the_true_size(store, tmp_path, capsys
     facts = json.loads(capsys.readouterr().out)
     assert facts["bytes"] == size and facts["compression"] == facts["float_bytes"] / facts["bytes"]
     assert load_exported(tmp_path / "seven.safetensors").head.weight.shape == (10, 1024)
+
+
+# --- the format, as the docs have it -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["7 bits, tensor", "16 bits", "unsigned logarithmic", "activations", "powers of two"])
+def test_the_reader_of_the_docs_reads_the_network_to_the_bit(tmp_path, name):
+    page = (Path(__file__).parents[1] / "docs" / "packed-format.md").read_text()
+    code = page.split("```python\n")[1].split("```")[0]
+    assert len([line for line in code.splitlines() if line.strip()]) <= 24
+    scope = {}
+    exec(code, scope)
+    run = trained(tmp_path, RUNS[name]).run(RUNS[name])
+    export(run, tmp_path / "file.safetensors", PLACE)
+    read, expected = scope["read"](tmp_path / "file.safetensors"), load_exported(tmp_path / "file.safetensors")
+    assert read.keys() == expected.state_dict().keys()
+    for key, value in expected.state_dict().items():
+        assert np.array_equal(read[key], value.numpy()), key

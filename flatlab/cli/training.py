@@ -205,3 +205,31 @@ def _export_onnx(chosen: Choices, run: Any, path: Path, place: Any, how: tuple[s
     rows = pd.DataFrame([asdict(row) for row in done.rows])
     formats = {"agreement": ".2%", "deviation": ".2g", "largest": ".2f", "accuracy": ".3f", "accuracy_onnx": ".3f"}
     chosen.answer(rows, f"{done.path}: {done.bytes:,} bytes, {spec.activations} activations", formats)
+
+
+@commands.command(epilog="Example: `flatlab latency QT-DoG --held-out rot45`, or of files: `flatlab latency net.onnx`")
+@takes(*NAMED, "data_dir", "cache", "store", "json", "debug")
+def latency(
+    chosen: Choices,
+    given: Annotated[list[str], typer.Argument(metavar="RUN|FILE...", help="Runs, or ONNX files (.onnx).")],
+    rounds: Annotated[int, typer.Option(help="Calls of each engine, one after the other in turn.", min=6)] = 30,
+) -> None:
+    """Time networks on this processor: in torch and onnxruntime, in floats, with integer weights and in int8."""
+    import pandas as pd
+
+    from flatlab import reproduce
+    from flatlab.deploy import session
+
+    session.needed()
+    from flatlab.deploy import latency as timing
+
+    files = [Path(each) for each in given if each.endswith(".onnx")]
+    found = chosen.found([each for each in given if not each.endswith(".onnx")]) if len(files) < len(given) else []
+    place = reproduce.place_of(found, chosen.place())[0] if found else chosen.place()
+    with timing.engines(found, files, place) as engines:
+        rows = pd.DataFrame(timing.table(engines, rounds=rounds))
+    formats = dict.fromkeys(("median_ms", "low_ms", "high_ms", "peak_mb"), ".2f")
+    chosen.answer(rows, f"Milliseconds a batch: medians of {rounds} calls, 95 % intervals; {timing.machine()}", formats)
+    if not chosen.json:
+        for remark in timing.remarks(rows):
+            say(remark, mark="")

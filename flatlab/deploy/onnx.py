@@ -91,19 +91,38 @@ def export_onnx(
     spec = spec or OnnxSpec()
     network = network_of(run, checkpoint, place).cpu()
     domains = loading_data.domains(run.spec, place)
+    count = spec.calibration_images if spec.activations == "int8" else 1
+    write(network, path, spec, calibration(domains, count))
+    rows = tuple(compare(network, path, name, each) for name, each in _images(domains).items())
+    return ExportedOnnx(str(path), path.stat().st_size, rows)
+
+
+def calibration(domains: loading_data.Domains, count: int) -> list[Any]:
+    """Return the first training images of each source domain in batches (N, C, H, W), as arrays."""
+    each = domains.calibration(count, torch.device("cpu"))
+    return [inputs.contiguous().numpy() for one in each for inputs, _ in one]
+
+
+def write(network: nn.Module, path: Path, spec: OnnxSpec, batches: list[Any]) -> None:
+    """Bake a network and write it to an ONNX file, the weights that were quantized as int8 codes.
+
+    Args:
+        network: in eval mode, on the host.
+        path: the file, .onnx.
+        spec: of the file.
+        batches: of images (N, C, H, W): the first is traced, and all calibrate int8 activations.
+
+    Raises:
+        UserError: where a quantizer does not fit, or the network cannot be exported.
+    """
     codes = _codes(network, spec)
     bake(network)
-    first = next(iter(domains.calibration(1, torch.device("cpu"))[0]))[0]
-    graph = Graph(network, first, opset=spec.opset)
+    graph = Graph(network, torch.from_numpy(batches[0][:1]), opset=spec.opset)
     _put(graph, codes)
     graph.fold()
     if spec.activations == "int8":
-        images = domains.calibration(spec.calibration_images, torch.device("cpu"))
-        batches = [inputs.contiguous().numpy() for each in images for inputs, _ in each]
         graph.round_activations(ranges(_in_floats(graph), batches, spec.calibration))
     path.write_bytes(graph.finished().SerializeToString())
-    rows = tuple(compare(network, path, name, each) for name, each in _images(domains).items())
-    return ExportedOnnx(str(path), path.stat().st_size, rows)
 
 
 def _codes(network: nn.Module, spec: OnnxSpec) -> dict[str, Codes]:
