@@ -106,7 +106,7 @@ def test_no_gradient_flows_through_the_statistics():
 
 @pytest.mark.parametrize("name", STAGES)
 def test_every_network_has_stages_to_mix_and_is_left_as_it_was(name, untouched):
-    channels, side = (1, 16) if name == "digits-cnn" or name in CNNS else (3, 32)
+    channels, side = (1, 16) if name == "digits-cnn" or name in CNNS else (3, 64 if name == "densenet121" else 32)
     network = build_network(name, num_classes=3, in_channels=channels).double().eval()
     inputs = random(4, channels, side, side)
     with untouched(network), torch.no_grad():

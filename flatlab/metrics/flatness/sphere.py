@@ -44,7 +44,8 @@ def sphere_flatness(
         rel_error: standard error / |F| at which sampling stops.
         abs_error: absolute standard error (nats) at which sampling also stops.
         budget: maximum number of images forwarded; by default 100 passes for each radius.
-        seed: of the directions; use the same for all models that are to be compared.
+        seed: of the directions; use the same for all models that are to be compared. For an accuracy target the pilot
+            times blocks, so that two calls can plan differently; their values then differ within the intervals.
         normalisation: "filter", "layer" or "parameter": radii relative to the weights' norms (Dinh et al. 2017).
         report: called with the draws at each radius after each unit.
     """
