@@ -12,7 +12,7 @@ from stores import PLACE, TINY, spec, trained
 from torch import nn
 
 from flatlab.deploy.calibration import ranges
-from flatlab.deploy.graph import Graph, Range
+from flatlab.deploy.graph import Codes, Graph, Range
 from flatlab.deploy.onnx import _codes, _in_floats, compare, export_onnx
 from flatlab.deploy.session import opened
 from flatlab.errors import UserError
@@ -113,13 +113,25 @@ def small(**options):
     return _in_floats(graph), images.numpy(), network
 
 
-@pytest.mark.parametrize("bits", [7, 8])
-def test_channels_that_batchnorm_turns_over_keep_their_codes(tmp_path, bits):
-    graph, images, network = small(bits=bits)
+@pytest.mark.parametrize(("bits", "signed"), [(7, True), (8, True), (8, False)])
+def test_channels_that_batchnorm_turns_over_keep_their_codes(tmp_path, bits, signed):
+    graph, images, network = small(bits=bits, signed=signed)
     assert all((codes.scale > 0).all() for codes in graph.codes.values())
     (tmp_path / "net.onnx").write_bytes(graph.finished().SerializeToString())
     row = compare(network, tmp_path / "net.onnx", "random", [(torch.from_numpy(images), torch.zeros(8))])
-    assert row.deviation < {7: 1e-5, 8: 5e-3}[bits] * row.largest  # of 8 bits -128 has no opposite
+    assert row.deviation < 1e-5 * row.largest
+
+
+def test_codes_that_integer_kernels_cannot_hold_are_refused():
+    codes = Codes(np.array([[-128, 5], [127, 0]]), np.ones(2, np.float32)).times(np.array([-1.0, 1.0]))
+    shifted, zero = codes.fitting(np.dtype(np.int8), level=False)
+    assert shifted.tolist() == [[127, -6], [127, 0]] and zero.tolist() == [-1, 0]
+    assert codes.fitting(np.dtype(np.int8), level=True)[0].tolist() == [[127, -5], [127, 0]]
+    unsigned = Codes(np.array([[255, 0], [3, 4]]), np.ones(2, np.float32)).times(np.array([-1.0, 1.0]))
+    shifted, zero = unsigned.fitting(np.dtype(np.int8), level=False)
+    assert shifted.tolist() == [[-128, 127], [3, 4]] and zero.tolist() == [127, 0]
+    with pytest.raises(UserError, match="got unsigned codes of 8 bits and a negative gain"):
+        unsigned.fitting(np.dtype(np.int8), level=True)
 
 
 @pytest.mark.slow

@@ -33,6 +33,29 @@ class Codes:
         sign = np.where(factor < 0, -1, 1).reshape(-1, *[1] * (self.codes.ndim - 1))
         return Codes(self.codes * sign, (self.scale * np.abs(factor)).astype(np.float32))
 
+    def fitting(self, kind: np.dtype[Any], *, level: bool) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Return codes within an integer type, and which of them (C,) stand for 0.
+
+        A channel whose sign BatchNorm reversed can exceed the type; its codes are shifted, which is exact.
+
+        Args:
+            kind: int8 or uint8.
+            level: whether 0 must be 0 in all channels, as integer kernels want it: -128 reversed is then 127.
+
+        Raises:
+            UserError: codes exceed the type by more than that.
+        """
+        each, ends = self.codes.reshape(len(self.codes), -1), np.iinfo(kind)
+        zero = np.maximum(ends.min - each.min(1), 0) + np.minimum(ends.max - each.max(1), 0)
+        if not level:
+            return self.codes + zero.reshape(-1, *[1] * (self.codes.ndim - 1)), zero
+        if np.abs(zero).max() > 1:
+            raise UserError(
+                "--activations int8 needs weights whose codes lie between -128 and 127 behind BatchNorm, got unsigned "
+                "codes of 8 bits and a negative gain. Leave --activations out, or train fewer bits or signed codes."
+            )
+        return np.clip(self.codes, ends.min, ends.max), np.zeros_like(zero)
+
 
 @dataclass(frozen=True)
 class Range:
@@ -66,6 +89,7 @@ class Graph:
         self.proto = self.model.graph
         self.weights = {each.name: numpy_helper.to_array(each) for each in self.proto.initializer}
         self.codes: dict[str, Codes] = {}
+        self.rounds = False  # whether activations are rounded
         for node in [each for each in self.proto.node if each.op_type == "Identity" and each.input[0] in self.weights]:
             self.weights[node.output[0]] = self.weights[node.input[0]]
             self.proto.node.remove(node)
@@ -126,6 +150,7 @@ class Graph:
         Args:
             ranges: of the tensors that `rounded` names, and of what MaxPool makes of them.
         """
+        self.rounds = True
         for node in [each for each in self.proto.node if each.op_type == "MaxPool" and each.input[0] in ranges]:
             ranges = {**ranges, node.output[0]: ranges[node.input[0]]}
         for name, each in ranges.items():
@@ -148,22 +173,20 @@ class Graph:
                 whole = np.clip(np.rint(self.weights.pop(node.input[2]) / step), -(2**31), 2**31 - 1)
                 self._codes_of(node.input[2], whole.astype(np.int32), step)
 
-    def _codes_of(self, name: str, codes: Array, scale: Array) -> None:
-        """Have a tensor computed from integer codes."""
-        zero = np.zeros(scale.shape, codes.dtype)
-        self.weights |= {f"{name}.codes": codes, f"{name}.scale": scale, f"{name}.origin": zero}
+    def _codes_of(self, name: str, codes: Array, scale: Array, zero: Array | int = 0) -> None:
+        """Have a tensor computed from integer codes, of which `zero` (C,) stand for 0."""
+        origin = np.broadcast_to(np.asarray(zero, codes.dtype), scale.shape)
+        self.weights |= {f"{name}.codes": codes, f"{name}.scale": scale, f"{name}.origin": origin}
         parts = [f"{name}.codes", f"{name}.scale", f"{name}.origin"]
         self.proto.node.append(helper.make_node("DequantizeLinear", parts, [name], axis=0))
 
     def finished(self) -> Any:
         """Return the model, each quantized weight as its codes; the ONNX checker has passed it."""
         for name, each in self.codes.items():
-            low, high = int(each.codes.min()), int(each.codes.max())
-            kind = np.uint8 if low >= 0 else np.int8
-            if not np.iinfo(kind).min <= low <= high <= np.iinfo(kind).max:
-                kind = np.int8  # a code -128 whose channel BatchNorm turned over: 127, half a per cent of one weight
+            kind = np.dtype(np.uint8 if each.codes.min() >= 0 else np.int8)
+            codes, zero = each.fitting(kind, level=self.rounds)
             self.weights.pop(name)
-            self._codes_of(name, np.clip(each.codes, np.iinfo(kind).min, np.iinfo(kind).max).astype(kind), each.scale)
+            self._codes_of(name, codes.astype(kind), each.scale, zero)
         self.write()
         onnx.checker.check_model(self.model, full_check=True)
         return self.model
