@@ -187,6 +187,7 @@ def test_photographs_without_the_package_are_refused_in_one_sentence(monkeypatch
         corrupted(photographs(), "frost:3", {"photo": np.arange(2)})
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("imagecorruptions") is None, reason="flatlab[corruptions] is not installed")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("name", PHOTOGRAPHS)

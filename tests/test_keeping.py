@@ -35,6 +35,7 @@ def around():
     return cases.make("conv_bn").double().landscape([20, 4])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["reverse", "forward"])
 def test_the_units_are_the_measurements_of_the_kept_method(method):
     landscape, drawer = around(), Drawer()

@@ -156,6 +156,7 @@ def test_what_was_not_kept_is_a_sentence(tmp_path, store):
     refuses(lambda: replay(gone, {}, PLACE), *told)
 
 
+@pytest.mark.slow
 def test_the_command_says_what_each_average_is_of_and_draws_it(tmp_path, capsys):
     words = ("--store", tmp_path / "runs", "--json")
     tiny = ("--setting", "smoke", "--held-out", "rot0", "--seeds", "1", "--steps", "24")

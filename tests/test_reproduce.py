@@ -96,12 +96,14 @@ def refused(capsys, folder, *more):
     return " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["csv", "npz", "json"])
 def test_a_missing_file_is_named(one, capsys, suffix):
     (one / f"fig2.{suffix}").unlink()
     assert f"fig2.{suffix} is missing. Make the figure with `flatlab reproduce fig2`" in refused(capsys, one)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["csv", "npz"])
 def test_a_damaged_file_is_named_and_nothing_is_drawn(one, capsys, suffix):
     path, picture = one / f"fig2.{suffix}", (one / "fig2.png").read_bytes()
@@ -110,6 +112,7 @@ def test_a_damaged_file_is_named_and_nothing_is_drawn(one, capsys, suffix):
     assert (one / "fig2.png").read_bytes() == picture
 
 
+@pytest.mark.slow
 def test_files_of_another_figure_are_refused(smoke, one, capsys):
     shutil.copy(smoke[0] / "figures" / "fig8.csv", one / "fig2.csv")
     assert "fig2.csv is damaged or of another figure" in refused(capsys, one)
@@ -119,10 +122,12 @@ def test_files_of_another_figure_are_refused(smoke, one, capsys):
     assert "fig2.json is damaged" in refused(capsys, one)
 
 
+@pytest.mark.slow
 def test_what_the_store_is_for_does_nothing_where_a_figure_is_only_drawn(one, capsys):
     assert "--seeds does nothing with --draw-only" in refused(capsys, one, "--seeds", "2")
 
 
+@pytest.mark.slow
 def test_other_data_are_kept_in_a_folder_of_their_own(smoke, tmp_path):
     assert reproduce._own_folder({"dataset": "PACS", "model": "resnet50"}) == "pacs-resnet50"
     assert reproduce._own_folder(SMOKE.model_dump()) == ""
@@ -136,6 +141,7 @@ def test_every_analysis_keeps_the_contract():
         assert {run for run, _ in measured} <= {*runs} and figure.baseline in dict(figure.labelled(SMOKE))
 
 
+@pytest.mark.slow
 def test_a_second_call_makes_nothing_and_writes_the_same(smoke):
     root, words, _ = smoke
     before = {path: path.read_bytes() for path in (root / "figures").iterdir() if path.suffix != ".json"}
@@ -145,6 +151,7 @@ def test_a_second_call_makes_nothing_and_writes_the_same(smoke):
     assert {path: path.stat().st_mtime_ns for path in (root / "runs").rglob("done")} == done
 
 
+@pytest.mark.slow
 def test_figure_3_is_tidy(smoke):
     root, _, _ = smoke
     frame = pd.read_csv(root / "figures" / "fig3.csv")
@@ -166,6 +173,7 @@ def test_figure_3_is_tidy(smoke):
     assert same[same.radius == one.radius.iloc[0]].value.item() == pytest.approx(means.mean())
 
 
+@pytest.mark.slow
 def test_table_4_counts_the_rows_that_obc_serves_worse_than_rounding(smoke):
     frame = pd.read_csv(smoke[0] / "figures" / "table4.csv")
     noted = frame["rows_worse"].notna()
@@ -177,6 +185,7 @@ def test_table_4_counts_the_rows_that_obc_serves_worse_than_rounding(smoke):
     assert f"(3 of {112 * runs})" in told and told.endswith("have a larger one.")
 
 
+@pytest.mark.slow
 def test_the_json_says_how_it_came_about(smoke):
     root, _, _ = smoke
     record = json.loads((root / "figures" / "fig3.json").read_text())

@@ -218,6 +218,7 @@ def test_the_flipped_file_is_blamed(store):
     assert [name in fault for name, fault in zip(["spec.json", "done"], store.faults(), strict=True)] == [True, True]
 
 
+@pytest.mark.slow
 def test_list_and_rm_go_on_after_damage(store):
     (store.run(RUN).path / "spec.json").write_text("{")
     command = ["runs", "list", "--store", store.root]

@@ -125,6 +125,7 @@ def test_intervals_that_are_too_narrow_are_caught(monkeypatch):
     assert len(failures(selftest._coverage)) == 2
 
 
+@pytest.mark.slow
 def test_a_search_that_stops_too_early_is_caught(monkeypatch):
     monkeypatch.setattr(eigenvalues._Search, "_settled", lambda self: self.krylov.size >= self.need)
     assert "cpu: quadratic, top eigenvalues" in failures(selftest._spectra)

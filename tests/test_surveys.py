@@ -49,6 +49,7 @@ def digests(store):
     return {run.spec.label: run.spec.digest for run in RunStore(store).runs()}
 
 
+@pytest.mark.slow
 def test_a_surface_is_measured_drawn_and_kept(flatlab, store, tmp_path):
     erm = digests(store)["erm"]
     words = (erm, *IMAGES, "--grid", 5, "--refine", 0, "--no-triangle")

@@ -106,6 +106,7 @@ def test_traces_of_networks_agree_with_dense_autograd(name, layout, untouched):
     assert found.cost.hvps <= 80
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mlp", "vit"])
 def test_the_trace_of_a_small_network_is_exact(name):
     landscape, matrix = double(name).landscape([5, 1, 11, 7]), dense(name, "one")

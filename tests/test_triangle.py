@@ -94,6 +94,7 @@ def test_a_halved_trace_is_seen(monkeypatch):
     assert signs == {("sphere", "trace"): True, ("sphere", "density"): False, ("trace", "density"): True}
 
 
+@pytest.mark.slow
 def test_the_draws_share_nothing_and_the_seed_bites():
     landscape = bowl(np.linspace(0.1, 3.0, 100), "seeds")  # of up to 84 parameters the trace is exact
     runs = [trace_check(landscape, radii=[0.5], seed=seed) for seed in range(30)]

@@ -180,6 +180,7 @@ def test_wrong_arguments_are_refused():
     refuses(lambda: Monitor(landscape, numbers=["radios"]), "Unknown number 'radios'; did you mean radius?")
 
 
+@pytest.mark.slow
 def test_importing_the_package_is_enough():
     line = "import flatlab; print(flatlab.watch.Monitor.__name__)"
     found = subprocess.run([sys.executable, "-c", line], capture_output=True, text=True, check=True)

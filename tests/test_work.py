@@ -98,6 +98,7 @@ def _hold(root, held):
         signal.pause()
 
 
+@pytest.mark.slow
 def test_a_killed_worker_lets_go(store):
     held = multiprocessing.get_context("forkserver").Event()
     holder = child(_hold, store.root, held)
