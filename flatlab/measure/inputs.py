@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flatlab.data.batches import evaluation_batches
-from flatlab.data.corruptions import corrupted
 from flatlab.errors import UserError
 from flatlab.landscape.landscape import Landscape
 from flatlab.loading import data as loading_data
@@ -162,6 +161,8 @@ def images(run: Run, spec: MeasurementSpec, place: Place) -> dict[str, Pairs]:
     split = domains.inside if spec.split == "in" else domains.outside
     data, rows = domains.data, {name: each[: spec.images] for name, each in split.items()}
     if spec.corruption:
+        from flatlab.data.corruptions import corrupted  # here: scipy.ndimage takes a third of a second to load
+
         data = corrupted(data, spec.corruption, rows)
         rows = {domain.name: np.arange(len(domain)) for domain in data.domains}
     device = loading_data.device(place)
