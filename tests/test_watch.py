@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import flatlab
+from flatlab.errors import UserError
 from flatlab.watch import CSV, Monitor, TensorBoard, monitor
 
 COLUMNS = [
@@ -146,6 +147,16 @@ def test_modes_and_generators_are_restored_after_an_error():
         Monitor(broken, every=1)(model, 1)
     assert torch.equal(before[0], torch.get_rng_state()) and before[1] == random.getstate()
     assert [module.training for module in model] == [True, True, True, False, True]
+
+
+def test_a_file_of_other_columns_is_left_as_it_is(tmp_path):
+    path = tmp_path / "flat.csv"
+    CSV(path).log({"loss": 1.0, "radius": 2.0}, step=1)
+    CSV(path).log({"loss": 0.5, "radius": 3.0}, step=2)
+    before = path.read_text()
+    with pytest.raises(UserError, match="has the columns step, loss, radius, got step, loss, trace; give another file"):
+        CSV(path).log({"loss": 0.5, "trace": 3.0}, step=3)
+    assert path.read_text() == before and before.splitlines() == ["step,loss,radius", "1,1.0,2.0", "2,0.5,3.0"]
 
 
 def test_every_sink_is_given_every_measurement(tmp_path):

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from flatlab import files
 from flatlab.deploy import session
 from flatlab.deploy.calibration import ranges
 from flatlab.deploy.graph import INPUT, OUTPUT, Codes, Graph
@@ -122,7 +123,7 @@ def write(network: nn.Module, path: Path, spec: OnnxSpec, batches: list[Any]) ->
     graph.fold()
     if spec.activations == "int8":
         graph.round_activations(ranges(_in_floats(graph), batches, spec.calibration))
-    path.write_bytes(graph.finished().SerializeToString())
+    files.write_bytes(path, graph.finished().SerializeToString())
 
 
 def _codes(network: nn.Module, spec: OnnxSpec) -> dict[str, Codes]:

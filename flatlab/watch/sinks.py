@@ -22,6 +22,9 @@ class CSV:
 
     Args:
         path: of the file.
+
+    Raises:
+        UserError: on the first row, if the file has other columns.
     """
 
     def __init__(self, path: str | PathLike[str]) -> None:
@@ -29,11 +32,18 @@ class CSV:
 
     def log(self, values: Mapping[str, Any], step: int) -> None:
         """Append a row, below the names where the file is new."""
-        new = not self.path.exists()
-        with self.path.open("a", newline="") as file:
+        names = ["step", *values]
+        with self.path.open("a+", newline="") as file:
+            file.seek(0)
+            known = next(csv.reader(file), [])
+            if known and known != names:
+                raise UserError(
+                    f"{self.path} has the columns {', '.join(known)}, got {', '.join(names)}; give another file, "
+                    "or the same `numbers` as before."
+                )
             rows = csv.writer(file)
-            if new:
-                rows.writerow(["step", *values])
+            if not known:
+                rows.writerow(names)
             rows.writerow([step, *values.values()])
 
 
