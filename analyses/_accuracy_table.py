@@ -75,7 +75,8 @@ class PaperTable:
         domains: whether the paper prints a column for each held-out domain.
         average: the paper's column of the mean over all data sets, if it prints one.
         networks: for a table about another network than the paper's ResNet-50: the fields of a setting that replace it,
-            by data set ("" for all others); the printed numbers are then shown in a separate block only.
+            by data set ("" for all others); the printed numbers are then shown in a separate block only, and
+            `reproduce all` does not make the table.
         theirs: the paper's network, if another one stands in for it, as text.
         beside: settings of embedded data that are shown beside the digits.
     """
@@ -302,6 +303,7 @@ class PaperTable:
             draw=from_table(self.draw),
             sheet=self.sheet,
             as_published=self.as_published,
+            alone=bool(self.networks),
         )
 
 
