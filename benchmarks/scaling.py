@@ -1,6 +1,6 @@
 """What do many runs cost? Time to list and plan N finished runs, bytes of the store, overhead of an engine per job.
 
-    python benchmarks/scaling.py [--runs 250 500 1000 2000] [--jobs 1 50 200] [--executors local slurm]
+    python benchmarks/scaling.py [--runs 250 500 1000 2000] [--jobs 1 50 200] [--executors local ray]
 
 One run is trained; the others are written by the classes of the store with its log and checkpoints of the same size.
 """
@@ -93,7 +93,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, nargs="+", default=[250, 500, 1000, 2000])
     parser.add_argument("--jobs", type=int, nargs="+", default=[1, 50, 200])
-    parser.add_argument("--executors", nargs="+", default=["local"], choices=["local", "slurm"])
+    parser.add_argument("--executors", nargs="+", default=["local"], choices=["local", "slurm", "ray"])
     parser.add_argument("--work", type=Path, help="folder of the store, shared by the nodes (default: a temporary one)")
     parser.add_argument("--out", type=Path, default=HERE / "results")
     asked = parser.parse_args()

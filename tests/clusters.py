@@ -1,4 +1,4 @@
-"""What the tests on Slurm use: plans, the store of one process, commands that are killed."""
+"""What the tests on Slurm and on Ray share: plans, the store of one process, commands that are killed."""
 
 import subprocess
 import sys

@@ -75,6 +75,7 @@ TORCH_FREE = (
     "jobs.plan",
     "jobs.local",
     "jobs.slurm",
+    "jobs.on_ray",
     "cli",
     "analyses",
 )

@@ -1,7 +1,10 @@
 """Submissions: events are read from files, by whole lines; options of engines are refused where they do nothing."""
 
 import json
+import platform
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from commandline import TINY, call
@@ -9,8 +12,8 @@ from stores import ERM, OTHER, PLACE, PROBE, SIZES, trained
 
 from flatlab.errors import UserError
 from flatlab.jobs import engine as engines
+from flatlab.jobs import on_ray, slurm
 from flatlab.jobs import plan as jobs_plan
-from flatlab.jobs import slurm
 from flatlab.jobs.plan import WorkPlan
 from flatlab.jobs.submission import Submission, submissions
 from flatlab.specs.engine import Engine
@@ -107,7 +110,12 @@ def test_an_array_that_covers_the_plan_is_followed(submission, monkeypatch):
 @pytest.mark.parametrize(
     "words, sentence",
     [
-        ("--gpus 1", "--gpus does nothing without --executor slurm; leave it out."),
+        ("--gpus 1", "--gpus does nothing with --executor local; leave it out, or write --executor slurm."),
+        (
+            "--ray-address auto",
+            "--ray-address does nothing with --executor local; leave it out, or write --exec",
+        ),
+        ("--executor ray --partition a", "--partition does nothing with --executor ray; leave it out, or write --exec"),
         ("--executor slurm --workers 2", "--workers counts processes of this machine; write --max-workers 2."),
         ("--executor slurm --slurm-arg account", "slurm_arg"),
         ("--executor slurm --time 1", "--time must be an integer >= 3, got 1."),
@@ -133,11 +141,12 @@ def test_options_become_an_engine(tmp_path, monkeypatch):
     assert made == Engine(executor="slurm", workers=1, **asked)  # one job
 
 
-def test_what_is_not_installed_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(slurm, "find_spec", lambda _: None)
+@pytest.mark.parametrize("executor", ["slurm", "ray"])
+def test_what_is_not_installed_is_named(executor, tmp_path, monkeypatch):
+    monkeypatch.setattr(f"flatlab.jobs.{ {'slurm': 'slurm', 'ray': 'on_ray'}[executor] }.find_spec", lambda _: None)
     plan = planned(RunStore(tmp_path), ERM)
-    with pytest.raises(UserError, match=r"--executor slurm needs .*pip install 'flatlab\[slurm\]'"):
-        engines.run(plan, Engine(executor="slurm"), on_event=print)
+    with pytest.raises(UserError, match=rf"--executor {executor} needs .*pip install 'flatlab\[{executor}\]'"):
+        engines.run(plan, Engine(executor=executor), on_event=print)
     assert submissions(RunStore(tmp_path)) == []
 
 
@@ -181,3 +190,24 @@ def test_a_disk_with_locks_of_one_node_is_refused(tmp_path, monkeypatch):
     slurm.Worker(str(submission.folder))(0)  # as on a node: nothing is started
     (event,) = submission.news()
     assert event["job"] == "worker" and "got nfs with nolock" in event["error"]
+
+
+def test_a_node_without_the_store_is_named(tmp_path):
+    with pytest.raises(UserError, match=f"Node {platform.node()} does not see .*: --store must name a folder"):
+        on_ray.do(str(tmp_path / "gone"), 0)
+
+
+@pytest.mark.parametrize(
+    "address, sentence",
+    [(None, "Ray did not start on this machine: timed out"), ("auto", r"--ray-address must be .* got auto: timed out")],
+)
+def test_a_cluster_that_does_not_start_is_one_sentence(address, sentence, tmp_path, monkeypatch):
+    def init(**_):
+        raise Exception("timed out")  # as Ray does
+
+    monkeypatch.setattr(on_ray, "find_spec", lambda _: True)
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(init=init))
+    store = RunStore(tmp_path)
+    with pytest.raises(UserError, match=sentence):
+        engines.run(planned(store, ERM), Engine(executor="ray", ray_address=address), on_event=print)
+    assert submissions(store) == []

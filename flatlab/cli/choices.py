@@ -199,8 +199,13 @@ class Choices(Options):
         from flatlab.environment import cores
         from flatlab.specs.engine import Engine
 
+        for name in sorted(self.written & CLUSTERS.keys()):
+            if self.executor not in CLUSTERS[name]:
+                raise UserError(
+                    f"{flag(name)} does nothing with --executor {self.executor}; leave it out, or write "
+                    f"--executor {CLUSTERS[name][0]}."
+                )
         if self.executor == "local":
-            self.refuse(CLUSTERS, "without --executor slurm")
             usual = 1 if _accelerated(self.device) else cores()
             return Engine(workers=max(1, min(jobs, self.workers or usual)))
         if self.workers:

@@ -24,7 +24,7 @@ Runs = Annotated[list[str], typer.Argument(help=f"Runs: each {_RUN} (`flatlab ru
 OneRun = Annotated[str, typer.Argument(help=f"Run: {_RUN} (`flatlab runs list`).")]
 
 DATA, COMPOSITION, SCHEDULE, PLACE, OUTPUT = "Data", "Composition", "Schedule and seeds", "Place", "Output"
-CLUSTER = "Slurm"
+CLUSTER = "Slurm and Ray"
 MODELS = {  # -> channels; None: any number; 0: sentences
     **dict.fromkeys(("digits-cnn", "digits-vit", "digits-resnext", "digits-densenet", "digits-clip")),
     **dict.fromkeys(("resnet18", "resnet50", "resnext50_32x4d", "densenet121", "mobilenet_v2", "vit_b_16"), 3),
@@ -120,11 +120,11 @@ def _of_setting(panel: str, name: str, *names: str, default: Any = None) -> Any:
     return field(default=default, metadata={"option": option, "rule": rule, "setting": name})
 
 
-def _of_engine(name: str, *, default: Any = None) -> Any:
+def _of_engine(name: str, *, used_by: str, default: Any = None) -> Any:
     """Return the field of an option that is a field of `Engine`, whose value it has if not given."""
     info = Engine.model_fields[name]
     usual = f" (default: {info.default})" if info.default else ""
-    text = f"{info.description}{usual} Only with --executor slurm."
+    text = f"{info.description}{usual} Only with --executor {used_by}."
     return _option(CLUSTER, text, default=default, rule=Rule.of(info), show_default=False)
 
 
@@ -246,21 +246,22 @@ class Options:
     )
     executor: str = _option(
         CLUSTER,
-        "Where the workers are started: on this machine, or as a Slurm array.",
+        "Where the workers are started: on this machine, as a Slurm array, or as tasks of Ray.",
         default="local",
         rule=Rule.of(Engine.model_fields["executor"]),
     )
     max_workers: int | None = _option(
         CLUSTER,
-        "Number of workers on the cluster (default: one per job, at most 16). Only with --executor slurm.",
+        "Number of workers on the cluster (default: one per job, at most 16). Only with --executor slurm or ray.",
         rule=Rule(bounds=(("ge", 1), ("le", 10_000))),
     )
-    gpus: int | None = _of_engine("gpus")
-    cpus: int | None = _of_engine("cpus")
-    memory: int | None = _of_engine("memory")
-    time: int | None = _of_engine("time")
-    partition: str | None = _of_engine("partition")
-    slurm_arg: list[str] | None = _of_engine("slurm_arg")
+    gpus: int | None = _of_engine("gpus", used_by="slurm or ray")
+    cpus: int | None = _of_engine("cpus", used_by="slurm or ray")
+    memory: int | None = _of_engine("memory", used_by="slurm or ray")
+    time: int | None = _of_engine("time", used_by="slurm")
+    partition: str | None = _of_engine("partition", used_by="slurm")
+    slurm_arg: list[str] | None = _of_engine("slurm_arg", used_by="slurm")
+    ray_address: str | None = _of_engine("ray_address", used_by="ray")
 
     cache: Path | None = _option(
         PLACE, "Folder of decoded images (default: flatlab's in the platform's cache folder).", envvar="FLATLAB_CACHE"
@@ -292,7 +293,11 @@ TYPES = get_type_hints(Options)
 OF_SETTING = {name: each.metadata["setting"] for name, each in WORDS.items() if "setting" in each.metadata}
 
 NAMED = ("held_out", "seed")  # select among the runs of a method
-CLUSTERS = ("max_workers", "gpus", "cpus", "memory", "time", "partition", "slurm_arg")  # only with --executor slurm
+CLUSTERS = {  # the options that only some executors take
+    **dict.fromkeys(("max_workers", "gpus", "cpus", "memory"), ("slurm", "ray")),
+    **dict.fromkeys(("time", "partition", "slurm_arg"), ("slurm",)),
+    "ray_address": ("ray",),
+}
 RUNNING = ("device", "workers", "executor", *CLUSTERS, "cache", "store", "dry_run", "json", "debug")
 LSQ = tuple("unsigned" if name == "signed" else name for name in LSQOptions.model_fields)
 QUANTIZER = ("granularity", "inq_grid", "noise_amplitude", *LSQ)

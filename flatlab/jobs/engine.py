@@ -1,4 +1,4 @@
-"""Run a plan on an engine: processes on this machine, or Slurm."""
+"""Run a plan on an engine: processes on this machine, Slurm or Ray."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +29,8 @@ def run(plan: WorkPlan, engine: Engine, *, on_event: Callable[[Event], None]) ->
     if engine.executor == "local":
         return local.run_locally(plan, workers=engine.workers, on_event=on_event)
     require_shared_locks(Path(plan.store))
-    from flatlab.jobs.slurm import run_on_slurm
-
-    return run_on_slurm(plan.replace(place=plan.place.replace(threads=engine.cpus)), engine, on_event=on_event)
+    if engine.executor == "slurm":
+        from flatlab.jobs.slurm import run_on_slurm as start
+    else:
+        from flatlab.jobs.on_ray import run_on_ray as start
+    return start(plan.replace(place=plan.place.replace(threads=engine.cpus)), engine, on_event=on_event)

@@ -20,7 +20,7 @@ SlurmArgument = Annotated[str, AfterValidator(_key_and_value)]
 class Engine(Spec):
     """Where workers are started, and what each of them gets."""
 
-    executor: Literal["local", "slurm"] = Field("local", description="Where the workers are started.")
+    executor: Literal["local", "slurm", "ray"] = Field("local", description="Where the workers are started.")
     workers: int = Field(1, ge=1)
     gpus: int = Field(0, ge=0, le=64, description="GPUs of each worker.")
     cpus: int = Field(1, ge=1, le=1024, description="Cores, and threads, of each worker.")
@@ -28,3 +28,4 @@ class Engine(Spec):
     time: int = Field(60, ge=3, le=525600, description="Minutes after which Slurm requeues a worker.")
     partition: str | None = Field(None, description="Slurm's partition.")
     slurm_arg: tuple[SlurmArgument, ...] = Field((), description="Another option of sbatch; may be repeated.")
+    ray_address: str | None = Field(None, description="Address of a Ray cluster; without it one is started here.")
