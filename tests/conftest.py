@@ -14,6 +14,11 @@ import pytest
 import torch
 
 
+def pytest_collection_modifyitems(items):
+    """Begin with the tests that are allowed the most time, so that none of them is left to one worker at the end."""
+    items.sort(key=lambda item: -max((mark.args[0] for mark in item.iter_markers("timeout")), default=0))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _own_cache(tmp_path_factory):
     """Decoded images go to a folder of the tests, not to the user's; children inherit it."""
