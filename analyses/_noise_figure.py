@@ -91,10 +91,7 @@ class NoiseFigure:
         found = self.findings(frame).assign(at=lambda rows: rows["layer"])
         sentences = [*verdicts.sentences(found, place="in"), verdicts.statement(found, test="t tests over seeds")]
         for mode, rows in frame.groupby("mode", sort=False):
-            counts = quantization_noise.refused(rows)
-            refused = ", ".join(
-                f"{what} in {kept} ({alone} without correction)" for what, (alone, kept) in counts.items()
-            )
+            refused = ", ".join(quantization_noise.refused(rows))
             sentences.append(
                 f"{quantization_noise.MODES[str(mode)].capitalize()}: of {len(rows)} layers and runs, refused at 5 % "
                 f"after Holm by {refused}; {quantization_noise.REJECTED * len(rows):.0f} without correction would be "

@@ -150,9 +150,9 @@ def _counts(frame: pd.DataFrame) -> str:
 
 
 def _correlated(tau: pd.DataFrame, among: str) -> str:
-    """Return a sentence on the measures that are correlated with each loss gap."""
+    """Return a sentence on the measures that are correlated with each gap."""
     found = []
-    for gap in ("gap in", "gap out"):
+    for gap in GAPS:
         mine = tau[(tau["gap"] == gap) & (tau["p_bh"] < verdicts.LEVEL)]
         sure = [f"{MEASURES[name]} {value:+.2f}" for name, value in mine[["measure", "value"]].itertuples(index=False)]
         found.append(f"{GAPS[gap]}: {', '.join(sure) or 'none'}")

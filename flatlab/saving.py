@@ -1,5 +1,6 @@
 """Results as files: one .npz that NumPy alone reads, with class and version in its head; no pickle."""
 
+import hashlib
 import io
 import json
 import zipfile
@@ -20,6 +21,7 @@ from flatlab.errors import UserError
 
 FORMAT = 1  # of the head; a file of a later one is refused
 HEAD = "flatlab"  # the array that holds it, as JSON
+DAMAGED = "is damaged: make the result again, or restore it from a copy."
 _ROOMS = ("results", "report")  # below which classes of results lie
 _Arrays = dict[str, npt.NDArray[Any]]
 
@@ -30,10 +32,17 @@ class Saved:
     def save(self, path: str | PathLike[str]) -> None:
         """Write everything to a file, atomically; `flatlab.load` reads it.
 
-        The file is an .npz archive, whatever its name: `numpy.load` gives its arrays under the names of the fields.
+        The file is an .npz archive, whatever its name: `numpy.load` gives its arrays under the names of the fields. It
+        has a hash of them all.
+
+        Raises:
+            UserError: if there is no such folder, or `path` is one.
         """
+        if Path(path).is_dir() or not Path(path).absolute().parent.is_dir():
+            raise UserError(f"{path} must be the path of a file in a folder that exists.")
         arrays: _Arrays = {}
         head = {"format": FORMAT, "version": flatlab.__version__, "result": _encode(self, "", arrays)}
+        head["sha256"] = _hash(head["result"], arrays)
         with io.BytesIO() as buffer:
             whole: Any = {HEAD: np.array(json.dumps(head)), **arrays}
             np.savez_compressed(buffer, **whole)
@@ -50,6 +59,10 @@ def load(path: str | PathLike[str]) -> Any:
         UserError: where there is no such file, or it is of another kind, damaged, or of a later version.
     """
     head, arrays = _read(Path(path))
+    if head["format"] == FORMAT and head.get("sha256") != _hash(head["result"], arrays):
+        raise UserError(f"{path} {DAMAGED}")
+    if not isinstance(head["format"], int) or not isinstance(head["result"], dict) or "class" not in head["result"]:
+        raise UserError(f"{path} {DAMAGED}")
     if head["format"] > FORMAT:
         raise UserError(
             f"{path} is of format {head['format']} (flatlab {head['version']}), and flatlab {flatlab.__version__} "
@@ -62,6 +75,16 @@ def load(path: str | PathLike[str]) -> Any:
             f"{path} was written by flatlab {head['version']} and holds {error}, which flatlab {flatlab.__version__} "
             f"does not know: install flatlab {head['version']}."
         ) from None
+    except (KeyError, TypeError, ValueError, AttributeError):  # a head that was edited, or lacks arrays
+        raise UserError(f"{path} {DAMAGED}") from None
+
+
+def _hash(result: Any, arrays: _Arrays) -> str:
+    """Return the SHA-256 of a result's JSON and arrays."""
+    digest = hashlib.sha256(json.dumps(result, sort_keys=True).encode())
+    for name, array in sorted(arrays.items()):
+        digest.update(f"{name} {array.dtype.str} {array.shape}".encode() + array.tobytes())
+    return digest.hexdigest()
 
 
 class _UnknownError(Exception):
@@ -82,7 +105,7 @@ def _read(path: Path) -> tuple[dict[str, Any], _Arrays]:
                         arrays = {name: content[name] for name in content}
                         head = json.loads(arrays.pop(HEAD).item())
             except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError):
-                raise UserError(f"{path} is damaged: make the result again, or restore it from a copy.") from None
+                raise UserError(f"{path} {DAMAGED}") from None
     if not (isinstance(head, dict) and head.keys() >= {"format", "version", "result"}):
         raise UserError(f"{path} must be a file that `result.save(path)` wrote, but is of another kind.")
     return head, arrays

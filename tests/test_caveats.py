@@ -72,3 +72,18 @@ def test_parameters_without_elements_dilute_nothing():
     model = Bowl(100)
     model.empty = nn.Parameter(torch.empty(0, 4))
     assert not landscape(model, torch.ones(8)).remarks
+
+
+@pytest.mark.parametrize(("dtype", "said"), [(torch.float32, True), (torch.float64, False)])
+def test_a_loss_too_coarse_for_its_differences_is_named(dtype, said):
+    torch.manual_seed(0)
+    x = torch.randn(64, 6)
+    model = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 1)).to(dtype).eval()
+    data = [(x.to(dtype), (300_000 + 50_000 * x[:, :1]).to(dtype))]  # prices, not scaled
+    around = Landscape(model, data, nn.functional.mse_loss)
+    found = sphere_flatness(around, [0.0, 0.05], num_samples=40)
+    assert around.resolution == pytest.approx(float(around.base_loss[0]) * torch.finfo(dtype).eps)
+    assert (
+        any("apart in its dtype, more than the standard error at radius 0.05:" in each for each in found.remarks)
+        == said
+    )

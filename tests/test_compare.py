@@ -146,3 +146,14 @@ def test_what_cannot_be_compared_is_refused():
     turned = dataclasses.replace(plain, plans=(dataclasses.replace(plain.plans[0], paired=True),))
     with pytest.raises(UserError, match="but paired differs"):
         paired_difference(plain, turned)
+
+
+def test_the_losses_must_be_one_function():
+    model, x = torch.nn.Linear(4, 3).eval(), torch.randn(16, 4)
+    targets = torch.arange(16) % 3
+    losses = [torch.nn.functional.cross_entropy, lambda o, t: torch.nn.functional.cross_entropy(o, t)]
+    losses.append(lambda o, t: 10 * losses[0](o, t))
+    plain, same, tenfold = (Landscape(model, [(x, targets)], loss) for loss in losses)
+    assert compare_flatness(plain, same, [1.0], num_samples=4).value == pytest.approx(0.0, abs=1e-12)
+    with pytest.raises(UserError, match="one loss function"):
+        compare_flatness(plain, tenfold, [1.0], num_samples=4)

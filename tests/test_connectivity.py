@@ -187,3 +187,24 @@ def test_mistakes_are_one_sentence():
     refuses(lambda: connect(bare, bare, recompute=images), "recompute", "BatchNorm")
     refuses(lambda: plane(bare, grid=3, recompute=images), "recompute", "BatchNorm")
     refuses(lambda: connect(first, second, grid=3).interval(1.5), "0.95")
+
+
+def halves(seed, loss=torch.nn.functional.cross_entropy):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).eval()
+    x = torch.randn(64, 6, generator=torch.Generator().manual_seed(0))
+    return model, lambda **kwargs: Landscape(model, [(x, (x[:, 0] > 0).long())], loss, **kwargs)
+
+
+def test_parts_that_do_not_vary_must_be_equal():
+    (one, first), (two, second) = halves(0), halves(1)
+    refuses(lambda: connect(first(params="2.*"), second(params="2.*")), "do not vary differ", "0.weight, 0.bias")
+    two[0].load_state_dict(one[0].state_dict())
+    ends = first(params="2.*"), second(params="2.*")
+    found = connect(*ends, grid=3)
+    assert found.losses[-1] == pytest.approx(ends[1].base_loss, rel=1e-6)
+
+
+def test_both_ends_must_have_one_loss():
+    first, second = halves(0)[1](), halves(1, lambda o, t: 100 * torch.nn.functional.cross_entropy(o, t))[1]()
+    refuses(lambda: connect(first, second), "one loss function")

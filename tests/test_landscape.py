@@ -426,3 +426,26 @@ def test_step_sizes_are_not_moved_as_if_they_were_weights():
     latent = case.landscape()
     bake(case.model)
     assert case.landscape().num_params == latent.num_params
+
+
+def test_samples_without_weight_count_in_no_accuracy():
+    def loss(outputs, targets):
+        return F.cross_entropy(outputs, targets, reduction="none", ignore_index=-100), (targets != -100).float()
+
+    model = nn.Linear(2, 2, bias=False).eval()
+    with torch.no_grad():
+        model.weight.copy_(3 * torch.eye(2))
+    inputs, targets = torch.eye(2).repeat(8, 1), torch.arange(2).repeat(8)
+    targets[:8], targets[8] = -100, 1  # eight count, seven of which are right
+    found = Landscape(model, [(inputs, targets)], loss).evaluate()
+    assert found.accuracy == 7 / 8 and found.loss == pytest.approx(loss(model(inputs), targets)[0].sum().item() / 8)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_data_that_were_written_to_are_refused(which):
+    batch = torch.randn(8, 4), torch.arange(8) % 3
+    landscape = Landscape(nn.Linear(4, 3).eval(), [batch], F.cross_entropy)
+    landscape.evaluate()
+    batch[which].mul_(0)
+    with pytest.raises(UserError, match="The data have been written to"):
+        landscape.evaluate()

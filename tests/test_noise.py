@@ -1,6 +1,7 @@
 """Quantization noise against what is known in closed form: uniforms, triangles, Bennett's Gaussian, mixtures."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from scipy import stats
@@ -8,6 +9,7 @@ from scipy import stats
 from flatlab import quantization_noise
 from flatlab.errors import UserError
 from flatlab.quant.lsq import LSQ
+from flatlab.report.quantization_noise import refused
 from flatlab.results.quantization_noise import BINS, kl_null, kl_to_uniform
 
 N = 20_000
@@ -193,3 +195,15 @@ def test_a_mistake_is_one_sentence(weight, quantized, kwargs, words):
     with pytest.raises(UserError) as caught:
         quantization_noise(weight, quantized, **kwargs)
     assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+# --- tests of many layers -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("layers", "words"), [(19, "KL in 19 (19 without correction)"), (20, "KL in 20 without correction (with it 399 ")]
+)
+def test_a_test_by_draws_that_the_correction_leaves_no_chance_is_none(layers, words):
+    table = pd.DataFrame({"kl_pvalue": 1 / 400, "ks_pvalue": 1e-9, "departure_pvalue": 0.5}, index=range(layers))
+    parts = refused(table)
+    assert parts[0].startswith(words) and parts[1] == f"Kolmogorov-Smirnov in {layers} ({layers} without correction)"

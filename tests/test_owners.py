@@ -59,6 +59,19 @@ def test_results_of_two_measurements_of_a_run(store):
     refuses(lambda: store.run(RUN).result(PROBE), mine, _relative(store, theirs))
 
 
+def test_files_that_were_written_again_after_the_end(store):
+    run, place = store.run(RUN), store.run(RUN).checkpoint("selected")
+    result = run.measurement(PROBE).result
+    for path, read in (
+        (place, lambda: checkpoint.network(run, "selected", PLACE)),
+        (result, lambda: run.result(PROBE)),
+    ):
+        read()
+        arrays, facts = files.load_arrays(path)
+        files.save_arrays(path, {name: 3 * each for name, each in arrays.items()}, facts)  # intact, and of this owner
+        refuses(read, path, "its hash is not the recorded one")
+
+
 @pytest.mark.parametrize("other", [(OTHER, "selected"), (RUN, "last")], ids=["another run's", "another role's"])
 def test_checkpoints(store, other):
     mine, theirs = store.run(RUN).checkpoint("selected"), store.run(other[0]).checkpoint(other[1])

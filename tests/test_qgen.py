@@ -382,7 +382,7 @@ def test_each_tau_is_said_once():
     for among in (_kendall.ALL, _kendall.EQUAL):
         (said,) = [each for each in qgen.remarks(frame) if each.startswith(f"Kendall's tau, {among}")]
         assert "over 48 taus" in said and said.count("trace of the Hessian") == 1
-        assert said.endswith("out of domain, loss: none.")
+        assert "; out of domain, loss: none; in domain, accuracy: none" in said
 
 
 def test_the_price_counts_the_model_of_each_network(tmp_path, capsys):

@@ -142,27 +142,58 @@ def test_an_array_that_has_changed_is_refused(saved):
     refuses(lambda: flatlab.load(saved), "reach.npz", "damaged")
 
 
-def changed(path, edit):
+def changed(path, edit, seal=True):
     with np.load(path) as content:
         arrays = dict(content)
     head = json.loads(arrays.pop("flatlab").item())
-    edit(head)
+    edit(head, arrays)
+    if seal:
+        head["sha256"] = saving._hash(head["result"], arrays)
     np.savez(path, flatlab=np.array(json.dumps(head)), **arrays)
 
 
 def test_a_file_of_a_later_version_is_refused(saved):
-    changed(saved, lambda head: head.update(format=2, version="9.0"))
+    changed(saved, lambda head, _: head.update(format=2, version="9.0"))
     refuses(lambda: flatlab.load(saved), "reach.npz", "format 2", "install flatlab 9.0")
 
 
 @pytest.mark.parametrize("kind", ["results.sphere.Spheres", "results.spheres.Reach", "os.path.join", "cli.app.Reach"])
 def test_a_class_that_is_not_known_is_refused(saved, kind):
-    changed(saved, lambda head: head["result"].update({"class": kind}))
+    changed(saved, lambda head, _: head["result"].update({"class": kind}))
     refuses(lambda: flatlab.load(saved), "reach.npz", f"a {kind.rpartition('.')[2]}", "does not know")
 
 
 def test_fields_that_are_not_known_or_missing_are_named(saved):
-    changed(saved, lambda head: head["result"]["fields"].update(more=1))
+    changed(saved, lambda head, _: head["result"]["fields"].update(more=1))
     refuses(lambda: flatlab.load(saved), "reach.npz", "a Reach with other fields (more)")
-    changed(saved, lambda head: [head["result"]["fields"].pop(name) for name in ("more", "images")])
+    changed(saved, lambda head, _: [head["result"]["fields"].pop(name) for name in ("more", "images")])
     refuses(lambda: flatlab.load(saved), "a Reach with other fields (images)")
+
+
+@pytest.mark.parametrize("seal", [True, False])
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda head, _: head.update(format="x"),
+        lambda head, _: head.update(format=None),
+        lambda head, _: head.update(result={}),
+        lambda head, _: head.update(result=5),
+        lambda head, _: head.update(result={"array": "radii", "b": 1}),
+        lambda head, _: head["result"]["fields"].update(radii={"array": "radii", "b": 1}),
+        lambda head, _: head["result"].update(fields=None),
+        lambda head, arrays: arrays.pop("radii"),
+    ],
+)
+def test_a_head_that_makes_no_result_is_refused(saved, edit, seal):
+    changed(saved, edit, seal)
+    refuses(lambda: flatlab.load(saved), "reach.npz is damaged")
+
+
+def test_an_array_that_was_exchanged_is_noticed(saved):
+    changed(saved, lambda head, arrays: arrays.update(radii=2 * arrays["radii"]), seal=False)
+    refuses(lambda: flatlab.load(saved), "reach.npz is damaged")
+
+
+def test_a_result_is_saved_to_a_file_in_a_folder(tmp_path):
+    for path in (tmp_path, tmp_path / "none" / "x.npz"):
+        refuses(lambda path=path: MADE[api.Reach]().save(path), str(path), "a file in a folder that exists")

@@ -174,3 +174,9 @@ def test_sentences_follow_from_the_family_and_nothing_else():
     assert verdicts.sentences(larger.iloc[1:2]) == ["F: no difference is established for the pair."]
     assert verdicts.statement(larger).startswith("Tests: 1 family of 3 tests, paired t tests over seeds, corrected by")
     assert "3 of 3 exclude zero, 0.15 would by chance." in verdicts.statement(larger)
+
+
+def test_an_interval_without_zero_does_not_end_at_zero():
+    assert verdicts.bracketed(0.006, 0.0049, 0.007, digits=2, starred=True) == "+0.006 [+0.005, +0.007]*"
+    assert verdicts.bracketed(0.3, 0.1, 0.5, digits=2, starred=True) == "+0.30 [+0.10, +0.50]*"
+    assert verdicts.bracketed(0.006, -0.004, 0.016, digits=2) == "+0.01 [-0.00, +0.02]"

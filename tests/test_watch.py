@@ -273,3 +273,15 @@ def test_the_callback_of_transformers(tmp_path):
     watched, plain = fit(FlatnessCallback(watch)), fit()
     assert [row["step"] for row in watch.rows] == [2, 4, 6] and not watch.remarks
     assert all(watched[name].numpy().tobytes() == plain[name].numpy().tobytes() for name in plain)
+
+
+def test_a_training_that_diverges_is_not_ended_and_a_mistake_is_an_error():
+    model = network().eval()
+    watch = Monitor(landscape, every=1, share=1e9)
+    watch(model, 1)
+    with torch.no_grad():
+        model[0].weight.fill_(torch.nan)
+    row = watch(model, 2)
+    assert np.isnan([value for name, value in row.items() if name != "seconds"]).all() and list(row) == COLUMNS[1:]
+    assert watch.remarks[0].startswith("step 2: The loss at the point itself must be finite")
+    refuses(lambda: Monitor(landscape, every=1)(model, 1), "must be finite")

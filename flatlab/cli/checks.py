@@ -103,9 +103,7 @@ def layers(found: "Iterable[Run]", pattern: str | None, checkpoint: str) -> None
 
 def _weights(run: "Run", checkpoint: str) -> dict[str, int]:
     """Return the names of a checkpoint's parameters, without those of quantizers, with their numbers of axes."""
-    from flatlab import files
-
-    arrays, _ = files.load_arrays(run.checkpoint(checkpoint))
+    arrays, _ = run.arrays(run.checkpoint(checkpoint))
     plain = {re.sub(QUANTIZED, r".\1", name): array.ndim for name, array in sorted(arrays.items())}
     return {
         name: axes for name, axes in plain.items() if not name.endswith(BUFFERS) and ".parametrizations." not in name

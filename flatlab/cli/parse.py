@@ -120,7 +120,7 @@ def parse_radii(text: str) -> tuple[float, ...] | Literal["auto"]:
     if not any(radii) or not all(0 <= radius <= LARGEST_RADIUS for radius in radii):
         raise UserError(
             f"--radii must be auto, start:stop:step such as 0:60:5, or numbers such as 0,0.5,1, all from 0 to "
-            f"{LARGEST_RADIUS:g}, got {text}."
+            f"{LARGEST_RADIUS:g} and one above 0, got {text}."
         )
     return tuple(sorted(set(radii)))
 

@@ -11,7 +11,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from flatlab.derivatives.autograd import is_staircase
 from flatlab.errors import UserError
 from flatlab.tensors.flat import flatten
-from flatlab.tensors.nested import Batch
+from flatlab.tensors.nested import Batch, tensors
 
 Total = Callable[[Any, Batch], Tensor]
 """The sum of the losses over a batch, from the outputs: a float64 scalar."""
@@ -76,6 +76,12 @@ def versions(model: nn.Module, moved: Iterable[Tensor]) -> Versions:
     ours = {id(tensor) for tensor in moved}
     named = [*model.named_parameters(), *model.named_buffers()]
     return {n: (id(t), 0 if t.is_inference() else t._version) for n, t in named if id(t) not in ours}
+
+
+def data_versions(batches: Iterable[Iterable[Batch]]) -> list[int]:
+    """Return the versions of the tensors of all strata's batches, which change with each write by torch."""
+    leaves = (leaf for each in batches for batch in each for leaf in tensors(batch[:2]))
+    return [0 if leaf.is_inference() else leaf._version for leaf in leaves]
 
 
 def written(model: nn.Module, moved: Iterable[Tensor], before: Versions) -> str | None:

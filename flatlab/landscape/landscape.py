@@ -23,7 +23,14 @@ from flatlab.derivatives.exact import attributes_restored
 from flatlab.derivatives.operators import Hessian, Term
 from flatlab.errors import UserError
 from flatlab.landscape.blocks import Block, Gathered, Partition, Samples
-from flatlab.landscape.checks import alike, refuse_changed, refuse_parametrized, refuse_training, versions
+from flatlab.landscape.checks import (
+    alike,
+    data_versions,
+    refuse_changed,
+    refuse_parametrized,
+    refuse_training,
+    versions,
+)
 from flatlab.landscape.curvature_checks import SAMPLED, check_second_derivatives
 from flatlab.landscape.evaluation import Evaluation, Move
 from flatlab.landscape.opening import Opening
@@ -91,6 +98,7 @@ class Landscape:
                 loss.settle(*self._batches[0][0][:2])
         self.sizes = np.array([sum(batch.size for batch in batches) for batches in self._batches])
         self._state = versions(model, self._tensors)
+        self._data_state = data_versions(self._batches)
         self._base: FloatArray | None = None
         self._samples: Samples | None = None
         self._hessian: Hessian | None = None
@@ -119,6 +127,15 @@ class Landscape:
     def norm(self) -> float:
         """The Euclidean length of the point."""
         return float(torch.linalg.vector_norm(self._w0, dtype=wide(self._w0)))
+
+    @property
+    def resolution(self) -> float:
+        """Spacing of adjacent values of the loss at the point, in the dtype in which the loss is computed."""
+        few = spread(self._batches[0], 1)[0]
+        with self._visiting(), torch.no_grad():
+            value = self.loss(self._forward(few.inputs), few.targets)
+        dtype = (value[0] if isinstance(value, tuple) else value).dtype
+        return float(np.abs(self.base_loss).max() * torch.finfo(dtype).eps)
 
     @property
     def base_loss(self) -> FloatArray:
@@ -160,7 +177,7 @@ class Landscape:
         weights = self.weights
         with self._visiting(vector), torch.no_grad():
             sums = self._sums(partial(total_and_hits, self.loss)).cpu().double().numpy()
-        losses, accuracies = sums[:, 0] / weights, sums[:, 1] / self.sizes
+        losses, accuracies = sums[:, 0] / weights, sums[:, 1] / sums[:, 2]
         known = not np.isnan(accuracies).any()
         shares = accuracies if known else None
         return Evaluation(float(losses.mean()), float(accuracies.mean()) if known else None, losses, shares)
@@ -219,6 +236,7 @@ class Landscape:
         """Return the landscape of a block, around the same point; the mean of those of a partition is the landscape."""
         other, whole = copy(self), self.gather(block).batch
         other._batches = [[span(whole, p.start, p.stop)] for p in block.parts]
+        other._data_state = data_versions(other._batches)
         other._base = other._samples = other._hessian = None
         other.sizes = other._weights = np.array([1 / p.scale for p in block.parts])  # divisors of the totals
         return other
@@ -227,6 +245,15 @@ class Landscape:
         """Return whether another landscape has the same samples, in batches of any size."""
         pairs = zip(self._batches, other._batches, strict=False)
         return self.strata == other.strata and all(same(ours, theirs) for ours, theirs in pairs)
+
+    def shares_loss(self, other: "Landscape") -> bool:
+        """Return whether another landscape has the same loss at its point if our loss function is used: one pass."""
+        if self.loss is other.loss or isinstance(self.loss, OwnLoss) or isinstance(other.loss, OwnLoss):
+            return type(self.loss) is type(other.loss)
+        swapped = copy(other)
+        swapped.loss, swapped._total = self.loss, partial(total, self.loss)
+        swapped._base = swapped._weights = None
+        return bool(np.allclose(swapped.base_loss, other.base_loss, rtol=1e-5, atol=0.0, equal_nan=True))
 
     def gradient(self, vector: Tensor | None = None) -> Tensor:
         """Return the gradient (P,) of the loss at a flat vector, by default at the point itself."""
@@ -312,5 +339,7 @@ class Landscape:
 
     def _refuse_changed(self) -> None:
         refuse_changed(self.model, self._tensors, self._w0, self._state)
+        if data_versions(self._batches) != self._data_state:
+            raise UserError("The data have been written to since the landscape was built: build a new Landscape.")
         if self._check:
             refuse_training(self.model)

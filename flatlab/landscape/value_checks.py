@@ -200,8 +200,8 @@ def _refuse_weighing(whole: Batch, pieces: Sequence[Batch], total: Total, what: 
             f" (reduction='none') and each sample's weight, as {weights}"
         )
     raise UserError(
-        f"The mean loss of {what} is {mean:.4g}, but {float(parts.sum()) / whole.size:.4g} over its samples, so"
-        f" it is not the mean over them; {why}."
+        f"The mean loss of {what} is {mean:.4g}, but over its samples it differs by"
+        f" {float(parts.sum()) / whole.size - mean:+.2g}, so it is not the mean over them; {why}."
     )
 
 

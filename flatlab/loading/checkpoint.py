@@ -23,7 +23,8 @@ def network(run: Run, checkpoint: str | Path, place: Place) -> Network | Ensembl
     """
     domains = loading_data.domains(run.spec, place)
     built = loading_network.finished(run.spec, domains.data, place)
-    restore(built, run.checkpoint(checkpoint) if isinstance(checkpoint, str) else checkpoint)
+    arrays, _ = run.arrays(run.checkpoint(checkpoint) if isinstance(checkpoint, str) else checkpoint)
+    loading_network.load(built, arrays)
     return built.eval()
 
 

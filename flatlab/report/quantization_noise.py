@@ -16,7 +16,7 @@ from flatlab.arguments import FloatArray
 from flatlab.errors import UserError
 from flatlab.report import tables, verdicts
 from flatlab.results.corrections import holm
-from flatlab.results.quantization_noise import NetworkNoise
+from flatlab.results.quantization_noise import DRAWS, NetworkNoise
 from flatlab.specs.measurements import QuantizationNoiseSpec
 from flatlab.specs.run import RunSpec
 from flatlab.store.runs import Run, RunStore
@@ -37,6 +37,7 @@ NULL = "Right: quartile skewness, and the range of 95 % of symmetric samples of 
 MOST = 6  # layers of a picture, unless a pattern names more
 REJECTED = 0.05  # p-values below it
 TESTS = {"kl_pvalue": "KL", "ks_pvalue": "Kolmogorov-Smirnov", "departure_pvalue": "symmetry"}
+BY_DRAWS = ("kl_pvalue", "departure_pvalue")  # p-values are shares of DRAWS draws
 
 
 def statistics(store: RunStore, wanted: Iterable[tuple[str, RunSpec, QuantizationNoiseSpec]]) -> pd.DataFrame:
@@ -89,12 +90,20 @@ def findings(frame: pd.DataFrame) -> pd.DataFrame:
     return table.merge(means.reset_index(), on=by)
 
 
-def refused(frame: pd.DataFrame) -> dict[str, tuple[int, int]]:
-    """Return for each test the number of layers and runs that it rejects at 5 %, without and with Holm's correction."""
-    return {
-        what: (int((frame[name] < REJECTED).sum()), int((holm(frame[name]) < REJECTED).sum()))
-        for name, what in TESTS.items()
-    }
+def refused(frame: pd.DataFrame) -> list[str]:
+    """Return for each test how many layers and runs it rejects at 5 % after Holm's correction, and without it.
+
+    A test by draws has a least p, which the correction may lift above 5 %: it can then reject nothing.
+    """
+    least = len(frame) / (DRAWS + 1)
+    parts = []
+    for name, what in TESTS.items():
+        alone, kept = (int((p < REJECTED).sum()) for p in (frame[name], holm(frame[name])))
+        if name in BY_DRAWS and least >= REJECTED:
+            parts.append(f"{what} in {alone} without correction (with it {DRAWS} draws give p >= {least:.2g}: no test)")
+        else:
+            parts.append(f"{what} in {kept} ({alone} without correction)")
+    return parts
 
 
 def chosen_layers(frame: pd.DataFrame, pattern: str | None = None, most: int = MOST) -> list[str]:

@@ -12,6 +12,7 @@ import pandas as pd
 from flatlab.results.corrections import holm
 
 LEVEL = 0.05
+MOST_DIGITS = 6
 NONE, UNREAD = "not distinguishable", "not read"
 
 
@@ -39,6 +40,8 @@ def bracketed(value: float, low: float, high: float, *, digits: int = 3, starred
     """Return "value [low, high]" and perhaps a star; one seed has no interval."""
     if not np.isfinite([low, high]).all():
         return f"{value:+.{digits}f} (no interval)"
+    while starred and digits < MOST_DIGITS and 0 in (round(low, digits), round(high, digits)):
+        digits += 1  # an interval without 0 does not end at 0.00
     return f"{value:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]{'*' if starred else ''}"
 
 

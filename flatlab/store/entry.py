@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 
 from flatlab import files
 from flatlab.errors import UserError
+from flatlab.files import Arrays
 from flatlab.specs.base import Spec
 
 _NAME = re.compile("[0-9a-f]{16}")  # of an entry's folder
@@ -142,6 +143,28 @@ class Entry:
         if not isinstance(hashes, dict) or not hashes:
             raise UserError(f"{self.path / 'done'} is damaged: it lists no files.")
         return hashes
+
+    def arrays(self, path: Path) -> tuple[Arrays, Any]:
+        """Return the arrays and the JSON value of a file of this entry.
+
+        Raises:
+            UserError: if the file is damaged or another's, or was replaced after the entry was finished.
+        """
+        found = files.load_arrays(path)
+        self.require_recorded(path)
+        return found
+
+    def require_recorded(self, path: Path) -> None:
+        """Refuse a file that differs from what `done` lists; files that are not part of the result are not listed.
+
+        Raises:
+            UserError: if its hash is another.
+        """
+        expected = self.hashes().get(path.relative_to(self.path).as_posix())
+        if expected is not None and not (path.exists() and files.file_hash(path) == expected):
+            raise UserError(
+                f"{path} is damaged: its hash is not the recorded one. Remove that run, or restore the file."
+            )
 
     @property
     def provenance(self) -> dict[str, Any]:

@@ -136,10 +136,7 @@ class Run(Entry):
             UserError: if the log is damaged, or the run is finished and the log has changed since.
         """
         path = self.path / "log.jsonl"
-        if self.done and not (path.exists() and files.file_hash(path) == self.hashes().get(path.name)):
-            raise UserError(
-                f"{path} is damaged: its hash is not the recorded one. Remove that run, or restore the file."
-            )
+        self.require_recorded(path)
         return files.read_rows(path) if path.exists() else []
 
     def create(self) -> None:
@@ -179,7 +176,7 @@ class Run(Entry):
                 f"Run {self.spec.digest} ({label or self.spec.label}, {self.spec.held_out}) is not measured yet: "
                 f"{measurement.path}."
             )
-        arrays, facts = files.load_arrays(measurement.result)
+        arrays, facts = measurement.arrays(measurement.result)
         module, _, name = RESULTS[spec.metric].partition(".")
         kind = getattr(import_module(f"flatlab.results.{module}"), name)
         return kind.from_arrays(arrays, {**spec.model_dump(), **facts} if isinstance(facts, dict) else facts)

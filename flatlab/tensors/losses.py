@@ -66,10 +66,17 @@ def totals(metrics: Sequence[Metric], outputs: Any, batch: Batch) -> Tensor:
 
 
 def total_and_hits(loss: Metric, outputs: Any, batch: Batch) -> Tensor:
-    """Return the sum of the losses, and the number of correctly classified samples; NaN if there are no classes."""
+    """Return the sum of the losses, the number of correctly classified samples (NaN without classes), and of samples.
+
+    Samples to which the loss gives weight 0 are not counted.
+    """
+    value = loss(outputs, batch.targets)
     summed = total(loss, outputs, batch)
-    hits = outputs.argmax(1) == batch.targets if names_classes(outputs, batch) else summed.new_tensor(math.nan)
-    return torch.stack([summed, hits.sum(dtype=summed.dtype)])
+    counted = value[1] != 0 if _is_pair(value) else summed.new_ones(batch.size)
+    if not names_classes(outputs, batch):
+        return torch.stack([summed, summed.new_tensor(math.nan), counted.sum(dtype=summed.dtype)])
+    hits = (outputs.argmax(1) == batch.targets) & (counted != 0)
+    return torch.stack([summed, hits.sum(dtype=summed.dtype), counted.sum(dtype=summed.dtype)])
 
 
 def wide(tensor: Tensor) -> torch.dtype:

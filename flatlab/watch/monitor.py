@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 NUMBERS = ("radius", "eigenvalue", "trace")
+NAN = float("nan")
 TOL, REL_ERROR = 0.01, 0.1  # of the eigenvalue's residual; of the trace's standard error
 
 
@@ -46,7 +47,8 @@ class Monitor:
 
     Attributes:
         rows: the measurements, with their steps.
-        remarks: sentences on numbers that could not be measured, and are NaN.
+        remarks: sentences on numbers that could not be measured, and are NaN: a state of the training, such as a loss
+            that is not finite, does not end it. What fails at the first measurement is an error.
         spent: seconds of the measurements.
     """
 
@@ -107,29 +109,42 @@ class Monitor:
         return not self.rows or self.spent + self._dearest <= self.share * self.trained
 
     def _measure(self, model: nn.Module, step: int) -> dict[str, float]:
-        landscape = self.landscape(model)
-        values = {"loss": float(landscape.base_loss.mean()), "norm": landscape.norm}
-        if "radius" in self.numbers:
-            values["radius"] = self._radius(landscape, step)
-        if "eigenvalue" in self.numbers:
-            top = hessian_spectrum(landscape, k=1, tol=TOL)
-            values |= _ends("eigenvalue", float(top.value[0]), *(float(end[0]) for end in top.interval()))
-        if "trace" in self.numbers:
-            trace = hessian_trace(landscape, rel_error=REL_ERROR).trace
-            values |= _ends("trace", trace.value, *trace.interval())
+        values = dict.fromkeys(("loss", "norm", *(name for each in self.numbers for name in _names(each))), NAN)
+        try:
+            landscape = self.landscape(model)
+        except UserError as error:  # at first a mistake in the arguments, later a state of the training
+            if not self.rows:
+                raise
+            self.remarks.append(f"step {step}: {error}")
+            return values
+        values |= {"loss": float(landscape.base_loss.mean()), "norm": landscape.norm}
+        for name in self.numbers:
+            values |= self._number(name, landscape, step)
         return values
 
-    def _radius(self, landscape: Landscape, step: int) -> float:
-        """Return the radius at the rise; NaN, with a remark, where the loss does not rise so far: training goes on."""
+    def _number(self, name: str, landscape: Landscape, step: int) -> dict[str, float]:
+        """Return a number with its interval; none, with a remark, where it is not defined: training continues."""
         try:
-            return float(radii_at_rises(landscape, [self.rise]).radii[0])
+            if name == "radius":
+                return {name: float(radii_at_rises(landscape, [self.rise]).radii[0])}
+            if name == "eigenvalue":
+                top = hessian_spectrum(landscape, k=1, tol=TOL)
+                return _ends(name, float(top.value[0]), *(float(end[0]) for end in top.interval()))
+            trace = hessian_trace(landscape, rel_error=REL_ERROR).trace
+            return _ends(name, trace.value, *trace.interval())
         except UserError as error:
+            if name != "radius" and not self.rows:
+                raise
             self.remarks.append(f"step {step}: {error}")
-            return float("nan")
+            return {}
 
 
 def _ends(name: str, value: float, low: float, high: float) -> dict[str, float]:
-    return {name: value, f"{name}_low": low, f"{name}_high": high}
+    return dict(zip(_names(name), (value, low, high), strict=True))
+
+
+def _names(number: str) -> tuple[str, ...]:
+    return (number,) if number == "radius" else (number, f"{number}_low", f"{number}_high")
 
 
 @contextmanager

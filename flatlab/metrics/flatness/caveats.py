@@ -1,14 +1,15 @@
-"""Caveats of a measured value: images that were not evaluated, and steps that the weights' dtype cannot represent."""
+"""Caveats of a measured value: images that were not evaluated, and what a dtype cannot represent."""
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from flatlab.arguments import FloatArray
 from flatlab.landscape.landscape import Landscape
 from flatlab.metrics.flatness.perturbations import draw_direction
 from flatlab.metrics.flatness.sampler import Draws
-from flatlab.results.sphere import Normalisation
+from flatlab.results.sphere import Normalisation, SphereFlatness
 
 HELD = 0.005  # relative change of a step's length by rounding that is accepted: 1 % of F
 WIDER = {torch.bfloat16: "float32", torch.float16: "float32", torch.float32: "float64"}
@@ -31,6 +32,26 @@ def unseen(landscape: Landscape, per_radius: Sequence[Draws]) -> list[str]:
     return [
         f"At radius {places}, sampling stopped after {seen:,} of {count:,} images: what fewer than about 1 in "
         f"{max(1, seen // RARE):,} images do may be missing from value and interval; num_samples evaluates all."
+    ]
+
+
+def coarse(landscape: Landscape, found: SphereFlatness) -> list[str]:
+    """Return a sentence on the radii whose standard error is below the spacing of the loss's values; else none.
+
+    Args:
+        landscape: the loss.
+        found: its flatness.
+    """
+    spacing = landscape.resolution
+    where = [
+        f"{radius:g}" for radius, error in zip(found.radii, found.stderr, strict=True) if radius and error < spacing
+    ]
+    if not where:
+        return []
+    return [
+        f"The loss is {np.abs(landscape.base_loss).max():.3g}, and its values are {spacing:.2g} apart in its dtype, "
+        f"more than the standard error at radius {', '.join(where)}: differences of that size are rounding, which the "
+        "interval does not contain; rescale the loss, or measure a copy of model and data in float64."
     ]
 
 

@@ -33,7 +33,7 @@ def compare_flatness(
     The arguments are those of `sphere_flatness`.
 
     Raises:
-        UserError: if the two differ in their parameters or in their data.
+        UserError: if the two differ in their parameters, data or loss.
     """
     shapes = [[tensor.shape for tensor in each.split(each.point)] for each in (a, b)]
     if shapes[0] != shapes[1]:
@@ -46,12 +46,20 @@ def compare_flatness(
             "A comparison needs the same data in the same order, but the two landscapes have different samples"
             f" ({a.num_samples:,} and {b.num_samples:,}): pass the same batches."
         )
+    if not a.shares_loss(b):
+        raise UserError(
+            "A comparison needs one loss function, but the losses of the two landscapes differ at the second one's"
+            " point: pass the same function."
+        )
     sampler = Sampler([a, b], base_seed(seed), check_normalisation(normalisation, a), value=_difference)
     return paired_difference(*sample(sampler, radii, num_samples, (rel_error, abs_error), budget, report=report))
 
 
 def paired_difference(a: SphereFlatness, b: SphereFlatness) -> PairedDifference:
     """Return the difference a - b along the directions on which both were evaluated.
+
+    Results do not contain their data: that both are of one architecture, loss and data, is the caller's to know, and
+    is checked by `compare_flatness`.
 
     Raises:
         UserError: if the two were not measured along the same directions, at the same radii, on the same blocks.

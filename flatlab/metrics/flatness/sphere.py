@@ -11,7 +11,7 @@ import torch
 from flatlab.arguments import FloatArray, whole
 from flatlab.landscape.landscape import Landscape
 from flatlab.metrics.flatness import planning
-from flatlab.metrics.flatness.caveats import rounded, unseen
+from flatlab.metrics.flatness.caveats import coarse, rounded, unseen
 from flatlab.metrics.flatness.perturbations import check_normalisation, reach
 from flatlab.metrics.flatness.sampler import Draws, DrawsReport, Sampler
 from flatlab.results.estimate import Cost
@@ -98,7 +98,7 @@ def assemble(
     )
     each = [by_radius.get(float(radius), still) for radius in radii]
     lost = rounded(landscape, radii[radii > 0], sampler.normalisation)
-    return SphereFlatness(
+    found = SphereFlatness(
         radii=radii,
         visits=tuple(draws.visits[which] for draws in each),
         plans=tuple(draws.plan for draws in each),
@@ -114,3 +114,4 @@ def assemble(
         reach=reach(landscape, sampler.normalisation),
         notes=(*landscape.remarks, *unseen(landscape, per_radius), *([lost] if lost else [])),
     )
+    return replace(found, notes=(*found.notes, *coarse(landscape, found)))

@@ -50,7 +50,7 @@ def connect(
         report: called with the places done and foreseen.
 
     Raises:
-        UserError: if the two differ in model or data, or there are too few places or images.
+        UserError: if the two differ in model, fixed parameters, data or loss, or there are too few places or images.
     """
     start, name = time.perf_counter(), base_seed(seed)
     _check(first, second, grid)
@@ -88,9 +88,23 @@ def _check(first: Landscape, second: Landscape, grid: int) -> None:
         )
     if not first.shares_data(second):
         raise UserError("A line between two checkpoints needs the same data in the same order: pass the same.")
+    if not first.shares_loss(second):
+        raise UserError("A line between two checkpoints needs one loss function: pass the same to both landscapes.")
+    if fixed := _differing(first, second):
+        raise UserError(
+            f"Parameters that do not vary differ between the checkpoints ({', '.join(fixed[:3])}), so that the line"
+            " would not end at the second one: let them vary (params=, requires_grad_(True))."
+        )
     whole("grid", grid, least=3)  # a barrier lies between the ends
     if first.sizes.min() < FEWEST:
         raise UserError(f"Each stratum must have at least {FEWEST} images, two in each half, got {first.sizes.min()}.")
+
+
+def _differing(first: Landscape, second: Landscape) -> list[str]:
+    """Return the names of the parameters that do not vary, and differ."""
+    theirs = dict(second.model.named_parameters())
+    fixed = {name: each for name, each in first.model.named_parameters() if name not in first.named}
+    return [name for name, each in fixed.items() if name not in theirs or not torch.equal(each, theirs[name])]
 
 
 def _losses(
