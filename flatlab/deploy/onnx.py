@@ -16,7 +16,7 @@ from flatlab.errors import UserError
 from flatlab.loading import data as loading_data
 from flatlab.loading.checkpoint import network as network_of
 from flatlab.quant.attach import Quantized, bake, channel_axis, quantized_layers, tensor_of
-from flatlab.quant.codebook import decode
+from flatlab.quant.codes import codes_of
 from flatlab.quant.lsq import Activations
 from flatlab.quant.packing import bits_of
 from flatlab.specs.deploy import OnnxSpec
@@ -150,10 +150,7 @@ def _codes(network: nn.Module, spec: OnnxSpec) -> dict[str, Codes]:
 
 
 def _codes_of(key: str, layer: Quantized) -> Codes:
-    quantizer = layer.quantizer
-    codes, scale = quantizer.codes(layer.latent), quantizer.scale.detach()
-    if not torch.equal(decode(codes, scale, quantizer.grid), layer.weight):
-        raise UserError(f"{key} is not completely on its grid in this checkpoint; export its last one.")
+    codes, scale = codes_of(key, layer), layer.quantizer.scale.detach()
     if channel_axis(layer.layer) and scale.numel() > 1:
         raise UserError(f"{key} has step sizes along its second axis; quantize it with --granularity tensor.")
     each = scale.reshape(-1).expand(codes.shape[0]) if scale.numel() == 1 else scale.reshape(-1)

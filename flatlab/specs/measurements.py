@@ -34,6 +34,7 @@ class SurfaceSpec(MeasurementSpec):
     later = (*MeasurementSpec.later, "every", "recompute")
 
     metric: Literal["surface"] = "surface"
+    space: Literal["baked", "latent"] = "baked"
     axes: Literal["random", "hessian", "runs", "trajectory"] = Field(
         "random",
         description="Axes of the plane. random: filter-normalised directions; hessian: the two top eigenvectors; runs: "
@@ -154,7 +155,7 @@ class SphereSpec(MeasurementSpec):
     @property
     def piloted(self) -> bool:
         """Whether a pilot chooses the sampling plan."""
-        return self.num_samples is None and self.block_size is None
+        return self.num_samples is None and self.block_size is None and self.space != "codes"
 
     @property
     def effort(self) -> str:
