@@ -55,7 +55,7 @@ from flatlab.results.quantization_noise import LayerNoise, NetworkNoise, Quantiz
 from flatlab.results.rounding import RoundingRise, RoundingRises
 from flatlab.results.scale_audit import ScaleAudit
 from flatlab.results.sharpness import AverageSharpness, Generalisation, WorstRise, WorstSharpness
-from flatlab.results.size import FileSize
+from flatlab.results.size import FileSize, Latency
 from flatlab.results.spectrum import PILOT, MeasuredSpectrum, SpectralDensity, Spectrum, Trace
 from flatlab.results.sphere import PairedDifference, Reach, SphereFlatness
 from flatlab.results.surface import Profile, Surface
@@ -176,6 +176,7 @@ __all__ = [
     "load_exported",
     "Exported",
     "FileSize",
+    "Latency",
     "Generalisation",
     # methods, settings, specs
     "METHODS",

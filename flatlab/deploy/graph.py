@@ -17,6 +17,7 @@ from flatlab.errors import UserError
 
 Array = npt.NDArray[Any]
 INPUT, OUTPUT = "images", "logits"
+LARGEST = 2**15 - 1  # of 16 bits
 PASSING = ("Relu", "Clip")  # what an engine merges with the layer before it
 ROUNDED = ("Conv", "Relu", "Clip", "Add", "GlobalAveragePool", "AveragePool")  # whose outputs are rounded to int8
 
@@ -59,16 +60,23 @@ class Codes:
 
 @dataclass(frozen=True)
 class Range:
-    """The range of an activation's values, which holds zero."""
+    """The range of an activation's values, which holds zero.
+
+    Attributes:
+        low: the lowest value.
+        high: the highest value.
+        top: the highest code; the lowest is 0.
+    """
 
     low: float
     high: float
+    top: int = 255
 
     @property
     def grid(self) -> tuple[np.float32, np.uint8]:
-        """The step size and the code of zero on 256 levels."""
+        """The step size and the code of zero."""
         low, high = min(self.low, 0.0), max(self.high, 0.0)
-        scale = (high - low) / 255 or 1.0
+        scale = (high - low) / self.top or 1.0
         return np.float32(scale), np.uint8(round(-low / scale))
 
 
@@ -145,7 +153,7 @@ class Graph:
         return node.op_type in ("Add", "GlobalAveragePool") or (node.op_type == "Conv" and node.input[1] in self.codes)
 
     def round_activations(self, ranges: dict[str, Range]) -> None:
-        """Round tensors to 256 levels, and the biases of integer layers to the grid of their sums.
+        """Round tensors to the levels of their ranges, and the biases of integer layers to the grid of their sums.
 
         Args:
             ranges: of the tensors that `rounded` names, and of what MaxPool makes of them.
@@ -179,6 +187,22 @@ class Graph:
         self.weights |= {f"{name}.codes": codes, f"{name}.scale": scale, f"{name}.origin": origin}
         parts = [f"{name}.codes", f"{name}.scale", f"{name}.origin"]
         self.proto.node.append(helper.make_node("DequantizeLinear", parts, [name], axis=0))
+
+    def exceeding(self, top: int) -> float:
+        """Return the share of the output channels in which the sum of two products can exceed 16 bits.
+
+        Kernels add pairs of products of unsigned activations and signed weights in 16 bits where the processor has no
+        VNNI; products of unsigned weights are added in 32 bits.
+
+        Args:
+            top: the highest code of an activation.
+        """
+        signed = [each.codes.reshape(len(each.codes), -1) for each in self.codes.values() if each.codes.min() < 0]
+        if not signed:
+            return 0.0
+        pairs = [np.sort(np.abs(np.stack([rows.clip(min=0), rows.clip(max=0)])), axis=2)[..., -2:] for rows in signed]
+        sums = np.concatenate([top * each.sum(2).max(0) for each in pairs])
+        return float((sums > LARGEST).sum() / sum(len(each.codes) for each in self.codes.values()))
 
     def finished(self) -> Any:
         """Return the model, each quantized weight as its codes; the ONNX checker has passed it."""

@@ -4,7 +4,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from flatlab import environment
 from flatlab.errors import UserError
+
+
+def saturates() -> bool:
+    """Return whether kernels of this processor add pairs of int8 products in 16 bits: x86 without VNNI or AMX."""
+    sets = set(environment.facts()["instructions"].split())
+    return "avx2" in sets and not sets & {"avx512_vnni", "avx_vnni", "amx_int8"}
 
 
 def needed() -> None:

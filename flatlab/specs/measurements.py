@@ -322,6 +322,17 @@ class SizeSpec(_OfWeights):
     metric: Literal["size"] = "size"
 
 
+class LatencySpec(_OfWeights):
+    """The time of a run's network on the processor that measures, by engine, with the accuracy of each engine."""
+
+    metric: Literal["latency"] = "latency"
+    rounds: int = Field(30, ge=6, le=10**6, description="Calls of each engine, one after the other in turn.")
+
+    def passes(self, sizes: Sizes) -> float:
+        """Return the estimated number of images forwarded: four engines, each for 33 images and one or all threads."""
+        return float(4 * 2 * 33 * self.rounds + 4 * max(sizes.values()))
+
+
 KINDS: dict[str, type[MeasurementSpec]] = {
     "sphere": SphereSpec,
     "reach": ReachSpec,
@@ -334,6 +345,7 @@ KINDS: dict[str, type[MeasurementSpec]] = {
     "quantization_noise": QuantizationNoiseSpec,
     "rounding": RoundingSpec,
     "size": SizeSpec,
+    "latency": LatencySpec,
     "generalisation": GeneralisationSpec,
 }
 
