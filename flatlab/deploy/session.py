@@ -1,5 +1,6 @@
 """An ONNX file, opened by onnxruntime."""
 
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,14 @@ def saturates() -> bool:
 
 
 def needed() -> None:
-    """Refuse where the packages of the extra are missing.
+    """Load the packages of the extra.
 
     Raises:
-        UserError: names the extra.
+        UserError: where they are missing; names the extra.
     """
     if any(find_spec(name) is None for name in ("onnx", "onnxruntime")):
         raise UserError("ONNX files need packages that are not installed: pip install 'flatlab[deploy]'.")
+    import_module("onnxruntime")
 
 
 def opened(file: Path | bytes, *, threads: int = 1, integers: bool = True) -> Any:
