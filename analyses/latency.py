@@ -141,7 +141,7 @@ def draw(frame: pd.DataFrame, caption: str) -> Figure:
             ax.minorticks_off()
             ax.set_xlabel(MEASURES[measure])
         axes[0].set_ylabel("Accuracy, held-out domain (%)")
-        plots.captioned(figure, axes[0], caption)
+        plots.captioned(figure, axes[0], caption, columns=4)
     return figure
 
 

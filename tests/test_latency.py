@@ -1,6 +1,7 @@
 """Latency: engines in turn, medians with intervals, and what the table says of machine and file."""
 
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -16,11 +17,14 @@ from flatlab.specs.methods import METHODS, compose
 QT = compose(METHODS["QT-DoG"], TINY, held_out="rot45", seed=0, trial_seed=0)
 
 
-def test_engines_are_called_in_turn_a_different_one_first():
+def test_engines_are_called_once_in_each_round_and_follow_each_other_in_all_orders():
     order = []
-    times = latency.interleaved([lambda each=each: order.append(each) for each in "abc"], 4)
-    assert "".join(order) == "aaabbbccc" + "abc" + "bca" + "cab" + "abc"
-    assert times.shape == (3, 4) and (times > 0).all()
+    times = latency.interleaved([lambda each=each: order.append(each) for each in "abc"], 40)
+    assert "".join(order[:9]) == "aaabbbccc" and times.shape == (3, 40) and (times > 0).all()
+    rounds = ["".join(order[start : start + 3]) for start in range(9, len(order), 3)]
+    assert len(rounds) == 40 and len(set(rounds)) == 6 and {"".join(sorted(each)) for each in rounds} == {"abc"}
+    follows = Counter(each[place : place + 2] for each in rounds for place in (0, 1))
+    assert len(follows) == 6 and min(follows.values()) >= 4
 
 
 @pytest.mark.parametrize("count", [6, 7, 11, 30, 101])

@@ -228,7 +228,7 @@ def latency(
     given: Annotated[
         list[str] | None, typer.Argument(metavar="[RUN|FILE]...", help="Runs, or ONNX files (.onnx).")
     ] = None,
-    rounds: Annotated[int, typer.Option(help="Calls of each engine, one after the other in turn.", min=6)] = 30,
+    rounds: Annotated[int, typer.Option(help="Rounds, in each of which every engine is called once.", min=6)] = 30,
 ) -> None:
     """Time networks on this processor: in torch and onnxruntime, in floats, with integer weights and in int8.
 

@@ -1,4 +1,4 @@
-"""How long networks take on this processor, and how much memory: engines called in turn."""
+"""How long networks take on this processor, and how much memory: each engine is called once in each round."""
 
 import multiprocessing
 import time
@@ -26,7 +26,7 @@ def timed(engines: Sequence[Engine], *, rounds: int = 30, accuracies: Sequence[f
     """Return the times of each engine for each number of threads and batch, with its bytes and memory.
 
     Args:
-        engines: are called in turn, from another one on in each round.
+        engines: each is called once in each round.
         rounds: timed calls of each.
         accuracies: of the engines.
     """
@@ -55,13 +55,16 @@ def _seconds(engines: Sequence[Engine], threads: int, rounds: int) -> FloatArray
 
 
 def interleaved(calls: Sequence[Callable[[], Any]], rounds: int) -> FloatArray:
-    """Return the seconds (E, rounds) of each call; all are called once in a round, a different one first."""
+    """Return the seconds (E, rounds) of each call; all are called once in a round, in a random order.
+
+    A small network behind a large one is slower, since the caches hold the other's data: none may always follow another.
+    """
     for call in calls:
         for _ in range(WARM):
             call()
-    times = np.zeros((len(calls), rounds))
+    times, rng = np.zeros((len(calls), rounds)), np.random.default_rng(0)
     for turn in range(rounds):
-        for index in np.roll(np.arange(len(calls)), -turn).tolist():
+        for index in rng.permutation(len(calls)).tolist():
             started = time.perf_counter()
             calls[index]()
             times[index, turn] = time.perf_counter() - started

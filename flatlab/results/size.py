@@ -69,7 +69,7 @@ def median(values: FloatArray) -> tuple[float, float, float]:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Latency(Stored):
-    """Times of engines that were called in turn, with their sizes.
+    """Times of engines that were called once in each round, with their sizes.
 
     Attributes:
         seconds: (E, T, B, rounds) of each call.

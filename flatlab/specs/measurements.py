@@ -326,7 +326,7 @@ class LatencySpec(_OfWeights):
     """The time of a run's network on the processor that measures, by engine, with the accuracy of each engine."""
 
     metric: Literal["latency"] = "latency"
-    rounds: int = Field(30, ge=6, le=10**6, description="Calls of each engine, one after the other in turn.")
+    rounds: int = Field(30, ge=6, le=10**6, description="Rounds, in each of which every engine is called once.")
 
     def passes(self, sizes: Sizes) -> float:
         """Return the estimated number of images forwarded: four engines, each for 33 images and one or all threads."""
