@@ -137,6 +137,49 @@ def test_codes_that_integer_kernels_cannot_hold_are_refused():
         unsigned.fitting(np.dtype(np.int8), level=True)
 
 
+@pytest.mark.parametrize("name", ["digits-vit", "digits-clip", "digits-densenet", "digits-resnext"])
+def test_small_networks_agree_for_any_number_of_images(tmp_path, name):
+    network = build_network(name, num_classes=5, in_channels=1).eval()
+    attach(network)
+    images = torch.randn(7, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    for activations, limit in (("float", 1e-5), ("int8", 0.2)):
+        graph = write(
+            copy.deepcopy(network), tmp_path / "net.onnx", OnnxSpec(activations=activations), [images.numpy()]
+        )
+        row = compare(
+            network, tmp_path / "net.onnx", "random", [(images, torch.zeros(7)), (images[:1], torch.zeros(1))]
+        )
+        assert row.deviation < limit * row.largest and row.images == 8
+    transformer = name in ("digits-vit", "digits-clip")
+    assert (graph.products > 0) is transformer
+    kinds = [node.op_type for node in graph.proto.node]
+    assert kinds.count("QuantizeLinear") == 1 if transformer else kinds.count("QuantizeLinear") > 5
+    remark = ExportedOnnx("net.onnx", 1, (), graph.products).remarks
+    assert bool(remark) is transformer and all(
+        "matrix products, which are computed in floats" in each for each in remark
+    )
+
+
+def test_a_network_without_convolutions_has_no_integers(tmp_path):
+    network = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    attach(network, outside="3")
+    with pytest.raises(UserError, match=r"^--activations int8 needs quantized convolutions, and this network has none"):
+        write(network, tmp_path / "net.onnx", OnnxSpec(activations="int8"), [np.zeros((2, 1, 4, 4), np.float32)])
+
+
+class Constant(nn.Module):
+    def forward(self, images):
+        return torch.cat([torch.ones(1, 1).expand(len(images), -1), images.flatten(1)], dim=1)
+
+
+def test_a_number_of_images_that_the_file_holds_as_a_constant_is_explained(tmp_path):
+    write(Constant().eval(), tmp_path / "net.onnx", OnnxSpec(), [np.zeros((2, 1, 2, 2), np.float32)])
+    with pytest.raises(
+        UserError, match=r"net\.onnx for 3 images \(.*\): the network must take their number from tensor"
+    ):
+        compare(Constant().eval(), tmp_path / "net.onnx", "", [(torch.zeros(3, 1, 2, 2), torch.zeros(3))])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["mobilenet_v2", "resnet18", "resnet50"])
 @pytest.mark.parametrize("activations", ["float", "int8"])
@@ -180,10 +223,12 @@ def test_an_ensemble_is_one_file(tmp_path):
 def test_one_channel_of_two_exceeds_16_bits():
     graph, _, _ = small()
     graph.codes = {"one": Codes(np.array([[120, 1, 10], [60, 65, -128]]), np.ones(2, np.float32))}
-    assert graph.exceeding(255) == 0.5  # 255 (120 + 10) > 32767 >= 255 max(60 + 65, 128)
+    graph.top = 255
+    assert graph.exceeding == 0.5  # 255 (120 + 10) > 32767 >= 255 max(60 + 65, 128)
     graph.codes["one"].codes[1, 0] = -1
-    assert graph.exceeding(255) == 1.0  # 255 (128 + 1)
-    assert graph.exceeding(127) == 0.0
+    assert graph.exceeding == 1.0  # 255 (128 + 1)
+    graph.top = 127
+    assert graph.exceeding == 0.0
 
 
 def test_a_reduced_range_prevents_sums_of_more_than_16_bits(tmp_path):
@@ -196,7 +241,7 @@ def test_a_reduced_range_prevents_sums_of_more_than_16_bits(tmp_path):
     off, path, found = {}, tmp_path / "net.onnx", {}
     for reduced in (False, True):
         options = OnnxSpec(activations="int8", reduce_range=reduced)
-        found[reduced] = write(copy.deepcopy(network), path, options, batches)
+        found[reduced] = write(copy.deepcopy(network), path, options, batches).exceeding
         off[reduced] = _saturation(path, batches)
         model = onnx.load(path)
         model.graph.output.append(helper.make_tensor_value_info("images.codes", onnx.TensorProto.UINT8, None))
@@ -205,9 +250,9 @@ def test_a_reduced_range_prevents_sums_of_more_than_16_bits(tmp_path):
     assert found[False] > 0.9 and found[True] == 0
     if session.saturates():
         assert off[False] > 2 * off[True]
-    remark = ExportedOnnx("net.onnx", 1, (), found[False], off[False]).remarks[0]
+    remark = ExportedOnnx("net.onnx", 1, (), 0, found[False], off[False]).remarks[0]
     assert re.match(r"In [\d.]+% of the quantized channels the sum of two products can exceed 16 bits", remark)
-    assert not ExportedOnnx("net.onnx", 1, (), found[True], off[True]).remarks
+    assert not ExportedOnnx("net.onnx", 1, (), 0, found[True], off[True]).remarks
 
 
 def test_processors_without_vnni_are_recognised(monkeypatch):

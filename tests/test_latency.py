@@ -116,5 +116,7 @@ def test_nothing_to_time_is_refused(capsys):
     assert "Nothing to time: name runs, ONNX files, or a network by --model." in capsys.readouterr().err
     assert call("latency", "--image-size", 32) == 2
     assert "--image-size does nothing without --model" in capsys.readouterr().err
+    assert call("latency", "--model", "vit_b_16", "--image-size", 32) == 2
+    assert "vit_b_16 takes images of 224 pixels, got 32: write --image-size 224." in capsys.readouterr().err
     assert call("latency", "--model", "digits-cnn") == 2
     assert "resnet50" in capsys.readouterr().err

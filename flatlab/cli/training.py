@@ -244,6 +244,7 @@ def latency(
     names, named = given or [], None
     if chosen.model:
         named = choose("model", chosen.model, WIDE), chosen.image_size or 224
+        chosen.check_side(*named)
     else:
         chosen.refuse(("image_size",), "without --model")
     if not names and not named:

@@ -27,20 +27,21 @@ def ranges(graph: Graph, batches: Sequence[Array], rule: str, *, top: int = 255)
         top: the highest code.
 
     Raises:
-        UserError: without images.
+        UserError: without images, or where no layer computes in integers.
     """
     if not batches:
         raise UserError("Activations need images of the source domains to be calibrated on, and there are none.")
     names = graph.rounded()
+    if not names:
+        raise UserError("--activations int8 needs quantized convolutions, and this network has none; leave it out.")
     model = type(graph.model).FromString(graph.model.SerializeToString())
-    del model.graph.output[:]
-    model.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in names if name != INPUT)
+    computed = [name for name in names if name != INPUT]
+    model.graph.output.extend(map(helper.make_empty_tensor_value_info, computed))
     session = opened(model.SerializeToString())
 
     def each_batch() -> Any:
         for batch in batches:
-            found = session.run(None, {INPUT: batch})
-            computed = [name for name in names if name != INPUT]
+            found = session.run(computed, {INPUT: batch}) if computed else []
             yield {INPUT: batch, **dict(zip(computed, found, strict=True))}
 
     ends = [{name: (float(value.min()), float(value.max())) for name, value in each.items()} for each in each_batch()]

@@ -57,7 +57,7 @@ def _seconds(engines: Sequence[Engine], threads: int, rounds: int) -> FloatArray
 def interleaved(calls: Sequence[Callable[[], Any]], rounds: int) -> FloatArray:
     """Return the seconds (E, rounds) of each call; all are called once in a round, in a random order.
 
-    A small network behind a large one is slower, since the caches hold the other's data: none may always follow another.
+    A small network behind a large one finds cold caches and is slower, so that none may always follow another.
     """
     for call in calls:
         for _ in range(WARM):

@@ -60,6 +60,7 @@ class ExportedOnnx:
         path: the file.
         bytes: of the file.
         rows: in domain and out of it.
+        products: the number of quantized weights of matrix products, which are computed in floats.
         exceeding: the share of the quantized channels in which the sum of two int8 products can exceed 16 bits.
         saturation: the largest difference of a calibration image's logit between this processor's integer kernels and
             sums in floats, which includes that of rounding in another order.
@@ -68,19 +69,28 @@ class ExportedOnnx:
     path: str
     bytes: int
     rows: tuple[Agreement, ...]
+    products: int = 0
     exceeding: float = 0.0
     saturation: float = 0.0
 
     @property
     def remarks(self) -> list[str]:
-        """Sentences on sums that exceed 16 bits; none where no sum can."""
+        """Sentences on matrix products in floats, and on sums that exceed 16 bits; none where there are none."""
+        found = []
+        if self.products:
+            found.append(
+                f"{self.products} quantized weights are of matrix products, which are computed in floats; onnxruntime"
+                f" rounds their inputs to 8 bits, unless the session's entry {session.EXACT[0]} is {session.EXACT[1]},"
+                " as it is here."
+            )
         if not self.exceeding:
-            return []
+            return found
         here = "as on this processor" if session.saturates() else "unlike this processor, which has it"
         return [
+            *found,
             f"In {self.exceeding:.1%} of the quantized channels the sum of two products can exceed 16 bits, in which"
             f" kernels add them without VNNI ({here}): here logits differ by up to {self.saturation:.2g} from those of"
-            " sums in floats. --reduce-range rounds activations to 128 levels, where no such sum exceeds 16 bits."
+            " sums in floats. --reduce-range rounds activations to 128 levels, where no such sum exceeds 16 bits.",
         ]
 
     def facts(self) -> dict[str, Any]:
@@ -125,10 +135,10 @@ def export_onnx(
     network = Ensemble(members, combine=combine).eval() if len(members) > 1 else members[0]
     domains = loading_data.domains(runs[0].spec, place)
     batches = calibration(domains, spec.calibration_images if spec.activations == "int8" else 1)
-    exceeding = write(network, path, spec, batches)
+    graph = write(network, path, spec, batches)
     rows = tuple(compare(network, path, name, each) for name, each in evaluated(domains).items())
-    differs = _saturation(path, batches) if exceeding else 0.0
-    return ExportedOnnx(str(path), path.stat().st_size, rows, exceeding, differs)
+    differs = _saturation(path, batches) if graph.exceeding else 0.0
+    return ExportedOnnx(str(path), path.stat().st_size, rows, graph.products, graph.exceeding, differs)
 
 
 def _saturation(path: Path, batches: list[Any]) -> float:
@@ -144,10 +154,8 @@ def calibration(domains: loading_data.Domains, count: int) -> list[Any]:
     return [inputs.contiguous().numpy() for one in each for inputs, _ in one]
 
 
-def write(network: nn.Module, path: Path, spec: OnnxSpec, batches: list[Any]) -> float:
-    """Bake a network and write it to an ONNX file, the weights that were quantized as int8 codes.
-
-    Returns the share of the quantized channels in which a sum of two int8 products can exceed 16 bits.
+def write(network: nn.Module, path: Path, spec: OnnxSpec, batches: list[Any]) -> Graph:
+    """Bake a network and write it to an ONNX file, the weights that were quantized as int8 codes; return its graph.
 
     Args:
         network: in eval mode, on the host.
@@ -167,7 +175,7 @@ def write(network: nn.Module, path: Path, spec: OnnxSpec, batches: list[Any]) ->
     if spec.activations == "int8":
         graph.round_activations(ranges(_in_floats(graph), batches, spec.calibration, top=top))
     files.write_bytes(path, graph.finished().SerializeToString())
-    return graph.exceeding(top) if graph.rounds else 0.0
+    return graph
 
 
 def _codes(network: nn.Module, spec: OnnxSpec) -> dict[str, Codes]:
@@ -265,4 +273,11 @@ def _logits(engine: Any, path: Path, images: Any) -> torch.Tensor:
         raise UserError(
             f"{path} is of another network: it takes {wanted.name} of {wanted.shape}, not images {images.shape}."
         )
-    return torch.from_numpy(engine.run([OUTPUT], {INPUT: images})[0])
+    try:
+        return torch.from_numpy(engine.run([OUTPUT], {INPUT: images})[0])
+    except Exception as error:  # onnxruntime's classes have no common base but this one
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"onnxruntime cannot run {path} for {len(images)} images ({reason}): the network must take their"
+            " number from tensor.shape[0], not from len(tensor), which is a constant in the file."
+        ) from None

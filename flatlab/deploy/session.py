@@ -8,6 +8,8 @@ from typing import Any
 from flatlab import environment
 from flatlab.errors import UserError
 
+EXACT = ("session.qdq_matmulnbits_accuracy_level", "1")  # else inputs of matrix products are rounded to 8 bits
+
 
 def saturates() -> bool:
     """Return whether kernels of this processor add pairs of int8 products in 16 bits: x86 without VNNI or AMX."""
@@ -42,6 +44,7 @@ def opened(file: Path | bytes, *, threads: int = 1, integers: bool = True) -> An
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
+    options.add_session_config_entry(*EXACT)
     if not integers:
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     try:
