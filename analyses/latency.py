@@ -41,8 +41,8 @@ def labelled(setting: Setting) -> list[Labelled]:
 
 
 def timing(setting: Setting) -> LatencySpec:
-    """Return the measurement of a run's times."""
-    return LatencySpec(rounds=6 if setting.name == SMOKE.name else 30)
+    """Return the measurement of a run's times; a call of a small network takes microseconds."""
+    return LatencySpec(rounds=6 if setting.name == SMOKE.name else 300 if setting.model.startswith("digits") else 30)
 
 
 def measured(setting: Setting) -> Measured:

@@ -130,6 +130,8 @@ def test_what_has_no_neighbours_is_refused():
     far = Neighbours.of(landscape, named).radius(1.0) * 1.01
     with pytest.raises(UserError, match=r"^radii must be at most [\d.]+ on the grid, where every weight moves by one"):
         flatlab.code_flatness(landscape, named, radii=far)
+    with pytest.raises(UserError, match=r"^The neighbours must be what `code_neighbours"):
+        flatlab.code_flatness(landscape, landscape.model)
     with pytest.raises(UserError, match=r"^No parameter of the landscape has a neighbour on a grid: let quantized"):
         flatlab.code_flatness(landscape, {"other": named["0.weight"]})
     with pytest.raises(UserError, match=r"^0\.weight has the shape \(2, 3\), and its neighbours \(3, 2\): take both"):

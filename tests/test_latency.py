@@ -2,12 +2,13 @@
 
 import json
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from commandline import call
 from scipy import stats
-from stores import TINY, trained
+from stores import PLACE, TINY, trained
 
 from flatlab.deploy import engines, latency
 from flatlab.errors import UserError
@@ -109,6 +110,13 @@ def test_a_network_by_name_is_timed_with_random_weights(capsys):
     rows = json.loads(capsys.readouterr().out)
     assert {row["engine"] for row in rows} == {"torch", "onnxruntime", "weight-only", "int8"}
     assert {row["network"] for row in rows} == {"resnet18"}
+
+
+def test_networks_of_sentences_are_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(engines, "calibration", lambda domains, count: [np.zeros((2, 5), np.int64)])
+    monkeypatch.setattr(engines.loading_data, "domains", lambda spec, place: None)
+    with pytest.raises(UserError, match=r"^words 12ab is of sentences; only networks of images are timed\.$"):
+        engines._of_run(SimpleNamespace(name="words 12ab", spec=None), PLACE, tmp_path)
 
 
 def test_nothing_to_time_is_refused(capsys):

@@ -106,6 +106,8 @@ def engines(
 
 def _of_run(run: Run, place: Place, folder: Path) -> list[Engine]:
     batches = calibration(loading_data.domains(run.spec, place), OnnxSpec().calibration_images)
+    if batches[0].ndim != 4:
+        raise UserError(f"{run.name} is of sentences; only networks of images are timed.")
     network = network_of(run, "selected", place).cpu()
     found = of_network(f"{run.spec.label} {run.spec.digest[:8]}", network, batches, folder)
     if isinstance(network, Ensemble):

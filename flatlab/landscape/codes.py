@@ -41,6 +41,8 @@ class Neighbours:
         Raises:
             UserError: if no parameter of the landscape can move, or a shape is another.
         """
+        if not isinstance(named, Mapping):
+            raise UserError("The neighbours must be what `code_neighbours(network)` returns, by the names of weights.")
         tensors = {name: named.get(name, (torch.zeros_like(each),) * 2) for name, each in landscape.named.items()}
         for name, each in landscape.named.items():
             if tensors[name][0].shape != each.shape:
@@ -55,7 +57,7 @@ class Neighbours:
         if not square > 0:
             raise UserError(
                 "No parameter of the landscape has a neighbour on a grid: let quantized weights vary"
-                f" ({', '.join(list(named)[:3])})."
+                f" ({', '.join(list(named)[:3])}), as `bake` leaves them."
             )
         return cls(down, up, square)
 

@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import binom
 
 from flatlab.arguments import FloatArray
 from flatlab.resources import published
@@ -62,6 +61,8 @@ class FileSize(Saved):
 
 def median(values: FloatArray) -> tuple[float, float, float]:
     """Return the median and its interval of at least 95 %, from order statistics: no distribution is assumed."""
+    from scipy.stats import binom  # takes a third of a second to load
+
     ordered, count = np.sort(values), len(values)
     first = max(int(binom.ppf(0.025, count, 0.5)) - 1, 0)
     return float(np.median(values)), float(ordered[first]), float(ordered[count - 1 - first])
