@@ -158,6 +158,8 @@ def test_a_run_is_measured_on_its_grid(tmp_path, capsys):
     assert set(named) == {"features.0.weight", "features.4.weight", "features.8.weight"}
     again = flatlab.code_flatness(around, named, num_samples=3)
     assert np.array_equal(again.samples, found.samples)
+    with pytest.raises(UserError, match=r"^Moves on the grid are not normalised, got normalisation='filter'"):
+        flatlab.measure_run(run, measurement.replace(normalisation="filter"), PLACE)
     options = ("--space", "codes", "--images", 8, "--store", tmp_path, "--out", tmp_path)
     assert call("flatness", QT.digest, *options, "--normalisation", "filter") == 2
     assert "--normalisation does nothing with --space codes" in capsys.readouterr().err

@@ -32,6 +32,7 @@ def quantized(method="QT-DoG", **fields):
     return run.replace(quantizer=run.quantizer.replace(**fields))
 
 
+SMALL = ("digits-clip", "digits-densenet", "digits-resnext")
 RUNS = {
     "7 bits": quantized(),
     "8 bits": quantized(bits=8),
@@ -137,7 +138,7 @@ def test_codes_that_integer_kernels_cannot_hold_are_refused():
         unsigned.fitting(np.dtype(np.int8), level=True)
 
 
-@pytest.mark.parametrize("name", ["digits-vit", "digits-clip", "digits-densenet", "digits-resnext"])
+@pytest.mark.parametrize("name", ["digits-vit", *(pytest.param(each, marks=pytest.mark.slow) for each in SMALL)])
 def test_small_networks_agree_for_any_number_of_images(tmp_path, name):
     network = build_network(name, num_classes=5, in_channels=1).eval()
     attach(network)

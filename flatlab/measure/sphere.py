@@ -9,6 +9,7 @@ import numpy as np
 
 from flatlab import files
 from flatlab.arguments import FloatArray, JobReport
+from flatlab.errors import UserError
 from flatlab.landscape.codes import Neighbours
 from flatlab.loading import data as loading_data
 from flatlab.loading.checkpoint import network
@@ -31,6 +32,10 @@ def fill(measurement: Measurement, run: Run, place: Place, report: JobReport | N
     around, keep = landscape(run, spec, place), UnitFiles(measurement).units
     given = _radii(run, spec, place), spec.num_samples, (spec.rel_error, spec.abs_error), spec.budget
     if spec.space == "codes":
+        if spec.normalisation != "none":
+            raise UserError(
+                f"Moves on the grid are not normalised, got normalisation={spec.normalisation!r}; leave it out."
+            )
         grid = Neighbours.of(around, code_neighbours(network(run, spec.checkpoint, place)))
         moves = codes.CodeSampler([around], spec.seed, "none", keep=keep, grid=grid)
         tell = partial(_tell, report, moves) if report else None
