@@ -17,6 +17,7 @@ from flatlab.measure.runner import measure as measure_run
 from flatlab.metrics.curvature.density import spectral_density
 from flatlab.metrics.curvature.eigenvalues import hessian_spectrum
 from flatlab.metrics.curvature.trace import DEFLATE, hessian_trace
+from flatlab.metrics.flatness.codes import code_flatness
 from flatlab.metrics.flatness.compare import compare_flatness, paired_difference
 from flatlab.metrics.flatness.norm_matched import typical_rise
 from flatlab.metrics.flatness.pilot import radii_at_rises
@@ -41,6 +42,7 @@ from flatlab.metrics.trace_check import trace_check
 from flatlab.models.networks import Ensemble, Network, build_network
 from flatlab.quant.attach import attach, attach_activations, bake, clamp_scales
 from flatlab.quant.calibration import second_moments
+from flatlab.quant.codes import code_neighbours
 from flatlab.quant.inq import INQ
 from flatlab.quant.libraries import plain_network
 from flatlab.quant.lsq import LSQ
@@ -53,7 +55,7 @@ from flatlab.results.quantization_noise import LayerNoise, NetworkNoise, Quantiz
 from flatlab.results.rounding import RoundingRise, RoundingRises
 from flatlab.results.scale_audit import ScaleAudit
 from flatlab.results.sharpness import AverageSharpness, Generalisation, WorstRise, WorstSharpness
-from flatlab.results.size import FileSize
+from flatlab.results.size import FileSize, Latency
 from flatlab.results.spectrum import PILOT, MeasuredSpectrum, SpectralDensity, Spectrum, Trace
 from flatlab.results.sphere import PairedDifference, Reach, SphereFlatness
 from flatlab.results.surface import Profile, Surface
@@ -72,6 +74,7 @@ from flatlab.train.replay import replay as replay_averages
 # Functions that can take longer than two seconds show a progress bar.
 sphere_flatness = counted(sphere_flatness)
 compare_flatness = counted(compare_flatness)
+code_flatness = counted(code_flatness)
 worst_rise = counted(worst_rise)
 average_sharpness = counted(average_sharpness)
 worst_sharpness = counted(worst_sharpness)
@@ -96,6 +99,7 @@ __all__ = [
     "sphere_flatness",
     "SphereFlatness",
     "compare_flatness",
+    "code_flatness",
     "worst_rise",
     "WorstRise",
     "average_sharpness",
@@ -165,12 +169,14 @@ __all__ = [
     "bake",
     "clamp_scales",
     "plain_network",
+    "code_neighbours",
     "obc",
     "second_moments",
     "export_run",
     "load_exported",
     "Exported",
     "FileSize",
+    "Latency",
     "Generalisation",
     # methods, settings, specs
     "METHODS",

@@ -111,10 +111,10 @@ def valley(ax: Axes, losses: Mapping[int, float], found: Mapping[str, Any], *, i
     ax.set(yscale="log")
 
 
-def legend_above(figure: Figure, ax: Axes, title: str) -> None:
-    """Put one legend for all panels above them, under a title."""
+def legend_above(figure: Figure, ax: Axes, title: str, *, columns: int | None = None) -> None:
+    """Put one legend for all panels above them, under a title, in one row or in some columns."""
     handles, labels = ax.get_legend_handles_labels()
-    where: dict[str, Any] = {"loc": "outside upper center", "ncols": len(labels)}
+    where: dict[str, Any] = {"loc": "outside upper center", "ncols": columns or len(labels)}
     legend = figure.legend(handles, labels, **where, title=title, title_fontsize=9)
     legend.get_title().set_multialignment("center")
 
@@ -170,16 +170,18 @@ def forest(
     return figure
 
 
-def captioned(figure: Figure, ax: Axes, caption: str) -> None:
+def captioned(figure: Figure, ax: Axes, caption: str, *, columns: int | None = None) -> None:
     """Place title and legend above all panels, and the notes below, wrapped to the width of the figure.
 
     Args:
         figure: the figure.
         ax: the axes whose legend is shown.
         caption: title, line feed, notes.
+        columns: of the legend; one row if not given.
     """
     title, _, rest = caption.partition("\n")
-    legend_above(figure, ax, "\n".join(textwrap.wrap(title, round(figure.get_figwidth() * 14))))  # at 9 points
+    wrapped = "\n".join(textwrap.wrap(title, round(figure.get_figwidth() * 14)))  # at 9 points
+    legend_above(figure, ax, wrapped, columns=columns)
     notes_below(figure, rest)
 
 

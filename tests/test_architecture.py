@@ -45,8 +45,8 @@ MAY_IMPORT = {
     "watch": "landscape metrics",
     "loading": "specs store data models quant",
     "train": "loading store specs data models quant tensors",
-    "measure": "loading store specs data quant landscape derivatives metrics results tensors",
-    "deploy": "loading store specs quant",
+    "measure": "deploy loading store specs data quant landscape derivatives metrics results tensors",
+    "deploy": "loading store specs models quant results",
     "jobs": "specs store",
     "jobs.worker": "jobs specs store train measure",  # the last two inside functions: workers alone load torch
     # how it is shown

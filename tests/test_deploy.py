@@ -1,19 +1,22 @@
 """Networks as ONNX files: the codes are ours, the answers are the network's, and what does not fit is refused."""
 
+import copy
 import json
+import re
 
 import numpy as np
 import onnx
 import pytest
 import torch
 from commandline import call
-from onnx import numpy_helper
+from onnx import helper, numpy_helper
 from stores import PLACE, TINY, spec, trained
 from torch import nn
 
+from flatlab.deploy import session
 from flatlab.deploy.calibration import ranges
 from flatlab.deploy.graph import Codes, Graph, Range
-from flatlab.deploy.onnx import _codes, _in_floats, compare, export_onnx
+from flatlab.deploy.onnx import ExportedOnnx, _codes, _in_floats, _saturation, compare, export_onnx, write
 from flatlab.deploy.session import opened
 from flatlab.errors import UserError
 from flatlab.loading import checkpoint
@@ -29,6 +32,7 @@ def quantized(method="QT-DoG", **fields):
     return run.replace(quantizer=run.quantizer.replace(**fields))
 
 
+SMALL = ("digits-clip", "digits-densenet", "digits-resnext")
 RUNS = {
     "7 bits": quantized(),
     "8 bits": quantized(bits=8),
@@ -134,6 +138,49 @@ def test_codes_that_integer_kernels_cannot_hold_are_refused():
         unsigned.fitting(np.dtype(np.int8), level=True)
 
 
+@pytest.mark.parametrize("name", ["digits-vit", *(pytest.param(each, marks=pytest.mark.slow) for each in SMALL)])
+def test_small_networks_agree_for_any_number_of_images(tmp_path, name):
+    network = build_network(name, num_classes=5, in_channels=1).eval()
+    attach(network)
+    images = torch.randn(7, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    for activations, limit in (("float", 1e-5), ("int8", 0.2)):
+        graph = write(
+            copy.deepcopy(network), tmp_path / "net.onnx", OnnxSpec(activations=activations), [images.numpy()]
+        )
+        row = compare(
+            network, tmp_path / "net.onnx", "random", [(images, torch.zeros(7)), (images[:1], torch.zeros(1))]
+        )
+        assert row.deviation < limit * row.largest and row.images == 8
+    transformer = name in ("digits-vit", "digits-clip")
+    assert (graph.products > 0) is transformer
+    kinds = [node.op_type for node in graph.proto.node]
+    assert kinds.count("QuantizeLinear") == 1 if transformer else kinds.count("QuantizeLinear") > 5
+    remark = ExportedOnnx("net.onnx", 1, (), graph.products).remarks
+    assert bool(remark) is transformer and all(
+        "matrix products, which are computed in floats" in each for each in remark
+    )
+
+
+def test_a_network_without_convolutions_has_no_integers(tmp_path):
+    network = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    attach(network, outside="3")
+    with pytest.raises(UserError, match=r"^--activations int8 needs quantized convolutions, and this network has none"):
+        write(network, tmp_path / "net.onnx", OnnxSpec(activations="int8"), [np.zeros((2, 1, 4, 4), np.float32)])
+
+
+class Constant(nn.Module):
+    def forward(self, images):
+        return torch.cat([torch.ones(1, 1).expand(len(images), -1), images.flatten(1)], dim=1)
+
+
+def test_a_number_of_images_that_the_file_holds_as_a_constant_is_explained(tmp_path):
+    write(Constant().eval(), tmp_path / "net.onnx", OnnxSpec(), [np.zeros((2, 1, 2, 2), np.float32)])
+    with pytest.raises(
+        UserError, match=r"net\.onnx for 3 images \(.*\): the network must take their number from tensor"
+    ):
+        compare(Constant().eval(), tmp_path / "net.onnx", "", [(torch.zeros(3, 1, 2, 2), torch.zeros(3))])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["mobilenet_v2", "resnet18", "resnet50"])
 @pytest.mark.parametrize("activations", ["float", "int8"])
@@ -161,6 +208,59 @@ def test_an_ensemble_is_one_file(tmp_path):
     join(joint, store, PLACE)
     done = export_onnx(store.run(joint), tmp_path / "net.onnx", PLACE)
     assert all(row.agreement == 1 and row.deviation < 1e-4 for row in done.rows)
+    both = [store.run(each) for each in members]
+    again = export_onnx(both, tmp_path / "two.onnx", PLACE, combine="probabilities")
+    assert again.rows == done.rows and again.bytes == done.bytes
+    assert (tmp_path / "two.onnx").read_bytes() == (tmp_path / "net.onnx").read_bytes()
+    plain = export_onnx(both, tmp_path / "logits.onnx", PLACE, OnnxSpec(activations="int8"))
+    assert plain.rows != done.rows and all(row.agreement > 0.9 for row in plain.rows)
+    with pytest.raises(UserError, match="must have the same data set, held-out domain and image size"):
+        export_onnx([both[0], store.run(spec(held_out="rot0"))], tmp_path / "none.onnx", PLACE)
+
+
+# --- sums in 16 bits ------------------------------------------------------------------------------------------------
+
+
+def test_one_channel_of_two_exceeds_16_bits():
+    graph, _, _ = small()
+    graph.codes = {"one": Codes(np.array([[120, 1, 10], [60, 65, -128]]), np.ones(2, np.float32))}
+    graph.top = 255
+    assert graph.exceeding == 0.5  # 255 (120 + 10) > 32767 >= 255 max(60 + 65, 128)
+    graph.codes["one"].codes[1, 0] = -1
+    assert graph.exceeding == 1.0  # 255 (128 + 1)
+    graph.top = 127
+    assert graph.exceeding == 0.0
+
+
+def test_a_reduced_range_prevents_sums_of_more_than_16_bits(tmp_path):
+    network = build_network("digits-cnn", num_classes=10, in_channels=1).eval()
+    attach(network, bits=8)
+    for layer in quantized_layers(network).values():  # all codes are used
+        with torch.no_grad():
+            layer.quantizer.scale.copy_(layer.latent.abs().amax((1, 2, 3), keepdim=True) / 127)
+    batches = [np.random.default_rng(0).uniform(-1, 3, (64, 1, 16, 16)).astype(np.float32)]
+    off, path, found = {}, tmp_path / "net.onnx", {}
+    for reduced in (False, True):
+        options = OnnxSpec(activations="int8", reduce_range=reduced)
+        found[reduced] = write(copy.deepcopy(network), path, options, batches).exceeding
+        off[reduced] = _saturation(path, batches)
+        model = onnx.load(path)
+        model.graph.output.append(helper.make_tensor_value_info("images.codes", onnx.TensorProto.UINT8, None))
+        codes = opened(model.SerializeToString()).run(["images.codes"], {"images": batches[0]})[0]
+        assert (codes.min(), codes.max()) == (0, 127 if reduced else 255)
+    assert found[False] > 0.9 and found[True] == 0
+    if session.saturates():
+        assert off[False] > 2 * off[True]
+    remark = ExportedOnnx("net.onnx", 1, (), 0, found[False], off[False]).remarks[0]
+    assert re.match(r"In [\d.]+% of the quantized channels the sum of two products can exceed 16 bits", remark)
+    assert not ExportedOnnx("net.onnx", 1, (), 0, found[True], off[True]).remarks
+
+
+def test_processors_without_vnni_are_recognised(monkeypatch):
+    known = {"avx2 fma": True, "avx2 fma avx512f avx512_vnni": False, "avx2 avx_vnni": False, "asimd neon": False}
+    for sets, expected in known.items():
+        monkeypatch.setattr(session.environment, "facts", lambda sets=sets: {"instructions": sets})
+        assert session.saturates() is expected
 
 
 # --- refused -------------------------------------------------------------------------------------------------------
@@ -227,3 +327,7 @@ def test_the_command_line_writes_both_formats(run, tmp_path, capsys):
     assert "--opset is of ONNX files; write --format onnx." in capsys.readouterr().err
     assert call(*line, tmp_path / "net.safetensors", "--format", "tflite") == 2
     assert "packed" in capsys.readouterr().err
+    assert call(*line, tmp_path / "net.onnx", "--format", "onnx", "--reduce-range") == 2
+    assert "--reduce-range does nothing without --activations int8" in capsys.readouterr().err
+    assert call(*line, tmp_path / "net.onnx", "--format", "onnx", "--combine", "logits") == 2
+    assert "--combine does nothing for one run" in capsys.readouterr().err

@@ -5,6 +5,7 @@ from typing import get_type_hints
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+import test_saving as saved_results
 import torch
 import torch.nn.functional as F
 from matplotlib.axes import Axes
@@ -21,6 +22,7 @@ from flatlab.specs.generalisation import GeneralisationSpec
 from flatlab.specs.measurements import (
     ConnectionSpec,
     GradCAMSpec,
+    LatencySpec,
     QuantizationNoiseSpec,
     RoundingSpec,
     ScaleAuditSpec,
@@ -49,6 +51,7 @@ MADE = {  # spec -> the public function's result on a small landscape, where a n
     ReachSpec(rises=(0.02, 0.1)): lambda at: api.radii_at_rises(at, (0.02, 0.1)),
     ScaleAuditSpec(most=2.0): lambda at: api.scale_audit(at, most=2.0, num_samples=2),
     TraceCheckSpec(rel_error=0.2): lambda at: api.trace_check(at, rel_error=0.2, density=(6, 2)),
+    LatencySpec(): lambda at: saved_results.MADE[api.Latency](),
     SurfaceSpec(grid=3): lambda at: api.plane(at, api.random_directions(at), grid=3),
 }
 # metric -> the public function, and the part of the result that it returns
@@ -81,6 +84,10 @@ FRAMES = {  # metric -> columns and rows of the table
     "quantization_noise": (NOISE.split(), 3 * 3),
     "gradcam": (MAPS.split(), 5),
     "size": (["bytes", "float_bytes", "compression"], 1),
+    "latency": (
+        ["network", "engine", "batch", "threads", "median_ms", "low_ms", "high_ms", "bytes", "peak_mb", "accuracy"],
+        2,
+    ),
     "generalisation": (["name", "severity", "value"], 9 + 5),
 }
 NUMBERS = {  # metric -> a column of the table, and the same from the arrays and facts of the file
@@ -98,6 +105,7 @@ NUMBERS = {  # metric -> a column of the table, and the same from the arrays and
     ),
     "gradcam": ("row", lambda arrays, facts: arrays["rows"]),
     "size": ("bytes", lambda arrays, facts: [arrays["bytes"]]),
+    "latency": ("median_ms", lambda arrays, facts: 1000 * np.median(arrays["seconds"], axis=-1).ravel()),
     "generalisation": ("value", lambda arrays, facts: [*arrays["values"], *arrays["accuracies"].ravel()]),
 }
 

@@ -11,6 +11,7 @@ from flatlab.specs.measurements import (
     KINDS,
     ConnectionSpec,
     GradCAMSpec,
+    LatencySpec,
     QuantizationNoiseSpec,
     RoundingSpec,
     ScaleAuditSpec,
@@ -54,6 +55,7 @@ MEASUREMENTS = {
     "3bee72b46e3f6525": QuantizationNoiseSpec(),
     "b5aa8c195898affd": RoundingSpec(),
     "1ce3adf553f86252": SizeSpec(),
+    "91ba2ceb11923a4b": LatencySpec(),
     "831ef62a924c231c": GeneralisationSpec(),
 }
 

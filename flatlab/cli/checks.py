@@ -67,7 +67,7 @@ def weights(written: str) -> str:
 
 
 def space(found: "Sequence[Run]", wanted: str) -> None:
-    """Refuse latent weights of runs that have none."""
+    """Refuse latent weights, and codes, of runs that have none."""
     if wanted == "latent":
         kinds = {run.spec.quantizer.kind if run.spec.quantizer else "none": run for run in found}
         if settled := next((kinds[kind] for kind in kinds if kind not in ("none", "lsq")), None):
@@ -76,6 +76,8 @@ def space(found: "Sequence[Run]", wanted: str) -> None:
             )
         if "lsq" not in kinds:
             raise UserError("--space latent does nothing for runs that are not quantized; leave it out.")
+    if wanted == "codes" and (plain := next((run for run in found if run.spec.quantizer is None), None)):
+        raise UserError(f"--space codes needs weights on a grid, and {plain.name} is not quantized; leave it out.")
 
 
 def parameters(found: "Iterable[Run]", measurements: "Iterable[MeasurementSpec]") -> None:

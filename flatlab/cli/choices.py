@@ -158,10 +158,7 @@ class Choices(Options):
             raise UserError(
                 f"{dataset} has {kind}, which {model} does not take; use --model {fits} or another --dataset."
             )
-        size = self.image_size or (16 if dataset == "digits" else 224)
-        side = SIDES.get(model or "", size)
-        if size != side:
-            raise UserError(f"{model} takes images of {side} pixels, got {size}: write --image-size {side}.")
+        self.check_side(model, self.image_size or (16 if dataset == "digits" else 224))
         if dataset != "digits":
             return
         if model and MODELS[model]:
@@ -171,6 +168,13 @@ class Choices(Options):
             )
         if self.image_size not in (None, 16):
             raise UserError(f"digits are 16 x 16 pixels; leave --image-size {self.image_size} out.")
+
+    @staticmethod
+    def check_side(model: str | None, size: int) -> None:
+        """Refuse a size of images that a network does not take."""
+        side = SIDES.get(model or "", size)
+        if size != side:
+            raise UserError(f"{model} takes images of {side} pixels, got {size}: write --image-size {side}.")
 
     def place(self) -> "Place":
         """Return the machine facts."""

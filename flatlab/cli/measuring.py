@@ -60,8 +60,8 @@ def flatness(
         str | None,
         typer.Option(
             help="Radii: start:stop:step (stop included), a comma-separated list, or auto (for each run, where F is "
-            "0.01 to 2 nats). If not given: where the loss of the first run rises by 0.02 to 1 nat; for the paper's "
-            "network 0:60:5."
+            "0.01 to 2 nats; with --space codes, where 1/48 to all of the weights move, also if not given). If not "
+            "given: where the loss of the first run rises by 0.02 to 1 nat; for the paper's network 0:60:5."
         ),
     ] = None,
     domains: Annotated[str, typer.Option(help="source (trained on) or target (held out).")] = "source",
@@ -79,7 +79,10 @@ def flatness(
     found = chosen.found(runs)
     reproduce.place_of(found, chosen.place())
     first = found[0].spec
-    usual = papers_radii(first) if fields["normalisation"] == "none" else None
+    on_grid = fields["space"] == "codes"
+    if on_grid:
+        chosen.refuse(("normalisation",), "with --space codes, where moves are of one code")
+    usual = "auto" if on_grid else papers_radii(first) if fields["normalisation"] == "none" else None
     risen = ByRise(rises=(*QUICK.rises, QUICK.beyond), references=(first.digest,))
     measurement = SphereSpec.make(radii=parse_radii(radii) if radii is not None else usual or risen, **fields)
     checks.space(found, measurement.space)

@@ -11,7 +11,7 @@ from flatlab.cli import checks, run_jobs
 from flatlab.cli.choices import Choices, takes
 from flatlab.cli.effects import refuse_idle, refuse_without_effect
 from flatlab.cli.errors import Commands, say
-from flatlab.cli.options import DATASET, NAMED, QUANTIZER, RUNNING, STEP, TRAINING, OneRun, Runs, asked
+from flatlab.cli.options import DATASET, MODELS, NAMED, QUANTIZER, RUNNING, STEP, TRAINING, Runs, asked
 from flatlab.errors import UserError, choose
 from flatlab.specs.deploy import OnnxSpec
 from flatlab.specs.measurement import MeasurementSpec
@@ -19,6 +19,7 @@ from flatlab.specs.methods import PARTS
 
 commands = Commands()
 
+WIDE = tuple(name for name, channels in MODELS.items() if channels == 3)  # of colour images
 ACCURACIES = dict.fromkeys(("validation", "test", "target"), ".3f")
 
 
@@ -155,31 +156,38 @@ def import_(
 
 @commands.command(
     epilog="Examples: `flatlab export 3f2a --file qt-dog.safetensors`, "
-    "`flatlab export 3f2a --format onnx --activations int8`"
+    "`flatlab export 3f2a --format onnx --activations int8`, `flatlab export 3f2a 77c1 --format onnx`"
 )
 @takes(
-    *(*NAMED, "data_dir", "device", "cache", "store", "json", "debug"),
+    *(*NAMED, "combine", "data_dir", "device", "cache", "store", "json", "debug"),
     asks=asked(MeasurementSpec, "checkpoint") | asked(OnnxSpec, *OnnxSpec.model_fields),
 )
 def export(
     chosen: Choices,
-    run: OneRun,
+    runs: Runs,
     fields: dict[str, Any],
     file: Annotated[Path | None, typer.Option(help="File to write; DIGEST.safetensors or .onnx if not given.")] = None,
     kind: Annotated[str, typer.Option("--format", help="Of the file: packed or onnx.")] = "packed",
 ) -> None:
-    """Write a quantized run to a file of integer weights; report its size, or how an ONNX file agrees with it."""
+    """Write a quantized run to a file of integer weights; report its size, or how an ONNX file agrees with it.
+
+    With --format onnx, several runs become one file, their ensemble.
+    """
     from flatlab import reproduce
     from flatlab.loading.export import export as write
 
     kind = choose("format", kind, ("packed", "onnx"))
-    found = chosen.found([run])[0]
+    found, *others = members = chosen.found(runs)
+    if not others:
+        chosen.refuse(("combine",), "for one run")
+    elif kind != "onnx":
+        raise UserError("--format packed takes one run; combine them by `flatlab ensemble`, or write --format onnx.")
     path = file or Path(f"{found.spec.digest}.{'onnx' if kind == 'onnx' else 'safetensors'}")
     checks.target(path)
-    place, _ = reproduce.place_of([found], chosen.place())
+    place, _ = reproduce.place_of(members, chosen.place())
     checkpoint = fields.pop("checkpoint")
     if kind == "onnx":
-        _export_onnx(chosen, found, path, place, (checkpoint, OnnxSpec(**fields)))
+        _export_onnx(chosen, members, path, place, (checkpoint, OnnxSpec(**fields)))
         return
     if changed := [name for name, value in fields.items() if value != OnnxSpec.model_fields[name].default]:
         raise UserError(f"--{changed[0].replace('_', '-')} is of ONNX files; write --format onnx.")
@@ -192,7 +200,7 @@ def export(
     chosen.answer_facts(done.facts(), sentence)
 
 
-def _export_onnx(chosen: Choices, run: Any, path: Path, place: Any, how: tuple[str, OnnxSpec]) -> None:
+def _export_onnx(chosen: Choices, runs: list[Any], path: Path, place: Any, how: tuple[str, OnnxSpec]) -> None:
     import pandas as pd
 
     from flatlab.deploy import session
@@ -201,35 +209,54 @@ def _export_onnx(chosen: Choices, run: Any, path: Path, place: Any, how: tuple[s
     from flatlab.deploy.onnx import export_onnx
 
     checkpoint, spec = how
-    done = export_onnx(run, path, place, spec, checkpoint=checkpoint)
+    done = export_onnx(runs, path, place, spec, checkpoint=checkpoint, combine=chosen.combine or "logits")
     rows = pd.DataFrame([asdict(row) for row in done.rows])
     formats = {"agreement": ".2%", "deviation": ".2g", "largest": ".2f", "accuracy": ".3f", "accuracy_onnx": ".3f"}
     chosen.answer(rows, f"{done.path}: {done.bytes:,} bytes, {spec.activations} activations", formats)
+    if not chosen.json:
+        for remark in done.remarks:
+            say(remark, mark="")
 
 
-@commands.command(epilog="Example: `flatlab latency QT-DoG --held-out rot45`, or of files: `flatlab latency net.onnx`")
-@takes(*NAMED, "data_dir", "cache", "store", "json", "debug")
+@commands.command(
+    epilog="Examples: `flatlab latency QT-DoG --held-out rot45`, `flatlab latency net.onnx`, "
+    "`flatlab latency --model resnet50 --image-size 224`"
+)
+@takes(*NAMED, "model", "image_size", "data_dir", "cache", "store", "json", "debug")
 def latency(
     chosen: Choices,
-    given: Annotated[list[str], typer.Argument(metavar="RUN|FILE...", help="Runs, or ONNX files (.onnx).")],
-    rounds: Annotated[int, typer.Option(help="Calls of each engine, one after the other in turn.", min=6)] = 30,
+    given: Annotated[
+        list[str] | None, typer.Argument(metavar="[RUN|FILE]...", help="Runs, or ONNX files (.onnx).")
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="Rounds, in each of which every engine is called once.", min=6)] = 30,
 ) -> None:
-    """Time networks on this processor: in torch and onnxruntime, in floats, with integer weights and in int8."""
-    import pandas as pd
+    """Time networks on this processor: in torch and onnxruntime, in floats, with integer weights and in int8.
 
+    With --model: a network with random weights, of images of --image-size pixels (224), quantized to 7 bits.
+    """
     from flatlab import reproduce
     from flatlab.deploy import session
 
     session.needed()
-    from flatlab.deploy import latency as timing
+    from flatlab.deploy.engines import engines
+    from flatlab.deploy.latency import timed
 
-    files = [Path(each) for each in given if each.endswith(".onnx")]
-    found = chosen.found([each for each in given if not each.endswith(".onnx")]) if len(files) < len(given) else []
+    names, named = given or [], None
+    if chosen.model:
+        named = choose("model", chosen.model, WIDE), chosen.image_size or 224
+        chosen.check_side(*named)
+    else:
+        chosen.refuse(("image_size",), "without --model")
+    if not names and not named:
+        raise UserError("Nothing to time: name runs, ONNX files, or a network by --model.")
+    files = [Path(each) for each in names if each.endswith(".onnx")]
+    found = chosen.found([each for each in names if not each.endswith(".onnx")]) if len(files) < len(names) else []
     place = reproduce.place_of(found, chosen.place())[0] if found else chosen.place()
-    with timing.engines(found, files, place) as engines:
-        rows = pd.DataFrame(timing.table(engines, rounds=rounds))
+    with engines(found, files, place, named=named) as ready:
+        times = timed(ready, rounds=rounds)
+    rows = times.to_frame().drop(columns="accuracy")
     formats = dict.fromkeys(("median_ms", "low_ms", "high_ms", "peak_mb"), ".2f")
-    chosen.answer(rows, f"Milliseconds a batch: medians of {rounds} calls, 95 % intervals; {timing.machine()}", formats)
+    chosen.answer(rows, f"Milliseconds a batch: medians of {rounds} calls, 95 % intervals; {times.processor}", formats)
     if not chosen.json:
-        for remark in timing.remarks(rows):
+        for remark in times.remarks:
             say(remark, mark="")

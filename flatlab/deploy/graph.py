@@ -17,6 +17,7 @@ from flatlab.errors import UserError
 
 Array = npt.NDArray[Any]
 INPUT, OUTPUT = "images", "logits"
+LARGEST = 2**15 - 1  # of 16 bits
 PASSING = ("Relu", "Clip")  # what an engine merges with the layer before it
 ROUNDED = ("Conv", "Relu", "Clip", "Add", "GlobalAveragePool", "AveragePool")  # whose outputs are rounded to int8
 
@@ -59,16 +60,23 @@ class Codes:
 
 @dataclass(frozen=True)
 class Range:
-    """The range of an activation's values, which holds zero."""
+    """The range of an activation's values, which holds zero.
+
+    Attributes:
+        low: the lowest value.
+        high: the highest value.
+        top: the highest code; the lowest is 0.
+    """
 
     low: float
     high: float
+    top: int = 255
 
     @property
     def grid(self) -> tuple[np.float32, np.uint8]:
-        """The step size and the code of zero on 256 levels."""
+        """The step size and the code of zero."""
         low, high = min(self.low, 0.0), max(self.high, 0.0)
-        scale = (high - low) / 255 or 1.0
+        scale = (high - low) / self.top or 1.0
         return np.float32(scale), np.uint8(round(-low / scale))
 
 
@@ -89,7 +97,7 @@ class Graph:
         self.proto = self.model.graph
         self.weights = {each.name: numpy_helper.to_array(each) for each in self.proto.initializer}
         self.codes: dict[str, Codes] = {}
-        self.rounds = False  # whether activations are rounded
+        self.top = 0  # the highest code of an activation; 0 where they are not rounded
         for node in [each for each in self.proto.node if each.op_type == "Identity" and each.input[0] in self.weights]:
             self.weights[node.output[0]] = self.weights[node.input[0]]
             self.proto.node.remove(node)
@@ -140,17 +148,22 @@ class Graph:
 
     def _in_integers(self, node: Any) -> bool:
         """Return whether a node computes in integers, or passes values on to one that does."""
-        if node.op_type == "MaxPool":
-            return any(self._in_integers(each) for each in self.after(node.output[0]))
-        return node.op_type in ("Add", "GlobalAveragePool") or (node.op_type == "Conv" and node.input[1] in self.codes)
+        if node.op_type in ("MaxPool", "Add"):
+            return any(self._leads_on(each) for each in self.after(node.output[0]))
+        return node.op_type == "GlobalAveragePool" or (node.op_type == "Conv" and node.input[1] in self.codes)
+
+    def _leads_on(self, node: Any) -> bool:
+        if node.op_type in PASSING:
+            return any(self._leads_on(each) for each in self.after(node.output[0]))
+        return self._in_integers(node)
 
     def round_activations(self, ranges: dict[str, Range]) -> None:
-        """Round tensors to 256 levels, and the biases of integer layers to the grid of their sums.
+        """Round tensors to the levels of their ranges, and the biases of integer layers to the grid of their sums.
 
         Args:
             ranges: of the tensors that `rounded` names, and of what MaxPool makes of them.
         """
-        self.rounds = True
+        self.top = max(each.top for each in ranges.values())
         for node in [each for each in self.proto.node if each.op_type == "MaxPool" and each.input[0] in ranges]:
             ranges = {**ranges, node.output[0]: ranges[node.input[0]]}
         for name, each in ranges.items():
@@ -180,11 +193,31 @@ class Graph:
         parts = [f"{name}.codes", f"{name}.scale", f"{name}.origin"]
         self.proto.node.append(helper.make_node("DequantizeLinear", parts, [name], axis=0))
 
+    @property
+    def products(self) -> int:
+        """The number of quantized weights of matrix products, which are computed in floats."""
+        convolved = {node.input[1] for node in self.proto.node if node.op_type == "Conv"}
+        return len(self.codes.keys() - convolved)
+
+    @property
+    def exceeding(self) -> float:
+        """Return the share of the output channels in which the sum of two products can exceed 16 bits.
+
+        Kernels add pairs of products of unsigned activations and signed weights in 16 bits where the processor has no
+        VNNI; products of unsigned weights are added in 32 bits.
+        """
+        signed = [each.codes.reshape(len(each.codes), -1) for each in self.codes.values() if each.codes.min() < 0]
+        if not signed:
+            return 0.0
+        pairs = [np.sort(np.abs(np.stack([rows.clip(min=0), rows.clip(max=0)])), axis=2)[..., -2:] for rows in signed]
+        sums = np.concatenate([self.top * each.sum(2).max(0) for each in pairs])
+        return float((sums > LARGEST).sum() / sum(len(each.codes) for each in self.codes.values()))
+
     def finished(self) -> Any:
         """Return the model, each quantized weight as its codes; the ONNX checker has passed it."""
         for name, each in self.codes.items():
             kind = np.dtype(np.uint8 if each.codes.min() >= 0 else np.int8)
-            codes, zero = each.fitting(kind, level=self.rounds)
+            codes, zero = each.fitting(kind, level=self.top > 0)
             self.weights.pop(name)
             self._codes_of(name, codes.astype(kind), each.scale, zero)
         self.write()

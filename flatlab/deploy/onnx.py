@@ -1,5 +1,6 @@
 """A run's network as an ONNX file with integer weights, compared with the network on every evaluation image."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from flatlab.deploy.graph import INPUT, OUTPUT, Codes, Graph
 from flatlab.errors import UserError
 from flatlab.loading import data as loading_data
 from flatlab.loading.checkpoint import network as network_of
+from flatlab.models.networks import Ensemble
 from flatlab.quant.attach import Quantized, bake, channel_axis, quantized_layers, tensor_of
-from flatlab.quant.codebook import decode
+from flatlab.quant.codes import codes_of
 from flatlab.quant.lsq import Activations
 from flatlab.quant.packing import bits_of
 from flatlab.specs.deploy import OnnxSpec
@@ -58,11 +60,38 @@ class ExportedOnnx:
         path: the file.
         bytes: of the file.
         rows: in domain and out of it.
+        products: the number of quantized weights of matrix products, which are computed in floats.
+        exceeding: the share of the quantized channels in which the sum of two int8 products can exceed 16 bits.
+        saturation: the largest difference of a calibration image's logit between this processor's integer kernels and
+            sums in floats, which includes that of rounding in another order.
     """
 
     path: str
     bytes: int
     rows: tuple[Agreement, ...]
+    products: int = 0
+    exceeding: float = 0.0
+    saturation: float = 0.0
+
+    @property
+    def remarks(self) -> list[str]:
+        """Sentences on matrix products in floats, and on sums that exceed 16 bits; none where there are none."""
+        found = []
+        if self.products:
+            found.append(
+                f"{self.products} quantized weights are of matrix products, which are computed in floats; onnxruntime"
+                f" rounds their inputs to 8 bits, unless the session's entry {session.EXACT[0]} is {session.EXACT[1]},"
+                " as it is here."
+            )
+        if not self.exceeding:
+            return found
+        here = "as on this processor" if session.saturates() else "unlike this processor, which has it"
+        return [
+            *found,
+            f"In {self.exceeding:.1%} of the quantized channels the sum of two products can exceed 16 bits, in which"
+            f" kernels add them without VNNI ({here}): here logits differ by up to {self.saturation:.2g} from those of"
+            " sums in floats. --reduce-range rounds activations to 128 levels, where no such sum exceeds 16 bits.",
+        ]
 
     def facts(self) -> dict[str, Any]:
         """Return all numbers by name."""
@@ -70,32 +99,53 @@ class ExportedOnnx:
 
 
 def export_onnx(
-    run: Run, path: Path, place: Place, spec: OnnxSpec | None = None, *, checkpoint: str = "selected"
+    run: Run | Sequence[Run],
+    path: Path,
+    place: Place,
+    spec: OnnxSpec | None = None,
+    *,
+    checkpoint: str = "selected",
+    combine: str = "logits",
 ) -> ExportedOnnx:
-    """Write a run's network to an ONNX file, quantized weights as int8 codes, and compare the two.
+    """Write a run's network, or the ensemble of several, to an ONNX file, its weights as int8 codes; compare the two.
 
     Ranges of int8 activations come from training images of the source domains. The head, and what is not quantized,
     compute in float32.
 
     Args:
-        run: finished; of full precision, or quantized to a uniform grid of at most 8 bits; ensembles, too.
+        run: finished; of full precision, or quantized to a uniform grid of at most 8 bits; ensembles, too. Several are
+            the members of one.
         path: the file, .onnx.
         place: data folder.
         spec: of the file.
         checkpoint: "selected" or "last".
+        combine: what an ensemble of several runs averages, "logits" or "probabilities".
 
     Raises:
-        UserError: where a quantizer does not fit, or the network cannot be exported or run.
+        UserError: where a quantizer does not fit, runs are not of one split of one data set, or the network cannot be
+            exported or run.
     """
     session.needed()
-    run.require_done()
-    spec = spec or OnnxSpec()
-    network = network_of(run, checkpoint, place).cpu()
-    domains = loading_data.domains(run.spec, place)
-    count = spec.calibration_images if spec.activations == "int8" else 1
-    write(network, path, spec, calibration(domains, count))
-    rows = tuple(compare(network, path, name, each) for name, each in _images(domains).items())
-    return ExportedOnnx(str(path), path.stat().st_size, rows)
+    runs, spec = [run] if isinstance(run, Run) else list(run), spec or OnnxSpec()
+    if len(runs) > 1:  # refuses those that cannot be members of one ensemble
+        runs[0].spec.replace(members=tuple(each.spec for each in runs), combine=combine)
+    for each in runs:
+        each.require_done()
+    members = [network_of(each, checkpoint, place).cpu() for each in runs]
+    network = Ensemble(members, combine=combine).eval() if len(members) > 1 else members[0]
+    domains = loading_data.domains(runs[0].spec, place)
+    batches = calibration(domains, spec.calibration_images if spec.activations == "int8" else 1)
+    graph = write(network, path, spec, batches)
+    rows = tuple(compare(network, path, name, each) for name, each in evaluated(domains).items())
+    differs = _saturation(path, batches) if graph.exceeding else 0.0
+    return ExportedOnnx(str(path), path.stat().st_size, rows, graph.products, graph.exceeding, differs)
+
+
+def _saturation(path: Path, batches: list[Any]) -> float:
+    """Return the largest difference of a logit between a file's integer kernels and its sums in floats."""
+    kernels = [session.opened(path, integers=each) for each in (True, False)]
+    pairs = [[kernel.run([OUTPUT], {INPUT: batch})[0] for kernel in kernels] for batch in batches]
+    return max(float(np.abs(ours - theirs).max()) for ours, theirs in pairs)
 
 
 def calibration(domains: loading_data.Domains, count: int) -> list[Any]:
@@ -104,8 +154,8 @@ def calibration(domains: loading_data.Domains, count: int) -> list[Any]:
     return [inputs.contiguous().numpy() for one in each for inputs, _ in one]
 
 
-def write(network: nn.Module, path: Path, spec: OnnxSpec, batches: list[Any]) -> None:
-    """Bake a network and write it to an ONNX file, the weights that were quantized as int8 codes.
+def write(network: nn.Module, path: Path, spec: OnnxSpec, batches: list[Any]) -> Graph:
+    """Bake a network and write it to an ONNX file, the weights that were quantized as int8 codes; return its graph.
 
     Args:
         network: in eval mode, on the host.
@@ -121,9 +171,11 @@ def write(network: nn.Module, path: Path, spec: OnnxSpec, batches: list[Any]) ->
     graph = Graph(network, torch.from_numpy(batches[0][:1]), opset=spec.opset)
     _put(graph, codes)
     graph.fold()
+    top = 127 if spec.reduce_range else 255
     if spec.activations == "int8":
-        graph.round_activations(ranges(_in_floats(graph), batches, spec.calibration))
+        graph.round_activations(ranges(_in_floats(graph), batches, spec.calibration, top=top))
     files.write_bytes(path, graph.finished().SerializeToString())
+    return graph
 
 
 def _codes(network: nn.Module, spec: OnnxSpec) -> dict[str, Codes]:
@@ -144,16 +196,15 @@ def _codes(network: nn.Module, spec: OnnxSpec) -> dict[str, Codes]:
                 f" of at most {MOST} bits: write --format packed."
             )
         found[key] = _codes_of(key, layer)
+    if spec.reduce_range and spec.activations != "int8":
+        raise UserError("--reduce-range does nothing without --activations int8; leave it out.")
     if spec.activations == "int8" and not found:
         raise UserError("--activations int8 needs a run whose weights are quantized, such as QT-DoG's.")
     return found
 
 
 def _codes_of(key: str, layer: Quantized) -> Codes:
-    quantizer = layer.quantizer
-    codes, scale = quantizer.codes(layer.latent), quantizer.scale.detach()
-    if not torch.equal(decode(codes, scale, quantizer.grid), layer.weight):
-        raise UserError(f"{key} is not completely on its grid in this checkpoint; export its last one.")
+    codes, scale = codes_of(key, layer), layer.quantizer.scale.detach()
     if channel_axis(layer.layer) and scale.numel() > 1:
         raise UserError(f"{key} has step sizes along its second axis; quantize it with --granularity tensor.")
     each = scale.reshape(-1).expand(codes.shape[0]) if scale.numel() == 1 else scale.reshape(-1)
@@ -176,7 +227,8 @@ def _in_floats(graph: Graph) -> Graph:
     return graph
 
 
-def _images(domains: loading_data.Domains) -> dict[str, list[Any]]:
+def evaluated(domains: loading_data.Domains) -> dict[str, list[Any]]:
+    """Return the batches of images and labels in domain and out of it."""
     device = torch.device("cpu")
     validation = domains.evaluation("out", domains.sources, device)
     target = domains.evaluation("in", (domains.target,), device)
@@ -221,4 +273,11 @@ def _logits(engine: Any, path: Path, images: Any) -> torch.Tensor:
         raise UserError(
             f"{path} is of another network: it takes {wanted.name} of {wanted.shape}, not images {images.shape}."
         )
-    return torch.from_numpy(engine.run([OUTPUT], {INPUT: images})[0])
+    try:
+        return torch.from_numpy(engine.run([OUTPUT], {INPUT: images})[0])
+    except Exception as error:  # onnxruntime's classes have no common base but this one
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"onnxruntime cannot run {path} for {len(images)} images ({reason}): the network must take their"
+            " number from tensor.shape[0], not from len(tensor), which is a constant in the file."
+        ) from None

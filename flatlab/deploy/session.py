@@ -1,20 +1,31 @@
 """An ONNX file, opened by onnxruntime."""
 
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from flatlab import environment
 from flatlab.errors import UserError
+
+EXACT = ("session.qdq_matmulnbits_accuracy_level", "1")  # else inputs of matrix products are rounded to 8 bits
+
+
+def saturates() -> bool:
+    """Return whether kernels of this processor add pairs of int8 products in 16 bits: x86 without VNNI or AMX."""
+    sets = set(environment.facts()["instructions"].split())
+    return "avx2" in sets and not sets & {"avx512_vnni", "avx_vnni", "amx_int8"}
 
 
 def needed() -> None:
-    """Refuse where the packages of the extra are missing.
+    """Load the packages of the extra.
 
     Raises:
-        UserError: names the extra.
+        UserError: where they are missing; names the extra.
     """
     if any(find_spec(name) is None for name in ("onnx", "onnxruntime")):
         raise UserError("ONNX files need packages that are not installed: pip install 'flatlab[deploy]'.")
+    import_module("onnxruntime")
 
 
 def opened(file: Path | bytes, *, threads: int = 1, integers: bool = True) -> Any:
@@ -33,6 +44,7 @@ def opened(file: Path | bytes, *, threads: int = 1, integers: bool = True) -> An
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
+    options.add_session_config_entry(*EXACT)
     if not integers:
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     try:

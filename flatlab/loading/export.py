@@ -23,6 +23,7 @@ from flatlab.models.foreign import COUNTER
 from flatlab.models.networks import Ensemble, Network, build_network
 from flatlab.quant.attach import Quantized, attach_activations, bake, quantized_layers, tensor_of
 from flatlab.quant.codebook import BITS, decode
+from flatlab.quant.codes import codes_of
 from flatlab.quant.packing import bits_of, pack, unpack
 from flatlab.specs.base import Spec
 from flatlab.specs.quantizers import BothSpec, QuantSpec
@@ -357,11 +358,7 @@ def _contents(network: nn.Module, spec: RunSpec, place: Place) -> tuple[files.Ar
 def _packed(name: str, layer: Quantized) -> tuple[np.ndarray[Any, Any], dict[str, Any]]:
     """Return a layer's codes as bits, and what is needed to read them."""
     quantizer, (low, high) = layer.quantizer, layer.quantizer.levels
-    codes = quantizer.codes(layer.latent)
-    if not torch.equal(decode(codes, quantizer.scale.detach(), quantizer.grid), layer.weight):
-        raise UserError(
-            f"{name} is not completely on its grid in this checkpoint: INQ has not reached its last stage there."
-        )
+    codes = codes_of(name, layer)
     bits = bits_of(low, high)
     facts = {"shape": list(codes.shape), "low": low, "bits": bits, "grid": quantizer.grid}
     return pack(codes.numpy(), low, bits), facts

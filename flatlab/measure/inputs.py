@@ -140,7 +140,7 @@ def landscape(run: Run, spec: MeasurementSpec, place: Place, *, of: Collection[s
     """
     batches = {name: each for name, each in images(run, spec, place).items() if of is None or name in of}
     loaded = network(run, spec.checkpoint, place)
-    if spec.space == "baked":
+    if spec.space != "latent":
         bake(loaded)
         return Landscape(loaded, batches, F.cross_entropy, params=spec.params)
     if any(not isinstance(quantizer, LSQ) for _, quantizer in quantized_layers(loaded).values()):

@@ -22,6 +22,7 @@ FUNCTIONS = {
     "quantization_noise": "quantization_noise.fill",
     "rounding": "rounding.fill",
     "size": "size.fill",
+    "latency": "size.fill_latency",
     "generalisation": "generalisation.fill",
 }
 

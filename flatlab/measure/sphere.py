@@ -9,12 +9,16 @@ import numpy as np
 
 from flatlab import files
 from flatlab.arguments import FloatArray, JobReport
+from flatlab.errors import UserError
+from flatlab.landscape.codes import Neighbours
 from flatlab.loading import data as loading_data
+from flatlab.loading.checkpoint import network
 from flatlab.measure.inputs import landscape, noise_norm
 from flatlab.measure.units import UnitFiles
-from flatlab.metrics.flatness import planning
+from flatlab.metrics.flatness import codes, planning
 from flatlab.metrics.flatness.sampler import Draws, Sampler, visits
 from flatlab.metrics.flatness.sphere import sample
+from flatlab.quant.codes import code_neighbours
 from flatlab.specs.measurements import SphereSpec
 from flatlab.specs.rises import ByNoise, ByRise
 from flatlab.specs.run import Place
@@ -25,17 +29,21 @@ from flatlab.store.runs import Measurement, Run, RunStore
 def fill(measurement: Measurement, run: Run, place: Place, report: JobReport | None) -> None:
     """Measure flatness at each radius; resumes an earlier call."""
     spec: SphereSpec = measurement.spec
-    around = landscape(run, spec, place)
-    sampler = Sampler([around], spec.seed, spec.normalisation, keep=UnitFiles(measurement).units)
-    (flatness,) = sample(
-        sampler,
-        _radii(run, spec, place),
-        spec.num_samples,
-        (spec.rel_error, spec.abs_error),
-        spec.budget,
-        block_size=spec.block_size,
-        report=partial(_tell, report, sampler) if report else None,
-    )
+    around, keep = landscape(run, spec, place), UnitFiles(measurement).units
+    given = _radii(run, spec, place), spec.num_samples, (spec.rel_error, spec.abs_error), spec.budget
+    if spec.space == "codes":
+        if spec.normalisation != "none":
+            raise UserError(
+                f"Moves on the grid are not normalised, got normalisation={spec.normalisation!r}; leave it out."
+            )
+        grid = Neighbours.of(around, code_neighbours(network(run, spec.checkpoint, place)))
+        moves = codes.CodeSampler([around], spec.seed, "none", keep=keep, grid=grid)
+        tell = partial(_tell, report, moves) if report else None
+        flatness = codes.sample(moves, *given, block_size=spec.block_size, report=tell)
+    else:
+        sampler = Sampler([around], spec.seed, spec.normalisation, keep=keep)
+        tell = partial(_tell, report, sampler) if report else None
+        (flatness,) = sample(sampler, *given, block_size=spec.block_size, report=tell)
     if "interrupted" in flatness.stopped:
         raise KeyboardInterrupt  # its units are stored: the next call resumes from them
     classes = len(loading_data.domains(run.spec, place).data.classes)

@@ -33,7 +33,7 @@ class PatchTransformer(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Return the features (N, WIDTH) of images (N, C, SIDE, SIDE)."""
         cells = self.patches(images).flatten(2).transpose(1, 2)
-        x = torch.cat([self.token.expand(len(images), -1, -1), cells], dim=1) + self.position
+        x = torch.cat([self.token.expand(images.shape[0], -1, -1), cells], dim=1) + self.position
         for block in self.blocks:
             x = block(x)
         return self.norm(x)[:, 0]  # type: ignore[no-any-return]

@@ -18,4 +18,11 @@ class OnnxSpec(Spec):
     calibration_images: Annotated[
         int, Field(ge=1, le=2**31, description="Training images of each source domain that int8 activations see.")
     ] = 128
+    reduce_range: Annotated[
+        bool,
+        Field(
+            description="Round int8 activations to 128 levels, so that products of 8-bit weights add up exactly on "
+            "processors without VNNI."
+        ),
+    ] = False
     opset: Annotated[int, Field(ge=13, le=100, description="Of an ONNX file: version of its operators.")] = 17

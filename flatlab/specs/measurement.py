@@ -36,8 +36,10 @@ class MeasurementSpec(Spec):
     images: int | None = Field(
         None, ge=1, le=LARGEST_INT, description="Maximum number of images of each domain; all if not given."
     )
-    space: Literal["baked", "latent"] = Field(
-        "baked", description="Weights of a quantized run: baked (quantized) or latent (before quantization)."
+    space: Literal["baked", "latent", "codes"] = Field(
+        "baked",
+        description="Weights of a quantized run: baked (quantized), latent (before quantization) or, of flatness, "
+        "codes (a random share of them moves by one).",
     )
     params: str | None = Field(
         None, description="Pattern of parameter names, such as 'features.0*'; all parameters if not given."

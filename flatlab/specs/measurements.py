@@ -34,6 +34,7 @@ class SurfaceSpec(MeasurementSpec):
     later = (*MeasurementSpec.later, "every", "recompute")
 
     metric: Literal["surface"] = "surface"
+    space: Literal["baked", "latent"] = "baked"
     axes: Literal["random", "hessian", "runs", "trajectory"] = Field(
         "random",
         description="Axes of the plane. random: filter-normalised directions; hessian: the two top eigenvectors; runs: "
@@ -154,7 +155,7 @@ class SphereSpec(MeasurementSpec):
     @property
     def piloted(self) -> bool:
         """Whether a pilot chooses the sampling plan."""
-        return self.num_samples is None and self.block_size is None
+        return self.num_samples is None and self.block_size is None and self.space != "codes"
 
     @property
     def effort(self) -> str:
@@ -321,6 +322,17 @@ class SizeSpec(_OfWeights):
     metric: Literal["size"] = "size"
 
 
+class LatencySpec(_OfWeights):
+    """The time of a run's network on the processor that measures, by engine, with the accuracy of each engine."""
+
+    metric: Literal["latency"] = "latency"
+    rounds: int = Field(30, ge=6, le=10**6, description="Rounds, in each of which every engine is called once.")
+
+    def passes(self, sizes: Sizes) -> float:
+        """Return the estimated number of images forwarded: four engines, each for 33 images and one or all threads."""
+        return float(4 * 2 * 33 * self.rounds + 4 * max(sizes.values()))
+
+
 KINDS: dict[str, type[MeasurementSpec]] = {
     "sphere": SphereSpec,
     "reach": ReachSpec,
@@ -333,6 +345,7 @@ KINDS: dict[str, type[MeasurementSpec]] = {
     "quantization_noise": QuantizationNoiseSpec,
     "rounding": RoundingSpec,
     "size": SizeSpec,
+    "latency": LatencySpec,
     "generalisation": GeneralisationSpec,
 }
 

@@ -37,6 +37,7 @@ class ReachSpec(MeasurementSpec):
     """The radii at which the loss of a run rises by given amounts on its source domains: a pilot, without intervals."""
 
     metric: Literal["reach"] = "reach"
+    space: Literal["baked", "latent"] = "baked"
     rises: Ascending
     normalisation: Normalisation = "none"
 
@@ -69,6 +70,7 @@ def pilots_of(measurement: MeasurementSpec, radii: object, **fields: object) -> 
     if not isinstance(radii, ByRise):
         return ()
     shared = {name: getattr(measurement, name) for name in MeasurementSpec.model_fields if name != "metric"}
+    shared |= {"space": "baked"} if measurement.space == "codes" else {}
     pilot = ReachSpec.make(**{**shared, **fields}, rises=radii.rises)
     return tuple((digest, pilot) for digest in radii.references)
 

@@ -32,6 +32,7 @@ RESULTS = {  # the class below `flatlab.results` of each metric's result
     "scale_audit": "scale_audit.ScaleAudit",
     "trace_check": "trace_check.TraceCheck",
     "size": "size.FileSize",
+    "latency": "size.Latency",
     "generalisation": "sharpness.Generalisation",
     "spectrum": "spectrum.MeasuredSpectrum",
     "surface": "surface.Surface",

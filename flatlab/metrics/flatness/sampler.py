@@ -9,8 +9,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from flatlab.arguments import FloatArray
@@ -214,19 +216,28 @@ class Sampler:
 
     def _evaluate(self, which: int, at: Move, plans: Sequence[SamplingPlan], visit: int) -> FloatArray:
         landscape, size = self.landscapes[which], plans[0].block_size
-        direction = draw_direction(
-            landscape, self.seed, visit, normalisation=self.normalisation, noise=self.noise, like=self.like
-        )
-        signs = (1.0, -1.0) if plans[0].paired else (1.0,)
-        radii = np.array([[sign * plan.radius for sign in signs] for plan in plans])
         if not size:
-            return np.asarray(at(direction, radii).mean(axis=1) - landscape.base_loss)
+            return np.asarray(self.losses(which, at, plans, visit) - landscape.base_loss)
         partition = self._partition(which, size)
         index = visit % len(partition)
         block = landscape.gather(partition[index])
         if (which, size, index) not in self._bases:
-            self._bases[which, size, index] = at(direction, 0.0, block=block)
-        return np.asarray(at(direction, radii, block=block).mean(axis=1) - self._bases[which, size, index])
+            self._bases[which, size, index] = at(torch.zeros_like(landscape.point), 0.0, block=block)
+        return np.asarray(self.losses(which, at, plans, visit, block=block) - self._bases[which, size, index])
+
+    def losses(self, which: int, at: Move, plans: Sequence[SamplingPlan], visit: int, **where: Any) -> FloatArray:
+        """Return the losses (R, S) along a direction, at the radii of plans of one kind; of a pair the mean."""
+        direction = draw_direction(
+            self.landscapes[which],
+            self.seed,
+            visit,
+            normalisation=self.normalisation,
+            noise=self.noise,
+            like=self.like,
+        )
+        signs = (1.0, -1.0) if plans[0].paired else (1.0,)
+        radii = np.array([[sign * plan.radius for sign in signs] for plan in plans])
+        return np.asarray(at(direction, radii, **where).mean(axis=1))
 
     def _sizes(self, block_size: int) -> FloatArray:
         """Return the number of images of each block."""
