@@ -31,7 +31,7 @@ from flatlab.jobs import plan as jobs_plan
 from flatlab.loading.export import export
 from flatlab.measure.runner import measure
 from flatlab.report import tables
-from flatlab.results.corrections import holm
+from flatlab.results.verdicts import holm
 from flatlab.specs.methods import METHODS, RELEASED, compose, is_papers
 from flatlab.specs.settings import PAPER, QUICK, SMOKE, for_data
 from flatlab.store.runs import RunStore

@@ -10,8 +10,9 @@ from stores import ERM, QT, refuses, trained
 from analyses import fig4
 from flatlab.report import stability as module
 from flatlab.report import tables
-from flatlab.report.stability import numbers, stability
+from flatlab.report.stability import numbers
 from flatlab.resources import published
+from flatlab.results.stability import stability
 from flatlab.specs.run import AverageSpec
 from flatlab.specs.settings import PAPER, QUICK
 from flatlab.store.runs import RunStore
