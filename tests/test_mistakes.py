@@ -278,7 +278,7 @@ def test_debug_shows_the_traceback(tmp_path):
         call("runs", "show", "beef", "--store", tmp_path, "--debug")
 
 
-def test_a_bug_is_told_as_such(mistake, tmp_path, monkeypatch):
+def test_a_bug_is_reported_as_a_bug(mistake, tmp_path, monkeypatch):
     def fail(*_, **__):
         raise KeyError("momentum")
 
@@ -289,7 +289,7 @@ def test_a_bug_is_told_as_such(mistake, tmp_path, monkeypatch):
         call("runs", "list", "--store", tmp_path, "--debug")
 
 
-def test_a_worker_s_bug_is_told_as_such(mistake, tmp_path, monkeypatch):
+def test_a_bug_in_a_worker_is_reported_as_a_bug(mistake, tmp_path, monkeypatch):
     from flatlab.train import loop
 
     def fail(*_, **__):

@@ -110,7 +110,7 @@ def test_kinks_do_not_explain_that_trace_and_density_disagree():
 
 
 @pytest.mark.slow
-def test_the_draws_share_nothing_and_the_seed_bites():
+def test_the_draws_are_independent_and_depend_on_the_seed():
     landscape = bowl(np.linspace(0.1, 3.0, 100), "seeds")  # of up to 84 parameters the trace is exact
     runs = [trace_check(landscape, radii=[0.5], seed=seed) for seed in range(30)]
     corners = np.array([[each.value for each in run.corners.values()] for run in runs])
