@@ -124,3 +124,6 @@ def test_mistakes_are_one_sentence():
     flat = cases.Quadratic(torch.zeros(6, 6, dtype=torch.float64)).landscape(check=False)
     refuses(lambda: trace_check(flat), "to choose radii")
     refuses(lambda: trace_check(bowl([1.0, 2.0], "m"), radii=[0.0, 1.0]), "radii must be", "> 0", "got [0.0, 1.0]")
+    found = trace_check(bowl([1.0, 2.0], "m"), radii=[0.1], density=(2, 2))
+    for read in (found.apart, found.agrees, found.quadratic_radius, found.verdict):
+        refuses(lambda read=read: read(level=95), "between 0 and 1", "95")

@@ -10,7 +10,7 @@ from scipy.special import stdtrit
 
 from flatlab.arguments import FloatArray
 from flatlab.errors import UserError
-from flatlab.results.estimate import Cost, Estimate, Sampled, axes_of
+from flatlab.results.estimate import Cost, Estimate, Sampled, axes_of, check_level
 from flatlab.results.spectrum import SpectralDensity, Trace
 from flatlab.results.sphere import SphereFlatness
 
@@ -99,7 +99,7 @@ class TraceCheck(Sampled):
     def differences(self, level: float = 0.95) -> dict[tuple[str, str], tuple[float, float, float]]:
         """Return each difference with its interval (value, low, high); all three hold together at this level."""
         found = {}
-        each = 1 - (1 - level) / 3  # Bonferroni
+        each = 1 - (1 - check_level(level)) / 3  # Bonferroni
         for (a, one), (b, other) in combinations(self.corners.items(), 2):
             value, half = one.value - other.value, _half(one, other, each)
             found[a, b] = (value, value - half, value + half)
@@ -119,7 +119,7 @@ class TraceCheck(Sampled):
         So it is where the interval of 2 P F / gamma^2 - tr(H) reaches into +- `within` tr(H), at it and at each
         smaller radius.
         """
-        trace, reached = self.trace.trace, 0.0
+        trace, reached, level = self.trace.trace, 0.0, check_level(level)
         for radius, found in zip(self.flatness.radii.tolist(), self.estimates, strict=True):
             off = abs(found.value - trace.value) - _half(found, trace, level)
             if not off <= within * abs(trace.value):
