@@ -85,7 +85,9 @@ def test_the_trace_check_is_printed_with_its_verdict(flatlab, store, tmp_path):
 
 def test_runs_span_a_plane(flatlab, store, tmp_path):
     named = list(digests(store).values())
-    answer = flatlab("landscape", *named, "--axes", "runs", "--grid", 3, *IMAGES, "--no-triangle")
+    answer = flatlab("landscape", *named, "--axes", "runs", "--grid", 3, *IMAGES, "--no-triangle", "--json")
+    written = documented("landscape --no-triangle", answer.out)["written"]
+    assert str(tmp_path / f"landscape-{named[0][:6]}.npz") in written
     assert answer.code == 0 and "BatchNorm's statistics" in answer.err
     found = load(tmp_path / f"landscape-{named[0][:6]}.npz")
     assert len(found.marks) == 3 and not found.marks[0].any() and found.distances == pytest.approx(0, abs=1e-4)
