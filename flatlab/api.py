@@ -47,8 +47,6 @@ from flatlab.quant.inq import INQ
 from flatlab.quant.libraries import plain_network
 from flatlab.quant.lsq import LSQ
 from flatlab.quant.obc import obc
-from flatlab.report.stability import Stability
-from flatlab.report.stability import stability as accuracy_stability
 from flatlab.results.connectivity import Connection, Connections
 from flatlab.results.gradcam import ClassMaps, MeasuredMaps
 from flatlab.results.quantization_noise import LayerNoise, NetworkNoise, QuantizationNoise, Symmetry
@@ -58,6 +56,8 @@ from flatlab.results.sharpness import AverageSharpness, Generalisation, WorstRis
 from flatlab.results.size import FileSize, Latency
 from flatlab.results.spectrum import PILOT, MeasuredSpectrum, SpectralDensity, Spectrum, Trace
 from flatlab.results.sphere import PairedDifference, Reach, SphereFlatness
+from flatlab.results.stability import Stability
+from flatlab.results.stability import stability as accuracy_stability
 from flatlab.results.surface import Profile, Surface
 from flatlab.results.trace_check import TraceCheck
 from flatlab.saving import load

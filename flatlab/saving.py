@@ -22,7 +22,7 @@ from flatlab.errors import UserError
 FORMAT = 1  # of the head; a file of a later one is refused
 HEAD = "flatlab"  # the array that holds it, as JSON
 DAMAGED = "is damaged: make the result again, or restore it from a copy."
-_ROOMS = ("results", "report")  # below which classes of results lie
+_ROOM = "results"  # below which classes of results lie
 _Arrays = dict[str, npt.NDArray[Any]]
 
 
@@ -152,7 +152,7 @@ def _decode(value: Any, arrays: _Arrays) -> Any:
 def _built(kind: str, given: dict[str, Any]) -> Any:
     """Return an object of a class below `flatlab`, from the fields that it has in a file."""
     module, _, name = kind.rpartition(".")
-    known = module.partition(".")[0] in _ROOMS and find_spec(f"flatlab.{module}")
+    known = module.partition(".")[0] == _ROOM and find_spec(f"flatlab.{module}")
     found = getattr(import_module(f"flatlab.{module}"), name, None) if known else None
     if not (isinstance(found, type) and is_dataclass(found)):
         raise _UnknownError(f"a {name}")

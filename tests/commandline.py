@@ -1,5 +1,7 @@
 """Calls of the command line inside the test's own process, and a small tree of pictures to train on."""
 
+import json
+import re
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +50,25 @@ def call(*words: object) -> int:
     with workers_here(), pytest.raises(SystemExit) as end:
         app.main([str(word) for word in words])
     return end.value.code
+
+
+DOCUMENTED = {
+    command: set(re.findall("`(.+?)`", keys))
+    for commands, keys in re.findall(
+        r"^\| (`.*) \| (?:rows|facts).* \| (`.*) \|$",
+        (Path(__file__).parents[1] / "docs" / "commandline.md").read_text(),
+        re.MULTILINE,
+    )
+    for command in re.findall("`(.+?)`", commands)
+}
+
+
+def documented(command: str, out: str):
+    """Return the answer that a command printed with --json, whose keys are those that its documentation names."""
+    answer = json.loads(out)
+    for each in answer if isinstance(answer, list) else [answer]:
+        assert DOCUMENTED[command] <= each.keys(), f"{command}: {sorted(DOCUMENTED[command] - each.keys())} missing"
+    return answer
 
 
 def pets(root: Path, *, skip: tuple[str, str] | None = None, domains=("paint", "photo", "sketch")) -> Path:

@@ -27,3 +27,10 @@ def test_importing_the_package_loads_nothing_heavy():
     line = "import sys, flatlab; print({'torch', 'numpy', 'pandas'} & set(sys.modules))"
     told = subprocess.run([sys.executable, "-c", line], capture_output=True, text=True, check=True)
     assert told.stdout.strip() == "set()"
+
+
+def test_a_landscape_loads_neither_tables_nor_pictures_nor_networks():
+    heavy = "pandas matplotlib seaborn sklearn torchvision rich cv2 plotly scipy.stats scipy.ndimage scipy.interpolate"
+    line = f"import sys, flatlab; flatlab.Landscape; print(set({heavy.split()}) & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", line], capture_output=True, text=True, timeout=100, check=True)
+    assert done.stdout.strip() == "set()"

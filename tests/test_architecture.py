@@ -168,7 +168,7 @@ def test_workers_alone_load_training_and_measuring():
     assert not {each for name in others for each in OURS[name] if within(each, "train") or within(each, "measure")}
 
 
-def test_nothing_inside_imports_the_doors():
+def test_no_package_imports_the_api_or_the_command_line():
     importers = {name for name, found in OURS.items() if any(is_door(each) for each in found)}
     assert all(is_door(name) for name in importers), sorted(importers)
 

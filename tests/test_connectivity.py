@@ -110,7 +110,7 @@ def test_both_ends_are_the_checkpoints_and_the_middle_lies_between(untouched):
 
 
 @pytest.mark.parametrize("sizes", [[24], [5, 1, 11, 7]])
-def test_statistics_can_be_computed_anew_along_the_line(sizes, untouched):
+def test_statistics_can_be_recomputed_along_the_line(sizes, untouched):
     case, first, second = pair()
     batches = list(zip(case.inputs.split(sizes), case.targets.split(sizes), strict=True))
     with untouched(first.model):
@@ -130,7 +130,7 @@ def test_statistics_can_be_computed_anew_along_the_line(sizes, untouched):
     assert abs(found.losses[-1, 0] - second.base_loss[0]) > 1e-3 and found.statistics == "recomputed"
 
 
-def test_a_plane_with_statistics_computed_anew_holds_the_line(untouched):
+def test_a_plane_with_recomputed_statistics_agrees_with_the_line(untouched):
     case, first, second = pair()
     batches = list(zip(case.inputs.split([9, 15]), case.targets.split([9, 15]), strict=True))
     along = connect(first, second, grid=5, recompute=batches)
@@ -152,7 +152,7 @@ def test_the_band_is_that_of_the_mean_over_images():
     assert frame["distance"].tolist() == [0.0, 0.5, 1.0, 1.5, 2.0]
 
 
-def test_the_seed_bites_and_names_the_halves():
+def test_the_seed_chooses_the_halves():
     x = noise(60)
     ends = wells(-1.0, x), wells(1.0, x)
     first, again, other = (connect(*ends, grid=3, seed=seed) for seed in (0, 0, 1))

@@ -65,7 +65,7 @@ def test_class_vectors_are_of_the_sources_and_stay_while_the_image_tower_is_trai
 
 
 @pytest.mark.slow
-def test_contrast_learns_to_tell_digits_apart():
+def test_contrast_learns_to_distinguish_digits():
     run = run_of(steps=300, lr=1e-3, batch_size=32)
     domains = loading_data.domains(run, PLACE)
     network = loading_network.network(run, domains.data, PLACE)

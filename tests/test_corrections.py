@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from stores import refuses
 
-from flatlab.results.corrections import holm
 from flatlab.results.estimate import Estimate
+from flatlab.results.verdicts import holm
 
 
 def test_an_example_by_hand():

@@ -446,7 +446,7 @@ def test_check_of_pacs() -> None:
     assert all(row.ok and row.classes == 7 for row in rows)
 
 
-def test_check_tells_what_is_off(tmp_path: Path) -> None:
+def test_check_reports_what_is_off(tmp_path: Path) -> None:
     classes = catalog.CATALOG["PACS"].classes
     assert not isinstance(classes, int)
     for domain in ("art_painting", "photo", "sketch", "sketches"):
@@ -498,7 +498,7 @@ def test_batch_has_its_share_of_each_domain_in_index_order() -> None:
     assert [tag % 5 for tag in tags] == batch.targets.tolist()
 
 
-def test_stream_is_stateless_and_its_seed_bites() -> None:
+def test_the_stream_is_stateless_and_depends_on_its_seed() -> None:
     source = stream()
     forwards = [drawn(source, step) for step in range(4)]
     assert [drawn(source, step) for step in (3, 2, 1, 0)] == forwards[::-1]

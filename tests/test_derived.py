@@ -123,7 +123,7 @@ def test_calibration_sees_training_images_of_the_sources_alone(erm, tmp_path, mo
     assert {limit for name, _, limit in seen if name == "rot45"} == {None}  # its evaluation, no calibration
 
 
-def test_how_many_images_calibrate_bites(erm, tmp_path):
+def test_the_number_of_calibration_images_matters(erm, tmp_path):
     store, found = copied(erm, tmp_path / "store"), {}
     for images in (30, 300):
         wanted = ERM.replace(quantizer=OBCSpec(images=images, bits=3, exact_columns=0))
@@ -254,7 +254,7 @@ def test_kept_noise_is_a_random_walk_of_the_quantizers_norm(tmp_path):
         assert (end - start).norm() == pytest.approx(norm.item(), rel=0.25 if name == "features.0" else 0.1)
 
 
-def test_the_seed_of_the_noise_bites(tmp_path):
+def test_the_noise_depends_on_its_seed(tmp_path):
     ends = []
     for seed in (0, 1):
         training, _ = observe(noisy(bits=7).replace(seed=seed), tmp_path / str(seed))

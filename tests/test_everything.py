@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pandas as pd
 import pytest
-from commandline import call
+from commandline import call, documented
 
 from analyses import fig4
 from flatlab import reproduce
@@ -30,13 +30,13 @@ def answered(capsys):
 
 
 @pytest.mark.slow
-def test_all_are_made_told_in_one_table_and_go_on_where_they_stopped(few, tmp_path, capsys):
+def test_all_are_made_listed_in_one_table_and_resumed(few, tmp_path, capsys):
     assert call("list", "--setting", "smoke", "--held-out", "rot0", "--seeds", "1", "--json", "--store", tmp_path) == 0
     before = answered(capsys).set_index("name")["missing"]
     assert before["fig4"] == "2 to train" and before["fig9"] == "2 to train, 3 to measure"
     assert before["table2"].endswith("to train") and list(before.index) == ["fig4", "fig9", "table2"]
     assert call("reproduce", "all", *WORDS, *places(tmp_path)) == 0
-    told = answered(capsys).set_index("name")
+    told = pd.DataFrame(documented("reproduce all", capsys.readouterr().out)).set_index("name")
     assert list(told.index) == ["fig4", "fig9", "table2"] and set(told.made) == {"yes"}
     assert (told.trained > 0).all() and told.measured["fig9"] > 0 == told.measured["fig4"]
     assert told["against the paper"]["fig4"] == ""  # the paper printed no numbers of these data

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from commandline import call
+from commandline import call, documented
 from stores import PLACE, TINY, flip, refuses, spec, trained
 
 from flatlab import files
@@ -241,13 +241,13 @@ def test_inq_before_its_last_stage_is_refused(store, tmp_path):
     run.checkpoint("early").unlink()
 
 
-def test_the_command_tells_the_nominal_and_the_true_size(store, tmp_path, capsys):
+def test_the_command_prints_the_nominal_and_the_actual_size(store, tmp_path, capsys):
     words = ("export", quantized().digest, "--file", tmp_path / "seven.safetensors", "--store", store.root)
     assert call(*words) == 0
     size, told = (tmp_path / "seven.safetensors").stat().st_size, " ".join(capsys.readouterr().out.split())
     assert "nominally 4.57 times, 32 bits to 7" in told and f"{size:,} bytes" in told
     assert call(*words, "--json") == 0
-    facts = json.loads(capsys.readouterr().out)
+    facts = documented("export", capsys.readouterr().out)
     assert facts["bytes"] == size and facts["compression"] == facts["float_bytes"] / facts["bytes"]
     assert load_exported(tmp_path / "seven.safetensors").head.weight.shape == (10, 1024)
 

@@ -54,7 +54,7 @@ def _believers(store, place):
     ]
 
 
-def test_folders_of_one_name_are_told_apart(store, places):
+def test_folders_of_one_name_are_distinguished(store, places):
     for act in _believers(store, places[0]):
         act()
     for act in _believers(store, places[1]):

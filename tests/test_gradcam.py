@@ -65,7 +65,7 @@ def test_scaled_image_by_image_it_is_what_the_library_shows():
     )  # it also takes the least value as zero
 
 
-def test_where_nothing_speaks_for_the_class_the_map_is_zero_and_no_number_is_made_up(untouched):
+def test_without_evidence_for_the_class_the_map_is_zero_and_its_numbers_are_nan(untouched):
     model, inputs = Pooled().eval(), random(2, 2, 8, 8)
     with torch.no_grad():
         model.head.weight[1].zero_()
@@ -301,7 +301,7 @@ def test_logits_are_found_in_what_a_model_returns():
     refuses(lambda: gradcam(Returning(lambda z: {"x": z}).eval(), IMAGES, (0, 1, 2)), "logits (N, num_classes)")
 
 
-def test_one_logit_speaks_for_both_classes():
+def test_one_logit_is_evidence_for_both_classes():
     one, two = Stages(classes=1).eval(), Stages(classes=2).eval()
     with torch.no_grad():
         two.head.weight.copy_(torch.cat([-one.head.weight, one.head.weight]))

@@ -69,7 +69,7 @@ def test_a_foreign_checkpoint_becomes_a_run(state, tmp_path, capsys, name):
         np.testing.assert_allclose(arrays[key], tensor.numpy(), rtol=0 if exact else 1e-3, atol=0 if exact else 1e-3)
 
 
-def test_the_run_tells_the_accuracy_of_the_network_itself(state, tmp_path, capsys):
+def test_the_run_has_the_accuracy_of_the_network_itself(state, tmp_path, capsys):
     from flatlab.loading import data as loading_data
     from flatlab.train.evaluate import Evaluator
 

@@ -64,7 +64,7 @@ def measurements():
 
 
 @pytest.mark.parametrize("name", ["trace_check", "audit"])
-def test_a_measurement_that_dies_goes_on_as_it_began(name, monkeypatch):
+def test_an_interrupted_measurement_resumes_to_the_same_result(name, monkeypatch):
     measure, whole = measurements()[name], Drawer()
     expected = measure(whole).to_frame()
     curved = [unit for unit in whole.kept if unit.endswith(("trace", "top", "method")) or "density" in unit]
@@ -73,7 +73,7 @@ def test_a_measurement_that_dies_goes_on_as_it_began(name, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         measure(cut)
     cut.lives = 10**6
-    # What clocks have told is as they told it the first time; all else is a function of the seed.
+    # What depends on the time is kept from the first attempt; all else is a function of the seed.
     cut.kept |= {unit: whole.kept[unit] for unit in whole.kept if unit.endswith(("method", "plan"))}
     assert measure(cut).to_frame().equals(expected) and cut.kept.keys() == whole.kept.keys()
 

@@ -128,7 +128,7 @@ def test_a_crowd_hides_eigenvalues_from_a_first_convergence_alone(monkeypatch):
     assert missed() >= 5
 
 
-def test_a_budget_ends_the_search_and_is_told():
+def test_a_search_that_its_budget_ends_is_not_converged():
     spectrum = hessian_spectrum(quadratic(SPECTRA["uniform"]), k=5, budget=8)
     assert (spectrum.cost.hvps, spectrum.converged) == (8, False)
     frame = spectrum.to_frame()

@@ -97,7 +97,7 @@ def test_the_small_networks_have_groups_and_dense_layers():
     assert outputs.shape[1] == 16 + 3 * 12 and torch.equal(outputs[:, :16], images(2, 16, 8, 8))
 
 
-def test_initialisation_is_reproducible_the_seed_bites_and_global_draws_are_untouched():
+def test_initialisation_depends_on_its_seed_alone_and_leaves_global_draws_alone():
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)

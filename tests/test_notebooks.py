@@ -18,6 +18,12 @@ def read(path):
     return nbformat.read(path, as_version=4)
 
 
+def answer(notebook):
+    """Return what is printed last, without its numbers, which may differ between machines."""
+    texts = [output["text"] for cell in notebook.cells for output in cell.get("outputs", []) if "text" in output]
+    return re.sub(r"[-+]?\d[\d.]*(e[-+]?\d+)?", "#", texts[-1])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs(path):
@@ -29,7 +35,7 @@ def test_a_notebook_runs(path):
         NotebookClient(notebook, timeout=120, kernel_name="python3").execute()
     printed = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert any("image/png" in output.get("data", {}) for output in printed)
-    assert "flatter" in "".join(output.get("text", "") for output in printed)
+    assert answer(notebook) == answer(read(path)) != ""
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -38,4 +44,5 @@ def test_a_notebook_uses_public_names_and_shows_its_outputs(path):
     source = "\n".join(cell.source for cell in cells)
     assert set(re.findall(r"flatlab\.(\w+)", source)) <= set(api.__all__)
     assert "from flatlab" not in source
-    assert any(cell.outputs for cell in cells) and "Traceback" not in path.read_text()
+    text = path.read_text()
+    assert any(cell.outputs for cell in cells) and "Traceback" not in text and len(text) < 400_000

@@ -97,7 +97,7 @@ def test_a_loss_without_curvature_has_products_of_zero():
 # ------------------------------------------------------------------------------------------- how products are made
 
 
-def test_the_choice_is_told():
+def test_the_method_and_its_reason_are_named():
     case = double("mlp")
     assert "kept between" in Hessian(case.landscape()).reason
     measured = Hessian(case.landscape([20, 4]))

@@ -31,7 +31,7 @@ from flatlab.jobs import plan as jobs_plan
 from flatlab.loading.export import export
 from flatlab.measure.runner import measure
 from flatlab.report import tables
-from flatlab.results.corrections import holm
+from flatlab.results.verdicts import holm
 from flatlab.specs.methods import METHODS, RELEASED, compose, is_papers
 from flatlab.specs.settings import PAPER, QUICK, SMOKE, for_data
 from flatlab.store.runs import RunStore
@@ -250,7 +250,7 @@ def test_an_ensemble_stands_beside_the_mean_of_its_members(tmp_path):
     )
 
 
-def test_misprints_are_told_of_the_table_that_has_them():
+def test_misprints_are_named_on_the_table_that_has_them():
     assert any("Fishr" in note for note in table1.TABLE.notes()) and not table10.TABLE.notes()
     assert table7.TABLE.notes()[0] == "Printed, and not made here: DiWA."
     assert any("Tables 8 and 9" in note for note in table9.TABLE.notes())

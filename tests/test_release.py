@@ -1,4 +1,4 @@
-"""What a release needs beside the code: a citation of this version, completion of the command line."""
+"""What a release needs beside the code: its citation, completion of the command line, systems that are refused."""
 
 import os
 import re
@@ -7,8 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import torch.nn.functional as F
+from stores import refuses
 
 import flatlab
+from flatlab.cli import main
+from flatlab.loading import data as loading
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -30,3 +35,22 @@ def test_the_pages_of_the_documentation_are_all_in_its_contents():
     index = (ROOT / "docs" / "index.md").read_text()
     named = index.partition("```{toctree}")[2].partition("```")[0].split()
     assert {page.stem for page in (ROOT / "docs").glob("*.md")} - {"index"} == {*named[2:]} - {"api"}
+
+
+def test_windows_is_refused_in_one_sentence(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "platform", "win32")
+    with pytest.raises(SystemExit) as end:
+        main(["methods"])
+    assert end.value.code == 2
+    assert capsys.readouterr().err.strip().endswith("must run on Linux or macOS, but this is Windows: run it in WSL.")
+
+
+class OnMPS(torch.nn.Parameter):
+    device = torch.device("mps")
+
+
+def test_a_device_without_float64_is_refused():
+    model = torch.nn.Linear(2, 2).eval()
+    model.weight = OnMPS(model.weight.data)
+    refuses(lambda: flatlab.Landscape(model, [(torch.ones(3, 2), torch.zeros(3, 2))], F.mse_loss), "mps", "model.cpu()")
+    refuses(lambda: loading.device(flatlab.Place(device="mps")), "float64", "mps", "cpu or cuda")

@@ -1,11 +1,10 @@
 """Checkpoints along a training, and averages replayed on them: against the runs that trained with those averages."""
 
-import json
 from functools import partial
 
 import numpy as np
 import pytest
-from commandline import call, only_run
+from commandline import call, documented, only_run
 from stores import (
     ERM,
     GROUP,
@@ -165,7 +164,7 @@ def test_the_command_says_what_each_average_is_of_and_draws_it(tmp_path, capsys)
     capsys.readouterr()
     assert call("replay", digest[:8], "--setting", "smoke", "--out", tmp_path / "out", *words) == 0
     answer = capsys.readouterr()
-    rows = {row["average"]: row for row in json.loads(answer.out.splitlines()[0])}
+    rows = {row["average"]: row for row in documented("replay", answer.out)}
     assert list(rows) == ["as trained", *AVERAGES]
     assert rows["SWA"]["steps"] == "14 to 24, each 2"
     own = RunStore(tmp_path / "runs").find(digest).rows()

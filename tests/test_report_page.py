@@ -1,6 +1,5 @@
 """`flatlab report`: one page without network, of runs and of saved results; opened in Chromium, where there is one."""
 
-import json
 import re
 import shutil
 import subprocess
@@ -8,7 +7,7 @@ import subprocess
 import numpy as np
 import pytest
 import torch
-from commandline import call
+from commandline import call, documented
 from stores import ERM, PLACE, QT, refuses, trained
 from torch import nn
 
@@ -67,7 +66,7 @@ def test_the_page_has_the_numbers_and_sentences_of_the_commands(made):
 
 def test_its_place_is_answered_as_json(made, capsys):
     assert call("report", ERM.digest, "--store", made / "runs", "--out", made / "json", "--json") == 0
-    assert json.loads(capsys.readouterr().out) == {"written": [str(made / "json" / "report.html")]}
+    assert documented("report", capsys.readouterr().out) == {"written": [str(made / "json" / "report.html")]}
 
 
 def test_what_is_no_run_and_no_result_is_refused(made, capsys):

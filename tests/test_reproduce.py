@@ -142,11 +142,12 @@ def test_every_analysis_keeps_the_contract():
 
 
 @pytest.mark.slow
-def test_a_second_call_makes_nothing_and_writes_the_same(smoke):
+def test_a_second_call_makes_nothing_and_writes_the_same(smoke, capsys):
     root, words, _ = smoke
     before = {path: path.read_bytes() for path in (root / "figures").iterdir() if path.suffix != ".json"}
     done = {path: path.stat().st_mtime_ns for path in (root / "runs").rglob("done")}
-    assert commandline.call("reproduce", "fig3", *words) == 0
+    assert commandline.call("reproduce", "fig3", *words, "--json") == 0
+    assert commandline.documented("reproduce NAME", capsys.readouterr().out)["written"]
     assert {path: path.read_bytes() for path in before} == before
     assert {path: path.stat().st_mtime_ns for path in (root / "runs").rglob("done")} == done
 
@@ -186,7 +187,7 @@ def test_table_4_counts_the_rows_that_obc_serves_worse_than_rounding(smoke):
 
 
 @pytest.mark.slow
-def test_the_json_says_how_it_came_about(smoke):
+def test_the_json_states_the_provenance(smoke):
     root, _, _ = smoke
     record = json.loads((root / "figures" / "fig3.json").read_text())
     assert len(record["runs"]) == 40 and len(record["measurements"]) == 4 and len(record["data_fingerprint"]) == 1

@@ -170,11 +170,13 @@ def test_a_pattern_that_no_layer_matches_is_refused(store):
 
 def test_the_command_writes_a_picture_and_a_table(store, tmp_path, capsys):
     words = ("--store", store.root, "--out", tmp_path)
-    assert commandline.call("noise", QT.digest, *words) == 0
+    assert commandline.call("noise", QT.digest, *words, "--json") == 0
     frame = pd.read_csv(tmp_path / "noise.csv")
     assert len(frame) == 9 and (frame["kl_null"] > 0).all() and set(frame["bins"]) == {100}
-    assert "features.0" in capsys.readouterr().out
-    assert commandline.call("noise", ERM.digest, "--radius", "--samples", 2, "--images", 4, *words) == 0
+    rows = commandline.documented("noise", capsys.readouterr().out)
+    assert "features.0.weight" in {row["layer"] for row in rows}
+    assert commandline.call("noise", ERM.digest, "--radius", "--samples", 2, "--images", 4, *words, "--json") == 0
+    assert commandline.documented("noise --radius", capsys.readouterr().out)
     assert set(pd.read_csv(tmp_path / "radius.csv", dtype=str)["perturbation"]) == set("2345678")
     for name in ("noise.png", "noise.pdf", "radius.png", "radius.pdf"):
         assert (tmp_path / name).stat().st_size > 5000

@@ -36,7 +36,7 @@ def test_two_rounds_and_more_cover_as_often_as_they_say(count):
 
 
 @pytest.mark.parametrize("count", [50, 63])
-def test_a_second_round_that_is_begun_is_trusted_from_16_blocks_on(count):
+def test_the_spread_of_a_second_round_is_used_from_16_blocks_on(count):
     value, stderr, cover = repeated(count)
     assert abs(value.mean() - TRUTH) < 3.5 * value.std() / np.sqrt(len(value))
     assert np.mean(stderr**2) == pytest.approx(value.var(), rel=0.12)

@@ -171,7 +171,7 @@ class Slope(nn.Linear):
         nn.init.ones_(self.weight)
 
 
-def test_infinite_rises_end_a_radius_and_are_told():
+def test_infinite_rises_end_a_radius_and_are_reported():
     x = torch.ones(96, 2)
     landscape = Landscape(Slope().eval(), [(x, x)], lambda o, t: o[:, 0].exp())
     found = in_blocks(landscape, [0.1, 1e4], 8, errors=(0.1, 0), budget=1e6)

@@ -151,3 +151,6 @@ def test_a_fault_is_a_line_and_no_traceback(monkeypatch, capfd):
     assert commandline.call("selftest") == 1
     out = capfd.readouterr().out
     assert "RuntimeError: something" in out and "long" not in out and "Traceback" not in out and "2 of 4" in out
+    assert commandline.call("selftest", "--json") == 1
+    rows = commandline.documented("selftest", capfd.readouterr().out)
+    assert [row["passed"] for row in rows] == [True, False] * 2

@@ -163,7 +163,7 @@ def test_the_ascent_stays_in_the_ball_and_its_best_point_is_what_it_says(monkeyp
 
 
 @pytest.mark.parametrize("way", [average_sharpness, worst_sharpness])
-def test_the_seed_bites(way):
+def test_the_result_depends_on_the_seed(way):
     landscape = cases.make("mlp").landscape()
     given = {"num_samples": 3} if way is average_sharpness else {"steps": 1}
     one, same, other = (way(landscape, [0.3], seed=seed, **given).value[0] for seed in (0, 0, 1))

@@ -72,7 +72,7 @@ def blamed(found):
 
 
 @pytest.mark.parametrize("measure", ["blocks", "crossed", "piloted"])
-def test_a_slope_that_dominates_is_told_and_a_minimum_is_not_slandered(measure):
+def test_a_dominating_slope_is_reported_and_a_minimum_is_not(measure):
     def measured(landscape):
         if measure == "blocks":
             return in_blocks(landscape, RADII, 8, errors=(0.2, 0), budget=1e6)
@@ -85,7 +85,7 @@ def test_a_slope_that_dominates_is_told_and_a_minimum_is_not_slandered(measure):
     assert sentence.startswith("w is not near a minimum of these data: up to radius 1 the slope outweighs")
 
 
-def test_a_subset_of_strata_speaks_for_itself():
+def test_a_subset_of_strata_has_its_own_remarks():
     model = Tilted(0.0).eval()
     model.g = torch.zeros(40, dtype=torch.float64)
     rng = seeds.generator("tilted", "strata")
@@ -96,7 +96,7 @@ def test_a_subset_of_strata_speaks_for_itself():
     assert blamed(found.of("seen")) == [] and len(blamed(found.of("unseen"))) == 1
 
 
-def test_what_is_not_finite_is_told_with_its_share():
+def test_losses_that_are_not_finite_are_reported_with_their_share():
     rises = [np.zeros(4), np.array([1.0, np.inf, 2.0, np.nan]), np.ones(4), np.full(4, np.inf)]
     (sentence,) = remarks(RADII, rises, None)
     assert sentence == "Not finite is the loss of 50.0% at radius 0.5, 100.0% at radius 2: F is not defined there."
@@ -176,7 +176,7 @@ def test_both_ways_of_sampling_see_the_same_slope(way):
         assert few <= sum(map(bool, blames)) <= many
 
 
-def test_an_accuracy_that_is_missed_is_told_and_stands_in_the_table():
+def test_a_missed_accuracy_is_a_remark_and_a_column():
     landscape = network()
     found = sphere_flatness(landscape, [0.5, 2.0], rel_error=1e-4, budget=20_000)
     assert found.stopped == ("budget", "budget") and not found.converged

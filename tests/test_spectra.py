@@ -128,7 +128,7 @@ def test_how_products_are_made_is_chosen_once(store, monkeypatch):
     assert made == [{"method": "forward"}]
 
 
-def test_the_seed_bites_and_the_spec_is_its_name(store):
+def test_the_measurement_depends_on_the_seed_of_its_spec(store):
     one, other = measured(store, PROBE)[0], measured(store, PROBE.replace(seed=2))[0]
     assert not np.array_equal(one["vectors"], other["vectors"])
     assert one["eigenvalues"] == pytest.approx(other["eigenvalues"], rel=0.05)
@@ -137,7 +137,7 @@ def test_the_seed_bites_and_the_spec_is_its_name(store):
         SpectrumSpec.make(space="latent")
 
 
-def test_progress_is_told(store):
+def test_progress_is_reported(store):
     heard = []
     measure(store.run(ERM), PROBE.replace(seed=3), PLACE, report=lambda *told: heard.append(told))
     assert len(heard) > 10 and all(made <= of for made, of, _ in heard)
@@ -211,7 +211,7 @@ def test_the_command_prints_and_draws(store, tmp_path, capsys):
     words = ["hessian", ERM.digest[:8], "-k", 1, "--images", 8, "--starts", 1, "--lanczos-steps", 4, "--tol", 0.1]
     words += ["--trace-budget", 32, "--domains", "source", "--domains", "rot0,rot45", "--store", store.root]
     assert commandline.call(*words, "--out", tmp_path, "--json") == 0
-    rows = json.loads(capsys.readouterr().out)
+    rows = commandline.documented("hessian", capsys.readouterr().out)
     assert {row["domains"] for row in rows} == {"source", "rot0,rot45"}
     assert [row["number"] for row in rows][:2] == ["eigenvalue", "trace"]
     assert len(pd.read_csv(tmp_path / "hessian.csv")) == len(rows)
@@ -251,7 +251,7 @@ def test_pyhessian_is_priced_by_its_own_count():
     assert unstarted[0].passes(sizes) > measurement.passes(sizes) and unstarted[1].passes(sizes) == theirs.passes(sizes)
 
 
-def test_a_search_that_its_budget_ends_is_told(store, monkeypatch):
+def test_a_search_that_its_budget_ends_is_reported(store, monkeypatch):
     def cut(operator, **how):
         return hessian_spectrum(operator, **how, budget=hessian_spectrum(operator, **how).cost.hvps - 1)
 

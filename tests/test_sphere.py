@@ -147,7 +147,7 @@ def test_strata_weigh_equally_and_can_be_chosen():
         flatness.of([])
 
 
-def test_a_result_speaks_in_tables_and_pictures():
+def test_a_result_has_tables_and_pictures():
     flatness = cases.stratified()
     frame = flatness.to_frame()
     assert list(frame.columns) == ["radius", "value", "stderr", "low", "high", "over", "reached"]

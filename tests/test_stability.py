@@ -3,15 +3,16 @@
 import numpy as np
 import pandas as pd
 import pytest
-from commandline import call
+from commandline import call, documented
 from scipy import stats
 from stores import ERM, QT, refuses, trained
 
 from analyses import fig4
 from flatlab.report import stability as module
 from flatlab.report import tables
-from flatlab.report.stability import numbers, stability
+from flatlab.report.stability import numbers
 from flatlab.resources import published
+from flatlab.results.stability import stability
 from flatlab.specs.run import AverageSpec
 from flatlab.specs.settings import PAPER, QUICK
 from flatlab.store.runs import RunStore
@@ -157,7 +158,7 @@ def test_the_command_compares_runs_from_the_latest_switch_on(tmp_path, capsys):
         trained(tmp_path, each)
     words = ("--store", tmp_path, "--out", tmp_path / "figures", "--json")
     assert call("stability", ERM.digest[:8], QT.digest[:8], *words) == 0
-    assert '"points":3' in capsys.readouterr().out  # 8, 12, 13
+    assert {row["points"] for row in documented("stability", capsys.readouterr().out)} == {3}  # 8, 12, 13
     assert {path.suffix for path in (tmp_path / "figures").iterdir()} == {".csv", ".pdf", ".png"}
     assert call("stability", ERM.digest[:8], QT.digest[:8], "--valley", *words) == 0
     assert '"valley threshold":' in capsys.readouterr().out

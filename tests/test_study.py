@@ -36,7 +36,7 @@ def lines(found):
     return dict(zip([claim.words for claim in _claims.CLAIMS], _claims.sentences(found, study.MEASURES), strict=True))
 
 
-def test_a_claim_is_supported_contradicted_or_cannot_be_told():
+def test_a_claim_is_supported_contradicted_or_undecided():
     def shift(measure, method, target):
         del target
         if method == "QT-DoG":
@@ -112,7 +112,7 @@ def test_spearman_is_scipys():
     assert np.isnan(_correlation.spearman(np.ones(5), np.arange(5.0)))
 
 
-def test_correlations_within_and_between_are_told_apart():
+def test_correlations_within_and_between_are_distinguished():
     """Flatter methods are better, while within each method flatter blocks are worse."""
     draw = np.random.default_rng(0)
     methods, blocks = np.arange(6)[:, None], draw.normal(size=12)[None]

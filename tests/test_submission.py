@@ -7,7 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from commandline import TINY, call
+from commandline import TINY, call, documented
 from stores import ERM, OTHER, PLACE, PROBE, SIZES, trained
 
 from flatlab.errors import UserError
@@ -168,15 +168,17 @@ def test_arrays_are_listed_where_slurm_is(submission, tmp_path, monkeypatch, cap
         (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
         (tmp_path / name).chmod(0o755)
     assert call("jobs", "list", "--store", store, "--json") == 0
-    (row,) = json.loads(capsys.readouterr().out)
+    (row,) = documented("jobs list", capsys.readouterr().out)
     assert row == {"array": "12", "workers": "RUNNING 1, PENDING (Priority) 1", "jobs": 2, "done": 0}
     append(submission.events(0), '{"job": "x", "error": "bad data"}\n')
     (submission.folder / "logs" / "12_0_0_log.err").touch()
     assert call("jobs", "logs", "12", "--store", store) == 0
     said = capsys.readouterr().out
     assert "x: bad data" in said and "12_0_0_log.err" in said
-    assert call("jobs", "cancel", "12", "--store", store) == 0
-    assert "Slurm array 12 is cancelled" in capsys.readouterr().out
+    assert call("jobs", "logs", "12", "--store", store, "--json") == 0
+    assert documented("jobs logs", capsys.readouterr().out)["files"][0].endswith("12_0_0_log.err")
+    assert call("jobs", "cancel", "12", "--store", store, "--json") == 0
+    assert documented("jobs cancel", capsys.readouterr().out) == {"cancelled": "12"}
 
 
 def test_a_disk_with_locks_of_one_node_is_refused(tmp_path, monkeypatch):

@@ -111,7 +111,7 @@ def test_a_profile_has_a_band_over_its_directions():
     assert len(frame) == 5 * 5 * 2 and set(frame.metric) == {"loss", "accuracy"}
 
 
-def test_the_seed_bites():
+def test_the_result_depends_on_the_seed():
     landscape = cases.make("mlp").landscape()
     first, again, other = (plane(landscape, grid=3, seed=seed).values for seed in (0, 0, 1))
     assert np.array_equal(first, again) and not np.array_equal(first, other)

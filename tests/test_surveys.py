@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import stores
 import torch
-from commandline import TINY, Answer, call
+from commandline import TINY, Answer, call, documented
 
 from flatlab.loading.checkpoint import network
 from flatlab.measure.inputs import landscape, training_images
@@ -72,33 +72,37 @@ def test_a_surface_is_measured_drawn_and_kept(flatlab, store, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_triangle_is_told_with_its_verdict(flatlab, store, tmp_path):
+def test_the_trace_check_is_printed_with_its_verdict(flatlab, store, tmp_path):
     erm = digests(store)["erm"]
     answer = flatlab("landscape", erm, *IMAGES, "--grid", 3, "--rel-error", 0.5)
     assert answer.code == 0 and "Trace of the Hessian" in answer.err and "quadratic picture" in answer.err
     assert (tmp_path / "triangle.pdf").exists()
-    rows = json.loads(flatlab("landscape", erm, *IMAGES, "--grid", 3, "--rel-error", 0.5, "--json").out.splitlines()[0])
+    words = ("landscape", erm, *IMAGES, "--grid", 3, "--rel-error", 0.5, "--json")
+    rows = documented("landscape", flatlab(*words).out)
     assert [row["way"] for row in rows] == ["sphere", "trace", "density"]
     assert all(row["low"] < row["trace"] < row["high"] for row in rows)
 
 
 def test_runs_span_a_plane(flatlab, store, tmp_path):
     named = list(digests(store).values())
-    answer = flatlab("landscape", *named, "--axes", "runs", "--grid", 3, *IMAGES, "--no-triangle")
+    answer = flatlab("landscape", *named, "--axes", "runs", "--grid", 3, *IMAGES, "--no-triangle", "--json")
+    written = documented("landscape --no-triangle", answer.out)["written"]
+    assert str(tmp_path / f"landscape-{named[0][:6]}.npz") in written
     assert answer.code == 0 and "BatchNorm's statistics" in answer.err
     found = load(tmp_path / f"landscape-{named[0][:6]}.npz")
     assert len(found.marks) == 3 and not found.marks[0].any() and found.distances == pytest.approx(0, abs=1e-4)
     assert [name.split()[1] for name in found.mark_labels] == [digest[:6] for digest in named]
 
 
-def test_a_line_between_two_runs_is_measured_told_and_drawn(flatlab, store, tmp_path):
+def test_a_line_between_two_runs_is_measured_printed_and_drawn(flatlab, store, tmp_path):
     names = digests(store)
     ends = [RunStore(store).find(names[label]) for label in ("erm", "lsq")]
     words = (*(run.spec.digest for run in ends), "--axes", "line", "--grid", 5, *IMAGES)
     answer = flatlab("landscape", *words)
     assert answer.code == 0 and "Held-out domain: the line is" in answer.err and "interpolated" in answer.err
     frame = pd.read_csv(tmp_path / "connection.csv")
-    rows = {row["panel"]: row for row in json.loads(flatlab("landscape", *words, "--json").out.splitlines()[0])}
+    panels = documented("landscape --axes line", flatlab("landscape", *words, "--json").out)
+    rows = {row["panel"]: row for row in panels}
     measurement = ConnectionSpec(to=names["lsq"], images=6)
     for panel, domains in {"source": ["rot15", "rot30", "rot45"], "target": ["rot0"]}.items():
         first, second = (landscape(run, measurement, stores.PLACE, of=domains) for run in ends)
@@ -144,7 +148,7 @@ def refreshed(run, count, **which):
     return around.base_loss, around.around(loaded.eval()).base_loss
 
 
-def test_statistics_are_computed_anew_along_lines_and_on_planes(flatlab, store, tmp_path):
+def test_statistics_are_recomputed_along_lines_and_on_planes(flatlab, store, tmp_path):
     names = digests(store)
     run, most = RunStore(store).find(names["erm"]), ("--recompute", 20, *IMAGES)
     answer = flatlab("landscape", names["erm"], names["sam"], "--axes", "line", "--grid", 3, *most)
@@ -191,14 +195,12 @@ def test_a_trajectory_spans_a_plane(flatlab, store, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_audit_is_told_and_drawn(flatlab, store, tmp_path):
+def test_an_audit_is_printed_and_drawn(flatlab, store, tmp_path):
     found = digests(store)
     answer = flatlab("audit", found["erm"], *IMAGES, "--samples", 3)
     assert answer.code == 0 and "sphere, raw" in answer.out and "rescaled" in answer.err
     assert (tmp_path / "audit.png").stat().st_size > 5000
-    table = pd.DataFrame(
-        json.loads(flatlab("audit", found["lsq"], *IMAGES, "--samples", 3, "--json").out.splitlines()[0])
-    )
+    table = pd.DataFrame(documented("audit", flatlab("audit", found["lsq"], *IMAGES, "--samples", 3, "--json").out))
     assert table["measure"].iloc[0] == "sphere, by parameter (adaptive)" and table["invariant"].iloc[0]
     assert not table.set_index("measure").loc["sphere, raw", "invariant"]
 

@@ -84,7 +84,7 @@ def covers(name, repeats, **kwargs):
     assert shares[2] > 0.9  # of a ratio, whose two numbers rest on the same vectors
 
 
-def test_the_products_tell_the_variance_of_the_probes(by_matrix):
+def test_the_products_give_the_variance_of_the_probes(by_matrix):
     operator = Diagonal(SPECTRA["indefinite"])
     vectors = trace_module._products_of(operator, torch.zeros(0, 100, dtype=torch.float64), range(4000), 0, twice=True)
     values = operator.eigenvalues.numpy()
@@ -175,7 +175,7 @@ def test_the_pilot_alone_says_how_many_probes_are_needed():
         assert found.trace.value == pytest.approx(found.vectors[:, 0].mean())
 
 
-def test_probes_do_not_depend_on_the_basis_and_the_seed_bites():
+def test_probes_depend_on_the_seed_and_not_on_the_basis():
     operator = Hessian(quadratic(OUTLIERS))
     names = []
     true = krylov_module.draw

@@ -1,5 +1,7 @@
 """Three ways to one number: on closed forms they agree; where the loss is not what its Hessian says, they do not."""
 
+from dataclasses import replace
+
 import cases
 import numpy as np
 import pytest
@@ -75,7 +77,7 @@ class Kink(nn.Module):
 def test_kinks_are_named_where_they_part_rise_and_trace():
     found = trace_check(plain(Kink()), radii=[0.01, 0.1])
     assert not found.agrees() and found.quadratic_radius() == 0.0
-    assert "do not agree" in found.verdict() and "ReLU bend the loss" in found.verdict()
+    assert "do not agree (sphere and trace, " in found.verdict() and "has kinks (ReLU)" in found.verdict()
     assert found.corners["sphere"].value > 2 * found.corners["trace"].value
 
 
@@ -94,8 +96,21 @@ def test_a_halved_trace_is_seen(monkeypatch):
     assert signs == {("sphere", "trace"): True, ("sphere", "density"): False, ("trace", "density"): True}
 
 
+def test_kinks_do_not_explain_that_trace_and_density_disagree():
+    found = trace_check(bowl(np.linspace(0.1, 1.0, 18), "kinks"), radii=[0.1, 0.2])
+    off = np.array([0.94 * found.trace.trace.value / found.trace.num_params])
+    density = replace(found.density, nodes=(off, off), weights=(np.ones(1), np.ones(1)))
+    apart = replace(found, density=density, kinks=("ReLU",))
+    wide = np.array([[0.87], [1.07]] * 10)  # so that the sphere agrees with both
+    visits = tuple(each.mean() * wide for each in found.flatness.visits)
+    plans = tuple(replace(plan, paired=False) for plan in found.flatness.plans)
+    apart = replace(apart, flatness=replace(found.flatness, visits=visits, plans=plans, blocks=(1, 1)))
+    assert apart.apart() == [("trace", "density")] and apart.quadratic_radius() == 0.2
+    assert "do not agree (trace and density)" in apart.verdict() and "ReLU" not in apart.verdict()
+
+
 @pytest.mark.slow
-def test_the_draws_share_nothing_and_the_seed_bites():
+def test_the_draws_are_independent_and_depend_on_the_seed():
     landscape = bowl(np.linspace(0.1, 3.0, 100), "seeds")  # of up to 84 parameters the trace is exact
     runs = [trace_check(landscape, radii=[0.5], seed=seed) for seed in range(30)]
     corners = np.array([[each.value for each in run.corners.values()] for run in runs])
@@ -109,3 +124,6 @@ def test_mistakes_are_one_sentence():
     flat = cases.Quadratic(torch.zeros(6, 6, dtype=torch.float64)).landscape(check=False)
     refuses(lambda: trace_check(flat), "to choose radii")
     refuses(lambda: trace_check(bowl([1.0, 2.0], "m"), radii=[0.0, 1.0]), "radii must be", "> 0", "got [0.0, 1.0]")
+    found = trace_check(bowl([1.0, 2.0], "m"), radii=[0.1], density=(2, 2))
+    for read in (found.apart, found.agrees, found.quadratic_radius, found.verdict):
+        refuses(lambda read=read: read(level=95), "between 0 and 1", "95")

@@ -214,7 +214,7 @@ def test_local_workers(store, whole):
     assert _contents(store) == _contents(whole)
 
 
-def test_a_worker_that_dies_is_told_and_its_noise_is_not_taken_for_events(store, tmp_path, monkeypatch):
+def test_a_killed_worker_is_reported_and_its_output_is_not_read_as_events(store, tmp_path, monkeypatch):
     script = tmp_path / "python"
     script.write_text("#!/bin/sh\necho noise\necho 3\necho '{\"job\"'\necho last words >&2\nexit 3\n")
     script.chmod(0o755)

@@ -1,7 +1,9 @@
 """Wrong commands, generated: each option of each command with what it cannot mean is one sentence, and no work."""
 
+import re
+
 import pytest
-from commandline import TINY, call, only_run
+from commandline import DOCUMENTED, TINY, call, only_run
 
 from flatlab.cli import app
 from flatlab.jobs import local
@@ -122,3 +124,8 @@ def test_home_is_expanded_in_paths(store, capsys, monkeypatch):
     monkeypatch.setenv("FLATLAB_STORE", "~/runs")
     assert call("runs", "list") == 0
     assert RunStore(store).runs()[0].spec.digest[:6] in capsys.readouterr().out
+
+
+def test_the_answer_of_each_command_is_documented():
+    named = {re.match(r"[a-z]+( [a-z]+)?", each)[0] for each in DOCUMENTED if not each.startswith("-")}
+    assert {name for name, _ in commands()} <= named | {"latency"}  # which says what its table says

@@ -13,6 +13,7 @@ from flatlab.cli.effects import refuse_without_effect
 from flatlab.cli.errors import Commands, reported
 from flatlab.cli.options import DATASET, RUNNING, TRAINING
 from flatlab.cli.run_jobs import carry_out, everything, price, redraw, show_written
+from flatlab.errors import UserError
 
 HELP = """How flat is this minimum, is that one flatter, and does it matter out of domain?
 
@@ -106,6 +107,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _run(words: list[str]) -> int:
     try:
         with reported(debug="--debug" in words):
+            if sys.platform == "win32":
+                raise UserError("The command line must run on Linux or macOS, but this is Windows: run it in WSL.")
             return app(words, prog_name="flatlab", standalone_mode=False) or 0
     except typer.Exit as end:
         return end.exit_code

@@ -50,7 +50,7 @@ def device(written: str) -> str:
     kind, colon, number = written.partition(":")
     kind = choose("device", kind, DEVICES)
     if colon and not (kind == "cuda" and number.isdecimal()):
-        raise UserError(f"--device must be auto, cpu, mps, cuda or cuda:N, got {written}.")
+        raise UserError(f"--device must be auto, cpu, cuda or cuda:N, got {written}.")
     return kind + colon + number
 
 

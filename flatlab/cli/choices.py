@@ -2,8 +2,6 @@
 
 import inspect
 import os
-import platform
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -245,8 +243,7 @@ def _accelerated(device: str) -> bool:
     if device != "auto":
         return not device.startswith("cpu")
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    nvidia = Path("/proc/driver/nvidia/version").exists() and not hidden
-    return nvidia or (sys.platform, platform.machine()) == ("darwin", "arm64")
+    return Path("/proc/driver/nvidia/version").exists() and not hidden
 
 
 def takes(

@@ -230,6 +230,8 @@ def _planes(chosen: Choices, centres: list[Any], measurements: list[Any]) -> Non
         table, remarks, pictures = diagnostics.triangles(centres, measurement, out=chosen.out)
         sentences, written = [*sentences, *remarks], [*written, *pictures]
         chosen.answer(table, "Three estimates of the Hessian trace (nats), 95 % intervals", diagnostics.CORNERS)
+    if chosen.json and len(measurements) == 1:
+        chosen.answer_facts({"written": list(map(str, written))}, "")
     show_written(written, sentences)
 
 

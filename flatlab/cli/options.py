@@ -33,7 +33,7 @@ MODELS = {  # -> channels; None: any number; 0: sentences
     **dict.fromkeys(("cnn-16x4", "cnn-16x5", "cnn-32x4", "cnn-32x5", "cnn-64x4", "cnn-64x5")),
 }
 SIDES = {"digits-vit": 16, "digits-clip": 16, "vit_b_16": 224}  # of images, which their positions fix
-DEVICES = ("auto", "cpu", "cuda", "mps")
+DEVICES = ("auto", "cpu", "cuda")
 FOLDERS = ("store", "out", "cache", "tensorboard", "data_dir")
 BY_DATA = ("image_size", "model", "freeze_batchnorm")  # options whose default depends on the data
 
@@ -238,7 +238,7 @@ class Options:
         SCHEDULE, "Neither evaluate nor log the held-out domain, as tuning requires.", "--no-target"
     )
 
-    device: str = _option(PLACE, "Device: auto (the fastest available), cpu, cuda, cuda:N or mps.", default="auto")
+    device: str = _option(PLACE, "Device: auto (the fastest available), cpu, cuda or cuda:N.", default="auto")
     workers: int | None = _option(
         PLACE,
         "Number of worker processes (default: one per core; one on an accelerator).",

@@ -26,6 +26,8 @@ def alike(named: Mapping[str, nn.Parameter]) -> list[Tensor]:
             f"The parameters must be real, but {name!r} is complex: exclude it with requires_grad_(False), or store"
             " it as pairs of real numbers (torch.view_as_real) and join them in forward (torch.view_as_complex)."
         )
+    if any(p.device.type == "mps" for p in named.values()):
+        raise UserError("The model must be on a device with float64, for exact sums, but is on mps: call model.cpu().")
     kinds = {(p.dtype, p.device) for p in named.values()}
     if len(kinds) > 1 or not all(p.is_floating_point() for p in named.values()):
         got = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))

@@ -13,7 +13,6 @@ from flatlab.errors import UserError
 from flatlab.landscape.landscape import Landscape
 from flatlab.seeds import generator
 from flatlab.tensors.flat import flatten
-from flatlab.tensors.losses import wide
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class Neighbours:
         down, up = (landscape.as_point(flatten(pair[side] for pair in tensors.values())) for side in (0, 1))
         sides = (down != 0).to(down) + (up != 0).to(down)
         squares = (down.square() + up.square()) / sides.clamp(min=1)
-        square = float(squares.sum(dtype=wide(squares)))
+        square = float(squares.sum(dtype=torch.float64))
         if not square > 0:
             raise UserError(
                 "No parameter of the landscape has a neighbour on a grid: let quantized weights vary"

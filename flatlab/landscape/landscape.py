@@ -38,7 +38,7 @@ from flatlab.landscape.own_loss import OwnLoss
 from flatlab.seeds import generator
 from flatlab.tensors.calls import call
 from flatlab.tensors.flat import flatten, select, split_like, widened
-from flatlab.tensors.losses import Metric, total, total_and_hits, totals, weight, wide
+from flatlab.tensors.losses import Metric, total, total_and_hits, totals, weight
 from flatlab.tensors.memory import SplitOnOOM
 from flatlab.tensors.nested import Batch, Data, part, read_strata, recut, same, span, spread
 
@@ -126,7 +126,7 @@ class Landscape:
     @property
     def norm(self) -> float:
         """The Euclidean length of the point."""
-        return float(torch.linalg.vector_norm(self._w0, dtype=wide(self._w0)))
+        return float(torch.linalg.vector_norm(self._w0, dtype=torch.float64))
 
     @property
     def resolution(self) -> float:

@@ -14,7 +14,6 @@ from torch import Tensor
 from flatlab.errors import UserError
 from flatlab.seeds import generator
 from flatlab.tensors.flat import flatten, scales_of, split_like
-from flatlab.tensors.losses import wide
 
 DRAWS = 3  # the check must fail in two of three draws
 AWAY = 0.03  # of each tensor's size: by which the point is moved
@@ -83,7 +82,7 @@ def _slope(part: Slice, draw: int, only: int | None = None, known: Slope | None 
     here = point + AWAY * away
     slopes = known.gradient if known else part.gradient(here)
     gradient = flatten(torch.zeros_like(t) if s is None else s for s, t in zip(slopes, part.tensors, strict=True))
-    gradient = gradient.to(wide(gradient))
+    gradient = gradient.double()
     if only is not None:
         pieces = split_like(direction, part.tensors)
         direction = flatten(piece if index == only else torch.zeros_like(piece) for index, piece in enumerate(pieces))

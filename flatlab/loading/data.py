@@ -96,17 +96,18 @@ def threads(count: int) -> Iterator[None]:
 
 
 def device(place: Place) -> torch.device:
-    """Return the device: as named, or for "auto" the best of cuda, mps, cpu.
+    """Return the device: as named, or for "auto" the better of cuda and cpu.
 
     Raises:
         UserError: if the name is unknown, or the device is not available.
     """
     if place.device == "auto":
-        best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        return torch.device(best)
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if place.device.startswith("mps"):
+        raise UserError("The device must have float64, for exact sums, but mps has not: choose auto, cpu or cuda.")
     try:
         named = torch.device(place.device)
         torch.empty(1, device=named)
     except (RuntimeError, AssertionError, NotImplementedError):
-        raise UserError(f"The device {place.device!r} is not available; choose auto, cpu, cuda or mps.") from None
+        raise UserError(f"The device {place.device!r} is not available; choose auto, cpu or cuda.") from None
     return named

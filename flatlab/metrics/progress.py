@@ -7,9 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
 from flatlab.derivatives.operators import Curvature, Hessian
 from flatlab.metrics.flatness.sampler import visits
 
@@ -30,12 +27,16 @@ def bar(name: str, progress: bool | None = None) -> Iterator[Count | None]:
         name: of the call.
         progress: whether to show it; None: in a terminal or a notebook.
     """
+    from rich import progress as rich  # here: it takes as long to load as the rest of the library
+    from rich.console import Console
+
     console = Console(stderr=True)
     if not (console.is_terminal or console.is_jupyter if progress is None else progress):
         yield None
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
-    shown = Progress(*columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console)
+    text = rich.TextColumn
+    columns = (text("{task.description}"), rich.BarColumn(), rich.MofNCompleteColumn(), text("{task.fields[rate]}"))
+    shown = rich.Progress(*columns, rich.TimeElapsedColumn(), text("left"), rich.TimeRemainingColumn(), console=console)
     task = shown.add_task(name, total=None, rate="")
     timer = threading.Timer(SECONDS, shown.start)
     timer.daemon = True

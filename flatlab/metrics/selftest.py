@@ -64,8 +64,6 @@ def places() -> list[Where]:
     found: list[Where] = [{"device": "cpu", "dtype": dtype} for dtype in (torch.float64, torch.float32)]
     if torch.cuda.is_available():
         found += [{"device": "cuda", "dtype": dtype} for dtype in (torch.float64, torch.float32)]
-    if torch.backends.mps.is_available():
-        found += [{"device": "mps", "dtype": torch.float32}]
     return found
 
 

@@ -15,8 +15,8 @@ from flatlab import files, plots
 from flatlab.arguments import FloatArray
 from flatlab.errors import UserError
 from flatlab.report import tables, verdicts
-from flatlab.results.corrections import holm
 from flatlab.results.quantization_noise import DRAWS, NetworkNoise
+from flatlab.results.verdicts import holm
 from flatlab.specs.measurements import QuantizationNoiseSpec
 from flatlab.specs.run import RunSpec
 from flatlab.store.runs import Run, RunStore

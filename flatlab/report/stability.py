@@ -5,13 +5,11 @@ its agreement with validation, and `regret` the cost of selecting by validation.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -21,7 +19,7 @@ from flatlab import plots
 from flatlab.errors import UserError
 from flatlab.report import tables
 from flatlab.report.panels import ACCURACY, SOURCE, TARGET
-from flatlab.saving import Saved
+from flatlab.results.stability import stability
 from flatlab.specs.run import RunSpec
 from flatlab.store import selection
 from flatlab.store.runs import Run, RunStore
@@ -38,53 +36,6 @@ KEYS = ["quantity", "method", "held_out", "seed", "step"]
 SHOWN = {"method": "", "held_out": "", "seed": "", "points": "", **dict.fromkeys(NUMBERS, ".2f")}
 PERCENT = FuncFormatter(lambda share, _: f"{100 * share:g}")  # PercentFormatter rounds 0.75 % to 0.8
 UNITLESS = "correlation"  # the other numbers are shares of 1, given in percent
-
-
-@dataclass(frozen=True)
-class Stability(Saved):
-    """Numbers of one training; accuracies are shares of 1.
-
-    Attributes:
-        spread: standard deviation of the accuracy on the held-out domain over the evaluations, with n - 1.
-        change: mean absolute difference between consecutive evaluations.
-        correlation: Spearman's, between validation and held-out accuracy; NaN if one is constant, or for two points.
-        regret: the best held-out accuracy less that at the best validation (the first of equals).
-        points: number of evaluations.
-    """
-
-    spread: float
-    change: float
-    correlation: float
-    regret: float
-    points: int
-
-
-def stability(validation: npt.ArrayLike, target: npt.ArrayLike) -> Stability:
-    """Return the numbers of one training.
-
-    Args:
-        validation: accuracy (n,) on the source domains, at each evaluation, in the order of the steps.
-        target: accuracy (n,) on the held-out domain, at the same.
-
-    Raises:
-        UserError: if they are not of one length, or fewer than two.
-    """
-    from scipy.stats import spearmanr  # here: it takes half a second to load
-
-    inside, outside = np.asarray(validation, dtype=float), np.asarray(target, dtype=float)
-    if inside.shape != outside.shape or inside.ndim != 1 or len(inside) < 2:
-        raise UserError(
-            f"Stability needs two series of at least two evaluations each, got shapes {inside.shape} and "
-            f"{outside.shape}: give a smaller --eval-every, or an earlier --since."
-        )
-    moving = len(inside) > 2 and np.ptp(inside) > 0 and np.ptp(outside) > 0  # for two points it is always 1 or -1
-    return Stability(
-        spread=float(outside.std(ddof=1)),
-        change=float(np.abs(np.diff(outside)).mean()),
-        correlation=float(spearmanr(inside, outside).statistic) if moving else float("nan"),
-        regret=float(outside.max() - outside[inside.argmax()]),
-        points=len(inside),
-    )
 
 
 def curves(store: RunStore, wanted: Iterable[tables.Labelled]) -> pd.DataFrame:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from flatlab.results.corrections import holm
+from flatlab.results.verdicts import holm
 
 LEVEL = 0.05
 MOST_DIGITS = 6

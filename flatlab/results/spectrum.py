@@ -75,7 +75,7 @@ class Spectrum(Saved):
 
     @property
     def converged(self) -> bool:
-        """Whether all pairs are converged, and the search was seen to its end."""
+        """Whether all pairs are converged, and the search is verified."""
         return self.verified and bool(self.converged_each.all())
 
     def interval(self) -> tuple[FloatArray, FloatArray]:
@@ -173,7 +173,7 @@ class Trace(Sampled):
 
 
 def mean_of_draws(vectors: FloatArray, first: float, second: float) -> Estimate:
-    """Return the mean of first z'Az + second |Az|^2 over all vectors; the pilot's alone tell its variance.
+    """Return the mean of first z'Az + second |Az|^2 over all vectors; its variance is that of the pilot's.
 
     That is a mean of positive numbers: its degrees of freedom are those of Satterthwaite, and at least one each.
     """

@@ -10,7 +10,7 @@ from scipy.special import stdtrit
 
 from flatlab.arguments import FloatArray
 from flatlab.errors import UserError
-from flatlab.results.estimate import Cost, Estimate, Sampled, axes_of
+from flatlab.results.estimate import Cost, Estimate, Sampled, axes_of, check_level
 from flatlab.results.spectrum import SpectralDensity, Trace
 from flatlab.results.sphere import SphereFlatness
 
@@ -99,15 +99,19 @@ class TraceCheck(Sampled):
     def differences(self, level: float = 0.95) -> dict[tuple[str, str], tuple[float, float, float]]:
         """Return each difference with its interval (value, low, high); all three hold together at this level."""
         found = {}
-        each = 1 - (1 - level) / 3  # Bonferroni
+        each = 1 - (1 - check_level(level)) / 3  # Bonferroni
         for (a, one), (b, other) in combinations(self.corners.items(), 2):
             value, half = one.value - other.value, _half(one, other, each)
             found[a, b] = (value, value - half, value + half)
         return found
 
+    def apart(self, level: float = 0.95) -> list[tuple[str, str]]:
+        """Return the pairs of the three that differ by more than their intervals."""
+        return [pair for pair, (_, low, high) in self.differences(level).items() if not low <= 0 <= high]
+
     def agrees(self, level: float = 0.95) -> bool:
         """Say whether no two of the three differ by more than their intervals."""
-        return all(low <= 0 <= high for _, low, high in self.differences(level).values())
+        return not self.apart(level)
 
     def quadratic_radius(self, within: float = WITHIN, level: float = 0.95) -> float:
         """Return the largest radius up to which the rise is that of a quadratic, or 0.
@@ -115,7 +119,7 @@ class TraceCheck(Sampled):
         So it is where the interval of 2 P F / gamma^2 - tr(H) reaches into +- `within` tr(H), at it and at each
         smaller radius.
         """
-        trace, reached = self.trace.trace, 0.0
+        trace, reached, level = self.trace.trace, 0.0, check_level(level)
         for radius, found in zip(self.flatness.radii.tolist(), self.estimates, strict=True):
             off = abs(found.value - trace.value) - _half(found, trace, level)
             if not off <= within * abs(trace.value):
@@ -147,16 +151,17 @@ class TraceCheck(Sampled):
         three = ", ".join(
             f"{name} {each.value:.4g} ± {each.half_width(level):.2g}" for name, each in self.corners.items()
         )
-        agree = "agree within their intervals" if self.agrees(level) else "do not agree"
+        apart = self.apart(level)
+        which = ", ".join(" and ".join(pair) for pair in apart)
+        agree = f"do not agree ({which})" if apart else "agree within their intervals"
         radius = self.quadratic_radius(level=level)
         norm = self.flatness.norm
         share = f" ({radius / norm:.2%} of the weights' norm)" if norm else ""
         far = f"up to radius {radius:.3g}{share}" if radius else "at none of the radii"
         parts = [f"Trace of the Hessian: {three}: they {agree}.", f"The quadratic picture holds to {WITHIN:.0%} {far}."]
-        if self.kinks and not (self.agrees(level) and radius):
-            parts.append(
-                " and ".join(self.kinks) + " bend the loss in kinks, which add to the rise and not to the trace."
-            )
+        if self.kinks and not (radius and "sphere" not in sum(apart, ())):
+            names = " and ".join(self.kinks)
+            parts.append(f"The loss has kinks ({names}), which add to the rise and not to the trace.")
         return " ".join(parts)
 
 

@@ -29,10 +29,10 @@ def total(loss: Metric, outputs: Any, batch: Batch) -> Tensor:
     """
     value = loss(outputs, batch.targets)
     if isinstance(value, Tensor) and value.ndim == 0:
-        return value.to(wide(value)) * batch.size
+        return value.double() * batch.size
     sums = value[0] if _is_pair(value) else value
     if isinstance(sums, Tensor) and sums.shape == (batch.size,):
-        return sums.sum(dtype=wide(sums))
+        return sums.sum(dtype=torch.float64)
     got = f"shape {tuple(sums.shape)}" if isinstance(sums, Tensor) else f"a {type(value).__name__}"
     raise UserError(
         f"The loss must be a tensor of shape () or, one loss per sample, ({batch.size},), got {got}: sum it over its"
@@ -53,7 +53,7 @@ def weight(loss: Metric, outputs: Any, batch: Batch) -> Tensor | None:
             f"The weights of a loss must have shape ({batch.size},) and not depend on the parameters, got {got}:"
             " compute them from the targets, as (targets != -100).sum(1)."
         )
-    return weights.sum(dtype=wide(weights))
+    return weights.sum(dtype=torch.float64)
 
 
 def _is_pair(value: Any) -> TypeGuard[tuple[Any, Any]]:
@@ -77,11 +77,6 @@ def total_and_hits(loss: Metric, outputs: Any, batch: Batch) -> Tensor:
         return torch.stack([summed, summed.new_tensor(math.nan), counted.sum(dtype=summed.dtype)])
     hits = (outputs.argmax(1) == batch.targets) & (counted != 0)
     return torch.stack([summed, hits.sum(dtype=summed.dtype), counted.sum(dtype=summed.dtype)])
-
-
-def wide(tensor: Tensor) -> torch.dtype:
-    """Return the dtype of sums: float64 if the device has it."""
-    return torch.float32 if tensor.device.type == "mps" else torch.float64
 
 
 def names_classes(outputs: Any, batch: Batch) -> bool:

@@ -21,7 +21,6 @@ from flatlab.metrics.units import Keep, Unit, forget
 from flatlab.results.rounding import RoundingRise, cost_of
 from flatlab.results.sphere import Normalisation, SamplingPlan
 from flatlab.seeds import base_seed
-from flatlab.tensors.losses import wide
 
 
 def typical_rise(
@@ -77,7 +76,7 @@ def _checked(name: str, vector: Tensor) -> Tensor:
 
 
 def _length(vector: Tensor) -> float:
-    return float(torch.linalg.vector_norm(vector, dtype=wide(vector)))
+    return float(torch.linalg.vector_norm(vector, dtype=torch.float64))
 
 
 def _own(landscape: Landscape, name: str, vector: Tensor, keep: Keep) -> FloatArray:

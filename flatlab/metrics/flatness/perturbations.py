@@ -9,7 +9,6 @@ from flatlab.errors import UserError, choose
 from flatlab.landscape.landscape import Landscape
 from flatlab.results.sphere import Normalisation
 from flatlab.seeds import generator
-from flatlab.tensors.losses import wide
 
 Noise = Literal["sphere", "normal", "uniform"]
 
@@ -38,7 +37,7 @@ def draw_direction(
     if noise == "sphere":
         drawn.div_(torch.linalg.vector_norm(drawn, dtype=torch.float64))
         if like is not None:
-            drawn.mul_(float(torch.linalg.vector_norm(like, dtype=wide(like))))
+            drawn.mul_(float(torch.linalg.vector_norm(like, dtype=torch.float64)))
     return landscape.as_point(drawn)
 
 
@@ -103,7 +102,7 @@ def _length(vector: Tensor) -> Tensor:
 
 def _lengths(tensor: Tensor) -> Tensor:
     """Return the length of each filter, in the widest floats the device has, shaped to scale the tensor."""
-    flat = torch.linalg.vector_norm(tensor.flatten(1), dim=1, dtype=wide(tensor))
+    flat = torch.linalg.vector_norm(tensor.flatten(1), dim=1, dtype=torch.float64)
     return torch.reshape(flat, (-1, *[1] * (tensor.ndim - 1)))
 
 

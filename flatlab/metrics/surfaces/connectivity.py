@@ -19,7 +19,6 @@ from flatlab.results.connectivity import Connection, by_stratum, chord
 from flatlab.results.estimate import Cost
 from flatlab.seeds import base_seed, derive
 from flatlab.tensors.batchnorm import Statistics
-from flatlab.tensors.losses import wide
 from flatlab.tensors.nested import Data
 
 BLOCK = 128  # images that are evaluated together
@@ -65,7 +64,7 @@ def connect(
     kept, home = excess[position, ~chosen], stratum[~chosen]
     return Connection(
         places=places,
-        length=float(torch.linalg.vector_norm(step, dtype=wide(step))),
+        length=float(torch.linalg.vector_norm(step, dtype=torch.float64)),
         losses=by_stratum(table, stratum),
         errors=_errors(excess, stratum),
         position=float(places[position]),

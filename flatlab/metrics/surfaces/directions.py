@@ -18,7 +18,6 @@ from flatlab.metrics.curvature.eigenvalues import hessian_spectrum
 from flatlab.metrics.flatness.perturbations import check_normalisation, draw_direction, scale_to_weights
 from flatlab.results.spectrum import Spectrum, Which
 from flatlab.results.sphere import Normalisation
-from flatlab.tensors.losses import wide
 
 SAME = 1e-6  # of the longest step: checkpoints that are nearer to a line than that span no plane
 
@@ -48,7 +47,7 @@ class Directions:
     @property
     def cosine(self) -> float:
         """The cosine of the first two directions; random ones are not orthogonalised."""
-        u, v = self.vectors[:2].to(wide(self.vectors))
+        u, v = self.vectors[:2].double()
         return float(u @ v / (u.norm() * v.norm()))
 
 
@@ -114,9 +113,7 @@ def plane_through(
     Raises:
         UserError: if a checkpoint is of another model, or the three lie on a line.
     """
-    steps = [
-        checked(landscape, each, zero=True).to(wide(each)) - landscape.point.to(wide(each)) for each in (second, third)
-    ]
+    steps = [checked(landscape, each, zero=True).double() - landscape.point.double() for each in (second, third)]
     u = steps[0] / _length(steps[0], "The second checkpoint is the first one: three points span a plane.", steps)
     rest = steps[1] - (steps[1] @ u) * u
     rest -= (rest @ u) * u  # twice is enough
@@ -142,7 +139,7 @@ def trajectory_directions(
     """
     if len(points) <= count:
         raise UserError(f"{count} principal directions need at least {count + 1} checkpoints, got {len(points)}.")
-    rows = torch.stack([checked(landscape, point, zero=True).to(wide(point)) for point in points])
+    rows = torch.stack([checked(landscape, point, zero=True).double() for point in points])
     rows = rows - rows.mean(dim=0)
     # The Gram matrix (T, T) has the same spectrum as the covariance (P, P), and fits in memory.
     values, vectors = torch.linalg.eigh(rows @ rows.T)
@@ -170,7 +167,7 @@ def _bare(vectors: Tensor, labels: Sequence[str]) -> Directions:
 
 def _marked(landscape: Landscape, plane: Directions, points: Sequence[Tensor], names: Sequence[str]) -> Directions:
     """Mark points in a plane with orthonormal axes, each at its projection."""
-    basis = plane.vectors.to(wide(plane.vectors))
+    basis = plane.vectors.double()
     steps = torch.stack([checked(landscape, p, zero=True).to(basis) - landscape.point.to(basis) for p in points])
     coordinates = steps @ basis.T
     away = torch.linalg.vector_norm(steps - coordinates @ basis, dim=1)
