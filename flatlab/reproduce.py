@@ -156,8 +156,9 @@ def place_of(found: list[Run], asked: Place) -> tuple[Place, str]:
         raise UserError(f"These runs are of several data sets ({', '.join(datasets)}); measure those of one at a time.")
     if asked.data_dir:
         catalog.locate(datasets[0], Path(asked.data_dir))
-    folder = asked.data_dir or found[0].provenance.get("data_dir")
-    return asked.replace(data_dir=folder), datasets[0]
+    known = found[0].provenance
+    folders = {name: getattr(asked, name) or known.get(name) for name in ("data_dir", "model_dir")}
+    return asked.replace(**folders), datasets[0]
 
 
 def write(

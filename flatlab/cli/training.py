@@ -11,7 +11,7 @@ from flatlab.cli import checks, run_jobs
 from flatlab.cli.choices import Choices, takes
 from flatlab.cli.effects import refuse_idle, refuse_without_effect
 from flatlab.cli.errors import Commands, say
-from flatlab.cli.options import DATASET, NAMED, QUANTIZER, RUNNING, STEP, TRAINING, OneRun, Runs, asked
+from flatlab.cli.options import DATASET, NAMED, QUANTIZER, RUNNING, STEP, TRAINING, WHERE, OneRun, Runs, asked
 from flatlab.errors import UserError, choose
 from flatlab.specs.deploy import OnnxSpec
 from flatlab.specs.measurement import MeasurementSpec
@@ -74,7 +74,7 @@ def train(chosen: Choices) -> None:
 
 
 @commands.command(epilog="Example: `flatlab train --keep-every 10 --held-out rot45`, then `flatlab replay 3f2a`")
-@takes(*NAMED, "setting", "data_dir", "device", "cache", "store", "out", "json", "debug")
+@takes(*NAMED, "setting", *WHERE, "device", "cache", "store", "out", "json", "debug")
 def replay(
     chosen: Choices,
     runs: Runs,
@@ -103,7 +103,7 @@ def replay(
 
 
 @commands.command(epilog="Example: `flatlab ensemble 3f2a 77c1 90ab --combine probabilities`")
-@takes(*NAMED, "combine", "data_dir", *RUNNING)
+@takes(*NAMED, "combine", *WHERE, *RUNNING)
 def ensemble(
     chosen: Choices,
     runs: Runs,
@@ -158,7 +158,7 @@ def import_(
     "`flatlab export 3f2a --format onnx --activations int8`"
 )
 @takes(
-    *(*NAMED, "data_dir", "device", "cache", "store", "json", "debug"),
+    *(*NAMED, *WHERE, "device", "cache", "store", "json", "debug"),
     asks=asked(MeasurementSpec, "checkpoint") | asked(OnnxSpec, *OnnxSpec.model_fields),
 )
 def export(
@@ -208,7 +208,7 @@ def _export_onnx(chosen: Choices, run: Any, path: Path, place: Any, how: tuple[s
 
 
 @commands.command(epilog="Example: `flatlab latency QT-DoG --held-out rot45`, or of files: `flatlab latency net.onnx`")
-@takes(*NAMED, "data_dir", "cache", "store", "json", "debug")
+@takes(*NAMED, *WHERE, "cache", "store", "json", "debug")
 def latency(
     chosen: Choices,
     given: Annotated[list[str], typer.Argument(metavar="RUN|FILE...", help="Runs, or ONNX files (.onnx).")],

@@ -136,7 +136,7 @@ class RunSpec(Optimizing):
     dataset: str
     held_out: str
     image_size: int = Field(ge=1)
-    model: str
+    model: str  # one of the names in models/networks.py, "timm:NAME", or "hf:NAME@HASH" of a folder (models/saved.py)
     weights: str = "none"  # "none", "imagenet" or "sha256:..." of a file
     freeze_batchnorm: bool = False
     augment: Literal["none", "domainbed"] = "none"  # DomainBed's crops, flips and colours, for training images
@@ -267,7 +267,10 @@ class RunSpec(Optimizing):
 class Place(Spec):
     """Machine facts: location of the data, device and threads. Recorded with a run, never part of its digest."""
 
+    later = ("model_dir",)
+
     data_dir: str | None = None
+    model_dir: str | None = None  # of a network that transformers saved
     weights_file: str | None = None
     cache: str | None = None  # folder of decoded images; None: the platform's default
     device: str = "auto"
