@@ -56,7 +56,7 @@ def domains(spec: RunSpec, place: Place) -> Domains:
     """Load (once in a process) and split the data of a run."""
     data = _load(spec.dataset, place.data_dir, spec.image_size, place.cache)
     target = choose("held-out domain", spec.held_out, data.names)
-    if isinstance(data, TextSet) and saved.is_saved(spec.model):
+    if isinstance(data, TextSet) and spec.saved:
         data = _cut(data, saved.checked(spec.model, place.model_dir))
     elif isinstance(data, TextSet):
         data = _seen(data, tuple(name for name in data.names if name != target))

@@ -44,7 +44,7 @@ def identify(folder: Path) -> str:
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for path in tokenizer:
         digest.update(path.name.encode() + path.read_bytes())
-    return f"{PREFIX}{folder.resolve().name}@{digest.hexdigest()[:12]}"
+    return f"{PREFIX}{folder.absolute().name}@{digest.hexdigest()[:12]}"
 
 
 def checked(model: str, folder: str | None) -> Path:

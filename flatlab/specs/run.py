@@ -226,6 +226,11 @@ class RunSpec(Optimizing):
         return "imported" if self.source else "-".join(unusual) or "erm"
 
     @property
+    def saved(self) -> bool:
+        """Whether the network is one that transformers saved in a folder."""
+        return self.model.startswith("hf:")
+
+    @property
     def trajectory(self) -> "RunSpec":
         """The run whose iterates this one averages: the same spec without the average."""
         return self.replace(average=AverageSpec())
