@@ -24,6 +24,7 @@ from flatlab.store.runs import RunStore
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "fine", ",", "book", ".", "i", "was", "bored", "beautiful"]
 WORDS += ["dull", "film", "moved", "lovely", "tune", "out", "of"]
+DRAWN = "is drawn from the seed, since the file has none for 2 classes"
 SIZES = {"vocab_size": len(WORDS), "max_position_embeddings": 32}
 BERT = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, **SIZES}
 DISTIL = {"dim": 16, "hidden_dim": 32, "n_layers": 1, "n_heads": 2, **SIZES}
@@ -32,6 +33,23 @@ KINDS = {
     "encoder": (transformers.BertModel, transformers.BertConfig(**BERT)),
     "masked": (transformers.DistilBertForMaskedLM, transformers.DistilBertConfig(**DISTIL)),
     "distilbert": (transformers.DistilBertForSequenceClassification, transformers.DistilBertConfig(**DISTIL)),
+    "electra": (transformers.ElectraForSequenceClassification, transformers.ElectraConfig(**BERT, embedding_size=16)),
+    "xlm": (transformers.XLMRobertaForSequenceClassification, transformers.XLMRobertaConfig(**BERT, pad_token_id=0)),
+    "gpt2": (  # its last linear map has no bias, and comes before what picks a sentence's last piece
+        transformers.GPT2ForSequenceClassification,
+        transformers.GPT2Config(
+            **{"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32, "vocab_size": len(WORDS)},
+            **{"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3},
+        ),
+    ),
+    "bart": (  # encoder and decoder share the embedding
+        transformers.BartForSequenceClassification,
+        transformers.BartConfig(
+            **{"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32},
+            **{"encoder_attention_heads": 2, "decoder_attention_heads": 2, **SIZES},
+            **{"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3, "decoder_start_token_id": 3},
+        ),
+    ),
     "roberta": (
         transformers.RobertaForSequenceClassification,
         transformers.RobertaConfig(**BERT, pad_token_id=0, bos_token_id=2, eos_token_id=3),
@@ -80,10 +98,10 @@ def run_of(folder, own, **changes):
 PIECES = torch.tensor([[2, 10, 11, 12, 3, 0, 0], [2, 5, 6, 7, 6, 8, 3]])
 
 
-@pytest.mark.parametrize("kind", ["bert", "distilbert", "roberta"])
+@pytest.mark.parametrize("kind", ["bert", "distilbert", "roberta", "electra", "xlm", "gpt2", "bart"])
 def test_the_network_is_that_of_transformers(zoo, kind, caplog):
-    network = built(zoo / kind).eval()
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(zoo / kind).eval()
+    network = built(zoo / kind, classes=theirs.num_labels).eval()
     expected = theirs(input_ids=PIECES, attention_mask=(PIECES != 0).long()).logits
     torch.testing.assert_close(network(PIECES), expected, rtol=1e-5, atol=1e-6)
     assert not caplog.records
@@ -93,10 +111,13 @@ def test_the_network_is_that_of_transformers(zoo, kind, caplog):
 
 def test_what_a_checkpoint_lacks_is_drawn_from_the_seed_and_named(zoo, caplog):
     alone = built(zoo / "encoder", seed=3)
-    assert "has no classifier.bias, classifier.weight: drawn from the seed" in caplog.text
+    assert (
+        "classifier.bias, classifier.weight is drawn from the seed, since the file has none for 2 classes"
+        in caplog.text
+    )
     caplog.clear()
     masked = built(zoo / "masked")
-    assert "has no classifier.bias, classifier.weight, pre_classifier.bias, pre_classifier.weight" in caplog.text
+    assert "classifier.bias, classifier.weight, pre_classifier.bias, pre_classifier.weight is drawn" in caplog.text
     for each, name, prefix in ((alone, "encoder", "bert."), (masked, "masked", "")):
         stored, ours = load_file(zoo / name / "model.safetensors"), each.features.model.state_dict()
         kept = [key for key in stored if f"{prefix}{key}" in ours]
@@ -106,7 +127,7 @@ def test_what_a_checkpoint_lacks_is_drawn_from_the_seed_and_named(zoo, caplog):
     assert not torch.equal(built(zoo / "encoder", "none", seed=4).head.weight, alone.head.weight)
     caplog.clear()
     assert built(zoo / "bert", classes=3).head.weight.shape == (3, 16)
-    assert "has no classifier.bias, classifier.weight" in caplog.text
+    assert "classifier.bias, classifier.weight is drawn from the seed, since the file has none for 3" in caplog.text
 
 
 def rename(state, old, new):
@@ -243,7 +264,10 @@ def test_a_saved_model_is_trained_quantized_measured_and_exported_by_the_command
     here = ("--held-out", "songs", "--store", store)
     training = ("--setting", "smoke", "--seeds", "1", "--optimizer", "adamw", "--schedule", "linear")
     assert commandline.call("train", "--method", "QT-DoG", *words, *training, *here) == 0
-    assert "has no classifier.bias, classifier.weight: drawn from the seed" in caplog.text
+    assert (
+        "classifier.bias, classifier.weight is drawn from the seed, since the file has none for 2 classes"
+        in caplog.text
+    )
     (run,) = (each for each in RunStore(store).runs() if each.spec.quantizer)
     assert run.spec.model == saved.identify(path) and run.spec.weights.startswith("sha256:")
     assert (run.spec.lr, run.spec.quantizer.scale_lr) == (5e-5, 1e-5)  # the paper's, for pretrained weights

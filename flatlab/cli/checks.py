@@ -71,8 +71,8 @@ def weights_file(written: str) -> Path:
         return saved.weights_in(path)
     if not path.is_file():
         raise UserError(
-            f"--weights {written}: no such file; must be none, imagenet, a .safetensors or .pth file, or a folder with "
-            "one of transformers."
+            f"--weights {written}: no such file; must be none, imagenet, a .safetensors or .pth file, or a folder in "
+            "which transformers saved one."
         )
     return path
 

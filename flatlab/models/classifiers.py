@@ -27,11 +27,12 @@ class Sentences(nn.Module):
     Args:
         model: a sequence classifier without its last linear map.
         last: the name of that map in the model.
+        biased: whether it has a bias; the head that replaces it always has one.
     """
 
-    def __init__(self, model: Any, last: str) -> None:
+    def __init__(self, model: Any, last: str, *, biased: bool) -> None:
         super().__init__()
-        self.model, self.last = model, last
+        self.model, self.last, self.biased = model, last, biased
         self.padding = int(model.config.pad_token_id)
 
     def forward(self, pieces: Tensor) -> Tensor:
@@ -68,10 +69,11 @@ def classifier(config: str, length: int) -> tuple[Sentences, int]:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    last = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)][-1]
-    width = int(model.get_submodule(last).in_features)
+    outside = (name for name, _ in model.named_modules() if not name.startswith(f"{model.base_model_prefix}."))
+    last = [name for name in outside if isinstance(model.get_submodule(name), nn.Linear)][-1]
+    linear = model.get_submodule(last)
     model.set_submodule(last, nn.Identity())
-    return Sentences(model, last), width
+    return Sentences(model, last, biased=linear.bias is not None), linear.in_features
 
 
 def settings_of(config: str) -> Any:
@@ -115,6 +117,11 @@ def load(features: Sentences, head: nn.Linear, state: Mapping[str, Tensor], *, n
     expected = model.state_dict() | {f"{features.last}.{key}": each for key, each in head.state_dict().items()}
     base = f"{model.base_model_prefix}."
     given = {_name(key, expected, base): each for key, each in state.items() if not key.endswith(BUFFERS)}
+    stored = {expected[key].data_ptr(): given[key] for key in given if key in expected}
+    tied = {key: stored[each.data_ptr()] for key, each in expected.items() if each.data_ptr() in stored}
+    given = {**tied, **given}
+    if not features.biased and f"{features.last}.weight" in given:
+        given[f"{features.last}.bias"] = torch.zeros_like(head.bias)
     parts = {key.split(".")[1] for key in expected if key.startswith(base)}
     inner = {key for key in given if key.removeprefix(base).split(".")[0] in parts}
     last = {key for key in expected if key.startswith(f"{features.last}.")}

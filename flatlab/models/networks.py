@@ -86,7 +86,10 @@ def build_network(
     elif weights != "none" and isinstance(features, classifiers.Sentences):
         drawn = classifiers.load(features, network.head, read_foreign(Path(weights)), name=name, source=str(weights))
         if drawn:
-            LOG.warning("%s has no %s: drawn from the seed.", weights, ", ".join(drawn))
+            LOG.warning(
+                "%s: %s is drawn from the seed, since the file has none for %d classes.",
+                *(weights, ", ".join(drawn), num_classes),
+            )
     elif weights != "none":
         _load_features(network, read_foreign(Path(weights)), name=name, source=str(weights))
     return network.to(memory_format=torch.channels_last)

@@ -24,7 +24,7 @@ def is_saved(model: str) -> bool:
 
 def path_of(written: str) -> Path:
     """Return PATH of `hf:PATH`."""
-    return Path(written.strip()[len(PREFIX) :]).expanduser()
+    return Path(written.strip()[len(PREFIX) :].strip()).expanduser()
 
 
 def identify(folder: Path) -> str:

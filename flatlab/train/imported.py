@@ -68,7 +68,7 @@ def _fill(network: Network, file: Path, name: str) -> None:
     if not isinstance(network.features, classifiers.Sentences):
         network.load_state_dict(fitted(state, network.state_dict(), name=name, source=file.name))
     elif lacking := classifiers.load(network.features, network.head, state, name=name, source=file.name):
-        raise UserError(f"{file.name} has no {', '.join(lacking)}, which an imported run needs: train from it first.")
+        raise UserError(f"{file.name} has no {', '.join(lacking)} for these classes: train from it instead.")
 
 
 def hand_in(run: Run, network: Network, domains: loading_data.Domains, place: Place, *, row: Row) -> None:
