@@ -101,7 +101,7 @@ PIECES = torch.tensor([[2, 10, 11, 12, 3, 0, 0], [2, 5, 6, 7, 6, 8, 3]])
 @pytest.mark.parametrize("kind", ["bert", "distilbert", "roberta", "electra", "xlm", "gpt2", "bart"])
 def test_the_network_is_that_of_transformers(zoo, kind, caplog):
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(zoo / kind).eval()
-    network = built(zoo / kind, classes=theirs.num_labels).eval()
+    network = built(zoo / kind, classes=theirs.config.num_labels).eval()
     expected = theirs(input_ids=PIECES, attention_mask=(PIECES != 0).long()).logits
     torch.testing.assert_close(network(PIECES), expected, rtol=1e-5, atol=1e-6)
     assert not caplog.records
