@@ -91,7 +91,7 @@ def built(folder, weights="own", *, classes=2, **more):
 
 def run_of(folder, own, **changes):
     fields = {"dataset": f"folder-text:{own.name}", "held_out": "songs", "image_size": 12, "steps": 1, "eval_every": 1}
-    fields |= {"model": saved.identify(folder), "lr": 1e-3}
+    fields |= {"model": saved.named(f"hf:{folder}"), "lr": 1e-3}
     return RunSpec(**{**fields, **changes}), Place(data_dir=str(own), model_dir=str(folder))
 
 
@@ -176,7 +176,7 @@ def test_other_forms_of_the_same_weights(folder, zoo, tmp_path):
 def test_a_folder_that_is_none_is_refused_in_one_sentence(folder):
     def refused(sentence):
         with pytest.raises(UserError, match=sentence):
-            saved.identify(folder)
+            saved.named(f"hf:{folder}")
 
     (folder / "tokenizer.json").rename(folder / "t")
     (folder / "tokenizer_config.json").unlink()
@@ -269,7 +269,7 @@ def test_a_saved_model_is_trained_quantized_measured_and_exported_by_the_command
         in caplog.text
     )
     (run,) = (each for each in RunStore(store).runs() if each.spec.quantizer)
-    assert run.spec.model == saved.identify(path) and run.spec.weights.startswith("sha256:")
+    assert run.spec.model == saved.named(f"hf:{path}") and run.spec.weights.startswith("sha256:")
     assert (run.spec.lr, run.spec.quantizer.scale_lr) == (5e-5, 1e-5)  # the paper's, for pretrained weights
     place = Place(**{name: run.provenance.get(name) for name in ("data_dir", "model_dir", "weights_file")})
     layers = [*quantized_layers(finished(run.spec, domains(run.spec, place).data, place))]

@@ -30,6 +30,7 @@ BLOCK = {
 SHAPES |= {f"blocks.{block}.{name}": shape for block in range(12) for name, shape in BLOCK.items()}
 
 
+@pytest.mark.slow
 def test_deit_s_takes_the_published_file_and_is_quantized_and_explained(tmp_path):
     state = {name: 0.02 * torch.randn(shape) for name, shape in SHAPES.items()}
     torch.save({"model": state}, tmp_path / "deit.pth")

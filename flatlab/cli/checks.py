@@ -145,7 +145,9 @@ def start(todo: "Sequence[Job]", place: "Place") -> None:
         if weights == "imagenet" or place.weights_file:
             given = weights if weights == "imagenet" else str(place.weights_file)
             config = config_of(model, place)
-            build_network(model, num_classes=2, in_channels=size if config else 3, weights=given, config=config)
+            build_network(
+                model, num_classes=2, in_channels=size if model.startswith("hf:") else 3, weights=given, config=config
+            )
 
 
 def domains(groups: "Iterable[str]", place: "Place", dataset: str) -> None:

@@ -161,7 +161,7 @@ class Choices(Options):
     def _model(self) -> str | None:
         if not self.model or not saved.is_saved(self.model):
             return _known(self.model) if self.model else None
-        return saved.identify(saved.path_of(self.model))
+        return saved.named(self.model)
 
     def _start(self) -> str | None:
         """Return `--weights`; if not given, PATH for `hf:PATH`, which has weights of its own."""
@@ -259,7 +259,7 @@ def _known(written: str) -> str:
     kind, _, name = written.partition(":")
     if kind.strip().lower() == "timm" and name.strip():
         return f"timm:{name.strip()}"
-    return choose("model", written, [*MODELS, "timm:NAME", "hf:PATH"])
+    return choose("model", written, [*MODELS, "timm:NAME", "hf:PATH", "clip:PATH"])
 
 
 def _accelerated(device: str) -> bool:

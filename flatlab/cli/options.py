@@ -32,7 +32,7 @@ MODELS = {  # -> channels; None: any number; 0: sentences
     **dict.fromkeys(("cnn-10x2", "cnn-10x3", "cnn-16x2", "cnn-16x3")),  # cnn-WxD: W channels at first, D convolutions
     **dict.fromkeys(("cnn-16x4", "cnn-16x5", "cnn-32x4", "cnn-32x5", "cnn-64x4", "cnn-64x5")),
 }
-PREFIXED = {"hf": 0, "timm": 3}  # hf:PATH and timm:NAME, their channels as above
+PREFIXED = {"hf": 0, "clip": 3, "timm": 3}  # hf:PATH, clip:PATH and timm:NAME, their channels as above
 SIDES = {"digits-vit": 16, "digits-clip": 16, "vit_b_16": 224}  # of images, which their positions fix
 DEVICES = ("auto", "cpu", "cuda", "mps")
 FOLDERS = ("store", "out", "cache", "tensorboard", *("data_dir", "model_dir"))
@@ -165,7 +165,8 @@ class Options:
     )
     data_dir: Path | None = _option(DATA, "Folder that contains the data set; not for digits and folder:PATH.")
     model_dir: Path | None = _option(
-        DATA, "Folder of the network of runs that were trained with --model hf:PATH, if it is no longer at PATH."
+        DATA,
+        "Folder of the network of runs that were trained with --model hf:PATH or clip:PATH, if it was moved.",
     )
     held_out: str = _option(
         DATA, "Held-out domains, one run for each: names or indices, such as sketch,photo, or all.", default="all"
@@ -216,14 +217,14 @@ class Options:
     swad_every: int | None = _of_setting(COMPOSITION, "swad_every")
     model: str | None = _option(
         COMPOSITION,
-        f"Network. [{', '.join(MODELS)}, timm:NAME, hf:PATH, a folder in which transformers saved a sequence "
-        f"classifier or its encoder]{_usual('model')}",
+        f"Network. [{', '.join(MODELS)}, timm:NAME, hf:PATH, clip:PATH; PATH is a folder in which "
+        f"transformers saved a sequence classifier, its encoder, or CLIP]{_usual('model')}",
     )
     weights: str | None = _option(
         COMPOSITION,
         "Initial weights: none, imagenet (downloaded by torchvision), a .safetensors or .pth file, or a folder of "
-        "transformers (default: none for digits and sentences, imagenet for photographs, PATH for hf:PATH). With none, "
-        "photographs and hf:PATH are trained with the setting's own --lr.",
+        "transformers (default: none for digits and sentences, imagenet for photographs, PATH for hf:PATH and "
+        "clip:PATH). With none, photographs are trained with the setting's own --lr.",
     )
     freeze_batchnorm: bool | None = _of_setting(COMPOSITION, "freeze_batchnorm", "--freeze-batchnorm/--train-batchnorm")
     controls: bool = _of_setting(COMPOSITION, "controls", "--controls", default=False)

@@ -14,7 +14,8 @@ from flatlab.data.domains import DomainSet
 from flatlab.errors import UserError
 from flatlab.files import file_hash
 from flatlab.loading.data import device
-from flatlab.models import saved
+from flatlab.models import clip, saved
+from flatlab.models.foreign import read_foreign
 from flatlab.models.networks import Ensemble, Network, build_network, side_of
 from flatlab.quant import attach
 from flatlab.quant.fixed import Fixed
@@ -38,7 +39,17 @@ def network(spec: RunSpec, data: DomainSet, place: Place) -> Network:
         raise UserError(
             f"{spec.model} takes images of {side} pixels, got {spec.image_size}: write --image-size {side}."
         )
+    if isinstance(built.features, clip.ImageTower) and spec.weights != "none":
+        _align(built, spec, data, place)
     return built.to(device(place))
+
+
+def _align(built: Network, spec: RunSpec, data: DomainSet, place: Place) -> None:
+    """Give the head of CLIP its text tower's vectors of the classes."""
+    config, weights = config_of(spec.model, place), _weights(spec, place)
+    assert config and place.model_dir
+    vectors = clip.class_vectors(Path(place.model_dir), config, read_foreign(Path(weights)), data.classes)
+    built.head.load_state_dict({"weight": vectors})
 
 
 def config_of(model: str, place: Place) -> str | None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from flatlab.errors import UserError, choose
-from flatlab.models import classifiers, small
+from flatlab.models import classifiers, clip, small
 from flatlab.models.foreign import fitted, read_foreign
 from flatlab.models.transformer import sentences_transformer
 from flatlab.seeds import derive
@@ -66,21 +66,22 @@ def build_network(
     """Return a network in channels-last memory (its convolutions are 2.3 times as fast on a CPU).
 
     Args:
-        name: one of `MODELS`, "timm:NAME", or that of a network which transformers saved ("hf:...").
+        name: one of `MODELS`, "timm:NAME", or of a network that transformers saved ("hf:...", "clip:...").
         num_classes: outputs of the head, which is drawn from `seed` alike for all `weights`.
         in_channels: torchvision's networks take 3; of sentences the number of pieces.
         weights: "none", "imagenet" (torchvision downloads IMAGENET1K_V1, the paper's; timm its own), or a file.
         seed: of the initialisation; the global generators are left alone.
-        config: of "hf:..." the text of config.json; from a file of its weights the head is loaded, too, if it fits.
+        config: the text of config.json for what transformers saved; of "hf:..." the head is loaded, too, if it fits.
     """
     name = name if ":" in name else choose("model", name, MODELS)
     name = name if ":" in name else choose("model", name, MODELS)
+    aligned = name in ALIGNED or name.startswith("clip:")
     with torch.random.fork_rng(devices=[]):
         # Not torch.manual_seed, which would reseed the accelerators' generators too.
         torch.default_generator.manual_seed(derive("init", seed))
         features, width = _builder(name, config)(in_channels)
-        network = Network(features, nn.Linear(width, num_classes, bias=name not in ALIGNED))
-    network.head.requires_grad_(name not in ALIGNED)
+        network = Network(features, nn.Linear(width, num_classes, bias=not aligned))
+    network.head.requires_grad_(not aligned)
     if weights == "imagenet":
         _load_features(network, _imagenet(name, in_channels), name=name, source="the downloaded file")
     elif weights != "none" and isinstance(features, classifiers.Sentences):
@@ -90,12 +91,16 @@ def build_network(
                 "%s: %s is drawn from the seed, since the file has none for %d classes.",
                 *(weights, ", ".join(drawn), num_classes),
             )
+    elif weights != "none" and isinstance(features, clip.ImageTower):
+        clip.load(features, read_foreign(Path(weights)), name=name, source=str(weights))
     elif weights != "none":
         _load_features(network, read_foreign(Path(weights)), name=name, source=str(weights))
     return network.to(memory_format=torch.channels_last)
 
 
 def _builder(name: str, config: str | None) -> Callable[[int], tuple[nn.Module, int]]:
+    if config is not None and name.startswith("clip:"):
+        return partial(clip.image_tower, config)
     if config is not None:
         return partial(classifiers.classifier, config)
     kind, _, own = name.partition(":")
@@ -148,7 +153,9 @@ def _load_features(network: Network, state: Mapping[str, Tensor], *, name: str, 
 
 
 def side_of(network: Network) -> int | None:
-    """Return the pixels on a side that the positions of a network of timm fix; None for others."""
+    """Return the pixels on a side that the positions of a network of timm or CLIP fix; None for others."""
+    if isinstance(network.features, clip.ImageTower):
+        return network.features.side
     patches = getattr(network.features, "patch_embed", None)
     size: tuple[int, int] | None = getattr(patches, "img_size", None)
     return size[0] if size else None

@@ -8,7 +8,7 @@ from typing import Any
 
 from flatlab.errors import UserError
 
-PREFIX = "hf:"
+PREFIXES = ("hf:", "clip:")
 CONFIG = "config.json"
 TOKENIZER = (  # files that say how text becomes numbers, those that are there
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -18,33 +18,38 @@ WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
 def is_saved(model: str) -> bool:
-    """Whether a model is named by such a folder: `hf:PATH` of a user, `hf:NAME@HASH` in specs."""
-    return model.strip().lower().startswith(PREFIX)
+    """Whether a model is named by such a folder: `hf:PATH` of a user, `hf:NAME@HASH` in specs; or `clip:...`."""
+    return model.strip().lower().startswith(PREFIXES)
 
 
 def path_of(written: str) -> Path:
     """Return PATH of `hf:PATH`."""
-    return Path(written.strip()[len(PREFIX) :].strip()).expanduser()
+    return Path(written.partition(":")[2].strip()).expanduser()
 
 
-def identify(folder: Path) -> str:
-    """Return `hf:NAME@HASH`: the last part of the folder's path, and a hash of its configuration and tokenizer.
+def named(written: str) -> str:
+    """Return `hf:NAME@HASH` of `hf:PATH`: the last part of the path, and a hash of configuration and tokenizer.
 
     The weights are not part of it: a spec names them by a hash of their own.
 
     Raises:
         UserError: the folder, its configuration or its tokenizer is missing, or transformers is not installed.
     """
+    kind, folder = written.partition(":")[0].strip().lower(), path_of(written)
+    return f"{kind}:{folder.absolute().name}@{_hash(folder)}"
+
+
+def _hash(folder: Path) -> str:
     config = config_of(folder)
     tokenizer = [folder / name for name in TOKENIZER if (folder / name).is_file()]
     if not tokenizer:
         raise UserError(f"{folder} has no tokenizer: expected tokenizer.json or vocab.txt beside {CONFIG}.")
     if find_spec("transformers") is None:
-        raise UserError("--model hf:PATH needs a package that is not installed: pip install 'flatlab[transformers]'.")
+        raise UserError("This network needs a package that is not installed: pip install 'flatlab[transformers]'.")
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for path in tokenizer:
         digest.update(path.name.encode() + path.read_bytes())
-    return f"{PREFIX}{folder.absolute().name}@{digest.hexdigest()[:12]}"
+    return digest.hexdigest()[:12]
 
 
 def checked(model: str, folder: str | None) -> Path:
@@ -60,8 +65,8 @@ def checked(model: str, folder: str | None) -> Path:
     digest = model.rpartition("@")[2]
     if folder is None:
         raise UserError(f"This run's network is {model}, whose folder is not known: write --model-dir PATH.")
-    if (found := identify(Path(folder))).rpartition("@")[2] != digest:
-        raise UserError(f"The configuration or tokenizer in {folder} ({found}) is not that of the run, {model}.")
+    if (found := _hash(Path(folder))) != digest:
+        raise UserError(f"The configuration or tokenizer in {folder} (@{found}) is not that of the run, {model}.")
     return Path(folder)
 
 

@@ -136,7 +136,7 @@ class RunSpec(Optimizing):
     dataset: str
     held_out: str
     image_size: int = Field(ge=1)
-    model: str  # one of the names in models/networks.py, "timm:NAME", or "hf:NAME@HASH" of a folder (models/saved.py)
+    model: str  # one of the names in models/networks.py, "timm:NAME", or "hf:NAME@HASH" (models/saved.py)
     weights: str = "none"  # "none", "imagenet" or "sha256:..." of a file
     freeze_batchnorm: bool = False
     augment: Literal["none", "domainbed"] = "none"  # DomainBed's crops, flips and colours, for training images
@@ -228,7 +228,7 @@ class RunSpec(Optimizing):
     @property
     def saved(self) -> bool:
         """Whether the network is one that transformers saved in a folder."""
-        return self.model.startswith("hf:")
+        return self.model.startswith(("hf:", "clip:"))
 
     @property
     def trajectory(self) -> "RunSpec":
