@@ -289,6 +289,23 @@ def test_a_saved_model_is_trained_quantized_measured_and_exported_by_the_command
     assert commandline.call(*again, "--model-dir", tmp_path / "moved") == 0
 
 
+def test_the_head_follows_the_names_of_the_classes(folder, own):
+    def head():
+        spec, place = run_of(folder, own)
+        weights = folder / "model.safetensors"
+        spec = spec.replace(weights=f"sha256:{files.file_hash(weights)}")
+        place = place.replace(weights_file=str(weights))
+        return network(spec, domains(spec, place).data, place).head.weight
+
+    stored = load_file(folder / "model.safetensors")["classifier.weight"]
+    configured(folder, id2label={"0": "GOOD", "1": "BAD"})  # the data's classes are bad, good
+    assert torch.equal(head(), stored.flip(0))
+    configured(folder, id2label={"0": "LABEL_0", "1": "LABEL_1"})
+    assert torch.equal(head(), stored)
+    with pytest.raises(UserError, match="Unknown model 'hf:x'"):
+        build_network("hf:x", num_classes=2)
+
+
 def test_mistakes_on_the_command_line(zoo, own, tmp_path, capsys):
     def refused(sentence, *words):
         assert commandline.call("train", "--setting", "smoke", "--store", tmp_path / "runs", *words) == 2

@@ -14,7 +14,7 @@ from flatlab.data.domains import DomainSet
 from flatlab.errors import UserError
 from flatlab.files import file_hash
 from flatlab.loading.data import device
-from flatlab.models import clip, saved
+from flatlab.models import classifiers, clip, saved
 from flatlab.models.foreign import read_foreign
 from flatlab.models.networks import Ensemble, Network, build_network, side_of
 from flatlab.quant import attach
@@ -41,6 +41,8 @@ def network(spec: RunSpec, data: DomainSet, place: Place) -> Network:
         )
     if isinstance(built.features, clip.ImageTower) and spec.weights != "none":
         _align(built, spec, data, place)
+    if isinstance(built.features, classifiers.Sentences) and spec.weights != "none":
+        classifiers.order_classes(built.head, str(config_of(spec.model, place)), data.classes)
     return built.to(device(place))
 
 

@@ -5,7 +5,7 @@ Dropout is off: a training step is a function of weights and batch.
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -139,6 +139,19 @@ def load(features: Sentences, head: nn.Linear, state: Mapping[str, Tensor], *, n
     if fits:
         head.load_state_dict({key.rpartition(".")[2]: given[key] for key in last})
     return sorted(drawn)
+
+
+def order_classes(head: nn.Linear, config: str, classes: Sequence[str]) -> None:
+    """Bring a head's rows from the order of the configuration's class names to that of the data's, in any case.
+
+    Where the configuration does not name just these classes, as in LABEL_0, its order is taken for the data's.
+    """
+    named = json.loads(config).get("id2label") or {}
+    theirs = [str(named[key]).lower() for key in sorted(named, key=int)]
+    ours = [name.lower() for name in classes]
+    if sorted(theirs) == sorted(set(ours)):
+        rows = [theirs.index(name) for name in ours]
+        head.load_state_dict({key: each[rows] for key, each in head.state_dict().items()})
 
 
 def _name(key: str, expected: Mapping[str, Tensor], base: str) -> str:

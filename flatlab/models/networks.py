@@ -73,8 +73,8 @@ def build_network(
         seed: of the initialisation; the global generators are left alone.
         config: the text of config.json for what transformers saved; of "hf:..." the head is loaded, too, if it fits.
     """
-    name = name if ":" in name else choose("model", name, MODELS)
-    name = name if ":" in name else choose("model", name, MODELS)
+    name = name if config is not None or name.startswith("timm:") else choose("model", name, MODELS)
+    name = name if config is not None or name.startswith("timm:") else choose("model", name, MODELS)
     aligned = name in ALIGNED or name.startswith("clip:")
     with torch.random.fork_rng(devices=[]):
         # Not torch.manual_seed, which would reseed the accelerators' generators too.

@@ -53,6 +53,8 @@ def import_checkpoint(file: Path, setting: Setting, store: RunStore, place: Plac
     else:
         network = loading_network.network(spec, domains.data, place)
         _fill(network, file, setting.model)
+        if config := loading_network.config_of(spec.model, place):
+            classifiers.order_classes(network.head, config, domains.data.classes)
     with run.claim() as free:
         if not free:
             raise UserError(f"Run {spec.digest} is being imported by another process; wait for that.")
