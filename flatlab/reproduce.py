@@ -149,15 +149,21 @@ def place_of(found: list[Run], asked: Place) -> tuple[Place, str]:
         asked: the place that the user chose.
 
     Raises:
-        UserError: if the runs have different data sets.
+        UserError: if the runs have different data sets, or networks of different folders.
     """
     datasets = sorted({run.spec.dataset for run in found})
     if len(datasets) > 1:
         raise UserError(f"These runs are of several data sets ({', '.join(datasets)}); measure those of one at a time.")
+    models = sorted({run.spec.model for run in found if run.spec.saved})
+    if len(models) > 1:
+        raise UserError(f"These runs' networks are of several folders ({', '.join(models)}); measure one at a time.")
+    if asked.model_dir and not models:
+        raise UserError(f"--model-dir does nothing for runs of {found[0].spec.model}; leave it out.")
     if asked.data_dir:
         catalog.locate(datasets[0], Path(asked.data_dir))
-    folder = asked.data_dir or found[0].provenance.get("data_dir")
-    return asked.replace(data_dir=folder), datasets[0]
+    known = next((run for run in found if run.spec.saved), found[0]).provenance
+    folders = {name: getattr(asked, name) or known.get(name) for name in ("data_dir", "model_dir")}
+    return asked.replace(**folders), datasets[0]
 
 
 def write(

@@ -70,7 +70,7 @@ WORDS = {  # what the user writes -> what the answer names, before anything heav
         r"resnet18 takes images of 3 channels, and digits have 1; use --model digits-cnn or another --dataset\."
     ),
     "train --image-size 32": r"digits are 16 x 16 pixels; leave --image-size 32 out\.",
-    "train --weights nix.pth": r"--weights nix\.pth: no such file; must be none, imagenet, or a \.safetensors or ",
+    "train --weights nix.pth": r"--weights nix\.pth: no such file; must be none, imagenet, a \.safetensors or ",
     "train --setting paper": r"PACS is read from disk; pass --data-dir, a folder with art_painting, ",
     "train --dataset PACS --data-dir nix": r"PACS is not in nix or nix/PACS: .*Pass its location as --data-dir\.",
     "train --dataset folder:": r"--dataset folder:PATH must name a folder with DOMAIN/CLASS/IMAGE, got no path\.",

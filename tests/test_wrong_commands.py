@@ -19,6 +19,7 @@ MORE = [  # what does nothing or contradicts in this combination; RUN is the sto
     "flatness RUN --space latent",
     "flatness RUN --params nix*",
     "flatness RUN --data-dir .",
+    "flatness RUN --model-dir .",
     "flatness QT-DoG",
     "flatness ERM --held-out rot45",
     "landscape RUN RUN --axes line",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from flatlab.cli.options import DEVICES, FOLDERS, flag
 from flatlab.data import catalog
 from flatlab.errors import UserError, choose
+from flatlab.models import saved
 
 if TYPE_CHECKING:
     from flatlab.jobs.plan import Job
@@ -58,12 +59,22 @@ def weights(written: str) -> str:
     """Return the setting's name for `--weights`: for a file its hash."""
     if written in ("none", "imagenet"):
         return written
-    path = Path(written).expanduser()
-    if not path.is_file():
-        raise UserError(f"--weights {written}: no such file; must be none, imagenet, or a .safetensors or .pth file.")
     from flatlab.files import file_hash
 
-    return f"sha256:{file_hash(path)}"
+    return f"sha256:{file_hash(weights_file(written))}"
+
+
+def weights_file(written: str) -> Path:
+    """Return the file that `--weights FILE|DIR` names."""
+    path = Path(written).expanduser()
+    if path.is_dir():
+        return saved.weights_in(path)
+    if not path.is_file():
+        raise UserError(
+            f"--weights {written}: no such file; must be none, imagenet, a .safetensors or .pth file, or a folder in "
+            "which transformers saved one."
+        )
+    return path
 
 
 def space(found: "Sequence[Run]", wanted: str) -> None:
@@ -121,13 +132,22 @@ def _some_match(pattern: str, names: list[str], what: str) -> None:
 def start(todo: "Sequence[Job]", place: "Place") -> None:
     """Refuse initial weights that do not fit the model; torchvision's are downloaded here, once."""
     starts = {
-        (run.model, run.weights) for job in todo if not job.measurements for run in job.runs if run.weights != "none"
+        (run.model, run.weights, run.image_size)
+        for job in todo
+        if not job.measurements
+        for run in job.runs
+        if run.weights != "none"
     }
-    for model, weights in sorted(starts):
+    for model, weights, size in sorted(starts):
+        from flatlab.loading.network import config_of
         from flatlab.models.networks import build_network
 
         if weights == "imagenet" or place.weights_file:
-            build_network(model, num_classes=2, weights=weights if weights == "imagenet" else str(place.weights_file))
+            given = weights if weights == "imagenet" else str(place.weights_file)
+            config = config_of(model, place)
+            build_network(
+                model, num_classes=2, in_channels=size if model.startswith("hf:") else 3, weights=given, config=config
+            )
 
 
 def domains(groups: "Iterable[str]", place: "Place", dataset: str) -> None:

@@ -12,9 +12,21 @@ from pydantic.fields import FieldInfo
 
 from flatlab.cli import checks
 from flatlab.cli.errors import reported
-from flatlab.cli.options import CLUSTERS, MODELS, OF_SETTING, SIDES, WORDS, Options, field_option, flag, shared_option
+from flatlab.cli.options import (
+    CLUSTERS,
+    MODELS,
+    OF_SETTING,
+    SIDES,
+    WORDS,
+    Options,
+    channels,
+    field_option,
+    flag,
+    shared_option,
+)
 from flatlab.data import catalog
 from flatlab.errors import UserError, choose, printable
+from flatlab.models import saved
 
 if TYPE_CHECKING:  # imported where they are used, so that `--help` does not load numpy
     import pandas as pd
@@ -128,7 +140,8 @@ class Choices(Options):
         several = "," in (self.datasets or "")  # --data-dir then applies to those that have a folder
         if known is None or known.folder or (folder is not None and not several):  # for embedded data `locate` raises
             catalog.locate(dataset, folder)
-        weights = checks.weights(self.weights) if self.weights else None
+        start = self._start()
+        weights = checks.weights(start) if start else None
         if self.epochs and self.steps:
             raise UserError(f"--epochs {self.epochs} sets the number of steps; leave --steps {self.steps} out.")
         changes = {field: getattr(self, option) for option, field in OF_SETTING.items()}
@@ -144,24 +157,31 @@ class Choices(Options):
         )
 
     def _model(self) -> str | None:
-        return choose("model", self.model, MODELS) if self.model else None
+        if not self.model or not saved.is_saved(self.model):
+            return _known(self.model) if self.model else None
+        return saved.named(self.model)
+
+    def _start(self) -> str | None:
+        """Return `--weights`; if not given, PATH for `hf:PATH`, which has weights of its own."""
+        own = self.model and saved.is_saved(self.model)
+        return self.weights or (str(saved.path_of(str(self.model))) if own else None)
 
     def _check_model(self, dataset: str) -> None:
         """Refuse networks that do not suit the data, and image sizes other than 16 for digits."""
         model = self._model()
-        if model and (MODELS[model] == 0) != catalog.is_text(dataset):
-            kind, fits = (
-                ("sentences", "sentences-transformer") if catalog.is_text(dataset) else ("images", "digits-cnn")
-            )
+        if model and (channels(model) == 0) != catalog.is_text(dataset):
+            kind, fits = "images", "digits-cnn"
+            if catalog.is_text(dataset):
+                kind, fits = "sentences", "sentences-transformer or hf:PATH"
             raise UserError(
                 f"{dataset} has {kind}, which {model} does not take; use --model {fits} or another --dataset."
             )
         self.check_side(model, self.image_size or (16 if dataset == "digits" else 224))
         if dataset != "digits":
             return
-        if model and MODELS[model]:
+        if model and channels(model):
             raise UserError(
-                f"{model} takes images of {MODELS[model]} channels, and digits have 1; "
+                f"{model} takes images of {channels(model)} channels, and digits have 1; "
                 "use --model digits-cnn or another --dataset."
             )
         if self.image_size not in (None, 16):
@@ -179,10 +199,13 @@ class Choices(Options):
         from flatlab.specs.run import Place
 
         folder = self.folder()
-        file = self.weights if self.weights not in (None, "none", "imagenet") else None
+        start, model_dir = self._start(), self.model_dir
+        if self.model and saved.is_saved(self.model):
+            model_dir = saved.path_of(self.model)
         place = Place(
             data_dir=str(folder.resolve()) if folder else None,
-            weights_file=str(Path(file).expanduser().resolve()) if file else None,
+            model_dir=str(model_dir.resolve()) if model_dir else None,
+            weights_file=None if start in (None, "none", "imagenet") else str(checks.weights_file(start).resolve()),
             cache=str(self.cache.resolve()) if self.cache else None,
             device=checks.device(self.device),
         )
@@ -236,6 +259,14 @@ class Choices(Options):
         from flatlab.files import strict_json
 
         typer.echo(strict_json(facts) if self.json else "\n".join(map(printable, sentence.split("\n"))))
+
+
+def _known(written: str) -> str:
+    """Return a network's name in its canonical spelling; timm knows its own names."""
+    kind, _, name = written.partition(":")
+    if kind.strip().lower() == "timm" and name.strip():
+        return f"timm:{name.strip()}"
+    return choose("model", written, [*MODELS, "timm:NAME", "hf:PATH", "clip:PATH"])
 
 
 def _accelerated(device: str) -> bool:

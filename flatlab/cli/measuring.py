@@ -7,7 +7,7 @@ import typer
 from flatlab.cli import checks
 from flatlab.cli.choices import Choices, takes
 from flatlab.cli.errors import Commands
-from flatlab.cli.options import NAMED, RUNNING, Rule, Runs, asked
+from flatlab.cli.options import NAMED, RUNNING, WHERE, Rule, Runs, asked
 from flatlab.cli.parse import parse_radii
 from flatlab.cli.run_jobs import measured, show_written
 from flatlab.errors import UserError, choose
@@ -51,7 +51,7 @@ ROUNDING = asked(RoundingSpec, "checkpoint", "images", samples="num_samples")
 
 
 @commands.command(epilog="Example: `flatlab flatness ERM QT-DoG --held-out rot45 --radii 0:3:0.5 --domains target`")
-@takes(*NAMED, "data_dir", *RUNNING, "out", asks=SPHERE)
+@takes(*NAMED, *WHERE, *RUNNING, "out", asks=SPHERE)
 def flatness(
     chosen: Choices,
     runs: Runs,
@@ -96,7 +96,7 @@ def flatness(
 
 
 @commands.command(epilog="Examples: `flatlab noise 3f2a`, `flatlab noise 3f2a 77c1 --radius --samples 50`")
-@takes(*NAMED, "data_dir", *RUNNING, "out", asks=ROUNDING)
+@takes(*NAMED, *WHERE, *RUNNING, "out", asks=ROUNDING)
 def noise(
     chosen: Choices,
     runs: Runs,
@@ -135,7 +135,7 @@ def noise(
 
 
 @commands.command(epilog="Example: `flatlab hessian 3f2a --domains source --domains target -k 5 --images 200`")
-@takes(*NAMED, "data_dir", *RUNNING, "out", asks=SPECTRUM)
+@takes(*NAMED, *WHERE, *RUNNING, "out", asks=SPECTRUM)
 def hessian(
     chosen: Choices,
     runs: Runs,
@@ -181,7 +181,7 @@ AXES = (*Rule.of(_AXES).choices, "line")
 @commands.command(
     epilog="Examples: `flatlab landscape 3f2a --grid 25 --images 200`, `flatlab landscape 3f2a 77c1 --axes line`"
 )
-@takes(*NAMED, "data_dir", *RUNNING, "out", asks=PLANE)
+@takes(*NAMED, *WHERE, *RUNNING, "out", asks=PLANE)
 def landscape(
     chosen: Choices,
     runs: Runs,
@@ -247,7 +247,7 @@ def _line(chosen: Choices, found: list[Any], measurement: Any) -> None:
 
 
 @commands.command(epilog="Example: `flatlab audit 3f2a --images 200`")
-@takes(*NAMED, "data_dir", *RUNNING, "out", asks=AUDIT)
+@takes(*NAMED, *WHERE, *RUNNING, "out", asks=AUDIT)
 def audit(chosen: Choices, runs: Runs, fields: dict[str, Any]) -> None:
     """Rescale layers without changing the function, and rank flatness measures by how much they change."""
     from flatlab.report import diagnostics

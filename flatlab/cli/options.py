@@ -32,10 +32,17 @@ MODELS = {  # -> channels; None: any number; 0: sentences
     **dict.fromkeys(("cnn-10x2", "cnn-10x3", "cnn-16x2", "cnn-16x3")),  # cnn-WxD: W channels at first, D convolutions
     **dict.fromkeys(("cnn-16x4", "cnn-16x5", "cnn-32x4", "cnn-32x5", "cnn-64x4", "cnn-64x5")),
 }
+PREFIXED = {"hf": 0, "clip": 3, "timm": 3}  # hf:PATH, clip:PATH and timm:NAME, their channels as above
 SIDES = {"digits-vit": 16, "digits-clip": 16, "vit_b_16": 224}  # of images, which their positions fix
 DEVICES = ("auto", "cpu", "cuda")
-FOLDERS = ("store", "out", "cache", "tensorboard", "data_dir")
+FOLDERS = ("store", "out", "cache", "tensorboard", "data_dir", "model_dir")
 BY_DATA = ("image_size", "model", "freeze_batchnorm")  # options whose default depends on the data
+
+
+def channels(model: str) -> int | None:
+    """Return the channels of the images that a network takes; None: any number; 0: it takes sentences."""
+    kind, _, own = model.partition(":")
+    return PREFIXED[kind] if own else MODELS[model]
 
 
 def flag(name: str) -> str:
@@ -157,6 +164,10 @@ class Options:
         DATA, "Several data sets of a table, such as PACS,VLCS; --data-dir must contain all of them."
     )
     data_dir: Path | None = _option(DATA, "Folder that contains the data set; not for digits and folder:PATH.")
+    model_dir: Path | None = _option(
+        DATA,
+        "Folder of the network of runs that were trained with --model hf:PATH or clip:PATH, if it was moved.",
+    )
     held_out: str = _option(
         DATA, "Held-out domains, one run for each: names or indices, such as sketch,photo, or all.", default="all"
     )
@@ -204,11 +215,16 @@ class Options:
     freeze_rescale: bool = _of_setting(COMPOSITION, "freeze_rescale", "--freeze-rescale", default=False)
     swad_rule: str | None = _of_setting(COMPOSITION, "swad_rule")
     swad_every: int | None = _of_setting(COMPOSITION, "swad_every")
-    model: str | None = _option(COMPOSITION, f"Network. [{', '.join(MODELS)}]{_usual('model')}")
+    model: str | None = _option(
+        COMPOSITION,
+        f"Network. [{', '.join(MODELS)}, timm:NAME, hf:PATH, clip:PATH; PATH is a folder in which "
+        f"transformers saved a sequence classifier, its encoder, or CLIP]{_usual('model')}",
+    )
     weights: str | None = _option(
         COMPOSITION,
-        "Initial weights: none, imagenet (downloaded by torchvision), or a .safetensors or .pth file (default: none "
-        "for digits, imagenet for photographs). With none, photographs are trained with the setting's own --lr.",
+        "Initial weights: none, imagenet (downloaded by torchvision), a .safetensors or .pth file, or a folder of "
+        "transformers (default: none for digits and sentences, imagenet for photographs, PATH for hf:PATH and "
+        "clip:PATH). With none, photographs are trained with the setting's own --lr.",
     )
     freeze_batchnorm: bool | None = _of_setting(COMPOSITION, "freeze_batchnorm", "--freeze-batchnorm/--train-batchnorm")
     controls: bool = _of_setting(COMPOSITION, "controls", "--controls", default=False)
@@ -293,6 +309,7 @@ TYPES = get_type_hints(Options)
 OF_SETTING = {name: each.metadata["setting"] for name, each in WORDS.items() if "setting" in each.metadata}
 
 NAMED = ("held_out", "seed")  # select among the runs of a method
+WHERE = ("data_dir", "model_dir")  # where what a run was trained from lies now
 CLUSTERS = {  # the options that only some executors take
     **dict.fromkeys(("max_workers", "gpus", "cpus", "memory"), ("slurm", "ray")),
     **dict.fromkeys(("time", "partition", "slurm_arg"), ("slurm",)),

@@ -11,7 +11,7 @@ from flatlab.cli import checks, run_jobs
 from flatlab.cli.choices import Choices, takes
 from flatlab.cli.effects import refuse_idle, refuse_without_effect
 from flatlab.cli.errors import Commands, say
-from flatlab.cli.options import DATASET, MODELS, NAMED, QUANTIZER, RUNNING, STEP, TRAINING, Runs, asked
+from flatlab.cli.options import DATASET, MODELS, NAMED, QUANTIZER, RUNNING, STEP, TRAINING, WHERE, Runs, asked
 from flatlab.errors import UserError, choose
 from flatlab.specs.deploy import OnnxSpec
 from flatlab.specs.measurement import MeasurementSpec
@@ -75,7 +75,7 @@ def train(chosen: Choices) -> None:
 
 
 @commands.command(epilog="Example: `flatlab train --keep-every 10 --held-out rot45`, then `flatlab replay 3f2a`")
-@takes(*NAMED, "setting", "data_dir", "device", "cache", "store", "out", "json", "debug")
+@takes(*NAMED, "setting", *WHERE, "device", "cache", "store", "out", "json", "debug")
 def replay(
     chosen: Choices,
     runs: Runs,
@@ -104,7 +104,7 @@ def replay(
 
 
 @commands.command(epilog="Example: `flatlab ensemble 3f2a 77c1 90ab --combine probabilities`")
-@takes(*NAMED, "combine", "data_dir", *RUNNING)
+@takes(*NAMED, "combine", *WHERE, *RUNNING)
 def ensemble(
     chosen: Choices,
     runs: Runs,
@@ -159,7 +159,7 @@ def import_(
     "`flatlab export 3f2a --format onnx --activations int8`, `flatlab export 3f2a 77c1 --format onnx`"
 )
 @takes(
-    *(*NAMED, "combine", "data_dir", "device", "cache", "store", "json", "debug"),
+    *(*NAMED, "combine", *WHERE, "device", "cache", "store", "json", "debug"),
     asks=asked(MeasurementSpec, "checkpoint") | asked(OnnxSpec, *OnnxSpec.model_fields),
 )
 def export(
@@ -222,7 +222,7 @@ def _export_onnx(chosen: Choices, runs: list[Any], path: Path, place: Any, how: 
     epilog="Examples: `flatlab latency QT-DoG --held-out rot45`, `flatlab latency net.onnx`, "
     "`flatlab latency --model resnet50 --image-size 224`"
 )
-@takes(*NAMED, "model", "image_size", "data_dir", "cache", "store", "json", "debug")
+@takes(*NAMED, "model", "image_size", *WHERE, "cache", "store", "json", "debug")
 def latency(
     chosen: Choices,
     given: Annotated[

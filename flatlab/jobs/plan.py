@@ -26,6 +26,7 @@ REFERENCE = {  # seconds for an image of 224 pixels (digits: 16) on one core of 
     "sentences-transformer": 1e-2,  # 4.5e-4 for 48 word pieces, by the rule for pixels
     **{"digits-vit": 3.5e-5, "digits-clip": 3.5e-5, "digits-resnext": 7e-5, "digits-densenet": 1.1e-4},
     **{"resnext50_32x4d": 1e-1, "densenet121": 8e-2, "vit_b_16": 3e-1},
+    **{"hf": 7e-1, "timm": 1e-1, "clip": 3e-1},  # MiniLM with 32 pieces (1.4e-2, as for pixels), DeiT-S, ViT-B/16
     "mobilenet_v2": 1.2e-2,
     "resnet18": 4e-2,
     "resnet50": 9e-2,
@@ -248,4 +249,4 @@ def seconds_per_pass(store: RunStore, model: str, image_size: int) -> tuple[floa
     if passes:
         return seconds / passes, "measured in this store"
     share = (image_size / 224) ** 2 if image_size != 16 else 1.0
-    return REFERENCE.get(model, 1e-2) * share, "a reference machine's; yours may differ severalfold"
+    return REFERENCE.get(model.partition(":")[0], 1e-2) * share, "a reference machine's; yours may differ severalfold"

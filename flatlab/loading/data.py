@@ -1,5 +1,6 @@
 """A run's data and machine: its domains and splits, the device and the threads."""
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,10 @@ from flatlab.data import batches
 from flatlab.data import load as data_load
 from flatlab.data.domains import DomainSet, split
 from flatlab.data.text.sets import TextSet
+from flatlab.data.text.tokenizers import Tokenizer
 from flatlab.errors import UserError, choose
+from flatlab.models import saved
+from flatlab.models.classifiers import settings_of
 from flatlab.specs.run import Place, RunSpec
 
 Rows = dict[str, npt.NDArray[np.int64]]
@@ -52,7 +56,9 @@ def domains(spec: RunSpec, place: Place) -> Domains:
     """Load (once in a process) and split the data of a run."""
     data = _load(spec.dataset, place.data_dir, spec.image_size, place.cache)
     target = choose("held-out domain", spec.held_out, data.names)
-    if isinstance(data, TextSet):
+    if isinstance(data, TextSet) and spec.saved:
+        data = _cut(data, saved.checked(spec.model, place.model_dir))
+    elif isinstance(data, TextSet):
         data = _seen(data, tuple(name for name in data.names if name != target))
     splits = {
         name: split(
@@ -76,6 +82,12 @@ def domains(spec: RunSpec, place: Place) -> Domains:
 @lru_cache(maxsize=4)
 def _seen(data: TextSet, sources: tuple[str, ...]) -> TextSet:
     return data.seen_from(sources)
+
+
+@lru_cache(maxsize=2)
+def _cut(data: TextSet, folder: Path) -> TextSet:
+    settings = settings_of(json.dumps(saved.config_of(folder)))
+    return data.cut_by(Tokenizer(folder, rows=settings.vocab_size, padding=settings.pad_token_id))
 
 
 @lru_cache(maxsize=2)

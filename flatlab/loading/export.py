@@ -61,9 +61,12 @@ class ExportedActivations(Spec):
 class ExportedNetwork(Spec):
     """How a network is built before its weights are loaded: from nothing but its name and sizes."""
 
+    later = ("config",)
+
     name: str
     num_classes: Size
     in_channels: Size
+    config: str | None = None  # of a network that transformers saved, the text of config.json
     activations: ExportedActivations | None = None
 
 
@@ -175,7 +178,8 @@ def _rebuilt(arrays: files.Arrays, facts: Export | JointExport) -> Network | Ens
 
 
 def _skeleton(facts: ExportedNetwork) -> Network:
-    network = build_network(facts.name, num_classes=facts.num_classes, in_channels=facts.in_channels)
+    own = facts.model_dump(include={"num_classes", "in_channels", "config"})
+    network = build_network(facts.name, **own)
     if facts.activations:
         attach_activations(network, **facts.activations.model_dump(include={"bits", "signed", "signed_first"}))
     return network
@@ -372,6 +376,8 @@ def _built(spec: RunSpec, place: Place) -> dict[str, Any]:
         "num_classes": len(data.classes),
         "in_channels": data.domains[0].images.shape[1],
     }
+    if config := loading_network.config_of(spec.model, place):
+        facts["config"] = config
     if isinstance(quantizer, QuantSpec) and quantizer.activations != "none":
         facts["activations"] = {"bits": quantizer.activation_bits, "signed": quantizer.activations == "signed"}
         if isinstance(quantizer, BothSpec):

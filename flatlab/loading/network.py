@@ -1,5 +1,6 @@
 """A run's network: built, quantizer attached, parameters by their roles."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ from flatlab.data.domains import DomainSet
 from flatlab.errors import UserError
 from flatlab.files import file_hash
 from flatlab.loading.data import device
-from flatlab.models.networks import Ensemble, Network, build_network
+from flatlab.models import classifiers, clip, saved
+from flatlab.models.foreign import read_foreign
+from flatlab.models.networks import Ensemble, Network, build_network, side_of
 from flatlab.quant import attach
 from flatlab.quant.fixed import Fixed
 from flatlab.quant.inq import INQ
@@ -29,8 +32,31 @@ def network(spec: RunSpec, data: DomainSet, place: Place) -> Network:
         in_channels=data.domains[0].images.shape[1],
         weights=_weights(spec, place),
         seed=spec.seed,
+        config=config_of(spec.model, place),
     )
+    side = side_of(built)
+    if side not in (None, spec.image_size):
+        raise UserError(
+            f"{spec.model} takes images of {side} pixels, got {spec.image_size}: write --image-size {side}."
+        )
+    if isinstance(built.features, clip.ImageTower) and spec.weights != "none":
+        _align(built, spec, data, place)
+    if isinstance(built.features, classifiers.Sentences) and spec.weights != "none":
+        classifiers.order_classes(built.head, str(config_of(spec.model, place)), data.classes)
     return built.to(device(place))
+
+
+def _align(built: Network, spec: RunSpec, data: DomainSet, place: Place) -> None:
+    """Give the head of CLIP its text tower's vectors of the classes."""
+    config, weights = config_of(spec.model, place), _weights(spec, place)
+    assert config and place.model_dir
+    vectors = clip.class_vectors(Path(place.model_dir), config, read_foreign(Path(weights)), data.classes)
+    built.head.load_state_dict({"weight": vectors})
+
+
+def config_of(model: str, place: Place) -> str | None:
+    """Return the text of config.json for a network that transformers saved; None for others."""
+    return json.dumps(saved.config_of(saved.checked(model, place.model_dir))) if saved.is_saved(model) else None
 
 
 def finished(spec: RunSpec, data: DomainSet, place: Place) -> Network | Ensemble:

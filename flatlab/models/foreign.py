@@ -99,6 +99,7 @@ def _readings(state: Mapping[str, Tensor]) -> Iterator[dict[str, str]]:
     yield _ours({key: DENSE.sub(r"\1", key) for key in keys})  # torchvision's own, whose ViT begins with an `encoder.`
     beside = {key: BACKBONE.sub("features.", key, count=1) for key in keys if BACKBONE.match(key)}  # a head without
     yield {key: beside.get(key) or _rename(_unwrap(key), prefixed=True) for key in keys}
+    yield {key: _rename(key, prefixed=False) for key in keys}  # timm's own, with a head
     parts = {key: key.split(".") for key in keys}
     shared = len(os.path.commonprefix(list(parts.values())))  # of any name, such as `resnet.`
     for depth in range(1, min([shared + 1, *map(len, parts.values())])):
@@ -144,18 +145,19 @@ def fitted(
     if any(mark in key for key in state for mark in LATENT):
         raise UserError(f"{source} holds a quantized network's latent weights and step sizes; bake() it, then import.")
     wanted = {key: each for key, each in expected.items() if not (but and key.startswith(but))}
-    faults = []
+    faults: list[tuple[int, str]] = []  # with the number of names that fit
     for reading in _readings(state):
         named = {key: ours for key, ours in reading.items() if not (but and ours.startswith(but))}
         names = {key: ours for key, ours in named.items() if ours in wanted or not ours.endswith(COUNTER)}
-        faults.append(_misfit(names, state, wanted))
-        if not faults[-1]:
+        faults.append((len(wanted.keys() & names.values()), misfit(names, state, wanted)))
+        if not faults[-1][1]:
             break
-    if faults[-1]:
-        raise UserError(f"{source} does not fit {name}, which has {len(wanted)} tensors: {faults[0]}.")
+    else:
+        _, nearest = max(faults, key=lambda each: each[0])
+        raise UserError(f"{source} does not fit {name}, which has {len(wanted)} tensors: {nearest}.")
     found: dict[str, str] = {}
     for key, ours in names.items():
-        if fault := _impossible(state[key], ours):
+        if fault := impossible(state[key], ours):
             raise UserError(f"{source}: {key} {fault}.")
         first = state[found.setdefault(ours, key)]
         if first.dtype != state[key].dtype or not torch.equal(first, state[key]):
@@ -163,7 +165,7 @@ def fitted(
     return {ours: state[key] for ours, key in found.items()}
 
 
-def _misfit(names: Mapping[str, str], state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
+def misfit(names: Mapping[str, str], state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
     """Return what of a file does not fit, in words; empty where all does."""
     given = set(names.values())
     missing = [
@@ -183,7 +185,7 @@ def _shape(tensor: Tensor) -> tuple[int, ...]:
     return tuple(tensor.shape)
 
 
-def _impossible(tensor: Tensor, name: str) -> str:
+def impossible(tensor: Tensor, name: str) -> str:
     """Return why a tensor cannot be what its name says, in words; empty where it can."""
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
         return "is not a dense tensor"

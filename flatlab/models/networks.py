@@ -1,10 +1,14 @@
 """Networks by name: features that end in a flat vector, and a linear head."""
 
 import itertools
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 from urllib.error import URLError
 
 import torch
@@ -12,10 +16,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from flatlab.errors import UserError, choose
-from flatlab.models import small
+from flatlab.models import classifiers, clip, small
 from flatlab.models.foreign import fitted, read_foreign
 from flatlab.models.transformer import sentences_transformer
 from flatlab.seeds import derive
+
+LOG = logging.getLogger("flatlab")
 
 
 class Network(nn.Module):
@@ -49,29 +55,56 @@ class Ensemble(nn.Module):
 
 
 def build_network(
-    name: str, *, num_classes: int, in_channels: int = 3, weights: str | Path = "none", seed: int = 0
+    name: str,
+    *,
+    num_classes: int,
+    in_channels: int = 3,
+    weights: str | Path = "none",
+    seed: int = 0,
+    config: str | None = None,
 ) -> Network:
     """Return a network in channels-last memory (its convolutions are 2.3 times as fast on a CPU).
 
     Args:
-        name: one of `MODELS`.
+        name: one of `MODELS`, "timm:NAME", or of a network that transformers saved ("hf:...", "clip:...").
         num_classes: outputs of the head, which is drawn from `seed` alike for all `weights`.
         in_channels: torchvision's networks take 3; of sentences the number of pieces.
-        weights: "none", "imagenet" (torchvision downloads IMAGENET1K_V1, the paper's), or a file of weights.
+        weights: "none", "imagenet" (torchvision downloads IMAGENET1K_V1, the paper's; timm its own), or a file.
         seed: of the initialisation; the global generators are left alone.
+        config: the text of config.json for what transformers saved; of "hf:..." the head is loaded, too, if it fits.
     """
-    name = choose("model", name, MODELS)
+    name = name if config is not None or name.startswith("timm:") else choose("model", name, MODELS)
+    name = name if config is not None or name.startswith("timm:") else choose("model", name, MODELS)
+    aligned = name in ALIGNED or name.startswith("clip:")
     with torch.random.fork_rng(devices=[]):
         # Not torch.manual_seed, which would reseed the accelerators' generators too.
         torch.default_generator.manual_seed(derive("init", seed))
-        features, width = MODELS[name](in_channels)
-        network = Network(features, nn.Linear(width, num_classes, bias=name not in ALIGNED))
-    network.head.requires_grad_(name not in ALIGNED)
+        features, width = _builder(name, config)(in_channels)
+        network = Network(features, nn.Linear(width, num_classes, bias=not aligned))
+    network.head.requires_grad_(not aligned)
     if weights == "imagenet":
-        _load_features(network, _imagenet(name), name=name, source="torchvision's download")
+        _load_features(network, _imagenet(name, in_channels), name=name, source="the downloaded file")
+    elif weights != "none" and isinstance(features, classifiers.Sentences):
+        drawn = classifiers.load(features, network.head, read_foreign(Path(weights)), name=name, source=str(weights))
+        if drawn:
+            LOG.warning(
+                "%s: %s is drawn from the seed, since the file has none for %d classes.",
+                *(weights, ", ".join(drawn), num_classes),
+            )
+    elif weights != "none" and isinstance(features, clip.ImageTower):
+        clip.load(features, read_foreign(Path(weights)), name=name, source=str(weights))
     elif weights != "none":
         _load_features(network, read_foreign(Path(weights)), name=name, source=str(weights))
     return network.to(memory_format=torch.channels_last)
+
+
+def _builder(name: str, config: str | None) -> Callable[[int], tuple[nn.Module, int]]:
+    if config is not None and name.startswith("clip:"):
+        return partial(clip.image_tower, config)
+    if config is not None:
+        return partial(classifiers.classifier, config)
+    kind, _, own = name.partition(":")
+    return _timm(own) if kind == "timm" else MODELS[name]
 
 
 def set_training(network: nn.Module, *, freeze_batchnorm: bool) -> None:
@@ -98,9 +131,12 @@ def frozen_statistics(network: nn.Module) -> Iterator[None]:
             layer.track_running_stats = tracked
 
 
-def _imagenet(name: str) -> dict[str, Tensor]:
+def _imagenet(name: str, in_channels: int) -> dict[str, Tensor]:
     from torchvision.models import get_model_weights, list_models
 
+    if name.startswith("timm:"):
+        features, _ = _timm(name.removeprefix("timm:"), pretrained=True)(in_channels)
+        return features.state_dict()
     if name not in list_models():
         raise UserError(f'{name} has no ImageNet weights; write weights="none"')
     try:
@@ -114,6 +150,15 @@ def _imagenet(name: str) -> dict[str, Tensor]:
 def _load_features(network: Network, state: Mapping[str, Tensor], *, name: str, source: str) -> None:
     given = fitted(state, network.state_dict(), name=name, source=source, but="head.")
     network.load_state_dict(given, strict=False)  # what is absent is the head, and counters; copying casts fp16 to fp32
+
+
+def side_of(network: Network) -> int | None:
+    """Return the pixels on a side that the positions of a network of timm or CLIP fix; None for others."""
+    if isinstance(network.features, clip.ImageTower):
+        return network.features.side
+    patches = getattr(network.features, "patch_embed", None)
+    size: tuple[int, int] | None = getattr(patches, "img_size", None)
+    return size[0] if size else None
 
 
 def batchnorms(network: nn.Module) -> list[_BatchNorm]:
@@ -149,6 +194,26 @@ def _torchvision(name: str, last: str, width: int) -> Callable[[int], tuple[nn.M
         features = models.get_model(name, weights=None)
         setattr(features, last, nn.Identity())
         return features, width
+
+    return build
+
+
+def _timm(name: str, *, pretrained: bool = False) -> Callable[[int], tuple[nn.Module, int]]:
+    """Return a builder of a network of timm (extra `timm`) without its head, with drawn or downloaded weights."""
+
+    def build(in_channels: int) -> tuple[nn.Module, int]:
+        if find_spec("timm") is None:
+            raise UserError("--model timm:NAME needs a package that is not installed: pip install 'flatlab[timm]'.")
+        import timm
+
+        if not timm.is_model(name):
+            near = ", ".join(timm.list_models(f"*{name}*")[:5])
+            raise UserError(f"timm has no network {name!r}{f'; near are {near}' if near else ''}.")
+        try:
+            features: Any = timm.create_model(name, pretrained, num_classes=0, in_chans=in_channels)
+        except Exception as error:  # of several libraries for downloads
+            raise UserError(f"timm cannot load {name} ({error}); name a file of its weights instead.") from error
+        return features, features.num_features
 
     return build
 

@@ -136,7 +136,7 @@ class RunSpec(Optimizing):
     dataset: str
     held_out: str
     image_size: int = Field(ge=1)
-    model: str
+    model: str  # one of the names in models/networks.py, "timm:NAME", or "hf:NAME@HASH" (models/saved.py)
     weights: str = "none"  # "none", "imagenet" or "sha256:..." of a file
     freeze_batchnorm: bool = False
     augment: Literal["none", "domainbed"] = "none"  # DomainBed's crops, flips and colours, for training images
@@ -226,6 +226,11 @@ class RunSpec(Optimizing):
         return "imported" if self.source else "-".join(unusual) or "erm"
 
     @property
+    def saved(self) -> bool:
+        """Whether the network is one that transformers saved in a folder."""
+        return self.model.startswith(("hf:", "clip:"))
+
+    @property
     def trajectory(self) -> "RunSpec":
         """The run whose iterates this one averages: the same spec without the average."""
         return self.replace(average=AverageSpec())
@@ -267,7 +272,10 @@ class RunSpec(Optimizing):
 class Place(Spec):
     """Machine facts: location of the data, device and threads. Recorded with a run, never part of its digest."""
 
+    later = ("model_dir",)
+
     data_dir: str | None = None
+    model_dir: str | None = None  # of a network that transformers saved
     weights_file: str | None = None
     cache: str | None = None  # folder of decoded images; None: the platform's default
     device: str = "auto"

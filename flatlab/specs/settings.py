@@ -305,6 +305,8 @@ def for_data(chosen: Setting, dataset: str, *, model: str | None = None, weights
         if start != "none" or suiting is not PAPER:
             fields += ["lr", "scale_lr"]
         changes |= {field: getattr(suiting, field) for field in fields}
+    if suiting is TEXT and start != "none":
+        changes |= {field: getattr(PAPER, field) for field in ("lr", "scale_lr")}
     if chosen.name == PAPER.name:
         changes |= BY_DATASET.get(dataset, {})
     return chosen.replace(**changes)

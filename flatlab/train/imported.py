@@ -7,6 +7,7 @@ from flatlab.errors import UserError
 from flatlab.loading import data as loading_data
 from flatlab.loading import network as loading_network
 from flatlab.loading.export import Export, JointExport, is_export, load_exported, opened, packed
+from flatlab.models import classifiers
 from flatlab.models.foreign import fitted, read_foreign
 from flatlab.models.networks import Network
 from flatlab.quant.attach import attach_each, layers
@@ -51,8 +52,9 @@ def import_checkpoint(file: Path, setting: Setting, store: RunStore, place: Plac
         network = _rebuilt(spec, file, domains, place)
     else:
         network = loading_network.network(spec, domains.data, place)
-        tensors = fitted(read_foreign(file), network.state_dict(), name=setting.model, source=file.name)
-        network.load_state_dict(tensors)
+        _fill(network, file, setting.model)
+        if config := loading_network.config_of(spec.model, place):
+            classifiers.order_classes(network.head, config, domains.data.classes)
     with run.claim() as free:
         if not free:
             raise UserError(f"Run {spec.digest} is being imported by another process; wait for that.")
@@ -60,6 +62,15 @@ def import_checkpoint(file: Path, setting: Setting, store: RunStore, place: Plac
         run.note(file=file.name)
         run.finish()
     return spec
+
+
+def _fill(network: Network, file: Path, name: str) -> None:
+    """Load a foreign file, which must have every tensor of the network."""
+    state = read_foreign(file)
+    if not isinstance(network.features, classifiers.Sentences):
+        network.load_state_dict(fitted(state, network.state_dict(), name=name, source=file.name))
+    elif lacking := classifiers.load(network.features, network.head, state, name=name, source=file.name):
+        raise UserError(f"{file.name} has no {', '.join(lacking)} for these classes: train from it instead.")
 
 
 def hand_in(run: Run, network: Network, domains: loading_data.Domains, place: Place, *, row: Row) -> None:

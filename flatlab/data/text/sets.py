@@ -1,14 +1,17 @@
 """Sentences as a data set: like images, rows of numbers in named domains."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from flatlab.data.domains import Domain, DomainSet
 from flatlab.data.text.tables import Table, classes_of, embedded, fingerprint, read
+from flatlab.data.text.tokenizers import Tokenizer
 from flatlab.data.text.vocabulary import Vocabulary
 
 LENGTH = 48  # pieces of a sentence; of the embedded ones nine in ten have at most 30 words
@@ -36,11 +39,21 @@ class TextSet(DomainSet):
     def seen_from(self, sources: tuple[str, ...]) -> "TextSet":
         """Return the sentences as numbers of the vocabulary of these domains alone."""
         vocabulary = Vocabulary(text for name in sources for text in self.tables[name].texts)
-        domains = []
-        for domain in self.domains:
-            rows = [vocabulary.encode(text, self.length) for text in self.tables[domain.name].texts]
-            domains.append(replace(domain, images=torch.from_numpy(np.stack(rows))))
-        return replace(self, domains=tuple(domains), vocabulary=vocabulary)
+        rows = {
+            name: np.stack([vocabulary.encode(text, self.length) for text in table.texts])
+            for name, table in self.tables.items()
+        }
+        return replace(self, domains=self._numbered(rows), vocabulary=vocabulary)
+
+    def cut_by(self, tokenizer: Tokenizer) -> "TextSet":
+        """Return the sentences as numbers of a model's own tokenizer."""
+        ends = np.cumsum([len(table.texts) for table in self.tables.values()])[:-1]
+        texts = [text for table in self.tables.values() for text in table.texts]
+        rows = np.split(tokenizer.encode(texts, self.length), ends)
+        return replace(self, domains=self._numbered(dict(zip(self.tables, rows, strict=True))))
+
+    def _numbered(self, rows: Mapping[str, npt.NDArray[np.integer]]) -> tuple[Domain, ...]:
+        return tuple(replace(domain, images=torch.from_numpy(rows[domain.name])) for domain in self.domains)
 
     def normalise(self, images: torch.Tensor) -> torch.Tensor:
         """Return (N, length) numbers of pieces as int64, as an embedding takes them."""

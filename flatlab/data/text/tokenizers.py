@@ -1,0 +1,74 @@
+"""Sentences as numbers of a model's own tokenizer (extra `transformers`)."""
+
+import logging
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from flatlab.errors import UserError
+
+LOG = logging.getLogger("flatlab")
+
+
+class Tokenizer:
+    """A tokenizer that `transformers` saved beside a model.
+
+    Args:
+        folder: of the model.
+        rows: numbers that the model's embedding has.
+        padding: the number that the model takes for padding.
+
+    Raises:
+        UserError: it cannot be read, or pads by another number.
+    """
+
+    def __init__(self, folder: Path, *, rows: int, padding: int | None) -> None:
+        from transformers import AutoTokenizer
+
+        self.folder, self.rows = folder, rows
+        try:
+            self._cut: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # of many kinds: OSError, ValueError, those of the package tokenizers
+            reason, _, _ = str(error).partition("\n")
+            raise UserError(f"The tokenizer in {folder} cannot be read: {reason or type(error).__name__}") from error
+        own = self._cut.pad_token_id
+        if own is None or own != padding:
+            raise UserError(
+                f"The tokenizer in {folder} does not fit the model: it pads by {own}, and config.json has "
+                f"pad_token_id {padding}; both must name the same number."
+            )
+        self.padding = own
+
+    def encode(self, texts: Sequence[str], length: int) -> npt.NDArray[np.int32]:
+        """Return the numbers (n, length) of sentences with the model's special pieces, cut or padded to a length.
+
+        A warning says how many sentences are cut.
+
+        Raises:
+            UserError: a number is beyond the model's embedding, or a sentence has no piece.
+        """
+        cut = partial(self._cut, truncation=True, verbose=False)
+        whole: list[list[int]] = cut(list(texts), max_length=length + 1)["input_ids"]
+        for text, pieces in zip(texts, whole, strict=True):
+            if not pieces or max(pieces) >= self.rows:
+                what = f"the number {max(pieces)}, and the embedding has {self.rows} rows" if pieces else "no piece"
+                raise UserError(
+                    f"The tokenizer in {self.folder} does not fit the model: it gives {what}, for {text[:40]!r}."
+                )
+        if longer := [index for index, pieces in enumerate(whole) if len(pieces) > length]:
+            kept = cut([texts[index] for index in longer], max_length=length)["input_ids"]
+            whole = [*whole]
+            for index, pieces in zip(longer, kept, strict=True):
+                whole[index] = pieces
+            LOG.warning(
+                "%d of %d sentences have more than %d word pieces and are cut; a larger --image-size keeps more.",
+                *(len(longer), len(whole), length),
+            )
+        rows = np.full((len(whole), length), self.padding, dtype=np.int32)
+        for row, pieces in zip(rows, whole, strict=True):
+            row[: len(pieces)] = pieces
+        return rows

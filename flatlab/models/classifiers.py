@@ -1,0 +1,161 @@
+"""Sequence classifiers of `transformers` (extra `transformers`): a network from a configuration, tensors by its names.
+
+Dropout is off: a training step is a function of weights and batch.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flatlab.errors import UserError
+from flatlab.models.foreign import impossible, misfit
+
+OLD = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}  # of checkpoints from TensorFlow
+POOLER = re.compile(r"\w+\.pooler\.")  # part of the base model, which some checkpoints lack
+LABELS = ("id2label", "label2id", "num_labels", "problem_type")  # of the task that it was trained for
+DROPOUT = re.compile(r"dropout(_prob)?$|_pdrop$")
+BUFFERS = ("position_ids", "token_type_ids")  # in older checkpoints; the same numbers in each
+
+
+class Sentences(nn.Module):
+    """Numbers of word pieces (N, T) to the features that the classifier's last linear map takes.
+
+    Args:
+        model: a sequence classifier without its last linear map.
+        last: the name of that map in the model.
+        biased: whether it has a bias; the head that replaces it always has one.
+    """
+
+    def __init__(self, model: Any, last: str, *, biased: bool) -> None:
+        super().__init__()
+        self.model, self.last, self.biased = model, last, biased
+        self.padding = int(model.config.pad_token_id)
+
+    def forward(self, pieces: Tensor) -> Tensor:
+        """Return the features (N, width); padding is not attended to."""
+        seen = pieces.ne(self.padding).long()
+        features: Tensor = self.model(input_ids=pieces, attention_mask=seen).logits
+        return features
+
+
+def classifier(config: str, length: int) -> tuple[Sentences, int]:
+    """Return the sequence classifier of a configuration with drawn weights, and the width of its features.
+
+    Args:
+        config: the text of config.json.
+        length: pieces of a sentence.
+
+    Raises:
+        UserError: transformers knows no such classifier, or sentences are longer than its positions.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    settings = settings_of(config)
+    if settings.pad_token_id is None:
+        raise UserError("The model's config.json must name the number of padding, pad_token_id, which is missing.")
+    longest = getattr(settings, "max_position_embeddings", length)
+    if length > longest:
+        raise UserError(
+            f"The model has positions for {longest} word pieces, got {length}: write --image-size {longest}."
+        )
+    try:
+        model = AutoModelForSequenceClassification.from_config(settings, dtype=torch.float32, trust_remote_code=False)
+    except ValueError as error:
+        raise UserError(f"transformers has no sequence classifier of model_type {settings.model_type!r}.") from error
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    outside = (name for name, _ in model.named_modules() if not name.startswith(f"{model.base_model_prefix}."))
+    last = [name for name in outside if isinstance(model.get_submodule(name), nn.Linear)][-1]
+    linear = model.get_submodule(last)
+    model.set_submodule(last, nn.Identity())
+    return Sentences(model, last, biased=linear.bias is not None), linear.in_features
+
+
+def settings_of(config: str) -> Any:
+    """Return the configuration in a text of config.json, for no dropout; what the text lacks is at its default.
+
+    Raises:
+        UserError: transformers refuses it.
+    """
+    from transformers import AutoConfig
+
+    given = {key: value for key, value in json.loads(config).items() if key not in LABELS}
+    try:
+        settings = AutoConfig.for_model(given.pop("model_type"), **given)
+    except Exception as error:  # of its own kinds of validation, too
+        reason, _, _ = str(error).partition("\n")
+        raise UserError(f"transformers refuses the model's config.json: {reason or type(error).__name__}") from error
+    for key, value in vars(settings).items():
+        if DROPOUT.search(key) and value is not None:
+            setattr(settings, key, 0.0)
+    return settings
+
+
+def load(features: Sentences, head: nn.Linear, state: Mapping[str, Tensor], *, name: str, source: str) -> list[str]:
+    """Load a checkpoint of the whole classifier or of its encoder; return the names that the file does not have.
+
+    The head is the file's where that has the same number of classes. The head, and what lies between encoder and head,
+    is left as it is where the file lacks it; heads of other tasks in the file are left out.
+
+    Args:
+        features: the classifier's features.
+        head: its last linear map.
+        state: of the file, by the names of transformers.
+        name: the network's, for errors.
+        source: the file's name, for errors.
+
+    Raises:
+        UserError: names the first tensors of the encoder that are missing, unexpected, of another shape, or of
+            impossible values.
+    """
+    model: Any = features.model
+    expected = model.state_dict() | {f"{features.last}.{key}": each for key, each in head.state_dict().items()}
+    base = f"{model.base_model_prefix}."
+    given = {_name(key, expected, base): each for key, each in state.items() if not key.endswith(BUFFERS)}
+    stored = {expected[key].data_ptr(): given[key] for key in given if key in expected}
+    tied = {key: stored[each.data_ptr()] for key, each in expected.items() if each.data_ptr() in stored}
+    given = {**tied, **given}
+    if not features.biased and f"{features.last}.weight" in given:
+        given[f"{features.last}.bias"] = torch.zeros_like(head.bias)
+    parts = {key.split(".")[1] for key in expected if key.startswith(base)}
+    inner = {key for key in given if key.removeprefix(base).split(".")[0] in parts}
+    last = {key for key in expected if key.startswith(f"{features.last}.")}
+    fits = all(key in given and given[key].shape == expected[key].shape for key in last)
+    drawn = {key for key in expected if key not in given and (POOLER.match(key) or not key.startswith(base))}
+    drawn |= set() if fits else last
+    wanted = {key: each for key, each in expected.items() if key not in drawn}
+    names = {key: key for key in given if (key in inner or key in wanted)}
+    if fault := misfit(names, given, wanted):
+        raise UserError(f"{source} does not fit {name}, which has {len(wanted)} tensors: {fault}.")
+    for key in names:
+        if fault := impossible(given[key], key):
+            raise UserError(f"{source}: {key} {fault}.")
+    model.load_state_dict({key: given[key] for key in wanted if key not in last}, strict=False)
+    if fits:
+        head.load_state_dict({key.rpartition(".")[2]: given[key] for key in last})
+    return sorted(drawn)
+
+
+def order_classes(head: nn.Linear, config: str, classes: Sequence[str]) -> None:
+    """Bring a head's rows from the order of the configuration's class names to that of the data's, in any case.
+
+    Where the configuration does not name just these classes, as in LABEL_0, its order is taken for the data's.
+    """
+    named = json.loads(config).get("id2label") or {}
+    theirs = [str(named[key]).lower() for key in sorted(named, key=int)]
+    ours = [name.lower() for name in classes]
+    if sorted(theirs) == sorted(set(ours)):
+        rows = [theirs.index(name) for name in ours]
+        head.load_state_dict({key: each[rows] for key, each in head.state_dict().items()})
+
+
+def _name(key: str, expected: Mapping[str, Tensor], base: str) -> str:
+    """Return our name of a file's tensor: an encoder's own names lack the prefix that it has in a classifier."""
+    for old, new in OLD.items():
+        key = key.replace(old, new)
+    return key if key in expected or f"{base}{key}" not in expected else f"{base}{key}"

@@ -1,0 +1,136 @@
+"""CLIP of `transformers` (extra `transformers`): its image tower, and vectors of classes from its text tower.
+
+The head has one frozen unit vector for each class, from the text "a photo of a NAME." (Radford et al. 2021, zero-shot);
+the image tower is trained.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flatlab.errors import UserError
+from flatlab.models.foreign import impossible, misfit
+
+PROMPT = "a photo of a {}."
+OURS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and std by which photographs are normalised (data/load.py)
+CLIPS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))  # those of CLIP's own images
+BUFFERS = "position_ids"  # in older checkpoints
+
+
+class ImageTower(nn.Module):
+    """Normalised images (N, 3, H, W) to projected unit vectors times CLIP's temperature (N, width).
+
+    Args:
+        model: a CLIPModel, whose text tower is left behind.
+    """
+
+    logit_scale: Tensor
+    shift: Tensor
+    factor: Tensor
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.side: int = model.config.vision_config.image_size
+        self.vision_model, self.visual_projection = model.vision_model, model.visual_projection
+        self.register_buffer("logit_scale", model.logit_scale.detach().clone())
+        (mean, std), (own_mean, own_std) = (tuple(map(torch.tensor, each)) for each in (OURS, CLIPS))
+        self.register_buffer("factor", (std / own_std).view(-1, 1, 1), persistent=False)
+        self.register_buffer("shift", ((mean - own_mean) / own_std).view(-1, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the features; their products with unit vectors are CLIP's logits."""
+        seen = self.vision_model(pixel_values=images * self.factor + self.shift).pooler_output
+        return self.logit_scale.exp() * nn.functional.normalize(self.visual_projection(seen), dim=-1)
+
+
+def image_tower(config: str, channels: int) -> tuple[ImageTower, int]:
+    """Return the image tower of a configuration with drawn weights, and the width of its features.
+
+    Args:
+        config: the text of config.json.
+        channels: of the images, 3.
+
+    Raises:
+        UserError: the configuration is not CLIP's, or images have other channels.
+    """
+    if channels != 3:
+        raise UserError(f"CLIP needs images of 3 channels, got {channels}.")
+    model = _whole(config)
+    return ImageTower(model), model.config.projection_dim
+
+
+def load(tower: ImageTower, state: Mapping[str, Tensor], *, name: str, source: str) -> None:
+    """Load the image tower of a checkpoint, by the names of transformers.
+
+    Args:
+        tower: receives the weights.
+        state: of the file.
+        name: the network's, for errors.
+        source: the file's name, for errors.
+
+    Raises:
+        UserError: names the first tensors that are missing, unexpected, of another shape, or of impossible values.
+    """
+    _fill(tower, state, ("vision_model.", "visual_projection.", "logit_scale"), name=name, source=source)
+
+
+def class_vectors(folder: Path, config: str, state: Mapping[str, Tensor], classes: Sequence[str]) -> Tensor:
+    """Return the text tower's unit vectors of classes (num_classes, width).
+
+    Args:
+        folder: has the tokenizer.
+        config: the text of config.json.
+        state: of a checkpoint, with the text tower.
+        classes: their names; an underscore is read as a space.
+
+    Raises:
+        UserError: the tokenizer or the weights do not fit.
+    """
+    from transformers import AutoTokenizer
+
+    model = _whole(config)
+    parts = nn.ModuleDict({part: getattr(model, part) for part in ("text_model", "text_projection")})
+    _fill(parts, state, ("text_model.", "text_projection."), name="the text tower", source=str(folder))
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # of many kinds: OSError, ValueError, those of the package tokenizers
+        raise UserError(f"The tokenizer in {folder} cannot be read: {error}") from error
+    prompts = [PROMPT.format(name.replace("_", " ")) for name in classes]
+    longest = model.config.text_config.max_position_embeddings
+    given = tokenizer(prompts, padding=True, truncation=True, max_length=longest, return_tensors="pt")
+    if (largest := int(given["input_ids"].max())) >= (rows := model.config.text_config.vocab_size):
+        raise UserError(
+            f"The tokenizer in {folder} does not fit the model: it gives the number {largest}, and the embedding has "
+            f"{rows} rows."
+        )
+    with torch.no_grad():
+        found = model.text_model(input_ids=given["input_ids"], attention_mask=given["attention_mask"]).pooler_output
+        return nn.functional.normalize(model.text_projection(found), dim=-1)
+
+
+def _whole(config: str) -> Any:
+    from transformers import CLIPConfig, CLIPModel
+
+    given = json.loads(config)
+    if given.pop("model_type") != "clip":
+        raise UserError("--model clip:PATH needs a folder whose config.json has the model_type clip.")
+    try:
+        return CLIPModel(CLIPConfig(**given)).eval()
+    except Exception as error:  # of its own kinds of validation, too
+        reason, _, _ = str(error).partition("\n")
+        raise UserError(f"transformers refuses the model's config.json: {reason or type(error).__name__}") from error
+
+
+def _fill(module: nn.Module, state: Mapping[str, Tensor], parts: tuple[str, ...], *, name: str, source: str) -> None:
+    given = {key: each for key, each in state.items() if key.startswith(parts) and not key.endswith(BUFFERS)}
+    expected = module.state_dict()
+    if fault := misfit({key: key for key in given}, given, expected):
+        raise UserError(f"{source} does not fit {name}, which has {len(expected)} tensors: {fault}.")
+    for key, each in given.items():
+        if fault := impossible(each, key):
+            raise UserError(f"{source}: {key} {fault}.")
+    module.load_state_dict(given)
