@@ -91,10 +91,10 @@ class NoiseFigure:
         found = self.findings(frame).assign(at=lambda rows: rows["layer"])
         sentences = [*verdicts.sentences(found, place="in"), verdicts.statement(found, test="t tests over seeds")]
         for mode, rows in frame.groupby("mode", sort=False):
-            refused = ", ".join(quantization_noise.refused(rows))
+            refused = "; ".join(quantization_noise.refused(rows))
             sentences.append(
                 f"{quantization_noise.MODES[str(mode)].capitalize()}: of {len(rows)} layers and runs, refused at 5 % "
-                f"after Holm by {refused}; {quantization_noise.REJECTED * len(rows):.0f} without correction would be "
+                f"after Holm: {refused}. {quantization_noise.REJECTED * len(rows):.0f} refused without correction would be "
                 f"chance. A uniform sample explains {rows['explained'].median():.0%} of the KL in the median; "
                 f"{rows['clipped'].mean():.2%} clipped."
             )

@@ -201,9 +201,10 @@ def test_a_mistake_is_one_sentence(weight, quantized, kwargs, words):
 
 
 @pytest.mark.parametrize(
-    ("layers", "words"), [(19, "KL in 19 (19 without correction)"), (20, "KL in 20 without correction (with it 399 ")]
+    ("layers", "words"),
+    [(19, "KL 19 (19 without correction)"), (20, "KL cannot be, since 399 draws give p >= 0.05 (20 ")],
 )
 def test_a_test_by_draws_that_the_correction_leaves_no_chance_is_none(layers, words):
     table = pd.DataFrame({"kl_pvalue": 1 / 400, "ks_pvalue": 1e-9, "departure_pvalue": 0.5}, index=range(layers))
     parts = refused(table)
-    assert parts[0].startswith(words) and parts[1] == f"Kolmogorov-Smirnov in {layers} ({layers} without correction)"
+    assert parts[0].startswith(words) and parts[1] == f"Kolmogorov-Smirnov {layers} ({layers} without correction)"

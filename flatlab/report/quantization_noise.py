@@ -100,9 +100,9 @@ def refused(frame: pd.DataFrame) -> list[str]:
     for name, what in TESTS.items():
         alone, kept = (int((p < REJECTED).sum()) for p in (frame[name], holm(frame[name])))
         if name in BY_DRAWS and least >= REJECTED:
-            parts.append(f"{what} in {alone} without correction (with it {DRAWS} draws give p >= {least:.2g}: no test)")
+            parts.append(f"{what} cannot be, since {DRAWS} draws give p >= {least:.2g} ({alone} without correction)")
         else:
-            parts.append(f"{what} in {kept} ({alone} without correction)")
+            parts.append(f"{what} {kept} ({alone} without correction)")
     return parts
 
 
