@@ -91,11 +91,11 @@ class NoiseFigure:
         found = self.findings(frame).assign(at=lambda rows: rows["layer"])
         sentences = [*verdicts.sentences(found, place="in"), verdicts.statement(found, test="t tests over seeds")]
         for mode, rows in frame.groupby("mode", sort=False):
+            chance = f"{quantization_noise.REJECTED * len(rows):.0f} refused without correction would be chance"
             refused = "; ".join(quantization_noise.refused(rows))
             sentences.append(
                 f"{quantization_noise.MODES[str(mode)].capitalize()}: of {len(rows)} layers and runs, refused at 5 % "
-                f"after Holm: {refused}. {quantization_noise.REJECTED * len(rows):.0f} refused without correction would "
-                f"be chance. A uniform sample explains {rows['explained'].median():.0%} of the KL in the median; "
+                f"after Holm: {refused}. {chance}. A uniform sample explains {rows['explained'].median():.0%} of the KL in the median; "
                 f"{rows['clipped'].mean():.2%} clipped."
             )
         return [*sentences, *(explained(kl, int(frame["bins"].iloc[0])) for kl in self.published)]
