@@ -95,8 +95,8 @@ class NoiseFigure:
             refused = "; ".join(quantization_noise.refused(rows))
             sentences.append(
                 f"{quantization_noise.MODES[str(mode)].capitalize()}: of {len(rows)} layers and runs, refused at 5 % "
-                f"after Holm: {refused}. {chance}. A uniform sample explains {rows['explained'].median():.0%} of the KL in "
-                f"the median; {rows['clipped'].mean():.2%} clipped."
+                f"after Holm: {refused}. {chance}. A uniform sample explains {rows['explained'].median():.0%} of the "
+                f"KL in the median; {rows['clipped'].mean():.2%} clipped."
             )
         return [*sentences, *(explained(kl, int(frame["bins"].iloc[0])) for kl in self.published)]
 
