@@ -30,7 +30,10 @@ WORDS = ("dataset", "method", "held_out", "panel", "measure", "layer", "part")  
 REFERENCE = "reference"  # the folder of the files that the repository keeps
 MOST_BYTES = 150_000  # of a picture that the repository keeps
 TESTS = re.compile(r"\d+ famil(y|ies) of ")  # in the sentence that follows those of a page's primary tests
-INDEX = "What each figure and table shows, in the words of its page. `flatlab reproduce NAME --reference` writes both."
+INDEX = (
+    "What each figure and table shows, in the words of its page. `flatlab reproduce NAME --reference` writes both. "
+    "Titles name the paper's figure with its data; the runs here are of the embedded digits."
+)
 
 
 def write_data(stem: Path, frame: pd.DataFrame, arrays: files.Arrays, record: Mapping[str, Any]) -> None:

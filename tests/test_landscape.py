@@ -449,3 +449,8 @@ def test_data_that_were_written_to_are_refused(which):
     batch[which].mul_(0)
     with pytest.raises(UserError, match="The data have been written to"):
         landscape.evaluate()
+
+
+def test_a_model_is_a_module():
+    with pytest.raises(UserError, match="must be a torch.nn.Module, got function"):
+        Landscape(F.relu, [(torch.randn(4, 2), torch.arange(4) % 2)], F.cross_entropy)

@@ -78,6 +78,8 @@ class Landscape:
         check: bool = True,
         batch_size: int | None = None,
     ) -> None:
+        if not isinstance(model, nn.Module):
+            raise UserError(f"The model must be a torch.nn.Module, got {type(model).__name__}.")
         self.model, self.loss, self._check = model, loss, check
         self._forward = SplitOnOOM(model)
         self._total = partial(total, loss)
