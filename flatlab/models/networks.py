@@ -74,7 +74,6 @@ def build_network(
         config: the text of config.json for what transformers saved; of "hf:..." the head is loaded, too, if it fits.
     """
     name = name if config is not None or name.startswith("timm:") else choose("model", name, MODELS)
-    name = name if config is not None or name.startswith("timm:") else choose("model", name, MODELS)
     aligned = name in ALIGNED or name.startswith("clip:")
     with torch.random.fork_rng(devices=[]):
         # Not torch.manual_seed, which would reseed the accelerators' generators too.
