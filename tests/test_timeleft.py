@@ -89,3 +89,15 @@ def test_what_a_resumed_job_had_done_is_not_counted_as_fast():
     now = 1.0
     clock.on_event(names[0], 1.0, over=True)
     assert clock.left() == pytest.approx(10)
+
+
+def test_a_machine_that_has_become_slower_is_noticed():
+    now, jobs = 0.0, [job(f"train erm on rot{index}, seed 0", 100) for index in range(40)]
+    clock = TimeLeft(jobs, workers=1, now=lambda: now)
+    for index, each in enumerate(jobs[:30]):
+        clock.on_event(each.name, 0.0, over=False)
+        now += 0.01
+        clock.on_event(each.name, 0.01, over=False)
+        now += 1.0 if index < 20 else 3.0
+        clock.on_event(each.name, 1.0, over=True)
+    assert clock.left() == pytest.approx(10 * 3.0, rel=0.1)

@@ -7,6 +7,7 @@ from statistics import median
 from flatlab.jobs.plan import Job
 
 LEAST_SHARE = 0.1  # of a job, before its own pace counts
+RECENT = 8  # finished jobs of a kind that count: a machine is not always equally fast
 Kind = tuple[str, ...]
 
 
@@ -58,10 +59,10 @@ class TimeLeft:
         return max(sum(rest.values()) / self.workers, max(rest.values(), default=0.0))
 
     def _pace(self, name: str, timed: Sequence[str]) -> float:
-        """Return the seconds of a pass: of the kind, else of similar jobs, else of all; of finished jobs if any."""
+        """Return the seconds of a pass: of the kind, else of similar jobs, else of all; of the last finished if any."""
         for length in (len(self.kind[name]), 2, 1, 0):
             alike = [each for each in timed if self.kind[each][:length] == self.kind[name][:length]]
-            alike = [each for each in alike if each in self.seconds] or alike
+            alike = [each for each in self.seconds if each in {*alike}][-RECENT:] or alike
             if alike:
                 break
         return median(self._spent(each) / self._passes(each) for each in alike)
