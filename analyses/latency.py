@@ -182,7 +182,7 @@ def _point(ax: Any, x: Any, y: Any, look: dict[str, Any]) -> None:
 FIGURE = Analysis(
     __name__,
     __doc__,
-    baseline=BASELINE,
+    baseline="ERM",
     labelled=labelled,
     measured=measured,
     table=table,

@@ -55,6 +55,7 @@ def test_a_measured_sphere_is_what_the_function_returns(run):
     arrays, facts = files.load_arrays(path)
     older = {name: fact for name, fact in facts.items() if name not in LATER}
     files.save_arrays(path, arrays, older)
+    run.measurement(PROBE).finish()
     again = run.result(PROBE)
     assert np.isnan(again.cost.forward_passes)
     check_same(replace(again, cost=found.cost, notes=found.notes), found)

@@ -135,6 +135,7 @@ def test_radii_are_geometric_means_rounded_to_two_digits(tmp_path):
         entry.measurement(pilot_).finish()
     assert by_rise(store, CHOSEN, PROBE).tolist() == [1.1, 3.1]  # sqrt(9.9) = 3.146
     files.save_arrays(entry.measurement(pilot_).result, *pilot_of([1.21, 0.41]).to_arrays())
+    entry.measurement(pilot_).finish()
     refuses(lambda: by_rise(store, CHOSEN, PROBE), "differ in two digits", "1.1")
 
 
@@ -175,6 +176,7 @@ def test_radii_of_other_pilots_are_not_put_beside_each_other(store, tmp_path):
     path = store.run(QT).measurement(PROBE).result
     arrays, facts = files.load_arrays(path)
     files.save_arrays(path, {**arrays, "radii": arrays["radii"] * 2}, facts)
+    store.run(QT).measurement(PROBE).finish()
     refuses(lambda: tables.flatness(store, [("a", ERM, PROBE), ("b", QT, PROBE)]), "must be the same", QT.digest)
 
 

@@ -38,7 +38,7 @@ from flatlab.landscape.own_loss import OwnLoss
 from flatlab.seeds import generator
 from flatlab.tensors.calls import call
 from flatlab.tensors.flat import flatten, select, split_like, widened
-from flatlab.tensors.losses import Metric, total, total_and_hits, totals, weight
+from flatlab.tensors.losses import Metric, Noted, total, total_and_hits, totals, weight
 from flatlab.tensors.memory import SplitOnOOM
 from flatlab.tensors.nested import Batch, Data, part, read_strata, recut, same, span, spread
 
@@ -82,7 +82,8 @@ class Landscape:
             raise UserError(f"The model must be a torch.nn.Module, got {type(model).__name__}.")
         self.model, self.loss, self._check = model, loss, check
         self._forward = SplitOnOOM(model)
-        self._total = partial(total, loss)
+        self._noted = Noted(loss)
+        self._total = partial(total, self._noted)
         self.named = select(model, params)
         refuse_parametrized(model, self.named)
         self._tensors: list[Tensor] = alike(self.named)
@@ -133,11 +134,8 @@ class Landscape:
     @property
     def resolution(self) -> float:
         """Spacing of adjacent values of the loss at the point, in the dtype in which the loss is computed."""
-        few = spread(self._batches[0], 1)[0]
-        with self._visiting(), torch.no_grad():
-            value = self.loss(self._forward(few.inputs), few.targets)
-        dtype = (value[0] if isinstance(value, tuple) else value).dtype
-        return float(np.abs(self.base_loss).max() * torch.finfo(dtype).eps)
+        largest = np.abs(self.base_loss).max()
+        return float(largest * torch.finfo(self._noted.dtype).eps)
 
     @property
     def base_loss(self) -> FloatArray:
@@ -178,7 +176,7 @@ class Landscape:
         """Return loss and accuracy at a flat vector (P,), by default at the point itself."""
         weights = self.weights
         with self._visiting(vector), torch.no_grad():
-            sums = self._sums(partial(total_and_hits, self.loss)).cpu().double().numpy()
+            sums = self._sums(partial(total_and_hits, self._noted)).cpu().double().numpy()
         losses, accuracies = sums[:, 0] / weights, sums[:, 1] / sums[:, 2]
         known = not np.isnan(accuracies).any()
         shares = accuracies if known else None
@@ -253,7 +251,7 @@ class Landscape:
         if self.loss is other.loss or isinstance(self.loss, OwnLoss) or isinstance(other.loss, OwnLoss):
             return type(self.loss) is type(other.loss)
         swapped = copy(other)
-        swapped.loss, swapped._total = self.loss, partial(total, self.loss)
+        swapped.loss, swapped._noted, swapped._total = self.loss, self._noted, self._total
         swapped._base = swapped._weights = None
         return bool(np.allclose(swapped.base_loss, other.base_loss, rtol=1e-5, atol=0.0, equal_nan=True))
 

@@ -16,6 +16,21 @@ sample's sum and its weight; the mean is then the sum of the sums over the sum o
 CLASSES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
+class Noted:
+    """A loss function that notes the dtype of its values."""
+
+    def __init__(self, loss: Metric) -> None:
+        self.loss, self.dtype = loss, torch.float32
+
+    def __call__(self, outputs: Any, targets: Any) -> Any:
+        """Return the loss's value."""
+        value = self.loss(outputs, targets)
+        first = value[0] if isinstance(value, tuple) else value
+        if isinstance(first, Tensor) and first.is_floating_point():
+            self.dtype = first.dtype
+        return value
+
+
 def total(loss: Metric, outputs: Any, batch: Batch) -> Tensor:
     """Return the sum of the losses over a batch, a float64 scalar.
 
