@@ -19,9 +19,13 @@ def read(path):
 
 
 def answer(notebook):
-    """Return what is printed last, without its numbers, which may differ between machines."""
+    """Return what is printed last, without its numbers, which may differ between machines, and without verdicts.
+
+    A pilot times the machine, so that the same call can sample other images and just miss, or reach, a verdict.
+    """
     texts = [output["text"] for cell in notebook.cells for output in cell.get("outputs", []) if "text" in output]
-    return re.sub(r"[-+]?\d[\d.]*(e[-+]?\d+)?", "#", texts[-1])
+    text = re.sub(r"(not distinguishable|\w+ is (flatter|sharper)) [^\n]*", "(verdict)", texts[-1])
+    return re.sub(r"[-+]?\d[\d.]*(e[-+]?\d+)?", "#", text)
 
 
 @pytest.mark.slow
