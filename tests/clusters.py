@@ -64,3 +64,13 @@ def start(plan, path, engine):
 
 def flatlab(*words):
     return subprocess.run([sys.executable, "-m", "flatlab", *map(str, words)], capture_output=True, text=True)
+
+
+def check_figure_3(store, folder, *words):
+    """Check that Figure 3 on a cluster has the bytes of a local command."""
+    command = ["reproduce", "fig3", "--setting", "smoke"]
+    mine = flatlab(*command, "--store", store.root, "--out", folder, *words)
+    assert mine.returncode == 0, mine.stderr
+    own = folder / "alone"
+    assert flatlab(*command, "--store", own, "--out", folder / "figures").returncode == 0
+    assert contents(store) == contents(RunStore(own))

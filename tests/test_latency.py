@@ -95,7 +95,7 @@ def test_ratios_are_paired_within_rounds_and_have_intervals():
     assert "34.28 ms" in lines[2] and "a ratio of 1.63" in lines[2]
     assert any("no VNNI" in each for each in times(saturates=True).remarks)
     alike = times(seconds=np.random.default_rng(1).uniform(0.9, 1.1, (5, 1, 1, 20)))
-    assert alike.remarks[0].endswith(", which is no difference at 95 %.")
+    assert alike.remarks[0].endswith(", not distinguishable from 1 at 95 %.")
 
 
 def test_times_are_written_and_read_again():

@@ -13,6 +13,7 @@ from flatlab import environment, files
 from flatlab.loading import checkpoint
 from flatlab.measure.runner import measure
 from flatlab.report import tables
+from flatlab.train.derived import join
 from flatlab.train.loop import train
 
 RUN, OTHER = GROUP[0], GROUP[3]
@@ -174,3 +175,17 @@ def test_only_tracked_files_of_the_package_change_the_commit(tmp_path, monkeypat
         (tmp_path / name).write_text("changed")
         assert environment.commit() == f"{commit}+changes"
         (tmp_path / name).write_text("")
+
+
+def test_a_member_that_was_written_again_makes_no_ensemble(store):
+    path = store.run(RUN).checkpoint("selected")
+    arrays, facts = files.load_arrays(path)
+    files.save_arrays(path, {name: 3 * each for name, each in arrays.items()}, facts)
+    both = RUN.replace(members=(RUN, RUN))
+    refuses(lambda: join(both, store, PLACE), path, "its hash is not the recorded one")
+
+
+def test_files_in_the_folder_of_the_trajectory_are_read(made):
+    run = made.run(OTHER)  # an average of RUN's iterates
+    assert run.lineage.path != run.path
+    assert run.arrays(run.lineage.checkpoint("selected"))[0]

@@ -4,7 +4,7 @@ import os
 from importlib.util import find_spec
 
 import pytest
-from clusters import LONG, alone, contents, flatlab, planned, sessions, start, step_of
+from clusters import LONG, alone, check_figure_3, contents, planned, sessions, start, step_of
 from slurm_engine import free_ports, until
 from stores import PROBES, RUNS
 
@@ -80,9 +80,4 @@ def test_a_node_is_killed_in_the_middle_of_training(cluster, engine, store, tmp_
 
 
 def test_figure_3_on_a_cluster_of_its_own(store, tmp_path):
-    command = ["reproduce", "fig3", "--setting", "smoke"]
-    mine = flatlab(*command, "--store", store.root, "--out", tmp_path, "--executor", "ray", "--max-workers", 2)
-    assert mine.returncode == 0, mine.stderr
-    own = tmp_path / "alone"
-    assert flatlab(*command, "--store", own, "--out", tmp_path / "figures").returncode == 0
-    assert contents(store) == contents(RunStore(own))
+    check_figure_3(store, tmp_path, "--executor", "ray", "--max-workers", 2)

@@ -4,7 +4,7 @@ import json
 from importlib.util import find_spec
 
 import pytest
-from clusters import LONG, MANY, alone, contents, flatlab, planned, sessions, start, step_of
+from clusters import LONG, MANY, alone, check_figure_3, contents, flatlab, planned, sessions, start, step_of
 from slurm_engine import answer, settled, slurm, until
 from stores import ERM, PROBES, RUNS
 
@@ -92,12 +92,7 @@ def test_a_node_is_killed_in_the_middle_of_training_and_of_measuring(engine, sto
 
 
 def test_figure_3_by_two_nodes(store, tmp_path):
-    command = ["reproduce", "fig3", "--setting", "smoke"]
-    mine = flatlab(*command, "--store", store.root, "--out", tmp_path, "--executor", "slurm", "--max-workers", 2)
-    assert mine.returncode == 0, mine.stderr
-    own = tmp_path / "alone"
-    assert flatlab(*command, "--store", own, "--out", tmp_path / "figures").returncode == 0
-    assert contents(store) == contents(RunStore(own))
+    check_figure_3(store, tmp_path, "--executor", "slurm", "--max-workers", 2)
     listed = flatlab("jobs", "list", "--store", store.root, "--json")
     (row,) = json.loads(listed.stdout)
     assert row["array"] == number_of(store) and row["done"] == row["jobs"]

@@ -134,8 +134,8 @@ class Landscape:
     @property
     def resolution(self) -> float:
         """Spacing of adjacent values of the loss at the point, in the dtype in which the loss is computed."""
-        largest = np.abs(self.base_loss).max()
-        return float(largest * torch.finfo(self._noted.dtype).eps)
+        largest = np.abs(self.base_loss).max()  # first: the loss is then computed
+        return float(largest * self._noted.spacing)
 
     @property
     def base_loss(self) -> FloatArray:

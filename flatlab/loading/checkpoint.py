@@ -5,7 +5,6 @@ from typing import Any
 
 from torch import nn
 
-from flatlab import files
 from flatlab.loading import data as loading_data
 from flatlab.loading import network as loading_network
 from flatlab.models.networks import Ensemble, Network
@@ -23,18 +22,17 @@ def network(run: Run, checkpoint: str | Path, place: Place) -> Network | Ensembl
     """
     domains = loading_data.domains(run.spec, place)
     built = loading_network.finished(run.spec, domains.data, place)
-    arrays, _ = run.arrays(run.checkpoint(checkpoint) if isinstance(checkpoint, str) else checkpoint)
-    loading_network.load(built, arrays)
+    restore(built, run, run.checkpoint(checkpoint) if isinstance(checkpoint, str) else checkpoint)
     return built.eval()
 
 
-def restore(built: nn.Module, checkpoint: Path) -> dict[str, Any]:
-    """Load the weights of a checkpoint's file into a network of its architecture; return the file's facts.
+def restore(built: nn.Module, run: Run, checkpoint: Path) -> dict[str, Any]:
+    """Load the weights of a checkpoint's file of a run into a network of its architecture; return the file's facts.
 
     Raises:
         UserError: if the file is damaged, or names or shapes do not fit.
     """
-    arrays, facts = files.load_arrays(checkpoint)
+    arrays, facts = run.arrays(checkpoint)
     loading_network.load(built, arrays)
     found: dict[str, Any] = facts
     return found

@@ -194,4 +194,4 @@ def _interval(value: float, low: float, high: float) -> str:
 
 
 def _same(ratio: tuple[float, float, float]) -> str:
-    return ", which is no difference at 95 %" if ratio[1] <= 1 <= ratio[2] else ""
+    return ", not distinguishable from 1 at 95 %" if ratio[1] <= 1 <= ratio[2] else ""

@@ -155,11 +155,15 @@ class Entry:
         return found
 
     def require_recorded(self, path: Path) -> None:
-        """Refuse a file that differs from what `done` lists; files that are not part of the result are not listed.
+        """Refuse a file that differs from what `done` lists.
+
+        Not listed are states, and checkpoints kept along a trajectory, which may lie in the folder of another run.
 
         Raises:
             UserError: if its hash is another.
         """
+        if not path.is_relative_to(self.path):
+            return
         expected = self.hashes().get(path.relative_to(self.path).as_posix())
         if expected is not None and not (path.exists() and files.file_hash(path) == expected):
             raise UserError(

@@ -17,17 +17,17 @@ CLASSES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 class Noted:
-    """A loss function that notes the dtype of its values."""
+    """A loss function that notes the largest relative spacing of its values' dtypes: of copies in float64, too."""
 
     def __init__(self, loss: Metric) -> None:
-        self.loss, self.dtype = loss, torch.float32
+        self.loss, self.spacing = loss, 0.0
 
     def __call__(self, outputs: Any, targets: Any) -> Any:
         """Return the loss's value."""
         value = self.loss(outputs, targets)
         first = value[0] if isinstance(value, tuple) else value
         if isinstance(first, Tensor) and first.is_floating_point():
-            self.dtype = first.dtype
+            self.spacing = max(self.spacing, torch.finfo(first.dtype).eps)
         return value
 
 
@@ -42,7 +42,11 @@ def total(loss: Metric, outputs: Any, batch: Batch) -> Tensor:
     Raises:
         UserError: if the loss returns none of these.
     """
-    value = loss(outputs, batch.targets)
+    return _summed(loss(outputs, batch.targets), batch)
+
+
+def _summed(value: Any, batch: Batch) -> Tensor:
+    """Return the sum of the losses over a batch, from the loss function's value."""
     if isinstance(value, Tensor) and value.ndim == 0:
         return value.double() * batch.size
     sums = value[0] if _is_pair(value) else value
@@ -86,7 +90,7 @@ def total_and_hits(loss: Metric, outputs: Any, batch: Batch) -> Tensor:
     Samples to which the loss gives weight 0 are not counted.
     """
     value = loss(outputs, batch.targets)
-    summed = total(loss, outputs, batch)
+    summed = _summed(value, batch)
     counted = value[1] != 0 if _is_pair(value) else summed.new_ones(batch.size)
     if not names_classes(outputs, batch):
         return torch.stack([summed, summed.new_tensor(math.nan), counted.sum(dtype=summed.dtype)])

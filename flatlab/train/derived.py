@@ -44,7 +44,7 @@ def derive(spec: RunSpec, store: RunStore, place: Place) -> None:
     parent.check_data(domains.data.fingerprint)
     with loading_data.threads(place.threads):
         network = loading_network.network(spec.replace(weights="none"), domains.data, place).eval()
-        facts = restore(network, parent.checkpoint("selected"))
+        facts = restore(network, parent, parent.checkpoint("selected"))
         notes = quantize(network, spec, domains, place)
         run.create()
         hand_in(run, network, domains, place, row={"step": facts["step"], "layers": notes})
@@ -101,7 +101,7 @@ def join(spec: RunSpec, store: RunStore, place: Place) -> None:
     for built, member in zip(network.members, map(store.run, spec.members), strict=True):
         member.require_done()
         member.check_data(domains.data.fingerprint)
-        restore(built, member.checkpoint("selected"))
+        restore(built, member, member.checkpoint("selected"))
     run.create()
     judge = Evaluator(replace(domains, tested={}), loading_data.device(place), spec)
     row = judge.row(network.eval(), spec.steps)

@@ -135,7 +135,7 @@ class _Replaying:
     """The trajectory's network, brought from checkpoint to checkpoint."""
 
     def __init__(self, run: Run, every: int, place: Place) -> None:
-        self.spec, self.every, self.device = run.spec.trajectory, every, loading_data.device(place)
+        self.run, self.spec, self.every, self.device = run, run.spec.trajectory, every, loading_data.device(place)
         self.kept = {step: path for step, path in run.kept().items() if step in self.spec.iterates(every)}
         self.domains = loading_data.domains(self.spec, place)
         run.check_data(self.domains.data.fingerprint)
@@ -154,7 +154,7 @@ class _Replaying:
 
     def show(self, step: int, observers: list[_Observer]) -> None:
         """Pass a checkpoint to the observers; log those that are evaluated along the way, where the run was."""
-        restore(self.network, self.kept[step])
+        restore(self.network, self.run, self.kept[step])
         validate = cache(partial(self._validate, step))
         interval = 1 if self.spec.eval_every <= self.every else _upwards(self.spec.eval_every, self.every)
         for observer in observers:

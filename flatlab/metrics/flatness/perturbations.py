@@ -101,7 +101,7 @@ def _length(vector: Tensor) -> Tensor:
 
 
 def _lengths(tensor: Tensor) -> Tensor:
-    """Return the length of each filter, in the widest floats the device has, shaped to scale the tensor."""
+    """Return the length of each filter, in float64, shaped to scale the tensor."""
     flat = torch.linalg.vector_norm(tensor.flatten(1), dim=1, dtype=torch.float64)
     return torch.reshape(flat, (-1, *[1] * (tensor.ndim - 1)))
 
