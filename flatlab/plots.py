@@ -203,7 +203,8 @@ def dots(ax: Axes, frame: pd.DataFrame, order: Sequence[str]) -> None:
     rows = frame.set_index("method").reindex(list(order))
     heights = np.arange(len(order))
     ax.hlines(heights, rows["low"], rows["high"], color="C0", linewidth=1.2)
-    ax.plot(rows["value"], heights, "o", color="C0", label="ours, 95 % over seeds")
+    which = "ours, 95 % over seeds" if rows["low"].notna().any() else "ours, one seed"
+    ax.plot(rows["value"], heights, "o", color="C0", label=which)
     if rows["comparable"].eq(True).any():
         shown = rows["published"].where(rows["comparable"].eq(True))
         ax.plot(shown, heights, "D", color="C1", markerfacecolor="none", label="published")
