@@ -1,0 +1,110 @@
+"""Write each goal beside what was measured, and when, into README.md: from the files in `results/` alone.
+
+python benchmarks/goals.py
+"""
+
+import json
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+BEGIN, END = "<!-- goals.py writes from here -->", "<!-- to here -->"
+Line = tuple[str, str, str, bool | None]  # what, goal, measured, whether it holds (None: no goal, or not measured)
+
+
+def overhead(found: Any) -> Iterator[Line]:
+    """Return the cost of an image in the default measurement, of each network at its worst number of samples."""
+    for name in dict.fromkeys(row["network"] for row in found["rows"]):
+        row = max((each for each in found["rows"] if each["network"] == name), key=lambda each: each["ratio"])
+        what = f"time of an image in `sphere_flatness` over a bare pass: {row['parameters']:,} parameters"
+        yield what, "at most 1.25", f"{row['ratio']:.2f}, N = {row['samples']:,}", row["ratio"] <= 1.25
+
+
+def flatness(found: Any) -> Iterator[Line]:
+    """Return how many times fewer images than the plain procedure flatness to 2 % takes."""
+    for row in found["rows"]:
+        goal = 150 if row["images"] > 4000 else 40
+        low, high = row["geometric_mean_90"]
+        what = f"images of the plain procedure over ours, to 2 %: {row['words'].split(' (')[0]}, N = {row['images']:,}"
+        shown = f"{row['geometric_mean']:.0f} [{low:.0f}, {high:.0f}]; in time {row['wall_ratio']:.0f}"
+        yield what, f"at least {goal}", shown, row["geometric_mean"] >= goal
+
+
+def coverage(found: Any) -> Iterator[Line]:
+    """Return the range of the intervals' coverage."""
+    each = [row["coverage"] for row in found["rows"]]
+    shown = f"{min(each):.1%} to {max(each):.1%} in {len(each)} rows"
+    yield "coverage of 95 % intervals after stopping", "93 to 97 %", shown, min(each) >= 0.93 and max(each) <= 0.97
+
+
+def curvature(found: Any) -> Iterator[Line]:
+    """Return the goals of products, eigenvalues, traces and surfaces."""
+    for part in found:
+        for each in part["goals"]:
+            goal = f"at {'least' if each['least'] else 'most'} {each['bound']:g}"
+            yield f"{part['problem']}: {each['goal']}", goal, f"{each['measured']:.3g}", each["holds"]
+
+
+def quantizers(found: Any) -> Iterator[Line]:
+    """Return the cost of a step of LSQ training."""
+    for size, rows in found["rows"].items():
+        ours = next(row for row in rows if row["variant"] == "flatlab")
+        shown = f"{ours['ratio']:.3f} [{ours['low']:.3f}, {ours['high']:.3f}]"
+        what = f"a step of LSQ training over full precision: MobileNetV2, {size} pixels"
+        yield what, "at most 1.15", shown, ours["ratio"] <= 1.15
+
+
+def job(found: Any) -> Iterator[Line]:
+    """Return the cost of a whole job."""
+    goals = {"cold over bare": 1.3, "warm over imports": 2.5, "help over python": 8.0}
+    for name, (ratio, _) in found["ratios"].items():
+        what = f"`reproduce fig3` at {found['setting']}, processor time: {name}"
+        yield what, f"at most {goals[name]:g}", f"{ratio:.2f}", ratio <= goals[name]
+
+
+PAGES: dict[str, Callable[[Any], Iterator[Line]]] = {
+    "overhead": overhead,
+    "flatness": flatness,
+    "coverage": coverage,
+    "curvature": curvature,
+    "quantizers": quantizers,
+    "job": job,
+}
+MISSING = (
+    "On a GPU: 70 % of the throughput of bare compiled forward passes; 90 % of the no-data limit in training (bf16)"
+)
+
+
+def measured_on(path: Path) -> str:
+    """Return the day of the commit that last changed a file of results; empty if it is in none."""
+    command = ["git", "log", "-1", "--format=%as", "--", path.name]
+    return subprocess.run(command, cwd=path.parent, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def table() -> list[str]:
+    """Return the lines of the table."""
+    lines = ["| | goal | measured | | when |", "|---|---|---|---|---|"]
+    for name, read in PAGES.items():
+        path = RESULTS / f"{name}.json"
+        if not path.exists():
+            lines.append(f"| all of `{name}.py` | | not measured | | |")
+            continue
+        day = measured_on(path)
+        for what, goal, shown, holds in read(json.loads(path.read_text())):
+            verdict = {True: "holds", False: "**missed**", None: ""}[holds]
+            lines.append(f"| {what} | {goal} | {shown} | {verdict} | {day} |")
+    return [*lines, f"| {MISSING} | | not measured | | |"]
+
+
+def main() -> None:
+    page = HERE / "README.md"
+    before, _, rest = page.read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    page.write_text("\n".join([before + BEGIN, *table(), END]) + after)
+
+
+if __name__ == "__main__":
+    main()
