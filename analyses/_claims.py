@@ -60,7 +60,10 @@ class Claim:
 
 CLAIMS = (
     Claim(
-        "SAM x4 is flatter than ERM (positive control: what the tests can see)", FLATNESS, (("SAM x4", "ERM"),), "lower"
+        "strong SAM is flatter than ERM (positive control: what the tests can see)",
+        FLATNESS,
+        (("strong SAM", "ERM"),),
+        "lower",
     ),
     Claim("QT-DoG is flatter than ERM", FLATNESS, (("QT-DoG", "ERM"),), "lower"),
     Claim("QT-DoG is flatter than SAM and SWA", FLATNESS, (("QT-DoG", "SAM"), ("QT-DoG", "SWA")), "lower"),

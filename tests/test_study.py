@@ -41,7 +41,7 @@ def test_a_claim_is_supported_contradicted_or_undecided():
         del target
         if method == "QT-DoG":
             return {"target": 5.0, "spread": 3.0}.get(measure, 0.0)
-        return -0.9 if method == "SAM x4" and measure in _claims.FLATNESS else 0.0
+        return -0.9 if method == study.STRONG and measure in _claims.FLATNESS else 0.0
 
     told = lines(study.findings(frame(shift, seeds=5)))
     assert "**supported**" in told["QT-DoG is better than ERM out of domain"]
@@ -131,7 +131,9 @@ def test_the_plan_has_eleven_methods_and_the_curvature_of_one_seed():
     setting = for_data(SMOKE, "PACS").replace(sam_rho=0.1, seeds=3, domains=TARGETS, held_out=TARGETS)
     runs, measured = study.FIGURE.plan(setting)
     assert len({run.digest for run in runs}) == 11 * 3 * 3
-    assert {run.step.rho for run in runs if run.step.kind == "sam"} == {0.1, 0.4}
+    assert sorted({run.step.rho for run in runs if run.step.kind == "sam"}) == pytest.approx([0.1, 0.15])
+    digits = study.FIGURE.plan(SMOKE)[0]
+    assert sorted({run.step.rho for run in digits if run.step.kind == "sam"}) == pytest.approx([0.05, 0.2])
     assert {run.quantizer.bits for run in runs if run.quantizer} == {4, 7}
     kinds = pd.Series([each.metric for _, each in measured]).value_counts()
     assert kinds["sphere"] == 2 * 99 and kinds["spectrum"] == 2 * 33
@@ -159,3 +161,30 @@ def test_there_is_one_row_for_each_run():
     wide = study.runs(pd.concat([whole, whole[:1].assign(held_out="all", seed="all", over="seeds")]))
     assert len(wide) == len(study.ORDER) * len(TARGETS) * 3
     assert {"method", "held_out", "seed", "target", "target, filter"} <= set(wide)
+
+
+@pytest.mark.parametrize("apart", study.APART)
+def test_a_method_at_chance_leaves_the_others_radii_as_they_are(apart, monkeypatch):
+    def rises(*_):
+        rows = [
+            {
+                "method": method,
+                "held_out": "photo",
+                "seed": 0,
+                "panel": panel,
+                "normalisation": "none",
+                "radius": radius,
+            }
+            | {"value": 0.0 if method == apart else radius, "base_loss": 1.95 if method == apart else 0.3}
+            | {"rise": radius, "chance": 1.9459, "each_domain": f"rot0 {radius}", "highest": radius, "ratio": 1.0}
+            for method in ("ERM", "SAM", *study.APART)
+            for panel in ("source", "target")
+            for radius in (0.0, 0.25, 0.5, 1.0)
+        ]
+        return pd.DataFrame(rows)
+
+    monkeypatch.setattr(study.tables, "flatness", rises)
+    found = study._flatness(None, [], SMOKE)
+    assert set(found["method"]) == {"ERM", "SAM", *study.APART} - {apart}
+    whole = found[found["panel"].isin(("source", "target"))]
+    assert whole["value"].to_numpy() == pytest.approx(0.25)  # of a rise that is the radius, up to 0.5
