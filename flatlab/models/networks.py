@@ -221,7 +221,7 @@ def _timm(name: str, *, pretrained: bool = False) -> Callable[[int], tuple[nn.Mo
     return build
 
 
-CNNS = {  # the grids of `reproduce qgen`: widths 10 and 16 for digits (5,160 to 33,658 parameters), 16 to 64 as PAPER
+CNNS = {  # the grids of `reproduce qgen`: widths 10 and 16 for digits (5,160 to 33,658 parameters), others for PAPER
     f"cnn-{width}x{depth}": (width, depth)
     for width, depth in (*itertools.product((10, 16), (2, 3)), *itertools.product((16, 32, 64), (4, 5)))
 }

@@ -1,4 +1,4 @@
-"""The training batches of a run, and BatchNorm's statistics for averaged weights, from batches no step has seen."""
+"""The training batches of a run, and BatchNorm's statistics for averaged weights."""
 
 import torch
 from torch import nn
@@ -21,13 +21,13 @@ def stream(spec: RunSpec, domains: Domains, device: torch.device) -> TrainingStr
 
 @torch.no_grad()
 def refresh(network: nn.Module, spec: RunSpec, domains: Domains, device: torch.device) -> None:
-    """Compute BatchNorm's running statistics for averaged weights, from unseen batches (khanrc/swad); unless frozen.
+    """Recompute BatchNorm's running statistics in place for averaged weights (khanrc/swad), unless they are frozen.
 
     Args:
-        network: holds the averaged weights.
-        spec: of the run that provides them; the batches after its last step are taken.
+        network: the network with the averaged weights.
+        spec: the run; the statistics are those of `average.refresh_batches` batches after its last training batch.
         domains: its data.
-        device: where the network is.
+        device: device of the network.
     """
     layers = [] if spec.freeze_batchnorm else batchnorms(network)
     if not layers:
