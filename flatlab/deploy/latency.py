@@ -30,7 +30,7 @@ def timed(engines: Sequence[Engine], *, rounds: int = 30, accuracies: Sequence[f
         rounds: timed calls of each.
         accuracies: of the engines.
     """
-    threads = tuple(dict.fromkeys((1, cores())))
+    threads, load = tuple(dict.fromkeys((1, cores()))), environment.load()  # before the timing adds to it
     return Latency(
         seconds=np.stack([_seconds(engines, each, rounds) for each in threads], axis=1),
         networks=tuple(each.name for each in engines),
@@ -43,6 +43,7 @@ def timed(engines: Sequence[Engine], *, rounds: int = 30, accuracies: Sequence[f
         accuracies=np.array([float("nan")] * len(engines) if accuracies is None else accuracies),
         processor=machine(),
         saturates=session.saturates(),
+        load=load,
     )
 
 

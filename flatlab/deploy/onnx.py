@@ -276,8 +276,20 @@ def _logits(engine: Any, path: Path, images: Any) -> torch.Tensor:
     try:
         return torch.from_numpy(engine.run([OUTPUT], {INPUT: images})[0])
     except Exception as error:  # onnxruntime's classes have no common base but this one
-        reason = str(error).strip().partition("\n")[0]
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        failed = f"onnxruntime cannot run {path} for {len(images)} images ({reason})"
+        if len(images) == 1 or not _runs(engine, images[:1]):
+            raise UserError(f"{failed}; write the file again with another --opset, such as 17.") from None
         raise UserError(
-            f"onnxruntime cannot run {path} for {len(images)} images ({reason}): the network must take their"
-            " number from tensor.shape[0], not from len(tensor), which is a constant in the file."
+            f"{failed}, but for one image: the network must take their number from tensor.shape[0], not from"
+            " len(tensor), which is a constant in the file."
         ) from None
+
+
+def _runs(engine: Any, images: Any) -> bool:
+    """Return whether onnxruntime computes these images."""
+    try:
+        engine.run([OUTPUT], {INPUT: images})
+    except Exception:  # as above; the caller reports the error of the whole batch
+        return False
+    return True

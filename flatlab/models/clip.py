@@ -6,7 +6,6 @@ The rows of the head are frozen unit vectors, one for each class: the embedding 
 
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -79,11 +78,11 @@ def load(tower: ImageTower, state: Mapping[str, Tensor], *, name: str, source: s
     _fill(tower, state, ("vision_model.", "visual_projection.", "logit_scale"), name=name, source=source)
 
 
-def class_vectors(folder: Path, config: str, state: Mapping[str, Tensor], classes: Sequence[str]) -> Tensor:
+def class_vectors(tokenizer: Any, config: str, state: Mapping[str, Tensor], classes: Sequence[str]) -> Tensor:
     """Return the unit vectors that the text tower gives the classes, shape (num_classes, width).
 
     Args:
-        folder: the folder that holds the tokenizer.
+        tokenizer: the tokenizer that transformers saved with the model.
         config: the text of config.json.
         state: the tensors of a checkpoint, those of the text tower among them.
         classes: the names of the classes; an underscore is replaced by a space.
@@ -91,15 +90,9 @@ def class_vectors(folder: Path, config: str, state: Mapping[str, Tensor], classe
     Raises:
         UserError: the tokenizer or the weights do not fit the configuration.
     """
-    from transformers import AutoTokenizer
-
-    model = _whole(config)
+    model, folder = _whole(config), str(tokenizer.name_or_path)
     parts = nn.ModuleDict({part: getattr(model, part) for part in ("text_model", "text_projection")})
-    _fill(parts, state, ("text_model.", "text_projection."), name="the text tower", source=str(folder))
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # of many kinds: OSError, ValueError, those of the package tokenizers
-        raise UserError(f"The tokenizer in {folder} cannot be read: {error}") from error
+    _fill(parts, state, ("text_model.", "text_projection."), name="the text tower", source=folder)
     prompts = [PROMPT.format(name.replace("_", " ")) for name in classes]
     longest = model.config.text_config.max_position_embeddings
     given = tokenizer(prompts, padding=True, truncation=True, max_length=longest, return_tensors="pt")

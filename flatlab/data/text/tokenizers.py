@@ -14,6 +14,21 @@ from flatlab.errors import UserError
 LOG = logging.getLogger("flatlab")
 
 
+def saved_tokenizer(folder: Path) -> Any:
+    """Return the tokenizer that `transformers` saved in a folder.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # of several types: OSError, ValueError, those of the package tokenizers
+        reason, _, _ = str(error).partition("\n")
+        raise UserError(f"The tokenizer in {folder} cannot be read: {reason or type(error).__name__}") from error
+
+
 class Tokenizer:
     """A tokenizer that `transformers` saved beside a model.
 
@@ -27,14 +42,8 @@ class Tokenizer:
     """
 
     def __init__(self, folder: Path, *, rows: int, padding: int | None) -> None:
-        from transformers import AutoTokenizer
-
         self.folder, self.rows = folder, rows
-        try:
-            self._cut: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # of many kinds: OSError, ValueError, those of the package tokenizers
-            reason, _, _ = str(error).partition("\n")
-            raise UserError(f"The tokenizer in {folder} cannot be read: {reason or type(error).__name__}") from error
+        self._cut = saved_tokenizer(folder)
         own = self._cut.pad_token_id
         if own is None or own != padding:
             raise UserError(
