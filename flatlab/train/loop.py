@@ -1,15 +1,16 @@
 """The training loop: one trajectory, its observers, and a state on disk from which a killed training is resumed.
 
 The updates are those of steps 0 to `steps`, both included. The network is evaluated after the update of each step that
-is a multiple of `eval_every`, and after the last (khanrc/swad, trainer.py). Batches are functions of seed and step, so
-that a state holds no random generator. Runs that differ only in their average share one call.
+is a multiple of `eval_every`, and after the last (khanrc/swad, trainer.py). Batches and dropout masks are functions of
+seed and step: a state holds no random generator, and both passes of SAM or SAGM have the same mask. Runs that differ
+only in their average share one call.
 """
 
 import copy
 import math
 import time
-from collections.abc import Callable, Collection, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flatlab import environment, files
+from flatlab import environment, files, seeds
 from flatlab.arguments import JobReport
 from flatlab.errors import UserError
 from flatlab.loading import data as loading_data
@@ -145,7 +146,7 @@ class Training:
         """Make one update in the spec's precision; a batch that does not fit into memory is refused, not split."""
 
         def closure() -> Tensor:
-            with self.trajectory.noise or nullcontext():
+            with self._seeded(), self.trajectory.noise or nullcontext():
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.spec.precision == "bf16"):
                     value = loss()
                 return _backward(value)
@@ -159,6 +160,18 @@ class Training:
                 f"Out of memory in training with {self.spec.batch_size} images of each source domain on "
                 f"{self.device}; take a smaller --batch-size (another run: it is part of its name) or --image-size."
             ) from error
+
+    @contextmanager
+    def _seeded(self) -> Iterator[None]:
+        """Seed torch's generators by seed and step, and restore them: the dropout masks of a step are fixed."""
+        seed = seeds.derive("dropout", self.spec.seed, self.trajectory.next_step)
+        cuda = self.device.type == "cuda"
+        with torch.random.fork_rng(devices=[self.device] if cuda else []):
+            torch.default_generator.manual_seed(seed)
+            if cuda:
+                with torch.cuda.device(self.device):
+                    torch.cuda.manual_seed(seed)
+            yield
 
     def _threads(self) -> int | None:
         """Return the number of threads of the state that is resumed or forked: sums depend on it."""

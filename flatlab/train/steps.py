@@ -1,7 +1,7 @@
 """Step rules: `step(closure) -> loss`, where the closure runs forward and backward on the step's batch.
 
 Each call of the closure adds the gradient of the batch's loss at the current weights to `grad`, and returns that loss
-(scalar, nats).
+(scalar, nats). A rule with two passes needs a closure that draws the same dropout mask in both, as the loop's does.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -67,6 +67,8 @@ class SAGM:
 
     FOUND in Wang-pengfei/SAGM (69d4d9d, domainbed/sagm.py): e = (rho / (||g|| + 1e-12) - alpha) g, one norm over all
     that is moved; rho 0.05, alpha 0.001. There w + e is left by subtraction; here w is copied back, which is exact.
+    There each pass draws a dropout mask of its own, so that g' - g contains its noise; here both passes of the loop
+    have the same mask. Weight decay is the optimizer's: it is applied once, at w, and is part of neither g nor e.
 
     Args:
         optimizer: optimizer of all parameters.
