@@ -30,7 +30,8 @@ WIDEST = 100_000  # columns without a terminal: each row is one line; a terminal
 
 def _console(*, stderr: bool) -> Console:
     console = Console(stderr=stderr, highlight=False)
-    return console if console.is_terminal else Console(stderr=stderr, highlight=False, width=WIDEST)
+    folds = console.is_terminal and console.file.isatty()
+    return console if folds else Console(stderr=stderr, highlight=False, width=WIDEST)
 
 
 out = _console(stderr=False)
