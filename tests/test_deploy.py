@@ -294,7 +294,7 @@ def refused(pattern, run, path, **fields):
 def test_quantizers_that_do_not_fit_are_refused(tmp_path):
     wanted = {
         r"^features\.0\.weight has 16 bits on a uniform grid; .* 8 bits: write --format packed": quantized(bits=16),
-        r"^features\.0 quantizes its inputs on a grid of its own": quantized(bits=4, activations="unsigned"),
+        r"^features\.0 quantizes its inputs on a learned grid": quantized(bits=4, activations="unsigned"),
         r"^--activations int8 needs a run whose weights are quantized": spec(),
     }
     for pattern, each in wanted.items():

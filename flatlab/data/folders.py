@@ -141,8 +141,8 @@ def check(dataset: str, data_dir: Path | None, *, report: Report | None = None) 
         _row(each, tree.get(each), expected, known.domains[each] if known else None, faults.get(each, ()))
         for each in names
     ]
-    strangers = [each.name for each in subfolders(root) if known and each.name not in names]
-    return rows + [Row(each, 0, 0, 0, "no domain of this data set") for each in strangers]
+    unknown = [each.name for each in subfolders(root) if known and each.name not in names]
+    return rows + [Row(each, 0, 0, 0, "no domain of this data set") for each in unknown]
 
 
 def _undecodable(tree: Tree, report: Report) -> dict[str, tuple[str, ...]]:

@@ -53,13 +53,13 @@ def _mixer(
     def mixed(module: nn.Module, inputs: tuple[Tensor, ...], outputs: Tensor) -> Tensor:
         del module, inputs
         share = rng.beta(spec.alpha, spec.alpha, size=len(outputs))
-        partners = strangers(sizes, rng) if spec.across else rng.permutation(len(outputs))
+        partners = cross_domain_partners(sizes, rng) if spec.across else rng.permutation(len(outputs))
         return mix(outputs, torch.from_numpy(partners), torch.from_numpy(share))
 
     return mixed
 
 
-def strangers(sizes: Sequence[int], rng: np.random.Generator) -> npt.NDArray[np.int64]:
+def cross_domain_partners(sizes: Sequence[int], rng: np.random.Generator) -> npt.NDArray[np.int64]:
     """Return for each image the index of a partner of another domain (Zhou et al. 2021, Fig. 2b), shape (N,).
 
     The paper has two domains in a batch and pairs the images of one with shuffled ones of the other. With more, the
