@@ -279,7 +279,7 @@ def _logits(engine: Any, path: Path, images: Any) -> torch.Tensor:
         reason = str(error).strip().partition("\n")[0].rstrip(".")
         failed = f"onnxruntime cannot run {path} for {len(images)} images ({reason})"
         if len(images) == 1 or not _runs(engine, images[:1]):
-            raise UserError(f"{failed}; write the file again with another --opset, such as 17.") from None
+            raise UserError(f"{failed}: write --format packed.") from None
         raise UserError(
             f"{failed}, but for one image: the network must take their number from tensor.shape[0], not from"
             " len(tensor), which is a constant in the file."
