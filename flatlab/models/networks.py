@@ -19,7 +19,7 @@ from flatlab.errors import UserError, choose
 from flatlab.models import classifiers, clip, small
 from flatlab.models.foreign import fitted, read_foreign
 from flatlab.models.transformer import sentences_transformer
-from flatlab.seeds import derive
+from flatlab.seeds import seeded
 
 LOG = logging.getLogger("flatlab")
 
@@ -79,9 +79,7 @@ def build_network(
     """
     name = name if config is not None or name.startswith("timm:") else choose("model", name, MODELS)
     aligned = name in ALIGNED or name.startswith("clip:")
-    with torch.random.fork_rng(devices=[]):
-        # Not torch.manual_seed, which would reseed the accelerators' generators too.
-        torch.default_generator.manual_seed(derive("init", seed))
+    with seeded("init", seed):
         features, width = _builder(name, config)(in_channels)
         network = Network(features, nn.Linear(width, num_classes, bias=not aligned))
     network.head.requires_grad_(not aligned)

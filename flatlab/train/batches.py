@@ -6,6 +6,7 @@ from torch import nn
 from flatlab.data.batches import TrainingStream
 from flatlab.loading.data import Domains
 from flatlab.models.networks import batchnorms
+from flatlab.seeds import seeded
 from flatlab.specs.run import RunSpec
 from flatlab.tensors.batchnorm import recompute
 
@@ -36,4 +37,5 @@ def refresh(network: nn.Module, spec: RunSpec, domains: Domains, device: torch.d
     network.train()
     unseen = range(spec.steps + 1, spec.steps + 1 + spec.average.refresh_batches)
     inputs = (batches.batch(step).inputs for step in unseen)
-    recompute(network, layers, ((images, len(images)) for images in inputs))
+    with seeded("dropout", spec.seed, "statistics", device=device):
+        recompute(network, layers, ((images, len(images)) for images in inputs))

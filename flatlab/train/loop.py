@@ -9,8 +9,8 @@ only in their average share one call.
 import copy
 import math
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Collection, Sequence
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flatlab import environment, files, seeds
+from flatlab import environment, files
 from flatlab.arguments import JobReport
 from flatlab.errors import UserError
 from flatlab.loading import data as loading_data
 from flatlab.models.networks import Network, set_training
+from flatlab.seeds import seeded
 from flatlab.specs.run import Place, RunSpec
 from flatlab.store.runs import Run, RunStore, check_data
 from flatlab.store.selection import Row, candidates, target_accuracy, training_domain
@@ -144,9 +145,10 @@ class Training:
 
     def _update(self, rule: Step, loss: Callable[[], Tensor]) -> Tensor:
         """Make one update in the spec's precision; a batch that does not fit into memory is refused, not split."""
+        step = self.trajectory.next_step
 
         def closure() -> Tensor:
-            with self._seeded(), self.trajectory.noise or nullcontext():
+            with seeded("dropout", self.spec.seed, step, device=self.device), self.trajectory.noise or nullcontext():
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.spec.precision == "bf16"):
                     value = loss()
                 return _backward(value)
@@ -160,18 +162,6 @@ class Training:
                 f"Out of memory in training with {self.spec.batch_size} images of each source domain on "
                 f"{self.device}; take a smaller --batch-size (another run: it is part of its name) or --image-size."
             ) from error
-
-    @contextmanager
-    def _seeded(self) -> Iterator[None]:
-        """Seed torch's generators by seed and step, and restore them: the dropout masks of a step are fixed."""
-        seed = seeds.derive("dropout", self.spec.seed, self.trajectory.next_step)
-        cuda = self.device.type == "cuda"
-        with torch.random.fork_rng(devices=[self.device] if cuda else []):
-            torch.default_generator.manual_seed(seed)
-            if cuda:
-                with torch.cuda.device(self.device):
-                    torch.cuda.manual_seed(seed)
-            yield
 
     def _threads(self) -> int | None:
         """Return the number of threads of the state that is resumed or forked: sums depend on it."""

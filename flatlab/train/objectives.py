@@ -20,7 +20,7 @@ from flatlab.errors import UserError
 from flatlab.loading.data import Domains
 from flatlab.models.networks import STAGES, Network
 from flatlab.models.small import CaptionTower
-from flatlab.seeds import derive
+from flatlab.seeds import derive, seeded
 from flatlab.specs.run import RunSpec
 from flatlab.train.batches import stream
 from flatlab.train.mixstyle import mixing
@@ -86,8 +86,7 @@ def contrast(network: Network, spec: RunSpec, domains: Domains, device: torch.de
     """
     captions = _numbers([f"a {one} of {name}" for name in domains.sources for one in domains.data.classes]).to(device)
     count = len(domains.data.classes)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(derive("captions", spec.seed))
+    with seeded("captions", spec.seed):
         tower = CaptionTower(int(captions.max()) + 1, captions.shape[1]).to(device)
     optimizer = torch.optim.Adam([*network.features.parameters(), *tower.parameters()], lr=spec.lr)
     batches = stream(spec.replace(seed=derive("contrast", spec.seed) % 2**31), domains, device)
