@@ -75,7 +75,8 @@ def _engines(label: str, run: Run, spec: LatencySpec) -> dict[str, dict[str, dic
         value, low, high = found.ratio(place, base, first)
         time = {"value": value, "low": low, "high": high, "members": found.members[place]}
         accuracy = {"value": 100 * float(found.accuracies[place])}
-        return {"accuracy": accuracy, "time": {**time, "processor": found.processor}, "bytes": {"value": size}}
+        where = {"processor": found.processor, "load": found.load}
+        return {"accuracy": accuracy, "time": time | where, "bytes": {"value": size}}
 
     if label == "ERM":
         return {BASELINE: of(base, 1.0)}
@@ -128,10 +129,14 @@ def _ensembles(frame: pd.DataFrame) -> list[str]:
 
 
 def _provenance(frame: pd.DataFrame) -> list[str]:
-    """Return sentences on the processor and the paper's ratio."""
+    """Return sentences on the processor, its load, and the paper's ratio."""
     paper = published()["misc"]["latency_ms_resnet50_amd_epyc_7302"]
+    load = frame.get("load", pd.Series(dtype=float)).dropna().astype(float)
     return [
         f"Processor: {', '.join(sorted(frame['processor'].dropna().unique()))}.",
+        f"Load average over the minute before timing: {load.min():.1f} to {load.max():.1f}."
+        if len(load)
+        else "The load of the machine was not recorded.",
         f"As published, not measured here: ResNet-50 in int8 is {paper['float32'] / paper['int8']:.2f} times as fast "
         f"as in full precision on an AMD EPYC 7302 ({paper['source']}).",
     ]

@@ -71,6 +71,11 @@ def _output_of(*command: str) -> str:
         return ""
 
 
+def load() -> float | None:
+    """Return the system's load average over the last minute; None where the system has none (Windows)."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+
 def cores() -> int:
     """Return the number of processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -232,6 +232,7 @@ def intervals(
 
 HALO: list[effects.AbstractPathEffect] = [effects.withStroke(linewidth=1.5, foreground="white")]
 ENDS = ("low", "high")
+CORNERS = ((4, 4), (-4, 4), (4, -4), (-4, -4))  # of a name beside its point, in points
 BAD = "0.8"  # colour of values that are not finite
 DECADES = 6.0  # largest span of the contours, below the highest one
 
@@ -290,9 +291,19 @@ def marked(ax: Axes, marks: FloatArray, names: Sequence[str], *, connected: bool
     ax.plot(*marks.T, "-o" if connected else "o", color="C3", ms=3, lw=1, mec="white", mew=0.5, zorder=5)
     shown = range(len(marks)) if not connected else (0, len(marks) - 1)
     for index in shown:
-        ax.annotate(
-            names[index], marks[index], (4, 4), textcoords="offset points", fontsize=7, path_effects=HALO, zorder=6
-        )
+        _beside(ax, marks[index], names[index])
+
+
+def _beside(ax: Axes, point: Any, name: str) -> None:
+    """Write a name at the first corner of a point where it covers no other text, such as a contour's label."""
+    others = [text.get_window_extent() for text in ax.texts]
+    look: dict[str, Any] = {"textcoords": "offset points", "fontsize": 7, "path_effects": HALO, "zorder": 6}
+    text = ax.annotate(name, point, CORNERS[0], **look)
+    for right, up in CORNERS:
+        text.set(position=(right, up), ha="left" if right > 0 else "right", va="bottom" if up > 0 else "top")
+        if not any(text.get_window_extent().overlaps(each) for each in others):
+            return
+    text.set(position=CORNERS[0], ha="left", va="bottom")
 
 
 def factors(ax: Axes, frame: pd.DataFrame) -> None:

@@ -5,6 +5,8 @@ no other draws, and a resumed run needs no saved generator.
 """
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -21,6 +23,26 @@ def generator(*names: object, device: str = "cpu") -> "torch.Generator":
     import torch
 
     return torch.Generator(device=device).manual_seed(derive(*names))
+
+
+@contextmanager
+def seeded(*names: object, device: "torch.device | None" = None) -> Iterator[None]:
+    """Seed torch's global generators by these names while the block runs, and restore their states.
+
+    Args:
+        names: as for `derive`.
+        device: device of the computation; a CUDA device's generator is seeded, too.
+    """
+    import torch
+
+    cuda = [device] if device is not None and device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda):
+        # Not torch.manual_seed, which would reseed the generators of all accelerators.
+        torch.default_generator.manual_seed(derive(*names))
+        for each in cuda:
+            with torch.cuda.device(each):
+                torch.cuda.manual_seed(derive(*names))
+        yield
 
 
 def base_seed(seed: "int | torch.Generator") -> int:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -113,6 +114,22 @@ def test_progress_shows_names_as_they_are(capsys, monkeypatch):
     board({"job": HOSTILE, "share": 0.5})
     board({"job": "worker", "note": HOSTILE})
     assert capsys.readouterr().err.count("a\\x1b[31m[red]b\\nc\\") == 2
+
+
+def test_outside_a_terminal_each_job_that_ends_is_one_line(capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as Jupyter sets it for its shell lines
+    monkeypatch.setattr(display, "err", display._console(stderr=True))
+    jobs = [
+        SimpleNamespace(name=name, passes=1, runs=(SimpleNamespace(model="net"),), measurements=())
+        for name in ("first", "second")
+    ]
+    with display.board(jobs, workers=1) as board, display.counter("images") as count:
+        for job in jobs:
+            for share in (0.1, 0.2, 0.9):
+                board({"job": job.name, "share": share})
+                count(1, 2)
+            board({"job": job.name, "finished": True})
+    assert [line.split()[0] for line in capsys.readouterr().err.splitlines()] == ["50%", "100%"]
 
 
 # --- workers

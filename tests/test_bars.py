@@ -55,6 +55,12 @@ def test_in_a_terminal_by_default_and_not_where_it_is_declined(landscape, capsys
     assert capsys.readouterr().err == ""
 
 
+def test_forced_colours_make_no_terminal(landscape, capsys, at_once, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    CALLS["line"](landscape)
+    assert capsys.readouterr().err == ""
+
+
 def test_a_short_call_shows_none(landscape, capsys):
     CALLS["line"](landscape, progress=True)
     assert capsys.readouterr().err == ""

@@ -53,9 +53,15 @@ def test_each_severity_damages_more_than_the_one_before(name, pictures):
 
 def test_the_published_constants_of_two_blurs_do_not_damage_in_order(pictures):
     glass = [damage(pictures, "glass_blur", severity) for severity in LEVELS]
-    assert min(glass[3:]) > max(glass[:3]) > 0 and glass[3] > glass[4]  # more swaps, and then more blur
+    sigmas, _, swaps = zip(*SMALL_IMAGES["glass_blur"][1], strict=True)
+    for times in (1, 2):  # with as many swaps, a wider blur damages less
+        same = [place for place, count in enumerate(swaps) if count == times]
+        assert sorted(same, key=sigmas.__getitem__) == same and glass[same[0]] > glass[same[-1]], glass
+    assert min(glass[3:]) > max(glass[:3]) > 0  # and more swaps damage more
     motion = [damage(pictures, "motion_blur", severity) for severity in LEVELS]
     assert 0 < motion[0] < motion[1] < motion[2] == pytest.approx(motion[3], rel=1e-3) and motion[3] < motion[4]
+    (_, sigma), (_, same) = SMALL_IMAGES["motion_blur"][1][2:4]
+    assert sigma == same
 
 
 @pytest.mark.parametrize("name", SMALL_IMAGES)

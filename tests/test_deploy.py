@@ -3,6 +3,8 @@
 import copy
 import json
 import re
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -16,7 +18,7 @@ from torch import nn
 from flatlab.deploy import session
 from flatlab.deploy.calibration import ranges
 from flatlab.deploy.graph import Codes, Graph, Range
-from flatlab.deploy.onnx import ExportedOnnx, _codes, _in_floats, _saturation, compare, export_onnx, write
+from flatlab.deploy.onnx import ExportedOnnx, _codes, _in_floats, _logits, _saturation, compare, export_onnx, write
 from flatlab.deploy.session import opened
 from flatlab.errors import UserError
 from flatlab.loading import checkpoint
@@ -176,9 +178,21 @@ class Constant(nn.Module):
 def test_a_number_of_images_that_the_file_holds_as_a_constant_is_explained(tmp_path):
     write(Constant().eval(), tmp_path / "net.onnx", OnnxSpec(), [np.zeros((2, 1, 2, 2), np.float32)])
     with pytest.raises(
-        UserError, match=r"net\.onnx for 3 images \(.*\): the network must take their number from tensor"
+        UserError, match=r"net\.onnx for 3 images \(.*\), but for one image: the network must take their number from"
     ):
         compare(Constant().eval(), tmp_path / "net.onnx", "", [(torch.zeros(3, 1, 2, 2), torch.zeros(3))])
+
+
+def test_another_error_of_onnxruntime_is_not_explained_by_the_number_of_images(tmp_path):
+    class Broken:
+        def get_inputs(self):
+            return [SimpleNamespace(name="images", shape=["N", 1, 2, 2])]
+
+        def run(self, outputs, inputs):
+            raise RuntimeError("no kernel for Gelu.\nmore")
+
+    with pytest.raises(UserError, match=r"for 3 images \(no kernel for Gelu\): write --format packed\.$"):
+        _logits(Broken(), Path("net.onnx"), np.zeros((3, 1, 2, 2), np.float32))
 
 
 @pytest.mark.slow
@@ -280,7 +294,7 @@ def refused(pattern, run, path, **fields):
 def test_quantizers_that_do_not_fit_are_refused(tmp_path):
     wanted = {
         r"^features\.0\.weight has 16 bits on a uniform grid; .* 8 bits: write --format packed": quantized(bits=16),
-        r"^features\.0 quantizes its inputs on a grid of its own": quantized(bits=4, activations="unsigned"),
+        r"^features\.0 quantizes its inputs on a learned grid": quantized(bits=4, activations="unsigned"),
         r"^--activations int8 needs a run whose weights are quantized": spec(),
     }
     for pattern, each in wanted.items():

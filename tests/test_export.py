@@ -195,7 +195,7 @@ def test_a_file_that_cannot_come_in_is_a_sentence(tmp_path):
     setting, again = TINY.replace(held_out=("rot45",)), RunStore(tmp_path / "again")
     run = trained(tmp_path, RUNS["activations"]).run(RUNS["activations"])
     export(run, tmp_path / "file", PLACE)
-    refuses(lambda: import_checkpoint(tmp_path / "file", setting, again, PLACE), "quantizes its activations, too")
+    refuses(lambda: import_checkpoint(tmp_path / "file", setting, again, PLACE), "network quantizes activations")
     arrays, facts = files.load_arrays(tmp_path / "file")
     facts["network"] = {"name": "digits-cnn", "num_classes": 7, "in_channels": 1}
     arrays = {name: each[:7] if "head" in name else each for name, each in arrays.items() if "activations" not in name}

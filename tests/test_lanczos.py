@@ -227,7 +227,12 @@ def test_the_density_integrates_to_one_and_lies_where_the_eigenvalues_do():
     assert abs(density.negative_share.value - 0.3) < 3.5 * density.negative_share.stderr
     assert abs(density.negative_weight.value - 0.3) < 3.5 * density.negative_weight.stderr  # 30 of 30 + 30 + 40
     assert len(density.to_frame()) == 120
-    density.plot(), plt.gcf().canvas.draw()
+    axes = density.plot()
+    plt.gcf().canvas.draw()
+    edge = axes.collections[0].get_paths()[0].vertices[1:-1]  # the band: its ends are at equal factors of the density
+    low, high = (np.interp(0.5, *side[np.argsort(side[:, 0])].T) for side in np.array_split(edge, 2))
+    at = float(density.density([0.5])[0])
+    assert axes.get_ylim()[0] < low < at < high and low * high == pytest.approx(at**2, rel=1e-2)
 
 
 def test_plain_lanczos_gives_the_same_moments_but_ghosts_of_outliers():

@@ -5,6 +5,7 @@ from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 from commandline import call
 from scipy import stats
@@ -92,7 +93,9 @@ def test_ratios_are_paired_within_rounds_and_have_intervals():
     assert "in onnxruntime." in lines[0] and "VNNI" not in " ".join(lines)
     assert lines[1].startswith("both 12ab, batch 1, threads 1: its 2 networks (weight-only) take 1.99 [")
     assert "with 0.50 times the bytes and 3.00 times the memory; the paper states no computational" in lines[1]
-    assert "34.28 ms" in lines[2] and "a ratio of 1.63" in lines[2]
+    assert lines[2] == "Each 95 % interval is that of one ratio alone; there is no joint correction."
+    assert "34.28 ms" in lines[3] and "a ratio of 1.63" in lines[3]
+    assert times(load=1.25).remarks[3] == "Load average over the minute before timing: 1.2."
     assert any("no VNNI" in each for each in times(saturates=True).remarks)
     alike = times(seconds=np.random.default_rng(1).uniform(0.9, 1.1, (5, 1, 1, 20)))
     assert alike.remarks[0].endswith(", not distinguishable from 1 at 95 %.")
@@ -102,6 +105,16 @@ def test_times_are_written_and_read_again():
     found = times()
     again = Latency.from_arrays(*found.to_arrays())
     assert again.to_frame().equals(found.to_frame()) and again.members == found.members
+    assert again.load is None, "files from before it was recorded have none"
+    assert Latency.from_arrays(*times(load=0.5).to_arrays()).load == 0.5
+
+
+def test_the_page_says_under_which_load_it_was_measured():
+    from analyses import latency as page
+
+    rows = pd.DataFrame({"processor": ["one", None, "one"], "load": [0.25, None, 3.0]})
+    assert page._provenance(rows)[1] == "Load average over the minute before timing: 0.2 to 3.0."
+    assert page._provenance(rows.drop(columns="load"))[1] == "The load of the machine was not recorded."
 
 
 @pytest.mark.slow

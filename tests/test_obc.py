@@ -226,7 +226,7 @@ def test_each_layers_output_moves_less_than_by_rounding(name, exact_columns):
     [
         (torch.zeros(4, 3, 9, 9), r"^Calibration inputs of shape \(4, 3, 9, 9\) do not fit the network: "),
         ((torch.zeros(2, 1, 8, 8), 1), r"^Calibration data must be batches .*got a tuple\.$"),
-        (torch.full((2, 1, 8, 8), math.nan), r"^Calibration made inputs of 0 that are not finite"),
+        (torch.full((2, 1, 8, 8), math.nan), r"^Calibration inputs of 0 are not finite"),
     ],
     ids=["shape", "kind", "nan"],
 )

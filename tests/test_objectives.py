@@ -14,7 +14,7 @@ from flatlab.loading import data as loading_data
 from flatlab.models.networks import CNNS, STAGES, build_network
 from flatlab.specs.methods import METHODS, compose, vary
 from flatlab.specs.run import MixSpec, Place
-from flatlab.train.mixstyle import mix, mixing, strangers
+from flatlab.train.mixstyle import cross_domain_partners, mix, mixing
 from flatlab.train.objectives import alignment, coral, erm, objective_of
 
 
@@ -126,11 +126,11 @@ def test_a_stranger_is_of_another_domain_and_each_is_somebodys():
     sizes, domains = (4, 4, 4), np.repeat([0, 1, 2], 4)
     seen = np.zeros((12, 12), dtype=int)
     for draw in range(200):
-        partners = strangers(sizes, np.random.default_rng(draw))
+        partners = cross_domain_partners(sizes, np.random.default_rng(draw))
         assert sorted(partners) == list(range(12)) and (domains[partners] != domains).all()
         seen[np.arange(12), partners] += 1
     assert (seen > 0).sum() == 12 * 8  # everybody of another domain
-    uneven = strangers((2, 5), np.random.default_rng(0))
+    uneven = cross_domain_partners((2, 5), np.random.default_rng(0))
     assert set(uneven[:2]) <= set(range(2, 7)) and set(uneven[2:]) == {0, 1}
 
 
@@ -145,7 +145,7 @@ def test_mixing_across_domains_is_a_run_of_its_own(tmp_path):
     assert len(ends) == 2
     network = build_network("digits-cnn", num_classes=3, in_channels=1)
     alone = mixing(network, STAGES["digits-cnn"], MixSpec(across=True), names=(0, 0), sizes=(8,))
-    with pytest.raises(UserError, match="needs two source domains, and there are 1; take mixstyle"), alone:
+    with pytest.raises(UserError, match="needs at least 2 source domains, got 1: take mixstyle"), alone:
         pass
 
 

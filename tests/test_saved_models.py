@@ -218,7 +218,7 @@ def test_a_tokenizer_that_does_not_fit_is_refused(folder, own):
     [
         ({"model_type": "vit"}, "no sequence classifier of model_type 'vit'"),
         ({"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}, "transformers refuses the model's config"),
-        ({"pad_token_id": None}, "must name the number of padding"),
+        ({"pad_token_id": None}, "must have the entry pad_token_id"),
         ({"max_position_embeddings": 8}, "has positions for 8 word pieces, got 12: write --image-size 8"),
         ({"hidden_size": 17}, "refuses the model's config.json|no sequence classifier"),
     ],

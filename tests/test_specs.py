@@ -1,6 +1,7 @@
 """Specs, settings and methods: what has a name, what is refused, and the paper's constants."""
 
 import json
+from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
@@ -110,6 +111,14 @@ def test_a_later_field_is_left_out_at_its_default_and_read_back_as_such():
     later = RUN.replace(test_share=0.2)
     assert json.loads(later.canonical())["test_share"] == 0.2
     assert RunSpec.parse(RUN.canonical()) == RUN and RunSpec.parse(later.canonical()) == later
+
+
+def test_a_place_takes_paths():
+    place = Place(data_dir=Path("data"), cache=Path("cache"), model_dir="model", weights_file=None)
+    assert (place.data_dir, place.cache, place.model_dir) == ("data", "cache", "model")
+    assert Place.parse(place.canonical()) == place == place.replace(cache=Path("cache"))
+    with pytest.raises(UserError, match="^Place: data_dir must be a valid string, got 3"):
+        Place.make(data_dir=3)
 
 
 def test_the_place_is_no_part_of_a_name():

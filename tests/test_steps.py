@@ -3,23 +3,28 @@
 import copy
 import itertools
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from stores import PLACE, content, spec, trained
 from torch import nn
 
+from flatlab import files
 from flatlab.data.batches import Batch
 from flatlab.errors import UserError
 from flatlab.loading import data as loading_data
 from flatlab.loading import network as loading_network
+from flatlab.models import networks
 from flatlab.models.networks import build_network, set_training
 from flatlab.quant.attach import attach, quantized_layers
 from flatlab.specs.methods import Method, compose
-from flatlab.specs.run import Place
+from flatlab.specs.run import Place, StepSpec
 from flatlab.specs.settings import SMOKE
 from flatlab.store import selection
 from flatlab.store.runs import RunStore
 from flatlab.train.evaluate import evaluate, mean
+from flatlab.train.loop import train
 from flatlab.train.objectives import erm
 from flatlab.train.steps import SAGM, SAM, SAQ, Plain
 from flatlab.train.trajectory import Trajectory
@@ -208,6 +213,48 @@ def test_sagm_without_alpha_climbs_as_sam_and_without_a_radius_is_the_plain_step
         for rule, network in zip(rules, (plain, matched), strict=True):
             rule.step(closure_of(network))
     assert same_bits(plain.state_dict(), matched.state_dict())
+
+
+def test_weight_decay_is_applied_once_and_is_no_part_of_the_ascent():
+    points = []
+    model, hessian, closure = quadratic(points)
+    rule = torch.optim.SGD(model.parameters(), lr=1.0, weight_decay=0.1)
+    SAGM(rule, model, model.parameters(), rho=0.7, alpha=0.2).step(closure)
+    start, up = points
+    slope = hessian @ start
+    torch.testing.assert_close(up, start + (0.7 / slope.norm() - 0.2) * slope, rtol=1e-10, atol=1e-10)
+    applied = start - torch.cat([model.a, model.b]).detach()
+    torch.testing.assert_close(applied, 0.5 * slope + 0.5 * hessian @ up + 0.1 * start, rtol=1e-10, atol=1e-10)
+
+
+def dropping(channels, *, build=networks.MODELS["digits-cnn"]):
+    """digits-cnn with dropout, as some networks of timm have it."""
+    features, width = build(channels)
+    return nn.Sequential(nn.Dropout(0.3), features), width  # in front of BatchNorm, whose statistics it changes
+
+
+def test_both_passes_of_a_step_have_one_dropout_mask_and_a_resumed_training_has_the_same(tmp_path, monkeypatch):
+    monkeypatch.setitem(networks.MODELS, "digits-cnn", dropping)
+    parts = {"step": StepSpec(kind="sagm", rho=0.0, alpha=0.0), "average": spec("SWA").average}
+    twice = spec("SAGM", weight_decay=0.1).replace(**parts)
+    once, before = twice.replace(step=StepSpec()), torch.get_rng_state()
+    store = trained(tmp_path / "whole", twice)
+    train([once], store, PLACE)
+    first, second = (files.load_arrays(store.run(each).checkpoint("last"))[0] for each in (twice, once))
+    assert all(np.array_equal(first[name], second[name]) for name in second), "the mean of two equal gradients is each"
+    assert torch.equal(torch.get_rng_state(), before)
+
+    def stop(done, of, shown):
+        if done == 6:
+            raise KeyboardInterrupt
+
+    resumed = RunStore(tmp_path / "resumed")
+    with pytest.raises(KeyboardInterrupt):
+        train([once], resumed, PLACE, report=stop)
+    torch.rand(3)  # the process's own draws change no mask
+    train([once], resumed, PLACE)
+    last = "checkpoints/last.safetensors"
+    assert content(resumed.run(once))[last] == content(store.run(once))[last]
 
 
 @pytest.mark.parametrize("kind", [SAGM, SAQ])

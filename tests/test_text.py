@@ -70,7 +70,7 @@ def test_the_vocabulary_is_that_of_the_source_domains_alone():
 def test_what_changes_images_is_refused():
     with pytest.raises(UserError, match="Corruptions change images, and sentences has sentences"):
         corrupted(tiny(), "gaussian_noise:1", {})
-    with pytest.raises(UserError, match="MixStyle mixes the maps of convolutions, got the model sentences-transformer"):
+    with pytest.raises(UserError, match="MixStyle needs a convolutional model, got sentences-transformer"):
         objective_of(spec(mixing=MixSpec()))
 
 

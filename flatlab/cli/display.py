@@ -30,12 +30,18 @@ WIDEST = 100_000  # columns without a terminal: each row is one line; a terminal
 
 def _console(*, stderr: bool) -> Console:
     console = Console(stderr=stderr, highlight=False)
-    return console if console.is_terminal else Console(stderr=stderr, highlight=False, width=WIDEST)
+    folds = console.is_terminal and console.file.isatty()
+    return console if folds else Console(stderr=stderr, highlight=False, width=WIDEST)
 
 
 out = _console(stderr=False)
 err = _console(stderr=True)
 PLAIN_SECONDS = 5.0  # between two lines without a terminal
+
+
+def _animated() -> bool:
+    """Return whether bars can be drawn: FORCE_COLOR makes a console a terminal for rich, also where it is none."""
+    return err.is_terminal and err.file.isatty()
 
 
 class Board:
@@ -59,7 +65,7 @@ class Board:
         if self.progress and self.total is not None:
             self._bar(name, event, over)
             self.progress.update(self.total, completed=self.time.done(), description=self._count(), left=self._left())
-        elif time.monotonic() - self.printed > PLAIN_SECONDS:
+        elif over or time.monotonic() - self.printed > PLAIN_SECONDS:
             self.printed = time.monotonic()
             line = f"{self.time.done():4.0%}  {self._left()}  {printable(name)}{_numbers(event)}"
             err.print(line, soft_wrap=True, markup=False)
@@ -85,7 +91,7 @@ class Board:
 @contextmanager
 def board(jobs: Sequence[Job], *, workers: int) -> Iterator[Board]:
     """Show the progress of jobs on standard error while the block runs."""
-    if not err.is_terminal:
+    if not _animated():
         yield Board(jobs, None, workers=workers)
         return
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
@@ -98,7 +104,7 @@ def counter(what: str) -> Iterator[Callable[[int, int], None]]:
     """Show the progress of a count, from the first report on: a bar, or a line every few seconds."""
     what = printable(what)
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=err, disable=not err.is_terminal) as progress:
+    with Progress(*columns, TimeRemainingColumn(), console=err, disable=not _animated()) as progress:
         task = progress.add_task(what, total=None, visible=False)
         printed = time.monotonic()
 

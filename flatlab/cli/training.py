@@ -167,7 +167,7 @@ def export(
     runs: Runs,
     fields: dict[str, Any],
     file: Annotated[Path | None, typer.Option(help="File to write; DIGEST.safetensors or .onnx if not given.")] = None,
-    kind: Annotated[str, typer.Option("--format", help="Of the file: packed or onnx.")] = "packed",
+    kind: Annotated[str, typer.Option("--format", help="Format of the file: packed or onnx.")] = "packed",
 ) -> None:
     """Write a quantized run to a file of integer weights; report its size, or how an ONNX file agrees with it.
 

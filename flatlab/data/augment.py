@@ -1,7 +1,7 @@
-"""DomainBed's training transform, on a whole batch at once, on the device that trains.
+"""DomainBed's training transform, applied to a whole batch on the training device.
 
-RandomResizedCrop, flip, ColorJitter and RandomGrayscale, distributed as in torchvision. All random numbers are drawn
-beforehand, on the CPU, for each sample: a batch is the same on every device, up to rounding. Pillow truncates to bytes
+RandomResizedCrop, flip, ColorJitter and RandomGrayscale, with the distributions of torchvision. All random numbers are
+drawn first, on the CPU, for each sample: a batch is the same on every device, up to rounding. Pillow truncates to bytes
 after each colour operation, which makes its images darker by 1.4 of 255 levels (measured); here only the crop is
 rounded, and only on a CPU.
 """

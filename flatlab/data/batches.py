@@ -52,7 +52,7 @@ class TrainingStream:
         data: the data set.
         rows: source domain -> the row numbers to draw from.
         batch_size: samples of each domain in a batch.
-        seed: of the stream.
+        seed: seed of the stream.
         device: where images are kept and batches are made.
         augmented: whether DomainBed's training transform is applied to the originals; else the squares are used.
 
@@ -157,7 +157,7 @@ def evaluation_batches(
 
     Args:
         data: the data set.
-        name: of the domain.
+        name: name of the domain.
         rows: (n,) row numbers.
         device: where the batches are kept.
         batch_size: samples in a batch; the last one may be smaller.

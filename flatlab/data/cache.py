@@ -43,7 +43,7 @@ class Entry:
     Attributes:
         listing: their files.
         image_size: pixels on a side of the squares.
-        folder: where the entry lies.
+        folder: folder of the entry.
         fingerprint: SHA-256 over names, classes, and each file's bytes.
         sizes: (n, 2) height and width of each original; empty if the images are too many to be stored.
     """
@@ -82,7 +82,7 @@ def prepare(
 
     Args:
         dataset: a catalog name, or `folder:NAME`.
-        data_dir: where the folders lie; see `catalog.locate`.
+        data_dir: folder of the data; see `catalog.locate`.
         image_size: pixels on a side.
         cache: the cache's folder; by default `default_folder()`.
         report: called with (images read, images in all) after each image.
@@ -100,7 +100,7 @@ def fingerprint(dataset: str, *, data_dir: Path | None, cache: Path | None = Non
 
     Args:
         dataset: a catalog name, or `folder:NAME`.
-        data_dir: where the folders lie; see `catalog.locate`.
+        data_dir: folder of the data; see `catalog.locate`.
         cache: the cache's folder; by default `default_folder()`.
 
     Raises:

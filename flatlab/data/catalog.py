@@ -159,7 +159,7 @@ def held_out(dataset: str, data_dir: Path | None, which: str) -> tuple[str, ...]
 
     Args:
         dataset: a catalog name, or `folder:NAME`.
-        data_dir: where the data lie; needed only for `folder:NAME`.
+        data_dir: folder of the data; needed only for `folder:NAME`.
         which: a domain's name, its index ("2"), several of them ("sketch,photo"), or "all". If a domain's name is a
             number, it is not read as an index.
 

@@ -18,7 +18,7 @@ class Domain:
     """One domain's images and labels.
 
     Attributes:
-        name: of the domain.
+        name: name of the domain.
         images: (N, C, H, W) uint8; indexing by rows returns a tensor, also if the images are decoded on access.
         labels: (N,) int64, indices into the data set's classes.
         originals: the images in their own aspect ratios, from which training crops are taken; None: `images`.
@@ -38,11 +38,11 @@ class DomainSet:
     """A data set: its domains in index order, which share their classes and one normalisation.
 
     Attributes:
-        name: of the data set.
+        name: name of the data set.
         domains: in index order.
         classes: the classes' names, in label order.
-        mean: of each channel, for images scaled to [0, 1].
-        std: of each channel, on the same scale.
+        mean: mean of each channel, for images scaled to [0, 1].
+        std: standard deviation of each channel, on the same scale.
         stamp: the fingerprint of the files that the images were decoded from; None if there are none.
     """
 
@@ -114,7 +114,7 @@ def split(n: int, domain_index: int, *, trial_seed: int, fraction: float = 0.2, 
     Args:
         n: number of images in the domain.
         domain_index: the domain's place in index order; each domain is shuffled by its own seed.
-        trial_seed: of the split only.
+        trial_seed: seed of the split.
         fraction: share of the images for validation, rounded down.
         tested: share of the images for an in-domain test.
 

@@ -20,7 +20,7 @@ def at_hand(dataset: str, data_dir: str | None, kept: str | None) -> str | None:
 
     Args:
         dataset: a catalog name, or `folder:NAME`.
-        data_dir: where the folders lie.
+        data_dir: folder of the data.
         kept: the cache's folder; None: the platform's.
 
     Raises:

@@ -21,7 +21,7 @@ class Listing:
     """The image files of a data set whose every domain has images of every class.
 
     Attributes:
-        name: of the data set.
+        name: name of the data set.
         classes: the classes' names, in label order.
         tree: the files.
     """
@@ -49,7 +49,7 @@ def listing(dataset: str, data_dir: Path | None) -> Listing:
 
     Args:
         dataset: a catalog name, or `folder:NAME`.
-        data_dir: where the folders lie; see `catalog.locate`.
+        data_dir: folder of the data; see `catalog.locate`.
 
     Raises:
         UserError: if the folder does not exist, a class is missing or unknown, or a file is not a regular one.
@@ -119,7 +119,7 @@ def check(dataset: str, data_dir: Path | None, *, report: Report | None = None) 
 
     Args:
         dataset: a catalog name, or `folder:NAME`.
-        data_dir: where the folders lie; see `catalog.locate`.
+        data_dir: folder of the data; see `catalog.locate`.
         report: called with (images read, images in all) after each image.
     """
     name, known = catalog.canonical(dataset), catalog.facts(dataset)
@@ -141,8 +141,8 @@ def check(dataset: str, data_dir: Path | None, *, report: Report | None = None) 
         _row(each, tree.get(each), expected, known.domains[each] if known else None, faults.get(each, ()))
         for each in names
     ]
-    strangers = [each.name for each in subfolders(root) if known and each.name not in names]
-    return rows + [Row(each, 0, 0, 0, "no domain of this data set") for each in strangers]
+    unknown = [each.name for each in subfolders(root) if known and each.name not in names]
+    return rows + [Row(each, 0, 0, 0, "no domain of this data set") for each in unknown]
 
 
 def _undecodable(tree: Tree, report: Report) -> dict[str, tuple[str, ...]]:

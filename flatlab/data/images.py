@@ -29,7 +29,7 @@ class Ragged:
     Args:
         pixels: flat, uint8.
         sizes: (n, 2) heights and widths.
-        channels: of each.
+        channels: number of channels of each.
     """
 
     def __init__(self, pixels: Tensor, sizes: npt.NDArray[np.int64], *, channels: int = 3) -> None:
@@ -63,7 +63,7 @@ class Decoded:
     Args:
         paths: the files.
         size: pixels on a side.
-        device: of the returned images.
+        device: device of the returned images.
     """
 
     def __init__(self, paths: Sequence[Path], size: int, device: torch.device | None = None) -> None:

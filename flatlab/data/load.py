@@ -29,7 +29,7 @@ def load(
 
     Args:
         dataset: a catalog name, or `folder:NAME`.
-        data_dir: where the folders lie; see `catalog.locate`.
+        data_dir: folder of the data; see `catalog.locate`.
         image_size: pixels on a side, the aspect ratio not kept (as DomainBed); by default 224, and 16 for digits; for
             sentences the number of word pieces, by default 48.
         cache: folder of the decoded images; see `cache.default_folder`.

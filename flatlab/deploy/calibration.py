@@ -1,4 +1,4 @@
-"""Ranges of activations for 256 or 128 levels, from training images of the source domains alone."""
+"""Ranges of activations for 256 or 128 levels, from training images of the source domains."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,24 +13,24 @@ from flatlab.deploy.session import opened
 from flatlab.errors import UserError
 
 Array = npt.NDArray[Any]
-BINS, KEPT = 2048, 0.9999  # of a histogram; the share of the values that a percentile's range holds
-SHRUNK = np.linspace(0.3, 1.0, 71)  # shares of the whole range that the least squared error is looked for among
+BINS, KEPT = 2048, 0.9999  # of a histogram; share of the values within the range of "percentile"
+SHRUNK = np.linspace(0.3, 1.0, 71)  # candidates of "mse": fractions of the whole range
 
 
 def ranges(graph: Graph, batches: Sequence[Array], rule: str, *, top: int = 255) -> dict[str, Range]:
     """Return the range of each tensor that is rounded, by name.
 
     Args:
-        graph: before its weights are codes.
-        batches: of images (N, C, H, W).
-        rule: "min-max", "percentile" (which leaves out 0.01 % of the values) or "mse" (the least squared error).
+        graph: the graph, with weights still in floats.
+        batches: images (N, C, H, W).
+        rule: "min-max", "percentile" (without the outer 0.01 % of the values) or "mse" (the least squared error).
         top: the highest code.
 
     Raises:
-        UserError: without images, or where no layer computes in integers.
+        UserError: there are no images, or no layer computes in integers.
     """
     if not batches:
-        raise UserError("Activations need images of the source domains to be calibrated on, and there are none.")
+        raise UserError("int8 activations need at least one image of the source domains for calibration, got none.")
     names = graph.rounded()
     if not names:
         raise UserError("--activations int8 needs quantized convolutions, and this network has none; leave it out.")

@@ -24,7 +24,7 @@ from flatlab.specs.deploy import OnnxSpec
 from flatlab.specs.run import Place
 from flatlab.store.runs import Run
 
-BITS = 7  # of the weights of a network by name, QT-DoG's
+BITS = 7  # of the weights of a network given by name, as in QT-DoG
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,12 @@ class Engine:
     """A network that can be called.
 
     Attributes:
-        name: of the network.
-        how: torch, onnxruntime, weight-only or int8.
-        model: for torch, or a file for onnxruntime.
-        shape: of an image.
-        integers: whether sums are of integers where the file says so.
-        members: of an ensemble; 1 of one network.
+        name: name of the network.
+        how: torch, onnxruntime, weight-only, int8 or file.
+        model: a module for torch, or a file for onnxruntime.
+        shape: shape (C, H, W) of an image.
+        integers: whether onnxruntime uses integer kernels; if not, codes become floats when the file is opened.
+        members: number of an ensemble's members; 1 for a single network.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Engine:
 
     @property
     def bytes(self) -> int:
-        """On disk; of torch the tensors."""
+        """Size of the file, or of the tensors of a module."""
         if isinstance(self.model, Path):
             return self.model.stat().st_size
         return sum(each.numel() * each.element_size() for each in self.model.state_dict().values())
@@ -59,7 +59,7 @@ class Engine:
         return np.random.default_rng(0).standard_normal((count, *self.shape), dtype=np.float32)
 
     def caller(self, images: npt.NDArray[np.float32], threads: int) -> Callable[[], Any]:
-        """Return a function that computes the logits of a batch; torch's threads are the process's."""
+        """Return a function that computes the logits of a batch; a module uses the process's number of threads."""
         if isinstance(self.model, Path):
             engine = session.opened(self.model, threads=threads, integers=self.integers)
             return lambda: engine.run(None, {engine.get_inputs()[0].name: images})[0]
@@ -72,10 +72,10 @@ class Engine:
         return call
 
     def accuracy(self, batches: Sequence[Any]) -> float:
-        """Return the share of images that is classified as labelled.
+        """Return the accuracy (0 to 1).
 
         Args:
-            batches: of images and labels.
+            batches: pairs of images and labels.
         """
         found = [self.caller(x.contiguous().numpy(), 1)().argmax(1) == y.numpy() for x, y in batches]
         return float(np.concatenate(found).mean())
@@ -85,18 +85,18 @@ class Engine:
 def engines(
     runs: Sequence[Run], files: Sequence[Path], place: Place, *, named: tuple[str, int] | None = None
 ) -> Iterator[list[Engine]]:
-    """Yield the engines of runs (full precision, and quantized ones in integers) and of ONNX files.
+    """Yield the engines of runs (in full precision, and in integers if quantized) and of ONNX files.
 
-    Beside an ensemble stands its first member in full precision.
+    The engines of an ensemble are followed by those of its first member in full precision.
 
     Args:
-        runs: finished.
+        runs: finished runs.
         files: ONNX files.
         place: data folder.
-        named: a network by name, and the size of its images: its weights are random, and quantized to 7 bits.
+        named: name of a network and side of its images (pixels); its weights are random and quantized to 7 bits.
 
     Raises:
-        UserError: for a file that cannot be run, or is not of images.
+        UserError: a file cannot be run, or a network does not take images.
     """
     with TemporaryDirectory() as folder:
         found = [one for run in runs for one in _of_run(run, place, Path(folder))]
@@ -125,13 +125,13 @@ def _of_name(name: str, size: int, folder: Path) -> list[Engine]:
 
 
 def of_network(name: str, network: nn.Module, batches: list[Any], folder: Path) -> list[Engine]:
-    """Return the engines of a network: in floats by torch and onnxruntime, and where it is quantized in integers.
+    """Return the engines of a network: in floats by torch and onnxruntime and, if quantized, in integers.
 
     Args:
-        name: of the network.
-        network: in eval mode, its quantizer attached if it has one; left alone.
-        batches: of images that int8 activations are calibrated on.
-        folder: for the files.
+        name: name of the network.
+        network: the network in eval mode, with quantizers if it has any; it is not changed.
+        batches: images (N, C, H, W) for the calibration of int8 activations.
+        folder: where the files are written.
     """
     plain, shape, stem = copy.deepcopy(network), tuple(batches[0].shape[1:]), name.replace(" ", "-").replace("/", "-")
     bake(plain)

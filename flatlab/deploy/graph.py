@@ -1,4 +1,4 @@
-"""A network as an ONNX graph: BatchNorm inside the convolutions, weights as integer codes, activations as int8."""
+"""A network as an ONNX graph: BatchNorm folded into convolutions, weights as integer codes, activations as int8."""
 
 import warnings
 from collections import Counter
@@ -17,8 +17,8 @@ from flatlab.errors import UserError
 
 Array = npt.NDArray[Any]
 INPUT, OUTPUT = "images", "logits"
-LARGEST = 2**15 - 1  # of 16 bits
-PASSING = ("Relu", "Clip")  # what an engine merges with the layer before it
+LARGEST = 2**15 - 1  # the largest integer of 16 bits
+PASSING = ("Relu", "Clip")  # operators that an engine merges with the layer before them
 ROUNDED = ("Conv", "Relu", "Clip", "Add", "GlobalAveragePool", "AveragePool")  # whose outputs are rounded to int8
 
 
@@ -35,13 +35,13 @@ class Codes:
         return Codes(self.codes * sign, (self.scale * np.abs(factor)).astype(np.float32))
 
     def fitting(self, kind: np.dtype[Any], *, level: bool) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Return codes within an integer type, and which of them (C,) stand for 0.
+        """Return codes within an integer type, and the zero points (C,).
 
         A channel whose sign BatchNorm reversed can exceed the type; its codes are shifted, which is exact.
 
         Args:
             kind: int8 or uint8.
-            level: whether 0 must be 0 in all channels, as integer kernels want it: -128 reversed is then 127.
+            level: whether all zero points must be 0, as integer kernels require; a code 128 then becomes 127.
 
         Raises:
             UserError: codes exceed the type by more than that.
@@ -60,7 +60,7 @@ class Codes:
 
 @dataclass(frozen=True)
 class Range:
-    """The range of an activation's values, which holds zero.
+    """The range of an activation's values, extended to contain 0.
 
     Attributes:
         low: the lowest value.
@@ -84,9 +84,9 @@ class Graph:
     """The graph of a network with its weights, which is changed in place.
 
     Args:
-        network: in eval mode, its weights baked.
-        images: (N, C, H, W), any that it takes.
-        opset: version of the operators.
+        network: the network in eval mode, with baked weights.
+        images: (N, C, H, W), an example of its inputs.
+        opset: version of ONNX's operators.
 
     Raises:
         UserError: an operator of the network, or the version, cannot be exported.
@@ -111,7 +111,7 @@ class Graph:
         return [node for node in self.proto.node if name in node.input]
 
     def fold(self) -> None:
-        """Move each BatchNorm behind a convolution into its weight and bias; codes stay what they are."""
+        """Fold each BatchNorm behind a convolution into its weight and bias; codes change at most their sign."""
         for norm in [each for each in self.proto.node if each.op_type == "BatchNormalization"]:
             layer = self.before(norm.input[0])
             if layer is None or layer.op_type != "Conv" or len(self.after(norm.input[0])) > 1:
@@ -147,7 +147,7 @@ class Graph:
         return not merged and any(self._in_integers(node) for node in readers)
 
     def _in_integers(self, node: Any) -> bool:
-        """Return whether a node computes in integers, or passes values on to one that does."""
+        """Return whether a node computes in integers, or is followed by one that does."""
         if node.op_type in ("MaxPool", "Add"):
             return any(self._leads_on(each) for each in self.after(node.output[0]))
         return node.op_type == "GlobalAveragePool" or (node.op_type == "Conv" and node.input[1] in self.codes)
@@ -161,7 +161,7 @@ class Graph:
         """Round tensors to the levels of their ranges, and the biases of integer layers to the grid of their sums.
 
         Args:
-            ranges: of the tensors that `rounded` names, and of what MaxPool makes of them.
+            ranges: ranges of the tensors that `rounded` names; outputs of MaxPool have the range of its inputs.
         """
         self.top = max(each.top for each in ranges.values())
         for node in [each for each in self.proto.node if each.op_type == "MaxPool" and each.input[0] in ranges]:
@@ -187,7 +187,7 @@ class Graph:
                 self._codes_of(node.input[2], whole.astype(np.int32), step)
 
     def _codes_of(self, name: str, codes: Array, scale: Array, zero: Array | int = 0) -> None:
-        """Have a tensor computed from integer codes, of which `zero` (C,) stand for 0."""
+        """Replace a tensor by a node that computes it from integer codes with zero points `zero` (C,)."""
         origin = np.broadcast_to(np.asarray(zero, codes.dtype), scale.shape)
         self.weights |= {f"{name}.codes": codes, f"{name}.scale": scale, f"{name}.origin": origin}
         parts = [f"{name}.codes", f"{name}.scale", f"{name}.origin"]
@@ -195,7 +195,7 @@ class Graph:
 
     @property
     def products(self) -> int:
-        """The number of quantized weights of matrix products, which are computed in floats."""
+        """The number of quantized weights in matrix products, which are computed in floats."""
         convolved = {node.input[1] for node in self.proto.node if node.op_type == "Conv"}
         return len(self.codes.keys() - convolved)
 
@@ -214,7 +214,7 @@ class Graph:
         return float((sums > LARGEST).sum() / sum(len(each.codes) for each in self.codes.values()))
 
     def finished(self) -> Any:
-        """Return the model, each quantized weight as its codes; the ONNX checker has passed it."""
+        """Return the model with quantized weights as codes, after ONNX's checker has accepted it."""
         for name, each in self.codes.items():
             kind = np.dtype(np.uint8 if each.codes.min() >= 0 else np.int8)
             codes, zero = each.fitting(kind, level=self.top > 0)
@@ -225,7 +225,7 @@ class Graph:
         return self.model
 
     def write(self) -> None:
-        """Write the weights that nodes read into the model."""
+        """Write the weights that nodes use into the model."""
         used = {name for node in self.proto.node for name in node.input}
         del self.proto.initializer[:]
         self.proto.initializer.extend(
@@ -241,7 +241,7 @@ def _exported(network: nn.Module, images: Tensor, opset: int) -> bytes:
     names: dict[str, Any] = {"input_names": [INPUT], "output_names": [OUTPUT]}
     axes = {INPUT: {0: "n"}, OUTPUT: {0: "n"}}
     with warnings.catch_warnings():
-        # The exporter that traces keeps the weights' names and takes a tenth of the time, and is called deprecated.
+        # The tracing exporter, which torch calls deprecated, keeps the weights' names and takes a tenth of the time.
         warnings.simplefilter("ignore")
         try:
             options = {"dynamo": False, "opset_version": opset, "do_constant_folding": False}
@@ -255,7 +255,7 @@ def _exported(network: nn.Module, images: Tensor, opset: int) -> bytes:
 
 
 def _sort(graph: Any) -> None:
-    """Put each node behind those whose outputs it reads."""
+    """Sort the nodes such that each follows those whose outputs it reads."""
     waiting, ready, done = list(graph.node), {each.name for each in (*graph.initializer, *graph.input)}, []
     made = Counter(name for node in waiting for name in node.output)
     while waiting:

@@ -1,4 +1,4 @@
-"""How long networks take on this processor, and how much memory: each engine is called once in each round."""
+"""Latency and memory of networks on this processor: each engine is called once in each round."""
 
 import multiprocessing
 import time
@@ -19,18 +19,18 @@ from flatlab.loading import data as loading_data
 from flatlab.results.size import Latency
 
 STATUS = Path("/proc/self/status")
-BATCHES, WARM = (1, 32), 3  # images a call; calls of each engine that are not timed
+BATCHES, WARM = (1, 32), 3  # images of a call; untimed calls of each engine
 
 
 def timed(engines: Sequence[Engine], *, rounds: int = 30, accuracies: Sequence[float] | None = None) -> Latency:
-    """Return the times of each engine for each number of threads and batch, with its bytes and memory.
+    """Return the times of each engine for each number of threads and batch size, with its bytes and memory.
 
     Args:
-        engines: each is called once in each round.
-        rounds: timed calls of each.
-        accuracies: of the engines.
+        engines: the engines; each is called once in each round.
+        rounds: timed calls of each engine.
+        accuracies: accuracies of the engines; NaN if not given.
     """
-    threads = tuple(dict.fromkeys((1, cores())))
+    threads, load = tuple(dict.fromkeys((1, cores()))), environment.load()  # before the timing adds to it
     return Latency(
         seconds=np.stack([_seconds(engines, each, rounds) for each in threads], axis=1),
         networks=tuple(each.name for each in engines),
@@ -43,11 +43,12 @@ def timed(engines: Sequence[Engine], *, rounds: int = 30, accuracies: Sequence[f
         accuracies=np.array([float("nan")] * len(engines) if accuracies is None else accuracies),
         processor=machine(),
         saturates=session.saturates(),
+        load=load,
     )
 
 
 def _seconds(engines: Sequence[Engine], threads: int, rounds: int) -> FloatArray:
-    """Return the seconds (E, B, rounds) with some threads."""
+    """Return the seconds (E, B, rounds) with a number of threads."""
     with loading_data.threads(threads):
         return np.stack(
             [interleaved([e.caller(e.images(batch), threads) for e in engines], rounds) for batch in BATCHES], axis=1
@@ -55,9 +56,9 @@ def _seconds(engines: Sequence[Engine], threads: int, rounds: int) -> FloatArray
 
 
 def interleaved(calls: Sequence[Callable[[], Any]], rounds: int) -> FloatArray:
-    """Return the seconds (E, rounds) of each call; all are called once in a round, in a random order.
+    """Return the seconds (E, rounds) of each call; in each round all are called once, in a random order.
 
-    A small network behind a large one finds cold caches and is slower, so that none may always follow another.
+    A small network that is called after a large one finds cold caches and is slower; a random order balances this.
     """
     for call in calls:
         for _ in range(WARM):
@@ -72,8 +73,8 @@ def interleaved(calls: Sequence[Callable[[], Any]], rounds: int) -> FloatArray:
 
 
 def peak(engine: Engine) -> float:
-    """Return by how many megabytes opening and calling an engine raises the memory of a process, at batch 32."""
-    context = multiprocessing.get_context("forkserver")  # a process without what this one holds, in milliseconds
+    """Return the increase of a process's memory (MB) by opening and calling an engine, with 32 images."""
+    context = multiprocessing.get_context("forkserver")  # starts a process without this one's memory in milliseconds
     context.set_forkserver_preload([__name__])
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(_raised, engine).result()
@@ -83,7 +84,7 @@ def _raised(engine: Engine) -> float:
     if not STATUS.exists():
         return float("nan")
     session.needed()
-    STATUS.with_name("clear_refs").write_text("5")  # the peak is what is held now, without that of the imports
+    STATUS.with_name("clear_refs").write_text("5")  # resets the peak, which the imports have raised
     before = _held()
     torch.set_num_threads(1)
     engine.caller(engine.images(BATCHES[-1]), 1)()
@@ -91,7 +92,7 @@ def _raised(engine: Engine) -> float:
 
 
 def _held() -> float:
-    """Return the most megabytes that this process has held (of Linux; `getrusage` counts the parent's, too)."""
+    """Return the peak memory of this process (MB), from Linux; `getrusage` would include the parent's."""
     line = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) / 1024
 

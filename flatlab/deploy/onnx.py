@@ -25,22 +25,22 @@ from flatlab.specs.deploy import OnnxSpec
 from flatlab.specs.run import Place
 from flatlab.store.runs import Run
 
-IN, OUT = "in domain", "out of domain"  # validation images of the sources; all but the validation split of the target
-MOST = 8  # bits of a code
+IN, OUT = "in domain", "out of domain"  # DomainBed's "out" split of the sources; its "in" split of the target
+MOST = 8  # largest number of bits of a code
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """A file beside its network on the same images.
+    """Comparison of a file with its network on the same images.
 
     Attributes:
         domain: in domain (validation images of the sources) or out of domain (the held-out one).
-        images: their number.
-        agreement: the share whose class is the same.
-        deviation: the largest difference of a logit.
-        largest: the largest logit.
-        accuracy: of the network.
-        accuracy_onnx: of the file.
+        images: number of images.
+        agreement: fraction of the images with the same predicted class.
+        deviation: largest absolute difference of a logit.
+        largest: largest absolute logit of the network.
+        accuracy: accuracy of the network.
+        accuracy_onnx: accuracy of the file.
     """
 
     domain: str
@@ -54,16 +54,16 @@ class Agreement:
 
 @dataclass(frozen=True)
 class ExportedOnnx:
-    """An ONNX file and how it agrees with its network.
+    """An ONNX file, compared with its network.
 
     Attributes:
         path: the file.
-        bytes: of the file.
-        rows: in domain and out of it.
-        products: the number of quantized weights of matrix products, which are computed in floats.
-        exceeding: the share of the quantized channels in which the sum of two int8 products can exceed 16 bits.
-        saturation: the largest difference of a calibration image's logit between this processor's integer kernels and
-            sums in floats, which includes that of rounding in another order.
+        bytes: size of the file.
+        rows: the comparisons in domain and out of domain.
+        products: number of quantized weights in matrix products, which are computed in floats.
+        exceeding: fraction of the quantized channels in which the sum of two int8 products can exceed 16 bits.
+        saturation: largest absolute difference of a logit of a calibration image between this processor's integer
+            kernels and sums in floats, which includes the effect of the order of sums.
     """
 
     path: str
@@ -75,7 +75,7 @@ class ExportedOnnx:
 
     @property
     def remarks(self) -> list[str]:
-        """Sentences on matrix products in floats, and on sums that exceed 16 bits; none where there are none."""
+        """Sentences on matrix products in floats and on sums that exceed 16 bits, if there are any."""
         found = []
         if self.products:
             found.append(
@@ -107,22 +107,22 @@ def export_onnx(
     checkpoint: str = "selected",
     combine: str = "logits",
 ) -> ExportedOnnx:
-    """Write a run's network, or the ensemble of several, to an ONNX file, its weights as int8 codes; compare the two.
+    """Write a run's network, or the ensemble of several, to an ONNX file with int8 weights; compare file and network.
 
-    Ranges of int8 activations come from training images of the source domains. The head, and what is not quantized,
-    compute in float32.
+    Ranges of int8 activations are those of training images of the source domains. The head and all layers that are not
+    quantized compute in float32.
 
     Args:
-        run: finished; of full precision, or quantized to a uniform grid of at most 8 bits; ensembles, too. Several are
-            the members of one.
+        run: a finished run, in full precision or quantized to a uniform grid of at most 8 bits, or an ensemble; several
+            runs become the members of an ensemble.
         path: the file, .onnx.
         place: data folder.
-        spec: of the file.
+        spec: options of the file.
         checkpoint: "selected" or "last".
         combine: what an ensemble of several runs averages, "logits" or "probabilities".
 
     Raises:
-        UserError: where a quantizer does not fit, runs are not of one split of one data set, or the network cannot be
+        UserError: a quantizer is not supported, runs are not of one split of one data set, or the network cannot be
             exported or run.
     """
     session.needed()
@@ -142,7 +142,7 @@ def export_onnx(
 
 
 def _saturation(path: Path, batches: list[Any]) -> float:
-    """Return the largest difference of a logit between a file's integer kernels and its sums in floats."""
+    """Return the largest absolute difference of a logit between a file's integer kernels and its sums in floats."""
     kernels = [session.opened(path, integers=each) for each in (True, False)]
     pairs = [[kernel.run([OUTPUT], {INPUT: batch})[0] for kernel in kernels] for batch in batches]
     return max(float(np.abs(ours - theirs).max()) for ours, theirs in pairs)
@@ -155,16 +155,16 @@ def calibration(domains: loading_data.Domains, count: int) -> list[Any]:
 
 
 def write(network: nn.Module, path: Path, spec: OnnxSpec, batches: list[Any]) -> Graph:
-    """Bake a network and write it to an ONNX file, the weights that were quantized as int8 codes; return its graph.
+    """Bake a network in place and write it to an ONNX file with quantized weights as int8 codes; return its graph.
 
     Args:
-        network: in eval mode, on the host.
+        network: the network in eval mode, on the CPU.
         path: the file, .onnx.
-        spec: of the file.
-        batches: of images (N, C, H, W): the first is traced, and all calibrate int8 activations.
+        spec: options of the file.
+        batches: images (N, C, H, W); the first is used for tracing, and all for the calibration of int8 activations.
 
     Raises:
-        UserError: where a quantizer does not fit, or the network cannot be exported.
+        UserError: a quantizer is not supported, or the network cannot be exported.
     """
     codes = _codes(network, spec)
     bake(network)
@@ -179,13 +179,13 @@ def write(network: nn.Module, path: Path, spec: OnnxSpec, batches: list[Any]) ->
 
 
 def _codes(network: nn.Module, spec: OnnxSpec) -> dict[str, Codes]:
-    """Return the integer weights of a network by name; refuse what int8 cannot hold."""
+    """Return the integer weights of a network by name; refuse those that int8 cannot represent."""
     found = {}
     for name, layer in network.named_modules():
         if isinstance(layer, Activations):
             raise UserError(
-                f"{name.removesuffix('.activations')} quantizes its inputs on a grid of its own, which this export does"
-                " not write; export a run that quantizes weights alone (QT-DoG), with --activations int8 for integer"
+                f"{name.removesuffix('.activations')} quantizes its inputs on a learned grid, which ONNX export does"
+                " not support: export a run that quantizes weights only (QT-DoG), with --activations int8 for integer"
                 " activations."
             )
     for name, layer in quantized_layers(network).items():
@@ -214,12 +214,12 @@ def _codes_of(key: str, layer: Quantized) -> Codes:
 def _put(graph: Graph, codes: dict[str, Codes]) -> None:
     missing = sorted(codes.keys() - graph.weights.keys())
     if missing:
-        raise UserError(f"{missing[0]} is not a tensor of the exported graph, so that its codes have no place there.")
+        raise UserError(f"{missing[0]} is not a tensor of the exported graph, so its codes cannot be written.")
     graph.codes.update(codes)
 
 
 def _in_floats(graph: Graph) -> Graph:
-    """Write the weights of codes into the graph as floats, which calibration computes with."""
+    """Write quantized weights into the graph as floats, for calibration."""
     for name, each in graph.codes.items():
         shape = (-1, *[1] * (each.codes.ndim - 1))
         graph.weights[name] = (each.codes * each.scale.reshape(shape)).astype(np.float32)
@@ -236,16 +236,16 @@ def evaluated(domains: loading_data.Domains) -> dict[str, list[Any]]:
 
 
 def compare(network: nn.Module, path: Path, domain: str, batches: list[Any]) -> Agreement:
-    """Return how the classes and logits of a file agree with a network's on some images.
+    """Return a comparison of the classes and logits of a file with those of a network.
 
     Args:
-        network: in eval mode.
+        network: the network in eval mode.
         path: the file.
-        domain: the images' name.
-        batches: of images and labels.
+        domain: name of the images.
+        batches: pairs of images and labels.
 
     Raises:
-        UserError: for a file of another network.
+        UserError: the file is of another network, or cannot be run.
     """
     engine = session.opened(path)
     with torch.no_grad():
@@ -276,8 +276,20 @@ def _logits(engine: Any, path: Path, images: Any) -> torch.Tensor:
     try:
         return torch.from_numpy(engine.run([OUTPUT], {INPUT: images})[0])
     except Exception as error:  # onnxruntime's classes have no common base but this one
-        reason = str(error).strip().partition("\n")[0]
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        failed = f"onnxruntime cannot run {path} for {len(images)} images ({reason})"
+        if len(images) == 1 or not _runs(engine, images[:1]):
+            raise UserError(f"{failed}: write --format packed.") from None
         raise UserError(
-            f"onnxruntime cannot run {path} for {len(images)} images ({reason}): the network must take their"
-            " number from tensor.shape[0], not from len(tensor), which is a constant in the file."
+            f"{failed}, but for one image: the network must take their number from tensor.shape[0], not from"
+            " len(tensor), which is a constant in the file."
         ) from None
+
+
+def _runs(engine: Any, images: Any) -> bool:
+    """Return whether onnxruntime computes these images."""
+    try:
+        engine.run([OUTPUT], {INPUT: images})
+    except Exception:  # as above; the caller reports the error of the whole batch
+        return False
+    return True

@@ -8,7 +8,7 @@ from typing import Any
 from flatlab import environment
 from flatlab.errors import UserError
 
-EXACT = ("session.qdq_matmulnbits_accuracy_level", "1")  # else inputs of matrix products are rounded to 8 bits
+EXACT = ("session.qdq_matmulnbits_accuracy_level", "1")  # float32; by default, inputs of matrix products become int8
 
 
 def saturates() -> bool:
@@ -18,10 +18,10 @@ def saturates() -> bool:
 
 
 def needed() -> None:
-    """Load the packages of the extra.
+    """Import the packages of the extra `deploy`.
 
     Raises:
-        UserError: where they are missing; names the extra.
+        UserError: a package is not installed.
     """
     if any(find_spec(name) is None for name in ("onnx", "onnxruntime")):
         raise UserError("ONNX files need packages that are not installed: pip install 'flatlab[deploy]'.")
@@ -29,15 +29,15 @@ def needed() -> None:
 
 
 def opened(file: Path | bytes, *, threads: int = 1, integers: bool = True) -> Any:
-    """Return a session of onnxruntime on the processor.
+    """Return a session of onnxruntime on the CPU.
 
     Args:
-        file: or its bytes.
-        threads: of one operator.
-        integers: False: codes become floats once, when the file is opened, and all sums are of floats.
+        file: an ONNX file, or its bytes.
+        threads: number of threads of one operator.
+        integers: whether integer kernels are used; if not, codes become floats when the file is opened.
 
     Raises:
-        UserError: where onnxruntime cannot open it.
+        UserError: onnxruntime cannot open the file.
     """
     import onnxruntime
 

@@ -16,7 +16,7 @@ def network(run: Run, checkpoint: str | Path, place: Place) -> Network | Ensembl
     """Return a run's network, in eval mode, with its quantizer if it has one.
 
     Args:
-        run: of the network.
+        run: the run of the network.
         checkpoint: "selected", "last", or the file of a checkpoint kept during training.
         place: data folder, device.
     """

@@ -156,8 +156,8 @@ def packed(arrays: files.Arrays, facts: Export) -> dict[str, Packed]:
     """Return the quantized weights of a file, by name.
 
     Args:
-        arrays: of the file.
-        facts: of the file.
+        arrays: arrays of the file.
+        facts: facts of the file.
     """
     found = {}
     for key, grid in facts.quantized.items():
@@ -270,10 +270,10 @@ class Exported:
 
     Attributes:
         path: the file.
-        bits: of a quantized weight.
+        bits: bits of a quantized weight.
         nominal: 32 / bits, the compression as QT-DoG prints it.
-        bytes: of the file: packed weights, scales, what is not quantized, and the header.
-        float_bytes: of all the network's tensors in float32; of an ensemble, all its members'.
+        bytes: size of the file: packed weights, scales, what is not quantized, and the header.
+        float_bytes: size of all the network's tensors in float32; for an ensemble, of all its members'.
         quantized_share: the share of its parameters that are quantized.
     """
 
@@ -318,7 +318,7 @@ def write(network: nn.Module, spec: RunSpec, path: str | Path, place: Place) -> 
 
     Args:
         network: on the host.
-        spec: of its run.
+        spec: spec of its run.
         path: the file, .safetensors.
         place: data folder.
 

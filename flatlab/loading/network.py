@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from flatlab.data.domains import DomainSet
+from flatlab.data.text.tokenizers import saved_tokenizer
 from flatlab.errors import UserError
 from flatlab.files import file_hash
 from flatlab.loading.data import device
@@ -50,7 +51,8 @@ def _align(built: Network, spec: RunSpec, data: DomainSet, place: Place) -> None
     """Give the head of CLIP its text tower's vectors of the classes."""
     config, weights = config_of(spec.model, place), _weights(spec, place)
     assert config and place.model_dir
-    vectors = clip.class_vectors(Path(place.model_dir), config, read_foreign(Path(weights)), data.classes)
+    tokenizer = saved_tokenizer(Path(place.model_dir))
+    vectors = clip.class_vectors(tokenizer, config, read_foreign(Path(weights)), data.classes)
     built.head.load_state_dict({"weight": vectors})
 
 

@@ -1,4 +1,4 @@
-"""Measures that are compared with generalization gaps, and the accuracy on corrupted images of the source domains."""
+"""Measures to be compared with generalization gaps, and accuracy on corrupted images of the source domains."""
 
 from functools import cache
 from typing import Any

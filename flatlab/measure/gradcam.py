@@ -117,7 +117,7 @@ def choose_images(
         split: (n,) rows to choose from.
         labels: (n,) their classes.
         count: maximum number of rows.
-        seed: of the shuffling.
+        seed: seed of the shuffling.
     """
     order = np.random.default_rng(derive("gradcam images", seed)).permutation(np.sort(split))
     classes = dict(zip(split.tolist(), labels.tolist(), strict=True))

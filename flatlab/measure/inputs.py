@@ -32,7 +32,7 @@ class Layer:
         weight: the latent weight, in full precision.
         quantized: the weight with which the network computes.
         step: its step sizes, which broadcast against it.
-        bits: of the codes.
+        bits: bits of a code.
     """
 
     weight: Tensor
@@ -45,7 +45,7 @@ def trained_layers(run: Run, checkpoint: str, place: Place) -> dict[str, Layer]:
     """Return each weight that a run has quantized, by its name; none if it has no quantizer.
 
     Args:
-        run: finished.
+        run: a finished run.
         checkpoint: "selected" or "last".
         place: device and data.
     """
@@ -68,10 +68,10 @@ def rounded(weight: Tensor, bits: int, *, granularity: str, name: str) -> Layer:
     """Return a weight rounded to the nearest level of LSQ's initial grid.
 
     Args:
-        weight: of a layer.
+        weight: weight of a layer.
         bits: 2 to 16.
         granularity: "channel" or "tensor".
-        name: of the weight, for errors.
+        name: name of the weight, for errors.
     """
     check_finite(weight, name)
     quantizer = LSQ(weight, bits=bits, granularity=granularity).to(weight.device)
@@ -82,7 +82,7 @@ def noise_norm(run: Run, checkpoint: str, place: Place, bits: int | None) -> flo
     """Return the L2 norm of w_q - w over all quantized weights of a run, or of rounding those of a plain one.
 
     Args:
-        run: finished.
+        run: a finished run.
         checkpoint: "selected" or "last".
         place: device and data.
         bits: those to which a run without a quantizer is rounded, by channel; None for a quantized one.
@@ -108,7 +108,7 @@ def latent_network(run: Run, checkpoint: str, place: Place) -> tuple[nn.Module, 
     For a run without a quantizer that is its network, and no weights.
 
     Args:
-        run: finished.
+        run: a finished run.
         checkpoint: "selected" or "last".
         place: device and data.
     """

@@ -31,7 +31,7 @@ def function_of(metric: str) -> Callable[[Measurement, Run, Place, JobReport | N
     """Return the function that measures a metric; its module is imported here, so that a worker loads what it needs.
 
     Args:
-        metric: of a spec, such as "sphere".
+        metric: metric of a spec, such as "sphere".
     """
     module, _, name = FUNCTIONS[metric].partition(".")
     function: Callable[[Measurement, Run, Place, JobReport | None], None]
@@ -43,8 +43,8 @@ def measure(run: Run, spec: MeasurementSpec, place: Place, *, report: JobReport 
     """Measure a finished run; resumes an earlier call.
 
     Args:
-        run: finished.
-        spec: of the measurement.
+        run: a finished run.
+        spec: the measurement.
         place: data folder, device, threads.
         report: called with the work done and foreseen, and numbers to show.
 

@@ -24,7 +24,7 @@ from flatlab.quant.attach import bake
 from flatlab.quant.lsq import Activations
 from flatlab.results.estimate import Cost
 from flatlab.results.spectrum import FLOOR, NUMBERS, STATES, UNVERIFIED, MeasuredSpectrum, SpectralDensity, Trace
-from flatlab.seeds import derive
+from flatlab.seeds import seeded
 from flatlab.specs.measurements import SpectrumSpec
 from flatlab.specs.run import Place
 from flatlab.store.runs import Measurement, Run
@@ -158,8 +158,7 @@ def _by_pyhessian(run: Run, spec: SpectrumSpec, place: Place, report: JobReport 
         return weighted(outputs, targets).mean()
 
     data = {"data": batches[0]} if len(batches) == 1 else {"dataloader": batches}
-    with torch.random.fork_rng(devices=[]):  # it draws from the global generator
-        torch.default_generator.manual_seed(derive("pyhessian", spec.seed))
+    with seeded("pyhessian", spec.seed):  # it draws from the global generator
         oracle = pyhessian.hessian(model, criterion, cuda=cuda, **data)
         values, _ = oracle.eigenvalues(top_n=spec.k)
         if report:

@@ -65,7 +65,7 @@ def foresee(measurement: Measurement, run: Run, place: Place) -> list[dict[str, 
 
     Args:
         measurement: with an accuracy target, its block size and pairs chosen by the pilot.
-        run: finished.
+        run: a finished run.
         place: data folder, device, threads.
     """
     spec: SphereSpec = measurement.spec

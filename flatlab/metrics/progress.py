@@ -31,7 +31,8 @@ def bar(name: str, progress: bool | None = None) -> Iterator[Count | None]:
     from rich.console import Console
 
     console = Console(stderr=True)
-    if not (console.is_terminal or console.is_jupyter if progress is None else progress):
+    terminal = console.is_terminal and console.file.isatty()  # FORCE_COLOR alone makes it one for rich
+    if not (terminal or console.is_jupyter if progress is None else progress):
         yield None
         return
     text = rich.TextColumn

@@ -1,6 +1,6 @@
-"""Sequence classifiers of `transformers` (extra `transformers`): a network from a configuration, tensors by its names.
+"""Sequence classifiers of `transformers` (extra `transformers`), built from a config.json and loaded from a checkpoint.
 
-Dropout is off: a training step is a function of weights and batch.
+Dropout is disabled, so that a training step is a deterministic function of weights and batch.
 """
 
 import json
@@ -16,18 +16,18 @@ from flatlab.models.foreign import impossible, misfit
 
 OLD = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}  # of checkpoints from TensorFlow
 POOLER = re.compile(r"\w+\.pooler\.")  # part of the base model, which some checkpoints lack
-LABELS = ("id2label", "label2id", "num_labels", "problem_type")  # of the task that it was trained for
+LABELS = ("id2label", "label2id", "num_labels", "problem_type")  # entries that describe the checkpoint's own task
 DROPOUT = re.compile(r"dropout(_prob)?$|_pdrop$")
-BUFFERS = ("position_ids", "token_type_ids")  # in older checkpoints; the same numbers in each
+BUFFERS = ("position_ids", "token_type_ids")  # constant buffers that older checkpoints contain
 
 
 class Sentences(nn.Module):
-    """Numbers of word pieces (N, T) to the features that the classifier's last linear map takes.
+    """The features of a sequence classifier: from token ids (N, T) to the inputs of its last linear layer (N, width).
 
     Args:
-        model: a sequence classifier without its last linear map.
-        last: the name of that map in the model.
-        biased: whether it has a bias; the head that replaces it always has one.
+        model: a sequence classifier whose last linear layer is replaced by the identity.
+        last: the name of that layer in the model.
+        biased: whether that layer has a bias; the head that replaces it always has one.
     """
 
     def __init__(self, model: Any, last: str, *, biased: bool) -> None:
@@ -36,27 +36,28 @@ class Sentences(nn.Module):
         self.padding = int(model.config.pad_token_id)
 
     def forward(self, pieces: Tensor) -> Tensor:
-        """Return the features (N, width); padding is not attended to."""
+        """Return the features (N, width); padding is masked in attention."""
         seen = pieces.ne(self.padding).long()
         features: Tensor = self.model(input_ids=pieces, attention_mask=seen).logits
         return features
 
 
 def classifier(config: str, length: int) -> tuple[Sentences, int]:
-    """Return the sequence classifier of a configuration with drawn weights, and the width of its features.
+    """Return a randomly initialised sequence classifier, and the width of its features.
 
     Args:
         config: the text of config.json.
-        length: pieces of a sentence.
+        length: tokens of a sentence, padding included.
 
     Raises:
-        UserError: transformers knows no such classifier, or sentences are longer than its positions.
+        UserError: transformers has no such classifier, the configuration has no pad_token_id, or `length` exceeds the
+            number of its positions.
     """
     from transformers import AutoModelForSequenceClassification
 
     settings = settings_of(config)
     if settings.pad_token_id is None:
-        raise UserError("The model's config.json must name the number of padding, pad_token_id, which is missing.")
+        raise UserError("The model's config.json must have the entry pad_token_id, which is missing.")
     longest = getattr(settings, "max_position_embeddings", length)
     if length > longest:
         raise UserError(
@@ -77,17 +78,17 @@ def classifier(config: str, length: int) -> tuple[Sentences, int]:
 
 
 def settings_of(config: str) -> Any:
-    """Return the configuration in a text of config.json, for no dropout; what the text lacks is at its default.
+    """Return the configuration in the text of a config.json, with every dropout rate set to 0.
 
     Raises:
-        UserError: transformers refuses it.
+        UserError: transformers does not accept it.
     """
     from transformers import AutoConfig
 
     given = {key: value for key, value in json.loads(config).items() if key not in LABELS}
     try:
         settings = AutoConfig.for_model(given.pop("model_type"), **given)
-    except Exception as error:  # of its own kinds of validation, too
+    except Exception as error:  # of several types, among them those of its own validation
         reason, _, _ = str(error).partition("\n")
         raise UserError(f"transformers refuses the model's config.json: {reason or type(error).__name__}") from error
     for key, value in vars(settings).items():
@@ -97,21 +98,21 @@ def settings_of(config: str) -> Any:
 
 
 def load(features: Sentences, head: nn.Linear, state: Mapping[str, Tensor], *, name: str, source: str) -> list[str]:
-    """Load a checkpoint of the whole classifier or of its encoder; return the names that the file does not have.
+    """Load a checkpoint of the whole classifier or of its encoder; return the names of tensors that were not loaded.
 
-    The head is the file's where that has the same number of classes. The head, and what lies between encoder and head,
-    is left as it is where the file lacks it; heads of other tasks in the file are left out.
+    The file's head is loaded if it has the same number of classes. The head and the layers between encoder and head
+    keep their values where the file does not contain them; heads of other tasks in the file are ignored.
 
     Args:
-        features: the classifier's features.
-        head: its last linear map.
-        state: of the file, by the names of transformers.
-        name: the network's, for errors.
+        features: the classifier's features; receives the weights.
+        head: its last linear layer; receives the weights.
+        state: the file's tensors, by the names of transformers.
+        name: the network's name, for errors.
         source: the file's name, for errors.
 
     Raises:
-        UserError: names the first tensors of the encoder that are missing, unexpected, of another shape, or of
-            impossible values.
+        UserError: a tensor of the encoder is missing, unexpected, or of another shape, or its values are impossible;
+            the first one is named.
     """
     model: Any = features.model
     expected = model.state_dict() | {f"{features.last}.{key}": each for key, each in head.state_dict().items()}
@@ -142,9 +143,9 @@ def load(features: Sentences, head: nn.Linear, state: Mapping[str, Tensor], *, n
 
 
 def order_classes(head: nn.Linear, config: str, classes: Sequence[str]) -> None:
-    """Bring a head's rows from the order of the configuration's class names to that of the data's, in any case.
+    """Permute a head's rows, in place, from the configuration's order of classes to that of the data.
 
-    Where the configuration does not name just these classes, as in LABEL_0, its order is taken for the data's.
+    Names are compared without regard to case. Where they are not the same set, as with LABEL_0, the order is kept.
     """
     named = json.loads(config).get("id2label") or {}
     theirs = [str(named[key]).lower() for key in sorted(named, key=int)]
@@ -155,7 +156,7 @@ def order_classes(head: nn.Linear, config: str, classes: Sequence[str]) -> None:
 
 
 def _name(key: str, expected: Mapping[str, Tensor], base: str) -> str:
-    """Return our name of a file's tensor: an encoder's own names lack the prefix that it has in a classifier."""
+    """Return our name of a file's tensor; names in a checkpoint of the encoder alone lack the classifier's prefix."""
     for old, new in OLD.items():
         key = key.replace(old, new)
     return key if key in expected or f"{base}{key}" not in expected else f"{base}{key}"

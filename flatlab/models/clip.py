@@ -1,12 +1,11 @@
-"""CLIP of `transformers` (extra `transformers`): its image tower, and vectors of classes from its text tower.
+"""CLIP of `transformers` (extra `transformers`): its image tower, and class vectors from its text tower.
 
-The head has one frozen unit vector for each class, from the text "a photo of a NAME." (Radford et al. 2021, zero-shot);
-the image tower is trained.
+The rows of the head are frozen unit vectors, one for each class: the embedding of the text "a photo of a NAME."
+(zero-shot classification, Radford et al. 2021). The image tower is trained.
 """
 
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,15 +16,15 @@ from flatlab.models.foreign import impossible, misfit
 
 PROMPT = "a photo of a {}."
 OURS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and std by which photographs are normalised (data/load.py)
-CLIPS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))  # those of CLIP's own images
+CLIPS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))  # mean and std that CLIP expects
 BUFFERS = "position_ids"  # in older checkpoints
 
 
 class ImageTower(nn.Module):
-    """Normalised images (N, 3, H, W) to projected unit vectors times CLIP's temperature (N, width).
+    """CLIP's image tower: from normalised images (N, 3, H, W) to unit vectors times exp(logit_scale) (N, width).
 
     Args:
-        model: a CLIPModel, whose text tower is left behind.
+        model: a CLIPModel; its image tower, projection and logit_scale are used.
     """
 
     logit_scale: Tensor
@@ -42,20 +41,20 @@ class ImageTower(nn.Module):
         self.register_buffer("shift", ((mean - own_mean) / own_std).view(-1, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the features; their products with unit vectors are CLIP's logits."""
+        """Return the features (N, width); their inner products with the class vectors are CLIP's logits."""
         seen = self.vision_model(pixel_values=images * self.factor + self.shift).pooler_output
         return self.logit_scale.exp() * nn.functional.normalize(self.visual_projection(seen), dim=-1)
 
 
 def image_tower(config: str, channels: int) -> tuple[ImageTower, int]:
-    """Return the image tower of a configuration with drawn weights, and the width of its features.
+    """Return a randomly initialised image tower, and the width of its features.
 
     Args:
         config: the text of config.json.
-        channels: of the images, 3.
+        channels: channels of the images; must be 3.
 
     Raises:
-        UserError: the configuration is not CLIP's, or images have other channels.
+        UserError: the configuration is not CLIP's, or `channels` is not 3.
     """
     if channels != 3:
         raise UserError(f"CLIP needs images of 3 channels, got {channels}.")
@@ -64,41 +63,36 @@ def image_tower(config: str, channels: int) -> tuple[ImageTower, int]:
 
 
 def load(tower: ImageTower, state: Mapping[str, Tensor], *, name: str, source: str) -> None:
-    """Load the image tower of a checkpoint, by the names of transformers.
+    """Load the image tower from a checkpoint.
 
     Args:
         tower: receives the weights.
-        state: of the file.
-        name: the network's, for errors.
+        state: the file's tensors, by the names of transformers.
+        name: the network's name, for errors.
         source: the file's name, for errors.
 
     Raises:
-        UserError: names the first tensors that are missing, unexpected, of another shape, or of impossible values.
+        UserError: a tensor is missing, unexpected, or of another shape, or its values are impossible; the first one is
+            named.
     """
     _fill(tower, state, ("vision_model.", "visual_projection.", "logit_scale"), name=name, source=source)
 
 
-def class_vectors(folder: Path, config: str, state: Mapping[str, Tensor], classes: Sequence[str]) -> Tensor:
-    """Return the text tower's unit vectors of classes (num_classes, width).
+def class_vectors(tokenizer: Any, config: str, state: Mapping[str, Tensor], classes: Sequence[str]) -> Tensor:
+    """Return the unit vectors that the text tower gives the classes, shape (num_classes, width).
 
     Args:
-        folder: has the tokenizer.
+        tokenizer: the tokenizer that transformers saved with the model.
         config: the text of config.json.
-        state: of a checkpoint, with the text tower.
-        classes: their names; an underscore is read as a space.
+        state: the tensors of a checkpoint, those of the text tower among them.
+        classes: the names of the classes; an underscore is replaced by a space.
 
     Raises:
-        UserError: the tokenizer or the weights do not fit.
+        UserError: the tokenizer or the weights do not fit the configuration.
     """
-    from transformers import AutoTokenizer
-
-    model = _whole(config)
+    model, folder = _whole(config), str(tokenizer.name_or_path)
     parts = nn.ModuleDict({part: getattr(model, part) for part in ("text_model", "text_projection")})
-    _fill(parts, state, ("text_model.", "text_projection."), name="the text tower", source=str(folder))
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # of many kinds: OSError, ValueError, those of the package tokenizers
-        raise UserError(f"The tokenizer in {folder} cannot be read: {error}") from error
+    _fill(parts, state, ("text_model.", "text_projection."), name="the text tower", source=folder)
     prompts = [PROMPT.format(name.replace("_", " ")) for name in classes]
     longest = model.config.text_config.max_position_embeddings
     given = tokenizer(prompts, padding=True, truncation=True, max_length=longest, return_tensors="pt")
@@ -120,7 +114,7 @@ def _whole(config: str) -> Any:
         raise UserError("--model clip:PATH needs a folder whose config.json has the model_type clip.")
     try:
         return CLIPModel(CLIPConfig(**given)).eval()
-    except Exception as error:  # of its own kinds of validation, too
+    except Exception as error:  # of several types, among them those of its own validation
         reason, _, _ = str(error).partition("\n")
         raise UserError(f"transformers refuses the model's config.json: {reason or type(error).__name__}") from error
 

@@ -1,4 +1,4 @@
-"""Checkpoints of other code bases: read without running code, their names turned into ours, their values checked."""
+"""Checkpoints of other code bases: read without executing code, renamed, and their values checked."""
 
 import logging
 import os
@@ -16,7 +16,7 @@ from flatlab.errors import UserError
 
 LOG = logging.getLogger("flatlab")
 CONTAINERS = ("state_dict", "model_state_dict", "model_dict", "model", "net", "network")
-AVERAGES = ("state_dict_ema", "ema_state_dict", "model_ema", "ema")  # taken where none of the former is there
+AVERAGES = ("state_dict_ema", "ema_state_dict", "model_ema", "ema")  # used if the file has none of CONTAINERS
 # DataParallel, torch.compile, AveragedModel, a trainer that holds a model
 WRAPPERS = re.compile(r"(?:module|_orig_mod|algorithm|model|net|backbone|encoder|student|ema_model)\.")
 # DomainBed holds each tensor twice: under `featurizer`, and in `network`, the Sequential of featurizer and classifier.
@@ -32,7 +32,7 @@ def read_foreign(path: Path) -> dict[str, Tensor]:
     """Return the tensors of a checkpoint: .safetensors, or a file of torch.save that needs no pickled code.
 
     Raises:
-        UserError: no such file, no tensors in it, or a file that only unpickling could read.
+        UserError: the file does not exist, contains no tensors, or can only be read by unpickling Python objects.
     """
     if not path.is_file():
         raise UserError(f'No file {path}; weights are "none", "imagenet", or the path of a .safetensors or .pth file')
@@ -67,7 +67,7 @@ def _read(path: Path) -> object:
 
 
 def _check_archive(path: Path) -> None:
-    """Refuse an archive whose entries claim more bytes than the file has: torch would take the memory first."""
+    """Refuse an archive whose entries claim more bytes than the file has: torch would allocate them before it fails."""
     if not zipfile.is_zipfile(path):
         return
     with zipfile.ZipFile(path) as archive:
@@ -80,7 +80,7 @@ def _check_archive(path: Path) -> None:
 
 
 def _container(stored: object, path: Path) -> Mapping[object, object] | None:
-    """Return the mapping that a checkpoint keeps its weights in, or None where they lie at the top."""
+    """Return the mapping below a key such as "state_dict" that holds the weights, or None if there is no such key."""
     if not isinstance(stored, Mapping):
         return None
     there = [key for key in (*CONTAINERS, *AVERAGES) if isinstance(stored.get(key), Mapping)]
@@ -90,9 +90,9 @@ def _container(stored: object, path: Path) -> Mapping[object, object] | None:
 
 
 def _readings(state: Mapping[str, Tensor]) -> Iterator[dict[str, str]]:
-    """Yield our names of a file's, in several ways; the first is the likeliest.
+    """Yield mappings from the file's names to ours, the most likely first.
 
-    Known are torchvision's names, DomainBed's and SWAD's, under any of the `WRAPPERS`, and our own.
+    They cover the names of torchvision, DomainBed, SWAD and timm, with any of the `WRAPPERS` as prefix, and our own.
     """
     keys = [key for key in state if not key.endswith("n_averaged")]  # AveragedModel's counter
     yield _ours({key: _unwrap(key) for key in keys})
@@ -130,17 +130,18 @@ def _rename(key: str, *, prefixed: bool) -> str:
 def fitted(
     state: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, name: str, source: str, but: str | None = None
 ) -> dict[str, Tensor]:
-    """Return a foreign checkpoint's tensors by our names, once names, shapes and values are as a network's must be.
+    """Return the tensors of a foreign checkpoint by our names, after their names, shapes and values are checked.
 
     Args:
-        state: of the file.
-        expected: the network's.
-        name: the network's, for errors.
+        state: the file's tensors.
+        expected: the network's state_dict.
+        name: the network's name, for errors.
         source: the file's name, for errors.
-        but: the beginning of names that are left out on both sides.
+        but: prefix of our names that are ignored in the file and in the network.
 
     Raises:
-        UserError: names the first tensors that are missing, unexpected, of another shape, or of impossible values.
+        UserError: a tensor is missing, unexpected, or of another shape, or its values are impossible; the first one is
+            named.
     """
     if any(mark in key for key in state for mark in LATENT):
         raise UserError(f"{source} holds a quantized network's latent weights and step sizes; bake() it, then import.")
@@ -166,7 +167,7 @@ def fitted(
 
 
 def misfit(names: Mapping[str, str], state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
-    """Return what of a file does not fit, in words; empty where all does."""
+    """Return a description of the tensors that do not fit, or an empty string."""
     given = set(names.values())
     missing = [
         f"{key}, shape {_shape(each)}" for key, each in wanted.items() if key not in given and COUNTER not in key
@@ -186,7 +187,7 @@ def _shape(tensor: Tensor) -> tuple[int, ...]:
 
 
 def impossible(tensor: Tensor, name: str) -> str:
-    """Return why a tensor cannot be what its name says, in words; empty where it can."""
+    """Return why a tensor with this name cannot have these values, or an empty string."""
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
         return "is not a dense tensor"
     if name.endswith(COUNTER):

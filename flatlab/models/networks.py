@@ -19,13 +19,13 @@ from flatlab.errors import UserError, choose
 from flatlab.models import classifiers, clip, small
 from flatlab.models.foreign import fitted, read_foreign
 from flatlab.models.transformer import sentences_transformer
-from flatlab.seeds import derive
+from flatlab.seeds import seeded
 
 LOG = logging.getLogger("flatlab")
 
 
 class Network(nn.Module):
-    """A classifier in two parts: `features`, images or sentences to (N, width), and a linear `head` to the logits."""
+    """A classifier in two parts: `features` maps images or token ids to (N, width), a linear `head` to the logits."""
 
     def __init__(self, features: nn.Module, head: nn.Linear) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class Ensemble(nn.Module):
         self.combine = combine
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Return (N, num_classes): averaged logits (QT-DoG Eq. 6), or log-probabilities, whose softmax they are."""
+        """Return (N, num_classes): mean logits (QT-DoG Eq. 6), or the logarithm of the members' mean probabilities."""
         logits = torch.stack([member(inputs) for member in self.members])
         if self.combine == "logits":
             return logits.mean(0)
@@ -66,18 +66,20 @@ def build_network(
     """Return a network in channels-last memory (its convolutions are 2.3 times as fast on a CPU).
 
     Args:
-        name: one of `MODELS`, "timm:NAME", or of a network that transformers saved ("hf:...", "clip:...").
-        num_classes: outputs of the head, which is drawn from `seed` alike for all `weights`.
-        in_channels: torchvision's networks take 3; of sentences the number of pieces.
-        weights: "none", "imagenet" (torchvision downloads IMAGENET1K_V1, the paper's; timm its own), or a file.
-        seed: of the initialisation; the global generators are left alone.
-        config: the text of config.json for what transformers saved; of "hf:..." the head is loaded, too, if it fits.
+        name: one of `MODELS`, "timm:NAME", or the name of a model saved by transformers ("hf:...", "clip:...").
+        num_classes: outputs of the head, whose initial values depend on `seed` and not on `weights`.
+        in_channels: channels of the images (torchvision's networks need 3), or tokens of a sentence.
+        weights: "none", "imagenet" (torchvision downloads IMAGENET1K_V1, as in the paper; timm its own), or a file. The
+            head of a file is loaded only for "hf:...", if it has `num_classes` outputs.
+        seed: seed of the initialisation; the global random generators are not changed.
+        config: the text of config.json, for a model saved by transformers.
+
+    Raises:
+        UserError: an unknown name, inputs or weights that do not fit the network, or a package that is not installed.
     """
     name = name if config is not None or name.startswith("timm:") else choose("model", name, MODELS)
     aligned = name in ALIGNED or name.startswith("clip:")
-    with torch.random.fork_rng(devices=[]):
-        # Not torch.manual_seed, which would reseed the accelerators' generators too.
-        torch.default_generator.manual_seed(derive("init", seed))
+    with seeded("init", seed):
         features, width = _builder(name, config)(in_channels)
         network = Network(features, nn.Linear(width, num_classes, bias=not aligned))
     network.head.requires_grad_(not aligned)
@@ -107,7 +109,7 @@ def _builder(name: str, config: str | None) -> Callable[[int], tuple[nn.Module, 
 
 
 def set_training(network: nn.Module, *, freeze_batchnorm: bool) -> None:
-    """Set training mode; frozen BatchNorm keeps its running statistics and trains its affine part (SWAD)."""
+    """Set training mode; frozen BatchNorm stays in eval mode, and its weight and bias are trained (khanrc/swad)."""
     network.train()
     if freeze_batchnorm:
         for layer in batchnorms(network):
@@ -116,9 +118,9 @@ def set_training(network: nn.Module, *, freeze_batchnorm: bool) -> None:
 
 @contextmanager
 def frozen_statistics(network: nn.Module) -> Iterator[None]:
-    """Let BatchNorm in training mode use the batch's statistics and leave its running ones as they are.
+    """Make BatchNorm in training mode use batch statistics without updating its running statistics.
 
-    For the second pass of SAM, whose perturbed activations do not belong in the running statistics.
+    Used in the second pass of SAM, whose activations are those of the perturbed weights.
     """
     tracking = [(layer, layer.track_running_stats) for layer in batchnorms(network)]
     try:
@@ -152,7 +154,7 @@ def _load_features(network: Network, state: Mapping[str, Tensor], *, name: str, 
 
 
 def side_of(network: Network) -> int | None:
-    """Return the pixels on a side that the positions of a network of timm or CLIP fix; None for others."""
+    """Return the side of the images (pixels) that a network of timm or CLIP requires; None if it accepts any."""
     if isinstance(network.features, clip.ImageTower):
         return network.features.side
     patches = getattr(network.features, "patch_embed", None)
@@ -166,7 +168,7 @@ def batchnorms(network: nn.Module) -> list[_BatchNorm]:
 
 
 def _cnn(width: int, depth: int) -> Callable[[int], tuple[nn.Module, int]]:
-    """Return a builder of `depth` convolutions, of `width` channels at first, twice as many after each pooling."""
+    """Return a builder of `depth` convolutions: `width` channels in the first, doubled after each pooling."""
 
     def build(in_channels: int) -> tuple[nn.Module, int]:
         widths = (in_channels, *(width * 2**level for level in range(depth)))
@@ -183,7 +185,7 @@ def _cnn(width: int, depth: int) -> Callable[[int], tuple[nn.Module, int]]:
 
 
 def _torchvision(name: str, last: str, width: int) -> Callable[[int], tuple[nn.Module, int]]:
-    """Return a builder of torchvision's network without its `last` part, which leaves the pooled flat vector."""
+    """Return a builder of torchvision's network whose `last` submodule is replaced by the identity."""
 
     def build(in_channels: int) -> tuple[nn.Module, int]:
         from torchvision import models  # takes seconds
@@ -198,7 +200,7 @@ def _torchvision(name: str, last: str, width: int) -> Callable[[int], tuple[nn.M
 
 
 def _timm(name: str, *, pretrained: bool = False) -> Callable[[int], tuple[nn.Module, int]]:
-    """Return a builder of a network of timm (extra `timm`) without its head, with drawn or downloaded weights."""
+    """Return a builder of a network of timm (extra `timm`) without its head, with random or pretrained weights."""
 
     def build(in_channels: int) -> tuple[nn.Module, int]:
         if find_spec("timm") is None:
@@ -217,7 +219,7 @@ def _timm(name: str, *, pretrained: bool = False) -> Callable[[int], tuple[nn.Mo
     return build
 
 
-CNNS = {  # of an analysis over widths and depths: those of digits have 5,160 to 33,658 parameters
+CNNS = {  # the grids of `reproduce qgen`: widths 10 and 16 for digits (5,160 to 33,658 parameters), others for PAPER
     f"cnn-{width}x{depth}": (width, depth)
     for width, depth in (*itertools.product((10, 16), (2, 3)), *itertools.product((16, 32, 64), (4, 5)))
 }

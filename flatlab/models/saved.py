@@ -1,4 +1,4 @@
-"""A folder in which `transformers` saved a model: its name by content, its configuration, its weights. Torch-free."""
+"""A folder in which `transformers` saved a model: its content hash, its configuration, its weights. Torch-free."""
 
 import hashlib
 import json
@@ -10,7 +10,7 @@ from flatlab.errors import UserError
 
 PREFIXES = ("hf:", "clip:")
 CONFIG = "config.json"
-TOKENIZER = (  # files that say how text becomes numbers, those that are there
+TOKENIZER = (  # files that define the tokenizer; those that exist are hashed
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.txt", "vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model"),
 )
@@ -18,7 +18,7 @@ WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
 def is_saved(model: str) -> bool:
-    """Whether a model is named by such a folder: `hf:PATH` of a user, `hf:NAME@HASH` in specs; or `clip:...`."""
+    """Whether a model is such a folder: written `hf:PATH` by a user and `hf:NAME@HASH` in specs; or `clip:...`."""
     return model.strip().lower().startswith(PREFIXES)
 
 
@@ -28,9 +28,9 @@ def path_of(written: str) -> Path:
 
 
 def named(written: str) -> str:
-    """Return `hf:NAME@HASH` of `hf:PATH`: the last part of the path, and a hash of configuration and tokenizer.
+    """Return `hf:NAME@HASH` for `hf:PATH`: the last part of the path, and a hash of configuration and tokenizer.
 
-    The weights are not part of it: a spec names them by a hash of their own.
+    The weights are not hashed here: a spec identifies them by a hash of their own.
 
     Raises:
         UserError: the folder, its configuration or its tokenizer is missing, or transformers is not installed.
@@ -53,14 +53,14 @@ def _hash(folder: Path) -> str:
 
 
 def checked(model: str, folder: str | None) -> Path:
-    """Return the folder of a spec's model, once its content is that of the spec.
+    """Return the folder of a spec's model after comparing its content with the spec's hash.
 
     Args:
         model: `hf:NAME@HASH`.
-        folder: None if it is not known.
+        folder: the folder, or None if none was given.
 
     Raises:
-        UserError: it is not known, or its content is another.
+        UserError: no folder was given, or its content has another hash.
     """
     digest = model.rpartition("@")[2]
     if folder is None:
@@ -74,7 +74,7 @@ def config_of(folder: Path) -> dict[str, Any]:
     """Return the configuration in a folder.
 
     Raises:
-        UserError: there is none, or it does not name a kind of model.
+        UserError: there is no config.json, or it has no model_type.
     """
     path = folder / CONFIG
     if not path.is_file():
@@ -89,10 +89,10 @@ def config_of(folder: Path) -> dict[str, Any]:
 
 
 def weights_in(folder: Path) -> Path:
-    """Return the file of a folder's weights.
+    """Return the file that holds a folder's weights.
 
     Raises:
-        UserError: there is none, or several.
+        UserError: there is no such file, or the weights are split over several.
     """
     found = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if found is None and (shards := sorted(folder.glob("*-of-*"))):

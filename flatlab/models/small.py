@@ -1,6 +1,6 @@
-"""Small relatives of large networks, for images of 16 x 16 pixels: trained from scratch in seconds.
+"""Small versions of well-known architectures for images of 16 x 16 pixels, trained from scratch in seconds.
 
-The convolutional ones end in 4 x 4 places, as digits-cnn does: position matters to digits.
+The convolutional ones end in a 4 x 4 feature map that is flattened, as in digits-cnn, since digits need position.
 """
 
 import torch
@@ -8,16 +8,16 @@ from torch import Tensor, nn
 
 from flatlab.models.transformer import WIDTH, Block
 
-SIDE, PATCH, LAYERS = 16, 4, 3  # of the patch transformer: pixels of an image and of a patch, and blocks
-PLACES = 4  # on a side, that the convolutional networks end in
-EMBEDDED = 32  # width of the space that images and captions share
+SIDE, PATCH, LAYERS = 16, 4, 3  # of the patch transformer: side of an image and of a patch (pixels), number of blocks
+PLACES = 4  # side of the last feature map of the convolutional networks
+EMBEDDED = 32  # dimension of the space that images and captions share
 
 
 class PatchTransformer(nn.Module):
-    """Patches of an image and a class token through pre-norm blocks, as ViT and DeiT; the class token, normed.
+    """A vision transformer (ViT, DeiT): patches and a class token through pre-norm blocks; returns the class token.
 
     Args:
-        in_channels: of the images.
+        in_channels: channels of the images.
     """
 
     def __init__(self, in_channels: int) -> None:
@@ -40,7 +40,7 @@ class PatchTransformer(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """ResNeXt's block (Xie et al. 2017): 1 x 1, 3 x 3 in eight groups, 1 x 1, added to the input."""
+    """ResNeXt's block (Xie et al. 2017): 1 x 1, 3 x 3 in eight groups and 1 x 1 convolutions, with a shortcut."""
 
     def __init__(self, wide: int, wider: int, stride: int) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class Bottleneck(nn.Module):
 
 
 class Dense(nn.Module):
-    """DenseNet's layer (Huang et al. 2017): BatchNorm, ReLU, 3 x 3; its output is put beside its input."""
+    """DenseNet's layer (Huang et al. 2017): BatchNorm, ReLU, 3 x 3 convolution, concatenated with its input."""
 
     def __init__(self, wide: int, growth: int) -> None:
         super().__init__()
@@ -67,22 +67,22 @@ class Dense(nn.Module):
         self.convolution = nn.Conv2d(wide, growth, 3, padding=1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return input and output, one beside the other."""
+        """Return input and output, concatenated along the channels."""
         return torch.cat([x, self.convolution(self.relu(self.norm(x)))], dim=1)
 
 
 class Embedded(nn.Module):
-    """A tower whose projected features have a learned length: CLIP's temperature times a unit vector.
+    """A network whose projected features are unit vectors times a learned factor, the inverse of CLIP's temperature.
 
     Args:
-        tower: returns flat features.
-        width: of these.
+        tower: returns features (N, width).
+        width: width of these features.
     """
 
     def __init__(self, tower: nn.Module, width: int) -> None:
         super().__init__()
         self.tower, self.projection = tower, nn.Linear(width, EMBEDDED, bias=False)
-        self.log_scale = nn.Parameter(torch.tensor(1 / 0.07).log())  # CLIP's start
+        self.log_scale = nn.Parameter(torch.tensor(1 / 0.07).log())  # CLIP's initial value
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the features (N, EMBEDDED)."""
@@ -122,7 +122,7 @@ def densenet(in_channels: int) -> tuple[nn.Module, int]:
 
 
 class CaptionTower(nn.Module):
-    """Captions as numbers of characters (N, T), 0 for padding, to unit vectors in the space of the images."""
+    """From captions, as ids of characters (N, T) with 0 for padding, to unit vectors in the space of the images."""
 
     def __init__(self, characters: int, length: int) -> None:
         super().__init__()

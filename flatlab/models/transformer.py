@@ -4,12 +4,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-PIECES = 4096  # numbers of word pieces that the embedding has; 0 is padding
+PIECES = 4096  # rows of the embedding, one for each token id; 0 is padding
 WIDTH, HEADS, HIDDEN, DEPTH = 64, 4, 128, 2
 
 
 class Block(nn.Module):
-    """Self-attention and two linear maps, each after a LayerNorm and added to its input (pre-norm)."""
+    """A pre-norm transformer block: self-attention and a two-layer MLP, each behind a LayerNorm and with a shortcut."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -18,7 +18,7 @@ class Block(nn.Module):
         self.fc1, self.fc2 = nn.Linear(WIDTH, HIDDEN), nn.Linear(HIDDEN, WIDTH)
 
     def forward(self, x: Tensor, seen: Tensor | None = None) -> Tensor:
-        """Return (N, T, WIDTH) from the same; `seen` (N, 1, 1, T) says which tokens are attended to, None: all."""
+        """Return (N, T, WIDTH) for `x` of that shape; `seen` (N, 1, 1, T) is the attention mask, None for no mask."""
         q, k, v = (each.unflatten(-1, (HEADS, -1)).transpose(1, 2) for each in self.qkv(self.norm1(x)).chunk(3, -1))
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
         x = x + self.proj(attended.transpose(1, 2).flatten(2))
@@ -26,10 +26,10 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Numbers of word pieces (N, T) to the mean of the encoded pieces (N, WIDTH), without padding.
+    """From token ids (N, T) to the mean of the encoded tokens (N, WIDTH); padding is left out of the mean.
 
     Args:
-        length: pieces of the longest sentence, T.
+        length: the largest T.
     """
 
     def __init__(self, length: int) -> None:

@@ -1,1 +1,1 @@
-"""Quantizers: LSQ, INQ, OBC and rounding; where they are attached, how they are baked and packed."""
+"""Quantizers (LSQ, INQ, OBC, rounding to the nearest level): attached to layers, baked into weights, packed as bits."""

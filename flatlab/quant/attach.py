@@ -32,10 +32,10 @@ def tensor_of(layer: nn.Module) -> str:
 
 
 def channel_axis(layer: nn.Module) -> int:
-    """Return the axis of the weight's output channels.
+    """Return the axis of the weight's output channels: 0, or 1 for a transposed convolution.
 
-    A transposed convolution has them second. In groups, channels at one place of their groups share an index there;
-    depthwise, each channel has its own index on the first axis.
+    In a grouped transposed convolution, channels at the same position of their groups share an index on axis 1; in a
+    depthwise one, each channel has its own index on axis 0.
     """
     return int(isinstance(layer, _ConvTransposeNd) and (layer.groups == 1 or layer.out_channels > layer.groups))
 
@@ -53,22 +53,22 @@ class Quantized(NamedTuple):
 
     @property
     def latent(self) -> nn.Parameter:
-        """The weight behind it, which is trained."""
+        """The latent weight, which is trained."""
         return cast("nn.Parameter", self.layer.get_submodule(f"parametrizations.{tensor_of(self.layer)}").original)
 
 
 def layers(network: nn.Module, *, outside: str = "head", embeddings: bool = False) -> dict[str, nn.Module]:
-    """Return the layers that can be quantized, by name: convolutions, linear maps and attention, outside of the head.
+    """Return the layers that can be quantized, by name: convolutions, linear maps and attention, except the head.
 
-    A weight that several of them hold counts once, by the first; one that the head holds, too, is the head's.
+    A weight that several layers share is returned once, by the first layer's name; one shared with the head is not.
 
     Args:
         network: any module.
-        outside: the first part of the names that are left out.
-        embeddings: whether embeddings count, too, their rows as output channels.
+        outside: first component of the names of layers that are excluded: the head.
+        embeddings: whether embeddings are included, with rows as output channels.
 
     Raises:
-        UserError: there are none.
+        UserError: there is no such layer.
     """
     named = network.named_parameters(remove_duplicate=False)
     known = {id(each) for name, each in named if name.split(".")[0] == outside}
@@ -85,7 +85,7 @@ def layers(network: nn.Module, *, outside: str = "head", embeddings: bool = Fals
 
 
 def _places(network: nn.Module, outside: str | None, *, embeddings: bool = False) -> Iterator[tuple[str, nn.Module]]:
-    """Yield each layer of a kind that can be quantized, outside of the head; tied ones, too; embeddings come last."""
+    """Yield each layer that can be quantized except the head, tied ones repeatedly; embeddings are last."""
     for kinds in (KINDS, (nn.Embedding,)) if embeddings else (KINDS,):
         for name, layer in network.named_modules():
             if isinstance(layer, kinds) and name.split(".")[0] != outside and _stored(layer) is not None:
@@ -93,7 +93,7 @@ def _places(network: nn.Module, outside: str | None, *, embeddings: bool = False
 
 
 def _stored(layer: nn.Module) -> nn.Parameter | None:
-    """Return the parameter that a layer stores, behind a parametrization where there is one."""
+    """Return the parameter of a layer: of a parametrized one, the original."""
     name = tensor_of(layer)
     if parametrize.is_parametrized(layer, name):
         return next(layer.get_submodule(f"parametrizations.{name}").parameters(recurse=False))
@@ -108,21 +108,24 @@ def attach_each(
     skip: Collection[str] = (),
     embeddings: bool = False,
 ) -> list[str]:
-    """Quantize the weight of each layer in place by what `make(name, weight, axis)` returns; return the layers' names.
+    """Quantize the weight of each layer in place with the quantizer `make(name, weight, axis)`; return the names.
 
-    The latent weights stay the very parameters that they were, so an optimizer keeps their moments. A weight that
-    several modules hold gets one quantizer, stays one weight, and goes by the first layer's name. Matrices that stay in
-    floating point outside of the head are named in a warning. The network is left alone when this raises.
+    The latent weights are the same parameter objects as before, so an optimizer keeps their moments. A weight that
+    several modules share gets one quantizer, and is named by the first layer. A warning names other matrices outside of
+    the head, which stay in floating point. If an error is raised, the network is unchanged.
 
     Args:
         network: any module.
-        make: returns a layer's quantizer.
-        outside: the first part of the names that are left out: the head.
-        skip: names of other layers that are left out; no warning names them.
-        embeddings: whether embeddings are quantized, too, their rows as output channels.
+        make: returns the quantizer of a layer.
+        outside: first component of the names of layers that are excluded: the head.
+        skip: names of other layers that are excluded, without a warning.
+        embeddings: whether embeddings are quantized, with rows as output channels.
+
+    Returns:
+        The names of the quantized layers.
 
     Raises:
-        UserError: nothing to quantize, a weight that is parametrized already or not finite, or what `make` refuses.
+        UserError: there is nothing to quantize, a weight is parametrized already or not finite, or `make` raises it.
     """
     made: dict[str, tuple[Quantizer, list[tuple[nn.Module, str]]]] = {}
     left = {id(each): name for name, each in network.named_parameters() if not is_lazy(each) and each.dim() > 1}
@@ -138,14 +141,14 @@ def attach_each(
     for quantizer, holders in made.values():
         for holder, tensor in holders:
             parametrize.register_parametrization(holder, tensor, quantizer)
-            holder.train(holder.training)  # what was registered follows the layer's mode
+            holder.train(holder.training)  # puts the quantizer into the layer's mode
     if named := [name for name in left.values() if name.split(".")[0] != outside]:
         LOG.warning("Quantization leaves %s in floating point.", ", ".join(named))
     return list(made)
 
 
 def _check_free(name: str, layer: nn.Module, holders: list[tuple[nn.Module, str]]) -> None:
-    """Refuse a layer whose weight is not there yet, or is not a parameter of its own."""
+    """Refuse a layer whose weight is not initialised yet, or is not a plain parameter."""
     if is_lazy(getattr(layer, tensor_of(layer))):
         raise UserError(f"{name} has no weight before its first input; pass a batch through the network first.")
     if any(_quantized_tensors(module) for module in (layer, *(holder for holder, _ in holders))):
@@ -159,7 +162,7 @@ def _check_free(name: str, layer: nn.Module, holders: list[tuple[nn.Module, str]
 
 
 def _holders(network: nn.Module, weight: nn.Parameter) -> list[tuple[nn.Module, str]]:
-    """Return the modules that hold a weight, each with its name for it: more than one where layers are tied."""
+    """Return the modules that hold a weight, each with the weight's name in it; several if layers are tied."""
     return [(module, name) for module in network.modules() for name, own in module._parameters.items() if own is weight]
 
 
@@ -174,23 +177,26 @@ def attach(
     """Quantize the weight of each convolution and linear map in place by LSQ; return the layers' names.
 
     Convolutions of any dimension, transposed ones, linear and bilinear maps, and the joint projection of attention are
-    quantized; embeddings only where asked for, row by row. Other matrices, such as those of recurrent layers, stay in
-    floating point, and a warning names them. A weight that several modules hold stays one weight, and goes by the first
-    layer's name.
+    quantized; embeddings only on request, row by row. Other matrices, such as those of recurrent layers, stay in
+    floating point, and a warning names them. A weight that several modules share is quantized once, and named by the
+    first layer.
 
-    The latent weights stay the very parameters that they were, so an optimizer keeps their moments; the new step
-    sizes (`scales`) have to be given to it, and kept positive by `clamp_scales` after each of its steps. The network is
-    left alone when this raises.
+    The latent weights are the same parameter objects as before, so an optimizer keeps their moments. The new step sizes
+    (`scales`) must be added to the optimizer, and kept positive by `clamp_scales` after each of its steps. If an error
+    is raised, the network is unchanged.
 
     Args:
         network: any module.
-        outside: the first part of the names that are left out: the head.
-        skip: names of other layers that are left out.
-        embeddings: whether embeddings are quantized, too.
-        options: LSQ's.
+        outside: first component of the names of layers that are excluded: the head.
+        skip: names of other layers that are excluded.
+        embeddings: whether embeddings are quantized, with rows as output channels.
+        options: options of `LSQ`, such as `bits`.
+
+    Returns:
+        The names of the quantized layers.
 
     Raises:
-        UserError: nothing to quantize, a weight that is parametrized already, or what LSQ refuses.
+        UserError: there is nothing to quantize, a weight is parametrized already, or an option of LSQ is not valid.
     """
     where: dict[str, Any] = {"outside": outside, "skip": skip, "embeddings": embeddings}
     return attach_each(network, lambda _, weight, axis: LSQ(weight, axis=axis, **options), **where)
@@ -199,18 +205,21 @@ def attach(
 def attach_activations(
     network: nn.Module, *, signed_first: bool = False, outside: str = "head", **options: Any
 ) -> list[str]:
-    """Quantize the inputs of convolutions and linear maps too, by LSQ; return the layers' names.
+    """Quantize the inputs of convolutions and linear maps in place by LSQ; return the layers' names.
 
-    Inside of attention, inputs stay as they are: torch's fused kernels do not show them. So do those of bilinear maps,
-    which have two.
+    Inputs inside of `nn.MultiheadAttention` are not quantized, since torch's fused kernels do not expose them; nor are
+    those of bilinear maps.
 
     Args:
         network: any module.
-        signed_first: whether codes of the first layer's input, the images, have both signs whatever the others have.
-        outside: the first part of the names that are left out: the head.
-        options: those of `Activations`.
+        signed_first: whether the codes of the first layer's input, the images, are signed regardless of `options`.
+        outside: first component of the names of layers that are excluded: the head.
+        options: options of `Activations`.
+
+    Returns:
+        The names of the layers whose inputs are quantized.
     """
-    layers(network, outside=outside)  # refuses where there are none
+    layers(network, outside=outside)  # raises if there are none
     inside = tuple(
         f"{name}." for name, layer in network.named_modules() if isinstance(layer, nn.MultiheadAttention) and name
     )
@@ -233,7 +242,7 @@ def _quantize_input(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tenso
 
 
 def quantized_layers(network: nn.Module) -> dict[str, Quantized]:
-    """Return each quantized layer and its quantizer, by the layer's name; tied ones once, by the first's."""
+    """Return the quantized layers with their quantizers, by the layer's name; tied layers once, by the first name."""
     found: dict[str, Quantized] = {}
     for name, layer in _places(network, None, embeddings=True):
         if parametrize.is_parametrized(layer, tensor_of(layer)):
@@ -245,7 +254,7 @@ def quantized_layers(network: nn.Module) -> dict[str, Quantized]:
 
 
 def scales(network: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the learned step sizes (or their logarithms), by the layer's name; `.activations` marks an input's."""
+    """Return the learned step sizes (or their logarithms), by `NAME` for weights and `NAME.activations` for inputs."""
     found = {name: q.learned for name, (_, q) in quantized_layers(network).items() if isinstance(q, LSQ)}
     inputs = {name: module.scale for name, module in network.named_modules() if isinstance(module, Activations)}
     return found | inputs
@@ -253,19 +262,18 @@ def scales(network: nn.Module) -> dict[str, nn.Parameter]:
 
 @torch.no_grad()
 def clamp_scales(network: nn.Module, *, floor: float = SMALLEST_SCALE) -> None:
-    """Raise step sizes below `floor` to it, in place: an optimizer's step may carry one past zero; no logarithm can."""
+    """Clamp step sizes to at least `floor`, in place: an optimizer's step may make one negative, unless `log_scale`."""
     for module in network.modules():
         if isinstance(module, LSQ | Activations) and isinstance(module.scale, nn.Parameter):
             module.scale.clamp_(min=floor)
 
 
 def bake(network: nn.Module) -> None:
-    """Turn a network with quantized weights into one with plain ones in place; step sizes of weights go.
+    """Replace quantized weights by plain parameters with the quantized values, in place, and remove their quantizers.
 
-    The outputs stay the same to the bit, and so do the order and the names of the parameters that the network had
-    before `attach`, and which of them are tied. The baked weights are new parameters: copies of the network and
-    optimizers of the latent weights are left alone. Quantized activations stay quantized, their step sizes frozen.
-    A warning names step sizes that are not positive.
+    The outputs are the same to the bit. Names, order and tying of the parameters are those before `attach`. The baked
+    weights are new parameters, so copies of the network and optimizers of the latent weights are not changed. Quantized
+    activations stay quantized, with frozen step sizes. A warning names layers with step sizes that are not positive.
     """
     _look_at_scales(network)
     baked: dict[nn.Module, nn.Parameter] = {}
@@ -302,8 +310,8 @@ def _quantized_tensors(module: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def _bake(module: nn.Module, tensor: str, weight: nn.Parameter) -> None:
     # parametrize.remove_parametrizations deletes the property `weight` from the class, which copy.deepcopy shares
-    # between copies: baking a copy would break the original. It also puts the weight behind the bias, and with it
-    # each direction in the space of flat vectors.
+    # between copies: baking a copy would break the original. It also moves the weight behind the bias, which would
+    # change the order of flat vectors.
     others = dict(module._parameters)
     del module.parametrizations
     module.__class__ = type(module).__bases__[0]

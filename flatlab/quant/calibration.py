@@ -19,32 +19,32 @@ CONVOLUTIONS: dict[Any, tuple[str, ...]] = {
     **dict.fromkeys((torch.conv1d, torch.conv2d, torch.conv3d), CONVOLUTION),
     **dict.fromkeys((torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d), TRANSPOSED),
 }
-COLUMNS = 2**24  # numbers unfolded at a time: the inputs of a depthwise layer become nine times as large
+COLUMNS = 2**24  # numbers unfolded at a time: a 3 x 3 kernel makes inputs nine times as large
 
 
 def second_moments(network: nn.Module, batches: Iterable[Tensor], *, outside: str = "head") -> dict[str, Tensor]:
     """Return H = 2 X X' / n of the inputs X of each layer that can be quantized, float64 (OBC, trueobs.py).
 
-    A convolution is the linear map that acts on unfolded patches; of a transposed one, on those of the input with zeros
-    between, its columns in the order of the weight with output channels first. The network gets its own, unquantized
-    activations.
+    A convolution is treated as a linear map of unfolded patches, a transposed one as that of the input with zeros
+    inserted, with columns in the order of a weight whose output channels are first. All inputs are those of the
+    unquantized network.
 
     Args:
-        network: in eval mode; left as it is.
+        network: the network in eval mode; it is not changed.
         batches: inputs of the network.
-        outside: as in `attach`.
+        outside: first component of the names of layers that are excluded: the head.
 
     Returns:
-        By the layer's name, shape (groups, columns, columns): of a grouped convolution, one for each group.
+        By the layer's name, shape (groups, columns, columns); groups is 1 except for grouped convolutions.
 
     Raises:
-        UserError: inputs that do not fit, or are not finite; a layer that they never reach.
+        UserError: inputs do not fit the network or are not finite, or a layer receives none.
     """
     found = layers(network, outside=outside)
     known = {name: id(getattr(layer, tensor_of(layer))) for name, layer in found.items()}  # tied weights share one
     watch = _Watch(known.values())
     fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # it would hide the layers inside
+    torch.backends.mha.set_fastpath_enabled(False)  # the fast path does not call the layers inside
     try:
         for batch in batches:
             _show(network, batch, watch)
@@ -56,7 +56,7 @@ def second_moments(network: nn.Module, batches: Iterable[Tensor], *, outside: st
                 f"{name} received no calibration input: the network does not use it, or no data were given."
             )
         if not torch.isfinite(watch.sums[weight]).all():
-            raise UserError(f"Calibration made inputs of {name} that are not finite; look for NaN in the data.")
+            raise UserError(f"Calibration inputs of {name} are not finite: check the images for NaN.")
     return {name: 2 * watch.sums[weight] / watch.counts[weight] for name, weight in known.items()}
 
 
@@ -73,7 +73,7 @@ def _show(network: nn.Module, batch: Tensor, watch: "_Watch") -> None:
 
 
 class _Watch(TorchFunctionMode):
-    """Looks at each convolution, linear map and self-attention that is computed with a known weight; hooks nothing."""
+    """Sums moments of the inputs of each layer with a known weight, by intercepting torch's functions."""
 
     def __init__(self, known: Iterable[int]) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class _Watch(TorchFunctionMode):
         self.counts: dict[int, int] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Add up what a known weight is applied to, and let the call through."""
+        """Add the moments of what a known weight is applied to, and return what the function returns."""
         if func is F.multi_head_attention_forward:
             return self._attend(inspect.signature(func).bind(*args, **(kwargs or {})))
         given = dict(zip(CONVOLUTIONS.get(func, CONVOLUTION), args, strict=False)) | (kwargs or {})
@@ -101,7 +101,7 @@ class _Watch(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def _attend(self, call: inspect.BoundArguments) -> Any:
-        """Attend with an identity in place of the output's map, whose input is then available."""
+        """Compute attention with the identity as output projection, to obtain that projection's input."""
         given = call.arguments
         if given["query"] is given["key"] is given["value"]:
             self._see(given["in_proj_weight"], given["query"])
@@ -124,7 +124,7 @@ class _Watch(TorchFunctionMode):
 
 
 def _patches(inputs: Tensor, given: Mapping[str, Any], *, transposed: bool) -> Tensor:
-    """Return what a convolution multiplies its weight with, shape (groups, columns, samples)."""
+    """Return the unfolded inputs of a convolution, shape (groups, columns, samples)."""
     kernel, groups = given["weight"].shape[2:], given.get("groups", 1)
     usual = {"stride": 1, "dilation": 1, "padding": 0, "output_padding": 0}
     stride, dilation, padding, extra = (_each(given.get(name, usual[name]), len(kernel)) for name in usual)
@@ -148,7 +148,7 @@ def _patches(inputs: Tensor, given: Mapping[str, Any], *, transposed: bool) -> T
 
 
 def _each(value: Any, dims: int) -> tuple[int, ...]:
-    """Return an argument of a convolution for each dimension; of a padding's name, none."""
+    """Return an argument of a convolution for each dimension; 0 for a named padding."""
     if isinstance(value, str):
         return (0,) * dims
     several = tuple(value) if isinstance(value, tuple | list) else (value,)

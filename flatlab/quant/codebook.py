@@ -15,10 +15,10 @@ SMALLEST_SCALE = 1e-8  # the step size of a channel of zeros, and the floor that
 def levels(bits: int, *, signed: bool = True) -> tuple[int, int]:
     """Return the lowest and highest integer code (-Q_N, Q_P) of `bits` bits (LSQ, Esser et al. 2020, section 2).
 
-    Signed codes reach one further down than up: 7 bits give -64..63, as in QT-DoG's Eq. 1.
+    The range of signed codes is asymmetric: 7 bits give -64..63, as in QT-DoG's Eq. 1.
 
     Raises:
-        UserError: `bits` is not a whole number from 2 to 16.
+        UserError: `bits` is not an integer from 2 to 16.
     """
     if bits not in BITS:
         raise UserError(f"bits must be an integer from {BITS[0]} to {BITS[-1]}, got {bits}")
@@ -30,8 +30,8 @@ def shared_axes(weight: Tensor, granularity: str, axis: int) -> tuple[int, ...]:
 
     Args:
         weight: any shape.
-        granularity: "channel", all axes but that of the output channels, or "tensor", all.
-        axis: of the output channels.
+        granularity: "channel", all axes except that of the output channels, or "tensor", all axes.
+        axis: axis of the output channels.
     """
     each = choose("granularity", granularity, GRANULARITIES) == "channel"
     return tuple(index for index in range(weight.dim()) if not (each and index == axis))
@@ -45,7 +45,7 @@ def initial_scale(weight: Tensor, high: int, *, granularity: str = "channel", ax
         high: the highest code Q_P.
         granularity: "channel" gives one step size per output channel, of shape (C, 1, ...);
             "tensor" gives a single one, of shape ().
-        axis: of the output channels; the shape is (1, C, 1, ...) for 1.
+        axis: axis of the output channels; for 1, the shape is (1, C, 1, ...).
     """
     axes = shared_axes(weight, granularity, axis)
     size = weight.detach().abs().mean(axes, keepdim=len(axes) < weight.dim())
@@ -73,9 +73,9 @@ def searched_scale(weight: Tensor, bits: int, *, granularity: str = "channel", a
 
     Args:
         weight: at least two axes.
-        bits: of a signed code.
+        bits: bits of a signed code.
         granularity: "channel", shape (C, 1, ...), or "tensor", shape ().
-        axis: of the output channels.
+        axis: axis of the output channels.
     """
     low, high = levels(bits)
     axes = shared_axes(weight, granularity, axis)
@@ -90,14 +90,14 @@ def searched_scale(weight: Tensor, bits: int, *, granularity: str = "channel", a
 
 
 def check_finite(weight: Tensor, name: str) -> None:
-    """Refuse a weight that has no step size.
+    """Refuse a weight with values that are not finite, for which no step size exists.
 
     Args:
         weight: any shape.
-        name: what the error calls it.
+        name: name of the weight in the error.
 
     Raises:
-        UserError: where it holds a value that is not finite.
+        UserError: a value is not finite.
     """
     broken = int((~torch.isfinite(weight)).sum())
     if broken:

@@ -1,4 +1,4 @@
-"""Integer codes of a quantized network's weights, and the values beside each on its grid."""
+"""Integer codes of a quantized network's weights, and the neighbouring values on the grid."""
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +12,11 @@ def codes_of(name: str, layer: Quantized) -> Tensor:
     """Return the integer codes of a quantized weight, int32.
 
     Args:
-        name: of the weight, for the error.
-        layer: with its quantizer.
+        name: name of the weight, for the error.
+        layer: the layer with its quantizer.
 
     Raises:
-        UserError: where the weight is not on its grid.
+        UserError: the weight is not on its grid.
     """
     codes = layer.quantizer.codes(layer.latent)
     if not torch.equal(decode(codes, layer.quantizer.scale.detach(), layer.quantizer.grid), layer.weight):
@@ -28,15 +28,16 @@ def codes_of(name: str, layer: Quantized) -> Tensor:
 
 
 def code_neighbours(network: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return by how much each quantized weight changes at the next code down and up, by the names of the weights.
+    """Return the changes of each quantized weight at the next code down and up, by the names of the weights.
 
-    With codes c in [-Q_N, Q_P] and values v(c) these are v(c - 1) - v(c) and v(c + 1) - v(c); 0 where the range ends.
+    With codes c in [-Q_N, Q_P] and values v(c), they are v(c - 1) - v(c) and v(c + 1) - v(c), in the weight's shape,
+    and 0 at the ends of the range.
 
     Args:
-        network: with its quantizers, before `bake`.
+        network: the network with its quantizers, before `bake`.
 
     Raises:
-        UserError: if no weight is quantized, or one is not on its grid.
+        UserError: no weight is quantized, or one is not on its grid.
     """
     found = {}
     for name, layer in quantized_layers(network).items():

@@ -9,9 +9,9 @@ from flatlab.quant.codebook import decode, initial_scale, levels
 
 
 class Fixed(nn.Module):
-    """A parametrization that returns the values of fixed codes, whatever the underlying weight.
+    """A parametrization that returns the values of fixed codes, independent of the underlying weight.
 
-    The weight that was quantized stays behind as the latent one, so that the noise can be looked at.
+    The original weight stays available as the latent one, so that quantization noise can be measured.
 
     Args:
         codes: integers, in the weight's shape.
@@ -35,13 +35,13 @@ class Fixed(nn.Module):
 
     @classmethod
     def empty(cls, weight: Tensor, *, bits: int, granularity: str, axis: int = 0) -> Self:
-        """Return one of the right shapes, all codes zero, to be settled or loaded."""
+        """Return an instance of the right shapes with all codes 0, to be filled by `settle` or a state_dict."""
         span = levels(bits)
         scale = initial_scale(weight, span[1], granularity=granularity, axis=axis)
         return cls(torch.zeros_like(weight), scale, span)
 
     def settle(self, codes: Tensor, scale: Tensor) -> None:
-        """Take codes and step sizes, in the shapes that are held."""
+        """Set codes and step sizes, of the same shapes as before."""
         self.kept.copy_(codes)
         self.scale.copy_(scale)
 

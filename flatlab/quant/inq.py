@@ -1,4 +1,4 @@
-"""INQ, incremental network quantization: the largest weights are quantized and frozen first, others stay trainable.
+"""INQ, incremental network quantization: weights are quantized and frozen in stages, the largest ones first.
 
 Source: Zhou et al. 2017 (arXiv 1702.03044), Eq. 1-4 and algorithm 1. QT-DoG compares with it in Table 4.
 """
@@ -15,20 +15,20 @@ GRIDS = ("uniform", "power-of-two")
 class INQ(nn.Module):
     """A parametrization that returns the quantized values of frozen weights, and the others unchanged.
 
-    The grid is fixed by the weight as it is when this is built: uniform, 2^b - 1 levels from -max|w| to max|w|; or
-    0 and +-2^n for n2 <= n <= n1, n1 = floor(log2(4 max|w| / 3)) and n2 = n1 + 1 - 2^(b-1) / 2 (Zhou et al., Eq. 1-3).
+    The grid is that of the weight at construction: uniform, 2^b - 1 levels from -max|w| to max|w|; or 0 and +-2^n for
+    n2 <= n <= n1, with n1 = floor(log2(4 max|w| / 3)) and n2 = n1 + 1 - 2^(b-1) / 2 (Zhou et al., Eq. 1-3).
 
     Args:
         weight: the weight to quantize.
-        bits: 2 to 16; a grid of powers of two takes at most 8, beyond which float32 has no such small ones.
-        granularity: whether max|w| is taken in each output channel ("channel") or in all ("tensor").
+        bits: 2 to 16; at most 8 for powers of two, since smaller powers are below the range of float32.
+        granularity: "channel" for max|w| of each output channel, "tensor" for that of the whole weight.
         grid: "uniform" or "power-of-two".
-        axis: of the output channels.
+        axis: axis of the output channels.
 
     Attributes:
-        levels: the lowest and highest code; of powers of two, codes are sign(w) (n - n2 + 1).
-        scale: the step size, or the smallest power 2^n2; broadcasts to the weight, a buffer.
-        frozen: which weights are, bool, in the weight's shape.
+        levels: the lowest and highest code; codes of powers of two are sign(w) (n - n2 + 1).
+        scale: the step size, or the smallest power 2^n2; a buffer that broadcasts to the weight.
+        frozen: whether each weight is frozen, bool, in the weight's shape.
 
     Raises:
         UserError: an unknown option, or a number of bits out of its range.
@@ -57,13 +57,13 @@ class INQ(nn.Module):
         self.register_buffer("kept", torch.zeros_like(weight, dtype=torch.int16))
 
     def forward(self, weight: Tensor) -> Tensor:
-        """Return the weight with its frozen part on the grid; gradients reach the rest alone."""
+        """Return the weight with its frozen part on the grid; only the rest gets gradients."""
         mixed = torch.where(self.frozen, decode(self.kept, self.scale, self.grid), weight)
-        return torch.empty_like(weight).copy_(mixed)  # in its strides: a convolution sums in the order of those
+        return torch.empty_like(weight).copy_(mixed)  # in the weight's strides: the order of a convolution's sums
 
     @torch.no_grad()
     def advance(self, weight: Tensor, share: float) -> None:
-        """Quantize and freeze the largest weights until `share` of all are frozen, to one weight (Zhou et al., Eq. 4).
+        """Quantize and freeze the largest weights until round(share * n) of n are frozen (Zhou et al., Eq. 4).
 
         Args:
             weight: the latent weight.
@@ -72,7 +72,7 @@ class INQ(nn.Module):
         wanted = round(share * weight.numel()) - int(self.frozen.sum())
         if wanted <= 0:
             return
-        size = torch.where(self.frozen, -1.0, weight.abs()).reshape(-1)  # by its logical order, whatever the strides
+        size = torch.where(self.frozen, -1.0, weight.abs()).reshape(-1)  # in logical order, independent of strides
         chosen = torch.zeros_like(size, dtype=torch.bool)
         chosen[torch.sort(size, descending=True, stable=True).indices[:wanted]] = True
         chosen = chosen.view(weight.shape)
@@ -80,11 +80,11 @@ class INQ(nn.Module):
         self.frozen |= chosen
 
     def codes(self, weight: Tensor) -> Tensor:
-        """Return the integer codes, int32, in the weight's shape: of frozen weights theirs, else the nearest."""
+        """Return the integer codes, int32, in the weight's shape: fixed for frozen weights, else the nearest ones."""
         return torch.where(self.frozen, self.kept, self._nearest(weight.detach())).int()
 
     def _nearest(self, weight: Tensor) -> Tensor:
-        """Return the code of the nearest level; |w| in [3/4 2^n, 3/2 2^n) goes to 2^n, below n2 half-way to 0."""
+        """Return the code of the nearest level; |w| in [3/4 2^n, 3/2 2^n) is rounded to 2^n, |w| < 2^n2 / 2 to 0."""
         high = self.levels[1]
         if self.grid == "uniform":
             return (weight / self.scale).round().clamp(-high, high).short()

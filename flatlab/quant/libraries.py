@@ -1,6 +1,6 @@
-"""Networks that other libraries quantized as plain ones: of torch.ao (before `convert`), torchao and brevitas.
+"""Conversion of networks quantized by torch.ao (before `convert`), torchao or brevitas into plain ones.
 
-No library is imported: a module is recognised by its classes' names, and converted by its own public methods.
+No library is imported: a module is recognised by the names of its classes, and converted by its own public methods.
 """
 
 import copy
@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 from flatlab.errors import UserError
 
 LIBRARIES = ("torch.ao.", "torchao.", "brevitas.")
-CLOSE = 1e-4  # of the largest output: float32 sums of one network in two orders
+CLOSE = 1e-4  # tolerance relative to the largest output: float32 sums in two orders
 NOT_PLAIN = ("activation_post_process", "activation_fake_quantizer", "input_quant", "output_quant")
 
 
@@ -29,26 +29,26 @@ class Rectified(nn.Module):
         self.layer = layer
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Return the outputs of the layer, those below zero set to zero."""
+        """Return ReLU of the layer's outputs."""
         return cast("Tensor", self.layer(inputs)).relu()
 
 
 def plain_network(model: nn.Module, inputs: Any = None, *, activations: bool = True) -> nn.Module:
     """Return a copy of a quantized model whose weights are plain parameters with the quantized values, in eval mode.
 
-    It takes models that torch.ao or torchao prepared for quantization-aware training (BatchNorm that torch.ao fused
-    with a convolution becomes part of its weight and bias), linear maps that torchao converted to integers, and
-    brevitas' layers. Quantizers of activations stay as they are, observers stop: such a network has values, noise and
-    class activation maps, but no curvature.
+    Supported are models that torch.ao or torchao prepared for quantization-aware training (BatchNorm that torch.ao
+    fused with a convolution is folded into its weight and bias), linear layers that torchao converted to integers, and
+    layers of brevitas. Quantizers of activations are kept, with observers disabled: flatness, noise and class
+    activation maps of such a network can be measured, its curvature cannot.
 
     Args:
-        model: is left alone.
-        inputs: of the model (several: a tuple): the outputs of both are compared.
-        activations: whether quantizers of activations stay; without them the network is another function, and it is
-            compared before they are taken out.
+        model: the quantized model; it is not changed.
+        inputs: inputs of the model, several as a tuple; if given, the outputs of both networks are compared.
+        activations: whether quantizers of activations are kept. Removing them changes the function; outputs are
+            compared before they are removed.
 
     Raises:
-        UserError: for a module that is not known, or where outputs differ.
+        UserError: a module is not supported, or the outputs differ.
     """
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # torch.ao says that it is deprecated wherever it is called
@@ -72,7 +72,7 @@ def plain_network(model: nn.Module, inputs: Any = None, *, activations: bool = T
 
 
 def _kinds(module: object) -> list[str]:
-    """Return the names of a module's classes, the nearest first, with those of their libraries."""
+    """Return the qualified names of a module's classes in the order of method resolution."""
     return [f"{kind.__module__}.{kind.__name__}" for kind in type(module).__mro__]
 
 
@@ -85,12 +85,12 @@ def _of_library(module: object) -> bool:
 
 
 def _still(model: nn.Module) -> nn.Module:
-    """Stop what changes in a forward pass, in place: torch.ao's observers; brevitas returns plain tensors."""
+    """Disable torch.ao's observers, and let brevitas return plain tensors, in place."""
     for name, module in model.named_modules():
         if _is(module, "torch.ao.", "FakeQuantizeBase"):
             cast("Any", module).disable_observer()
             if not all(bool(torch.isfinite(each).all()) for each in module.buffers()):
-                raise UserError(f"{name!r} has observed no data; pass some through the model before plain_network.")
+                raise UserError(f"{name!r} has observed no data: pass a batch through the model before plain_network.")
         if _is(module, "brevitas.", "QuantLayerMixin"):
             module.return_quant_tensor = False
     return model
@@ -107,8 +107,8 @@ def _rounds_inside(layer: nn.Module) -> bool:
 
 
 def _replaced(module: nn.Module, known: dict[Tensor, nn.Parameter], done: dict[nn.Module, nn.Module]) -> nn.Module:
-    """Return a module with plain layers in place of a library's; weights that several layers hold stay one."""
-    for name, child in list(module._modules.items()):  # of which one may be held twice
+    """Return a module with plain layers in place of a library's; weights that several layers share stay shared."""
+    for name, child in list(module._modules.items()):  # one child may occur twice
         if child is not None:
             done[child] = done[child] if child in done else _replaced(child, known, done)
             module._modules[name] = done[child]
@@ -121,7 +121,7 @@ def _replaced(module: nn.Module, known: dict[Tensor, nn.Parameter], done: dict[n
 
 
 def _put(module: nn.Module, name: str, source: Tensor, value: Tensor, known: dict[Tensor, nn.Parameter]) -> None:
-    """Give a module a parameter of the quantized values; that of a source with the same values, if there is one."""
+    """Register a parameter with the quantized values; layers that share a weight and its values share the parameter."""
     before = known.get(source)
     if before is None or not torch.equal(before, value):
         known[source] = nn.Parameter(value.detach().clone(), requires_grad=source.requires_grad)
@@ -129,7 +129,7 @@ def _put(module: nn.Module, name: str, source: Tensor, value: Tensor, known: dic
 
 
 def _base(layer: nn.Module, weight: Tensor, known: dict[Tensor, nn.Parameter]) -> nn.Module:
-    """Return the layer of torch.nn behind a library's, with this weight, and its quantizers of activations."""
+    """Return the torch.nn layer that a library's layer derives from, with this weight and its activation quantizers."""
     kind: Any = next(kind for kind in type(layer).__mro__ if kind.__module__.startswith("torch.nn.modules."))
     plain: nn.Module = kind.__new__(kind)
     nn.Module.__init__(plain)
@@ -157,7 +157,7 @@ def _of_ao(layer: nn.Module, known: dict[Tensor, nn.Parameter]) -> nn.Module:
         plain.register_parameter("bias", nn.Parameter(bn.bias + (bias - bn.running_mean) * factor))
     if "ReLU" not in type(layer).__name__:
         return plain
-    fused, hooks = Rectified(plain), plain._forward_hooks  # which look at what leaves the ReLU
+    fused, hooks = Rectified(plain), plain._forward_hooks  # these act on the outputs of the ReLU
     plain._forward_hooks, fused._forward_hooks = fused._forward_hooks, hooks
     if observer := plain._modules.pop("activation_post_process", None):
         fused.register_module("activation_post_process", observer)
@@ -193,7 +193,7 @@ def _of_brevitas(layer: nn.Module, known: dict[Tensor, nn.Parameter]) -> nn.Modu
 
 
 def _values(found: Any) -> Tensor:
-    """Return the values of what brevitas' quantizers return: a tensor, or one with its step size."""
+    """Return the values of what brevitas' quantizers return: a tensor, or a tensor with its step size."""
     return cast("Tensor", getattr(found, "value", found))
 
 
@@ -236,7 +236,7 @@ def _without_activations(module: nn.Module) -> nn.Module:
 
 
 def _refuse_unknown(model: nn.Module) -> None:
-    """Refuse what a library holds that is neither converted nor a quantizer of activations, and parametrizations."""
+    """Refuse parametrizations, and modules of a library that are neither converted nor activation quantizers."""
     inside: set[nn.Module] = set()
     for name, module in model.named_modules():
         if module in inside:
@@ -252,9 +252,9 @@ def _refuse_unknown(model: nn.Module) -> None:
 
 
 def _compare(source: nn.Module, plain: nn.Module, inputs: Any) -> None:
-    """Refuse outputs that differ by more than rounding does, where torch.ao's activations are not rounded.
+    """Refuse outputs that differ by more than float32 rounding, with torch.ao's activation quantizers disabled.
 
-    Where they are, a sum in another order moves some of them by a whole step.
+    With these, a sum in another order changes some activations by a whole step.
     """
     given = inputs if isinstance(inputs, tuple) else (inputs,)
     fakes: list[Any] = [
@@ -273,6 +273,6 @@ def _compare(source: nn.Module, plain: nn.Module, inputs: Any) -> None:
     largest, off = float(expected.abs().max()), float((expected - found).abs().max())
     if not off <= CLOSE * largest:
         raise UserError(
-            f"The plain network's outputs differ from the model's by {off:.3g}, and the largest is {largest:.3g}: some"
-            " part of the model is not converted as it computes; report its layers."
+            f"The outputs of the converted network differ from the model's by {off:.3g} (largest output {largest:.3g}):"
+            " a part of the model is converted incorrectly; report its layers."
         )

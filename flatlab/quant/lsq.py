@@ -1,6 +1,6 @@
 """LSQ, learned step size quantization: the step size is a parameter that is trained with the weights.
 
-Sources: Esser et al. 2020 (arXiv 1902.08153), Eq. 1-3; QT-DoG (arXiv 2410.06020), Eq. 1-3: on weights only.
+Sources: Esser et al. 2020 (arXiv 1902.08153), Eq. 1-3; QT-DoG (arXiv 2410.06020), Eq. 1-3, of weights only.
 """
 
 import math
@@ -15,7 +15,7 @@ from flatlab.errors import choose
 from flatlab.quant.codebook import check_finite, initial_scale, levels
 
 GRAD_SCALES = ("shared", "tensor", "none")
-STARTS, COUNTS = ("batch", "one"), ("sample", "batch")  # of an input's step size
+STARTS, COUNTS = ("batch", "one"), ("sample", "batch")  # initial step size of inputs; N of their gradient scale
 
 
 class Rounding(torch.autograd.Function):
@@ -26,10 +26,10 @@ class Rounding(torch.autograd.Function):
     - dx_q / dx is 1 where -Q_N < r < Q_P, else 0;
     - dx_q / ds is g (round(r) - r) there, else -g Q_N below and g Q_P above.
 
-    Both are constants to autograd, so that second derivatives are those of the loss behind x_q. Nothing is kept for
-    the backward pass but x and s, which live anyhow. torch's fused op (`_fake_quantize_learnable_per_channel_affine`)
-    is not used: it counts as inside what lies up to half a step beyond the outer levels, has no second derivative, and
-    is no faster on a CPU (benchmarks/quantizers.py).
+    Both are constants to autograd, so that second derivatives are those of the loss as a function of x_q. Only x and s
+    are saved for the backward pass. torch's fused op (`_fake_quantize_learnable_per_channel_affine`) is not used: it
+    treats values up to half a step beyond the outer levels as inside, has no second derivative, and is no faster on a
+    CPU (benchmarks/quantizers.py).
     """
 
     generate_vmap_rule = True
@@ -49,7 +49,7 @@ class Rounding(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Keep what the backward pass needs."""
+        """Save x and s for the backward pass."""
         del output
         values, scale, ctx.span, ctx.factor = inputs
         ctx.save_for_backward(values, scale)
@@ -70,14 +70,14 @@ class Rounding(torch.autograd.Function):
 
 @cache
 def _strictly(low: int, high: int, dtype: torch.dtype) -> tuple[float, float]:
-    """Return the outermost numbers between two codes: what clamping to them leaves alone lies strictly inside."""
+    """Return the smallest and largest floating-point number strictly between two codes."""
     ends = torch.tensor([low, high], dtype=dtype)
     first, last = torch.nextafter(ends, ends.flip(0)).tolist()
     return first, last
 
 
 class Exponential(nn.Module):
-    """The step size s = exp(t): positive whatever the optimizer does, and its updates are relative."""
+    """The step size s = exp(t), which is always positive; updates of t change s by a factor."""
 
     def forward(self, logarithm: Tensor) -> Tensor:
         """Return s."""
@@ -92,14 +92,14 @@ class LSQ(nn.Module):
     """A parametrization of one weight by `Rounding`, with a learned step size s.
 
     Args:
-        weight: the weight to quantize; it is looked at, not kept.
+        weight: the weight to quantize; it determines the initial step size, and no reference to it is kept.
         bits: 2 to 16.
-        granularity: "channel", a step size per output channel, or "tensor", one for all.
-        grad_scale: N in g = 1 / sqrt(N Q_P): "shared" counts the weights that share a step size, as the paper
-            does; "tensor" counts the whole weight, as lsq-net and QT-DoG's code do; "none" sets g = 1.
-        signed: whether codes have both signs.
-        log_scale: learn the logarithm of the step size.
-        axis: of the output channels.
+        granularity: "channel", a step size per output channel, or "tensor", a single one.
+        grad_scale: N in g = 1 / sqrt(N Q_P): "shared" is the number of weights that share a step size, as in the
+            paper; "tensor" is that of the whole weight, as in lsq-net and QT-DoG's code; "none" sets g = 1.
+        signed: whether codes are signed.
+        log_scale: whether the logarithm of the step size is learned instead.
+        axis: axis of the output channels.
 
     Attributes:
         levels: the lowest and highest code (-Q_N, Q_P).
@@ -107,7 +107,7 @@ class LSQ(nn.Module):
         grad_factor: g.
 
     Raises:
-        UserError: `bits` or an option is not known, or the weight holds a value that is not finite.
+        UserError: `bits` or another option is not valid, or a value of the weight is not finite.
     """
 
     grid = "uniform"
@@ -136,7 +136,7 @@ class LSQ(nn.Module):
 
     @property
     def learned(self) -> nn.Parameter:
-        """The parameter behind the step size: itself, or its logarithm."""
+        """The parameter that is trained: the step size, or its logarithm."""
         return next(self.parameters())
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -154,22 +154,22 @@ class LSQ(nn.Module):
 
 
 class Activations(nn.Module):
-    """LSQ of a layer's input: one step size, set by the first batch that training shows (Esser et al. 2020, 2.1).
+    """LSQ of a layer's input with one step size, initialised by the first training batch (Esser et al. 2020, 2.1).
 
-    Before that batch the input passes unchanged.
+    Before that batch, inputs are returned unchanged.
 
     Args:
         bits: 2 to 16.
-        signed: whether codes have both signs; after a ReLU, unsigned ones waste none.
-        start: of the step size: "batch", from the first batch, or "one", 1, as in JachinJiang/lsq-net.
-        count: N in the gradient scale counts the features of one "sample", or of the whole "batch", as lsq-net does.
+        signed: whether codes are signed; unsigned ones suffice after a ReLU.
+        start: initial step size: "batch", from the first batch, or "one", 1, as in JachinJiang/lsq-net.
+        count: N in the gradient scale: the features of one "sample", or of the whole "batch", as in lsq-net.
 
     Raises:
-        UserError: an option is not known.
+        UserError: an option is not valid.
     """
 
     ready: Tensor
-    rounded = True  # False: inputs are clipped to the range of the codes alone
+    rounded = True  # False: inputs are clipped to the range of the codes, and not rounded
 
     def __init__(self, *, bits: int = 8, signed: bool = False, start: str = "batch", count: str = "sample") -> None:
         super().__init__()
@@ -185,7 +185,7 @@ class Activations(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the quantized input, in its shape and dtype."""
-        if not self.ready:  # a look at the device: each step waits for it
+        if not self.ready:  # on an accelerator, reading it waits for the device
             if not self.training:
                 return inputs
             with torch.no_grad():

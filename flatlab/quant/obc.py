@@ -1,4 +1,4 @@
-"""OBC, optimal brain compression: weights are quantized one by one, and the remaining ones compensate the error.
+"""OBC, optimal brain compression: weights are quantized one at a time, and the remaining ones compensate the error.
 
 Sources: Frantar and Alistarh 2022 (arXiv 2208.11580), section 4 and its trueobs.py: the exact greedy order of each
 row; Frantar et al. 2023 (GPTQ, arXiv 2210.17323), section 3: one fixed order for all rows.
@@ -13,7 +13,10 @@ from torch import Tensor
 from flatlab.errors import UserError
 from flatlab.quant.codebook import check_finite, levels, searched_scale
 
-AT_ONCE = (2**25, 2**20)  # numbers in the inverse Hessians of the rows that go together: few stay in a CPU's cache
+AT_ONCE = (
+    2**25,
+    2**20,
+)  # numbers in the inverse Hessians of rows quantized together: accelerator, CPU (fit its cache)
 
 
 @dataclass(frozen=True)
@@ -23,9 +26,9 @@ class Rounded:
     Attributes:
         codes: integers, in the weight's shape.
         scale: step sizes, shape (C, 1, ...) or ().
-        errors: (C,) layer error (w_q - w) H (w_q - w)' of each output row.
-        nearest: (C,) that of rounding to the nearest level.
-        order: "exact", or "fixed" as GPTQ's.
+        errors: (C,), layer error (w_q - w) H (w_q - w)' of each output row.
+        nearest: (C,), that error for rounding to the nearest level.
+        order: "exact" (greedy in each row), or "fixed" (GPTQ).
     """
 
     codes: Tensor
@@ -36,11 +39,11 @@ class Rounded:
 
     @property
     def rows_worse(self) -> int:
-        """How many rows have a larger error than rounding to the nearest level, beyond rounding errors."""
+        """Number of rows with a larger error than rounding to the nearest level, by more than a relative 1e-9."""
         return int((self.errors > self.nearest * (1 + 1e-9)).sum())
 
     def facts(self) -> dict[str, Any]:
-        """Return the layer's errors, and the rows that are worse, for a log."""
+        """Return the layer's summed errors and the number of worse rows, for the log."""
         sums = {"error": float(self.errors.sum()), "error_nearest": float(self.nearest.sum())}
         return {"order": self.order, **sums, "rows": len(self.errors), "rows_worse": self.rows_worse}
 
@@ -61,12 +64,12 @@ def obc(
         weight: shape (C, ...).
         moments: H, shape (groups, columns, columns), from `second_moments`.
         bits: 2 to 16.
-        granularity: "channel" or "tensor", of the step sizes, which `searched_scale` chooses.
-        damping: added to the diagonal of H, as a share of its mean.
-        exact_columns: with more columns, GPTQ's fixed order is taken: the exact one costs rows x columns^3.
+        granularity: "channel" or "tensor", for the step sizes, which `searched_scale` returns.
+        damping: added to the diagonal of H, as a fraction of its mean.
+        exact_columns: with more columns, GPTQ's fixed order is used, since the exact one costs rows x columns^3.
 
     Raises:
-        UserError: moments that do not fit the weight, or moments or a weight that are not finite.
+        UserError: moments do not fit the weight, or moments or weight are not finite.
     """
     check_finite(weight, "The weight")
     check_finite(moments, "Each calibration moment")
@@ -92,7 +95,7 @@ def obc(
 
 
 def _prepared(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """Return which columns are alive, and the Hessian made positive definite; a dead input's weight is free: zero."""
+    """Return which columns have inputs other than 0, and the damped Hessian; the other columns' weights become 0."""
     diagonal = hessian.diagonal()
     alive = diagonal > 0
     ridge = damping * diagonal.mean() + torch.where(alive, 0.0, 1.0)
@@ -103,22 +106,22 @@ def _prepared(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor]:
 
 
 def _row_errors(difference: Tensor, moments: Tensor) -> Tensor:
-    """Return e H e' of each row of (groups, rows, columns), as one vector."""
+    """Return e H e' of each row e of (groups, rows, columns), shape (groups * rows,)."""
     return ((difference @ moments) * difference).sum(-1).reshape(-1)
 
 
 def _exactly(rows: Tensor, steps: Tensor, inverse: Tensor, span: tuple[int, int]) -> Tensor:
-    """Quantize each row greedily: next the weight of least cost, for which the others then compensate."""
+    """Quantize each row greedily: next the weight of least cost, whose error the remaining ones compensate."""
     many = max(1, AT_ONCE[inverse.device.type == "cpu"] // inverse.numel())
     pairs = zip(torch.split(rows, many), torch.split(steps, many), strict=True)
     return torch.cat([_greedily(own, step, inverse.repeat(len(own), 1, 1), span) for own, step in pairs])
 
 
 def _greedily(rows: Tensor, steps: Tensor, inverse: Tensor, span: tuple[int, int]) -> Tensor:
-    """Quantize rows (R, d) in an order of each row's own; `inverse` (R, d, d) is used up.
+    """Quantize rows (R, d), each in its own order; `inverse` (R, d, d) is overwritten.
 
-    The cost of a weight is (w - q)^2 / [H^-1]_pp; but where one lies more than half a step off, beyond the outer
-    levels, the farthest comes first, before others have pushed it farther (trueobs.py).
+    The cost of a weight is (w - q)^2 / [H^-1]_pp. Weights more than half a step beyond the outer levels are quantized
+    first, the farthest one first, before compensation increases their error (trueobs.py).
     """
     rows, each = rows.clone(), torch.arange(len(rows), device=rows.device)
     codes, done = torch.zeros_like(rows), torch.zeros_like(rows, dtype=torch.bool)

@@ -84,6 +84,7 @@ class Latency(Stored):
         accuracies: (E,) on images of the held-out domain; NaN where they were not evaluated.
         processor: its name and instruction sets.
         saturates: whether its kernels add int8 products in 16 bits.
+        load: the system's load average over the minute before timing; None where it was not recorded.
     """
 
     seconds: FloatArray
@@ -97,6 +98,7 @@ class Latency(Stored):
     accuracies: FloatArray
     processor: str
     saturates: bool
+    load: float | None = None
 
     def to_frame(self) -> "pd.DataFrame":
         """Return a tidy table, one row for each engine, number of threads and batch; medians with 95 % intervals."""
@@ -134,7 +136,7 @@ class Latency(Stored):
 
     @property
     def remarks(self) -> list[str]:
-        """Sentences on the ratios of times, on what the processor lacks, and the paper's ratio."""
+        """Sentences on the ratios of times, the load, what the processor lacks, and the paper's ratio."""
         sentences = []
         for at in np.ndindex(len(self.threads), len(self.batches)):
             thread, batch = at
@@ -148,6 +150,10 @@ class Latency(Stored):
                         f" {self.engines[base]}{_same(ratio)}."
                     )
             sentences += self._ensembles((thread, batch), where)
+        if sentences:
+            sentences.append("Each 95 % interval is that of one ratio alone; there is no joint correction.")
+        if self.load is not None:
+            sentences.append(f"Load average over the minute before timing: {self.load:.1f}.")
         if self.saturates:
             sentences.append(
                 "This processor has no VNNI: int8 products are added up in 16 bits, which saturate with weights of 8 "

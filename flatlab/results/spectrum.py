@@ -42,10 +42,9 @@ class Spectrum(Saved):
     Attributes:
         eigenvalues: (k,) Ritz values, from the end that was asked for inwards; "BE" in ascending order.
         residuals: (k,) ||A v - lambda v||: an eigenvalue of A lies no further than that from each.
-        converged_each: (k,) whether the residual is at most tol times the eigenvalue, or rounding: an eigenvalue is
-            that near. The error is mostly its square over the gap, far less; but a gap is not known before the search
-            is over, and of 1,080 searches that trusted it 68 were off by more than tol (1 % asked for), against 19 by
-            the residual.
+        converged_each: (k,) whether the residual is at most tol times the eigenvalue, or rounding. The error is mostly
+            far less, the residual's square over the gap; but the gap is not known before the search is over, and of
+            1,080 searches that relied on it, 68 were off by more than tol (1 %), against 19 by the residual.
         verified: whether the search went on, after the pairs had converged, until it was seen that no other eigenvalue
             comes up (or the basis spans the space, or the whole matrix was solved). False where the budget ended it:
             the pairs may be converged, and yet not the outermost.
@@ -279,14 +278,16 @@ class SpectralDensity(Saved):
         return pd.DataFrame(columns)
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
-        """Draw the density on a logarithmic axis, with its band where there are several starts."""
-        axes = axes_of(ax)
-        places = self.grid()
-        (line,) = axes.semilogy(places, np.maximum(self.density(places), 1e-9))
+        """Draw the density on a logarithmic axis, and the 95 % band of its logarithm where there are several starts."""
+        axes, places = axes_of(ax), self.grid()
+        floor = 1e-3 / (self.num_params * self.sigma() * np.sqrt(2 * np.pi))  # a thousandth of one eigenvalue's peak
+        shown = np.maximum(self.density(places), floor / 10)
+        (line,) = axes.semilogy(places, shown)
         if len(self.nodes) > 1:
-            low, high = np.maximum(self.band(places), 1e-9)
-            axes.fill_between(places, low, high, color=line.get_color(), alpha=0.25, linewidth=0)
-        axes.set(xlabel="eigenvalue", ylabel="density")
+            low, high = self.band(places)  # often contains 0: hence the interval of the logarithm, by the delta method
+            factor = np.exp((high - low) / 2 / shown)
+            axes.fill_between(places, shown / factor, shown * factor, color=line.get_color(), alpha=0.25, linewidth=0)
+        axes.set(xlabel="eigenvalue", ylabel="density", ylim=(floor, 10 * shown.max()))
         return axes
 
     def _each(self, function: Callable[[FloatArray], FloatArray]) -> FloatArray:

@@ -17,18 +17,21 @@ class Optimizing(Spec):
     later: ClassVar[tuple[str, ...]] = ("optimizer", "momentum", "schedule", "warmup", "clip_norm", "class_percentile")
 
     optimizer: Literal["adam", "adamw", "sgd"] = Field(
-        "adam", description="Optimizer; adamw decays weights apart from the gradient (Loshchilov and Hutter 2019)."
+        "adam", description="Optimizer; adamw decouples weight decay from the gradient (Loshchilov and Hutter 2019)."
     )
     momentum: float = Field(0.9, ge=0, lt=1, description="Momentum of SGD.")
     weight_decay: float = Field(0.0, ge=0, le=1e30, description="Weight decay; step sizes have none.")
     schedule: Literal["constant", "linear", "cosine"] = Field(
-        "constant", description="Learning rate over the updates: constant, or down to 0 on a line or half a cosine."
+        "constant", description="Learning-rate schedule: constant, or a decay to 0, linear or by half a cosine."
     )
     warmup: int = Field(
-        0, ge=0, le=LARGEST_INT, description="Updates over which all learning rates rise on a line from 0."
+        0, ge=0, le=LARGEST_INT, description="Updates over which all learning rates rise linearly from 0."
     )
     clip_norm: float | None = Field(
-        None, gt=0, le=1e30, description="Largest L2 norm of the gradient of all parameters; a longer one is scaled."
+        None,
+        gt=0,
+        le=1e30,
+        description="Largest L2 norm of the gradient of all parameters; a larger one is scaled down.",
     )
     class_percentile: float | None = Field(
         None,

@@ -4,10 +4,11 @@ A spec is frozen, strict and complete: its canonical JSON contains everything th
 digest of that JSON identifies the run. Machine facts (folders, device, threads) are in `Place`, never in a digest.
 """
 
+import os
 from collections import Counter
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from flatlab.specs.base import Spec
 from flatlab.specs.optimizing import Optimizing
@@ -269,14 +270,21 @@ class RunSpec(Optimizing):
         return self.replace(quantizer=None, noise=None, frozen=False, switch=None, **before)
 
 
+def _written(value: Any) -> Any:
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+Location = Annotated[str | None, BeforeValidator(_written)]  # a path, as text or os.PathLike; kept as text
+
+
 class Place(Spec):
     """Machine facts: location of the data, device and threads. Recorded with a run, never part of its digest."""
 
     later = ("model_dir",)
 
-    data_dir: str | None = None
-    model_dir: str | None = None  # of a network that transformers saved
-    weights_file: str | None = None
-    cache: str | None = None  # folder of decoded images; None: the platform's default
+    data_dir: Location = None
+    model_dir: Location = None  # folder of a network that transformers saved
+    weights_file: Location = None
+    cache: Location = None  # folder of decoded images; None: the platform's default
     device: str = "auto"
     threads: int = Field(1, ge=1)

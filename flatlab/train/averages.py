@@ -1,9 +1,9 @@
-"""Averages: observers of one trajectory, which return averaged weights.
+"""Averages of the weights along one trajectory: SWA, SMA, SWAD, or none.
 
-`update(weights, step, validate)` receives the network's weights after each step; `validate()` gives the mean validation
-loss of those weights over the source domains, and is computed only when asked. `result()` gives the weights handed
-over, and changes nothing. Buffers are averaged like weights; where an average is not `evaluated` as it goes and
-BatchNorm's statistics are not frozen, the loop recomputes those.
+`update(weights, step, validate)` receives the network's weights after each step; `validate()` returns the mean
+validation loss (nats) of those weights over the source domains, and is computed only if it is called. `result()`
+returns the averaged weights without changing the state. Buffers are averaged like weights. For averages that are not
+`evaluated` during training, the loop recomputes BatchNorm's statistics at the end, unless they are frozen.
 """
 
 from collections.abc import Callable
@@ -19,22 +19,22 @@ from flatlab.train.swad import Published, Released
 class Average(Protocol):
     """An observer of a trajectory."""
 
-    evaluated: bool  # at each evaluation, and selected by validation; else only at the end
+    evaluated: bool  # True: evaluated with the network and selected by validation; False: evaluated once, at the end
 
     def update(self, weights: Weights, step: int, validate: Callable[[], float]) -> None:
         """Receive the weights after the update of `step`."""
 
     def result(self) -> dict[str, Tensor]:
-        """Return the weights handed over."""
+        """Return the averaged weights."""
 
     def facts(self) -> dict[str, Any]:
-        """Return what is worth a line in the log."""
+        """Return what the log records of the average."""
 
     def save(self) -> Saved:
         """Return the observer's state."""
 
     def load(self, saved: Saved) -> None:
-        """Take up a saved state."""
+        """Restore a saved state."""
 
 
 class Last:
@@ -51,11 +51,11 @@ class Last:
         self.weights = weights
 
     def result(self) -> dict[str, Tensor]:
-        """Return the weights handed over."""
+        """Return the weights of the last update."""
         return dict(self.weights)
 
     def facts(self) -> dict[str, Any]:
-        """Return what is worth a line in the log."""
+        """Return what the log records of the average: nothing."""
         return {}
 
     def save(self) -> Saved:
@@ -63,18 +63,18 @@ class Last:
         return {}, {}
 
     def load(self, saved: Saved) -> None:
-        """Take up a saved state."""
+        """Restore a saved state."""
         del saved
 
 
 class Running:
-    """SWA (Izmailov et al. 2018): each `every` steps from `start` on. SMA (Arpit et al. 2022): all from `start` on.
+    """SWA (Izmailov et al. 2018), over every `every`-th iterate from `start` on, or SMA (Arpit et al. 2022), over all.
 
-    SMA averages buffers too, is evaluated as it goes, and before its start is the last iterate.
+    SMA is evaluated during training. Before `start` the result is the last iterate.
     """
 
     def __init__(self, spec: AverageSpec, switch: int) -> None:
-        # EoA's loop counts from 1, and lets the iterate before its start weigh one: two earlier than the number says.
+        # EoA's loop counts steps from 1, and its average includes the iterate before the start: two steps earlier.
         first = spec.start if spec.kind == "swa" else max(0, spec.start - 2)
         self.start = max(first, switch)
         self.every = spec.every
@@ -90,11 +90,11 @@ class Running:
             self.mean.add(weights)
 
     def result(self) -> dict[str, Tensor]:
-        """Return the weights handed over."""
+        """Return the averaged weights."""
         return dict(self.mean.tensors)
 
     def facts(self) -> dict[str, Any]:
-        """Return what is worth a line in the log."""
+        """Return what the log records: the number of iterates in the average."""
         return {"averaged": self.mean.count}
 
     def save(self) -> Saved:
@@ -102,12 +102,12 @@ class Running:
         return dict(self.mean.tensors), {"count": self.mean.count}
 
     def load(self, saved: Saved) -> None:
-        """Take up a saved state."""
+        """Restore a saved state."""
         self.mean = Mean(saved[0], saved[1]["count"])
 
 
 def build(spec: AverageSpec, *, switch: int | None) -> Average:
-    """Return the observer that a spec names; it begins at the switch where there is one."""
+    """Return the observer of a spec, which ignores the weights before the switch if there is one."""
     match spec.kind:
         case "swa" | "sma":
             return Running(spec, switch or 0)

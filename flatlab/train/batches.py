@@ -1,4 +1,4 @@
-"""The training batches of a run, and BatchNorm's statistics for averaged weights, from batches no step has seen."""
+"""The training batches of a run, and BatchNorm's statistics for averaged weights."""
 
 import torch
 from torch import nn
@@ -6,6 +6,7 @@ from torch import nn
 from flatlab.data.batches import TrainingStream
 from flatlab.loading.data import Domains
 from flatlab.models.networks import batchnorms
+from flatlab.seeds import seeded
 from flatlab.specs.run import RunSpec
 from flatlab.tensors.batchnorm import recompute
 
@@ -21,13 +22,13 @@ def stream(spec: RunSpec, domains: Domains, device: torch.device) -> TrainingStr
 
 @torch.no_grad()
 def refresh(network: nn.Module, spec: RunSpec, domains: Domains, device: torch.device) -> None:
-    """Compute BatchNorm's running statistics for averaged weights, from unseen batches (khanrc/swad); unless frozen.
+    """Recompute BatchNorm's running statistics in place for averaged weights (khanrc/swad), unless they are frozen.
 
     Args:
-        network: holds the averaged weights.
-        spec: of the run that provides them; the batches after its last step are taken.
+        network: the network with the averaged weights.
+        spec: the run; the statistics are those of `average.refresh_batches` batches after its last training batch.
         domains: its data.
-        device: where the network is.
+        device: device of the network.
     """
     layers = [] if spec.freeze_batchnorm else batchnorms(network)
     if not layers:
@@ -36,4 +37,5 @@ def refresh(network: nn.Module, spec: RunSpec, domains: Domains, device: torch.d
     network.train()
     unseen = range(spec.steps + 1, spec.steps + 1 + spec.average.refresh_batches)
     inputs = (batches.batch(step).inputs for step in unseen)
-    recompute(network, layers, ((images, len(images)) for images in inputs))
+    with seeded("dropout", spec.seed, "statistics", device=device):
+        recompute(network, layers, ((images, len(images)) for images in inputs))

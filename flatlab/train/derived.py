@@ -1,4 +1,4 @@
-"""Runs that are made from finished ones: rounded, compensated (OBC), ensembles."""
+"""Runs that are made from finished ones: post-training quantization (rounding, OBC) and ensembles."""
 
 import time
 from dataclasses import replace
@@ -24,15 +24,15 @@ from flatlab.train.trajectory import arrays
 
 
 def derive(spec: RunSpec, store: RunStore, place: Place) -> None:
-    """Quantize the selected checkpoint of a run's parent, calibrated on its source domains alone.
+    """Quantize the selected checkpoint of a run's parent; OBC is calibrated on images of its source domains.
 
     Args:
-        spec: of a derived run.
-        store: holds the parent, receives the run.
+        spec: a derived run.
+        store: holds the parent and receives the run.
         place: data folder, device, threads.
 
     Raises:
-        UserError: where the parent is not done, or its data differ.
+        UserError: the parent is not done, or was trained on other data.
     """
     run, parent = store.run(spec), store.run(spec.parent or spec)
     check_data([run], place)
@@ -56,7 +56,7 @@ def derive(spec: RunSpec, store: RunStore, place: Place) -> None:
 def quantize(
     network: Network, spec: RunSpec, domains: loading_data.Domains, place: Place
 ) -> dict[str, dict[str, object]]:
-    """Quantize a network in place by rounding or OBC; return what to note of each layer."""
+    """Quantize a network in place by rounding or OBC; return facts of each layer for the log (OBC's errors)."""
     notes: dict[str, dict[str, object]] = {}
     moments = _moments(network, spec.quantizer, domains, place) if isinstance(spec.quantizer, OBCSpec) else {}
     loading_network.quantize(network, spec)
@@ -75,21 +75,21 @@ def quantize(
 
 
 def _moments(network: Network, spec: OBCSpec, domains: loading_data.Domains, place: Place) -> dict[str, torch.Tensor]:
-    each = -(-spec.images // len(domains.sources))  # the domains weigh the same, as in training
+    each = -(-spec.images // len(domains.sources))  # the same number of images of each domain, as in training
     parts = domains.calibration(each, loading_data.device(place))
     return second_moments(network, (inputs for batches in parts for inputs, _ in batches))
 
 
 def join(spec: RunSpec, store: RunStore, place: Place) -> None:
-    """Put an ensemble together from its members, each at the checkpoint that its own validation selects.
+    """Make an ensemble of finished runs, each at its selected checkpoint.
 
     Args:
-        spec: of the ensemble.
-        store: holds the members, finished, and receives the ensemble.
+        spec: the ensemble.
+        store: holds the members and receives the ensemble.
         place: data folder, device.
 
     Raises:
-        UserError: where a member is not finished, or was trained on other data.
+        UserError: a member is not done, or was trained on other data.
     """
     run = store.run(spec)
     check_data([run], place)

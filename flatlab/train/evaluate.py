@@ -1,4 +1,4 @@
-"""Accuracy and loss by domain, each image weighing the same within its domain; and the row of a log."""
+"""Accuracy and loss of each domain, averaged over its images; and the rows of a log."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -19,12 +19,13 @@ Score = dict[str, float]
 def evaluate(
     network: nn.Module, domains: Mapping[str, Sequence[tuple[Tensor, Tensor]]], *, percentile: float | None = None
 ) -> dict[str, Score]:
-    """Return accuracy (share of 1), mean cross-entropy (nats) and n of each domain, in eval mode.
+    """Return accuracy (0 to 1), mean cross-entropy (nats) and number of images `n` of each domain, in eval mode.
 
     Args:
-        network: returns logits.
-        domains: batches by name.
-        percentile: also that of the accuracies of a domain's classes; between two of them on a line, as numpy's.
+        network: returns logits; its training modes are restored.
+        domains: batches (inputs, targets) by the domain's name.
+        percentile: if given, also return this percentile (0 to 100, interpolated linearly) of the accuracies of a
+            domain's classes, as `class_percentile`.
     """
     modes = [(module, module.training) for module in network.modules()]
     network.eval()
@@ -51,15 +52,15 @@ def _score(forward: SplitOnOOM, batches: Sequence[tuple[Tensor, Tensor]], percen
 
 
 def mean(scores: Mapping[str, Score], field: str) -> float:
-    """Return the mean over domains, each weighing the same."""
+    """Return the unweighted mean of a field over domains."""
     return sum(score[field] for score in scores.values()) / len(scores)
 
 
 class Evaluator:
-    """Evaluates networks on the splits that selection and report need, its batches made once."""
+    """Evaluates networks on the splits that selection and reports need; the batches are made once."""
 
     def __init__(self, domains: Domains, device: torch.device, spec: RunSpec, *, fitted: bool = False) -> None:
-        """Make the batches; of the held-out domain and of the training images only where these are evaluated."""
+        """Make the batches: of the target domain if the spec logs it, of the training images if `fitted`."""
         self._evaluate = partial(evaluate, percentile=spec.class_percentile)
         self.fitted = domains.evaluation("in", domains.sources, device) if fitted else {}
         self.validation = domains.evaluation("out", domains.sources, device)
@@ -70,11 +71,11 @@ class Evaluator:
         }
 
     def sources(self, network: nn.Module) -> dict[str, Score]:
-        """Score a network on the source domains' held-back images."""
+        """Return the scores on the validation split of each source domain."""
         return self._evaluate(network, self.validation)
 
     def row(self, network: nn.Module, step: int, sources: dict[str, Score] | None = None) -> Row:
-        """Return a log's row: source validation; where evaluated, training and test images, the target's two splits."""
+        """Return a row of the log: validation scores and, where they are evaluated, those of the other splits."""
         sources = sources or self.sources(network)
         tested = self._evaluate(network, self.test)
         fitted = self._evaluate(network, self.fitted)

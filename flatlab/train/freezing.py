@@ -1,4 +1,4 @@
-"""Freezing of step sizes by the disorder of their gradients: GAQAT and FQAT, as steps of SAGM."""
+"""Freezing of step sizes by the disorder of their gradients (GAQAT, FQAT), as an extension of the SAGM step."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -11,12 +11,12 @@ from flatlab.quant.attach import quantized_layers, scales
 from flatlab.specs.run import FreezeSpec, StepSpec
 from flatlab.train.steps import SAGM, Gradients
 
-KINDS = ("task", "smooth", "between")  # of the disorder: two gradients against their last signs, and one against other
+KINDS = ("task", "smooth", "between")  # disorder of the task gradient, of the perturbed loss's, and between the two
 STATE = ("last", "counts", "logged", "frozen", "shares", "steps")
 
 
 def layer_of(name: str) -> str:
-    """Return the layer that a step size belongs to: its weight's and its input's are named alike but for the end."""
+    """Return the layer that a step size belongs to: that of its input has the layer's name with a suffix."""
     return name.removesuffix(".activations")
 
 
@@ -24,16 +24,17 @@ class Disorder:
     """Counts how often the signs of step sizes' gradients change, and decides which of them are frozen.
 
     Args:
-        step_sizes: by name, such as `quant.attach.scales` returns them.
+        step_sizes: step sizes by name, as `quant.attach.scales` returns them.
         spec: the rule.
 
     Attributes:
-        last: (2, n) the last signs that were not zero, of the gradients of the task and of the perturbed loss.
-        counts: (3, 2, units) changes of sign and pairs of signs, of each kind, since the last decision (or fading).
-        frozen: (n,) whether each step size is frozen.
-        logged: (3, 2, tensors) changes and pairs since the last row of the log.
-        shares: (tensors,) share of a tensor that was frozen, summed over the `steps[1]` steps since that row.
-        steps: (2,) steps seen, and those since that row.
+        last: (2, n), the last nonzero sign of the task gradient and of the perturbed loss's gradient.
+        counts: (3, 2, units), changes of sign and pairs of signs for each of `KINDS`, since the last decision, or
+            decaying exponentially.
+        frozen: (n,), whether each step size is frozen.
+        logged: (3, 2, tensors), changes and pairs since the last row of the log.
+        shares: (tensors,), frozen share of each tensor, summed over the `steps[1]` steps since that row.
+        steps: (2,), number of steps in all, and since that row.
     """
 
     def __init__(self, step_sizes: Mapping[str, nn.Parameter], spec: FreezeSpec) -> None:
@@ -56,9 +57,9 @@ class Disorder:
 
     @torch.no_grad()
     def see(self, task: Gradients, smooth: Gradients) -> None:
-        """Count the signs of one step, and decide where a decision is due; a missing gradient counts as zero."""
+        """Count the signs of one step, and decide if a decision is due; a missing gradient counts as zero."""
         signs = torch.stack([self._flat(task), self._flat(smooth)]).sign()
-        before = torch.cat([self.last, signs[1:]])  # what is compared with the task's, the smooth's, the task's
+        before = torch.cat([self.last, signs[1:]])  # the signs with which those of `now` are compared, by KINDS
         now = torch.cat([signs, signs[:1]])
         pairs = (now * before != 0).float()
         seen = torch.stack([pairs * (now != before), pairs], dim=1)  # (3, 2, n)
@@ -79,12 +80,12 @@ class Disorder:
 
     @staticmethod
     def _sums(values: Tensor, of: Tensor, count: int) -> Tensor:
-        """Return sums over the last axis by group: of whole numbers, so that their order does not matter."""
+        """Return sums over the last axis by group; those of `see` are of integers, exact in any order."""
         return torch.zeros(*values.shape[:-1], count, device=values.device).index_add_(-1, of, values)
 
     @property
     def disorder(self) -> Tensor:
-        """The disorder (units,) by which is decided; NaN where there was no pair of signs."""
+        """The disorder (units,) that decides; NaN where there was no pair of signs."""
         changes, pairs = self.counts[KINDS.index(self.spec.trigger)].unbind()
         disorder: Tensor = changes / pairs
         return disorder
@@ -107,7 +108,7 @@ class Disorder:
 
     @property
     def withheld(self) -> dict[str, Tensor]:
-        """The gradients that step sizes do not get now: of the task and of the perturbed loss, each (n,) booleans."""
+        """Whether each step size is denied the task gradient and that of the perturbed loss, each (n,) booleans."""
         if self.spec.alternate:
             odd = torch.tensor(int(self.steps[0]) // self.spec.every % 2 == 1, device=self.frozen.device)
             return {"task": odd.expand_as(self.frozen), "smooth": ~odd.expand_as(self.frozen)}
@@ -115,7 +116,7 @@ class Disorder:
         return {kind: self.frozen if self.spec.gradient in (kind, "both") else none for kind in ("task", "smooth")}
 
     def row(self) -> dict[str, Any]:
-        """Return, for each step-size tensor, disorder of each kind and frozen share since the last call; restart both.
+        """Return disorder of each kind and frozen share of each step-size tensor since the last call; reset both.
 
         A disorder without a pair of signs is None.
         """
@@ -135,26 +136,27 @@ class Disorder:
         return rows
 
     def save(self) -> dict[str, Tensor]:
-        """Return the state."""
+        """Return the state as tensors."""
         return {name: getattr(self, name) for name in STATE}
 
     def load(self, saved: Mapping[str, Tensor]) -> None:
-        """Take up a saved state."""
+        """Restore a saved state."""
         for name in STATE:
             setattr(self, name, saved[name].to(getattr(self, name).device))
 
 
 class Freezing(SAGM):
-    """SAGM, some of whose gradients are withheld from step sizes, or from the weights of a layer.
+    """SAGM that withholds gradients from frozen step sizes, or from the latent weights of frozen layers.
 
-    Of two gradients that are each counted half, the one that is left counts half, or whole where the spec rescales.
+    A parameter's gradient is (g + g')/2; where one of the two is withheld, the other one keeps its factor 1/2, or has
+    the factor 1 if the spec says `rescale`.
 
     Args:
-        optimizer: of all parameters.
-        network: its step sizes are frozen by turns.
-        moved: the parameters that the ascent moves.
+        optimizer: optimizer of all parameters.
+        network: the quantized network.
+        moved: the parameters that the ascent perturbs.
         step: radius, alpha and the rule of freezing.
-        disorder: of the step sizes' gradients.
+        disorder: disorder of the step sizes' gradients.
     """
 
     def __init__(
@@ -186,7 +188,7 @@ class Freezing(SAGM):
                 parameter.grad = torch.where(single, 2 * joined, joined) if self.disorder.spec.rescale else joined
 
     def _withheld(self) -> dict[nn.Parameter, tuple[Tensor, Tensor]]:
-        """Return which entries of parameters get no gradient of the task, and none of the perturbed loss."""
+        """Return, by parameter, masks of the entries without task gradient and without that of the perturbed loss."""
         spec, found = self.disorder.spec, self.disorder.withheld
         parts = zip(*(torch.split(each, self.disorder.sizes) for each in found.values()), strict=True)
         off = {}
@@ -199,5 +201,5 @@ class Freezing(SAGM):
 
 
 def disorder_of(network: nn.Module, spec: FreezeSpec) -> Disorder:
-    """Return the disorder of a network's step sizes, none seen yet."""
+    """Return a new `Disorder` of a network's step sizes."""
     return Disorder(scales(network), spec)

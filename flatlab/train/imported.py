@@ -1,4 +1,4 @@
-"""A run from a checkpoint that was trained elsewhere, or from an exported file: to measure what one already has."""
+"""A run from a checkpoint of another code base or from an exported file, so that it can be measured."""
 
 from pathlib import Path
 
@@ -23,17 +23,21 @@ from flatlab.train.trajectory import arrays as arrays_of
 
 
 def import_checkpoint(file: Path, setting: Setting, store: RunStore, place: Place) -> RunSpec:
-    """Take a foreign checkpoint into the store as a finished run; returns its spec, which names the file by its hash.
+    """Import a foreign checkpoint into the store as a finished run; return its spec, which has the file's hash.
 
     Args:
-        file: safetensors, or what `torch.load(weights_only=True)` reads; torchvision's, DomainBed's or SWAD's names.
-            A file that flatlab has exported says of which model it is, and keeps its integer codes.
+        file: safetensors, or a file that `torch.load(weights_only=True)` reads, with the names of torchvision,
+            DomainBed, SWAD or timm; or a file that flatlab exported, whose model is used instead of the setting's and
+            whose integer codes are kept.
         setting: data set, held-out domain (one) and model.
         store: receives the run.
         place: data folder, device.
 
+    Returns:
+        The spec of the run.
+
     Raises:
-        UserError: where the file is missing or of another architecture, or more than one domain is held out.
+        UserError: the file does not exist or does not fit the model, or the setting does not hold out one domain.
     """
     if not file.is_file():
         raise UserError(f"There is no file {file}; give the .safetensors or .pth file that is to be imported.")
@@ -65,7 +69,7 @@ def import_checkpoint(file: Path, setting: Setting, store: RunStore, place: Plac
 
 
 def _fill(network: Network, file: Path, name: str) -> None:
-    """Load a foreign file, which must have every tensor of the network."""
+    """Load a foreign file, which must contain every tensor of the network."""
     state = read_foreign(file)
     if not isinstance(network.features, classifiers.Sentences):
         network.load_state_dict(fitted(state, network.state_dict(), name=name, source=file.name))
@@ -74,14 +78,14 @@ def _fill(network: Network, file: Path, name: str) -> None:
 
 
 def hand_in(run: Run, network: Network, domains: loading_data.Domains, place: Place, *, row: Row) -> None:
-    """Write what a training would leave behind but `done`: a log of one row, both checkpoints, provenance.
+    """Write the files of a trained run except `done`: a log of one row, both checkpoints, provenance.
 
     Args:
-        run: receives it.
+        run: receives the files.
         network: the network, in eval mode.
         domains: its data.
         place: data folder, device, threads.
-        row: the step that the weights are of, and more for the log.
+        row: the step of the weights (`step`), and further entries of the log's row.
     """
     scores = Evaluator(domains, loading_data.device(place), run.spec).row(network, row["step"])
     run.write_log([{**scores, **row, "looks": int(run.spec.target_logged)}])
@@ -91,11 +95,11 @@ def hand_in(run: Run, network: Network, domains: loading_data.Domains, place: Pl
 
 
 def _as_exported(spec: RunSpec, arrays: files.Arrays, facts: Export | JointExport) -> RunSpec:
-    """Return the spec of an exported network: what a signed uniform grid holds stays codes, others floats."""
+    """Return the spec of an exported network: quantized if its codes fit a signed uniform grid, else with floats."""
     if isinstance(facts, JointExport):
-        raise UserError("This file holds an ensemble: export its members, import those, and put them together again.")
+        raise UserError("The file holds an ensemble: export its members, import these, and run `flatlab ensemble`.")
     if facts.network.activations:
-        raise UserError("This file's network quantizes its activations, too, which an imported run cannot; train it.")
+        raise UserError("The file's network quantizes activations, which an imported run cannot: train the network.")
     weights = packed(arrays, facts).values()
     bits = max((grid.bits for grid in facts.quantized.values()), default=0)
     ours = bits > 0
@@ -111,7 +115,7 @@ def _as_exported(spec: RunSpec, arrays: files.Arrays, facts: Export | JointExpor
 
 
 def _rebuilt(spec: RunSpec, file: Path, domains: loading_data.Domains, place: Place) -> Network:
-    """Return the network of an exported file, its codes settled in the quantizers that its spec names."""
+    """Return the network of an exported file, with the file's codes in the quantizers of its spec."""
     arrays, facts = opened(file)
     assert isinstance(facts, Export)
     own = {"num_classes": len(domains.data.classes), "in_channels": domains.data.domains[0].images.shape[1]}

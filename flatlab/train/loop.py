@@ -1,8 +1,9 @@
-"""The loop: one trajectory, its observers, and a state on disk from which a killed process goes on.
+"""The training loop: one trajectory, its observers, and a state on disk from which a killed training is resumed.
 
-Updates 0..steps are made, and the network is evaluated after the update of step t where t is a multiple of
-`eval_every`, and at the end (khanrc/swad, trainer.py). Batches are functions of the step, so that a state holds no
-random generator. Runs that differ in their average alone share one call.
+The updates are those of steps 0 to `steps`, both included. The network is evaluated after the update of each step that
+is a multiple of `eval_every`, and after the last (khanrc/swad, trainer.py). Batches and dropout masks are functions of
+seed and step: a state holds no random generator, and both passes of SAM or SAGM have the same mask. Runs that differ
+only in their average share one call.
 """
 
 import copy
@@ -22,6 +23,7 @@ from flatlab.arguments import JobReport
 from flatlab.errors import UserError
 from flatlab.loading import data as loading_data
 from flatlab.models.networks import Network, set_training
+from flatlab.seeds import seeded
 from flatlab.specs.run import Place, RunSpec
 from flatlab.store.runs import Run, RunStore, check_data
 from flatlab.store.selection import Row, candidates, target_accuracy, training_domain
@@ -46,19 +48,19 @@ def train(
     keep_every: int | None = None,
     report: JobReport | None = None,
 ) -> None:
-    """Train the runs that observe one trajectory, from where an earlier call was stopped; or make derived runs.
+    """Train the runs of one trajectory, resuming where an earlier call was stopped; or make derived runs.
 
     Args:
-        specs: runs with equal `trajectory`; of derived ones, the parents are done.
+        specs: runs with equal `trajectory`; the parents of derived runs must be done.
         store: receives the runs.
         place: data folder, device, threads.
-        forks: steps before which the state is kept, for runs that switch there.
-        keep_every: steps between checkpoints that are kept along the trajectory, for averages to be replayed on.
+        forks: steps before which the state is saved, for runs that switch there.
+        keep_every: steps between checkpoints that are kept, for averages to be replayed on; None keeps none.
         report: called after each step.
 
     Raises:
-        UserError: where the runs are of several trajectories, what a derived one is made from is not done, or a run was
-            trained on other data.
+        UserError: the runs are of several trajectories, the parent of a derived run is not done, a run was trained on
+            other data, the loss is not finite, or memory is exhausted.
     """
     if len({spec.trajectory.digest for spec in specs}) > 1:
         raise UserError(f"specs must be of one trajectory, got {len(specs)} runs of several: train them separately.")
@@ -74,7 +76,7 @@ def train(
 
 
 class Training:
-    """One call of `train`: the trajectory, its data, and its files."""
+    """One call of `train`: the trajectory, its data and its files."""
 
     def __init__(
         self,
@@ -102,7 +104,7 @@ class Training:
         self._begin(place)
 
     def run(self, report: JobReport | None) -> None:
-        """Make the updates that are left, then hand over."""
+        """Make the remaining updates, then write the results."""
         spec, trajectory, network = self.spec, self.trajectory, self.trajectory.network
         objective, rule = objective_of(spec), trajectory.step_rule()
         batches = stream(spec, self.domains, self.device)
@@ -119,7 +121,7 @@ class Training:
             batch = batches.batch(step)
             trajectory.losses.append(self._update(rule, lambda batch=batch, step=step: objective(network, batch, step)))  # type: ignore[misc]
             self._check_losses(step)
-            sources = cache(lambda: self.judge.sources(network))  # computed only if somebody asks at this step
+            sources = cache(lambda: self.judge.sources(network))  # computed at most once a step, and only if called
             trajectory.after(step, lambda sources=sources: mean(sources(), "loss"))  # type: ignore[misc]
             if step % spec.eval_every == 0 or step == spec.steps:
                 self._evaluate(step, sources(), lr)
@@ -129,12 +131,12 @@ class Training:
         self._finish()
 
     def _reached(self) -> bool:
-        """Return whether the last evaluation is one at which the training ends."""
+        """Return whether the spec's stopping criterion holds at the last evaluation."""
         stop, rows = self.spec.stop, self.trajectory.rows
         return bool(stop and rows and rows[-1]["step"] >= stop.after and mean(rows[-1]["fitted"], "loss") <= stop.loss)
 
     def _report(self, report: JobReport, step: int) -> None:
-        """Report a step; if the training is stopped here, its state is saved."""
+        """Report a step; an interrupt during the report saves the state first."""
         try:
             report(step + 1, self.spec.steps + 1, self._shown())
         except KeyboardInterrupt:
@@ -142,10 +144,11 @@ class Training:
             raise
 
     def _update(self, rule: Step, loss: Callable[[], Tensor]) -> Tensor:
-        """Make one update in the spec's precision; a batch that does not fit into memory is never made smaller."""
+        """Make one update in the spec's precision; a batch that does not fit into memory is refused, not split."""
+        step = self.trajectory.next_step
 
         def closure() -> Tensor:
-            with self.trajectory.noise or nullcontext():
+            with seeded("dropout", self.spec.seed, step, device=self.device), self.trajectory.noise or nullcontext():
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.spec.precision == "bf16"):
                     value = loss()
                 return _backward(value)
@@ -161,7 +164,7 @@ class Training:
             ) from error
 
     def _threads(self) -> int | None:
-        """Return how many threads computed what is gone on from: they order the sums."""
+        """Return the number of threads of the state that is resumed or forked: sums depend on it."""
         first = self.parent if self.parent and self._fork().exists() else self.lineage
         threads: int | None = (self.runs[0].provenance or first.provenance).get("threads")
         return threads
@@ -172,7 +175,7 @@ class Training:
         return self.parent.state(f"fork-{self.spec.switch}")
 
     def _begin(self, place: Place) -> None:
-        """Resume from a saved state or fork from the parent's at the switch, else start; record which."""
+        """Resume from a saved state, fork from the parent's at the switch, or start; record which."""
         how = self._take_up()
         self.started = self.saved = time.monotonic()
         self.session = {"from_step": self.trajectory.next_step, "how": how}
@@ -186,7 +189,7 @@ class Training:
             self.lineage.note(data_fingerprint=self.domains.data.fingerprint, threads=self.threads)
 
     def _take_up(self) -> str:
-        """Bring the trajectory to where it goes on from; return where that was."""
+        """Restore the state to continue from, if there is one; return which, for the provenance."""
         state = self.runs[0].state("resume")
         if state.exists() and self.trajectory.resume(state):
             return "resumed"
@@ -202,7 +205,7 @@ class Training:
         return {**self.session, "to_step": self.trajectory.next_step, "seconds": seconds}
 
     def _check_losses(self, step: int) -> None:
-        """Stop at a loss that is not finite, naming its step; the last good state and checkpoints stay."""
+        """Raise at a loss that is not finite, with its step; saved states and checkpoints are kept."""
         due = (step + 1) % CHECK_STEPS == 0 or step % self.spec.eval_every == 0 or step == self.spec.steps
         if self.device.type != "cpu" and not due:
             return
@@ -218,7 +221,7 @@ class Training:
         )
 
     def _evaluate(self, step: int, sources: dict[str, Score], lr: float) -> None:
-        """Log the network and those observers that are evaluated as they go; keep the best."""
+        """Log the network and the observers that are evaluated during training; keep selected checkpoints."""
         trajectory = self.trajectory
         live = self.judge.row(trajectory.network, step, sources)
         if not math.isfinite(live["validation_loss"]):
@@ -242,20 +245,20 @@ class Training:
 
     def _averaged(self, weights: dict[str, Tensor]) -> Network:
         """Return a copy of the network that holds these weights."""
-        if self.shadow is None or len(self.shadow.state_dict()) != len(weights):  # step sizes come with the switch
+        if self.shadow is None or len(self.shadow.state_dict()) != len(weights):  # the switch adds step sizes
             self.shadow = copy.deepcopy(self.trajectory.network)
         self.shadow.load_state_dict(weights)
         return self.shadow
 
     def _log(self, observer: Observer, row: Row, weights: dict[str, Tensor]) -> None:
-        """Add a row to a run's log, and keep its checkpoint where the selection now falls on it."""
+        """Add a row to a run's log, and save its checkpoint if this row is now the selected one."""
         observer.log(row)
         eligible = candidates(observer.rows, self.spec.settled)
         if eligible and training_domain(eligible) is observer.rows[-1]:
             files.save_arrays(observer.run.checkpoint("selected"), arrays(weights), {"step": row["step"]})
 
     def _keep(self, step: int) -> None:
-        """Save a checkpoint or a fork where one is asked for, then the state at evaluations and every half minute."""
+        """Save a checkpoint or a fork if one is due, and the state at evaluations and every `SAVE_SECONDS`."""
         if step in self.kept:
             files.save_arrays(self.lineage.keep(step), arrays(self.trajectory.network.state_dict()), {"step": step})
         if step + 1 in self.forks:
@@ -284,7 +287,7 @@ class Training:
         return shown
 
     def _finish(self) -> None:
-        """Hand over: averages are refreshed and evaluated, checkpoints and logs written, runs marked as done."""
+        """Refresh and evaluate averages, write checkpoints and logs, and mark the runs as done."""
         for observer in self.trajectory.observers:
             weights = observer.average.result()
             if not observer.average.evaluated:
@@ -295,7 +298,7 @@ class Training:
             last = {"step": self.trajectory.next_step - 1}
             files.save_arrays(observer.run.checkpoint("last"), arrays(weights), last)
         self._write_logs()
-        for run in reversed(self.runs):  # the first, which keeps the state, is the last to be done without it
+        for run in reversed(self.runs):  # the first holds the state, so it is marked last, before the state is deleted
             run.finish()
         self.runs[0].state("resume").unlink(missing_ok=True)
 

@@ -1,4 +1,4 @@
-"""MixStyle (Zhou et al. 2021): an image's feature statistics, mixed with those of another image of the batch."""
+"""MixStyle (Zhou et al. 2021): feature statistics of an image, mixed with those of another image of the batch."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -24,20 +24,20 @@ def mixing(
     names: tuple[int, ...],
     sizes: Sequence[int] = (),
 ) -> Iterator[None]:
-    """Mix the outputs of some modules while the block runs; the network holds no layer of it and no hook afterwards.
+    """Context in which the outputs of some modules are mixed, by hooks that are removed at its end.
 
     Args:
-        network: in training.
+        network: the network, in training mode.
         stages: names of the modules.
-        spec: how often and how much.
-        names: seed and step: the same ones give the same draws, so that both passes of SAM are of one function.
-        sizes: images of each domain in a batch, for mixing across domains.
+        spec: probability and strength.
+        names: seed and step, which determine the draws, so that both passes of SAM evaluate the same function.
+        sizes: number of images of each domain in a batch, for mixing across domains.
 
     Raises:
-        UserError: where domains are to be mixed, and there is one alone.
+        UserError: mixing across domains with a single source domain.
     """
     if spec.across and len(sizes) < 2:
-        raise UserError(f"Mixing across domains needs two source domains, and there are {len(sizes)}; take mixstyle.")
+        raise UserError(f"--mixing mixstyle-across needs at least 2 source domains, got {len(sizes)}: take mixstyle.")
     with ExitStack() as stack:
         for stage in stages:
             rng = np.random.default_rng(derive("mixstyle", *names, stage))
@@ -53,21 +53,21 @@ def _mixer(
     def mixed(module: nn.Module, inputs: tuple[Tensor, ...], outputs: Tensor) -> Tensor:
         del module, inputs
         share = rng.beta(spec.alpha, spec.alpha, size=len(outputs))
-        partners = strangers(sizes, rng) if spec.across else rng.permutation(len(outputs))
+        partners = cross_domain_partners(sizes, rng) if spec.across else rng.permutation(len(outputs))
         return mix(outputs, torch.from_numpy(partners), torch.from_numpy(share))
 
     return mixed
 
 
-def strangers(sizes: Sequence[int], rng: np.random.Generator) -> npt.NDArray[np.int64]:
-    """Return for each image another one, of another domain (Zhou et al. 2021, Fig. 2b).
+def cross_domain_partners(sizes: Sequence[int], rng: np.random.Generator) -> npt.NDArray[np.int64]:
+    """Return for each image the index of a partner of another domain (Zhou et al. 2021, Fig. 2b), shape (N,).
 
-    The paper has two domains in a batch, and the images of one meet those of the other, shuffled. Of more, the domains
-    are moved round by a random number of places: where they are equally large, the result is a permutation.
+    The paper has two domains in a batch and pairs the images of one with shuffled ones of the other. With more, the
+    domains are rotated by a random offset; if they have equally many images, the result is a permutation.
 
     Args:
-        sizes: images of each domain, which lie one after the other.
-        rng: draws.
+        sizes: number of images of each domain; the domains are consecutive in the batch.
+        rng: random generator.
     """
     starts, shift = np.cumsum([0, *sizes]), int(rng.integers(1, len(sizes)))
     shuffled = [start + rng.permutation(size) for start, size in zip(starts, sizes, strict=False)]
@@ -76,15 +76,15 @@ def strangers(sizes: Sequence[int], rng: np.random.Generator) -> npt.NDArray[np.
 
 
 def mix(features: Tensor, partners: Tensor, share: Tensor) -> Tensor:
-    """Return features with the mean and deviation of each channel drawn towards a partner's.
+    """Return features whose channel means and standard deviations are interpolated with those of partners.
 
     Args:
         features: (N, C, H, W).
-        partners: (N,) which image lends its statistics to which.
-        share: (N,) of an image's own statistics; 1 leaves it as it is.
+        partners: (N,), the index of each image's partner.
+        share: (N,), weight of an image's own statistics; 1 leaves the image unchanged.
 
     Returns:
-        (N, C, H, W); gradients do not flow through the statistics.
+        (N, C, H, W); the statistics are constants to autograd.
     """
     mean = features.mean((2, 3), keepdim=True).detach()
     deviation = (features.var((2, 3), keepdim=True) + EPS).sqrt().detach()

@@ -1,9 +1,9 @@
-"""Objectives: functions from a network, a batch and its step to a scalar loss in nats; and CLIP's, for its stand-in.
+"""Objectives: functions from a network, a batch and its step to a scalar loss (nats); the pretraining of digits-clip.
 
-The stand-in's pretraining trains an image tower and a caption tower together on the source domains. Each image has the
-caption "a 7 of rot30", its class and domain. The loss is CLIP's in both directions, with all equal captions of a batch
-as positives (Yang et al. 2022, UniCL). Afterwards the caption tower is gone: the head has a class's vector, the mean
-over the source domains' captions, and stays frozen.
+That pretraining trains an image tower and a caption tower together on the source domains. The caption of an image is
+its class and domain, such as "a 7 of rot30". The loss is CLIP's in both directions, with all equal captions of a batch
+as positives (UniCL, Yang et al. 2022). Afterwards the caption tower is discarded: each row of the head is the mean of a
+class's caption vectors over the source domains, normalised, and stays frozen.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ from flatlab.errors import UserError
 from flatlab.loading.data import Domains
 from flatlab.models.networks import STAGES, Network
 from flatlab.models.small import CaptionTower
-from flatlab.seeds import derive
+from flatlab.seeds import derive, seeded
 from flatlab.specs.run import RunSpec
 from flatlab.train.batches import stream
 from flatlab.train.mixstyle import mixing
@@ -29,11 +29,15 @@ Objective = Callable[[Network, Batch, int], Tensor]
 
 
 def objective_of(spec: RunSpec) -> Objective:
-    """Return the objective that a spec names; with MixStyle, draws are functions of the step, as batches are."""
+    """Return the objective of a spec; MixStyle's draws are functions of seed and step, as batches are.
+
+    Raises:
+        UserError: MixStyle with a model that has no convolutional stages.
+    """
     loss = partial(coral, weight=spec.coral_weight) if spec.objective == "coral" else erm
     mix, stages = spec.mixing, STAGES.get(spec.model, ())
     if mix and not stages:
-        raise UserError(f"MixStyle mixes the maps of convolutions, got the model {spec.model}: choose --mixing none.")
+        raise UserError(f"MixStyle needs a convolutional model, got {spec.model}: write --mixing none.")
 
     def objective(network: Network, batch: Batch, step: int) -> Tensor:
         with mixing(network, stages, mix, names=(spec.seed, step), sizes=batch.sizes) if mix else nullcontext():
@@ -43,17 +47,17 @@ def objective_of(spec: RunSpec) -> Objective:
 
 
 def erm(network: Network, batch: Batch) -> Tensor:
-    """Return the mean cross-entropy over the batch: all source domains' images, concatenated."""
-    return F.cross_entropy(network(batch.inputs).float(), batch.targets)  # of bf16 logits too
+    """Return the mean cross-entropy (nats) over the batch, the images of all source domains."""
+    return F.cross_entropy(network(batch.inputs).float(), batch.targets)  # in float32 where logits are bf16
 
 
 def coral(network: Network, batch: Batch, *, weight: float = 1.0) -> Tensor:
     """Return the cross-entropy plus `weight` times CORAL's penalty (Sun and Saenko 2016, as in khanrc/swad).
 
     Args:
-        network: its features are aligned.
-        batch: of the source domains, each at least two images.
-        weight: of the penalty.
+        network: the network whose features are aligned.
+        batch: at least two images of each source domain.
+        weight: factor of the penalty.
     """
     features = network.features(batch.inputs)
     loss = F.cross_entropy(network.head(features).float(), batch.targets)
@@ -64,7 +68,7 @@ def alignment(domains: Sequence[Tensor]) -> Tensor:
     """Return the mean over pairs of domains of the mean squared difference of means and of covariances.
 
     Args:
-        domains: features (n_d, width) of each domain; one domain alone has nothing to be aligned with.
+        domains: features (n_d, width) of each domain; the penalty of a single domain is 0.
     """
     moments = [(each.mean(0), torch.cov(each.T)) for each in domains]
     pairs = [F.mse_loss(m, n) + F.mse_loss(c, d) for (m, c), (n, d) in combinations(moments, 2)]
@@ -75,15 +79,14 @@ def contrast(network: Network, spec: RunSpec, domains: Domains, device: torch.de
     """Train the image tower with a caption tower, in place, and write the class vectors to the head.
 
     Args:
-        network: its features are in the space of captions.
-        spec: of the run: the number of steps, the batches' size and the learning rate are its own.
-        domains: of the run; the training images of the source domains are shown.
-        device: where the network is.
+        network: digits-clip, whose features are in the space of captions.
+        spec: the run; its number of steps, batch size and learning rate are used.
+        domains: the run's data; the training images of the source domains are used.
+        device: device of the network.
     """
     captions = _numbers([f"a {one} of {name}" for name in domains.sources for one in domains.data.classes]).to(device)
     count = len(domains.data.classes)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(derive("captions", spec.seed))
+    with seeded("captions", spec.seed):
         tower = CaptionTower(int(captions.max()) + 1, captions.shape[1]).to(device)
     optimizer = torch.optim.Adam([*network.features.parameters(), *tower.parameters()], lr=spec.lr)
     batches = stream(spec.replace(seed=derive("contrast", spec.seed) % 2**31), domains, device)
@@ -100,14 +103,14 @@ def contrast(network: Network, spec: RunSpec, domains: Domains, device: torch.de
 
 
 def _numbers(captions: list[str]) -> Tensor:
-    """Return the characters (N, T) as numbers, 0 behind the end."""
+    """Return ids of the captions' characters (N, T), padded with 0."""
     known = {each: index for index, each in enumerate(sorted({*"".join(captions)}), 1)}
     length = max(map(len, captions))
     return torch.tensor([[known[each] for each in text] + [0] * (length - len(text)) for text in captions])
 
 
 def _captioned(batch: Batch, classes: int) -> Tensor:
-    """Return the number of each image's caption (B,): domains in the order of the batch, classes within them."""
+    """Return the index of each image's caption (B,): by domain in the order of the batch, then by class."""
     domain = torch.arange(len(batch.sizes)).repeat_interleave(torch.tensor(batch.sizes)).to(batch.targets.device)
     return domain * classes + batch.targets
 
@@ -116,9 +119,9 @@ def _loss(images: Tensor, vectors: Tensor, captions: Tensor) -> Tensor:
     """Return the mean cross-entropy over both directions.
 
     Args:
-        images: (B, D), of the length that the temperature gives.
-        vectors: (M, D) of all captions.
-        captions: (B,) each image's.
+        images: (B, D), unit vectors times the inverse temperature.
+        vectors: (M, D), unit vectors of all captions.
+        captions: (B,), the index of each image's caption.
     """
     logits = images @ vectors[captions].T
     same = (captions[:, None] == captions[None]).float()

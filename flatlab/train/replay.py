@@ -1,7 +1,7 @@
-"""The rules of SWA, SMA and SWAD applied after training, to the log or the kept checkpoints of a finished run.
+"""SWA, SMA and SWAD applied after training, to the log or to the kept checkpoints of a finished run.
 
-The observers are those of training (averages.py). Where each iterate was kept, they hand over what they would have
-handed over in training, to the byte; where each Nth was, they average those alone.
+The observers are those of training (averages.py). If every iterate was kept, their results are those of training, to
+the byte; if every Nth was kept, they average only those.
 """
 
 import copy
@@ -30,12 +30,12 @@ def valley(run: Run, spec: AverageSpec | None = None) -> dict[str, Any]:
     """Return where the valley of a run's validation loss begins and ends, and its threshold (Cha et al. 2021).
 
     Args:
-        run: finished; its evaluations from the switch on count.
-        spec: N_s, N_e, r and the rule; SWAD's own by default. The interval is that of the run's evaluations.
+        run: a finished run; its evaluations from the switch on are used.
+        spec: N_s, N_e, r and the rule; by default SWAD's. The interval is that of the run's evaluations.
 
     Returns:
-        start, end (steps), threshold (nats) and dead (whether it ended before training did); None where none began.
-        span: first and last step of what is averaged, with a valley or without.
+        start and end (steps) and threshold (nats), each None if no valley began; dead, whether the valley ended before
+        the training; span, first and last step of the averaged iterates, with a valley or without.
     """
     rule = averages.build((spec or AverageSpec()).replace(kind="swad", every=1), switch=None)
     for row in candidates(run.rows(), run.spec.switch):
@@ -53,13 +53,13 @@ class ReplayedAverage:
     """An average of kept checkpoints, and its scores.
 
     Attributes:
-        weights: what is handed over, by name, BatchNorm's statistics included.
-        row: as in a run's log: accuracies and losses (nats) of these weights.
-        every: steps between the iterates that are averaged; of SWAD, between its evaluations.
-        first: the first step that is averaged.
-        last: the last one.
-        valley: as `valley` returns it, of SWAD; else empty.
-        rule: SWAD's, "paper" or "released".
+        weights: the averaged weights and buffers, by name, BatchNorm's statistics included.
+        row: a row of a run's log: accuracies and losses (nats) of these weights.
+        every: steps between the averaged iterates; for SWAD, between its evaluations.
+        first: step of the first averaged iterate.
+        last: step of the last averaged iterate.
+        valley: for SWAD, as `valley` returns it; else empty.
+        rule: SWAD's rule, "paper" or "released".
     """
 
     weights: dict[str, Tensor]
@@ -77,8 +77,8 @@ class Replay:
 
     Attributes:
         every: steps between two checkpoints.
-        averages: by the names of their rules.
-        losses: mean validation loss (nats) over the source domains, at the steps where a rule asked for it.
+        averages: the averages by the names of their rules.
+        losses: mean validation loss (nats) over the source domains, by step, where a rule needed it.
     """
 
     every: int
@@ -90,13 +90,13 @@ def replay(run: Run, rules: Mapping[str, AverageSpec], place: Place, *, report: 
     """Apply averages to the checkpoints that a run's training kept (`train(..., keep_every=N)`), and evaluate them.
 
     Args:
-        run: finished, and trained here; its own average does not matter.
-        rules: the averages, by name. Their intervals become the next multiples of N, or N itself.
+        run: a finished run that was trained in this store, with any average.
+        rules: the averages, by name. Their intervals are rounded up to multiples of N.
         place: data folder, device.
         report: called after each checkpoint.
 
     Raises:
-        UserError: where the run was not trained here, is not finished, or has not kept its checkpoints.
+        UserError: the run was not trained here, is not done, or has not kept its checkpoints.
     """
     every = run.kept_each()
     with loading_data.threads(run.lineage.provenance.get("threads") or place.threads):
@@ -111,7 +111,7 @@ def replay(run: Run, rules: Mapping[str, AverageSpec], place: Place, *, report: 
 
 @dataclass
 class _Observer:
-    """A rule, and the choice that the run with it would have made."""
+    """An average, its log, and the weights that validation selects."""
 
     spec: RunSpec
     average: averages.Average
@@ -120,7 +120,7 @@ class _Observer:
     chosen: dict[str, Tensor] = field(default_factory=dict)
 
     def log(self, row: Row, weights: Mapping[str, Tensor]) -> None:
-        """Take a row, and the weights where the selection now falls on it, as the loop does."""
+        """Add a row, and keep the weights if this row is now the selected one, as the loop does."""
         self.rows.append(row)
         if self.best is row:
             self.chosen = {name: value.clone() for name, value in weights.items()}
@@ -132,7 +132,7 @@ class _Observer:
 
 
 class _Replaying:
-    """The trajectory's network, brought from checkpoint to checkpoint."""
+    """The trajectory's network, which holds one kept checkpoint after another."""
 
     def __init__(self, run: Run, every: int, place: Place) -> None:
         self.run, self.spec, self.every, self.device = run, run.spec.trajectory, every, loading_data.device(place)
@@ -145,7 +145,7 @@ class _Replaying:
         self.losses: dict[int, float] = {}
 
     def observer(self, rule: AverageSpec) -> _Observer:
-        """Return a rule's observer, its steps brought onto those that were kept."""
+        """Return a rule's observer, its steps rounded up to those that were kept."""
         every = 1 if rule.every <= self.every else _upwards(rule.every, self.every)
         average = averages.build(rule.replace(every=every), switch=self.spec.switch)
         if isinstance(average, Running):
@@ -153,7 +153,7 @@ class _Replaying:
         return _Observer(self.spec.replace(average=rule), average, max(every, self.every))
 
     def show(self, step: int, observers: list[_Observer]) -> None:
-        """Pass a checkpoint to the observers; log those that are evaluated along the way, where the run was."""
+        """Pass a checkpoint to the observers; log those that are evaluated in training, at the run's evaluations."""
         restore(self.network, self.run, self.kept[step])
         validate = cache(partial(self._validate, step))
         interval = 1 if self.spec.eval_every <= self.every else _upwards(self.spec.eval_every, self.every)
@@ -168,7 +168,7 @@ class _Replaying:
         return self.losses[step]
 
     def end(self, observer: _Observer) -> ReplayedAverage:
-        """Return what a rule hands over."""
+        """Return the average of an observer, evaluated."""
         average = observer.average
         if not average.evaluated:
             self.shadow.load_state_dict(average.result())
@@ -180,7 +180,7 @@ class _Replaying:
         return ReplayedAverage(observer.chosen, observer.best, observer.every, first, last, found, rule)
 
     def _span(self, average: averages.Average, until: int) -> tuple[int, int]:
-        """Return the first and the last step that are averaged."""
+        """Return the steps of the first and the last averaged iterate."""
         if isinstance(average, SWAD):
             first, last = _valley(average)["span"]
             return first, last
@@ -190,5 +190,5 @@ class _Replaying:
 
 
 def _upwards(steps: int, every: int) -> int:
-    """Return the next multiple of `every` from some steps on."""
+    """Return the least multiple of `every` that is at least `steps`."""
     return -(-steps // every) * every

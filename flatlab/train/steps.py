@@ -1,6 +1,7 @@
 """Step rules: `step(closure) -> loss`, where the closure runs forward and backward on the step's batch.
 
-Each call of the closure adds the gradient of the same batch at the current weights, and returns the loss (scalar).
+Each call of the closure adds the gradient of the batch's loss at the current weights to `grad`, and returns that loss
+(scalar, nats). A rule with two passes needs a closure that draws the same dropout mask in both, as the loop's does.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -42,7 +43,7 @@ class Plain:
 class SAM:
     """Sharpness-aware minimisation (Foret et al. 2021): the gradient at w + rho g/||g||, applied at w.
 
-    The second pass leaves BatchNorm's running statistics alone: they belong to w.
+    BatchNorm's running statistics are updated in the first pass only, at w.
     """
 
     def __init__(self, optimizer: Optimizer, network: nn.Module, moved: Iterable[nn.Parameter], *, rho: float) -> None:
@@ -66,13 +67,15 @@ class SAGM:
 
     FOUND in Wang-pengfei/SAGM (69d4d9d, domainbed/sagm.py): e = (rho / (||g|| + 1e-12) - alpha) g, one norm over all
     that is moved; rho 0.05, alpha 0.001. There w + e is left by subtraction; here w is copied back, which is exact.
+    There each pass draws a dropout mask of its own, so that g' - g contains its noise; here both passes of the loop
+    have the same mask. Weight decay is the optimizer's: it is applied once, at w, and is part of neither g nor e.
 
     Args:
-        optimizer: of all parameters.
-        network: its BatchNorm statistics follow the first pass alone.
-        moved: the parameters that e moves, and whose gradients its norm counts.
+        optimizer: optimizer of all parameters.
+        network: the network; BatchNorm's running statistics are updated in the first pass only.
+        moved: the parameters that e perturbs; ||g|| is the norm over their gradients.
         rho: radius, absolute L2.
-        alpha: share of g that is taken off the ascent.
+        alpha: factor of g that is subtracted from the ascent.
     """
 
     def __init__(
@@ -87,7 +90,7 @@ class SAGM:
         loss = closure()
         task, moved = _gradients(self._parameters()), _gradients(self.moved)
         with frozen_statistics(self.network), _shifted(moved, self.rho / (_norm(moved.values()) + 1e-12) - self.alpha):
-            self.optimizer.zero_grad()  # which drops the gradients, and leaves those of the first pass as they are
+            self.optimizer.zero_grad()  # sets grad to None, so that the tensors of the first pass keep their values
             closure()
         self._join(task, _gradients(self._parameters()))
         self.optimizer.step()
@@ -105,13 +108,13 @@ class SAQ:
     """SAM at the quantized weight (Liu et al. 2021, arXiv 2111.12273): the gradient at Q(w) + e, applied at w.
 
     FOUND in zip-group/SAQ (594e9c7): e = rho g / ||g||, where g holds the gradients of the loss in Q(w), and those of
-    the parameters that are not quantized; e is added behind the quantizer. A step that is too small to change a code
-    moves Q(w) nonetheless. Where nothing is quantized yet, it is SAM.
+    the parameters that are not quantized; e is added to the output of the quantizer, so that it perturbs the loss even
+    where it is too small to change a code. Before anything is quantized, the rule is SAM.
 
     Args:
-        optimizer: of all parameters.
-        network: its quantized weights are moved.
-        moved: other parameters that e moves: no latent weights.
+        optimizer: optimizer of all parameters.
+        network: the network whose quantized weights are perturbed.
+        moved: the other parameters that e perturbs; latent weights are not among them.
         rho: radius, absolute L2.
     """
 
@@ -123,7 +126,7 @@ class SAQ:
     def step(self, closure: Closure) -> Tensor:
         """Make one update; return the loss at the weights before it."""
         self.optimizer.zero_grad()
-        outputs: list[list[Tensor]] = [[] for _ in self.quantizers]  # of each call: a tied weight is used several times
+        outputs: list[list[Tensor]] = [[] for _ in self.quantizers]  # one for each call: tied weights have several
         with self._behind([partial(_kept, found) for found in outputs]):
             loss = closure()
         grads = _gradients(self.moved)
@@ -138,7 +141,7 @@ class SAQ:
 
     @contextmanager
     def _behind(self, acts: Sequence[Callable[[Tensor], Tensor]]) -> Iterator[None]:
-        """Let each quantizer return what an act makes of its output."""
+        """Apply a function to the output of each quantizer."""
         with ExitStack() as stack:
             for quantizer, act in zip(self.quantizers, acts, strict=True):
                 hook = quantizer.register_forward_hook(lambda _module, _inputs, output, act=act: act(output))
@@ -159,7 +162,7 @@ def _norm(grads: Iterable[Tensor]) -> Tensor:
 
 
 def _kept(found: list[Tensor], output: Tensor) -> Tensor:
-    """Keep a quantizer's output, and its gradient where there will be one."""
+    """Append a quantizer's output to `found`, and retain its gradient if it requires one."""
     if output.requires_grad:
         output.retain_grad()
     found.append(output)
@@ -168,7 +171,7 @@ def _kept(found: list[Tensor], output: Tensor) -> Tensor:
 
 @contextmanager
 def _shifted(grads: Gradients, factor: Tensor) -> Iterator[None]:
-    """Move parameters by a factor of these gradients; afterwards copy them back, which is exact."""
+    """Add `factor` times these gradients to their parameters; restore these from copies, which is exact."""
     home = {parameter: parameter.detach().clone() for parameter in grads}
     with torch.no_grad():
         for parameter, grad in grads.items():

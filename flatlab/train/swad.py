@@ -1,8 +1,8 @@
 """SWAD, stochastic weight averaging, densely (Cha et al. 2021): the mean over the valley of the validation loss.
 
-A segment is the iterates from one evaluation to the next, and carries the loss of its last one. The valley begins at
-the oldest of `converge` segments in a row when its loss is the lowest of them; the threshold is (1 + ratio) times their
-mean loss; it ends before `tolerance` segments in a row that lie above the threshold.
+A segment is the iterates between two evaluations, with the validation loss of the last one. The valley begins with the
+oldest of `converge` consecutive segments if its loss is the lowest of them; its threshold is (1 + ratio) times their
+mean loss. It ends before the first `tolerance` consecutive segments above the threshold.
 """
 
 import math
@@ -20,7 +20,7 @@ from flatlab.tensors.means import Mean, Saved, Weights
 
 @dataclass
 class Segment:
-    """The mean of the iterates from one evaluation to the next, and the validation loss of the last one."""
+    """The mean of the iterates between two evaluations, and the validation loss (nats) of the last one."""
 
     mean: Mean
     index: int
@@ -30,11 +30,11 @@ class Segment:
 
 
 class SWAD(ABC):
-    """What the two rules share: segments, the valley's threshold, and the state.
+    """Base class of the two rules: segments, the valley's threshold, and the state.
 
-    `valley` holds the steps between which it lies (`start`, `end`; None where none began), its `threshold` (nats),
-    whether it is `dead` (ended before the training did), the `merged` segments, and the `span` of the steps that are
-    averaged, with a valley or without.
+    `valley` holds the valley's first and last step (`start`, `end`) and its `threshold` (nats), each None if none
+    began; whether it is `dead` (ended before the training); the indices of the `merged` segments; and the first and
+    last step of the averaged iterates (`span`), with a valley or without.
     """
 
     evaluated = False
@@ -65,26 +65,26 @@ class SWAD(ABC):
 
     @abstractmethod
     def _evaluated(self) -> None:
-        """Look at the newest segment."""
+        """Update the valley by the newest segment."""
 
     @abstractmethod
     def result(self) -> dict[str, Tensor]:
-        """Return the weights handed over, as if training ended here."""
+        """Return the averaged weights, as if training ended here."""
 
     @abstractmethod
     def facts(self) -> dict[str, Any]:
-        """Return what is worth a line in the log: the valley, as of `result`."""
+        """Return what the log records: the valley of `result`."""
 
     def _newest(self, count: int) -> list[Segment]:
         return list(self.recent)[-count:]
 
     def _begins(self) -> bool:
-        """Whether a valley begins; then its threshold is set."""
+        """Return whether a valley begins, and if so set its threshold."""
         newest = self._newest(self.spec.converge)
         losses = [segment.loss for segment in newest]
         if len(newest) < self.spec.converge or losses[0] > min(losses) or not math.isfinite(sum(losses)):
             return False
-        mean = max(losses[0], sum(losses) / len(losses))  # no mean lies below the least, but for rounding
+        mean = max(losses[0], sum(losses) / len(losses))  # rounding may put a mean of equal losses below the least
         self.valley |= {"start": newest[0].start, "threshold": (1 + self.spec.ratio) * mean}
         return True
 
@@ -101,7 +101,7 @@ class SWAD(ABC):
         return tensors, {**facts, "recent": recent, "counts": counts}
 
     def load(self, saved: Saved) -> None:
-        """Take up a saved state."""
+        """Restore a saved state."""
         tensors, facts = saved
         means = {part: Mean(_below(part, tensors), count) for part, count in facts["counts"].items()}
         self.segment, self.pool = means["segment"], means["pool"]
@@ -112,10 +112,10 @@ class SWAD(ABC):
 
 
 class Published(SWAD):
-    """Algorithm 1 of the paper: the mean over the iterates from t_s to t_e, each weighing the same.
+    """Algorithm 1 of the paper: the unweighted mean over the iterates from t_s to t_e.
 
-    It begins with t_s = 0 and t_e = T, the last step: a valley that never ends reaches to there, and where none begins
-    all iterates are averaged. The result is always the mean of the pool, `recent` and the segment being filled.
+    It starts with t_s = 0 and t_e = T, the last step: a valley that does not end extends to T, and if none begins, all
+    iterates are averaged. The result is the mean of `pool`, `recent` and the segment being filled.
     """
 
     def _evaluated(self) -> None:
@@ -134,7 +134,7 @@ class Published(SWAD):
             self.valley |= {"merged": [*self.valley["merged"], oldest.index], "span": [first, oldest.end]}
 
     def result(self) -> dict[str, Tensor]:
-        """Return the weights handed over, as if training ended here."""
+        """Return the averaged weights, as if training ended here."""
         whole = self.pool.copy()
         parts = [*(segment.mean for segment in self.recent), self.segment]
         for mean in (part for part in parts if part.count):
@@ -142,7 +142,7 @@ class Published(SWAD):
         return whole.tensors
 
     def facts(self) -> dict[str, Any]:
-        """Return what is worth a line in the log: the valley, as of `result`; a segment begun counts as merged."""
+        """Return what the log records: the valley of `result`; the segment being filled counts as merged."""
         indices, steps = list(self.valley["merged"]), list(self.valley["span"] or [])
         for segment in self.recent:
             indices, steps = [*indices, segment.index], [*steps, segment.start, segment.end]
@@ -154,11 +154,12 @@ class Published(SWAD):
 
 
 class Released(SWAD):
-    """khanrc/swad (swad.py, swa_utils.py), its quirks kept: the mean of segments, each weighing the same.
+    """The rule as khanrc/swad computes it (swad.py, swa_utils.py): the unweighted mean of segments.
 
-    Its first model enters with count 0, so that the first merge overwrites it; the fill-in begins one segment late; the
-    oldest segment of a window that is not full is merged again and again. A valley that never ends reaches to the last
-    evaluation that is not above the threshold; where none begins, the last segment alone is handed over.
+    It differs from the paper: the first segment enters with count 0, so that the first merge overwrites it; filling in
+    begins one segment late; the oldest segment of a window that is not full is merged repeatedly. A valley that does
+    not end extends to the last evaluation that is not above the threshold; if none begins, the result is the last
+    segment.
     """
 
     def _evaluated(self) -> None:
@@ -200,13 +201,13 @@ class Released(SWAD):
         self.valley |= {"merged": [*merged, segment.index], "span": [first, segment.end], "end": segment.end}
 
     def _rest(self) -> list[Segment]:
-        """Return what a living valley takes in at the end."""
+        """Return the segments that are merged at the end of training into a valley that has not ended."""
         window = self._newest(self.spec.tolerance)[1:]
         low = [i for i, segment in enumerate(window) if not self._above([segment])]
         return window[: low[-1] + 1] if low else []
 
     def _ended(self) -> "Released":
-        """Return this observer as it is at the end of training."""
+        """Return a copy of this observer, finished as if training ended here."""
         ended = Released(self.spec)
         ended.pool, ended.valley = self.pool.copy(), dict(self.valley)
         if self.valley["start"] is not None:
@@ -217,11 +218,11 @@ class Released(SWAD):
         return ended
 
     def result(self) -> dict[str, Tensor]:
-        """Return the weights handed over, as if training ended here."""
+        """Return the averaged weights, as if training ended here."""
         return dict(self._ended().pool.tensors)
 
     def facts(self) -> dict[str, Any]:
-        """Return what is worth a line in the log: the valley, as of `result`."""
+        """Return what the log records: the valley of `result`."""
         return {"valley": self._ended().valley}
 
 

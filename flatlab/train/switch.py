@@ -14,12 +14,12 @@ from flatlab.specs.run import RunSpec
 
 
 class Stages:
-    """Called before each update; acts on those where a stage begins (Zhou et al. 2017, algorithm 1).
+    """INQ's stages (Zhou et al. 2017, algorithm 1), called before each update.
 
     Args:
-        network: its layers quantized by INQ.
-        optimizer: Adam; the moments of frozen weights are cleared, so that momentum does not move them on.
-        spec: shares, and the steps between them.
+        network: the network whose layers are quantized by INQ.
+        optimizer: its optimizer; the moments of frozen weights are set to 0.
+        spec: shares, and the steps between the stages.
         start: step of the first stage.
     """
 
@@ -28,7 +28,7 @@ class Stages:
 
     @torch.no_grad()
     def __call__(self, step: int) -> None:
-        """Begin the stage of this step, where there is one."""
+        """Freeze the next share of the weights if a stage begins at this step."""
         stage, within = divmod(step - self.start, self.spec.every)
         if within or stage >= len(self.spec.fractions):
             return
@@ -41,14 +41,14 @@ class Stages:
 
 
 class WeightNoise:
-    """Draws U(-a, a) for each weight at each step: kept, or around the gradient alone.
+    """Uniform noise U(-a, a) on each weight, drawn at each step: persistent, or only while the gradient is computed.
 
-    Called before each update, it draws. As a context around a gradient it adds what was drawn, and takes it off again
-    to the bit; where the noise is kept, the context does nothing.
+    Calling the object before an update draws the noise, and adds it to the weights if it is persistent. If not, using
+    the object as a context around the gradient adds the noise and restores the weights exactly.
 
     Args:
-        network: the layers that a quantizer would take are disturbed.
-        spec: of the run; `spec.noise` says how large, its seed and the step which draw.
+        network: the network; the layers that a quantizer would quantize get noise.
+        spec: the run; `spec.noise` determines the amplitude, its seed and the step the draws.
 
     Attributes:
         amplitudes: a by the layer's name, shape () or (C, 1, ...).
@@ -66,7 +66,7 @@ class WeightNoise:
 
     @torch.no_grad()
     def _amplitude(self, weight: Tensor) -> Tensor:
-        """Return a: U(-a, a) has the variance a^2 / 3, and independent draws add up in variance."""
+        """Return a, such that the variance a^2 / 3 times the number of draws that add up is that of rounding."""
         if self.noise.amplitude is not None or self.noise.bits is None:
             return torch.tensor(self.noise.amplitude)
         low, high = levels(self.noise.bits)
@@ -78,7 +78,7 @@ class WeightNoise:
 
     @torch.no_grad()
     def __call__(self, step: int) -> None:
-        """Draw the noise of a step; add it where it is kept."""
+        """Draw the noise of a step; add it if it is persistent."""
         device = next(iter(self.weights.values())).device
         draws = generator("weight noise", self.spec.seed, step, device=device.type)
         for name, weight in self.weights.items():
@@ -98,7 +98,7 @@ class WeightNoise:
 
     @torch.no_grad()
     def __exit__(self, *_: object) -> None:
-        """Take it off again: copied, not subtracted, which is exact."""
+        """Restore the weights from copies, which is exact; subtraction would not be."""
         for name, start in self.home.items():
             self.weights[name].copy_(start)
         self.home.clear()

@@ -1,4 +1,4 @@
-"""The state of a training: network, optimizer, observers; saved and restored."""
+"""The state of a training: network, optimizer and observers, which can be saved and restored."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -25,7 +25,7 @@ from flatlab.train.objectives import contrast
 from flatlab.train.steps import SAGM, SAM, SAQ, Plain, Step
 from flatlab.train.switch import Stages, WeightNoise
 
-SCALE_EPS = 1e-12  # Adam's eps for step sizes: their gradients are small, and the usual 1e-8 would show
+SCALE_EPS = 1e-12  # Adam's eps for step sizes: their gradients are small, and the usual 1e-8 would shrink updates
 MOMENTS = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")  # Adam's three, and SGD's
 
 
@@ -38,12 +38,12 @@ class Observer:
     rows: list[Row] = field(default_factory=list)
 
     def log(self, row: Row) -> None:
-        """Add a row, with the number of looks at the target so far."""
+        """Add a row, with the number of evaluations on the target so far."""
         self.rows.append({**row, "looks": (len(self.rows) + 1) * self.run.spec.target_logged})
 
 
 class Trajectory:
-    """Network, optimizer and observers: together, the state of a training."""
+    """Network, optimizer and observers of one training."""
 
     def __init__(self, runs: Sequence[Run], domains: loading_data.Domains, place: Place) -> None:
         self.spec: RunSpec = runs[0].spec.trajectory
@@ -54,8 +54,8 @@ class Trajectory:
         if self.spec.clip_norm:
             self.optimizer.register_step_pre_hook(self._clip)
         self.observers = [Observer(run, averages.build(run.spec.average, switch=self.spec.switch)) for run in runs]
-        self.rows: list[Row] = []  # of the network itself, whoever observes it
-        self.losses: list[Tensor] = []  # of each step since the last row
+        self.rows: list[Row] = []  # log of the network itself
+        self.losses: list[Tensor] = []  # training loss of each step since the last row
         self.next_step = 0
         self.switched = False
         self.on_step: list[Callable[[int], None]] = []  # called before each update, from the switch on
@@ -66,7 +66,7 @@ class Trajectory:
         return loading_network.roles(self.network)
 
     def prepare(self, domains: loading_data.Domains) -> None:
-        """Make what a run begins with and the seed alone does not give: class vectors of captions."""
+        """Compute initial weights that depend on the data: the pretraining of digits-clip."""
         if self.spec.model in ALIGNED:
             contrast(self.network, self.spec, domains, next(self.network.parameters()).device)
 
@@ -74,7 +74,7 @@ class Trajectory:
         self.norms.append(nn.utils.clip_grad_norm_(self.network.parameters(), self.spec.clip_norm or math.inf))
 
     def rate(self, step: int) -> float:
-        """Set the learning rates of a step; return that of the weights."""
+        """Set the learning rates of all parameter groups for a step; return that of the weights."""
         factor = rate(self.spec, step, self.spec.steps + 1)
         for group in self.optimizer.param_groups if self.spec.scheduled else ():
             group["lr"] = factor * group.setdefault("first_lr", group["lr"])
@@ -96,7 +96,7 @@ class Trajectory:
                 return SAGM(*common, rho=step.rho, alpha=step.alpha)
 
     def _moved(self) -> list[nn.Parameter]:
-        """Return what an ascent moves: all but step sizes, or those, too; SAQ moves latent weights by their outputs."""
+        """Return the parameters that an ascent perturbs; SAQ perturbs quantizers' outputs, not latent weights."""
         fixed = {id(parameter) for parameter in self._roles()["scales"].values()}
         if self.spec.step.perturb == "all":
             fixed = set()
@@ -106,10 +106,10 @@ class Trajectory:
         return [p for group in self._roles().values() for p in group.values() if id(p) not in fixed]
 
     def switch(self) -> None:
-        """Start quantization or noise, freezing, or both.
+        """Start quantization or weight noise, freezing, or both.
 
-        The optimizer keeps the latent weights with their moments (they stay the same parameters) and receives the
-        step sizes as a group of their own. QT-DoG's released code does neither; `frozen` does as it does.
+        The latent weights are the same parameters as before, so the optimizer keeps their moments; step sizes are added
+        to it as a group of their own. QT-DoG's released code does neither, and so trains neither: `frozen` is that.
         """
         quantizer, scales = self.spec.quantizer, loading_network.quantize(self.network, self.spec)
         if isinstance(quantizer, QuantSpec):
@@ -125,11 +125,11 @@ class Trajectory:
         if self.spec.frozen:
             for parameter in [*self._roles()["weights"].values(), *scales]:
                 parameter.requires_grad_(False)
-                parameter.grad = None  # Adam passes over what has no gradient
+                parameter.grad = None  # the optimizer skips parameters without a gradient
         self.switched = True
 
     def after(self, step: int, validate: Callable[[], float]) -> None:
-        """Keep step sizes positive, and show the weights to the observers, who begin at the switch."""
+        """Clamp step sizes to positive values, and pass the weights to the observers, from the switch on."""
         self.next_step = step + 1
         if isinstance(self.spec.quantizer, QuantSpec) and self.switched:
             clamp_scales(self.network)
@@ -140,11 +140,11 @@ class Trajectory:
 
     @property
     def observed(self) -> bool:
-        """Whether the observers have begun: from the switch on, where there is one."""
+        """Whether the observers receive weights: always, or from the switch on if there is one."""
         return self.switched or self.spec.switch is None
 
     def save(self, path: Path, *, observers: Sequence[Observer]) -> None:
-        """Write all that a later process needs to go on with the same bytes."""
+        """Write all that a later process needs to continue with the same bytes."""
         tensors = {f"network/{name}": value for name, value in self.network.state_dict().items()}
         for name, parameter in self.network.named_parameters():
             moments = self.optimizer.state.get(parameter, {})
@@ -166,7 +166,7 @@ class Trajectory:
         files.save_arrays(path, arrays(tensors), facts)
 
     def resume(self, path: Path) -> bool:
-        """Go on from a state, unless it lacks one of these runs: an average needs the early iterates."""
+        """Restore a state and return True; return False if it lacks one of these runs' averages."""
         saved, facts = files.load_arrays(path)
         if not {observer.run.spec.digest for observer in self.observers} <= facts["members"].keys():
             return False
@@ -183,7 +183,7 @@ class Trajectory:
         return True
 
     def fork(self, path: Path) -> None:
-        """Begin at a state of the parent, which this trajectory equals up to its switch."""
+        """Start from a state of the parent, which equals this trajectory up to the switch."""
         self._restore(*files.load_arrays(path))
         for observer in self.observers:
             for row in self.rows if observer.average.evaluated else []:
@@ -209,14 +209,14 @@ class Trajectory:
         self.norms = list(torch.tensor(facts.get("norms", []), device=device))
 
     def _tensor(self, name: str, array: Any) -> Tensor:
-        # In the memory format of the network's own tensor: another one may sum in another order.
+        # In the memory format of the network's own tensor: the order of sums depends on it.
         own = self.network.state_dict()[name.rsplit("/", 1)[-1]]
         loaded = torch.from_numpy(array.copy()).to(own.device)
         return torch.empty_like(own).copy_(loaded) if loaded.shape == own.shape else loaded
 
 
 def optimizer_of(spec: RunSpec, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """Return a spec's optimizer of groups of parameters."""
+    """Return the optimizer of a spec for groups of parameters."""
     common: dict[str, Any] = {"lr": spec.lr, "weight_decay": spec.weight_decay, "fused": True}
     match spec.optimizer:
         case "adam":
@@ -228,5 +228,5 @@ def optimizer_of(spec: RunSpec, groups: list[dict[str, Any]]) -> torch.optim.Opt
 
 
 def arrays(tensors: dict[str, Tensor]) -> files.Arrays:
-    """Return tensors as arrays on the host."""
+    """Return tensors as NumPy arrays on the CPU."""
     return {name: value.detach().cpu().numpy() for name, value in tensors.items()}

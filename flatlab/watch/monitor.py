@@ -1,4 +1,4 @@
-"""Flatness along a training: measured every so many steps, within a share of the training's time."""
+"""Flatness during training: measured at regular steps, within a share of the training time."""
 
 import random
 import time
@@ -27,29 +27,29 @@ TOL, REL_ERROR = 0.01, 0.1  # of the eigenvalue's residual; of the trace's stand
 
 
 class Monitor:
-    """Measures the landscape of a model while it is trained: ``monitor(model, step)`` after each step of a loop.
+    """Measures the landscape of a model during training: call ``monitor(model, step)`` after each step of a loop.
 
-    A measurement has the mean loss, the length ``norm`` of the weights, and what `numbers` names: the ``radius`` at
-    which the mean loss rises by `rise` nats, along the same directions each time (a larger one is flatter); the
-    largest ``eigenvalue`` of the Hessian with its bounds; its ``trace`` with a 95 % interval. The model is measured in
-    eval mode. Its weights, its modes, its gradients and the states of all random generators are afterwards as they
-    were before: a training that is monitored gives the same bytes as one that is not.
+    A measurement contains the mean ``loss`` (nats), the L2 ``norm`` of the weights, and the requested `numbers`: the
+    ``radius`` (absolute L2) at which the mean loss rises by `rise` nats, along the same directions each time (a larger
+    one is flatter); the largest ``eigenvalue`` of the Hessian with its bounds; its ``trace`` with a 95 % interval. The
+    model is measured in eval mode. Its weights, modes and gradients and the states of all random generators are
+    restored: a training gives the same bytes with and without a monitor.
 
     Args:
-        landscape: makes the landscape of the model as it is now, on data that it is called with each time.
+        landscape: returns the landscape of the model with its current weights, on the same data at each call.
         every: steps between two measurements.
-        share: largest part of the training's time that measurements may take. The first is made at the first step that
-            is due, since its cost is not known before; each later one waits for a due step at which the most expensive
-            so far, with all that is spent, keeps within the share.
-        rise: of the loss, in nats, that defines the radius.
-        numbers: which are measured: some of "radius", "eigenvalue" and "trace"; quantized weights have a radius alone.
-        sinks: each is given every measurement: ``sink.log(values, step)``.
+        share: largest fraction of the training time that measurements may take. The first one is made at the first due
+            step, since its cost is not known before. A later one is made at a due step if the time spent, plus that of
+            the most expensive measurement so far, is within the share.
+        rise: rise of the loss (nats) that defines the radius.
+        numbers: which of "radius", "eigenvalue" and "trace" are measured; only "radius" is for quantized weights.
+        sinks: receive every measurement, by ``sink.log(values, step)``.
 
     Attributes:
         rows: the measurements, with their steps.
-        remarks: sentences on numbers that could not be measured, and are NaN: a state of the training, such as a loss
-            that is not finite, does not end it. What fails at the first measurement is an error.
-        spent: seconds of the measurements.
+        remarks: sentences on numbers that could not be measured and are NaN, for example where the loss is not finite;
+            the training continues. An error at the first measurement is raised.
+        spent: seconds of all measurements.
     """
 
     def __init__(
@@ -78,11 +78,14 @@ class Monitor:
         return 0.0 if self._start is None else time.perf_counter() - self._start - self.spent
 
     def __call__(self, model: nn.Module, step: int) -> dict[str, float] | None:
-        """Measure, where the step is due and the share allows it; returns the measurement, or None.
+        """Measure if the step is due and the share allows it.
 
         Args:
-            model: as it is after the step.
-            step: how many steps the training has made.
+            model: the model after the step.
+            step: number of steps of the training so far.
+
+        Returns:
+            The measurement by name, or None.
         """
         self._start = time.perf_counter() if self._start is None else self._start
         if step % self.every or step == self._last or not self._affordable():
@@ -123,7 +126,7 @@ class Monitor:
         return values
 
     def _number(self, name: str, landscape: Landscape, step: int) -> dict[str, float]:
-        """Return a number with its interval; none, with a remark, where it is not defined: training continues."""
+        """Return a number with its interval; if it is not defined, add a remark and return nothing."""
         try:
             if name == "radius":
                 return {name: float(radii_at_rises(landscape, [self.rise]).radii[0])}

@@ -1,4 +1,4 @@
-"""Where the numbers of a monitor go, besides its own table."""
+"""Outputs for the numbers of a monitor, in addition to its own table."""
 
 import csv
 from collections.abc import Mapping
@@ -11,27 +11,27 @@ from flatlab.errors import UserError
 
 
 class Sink(Protocol):
-    """Anything with such a function: a run of Weights & Biases, the module `trackio`, a class of one's own."""
+    """Any object with this function: a run of Weights & Biases, the module `trackio`, or a user's class."""
 
     def log(self, values: dict[str, Any], step: int) -> object:
-        """Take the numbers of one step, by name."""
+        """Record the numbers of one step, by name."""
 
 
 class CSV:
-    """A file with one row for each measurement; rows are appended, so that a resumed training goes on with its file.
+    """A file with one row for each measurement; rows are appended, so that a resumed training continues its file.
 
     Args:
-        path: of the file.
+        path: path of the file.
 
     Raises:
-        UserError: on the first row, if the file has other columns.
+        UserError: by the first `log`, if the file has other columns.
     """
 
     def __init__(self, path: str | PathLike[str]) -> None:
         self.path = Path(path)
 
     def log(self, values: Mapping[str, Any], step: int) -> None:
-        """Append a row, below the names where the file is new."""
+        """Append a row; a new file gets the names of the columns first."""
         names = ["step", *values]
         with self.path.open("a+", newline="") as file:
             file.seek(0)
@@ -51,10 +51,10 @@ class TensorBoard:
     """Scalars for TensorBoard (extra `tensorboard`), under `flatness/`.
 
     Args:
-        folder: as `tensorboard --logdir` takes it.
+        folder: folder for the event files, as in `tensorboard --logdir FOLDER`.
 
     Raises:
-        UserError: where the package is not installed.
+        UserError: the package is not installed.
     """
 
     def __init__(self, folder: str | PathLike[str]) -> None:

@@ -12,7 +12,7 @@ class FlatnessCallback(TrainerCallback):  # type: ignore[misc]  # untyped here
     """Calls a monitor after each step of the optimizer.
 
     Args:
-        monitor: whose `landscape` is called with the Trainer's model.
+        monitor: the monitor; its `landscape` is called with the Trainer's model.
     """
 
     def __init__(self, monitor: Monitor) -> None:
@@ -27,6 +27,6 @@ class FlatnessCallback(TrainerCallback):  # type: ignore[misc]  # untyped here
         model: nn.Module | None = None,
         **named: Any,
     ) -> None:
-        """Measure in the first process, where the step is due."""
+        """Measure in the first process, if the step is due."""
         if model is not None and state.is_world_process_zero:
             self.monitor(model, state.global_step)

@@ -1,4 +1,4 @@
-"""Sentences as a data set: like images, rows of numbers in named domains."""
+"""Sentences as a data set: rows of token ids in named domains."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -14,17 +14,17 @@ from flatlab.data.text.tables import Table, classes_of, embedded, fingerprint, r
 from flatlab.data.text.tokenizers import Tokenizer
 from flatlab.data.text.vocabulary import Vocabulary
 
-LENGTH = 48  # pieces of a sentence; of the embedded ones nine in ten have at most 30 words
+LENGTH = 48  # tokens of a sentence; 90 % of the embedded sentences have at most 30 words
 
 
 @dataclass(frozen=True, eq=False)
 class TextSet(DomainSet):
-    """Sentences in domains, as numbers of a vocabulary that is built from some of the domains.
+    """Sentences in domains, as token ids of a vocabulary that is built from some of the domains.
 
     Attributes:
         tables: the sentences of each domain.
-        length: pieces that a sentence is cut or padded to.
-        vocabulary: None before `seen_from`.
+        length: number of tokens to which a sentence is truncated or padded.
+        vocabulary: the vocabulary; None before `seen_from`.
     """
 
     tables: dict[str, Table] = field(default_factory=dict)
@@ -33,11 +33,11 @@ class TextSet(DomainSet):
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over name, sentences and labels, whatever the vocabulary."""
+        """SHA-256 over name, sentences and labels, independent of the vocabulary."""
         return fingerprint(self.name, self.tables)
 
     def seen_from(self, sources: tuple[str, ...]) -> "TextSet":
-        """Return the sentences as numbers of the vocabulary of these domains alone."""
+        """Return the sentences as token ids of a vocabulary that is built from these domains."""
         vocabulary = Vocabulary(text for name in sources for text in self.tables[name].texts)
         rows = {
             name: np.stack([vocabulary.encode(text, self.length) for text in table.texts])
@@ -46,7 +46,7 @@ class TextSet(DomainSet):
         return replace(self, domains=self._numbered(rows), vocabulary=vocabulary)
 
     def cut_by(self, tokenizer: Tokenizer) -> "TextSet":
-        """Return the sentences as numbers of a model's own tokenizer."""
+        """Return the sentences as token ids of a model's own tokenizer."""
         ends = np.cumsum([len(table.texts) for table in self.tables.values()])[:-1]
         texts = [text for table in self.tables.values() for text in table.texts]
         rows = np.split(tokenizer.encode(texts, self.length), ends)
@@ -56,7 +56,7 @@ class TextSet(DomainSet):
         return tuple(replace(domain, images=torch.from_numpy(rows[domain.name])) for domain in self.domains)
 
     def normalise(self, images: torch.Tensor) -> torch.Tensor:
-        """Return (N, length) numbers of pieces as int64, as an embedding takes them."""
+        """Return token ids (N, length) as int64, the dtype of an embedding's inputs."""
         return images.long()
 
 
@@ -65,8 +65,8 @@ def load(dataset: str, data_dir: Path | None, length: int | None) -> TextSet:
 
     Args:
         dataset: "sentences", or `folder-text:NAME`.
-        data_dir: that folder.
-        length: pieces of a sentence; None: 48.
+        data_dir: the folder; None for the embedded sentences.
+        length: tokens of a sentence; by default 48.
     """
     found = embedded() if data_dir is None else read(data_dir)
     classes = classes_of(found)

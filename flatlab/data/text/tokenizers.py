@@ -1,4 +1,4 @@
-"""Sentences as numbers of a model's own tokenizer (extra `transformers`)."""
+"""Sentences as token ids of a model's own tokenizer (extra `transformers`)."""
 
 import logging
 from collections.abc import Sequence
@@ -14,27 +14,36 @@ from flatlab.errors import UserError
 LOG = logging.getLogger("flatlab")
 
 
+def saved_tokenizer(folder: Path) -> Any:
+    """Return the tokenizer that `transformers` saved in a folder.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # of several types: OSError, ValueError, those of the package tokenizers
+        reason, _, _ = str(error).partition("\n")
+        raise UserError(f"The tokenizer in {folder} cannot be read: {reason or type(error).__name__}") from error
+
+
 class Tokenizer:
     """A tokenizer that `transformers` saved beside a model.
 
     Args:
-        folder: of the model.
-        rows: numbers that the model's embedding has.
-        padding: the number that the model takes for padding.
+        folder: the model's folder.
+        rows: number of rows of the model's embedding.
+        padding: the model's padding id.
 
     Raises:
-        UserError: it cannot be read, or pads by another number.
+        UserError: the tokenizer cannot be read, or has another padding id.
     """
 
     def __init__(self, folder: Path, *, rows: int, padding: int | None) -> None:
-        from transformers import AutoTokenizer
-
         self.folder, self.rows = folder, rows
-        try:
-            self._cut: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # of many kinds: OSError, ValueError, those of the package tokenizers
-            reason, _, _ = str(error).partition("\n")
-            raise UserError(f"The tokenizer in {folder} cannot be read: {reason or type(error).__name__}") from error
+        self._cut = saved_tokenizer(folder)
         own = self._cut.pad_token_id
         if own is None or own != padding:
             raise UserError(
@@ -44,12 +53,12 @@ class Tokenizer:
         self.padding = own
 
     def encode(self, texts: Sequence[str], length: int) -> npt.NDArray[np.int32]:
-        """Return the numbers (n, length) of sentences with the model's special pieces, cut or padded to a length.
+        """Return token ids (n, length) of sentences with the model's special tokens, truncated or padded.
 
-        A warning says how many sentences are cut.
+        A warning states how many sentences are truncated.
 
         Raises:
-            UserError: a number is beyond the model's embedding, or a sentence has no piece.
+            UserError: an id exceeds the model's embedding, or a sentence has no token.
         """
         cut = partial(self._cut, truncation=True, verbose=False)
         whole: list[list[int]] = cut(list(texts), max_length=length + 1)["input_ids"]

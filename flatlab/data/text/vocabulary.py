@@ -1,7 +1,7 @@
-"""A vocabulary of word pieces, built from some sentences alone. Torch-free.
+"""A vocabulary of word pieces, built from given sentences. Torch-free.
 
-It holds every character that occurs, and the most frequent words and endings of words. A word that it lacks is cut
-from the left into the longest pieces that it has, as WordPiece does (Wu et al. 2016, section 4.1).
+It contains every character that occurs, and the most frequent words and word endings. Other words are split from the
+left into the longest pieces of the vocabulary, as in WordPiece (Wu et al. 2016, section 4.1).
 """
 
 import re
@@ -14,16 +14,16 @@ import numpy.typing as npt
 
 SIZE = 4096  # pieces, those below included; fewer where the sentences have fewer
 PAD, UNKNOWN, START = 0, 1, 2
-ENDINGS = 4  # characters of the longest ending
+ENDINGS = 4  # largest number of characters of an ending
 WORD = re.compile(r"\w+|[^\w\s]")
 
 
 class Vocabulary:
-    """Pieces of words, each with a number.
+    """Word pieces with their token ids.
 
     Args:
-        texts: the sentences that it is built from.
-        size: pieces at most.
+        texts: the sentences from which the vocabulary is built.
+        size: largest number of token ids.
     """
 
     def __init__(self, texts: Iterable[str], size: int = SIZE) -> None:
@@ -39,11 +39,11 @@ class Vocabulary:
         self._cut = cache(self._pieces)
 
     def __len__(self) -> int:
-        """How many numbers there are: of the pieces, and of padding, of unknown characters and of the start."""
+        """Number of token ids: those of the pieces, of padding, of unknown characters and of the start."""
         return 3 + len(self.numbers)
 
     def encode(self, text: str, length: int) -> npt.NDArray[np.int16]:
-        """Return the numbers (length,) of a sentence's pieces after the start, cut or padded to a length."""
+        """Return the token ids (length,) of a sentence, after that of the start, truncated or padded."""
         numbers = [START, *(number for word in words_of(text) for number in self._cut(word))][:length]
         return np.array(numbers + [PAD] * (length - len(numbers)), dtype=np.int16)
 
@@ -72,5 +72,5 @@ def _endings(words: Counter[str]) -> Counter[str]:
 
 
 def _ranked(counts: Counter[str]) -> list[str]:
-    """Return what occurs, the most frequent first; by name where that is equal."""
+    """Return the keys by decreasing count; ties are in alphabetical order."""
     return sorted(counts, key=lambda each: (-counts[each], each))
