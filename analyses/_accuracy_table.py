@@ -22,7 +22,7 @@ from flatlab.report.panels import ACCURACY, SOURCE, TARGET
 from flatlab.resources import published
 from flatlab.specs.methods import METHODS, is_papers, replicates
 from flatlab.specs.run import RunSpec
-from flatlab.specs.settings import PAPER, QUICK, TEXT, Setting, for_data
+from flatlab.specs.settings import QUICK, SETTINGS, Setting, for_data
 from flatlab.store.runs import RunStore
 
 SUMMARY = (
@@ -30,6 +30,7 @@ SUMMARY = (
     "* p < 0.05 after Holm over the lines of a column"
 )
 AVERAGE = "Avg"
+GROUPS = {"Amazon": "reviewers", "Camelyon17": "hospitals"}  # else classes
 COLUMNS = [*BY, "method", "held_out", "seed", "value", "stderr", "low", "high", "over"]
 COLUMNS += ["published", "published_stderr", "comparable"]
 
@@ -124,8 +125,15 @@ class PaperTable:
         return first.replace(others=tuple(others))
 
     def _network(self, one: Setting) -> Mapping[str, Any]:
-        own = one.model in {each.model for each in (QUICK, PAPER, TEXT)}
-        return self.networks.get(one.dataset, self.networks.get("", {})) if own else {}
+        """Return the fields of the table that replace those which the setting has by default.
+
+        With another network none is replaced, except on data with named splits, whose protocol is the paper's.
+        """
+        usual, fields = for_data(SETTINGS[one.name], one.dataset), self.networks.get(one.dataset)
+        fields = self.networks.get("", {}) if fields is None else fields
+        if one.model != usual.model and not one.named:
+            return {}
+        return {name: value for name, value in fields.items() if getattr(one, name) == getattr(usual, name)}
 
     def table(self, store: RunStore, setting: Setting) -> pd.DataFrame:
         """Return accuracies in percent: of each run, over seeds of each held-out domain and of their mean.
@@ -148,9 +156,11 @@ class PaperTable:
     def _panels(self, setting: Setting) -> list[Panel]:
         """Return panels and splits; of the source domains the test split, if the runs have one."""
         declared = dict.fromkeys(panel for panels in self.columns.values() for panel in panels)
-        splits = {SOURCE: "test" if setting.test_share else self.split, TARGET: "in"}
-        percentile = [(TARGET, "percentile")] if setting.class_percentile is not None else []
-        return [*((panel, splits[panel]) for panel in declared), *percentile]
+        splits = {SOURCE: "test" if setting.test_share or setting.named else self.split, TARGET: "in"}
+        panels = [(panel, splits[panel]) for panel in declared]
+        if setting.class_percentile is None:
+            return panels
+        return panels + [(panel, "percentile") for panel, split in panels if split != "out"]
 
     def printed(self, label: str, dataset: str, panel: Panel, held_out: str) -> Printed:
         """Return the paper's number for one of ours; NaN if it printed none."""
@@ -261,9 +271,12 @@ class PaperTable:
         setting = self.suited(setting)
         held_out = "; ".join(f"{one.dataset}: {', '.join(one.held_out)}" for one in setting.each)
         rule = "Checkpoint by training-domain validation; mean over held-out domains."
-        percentile = setting.class_percentile
-        classes = "" if percentile is None else f" The percentile over classes is that of {percentile:g}."
-        return f"Held out in turn: {held_out}. {rule}{classes}"
+        named = " Named splits: selected on val; the test split is id_test, or id_val." if setting.named else ""
+        if setting.class_percentile is None:
+            return f"Held out in turn: {held_out}. {rule}{named}"
+        groups = " and ".join(dict.fromkeys(GROUPS.get(one.dataset, "classes") for one in setting.each))
+        share = f" The percentile over groups is that of {setting.class_percentile:g}; groups are {groups}."
+        return f"Held out in turn: {held_out}. {rule}{named}{share}"
 
     def caption(self, setting: Setting) -> str:
         """Return title and notes: data, seeds, intervals."""

@@ -12,7 +12,7 @@ from flatlab.store.runs import RunStore
 Panel = tuple[str, str]  # and split
 READ = {  # entry of a log's row
     **{(SOURCE, "out"): "validation", (SOURCE, "test"): "test", (TARGET, "in"): "target"},
-    (TARGET, "percentile"): "target_percentile",
+    **{(SOURCE, "percentile"): "test_percentile", (TARGET, "percentile"): "target_percentile"},
 }
 BY = ["dataset", "panel", "split"]
 

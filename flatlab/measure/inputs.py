@@ -158,15 +158,14 @@ def images(run: Run, spec: MeasurementSpec, place: Place) -> dict[str, Pairs]:
     """Return the batches of each domain for a measurement."""
     domains = loading_data.domains(run.spec, place)
     run.check_data(domains.data.fingerprint)
-    split = domains.inside if spec.split == "in" else domains.outside
-    data, rows = domains.data, {name: each[: spec.images] for name, each in split.items()}
+    data, rows = domains.data, {name: each[: spec.images] for name, each in domains.measured(spec.split).items()}
     if spec.corruption:
         from flatlab.data.corruptions import corrupted  # here: scipy.ndimage takes a third of a second to load
 
         data = corrupted(data, spec.corruption, rows)
         rows = {domain.name: np.arange(len(domain)) for domain in data.domains}
     device = loading_data.device(place)
-    return {name: evaluation_batches(data, name, rows[name], device=device) for name in data.names}
+    return {name: evaluation_batches(data, name, rows[name], device=device) for name in data.names if name in rows}
 
 
 def training_images(run: Run, count: int | None, place: Place) -> Pairs | None:
