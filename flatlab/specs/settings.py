@@ -17,7 +17,7 @@ class Setting(LSQOptions, Optimizing):
 
     later = ("inq_grid", *LSQOptions.later, "noise_amplitude", "target_logged", "sagm_alpha", "perturb")
     later += ("qat_bits", *(f"freeze_{name}" for name in (*FreezeSpec.model_fields, "share")))
-    later += (*Optimizing.later, "epochs", "sizes", "named")
+    later += (*Optimizing.later, "epochs", "sizes", "named", "margin")
 
     name: str
     dataset: str = "digits"
@@ -88,6 +88,7 @@ class Setting(LSQOptions, Optimizing):
         description="What the ascent of SAM, SAGM and SAQ moves: weights, or all, which adds step sizes (under SAQ "
         "those of inputs).",
     )
+    margin: float = Field(0.3, ge=0, le=1e30, description="Margin of CLIPood's margin metric softmax.")
     freeze_every: int | None = Field(  # GAQAT's K; None: `freeze_share` of the steps
         None,
         ge=1,
@@ -142,7 +143,9 @@ class Setting(LSQOptions, Optimizing):
     rel_error: float = 0.02
     block_size: int | None = None  # images per direction, if `num_samples` is None
     images: int | None = None  # of each domain, for measurements
-    controls: bool = Field(False, description="Add runs that separate quantization from freezing (fig4).")
+    controls: bool = Field(
+        False, description="Add runs that separate quantization from freezing (fig4), or those of CLIPood (table6)."
+    )
     others: tuple["Setting", ...] = ()  # settings of further data sets
 
     @property
