@@ -127,7 +127,7 @@ class Beta(Running):
         """Return the density at an iterate."""
         place = (iterate + 0.5) / (self.updates + 1)
         normaliser = math.exp(2 * math.lgamma(self.beta) - math.lgamma(2 * self.beta))
-        return (place * (1 - place)) ** (self.beta - 1) / normaliser
+        return float((place * (1 - place)) ** (self.beta - 1)) / normaliser
 
 
 def build(spec: AverageSpec, *, switch: int | None, updates: int = 0) -> Average:

@@ -30,11 +30,12 @@ Objective = Callable[[Network, Batch, int], Tensor]
 
 def objective_of(spec: RunSpec) -> Objective:
     """Return the objective that a spec names; with MixStyle, draws are functions of the step, as batches are."""
-    loss = {
+    losses: dict[str, Callable[[Network, Batch], Tensor]] = {
         "erm": erm,
         "coral": partial(coral, weight=spec.coral_weight),
         "mms": partial(margin_softmax, margin=spec.margin),
-    }[spec.objective]
+    }
+    loss = losses[spec.objective]
     mix, stages = spec.mixing, STAGES.get(spec.model, ())
     if mix and not stages:
         raise UserError(f"MixStyle mixes the maps of convolutions, got the model {spec.model}: choose --mixing none.")
