@@ -282,6 +282,7 @@ class PaperTable:
         setting = self.suited(setting)
         held_out = "; ".join(f"{one.dataset}: {', '.join(one.held_out)}" for one in setting.each)
         rule = "Checkpoint by training-domain validation; mean over held-out domains."
+        rule += " Of the held-out domain the in split is shown where none is named." if self.scored else ""
         named = " Named splits: selected on val; the test split is id_test, or id_val." if setting.named else ""
         if setting.class_percentile is None:
             return f"Held out in turn: {held_out}. {rule}{named}"
