@@ -5,7 +5,7 @@ checkpoint that training-domain validation selects; intervals are over seeds.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -22,7 +22,7 @@ from flatlab.report.panels import ACCURACY, SOURCE, TARGET
 from flatlab.resources import published
 from flatlab.specs.methods import METHODS, is_papers, replicates
 from flatlab.specs.run import RunSpec
-from flatlab.specs.settings import PAPER, QUICK, TEXT, Setting, for_data
+from flatlab.specs.settings import QUICK, SETTINGS, Setting, for_data
 from flatlab.store.runs import RunStore
 
 SUMMARY = (
@@ -30,6 +30,7 @@ SUMMARY = (
     "* p < 0.05 after Holm over the lines of a column"
 )
 AVERAGE = "Avg"
+GROUPS = {"Amazon": "reviewers", "Camelyon17": "hospitals"}  # else classes
 COLUMNS = [*BY, "method", "held_out", "seed", "value", "stderr", "low", "high", "over"]
 COLUMNS += ["published", "published_stderr", "comparable"]
 
@@ -79,6 +80,8 @@ class PaperTable:
             `reproduce all` does not make the table.
         theirs: the paper's network, if another one stands in for it, as text.
         beside: settings of embedded data that are shown beside the digits.
+        added: lines that --controls adds.
+        scored: further splits of the held-out domain that are shown: "out", or "all" for both.
     """
 
     number: str
@@ -90,6 +93,8 @@ class PaperTable:
     networks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     theirs: str = ""
     beside: tuple[Setting, ...] = ()
+    added: tuple[Line, ...] = ()
+    scored: tuple[str, ...] = ()
 
     @property
     def baseline(self) -> str:
@@ -103,13 +108,19 @@ class PaperTable:
         return found
 
     @property
-    def order(self) -> list[str]:
-        """The lines' names, in order."""
-        return [line.label for line in self.lines]
+    def every(self) -> tuple[Line, ...]:
+        """All lines, those that --controls adds included."""
+        return (*self.lines, *self.added)
+
+    def order(self, frame: pd.DataFrame) -> list[str]:
+        """Return the names of the lines of a frame, in order."""
+        there = set(frame["method"])
+        return [line.label for line in self.every if line.label in there]
 
     def labelled(self, setting: Setting) -> list[tuple[str, RunSpec]]:
         """Return each run with its line's name."""
-        return [(line.label, run) for one in self.suited(setting).each for line in self.lines for run in line.runs(one)]
+        lines = self.every if setting.controls else self.lines
+        return [(line.label, run) for one in self.suited(setting).each for line in lines for run in line.runs(one)]
 
     def suited(self, setting: Setting) -> Setting:
         """Return the setting with the networks of the table, where no other was asked for."""
@@ -124,8 +135,15 @@ class PaperTable:
         return first.replace(others=tuple(others))
 
     def _network(self, one: Setting) -> Mapping[str, Any]:
-        own = one.model in {each.model for each in (QUICK, PAPER, TEXT)}
-        return self.networks.get(one.dataset, self.networks.get("", {})) if own else {}
+        """Return the fields of the table that replace those which the setting has by default.
+
+        With another network none is replaced, except on data with named splits, whose protocol is the paper's.
+        """
+        usual, fields = for_data(SETTINGS[one.name], one.dataset), self.networks.get(one.dataset)
+        fields = self.networks.get("", {}) if fields is None else fields
+        if one.model != usual.model and not one.named:
+            return {}
+        return {name: value for name, value in fields.items() if getattr(one, name) == getattr(usual, name)}
 
     def table(self, store: RunStore, setting: Setting) -> pd.DataFrame:
         """Return accuracies in percent: of each run, over seeds of each held-out domain and of their mean.
@@ -148,13 +166,15 @@ class PaperTable:
     def _panels(self, setting: Setting) -> list[Panel]:
         """Return panels and splits; of the source domains the test split, if the runs have one."""
         declared = dict.fromkeys(panel for panels in self.columns.values() for panel in panels)
-        splits = {SOURCE: "test" if setting.test_share else self.split, TARGET: "in"}
-        percentile = [(TARGET, "percentile")] if setting.class_percentile is not None else []
-        return [*((panel, splits[panel]) for panel in declared), *percentile]
+        splits = {SOURCE: "test" if setting.test_share or setting.named else self.split, TARGET: "in"}
+        panels = [(panel, splits[panel]) for panel in declared] + [(TARGET, split) for split in self.scored]
+        if setting.class_percentile is None:
+            return panels
+        return panels + [(panel, "percentile") for panel, split in panels if split != "out"]
 
     def printed(self, label: str, dataset: str, panel: Panel, held_out: str) -> Printed:
         """Return the paper's number for one of ours; NaN if it printed none."""
-        line = next(line for line in self.lines if line.label == label)
+        line = next(line for line in self.every if line.label == label)
         columns = {**self.columns, f"{AVERAGE}.": {TARGET: self.average}}.get(dataset, {})
         other = (SOURCE, "test" if self.split == "out" else "out")
         of_domain = self.domains and held_out != "all"
@@ -196,7 +216,7 @@ class PaperTable:
     def as_published(self) -> pd.DataFrame:
         """Return the lines as the paper prints them, as a separate table."""
         rows: dict[str, dict[str, str]] = {}
-        for line in self.lines:
+        for line in self.every:
             found = [row for row in self.facts["rows"] if line.printed and line.printed.items() <= row.items()]
             for row in found if "dataset" in self.facts["columns"] else found[:1]:
                 cells = {name: cell for name, cell in row.items() if isinstance(cell, dict)}
@@ -211,7 +231,7 @@ class PaperTable:
 
         Families, in each panel: the differences to the first line, and those of the other pairs.
         """
-        return _rank_agreement.pairs(frame, self.order)
+        return _rank_agreement.pairs(frame, self.order(frame))
 
     def summary(self, findings: pd.DataFrame) -> pd.DataFrame:
         """Return each line's difference to the baseline, a column for each panel."""
@@ -228,7 +248,7 @@ class PaperTable:
     def sheet(self, frame: pd.DataFrame) -> pd.DataFrame:
         """Return the table as the paper prints one: mean and standard error over seeds; published if comparable."""
         shown = frame[(frame["over"] == "seeds") & ((frame["held_out"] == "all") | (frame["panel"] == TARGET))]
-        rows: dict[str, dict[str, str]] = {label: {} for label in self.order}
+        rows: dict[str, dict[str, str]] = {label: {} for label in self.order(frame)}
         for row in shown.to_dict("records"):
             where = f"{_title(row)}, {'mean' if row['held_out'] == 'all' else row['held_out']}"
             rows[row["method"]][where] = plus_minus(row["value"], row["stderr"])
@@ -246,12 +266,13 @@ class PaperTable:
         sentences += [
             _rank_agreement.sentence(frame, found, dataset, (panel, split)) for dataset, panel, split in there
         ]
-        return [sentence for sentence in [*sentences, *ensembles(frame)] if sentence] + self.notes()
+        return [sentence for sentence in [*sentences, *ensembles(frame)] if sentence] + self.notes(self.order(frame))
 
-    def notes(self) -> list[str]:
+    def notes(self, made: Collection[str] = ()) -> list[str]:
         """Return the printed lines that are not made here, and the known misprints and contradictions of the table."""
         odd = [f"As printed: {each}." for each in published()["anomalies"] if self.number in _tables_named(each)]
-        ours = [line.printed.items() for line in self.lines if line.printed]
+        lines = (*self.lines, *(line for line in self.added if line.label in made))
+        ours = [line.printed.items() for line in lines if line.printed]
         rows = [row for row in self.facts["rows"] if not any(mine <= row.items() for mine in ours)]
         names = ", ".join(str(next(iter(row.values()))) for row in rows)
         return [f"Printed, and not made here: {names}.", *odd] if names else odd
@@ -261,9 +282,13 @@ class PaperTable:
         setting = self.suited(setting)
         held_out = "; ".join(f"{one.dataset}: {', '.join(one.held_out)}" for one in setting.each)
         rule = "Checkpoint by training-domain validation; mean over held-out domains."
-        percentile = setting.class_percentile
-        classes = "" if percentile is None else f" The percentile over classes is that of {percentile:g}."
-        return f"Held out in turn: {held_out}. {rule}{classes}"
+        rule += " Of the held-out domain the in split is shown where none is named." if self.scored else ""
+        named = " Named splits: selected on val; the test split is id_test, or id_val." if setting.named else ""
+        if setting.class_percentile is None:
+            return f"Held out in turn: {held_out}. {rule}{named}"
+        groups = " and ".join(dict.fromkeys(GROUPS.get(one.dataset, "classes") for one in setting.each))
+        share = f" The percentile over groups is that of {setting.class_percentile:g}; groups are {groups}."
+        return f"Held out in turn: {held_out}. {rule}{named}{share}"
 
     def caption(self, setting: Setting) -> str:
         """Return title and notes: data, seeds, intervals."""
@@ -282,7 +307,7 @@ class PaperTable:
         return plots.forest(
             whole.assign(row=_titles(whole)),
             less.assign(row=_titles(less)),
-            order=self.order,
+            order=self.order(frame),
             axes=("Accuracy (%)", "Difference (points)"),
             caption=caption,
         )

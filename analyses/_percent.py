@@ -12,8 +12,10 @@ from flatlab.store.runs import RunStore
 Panel = tuple[str, str]  # and split
 READ = {  # entry of a log's row
     **{(SOURCE, "out"): "validation", (SOURCE, "test"): "test", (TARGET, "in"): "target"},
-    (TARGET, "percentile"): "target_percentile",
+    **{(SOURCE, "percentile"): "test_percentile", (TARGET, "percentile"): "target_percentile"},
+    **{(TARGET, "out"): "target_out", (TARGET, "all"): "target_all"},
 }
+SPLITS = {"out": ("out",), "all": ("in", "out")}  # of the held-out domain, whose accuracies are weighted by images
 BY = ["dataset", "panel", "split"]
 
 
@@ -29,6 +31,8 @@ def accuracies(store: RunStore, wanted: list[tuple[str, RunSpec]], panels: list[
     found = found[found["selection"] == "training-domain"]
     found = found.assign(dataset=found["run"].map({run.digest: run.dataset for _, run in wanted}))
     shared = ["dataset", "method", "held_out", "seed"]
+    for split in SPLITS.keys() & {split for panel, split in panels if panel == TARGET}:
+        found[READ[TARGET, split]] = _of_target(store, wanted, found, split)
     return pd.concat(
         [
             found[shared].assign(panel=panel, split=split, value=100 * found[READ[panel, split]])
@@ -36,6 +40,14 @@ def accuracies(store: RunStore, wanted: list[tuple[str, RunSpec]], panels: list[
         ],
         ignore_index=True,
     )
+
+
+def _of_target(store: RunStore, wanted: list[tuple[str, RunSpec]], found: pd.DataFrame, split: str) -> list[float]:
+    """Return the accuracy of each selected checkpoint on the held-out domain's "out" split, or on both."""
+    logs = {run.digest: {row["step"]: row for row in store.run(run).rows()} for _, run in wanted}
+    chosen = [logs[run][step]["target"] for run, step in zip(found["run"], found["step"], strict=True)]
+    parts = [[target[part] for part in SPLITS[split]] for target in chosen]
+    return [sum(p["accuracy"] * p["n"] for p in each) / sum(p["n"] for p in each) for each in parts]
 
 
 def over_datasets(each: pd.DataFrame, name: str) -> pd.DataFrame:

@@ -6,8 +6,10 @@ import json
 import math
 import random
 
+import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from flatlab.errors import UserError
 from flatlab.report import valleys
@@ -80,6 +82,26 @@ def test_running_means(kind, start, every, switch, steps):
     observe(average, range(switch or 0, 11))
     assert_mean_of(average.result(), steps, follows=steps[-1])
     assert average.facts() == {"averaged": len(steps)}
+
+
+def bma(beta, updates=10):
+    return averages.build(AverageSpec(kind="bma", beta=beta), switch=None, updates=updates)
+
+
+def test_bma_weighs_the_start_and_each_update_by_the_density_of_a_beta_distribution():
+    assert_mean_of(observe(bma(1.0), range(-1, 10)).result(), range(-1, 10), follows=9)  # Beta(1, 1) is the plain mean
+    for beta in (0.5, 2.0):
+        average = bma(beta, updates=4)
+        for step in range(-1, 4):
+            average.update({"w": torch.eye(5, dtype=torch.float64)[step + 1]}, step, lambda: NEVER)
+        units = average.result()["w"].numpy()
+        density = stats.beta(beta, beta).pdf((np.arange(5) + 0.5) / 5)  # CLIPood's code
+        np.testing.assert_allclose(units, density / density.sum(), rtol=1e-12)
+        assert units.sum() == pytest.approx(1, abs=1e-12)
+        spec = AverageSpec(kind="bma", beta=beta)
+        fresh = averages.build(spec, switch=None, updates=4)
+        fresh.load(average.save())
+        assert np.array_equal(fresh.result()["w"].numpy(), units)
 
 
 def test_sma_before_its_start_is_the_last_iterate():

@@ -78,6 +78,27 @@ def test_clip_is_trained_quantized_and_measured_by_the_commands(folder, tmp_path
     assert commandline.call("flatness", "QT-DoG", *sizes, *here) == 0
 
 
+def test_a_checkpoint_of_clip_is_imported_with_the_vectors_of_its_own_text_tower(folder, tmp_path, capsys):
+    tree, store = commandline.pets(tmp_path / "pets"), tmp_path / "runs"
+    words = ("--dataset", f"folder:{tree}", "--held-out", "sketch", "--model", f"clip:{folder}", "--image-size", "16")
+    tuned = {key: each * 1.5 for key, each in load_file(folder / "model.safetensors").items()}
+    save_file(tuned, tmp_path / "tuned.safetensors")
+    assert commandline.call("import", tmp_path / "tuned.safetensors", *words, "--store", store, "--json") == 0
+    (run,) = RunStore(store).runs()
+    spec, place = run_of(folder, tree)
+    save_file(tuned, folder / "model.safetensors")  # the folder of that checkpoint: trained from it, one starts there
+    spec = spec.replace(weights=f"sha256:{files.file_hash(folder / 'model.safetensors')}")
+    expected = network(spec, domains(spec, place).data, place).state_dict()
+    arrays, _ = files.load_arrays(run.checkpoint("last"))
+    assert arrays.keys() == expected.keys()
+    assert all(torch.equal(torch.from_numpy(each.copy()), expected[name]) for name, each in arrays.items())
+    save_file({name: each.contiguous() for name, each in expected.items()}, tmp_path / "ours.safetensors")
+    assert commandline.call("import", tmp_path / "ours.safetensors", *words, "--store", store) == 0  # by our names
+    save_file({key: each for key, each in tuned.items() if "text" not in key}, tmp_path / "half.safetensors")
+    assert commandline.call("import", tmp_path / "half.safetensors", *words, "--store", store) == 2
+    assert "does not fit the text tower, which has 21 tensors: 21 missing" in capsys.readouterr().err.replace("\n", " ")
+
+
 def test_what_does_not_fit_is_refused(folder, tmp_path, capsys):
     tree = commandline.pets(tmp_path / "pets")
 

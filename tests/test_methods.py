@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy import stats
 
 from flatlab import files
 from flatlab.data.batches import TrainingStream
@@ -136,6 +137,25 @@ def test_averages_are_arithmetic_means_of_the_trajectory(parts, tmp_path):
             elif not name.endswith(refreshed or "tracked"):
                 mean = torch.stack([states[step][name] for step in steps[kind]]).mean(0)
                 torch.testing.assert_close(value, mean.contiguous(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("parts", [Method(average="bma"), METHODS["CLIPood+QT-DoG"]], ids=["bma", "clipood-lsq"])
+def test_bma_begins_with_the_initial_weights_or_at_the_switch(parts, tmp_path):
+    spec = spec_of(parts)
+    _, states = observe(spec, RunStore(tmp_path))
+    iterates = dict(enumerate(states, 1))
+    if spec.switch is None:
+        start = loading_network.network(spec, loading_data.domains(spec, PLACE).data, PLACE).state_dict()
+        iterates |= {0: start}
+    else:
+        iterates = {index: each for index, each in iterates.items() if index > spec.switch}
+    density = stats.beta(0.5, 0.5).pdf((torch.tensor(list(iterates)).double() + 0.5) / 12)  # 11 updates
+    found, _ = weights_of(RunStore(tmp_path).run(spec), "last")
+    for name, value in found.items():
+        if not name.endswith(("running_mean", "running_var", "num_batches_tracked")):
+            stacked = torch.stack([each[name] for each in iterates.values()]).double()
+            expected = torch.tensordot(torch.from_numpy(density / density.sum()), stacked, dims=1)
+            torch.testing.assert_close(value.double(), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_an_average_of_quantized_iterates_lies_on_the_grid_of_the_averaged_step_sizes(tmp_path):

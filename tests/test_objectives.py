@@ -15,7 +15,7 @@ from flatlab.models.networks import CNNS, STAGES, build_network
 from flatlab.specs.methods import METHODS, compose, vary
 from flatlab.specs.run import MixSpec, Place
 from flatlab.train.mixstyle import cross_domain_partners, mix, mixing
-from flatlab.train.objectives import alignment, coral, erm, objective_of
+from flatlab.train.objectives import alignment, coral, erm, margin_softmax, objective_of
 
 
 def random(*shape, name="objectives"):
@@ -25,6 +25,26 @@ def random(*shape, name="objectives"):
 def batch_of(sizes=(4, 4, 4)):
     inputs = random(sum(sizes), 1, 16, 16).float()
     return Batch(inputs, torch.arange(sum(sizes)) % 10, sizes)
+
+
+# --- margin metric softmax ----------------------------------------------------------------------------------------
+
+
+def test_the_margin_lowers_each_logit_by_the_similarity_of_the_classes():
+    network, batch = build_network("digits-clip", num_classes=10, in_channels=1).eval(), batch_of()
+    with torch.no_grad():
+        network.head.weight.copy_(F.normalize(random(10, network.head.in_features), dim=-1))
+    assert torch.equal(margin_softmax(network, batch, margin=0.0), erm(network, batch))
+    vectors, logits = network.head.weight, network(batch.inputs)
+    temperature = network.features.log_scale.exp()
+    expected = F.cross_entropy(logits - 0.3 * temperature * (vectors @ vectors.T)[batch.targets], batch.targets)
+    found = margin_softmax(network, batch, margin=0.3)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5) and found > erm(network, batch)
+    chosen = compose(METHODS["CLIPood"], TINY.replace(margin=0.7), held_out="rot45", seed=0, trial_seed=0)
+    assert (chosen.margin, chosen.average.kind, chosen.label) == (0.7, "bma", "mms-bma")
+    assert objective_of(chosen)(network, batch, 0) == margin_softmax(network, batch, margin=0.7)
+    plain = compose(METHODS["ERM"], TINY.replace(margin=0.7), held_out="rot45", seed=0, trial_seed=0)
+    assert plain.margin == 0.3  # of another objective it is not part of the name
 
 
 # --- CORAL -------------------------------------------------------------------------------------------------------

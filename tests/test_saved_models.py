@@ -10,17 +10,23 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from test_text import OWN
+from transformers.pytorch_utils import Conv1D
 
 from flatlab import files
 from flatlab.errors import UserError
+from flatlab.loading.checkpoint import network as checkpoint_network
 from flatlab.loading.data import domains
 from flatlab.loading.export import load_exported
 from flatlab.loading.network import finished, load, network
+from flatlab.measure.inputs import quantizable, rounded
 from flatlab.models import saved
 from flatlab.models.networks import build_network
-from flatlab.quant.attach import quantized_layers
+from flatlab.quant.attach import attach, channel_axis, quantized_layers
+from flatlab.quant.calibration import second_moments
+from flatlab.specs.quantizers import OBCSpec, QuantSpec, RTNSpec
 from flatlab.specs.run import Place, RunSpec
 from flatlab.store.runs import RunStore
+from flatlab.train.loop import train
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "fine", ",", "book", ".", "i", "was", "bored", "beautiful"]
 WORDS += ["dull", "film", "moved", "lovely", "tune", "out", "of"]
@@ -343,3 +349,52 @@ def test_a_finished_classifier_is_imported(zoo, own, tmp_path, capsys):
     assert torch.equal(rebuilt.eval()(PIECES), built(zoo / "bert").eval()(PIECES))
     assert commandline.call("import", zoo / "encoder" / "model.safetensors", *words) == 2
     assert "model.safetensors has no classifier.bias, classifier.weight" in capsys.readouterr().err
+
+
+def test_a_transposed_linear_map_is_quantized_as_a_linear_one():
+    theirs, linear = torch.nn.Sequential(Conv1D(6, 4)), torch.nn.Sequential(torch.nn.Linear(4, 6))
+    with torch.no_grad():
+        theirs[0].weight.copy_(linear[0].weight.T)
+        theirs[0].bias.copy_(linear[0].bias)
+    inputs = torch.randn(9, 5, 4, generator=torch.Generator().manual_seed(0))
+    pair = (theirs, linear)
+    moments = [second_moments(each, [inputs])["0"] for each in pair]
+    torch.testing.assert_close(*moments)
+    assert [quantizable(each) for each in pair] == [{"0.weight": 1}, {"0.weight": 0}]
+    near = [rounded(each[0].weight, 3, granularity="channel", name="w", axis=1 - i) for i, each in enumerate(pair)]
+    assert torch.equal(near[0].quantized.T, near[1].quantized)
+    found = []
+    for each in pair:
+        assert attach(each, bits=3) == ["0"]
+        each(inputs).square().sum().backward()
+        ((layer, quantizer),) = quantized_layers(each).values()
+        axis = channel_axis(layer)
+        parts = (quantizer.scale, quantizer.scale.grad, quantized_layers(each)["0"].latent.grad)
+        found.append([each(inputs), *(part.movedim(axis, 0) for part in parts)])
+    assert found[0][1].shape == (6, 1)
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize(
+    "quantizer", [QuantSpec(bits=4), RTNSpec(bits=4), OBCSpec(bits=4, images=8)], ids=lambda q: q.kind
+)
+def test_gpt2_is_quantized_in_and_after_training(zoo, own, tmp_path, quantizer):
+    switch = 0 if isinstance(quantizer, QuantSpec) else None
+    spec, place = run_of(zoo / "gpt2", own, quantizer=quantizer, switch=switch)
+    store = RunStore(tmp_path)
+    if spec.parent:
+        train([spec.parent], store, place)
+    train([spec], store, place)
+    loaded = checkpoint_network(store.run(spec), "last", place)
+    layers = quantized_layers(loaded)
+    assert [name.rpartition(".h.")[2] for name in layers] == [
+        "0.attn.c_attn",
+        "0.attn.c_proj",
+        "0.mlp.c_fc",
+        "0.mlp.c_proj",
+    ]
+    for layer, fixed in layers.values():
+        codes = layer.weight / fixed.scale
+        assert fixed.scale.shape == (1, layer.nf) and (codes - codes.round()).abs().max() < 1e-3
+        assert codes.round().unique(dim=0).numel() > 4

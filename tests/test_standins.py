@@ -49,7 +49,7 @@ def test_table_3_prints_both_data_sets_of_the_paper():
 
 
 def test_the_caption_names_the_percentile_where_there_is_one():
-    assert "The percentile over classes is that of 10." in table3.FIGURE.caption(QUICK)
+    assert "The percentile over groups is that of 10; groups are classes." in table3.FIGURE.caption(QUICK)
     assert "percentile" not in table5.FIGURE.caption(QUICK)
 
 
@@ -62,6 +62,24 @@ def test_the_optimizers_are_those_of_the_papers_code():
     assert of(table6) == ("adamw", 0.1, "cosine", None)
     assert of(table3, "sentences") == ("adamw", 0.01, "linear", 1.0)
     assert of(table11) == ("adam", 0.0, "constant", None)
+
+
+def test_table_6_scores_both_splits_of_the_held_out_domain_and_adds_clipood(tmp_path):
+    run = spec()
+    store = trained(tmp_path, run)
+    found = _percent.accuracies(store, [("ERM", run)], [(TARGET, split) for split in ("in", "out", "all")])
+    best = max(store.run(run).rows(), key=lambda row: row["validation"])["target"]
+    inside, outside, both = found["value"]
+    assert outside == pytest.approx(100 * best["out"]["accuracy"]) and inside != outside
+    hits = [best[part]["accuracy"] * best[part]["n"] for part in ("in", "out")]
+    assert both == pytest.approx(100 * sum(hits) / 449)
+    assert table6.TABLE._panels(QUICK) == [(TARGET, "in"), (TARGET, "out"), (TARGET, "all")]
+    for controls, added in ((False, set()), (True, {"mms-bma", "mms-lsq-bma"})):
+        labels = {run.label for _, run in table6.FIGURE.labelled(SMOKE.replace(controls=controls))}
+        assert labels == {"erm", "lsq"} | added
+    assert {"ERM", "CLIPood", "QT-DoG"} <= set(table6.FIGURE.as_published()["method"])
+    assert table6.TABLE.notes() == ["Printed, and not made here: CLIPood."]
+    assert table6.TABLE.notes(["ERM", "CLIPood"]) == []
 
 
 def test_of_table_3_fewer_domains_are_held_out_where_fewer_are_asked_for():

@@ -151,6 +151,7 @@ class Choices(Options):
             model=self._model(),
             domains=catalog.domain_names(dataset, folder),
             sizes=tuple(catalog.sizes(dataset, folder).values()) if self.epochs else None,
+            named=bool(known and known.held_out) or None,
             held_out=catalog.held_out(dataset, folder, self.held_out),
             signed=False if self.unsigned else None,
             target_logged=False if self.no_target else None,

@@ -227,6 +227,7 @@ class Options:
         "clip:PATH). With none, photographs are trained with the setting's own --lr.",
     )
     freeze_batchnorm: bool | None = _of_setting(COMPOSITION, "freeze_batchnorm", "--freeze-batchnorm/--train-batchnorm")
+    margin: float | None = _of_setting(COMPOSITION, "margin")
     controls: bool = _of_setting(COMPOSITION, "controls", "--controls", default=False)
 
     setting: str = _option(

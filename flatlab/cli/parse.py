@@ -84,7 +84,7 @@ def _parts(spec: RunSpec) -> Method:
 def _held_out(spec: RunSpec, which: str) -> bool:
     """Whether a run has one of these held-out domains, given by name, or by index for data sets known by name."""
     known = catalog.facts(spec.dataset)
-    order = list(known.domains) if known else []
+    order = list(known.held_out or known.domains) if known else []
     for word in [which.strip(), *(each.strip() for each in which.split(","))]:
         at = order[int(word)] if word.isdecimal() and int(word) < len(order) else word
         if word.lower() == "all" or _plain(at) == _plain(spec.held_out):

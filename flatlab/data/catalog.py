@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from flatlab.data import wilds
 from flatlab.data.text import tables
-from flatlab.data.trees import images_below, subfolders
+from flatlab.data.trees import Tree, images_below, subfolders
 from flatlab.errors import UserError, choose
 
 
@@ -20,15 +21,21 @@ class Facts:
         folder: name of its folder on disk; empty for embedded data.
         domains: name of each domain, in index order, and its number of images; None if published counts differ.
         classes: the names of the classes, in label order, or only their number.
+        files: what its folder has instead of a folder for each domain.
+        held_out: the only domains that can be held out, where `domains` are named splits, of which "train" is trained
+            on; empty: each domain can be.
     """
 
     folder: str
     domains: Mapping[str, int | None]
     classes: tuple[str, ...] | int
+    files: tuple[str, ...] = ()
+    held_out: tuple[str, ...] = ()
 
 
 # Counts: PACS as on its project page, VLCS as listed in salesforce/ensemble-of-averages, OfficeHome and DomainNet
 # (duplicates removed) as their authors give them; each column sums to the total that DomainBed prints.
+HOSPITALS = "Camelyon17-hospitals"  # the same patches, to hold out any hospital
 CATALOG: dict[str, Facts] = {
     "digits": Facts("", {"rot0": 450, "rot15": 449, "rot30": 449, "rot45": 449}, tuple("0123456789")),
     "PACS": Facts(
@@ -61,6 +68,26 @@ CATALOG: dict[str, Facts] = {
         345,
     ),
     "sentences": Facts("", {"amazon": 2943, "movie": 10043, "nyt": 2788, "tweets": 3362}, ("negative", "positive")),
+    "Amazon": Facts(
+        "amazon_v2.1",
+        {"id_test": 46950, "id_val": 46950, "test": 100050, "train": 245502, "val": 100050},
+        wilds.STARS,
+        files=(wilds.REVIEWS, wilds.USERS),
+        held_out=("test",),
+    ),
+    "Camelyon17": Facts(
+        "camelyon17_v1.0",
+        {"id_val": 33560, "test": 85054, "train": 302436, "val": 34904},
+        ("normal", "tumor"),
+        files=(wilds.METADATA, wilds.PATCHES),
+        held_out=("test",),
+    ),
+    HOSPITALS: Facts(
+        "camelyon17_v1.0",
+        {"hospital_0": None, "hospital_1": 34904, "hospital_2": 85054, "hospital_3": None, "hospital_4": None},
+        ("normal", "tumor"),
+        files=(wilds.METADATA, wilds.PATCHES),
+    ),
 }
 
 
@@ -77,7 +104,7 @@ def canonical(dataset: str) -> str:
 
 def is_text(dataset: str) -> bool:
     """Whether a data set consists of sentences, not images."""
-    return canonical(dataset).partition(":")[0] in ("sentences", "folder-text")
+    return canonical(dataset).partition(":")[0] in ("sentences", "folder-text", "Amazon")
 
 
 def facts(dataset: str) -> Facts | None:
@@ -97,18 +124,25 @@ def locate(dataset: str, data_dir: Path | None) -> Path:
     """
     root, expected = place(dataset, data_dir), _expected(dataset)
     known = facts(dataset)
-    if root.is_dir() and all((root / domain).is_dir() for domain in (known.domains if known else ())):
+    if root.is_dir() and all(_present(root, known)):
         return root
     name = canonical(dataset)
     tried = " or ".join(map(str, _candidates(dataset, data_dir)))
-    some = known and any((root / domain).is_dir() for domain in known.domains)
+    some = known and not known.files and any(_present(root, known))
     hint = f" `flatlab data check {name}` lists what is missing." if some else ""
     raise UserError(f"{name} is not in {tried}: expected {expected}. Pass its location as --data-dir.{hint}")
 
 
+def _present(root: Path, known: Facts | None) -> list[bool]:
+    """Return, for all that the folder of a data set must have, whether it is there."""
+    if known and known.files:
+        return [(root / name).exists() for name in known.files]
+    return [(root / name).is_dir() for name in (known.domains if known else ())]
+
+
 def _expected(dataset: str) -> str:
     if known := facts(dataset):
-        return f"a folder with {', '.join(known.domains)}"
+        return f"a folder with {', '.join(known.files or known.domains)}"
     return "a folder with one file DOMAIN.tsv per domain" if is_text(dataset) else "a folder with one folder per domain"
 
 
@@ -129,19 +163,20 @@ def place(dataset: str, data_dir: Path | None) -> Path:
         data_dir: as for `locate`.
     """
     known = facts(dataset)
-    names = known.domains if known else ()
-    return max(_candidates(dataset, data_dir), key=lambda root: sum((root / name).is_dir() for name in names))
+    return max(_candidates(dataset, data_dir), key=lambda root: sum(_present(root, known)))
 
 
 def domain_names(dataset: str, data_dir: Path | None) -> tuple[str, ...]:
     """Return the names of the domains in index order, read from disk only for `folder:NAME`.
+
+    Of a data set with named splits: those that are trained on and held out.
 
     Raises:
         UserError: if the folder contains fewer than two domains.
     """
     known = facts(dataset)
     if known:
-        return tuple(known.domains)
+        return ("train", *known.held_out) if known.held_out else tuple(known.domains)
     root = locate(dataset, data_dir)
     if is_text(dataset):
         return tuple(tables.read(root))
@@ -166,7 +201,8 @@ def held_out(dataset: str, data_dir: Path | None, which: str) -> tuple[str, ...]
     Raises:
         UserError: if there is no such domain.
     """
-    names = domain_names(dataset, data_dir)
+    known = facts(dataset)
+    names = (known and known.held_out) or domain_names(dataset, data_dir)
     which = which.strip()
     if which.lower() == "all":
         return names
@@ -187,8 +223,31 @@ def sizes(dataset: str, data_dir: Path | None) -> dict[str, int]:
     """Return the number of images or sentences of each domain: from the catalog, or counted on disk if it has none."""
     known = facts(dataset)
     if known and all(known.domains.values()):
-        return {name: count or 0 for name, count in known.domains.items()}
+        return {name: known.domains[name] or 0 for name in domain_names(dataset, data_dir)}
     if is_text(dataset):
-        return {name: len(table.texts) for name, table in tables.read(locate(dataset, data_dir)).items()}
-    tree = images_below(locate(dataset, data_dir), domain_names(dataset, data_dir))
-    return {name: sum(map(len, classes.values())) for name, classes in tree.items()}
+        return {name: len(table.texts) for name, table in sentences(dataset, data_dir).items()}
+    return {name: sum(map(len, classes.values())) for name, classes in tree(dataset, data_dir).items()}
+
+
+def sentences(dataset: str, data_dir: Path | None) -> dict[str, tables.Table]:
+    """Return the sentences of each domain, embedded or read from disk."""
+    match canonical(dataset):
+        case "sentences":
+            return tables.embedded()
+        case "Amazon":
+            return wilds.reviews(locate(dataset, data_dir))
+        case _:
+            return tables.read(locate(dataset, data_dir))
+
+
+def tree(dataset: str, data_dir: Path | None) -> Tree:
+    """Return the image files of each domain and class on disk."""
+    root, known = locate(dataset, data_dir), facts(dataset)
+    if known and known.files:
+        return patches(dataset, root).tree
+    return images_below(root, domain_names(dataset, data_dir))
+
+
+def patches(dataset: str, root: Path) -> wilds.Patches:
+    """Return the files of Camelyon17, in its named splits or by hospital."""
+    return wilds.patches(root, by_hospital=canonical(dataset) == HOSPITALS)

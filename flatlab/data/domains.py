@@ -1,6 +1,7 @@
 """Images in named domains, as bytes, and DomainBed's fixed split of each domain."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -22,12 +23,14 @@ class Domain:
         images: (N, C, H, W) uint8; indexing by rows returns a tensor, also if the images are decoded on access.
         labels: (N,) int64, indices into the data set's classes.
         originals: the images in their own aspect ratios, from which training crops are taken; None: `images`.
+        groups: (N,) int64, the number of each one's group (a reviewer, a hospital); None: there are none.
     """
 
     name: str
     images: torch.Tensor | Decoded
     labels: torch.Tensor
     originals: Originals | None = None
+    groups: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -131,14 +134,20 @@ def split(n: int, domain_index: int, *, trial_seed: int, fraction: float = 0.2, 
             else f"Domain {domain_index} has {n} images: a share of {fraction} leaves {n_out} to validate on and "
             f"{n - n_out} to train on; both parts need at least one image."
         )
-    keys, places = _shuffled(n, trial_seed, domain_index), list(range(n_out))
+    keys, places = shuffled(n, trial_seed, domain_index), list(range(n_out))
     if tested:
-        places = _shuffled(n_out, trial_seed, domain_index)
+        places = shuffled(n_out, trial_seed, domain_index)
     outer = np.array(keys[:n_out], dtype=np.int64)[places]
     return Split(np.array(keys[n_out:], dtype=np.int64), outer[:n_validate], outer[n_validate:])
 
 
-def _shuffled(n: int, trial_seed: int, domain_index: int) -> list[int]:
+def shuffled(n: int, trial_seed: int, domain_index: int) -> list[int]:
+    """Return the numbers below `n` in DomainBed's order of a domain."""
     keys = list(range(n))
     np.random.RandomState(seed_hash(trial_seed, domain_index)).shuffle(keys)
     return keys
+
+
+def numbered(groups: Sequence[str]) -> torch.Tensor | None:
+    """Return the number of each one's group by name; None if there are no groups."""
+    return torch.from_numpy(np.unique(np.array(groups), return_inverse=True)[1]) if groups else None

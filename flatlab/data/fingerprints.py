@@ -35,7 +35,7 @@ def at_hand(dataset: str, data_dir: str | None, kept: str | None) -> str | None:
     if data_dir is None or not Path(data_dir).is_dir():
         return None
     if catalog.is_text(name):
-        return tables.fingerprint(name, tables.read(Path(data_dir)))
+        return tables.fingerprint(name, catalog.sentences(name, Path(data_dir)))
     return cache.fingerprint(dataset, data_dir=Path(data_dir), cache=folder)
 
 

@@ -1,7 +1,7 @@
 """DomainBed's folders root/domain/class/image: their content, and faults in it. Torch-free."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,9 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from flatlab.arguments import Report
-from flatlab.data import catalog
+from flatlab.data import catalog, wilds
 from flatlab.data.decode import fault, in_order
-from flatlab.data.text import tables
 from flatlab.data.trees import Tree, check_regular, images_below, subfolders
 from flatlab.errors import UserError
 
@@ -24,11 +23,13 @@ class Listing:
         name: name of the data set.
         classes: the classes' names, in label order.
         tree: the files.
+        groups: of each file, where a data set has groups.
     """
 
     name: str
     classes: tuple[str, ...]
     tree: Tree
+    groups: Mapping[Path, str] = field(default_factory=dict)
 
     def paths(self, domain: str) -> list[Path]:
         """Return a domain's files, class by class, as ImageFolder sorts them."""
@@ -37,6 +38,10 @@ class Listing:
     def labels(self, domain: str) -> npt.NDArray[np.int64]:
         """Return the label of each of a domain's files."""
         return np.repeat(np.arange(len(self.classes)), [len(self.tree[domain][each]) for each in self.classes])
+
+    def grouped(self, domain: str) -> list[str]:
+        """Return the group of each of a domain's files; empty if there are no groups."""
+        return [self.groups[path] for path in self.paths(domain)] if self.groups else []
 
     @property
     def count(self) -> int:
@@ -55,10 +60,14 @@ def listing(dataset: str, data_dir: Path | None) -> Listing:
         UserError: if the folder does not exist, a class is missing or unknown, or a file is not a regular one.
     """
     name = catalog.canonical(dataset)
-    root, names = catalog.locate(name, data_dir), catalog.domain_names(name, data_dir)
-    tree = images_below(root, names)
+    root, known = catalog.locate(name, data_dir), catalog.facts(name)
+    if known and known.files:
+        tree, groups = catalog.patches(name, root)
+        wilds.check_present(tree)
+    else:
+        tree, groups = images_below(root, catalog.domain_names(name, data_dir)), {}
     check_regular(tree)
-    return Listing(name, _classes(name, tree), tree)
+    return Listing(name, _classes(name, tree), tree, groups if known and known.held_out else {})
 
 
 def _count(files: Mapping[str, list[Path]]) -> int:
@@ -125,23 +134,30 @@ def check(dataset: str, data_dir: Path | None, *, report: Report | None = None) 
     name, known = catalog.canonical(dataset), catalog.facts(dataset)
     counts = known.domains if known else {}
     if catalog.is_text(name):
-        found = tables.embedded() if known else tables.read(catalog.locate(name, data_dir))
-        return [Row(each, len(set(own.labels)), len(own.labels), counts.get(each)) for each, own in found.items()]
+        found = catalog.sentences(name, data_dir)
+        numbers = {each: (len(set(own.labels)), len(own.labels)) for each, own in found.items()}
+        return [
+            Row(each, classes, count, counts.get(each), _difference(count, counts.get(each), "sentences"))
+            for each, (classes, count) in numbers.items()
+        ]
     if name == "digits":
         from flatlab.data import digits  # embedded, and made with torch
 
         return [Row(d.name, len(set(d.labels.tolist())), len(d), counts[d.name]) for d in digits.load().domains]
     root = catalog.place(name, data_dir)
-    if not any((root / each).is_dir() for each in (known.domains if known else ("",))):
-        root = catalog.locate(name, data_dir)  # raises: no domain is there
+    if (known and known.files) or not any((root / each).is_dir() for each in (known.domains if known else ("",))):
+        root = catalog.locate(name, data_dir)  # raises if no domain is there
     names = tuple(known.domains) if known else catalog.domain_names(name, data_dir)
-    tree = images_below(root, [each for each in names if (root / each).is_dir()])
+    if known and known.files:
+        tree = catalog.patches(name, root).tree
+    else:
+        tree = images_below(root, [each for each in names if (root / each).is_dir()])
     expected, faults = _expected_classes(known, tree), _undecodable(tree, report or (lambda done, of: None))
     rows = [
         _row(each, tree.get(each), expected, known.domains[each] if known else None, faults.get(each, ()))
         for each in names
     ]
-    unknown = [each.name for each in subfolders(root) if known and each.name not in names]
+    unknown = [each.name for each in subfolders(root) if known and each.name not in (*names, *known.files)]
     return rows + [Row(each, 0, 0, 0, "no domain of this data set") for each in unknown]
 
 
@@ -187,5 +203,11 @@ def _faults(found: set[str], folders: set[str], classes: set[str], images: int, 
         yield f"no images of {', '.join(missing)}"
     if unknown := sorted(folders - classes):
         yield f"unknown classes {', '.join(unknown)}"
-    if expected is not None and images != expected:
-        yield f"{abs(images - expected):,} images {'more' if images > expected else 'fewer'} than {expected:,}"
+    if difference := _difference(images, expected, "images"):
+        yield difference
+
+
+def _difference(found: int, expected: int | None, what: str) -> str:
+    if expected is None or found == expected:
+        return ""
+    return f"{abs(found - expected):,} {what} {'more' if found > expected else 'fewer'} than {expected:,}"

@@ -8,7 +8,7 @@ import torch
 from flatlab.arguments import Report
 from flatlab.data import cache as store
 from flatlab.data import catalog, digits
-from flatlab.data.domains import Domain, DomainSet
+from flatlab.data.domains import Domain, DomainSet, numbered
 from flatlab.data.images import Decoded, Ragged
 from flatlab.data.text import sets
 from flatlab.errors import UserError
@@ -43,8 +43,9 @@ def load(
             raise UserError(f"digits are {digits.SIZE} x {digits.SIZE} pixels; leave --image-size {image_size} out.")
         return digits.load()
     if catalog.is_text(dataset):
-        folder = None if catalog.facts(dataset) else catalog.locate(dataset, data_dir)
-        return sets.load(catalog.canonical(dataset), folder, image_size)
+        known = catalog.facts(dataset)
+        classes = known.classes if known and not isinstance(known.classes, int) else None
+        return sets.load(catalog.canonical(dataset), catalog.sentences(dataset, data_dir), image_size, classes=classes)
     size = IMAGE_SIZE if image_size is None else image_size
     entry = store.prepare(dataset, data_dir=data_dir, image_size=size, cache=cache, report=report)
     found, domains = entry.listing, tuple(_stored(entry) if entry.stored else _decoded(entry))
@@ -62,7 +63,8 @@ def _stored(entry: store.Entry) -> Iterator[Domain]:
         labels = torch.from_numpy(entry.listing.labels(name))
         last = first + len(labels)
         end = offset + 3 * int(areas[first:last].sum())
-        yield Domain(name, squares[first:last], labels, Ragged(originals[offset:end], entry.sizes[first:last]))
+        pictures = Ragged(originals[offset:end], entry.sizes[first:last])
+        yield Domain(name, squares[first:last], labels, pictures, numbered(entry.listing.grouped(name)))
         first, offset = last, end
 
 
@@ -74,4 +76,5 @@ def _mapped(path: Path, count: int) -> torch.Tensor:
 def _decoded(entry: store.Entry) -> Iterator[Domain]:
     for name in entry.listing.tree:
         files = Decoded(entry.listing.paths(name), entry.image_size)
-        yield Domain(name, files, torch.from_numpy(entry.listing.labels(name)), files)
+        labels = torch.from_numpy(entry.listing.labels(name))
+        yield Domain(name, files, labels, files, numbered(entry.listing.grouped(name)))

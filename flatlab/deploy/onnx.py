@@ -230,7 +230,7 @@ def _in_floats(graph: Graph) -> Graph:
 def evaluated(domains: loading_data.Domains) -> dict[str, list[Any]]:
     """Return the batches of images and labels in domain and out of it."""
     device = torch.device("cpu")
-    validation = domains.evaluation("out", domains.sources, device)
+    validation = domains.evaluation("out", domains.validated, device)
     target = domains.evaluation("in", (domains.target,), device)
     return {IN: [b for each in validation.values() for b in each], OUT: [b for each in target.values() for b in each]}
 

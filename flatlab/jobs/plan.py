@@ -169,7 +169,7 @@ def _training(lacking: Sequence[RunSpec], sizes: Sizes) -> list[Job]:
     for spec in lacking:
         groups.setdefault(spec.trajectory.digest, []).append(spec)
     # The first one keeps the state. It does not depend on the order of the runs, so that other commands can resume it.
-    order = {"last": 0, "sma": 1, "swa": 2, "swad": 3}
+    order = {"last": 0, "sma": 1, "swa": 2, "swad": 3, "bma": 4}
     leaders = {
         digest: sorted(group, key=lambda spec: (order[spec.average.kind], spec.digest))
         for digest, group in groups.items()

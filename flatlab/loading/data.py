@@ -12,9 +12,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from flatlab.data import batches
+from flatlab.data import batches, catalog
 from flatlab.data import load as data_load
-from flatlab.data.domains import DomainSet, split
+from flatlab.data.domains import DomainSet, shuffled, split
 from flatlab.data.text.sets import TextSet
 from flatlab.data.text.tokenizers import Tokenizer
 from flatlab.errors import UserError, choose
@@ -28,7 +28,7 @@ Batches = Sequence[tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Domains:
-    """The data of a run: source domains, held-out domain, and the split of each domain."""
+    """The data of a run: source domains, held-out domain, and the split of each domain, or the named splits."""
 
     data: DomainSet
     target: str
@@ -39,7 +39,34 @@ class Domains:
     @property
     def sources(self) -> tuple[str, ...]:
         """The source domains."""
-        return tuple(name for name in self.data.names if name != self.target)
+        return tuple(name for name in self.inside if name != self.target)
+
+    @property
+    def validated(self) -> tuple[str, ...]:
+        """The domains on whose "out" split checkpoints are selected: the source domains, or a named split."""
+        return tuple(name for name in self.outside if name != self.target)
+
+    @property
+    def groups(self) -> dict[str, Tensor]:
+        """The group of each row of a named split; empty where rows have none."""
+        rows, found = {**self.inside, **self.outside, **self.tested}, {}
+        for domain in self.data.domains:
+            if domain.groups is not None and domain.name in rows:
+                found[domain.name] = domain.groups[torch.from_numpy(rows[domain.name])]
+        return found
+
+    def measured(self, part: str) -> Rows:
+        """Return the "in" or "out" split of all domains.
+
+        Raises:
+            UserError: the held-out one has no "out" split, since the splits are named.
+        """
+        rows = self.inside if part == "in" else self.outside
+        if self.target not in rows:
+            raise UserError(
+                f"The split {self.target} of {self.data.name} is one, got --split {part}: write --split in."
+            )
+        return rows
 
     def evaluation(self, part: str, names: tuple[str, ...], device: torch.device) -> dict[str, Batches]:
         """Return fixed batches of the "in", "out" or "test" split of some domains."""
@@ -56,10 +83,14 @@ def domains(spec: RunSpec, place: Place) -> Domains:
     """Load (once in a process) and split the data of a run."""
     data = _load(spec.dataset, place.data_dir, spec.image_size, place.cache)
     target = choose("held-out domain", spec.held_out, data.names)
+    known = catalog.facts(spec.dataset)
+    named = bool(known and known.held_out)
     if isinstance(data, TextSet) and spec.saved:
         data = _cut(data, saved.checked(spec.model, place.model_dir))
     elif isinstance(data, TextSet):
-        data = _seen(data, tuple(name for name in data.names if name != target))
+        data = _seen(data, ("train",) if named else tuple(name for name in data.names if name != target))
+    if named:
+        return _named(data, target)
     splits = {
         name: split(
             len(data.domain(name).labels),
@@ -79,6 +110,19 @@ def domains(spec: RunSpec, place: Place) -> Domains:
     )
 
 
+def _named(data: DomainSet, target: str) -> Domains:
+    """Return the named splits of WILDS: train, val for selection, and in distribution the test or else the val one."""
+    rows = {name: np.array(shuffled(len(data.domain(name)), 0, index)) for index, name in enumerate(data.names)}
+    inner = "id_test" if "id_test" in rows else "id_val"
+    return Domains(
+        data=data,
+        target=target,
+        inside={"train": rows["train"], target: rows[target]},
+        outside={"val": rows["val"]},
+        tested={inner: rows[inner]},
+    )
+
+
 @lru_cache(maxsize=4)
 def _seen(data: TextSet, sources: tuple[str, ...]) -> TextSet:
     return data.seen_from(sources)
@@ -92,8 +136,11 @@ def _cut(data: TextSet, folder: Path) -> TextSet:
 
 @lru_cache(maxsize=2)
 def _load(dataset: str, data_dir: str | None, image_size: int, cache: str | None) -> DomainSet:
-    folder, kept = (Path(each) if each else None for each in (data_dir, cache))
-    return data_load.load(dataset, data_dir=folder, image_size=image_size, cache=kept)
+    return data_load.load(dataset, data_dir=_path(data_dir), image_size=image_size, cache=_path(cache))
+
+
+def _path(given: str | None) -> Path | None:
+    return Path(given) if given else None
 
 
 @contextmanager

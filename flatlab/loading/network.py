@@ -41,18 +41,18 @@ def network(spec: RunSpec, data: DomainSet, place: Place) -> Network:
             f"{spec.model} takes images of {side} pixels, got {spec.image_size}: write --image-size {side}."
         )
     if isinstance(built.features, clip.ImageTower) and spec.weights != "none":
-        _align(built, spec, data, place)
+        align(built, spec, read_foreign(Path(_weights(spec, place))), data, place)
     if isinstance(built.features, classifiers.Sentences) and spec.weights != "none":
         classifiers.order_classes(built.head, str(config_of(spec.model, place)), data.classes)
     return built.to(device(place))
 
 
-def _align(built: Network, spec: RunSpec, data: DomainSet, place: Place) -> None:
-    """Give the head of CLIP its text tower's vectors of the classes."""
-    config, weights = config_of(spec.model, place), _weights(spec, place)
+def align(built: Network, spec: RunSpec, state: Mapping[str, torch.Tensor], data: DomainSet, place: Place) -> None:
+    """Give the head of CLIP the vectors of the classes, from the text tower of a checkpoint."""
+    config = config_of(spec.model, place)
     assert config and place.model_dir
     tokenizer = saved_tokenizer(Path(place.model_dir))
-    vectors = clip.class_vectors(tokenizer, config, read_foreign(Path(weights)), data.classes)
+    vectors = clip.class_vectors(tokenizer, config, state, data.classes)
     built.head.load_state_dict({"weight": vectors})
 
 

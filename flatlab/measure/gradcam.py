@@ -58,7 +58,7 @@ class _Cams:
         domains = loading_data.domains(run.spec, place)
         run.check_data(domains.data.fingerprint)
         domain = domains.data.domain(domains.target)
-        split = (domains.inside if spec.split == "in" else domains.outside)[domains.target]
+        split = domains.measured(spec.split)[domains.target]
         self.spec, self.target, self.radii = spec, domains.target, _radii(run, spec)
         self.rows = choose_images(split, domain.labels.numpy()[split], spec.images or len(split), seed=spec.seed)
         self.images = domain.images[torch.from_numpy(self.rows)]

@@ -14,7 +14,7 @@ from flatlab.landscape.landscape import Landscape
 from flatlab.loading import data as loading_data
 from flatlab.loading import network as loading_network
 from flatlab.loading.checkpoint import network
-from flatlab.quant.attach import bake, layers, quantized_layers, tensor_of
+from flatlab.quant.attach import bake, channel_axis, layers, quantized_layers, tensor_of
 from flatlab.quant.codebook import check_finite
 from flatlab.quant.lsq import LSQ
 from flatlab.seeds import generator
@@ -64,7 +64,7 @@ def _layer(weight: Tensor, quantized: Tensor, step: Tensor, bits: int) -> Layer:
     return Layer(weight.detach().clone(), quantized.detach().clone(), step.detach().clone(), bits)
 
 
-def rounded(weight: Tensor, bits: int, *, granularity: str, name: str) -> Layer:
+def rounded(weight: Tensor, bits: int, *, granularity: str, name: str, axis: int = 0) -> Layer:
     """Return a weight rounded to the nearest level of LSQ's initial grid.
 
     Args:
@@ -72,9 +72,10 @@ def rounded(weight: Tensor, bits: int, *, granularity: str, name: str) -> Layer:
         bits: 2 to 16.
         granularity: "channel" or "tensor".
         name: name of the weight, for errors.
+        axis: axis of the output channels.
     """
     check_finite(weight, name)
-    quantizer = LSQ(weight, bits=bits, granularity=granularity).to(weight.device)
+    quantizer = LSQ(weight, bits=bits, granularity=granularity, axis=axis).to(weight.device)
     return _layer(weight, quantizer(weight), quantizer.scale, bits)
 
 
@@ -97,8 +98,10 @@ def noise_norm(run: Run, checkpoint: str, place: Place, bits: int | None) -> flo
             f"bits={bits} for run {run.spec.digest} ({run.spec.label})."
         )
     if bits is not None:
-        weights = {name: plain.get_parameter(name).detach() for name in quantizable(plain)}
-        found = {name: rounded(w, bits, granularity="channel", name=name) for name, w in weights.items()}
+        found = {
+            name: rounded(plain.get_parameter(name).detach(), bits, granularity="channel", name=name, axis=axis)
+            for name, axis in quantizable(plain).items()
+        }
     return float(sum((each.quantized - each.weight).double().square().sum() for each in found.values()) ** 0.5)
 
 
@@ -121,9 +124,13 @@ def latent_network(run: Run, checkpoint: str, place: Place) -> tuple[nn.Module, 
     return loaded, found
 
 
-def quantizable(loaded: nn.Module) -> list[str]:
-    """Return the names of the weights that a quantizer would be attached to; refuses a network that has none."""
-    return [f"{name}.{tensor_of(layer)}" for name, layer in layers(loaded).items()]
+def quantizable(loaded: nn.Module) -> dict[str, int]:
+    """Return the weights that a quantizer would be attached to, by name, with the axis of their output channels.
+
+    Raises:
+        UserError: the network has none.
+    """
+    return {f"{name}.{tensor_of(layer)}": channel_axis(layer) for name, layer in layers(loaded).items()}
 
 
 SIZE = 128  # images of a batch for BatchNorm's statistics
@@ -158,15 +165,14 @@ def images(run: Run, spec: MeasurementSpec, place: Place) -> dict[str, Pairs]:
     """Return the batches of each domain for a measurement."""
     domains = loading_data.domains(run.spec, place)
     run.check_data(domains.data.fingerprint)
-    split = domains.inside if spec.split == "in" else domains.outside
-    data, rows = domains.data, {name: each[: spec.images] for name, each in split.items()}
+    data, rows = domains.data, {name: each[: spec.images] for name, each in domains.measured(spec.split).items()}
     if spec.corruption:
         from flatlab.data.corruptions import corrupted  # here: scipy.ndimage takes a third of a second to load
 
         data = corrupted(data, spec.corruption, rows)
         rows = {domain.name: np.arange(len(domain)) for domain in data.domains}
     device = loading_data.device(place)
-    return {name: evaluation_batches(data, name, rows[name], device=device) for name in data.names}
+    return {name: evaluation_batches(data, name, rows[name], device=device) for name in data.names if name in rows}
 
 
 def training_images(run: Run, count: int | None, place: Place) -> Pairs | None:

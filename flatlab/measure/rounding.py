@@ -32,13 +32,13 @@ def fill(measurement: Measurement, run: Run, place: Place, report: JobReport | N
     """Measure the rises of each part; resumes an earlier call."""
     spec: RoundingSpec = measurement.spec
     plain, trained = latent_network(run, spec.checkpoint, place)
-    names = [name for name in quantizable(plain) if fnmatchcase(name, spec.params or "*")]
-    if not names:
+    axes = {name: axis for name, axis in quantizable(plain).items() if fnmatchcase(name, spec.params or "*")}
+    if not axes:
         raise UserError(f"No quantized weight matches {spec.params!r}; available: {', '.join(quantizable(plain))}.")
-    around = Landscape(plain, images(run, spec, place), F.cross_entropy, params=names)
-    weights = {name: plain.get_parameter(name).detach().clone() for name in names}
+    around = Landscape(plain, images(run, spec, place), F.cross_entropy, params=list(axes))
+    weights = {name: plain.get_parameter(name).detach().clone() for name in axes}
     found: dict[tuple[str, Normalisation], RoundingRise] = {}
-    parts = list(_parts(spec, weights, trained))
+    parts = list(_parts(spec, weights, trained, axes))
     for done, (part, vectors, normalisation) in enumerate(parts, 1):
         rise = typical_rise(
             around,
@@ -55,17 +55,19 @@ def fill(measurement: Measurement, run: Run, place: Place, report: JobReport | N
     files.save_arrays(measurement.result, *RoundingRises(found, around.num_samples).to_arrays())
 
 
-def _parts(spec: RoundingSpec, weights: Weights, trained: Mapping[str, Layer]) -> Iterator[Part]:
+def _parts(
+    spec: RoundingSpec, weights: Weights, trained: Mapping[str, Layer], axes: Mapping[str, int]
+) -> Iterator[Part]:
     """Yield the part of the network that is rounded, its noise by bit width, and the normalisation.
 
     The noise of the run's own, learned step sizes has the name "trained".
     """
-    whole = {f"{bits}": _noise(spec, weights, bits) for bits in spec.bits}
+    whole = {f"{bits}": _noise(spec, weights, axes, bits) for bits in spec.bits}
     if trained:
         whole["trained"] = {name: trained[name].quantized - w for name, w in weights.items()}
     for normalisation in WHOLE:
         yield "all", {f"all-{each}": flatten(noise.values()) for each, noise in whole.items()}, normalisation
-    alone = {f"{bits}": _noise(spec, weights, bits) for bits in spec.layer_bits}
+    alone = {f"{bits}": _noise(spec, weights, axes, bits) for bits in spec.layer_bits}
     if trained and alone:
         alone["trained"] = whole["trained"]
     for index, part in enumerate(weights if alone else ()):
@@ -77,7 +79,9 @@ def _parts(spec: RoundingSpec, weights: Weights, trained: Mapping[str, Layer]) -
             yield part, vectors, normalisation
 
 
-def _noise(spec: RoundingSpec, weights: Weights, bits: int) -> dict[str, Tensor]:
+def _noise(spec: RoundingSpec, weights: Weights, axes: Mapping[str, int], bits: int) -> dict[str, Tensor]:
     """Return the noise that rounding to the nearest level adds to each weight."""
-    found = {name: rounded(w, bits, granularity=spec.granularity, name=name) for name, w in weights.items()}
+    found = {
+        name: rounded(w, bits, granularity=spec.granularity, name=name, axis=axes[name]) for name, w in weights.items()
+    }
     return {name: found[name].quantized - w for name, w in weights.items()}

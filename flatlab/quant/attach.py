@@ -5,6 +5,7 @@ transformer, each linear map (qkv, projections, MLP, patch embedding), not the h
 """
 
 import logging
+import sys
 from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple, cast
 
@@ -32,12 +33,20 @@ def tensor_of(layer: nn.Module) -> str:
 
 
 def channel_axis(layer: nn.Module) -> int:
-    """Return the axis of the weight's output channels: 0, or 1 for a transposed convolution.
+    """Return the axis of the weight's output channels.
 
-    In a grouped transposed convolution, channels at the same position of their groups share an index on axis 1; in a
-    depthwise one, each channel has its own index on axis 0.
+    A transposed convolution and GPT-2's `Conv1D` have them second. In a grouped transposed convolution, channels at
+    the same position of their groups share an index on axis 1; in a depthwise one, each has its own on axis 0.
     """
-    return int(isinstance(layer, _ConvTransposeNd) and (layer.groups == 1 or layer.out_channels > layer.groups))
+    if not isinstance(layer, _ConvTransposeNd):
+        return int(not isinstance(layer, KINDS) and isinstance(layer, _kinds()))
+    return int(layer.groups == 1 or layer.out_channels > layer.groups)
+
+
+def _kinds() -> tuple[type[nn.Module], ...]:
+    """Return the kinds of layers that are quantized; GPT-2's transposed linear map once transformers is loaded."""
+    theirs = sys.modules.get("transformers.pytorch_utils")
+    return (*KINDS, theirs.Conv1D) if theirs else KINDS
 
 
 class Quantized(NamedTuple):
@@ -86,7 +95,7 @@ def layers(network: nn.Module, *, outside: str = "head", embeddings: bool = Fals
 
 def _places(network: nn.Module, outside: str | None, *, embeddings: bool = False) -> Iterator[tuple[str, nn.Module]]:
     """Yield each layer that can be quantized except the head, tied ones repeatedly; embeddings are last."""
-    for kinds in (KINDS, (nn.Embedding,)) if embeddings else (KINDS,):
+    for kinds in (_kinds(), (nn.Embedding,)) if embeddings else (_kinds(),):
         for name, layer in network.named_modules():
             if isinstance(layer, kinds) and name.split(".")[0] != outside and _stored(layer) is not None:
                 yield name, layer

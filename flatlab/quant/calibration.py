@@ -88,6 +88,8 @@ class _Watch(TorchFunctionMode):
         given = dict(zip(CONVOLUTIONS.get(func, CONVOLUTION), args, strict=False)) | (kwargs or {})
         if func is F.linear:
             self._see(given["weight"], given["input"])
+        elif func is torch.addmm and not kwargs:  # GPT-2's Conv1D: bias, inputs, weight
+            self._see(args[2], args[1])
         elif func is F.bilinear:
             first, second, weight = args[:3]
             self._see(weight, (first.unsqueeze(-1) * second.unsqueeze(-2)).flatten(-2))

@@ -13,7 +13,10 @@ ACCURACY = {  # panel and split of an accuracy -> its title
     (SOURCE, "out"): "source domains, out split (selected on)",
     (SOURCE, "test"): "source domains, test split",
     (TARGET, "in"): "held-out domain",
-    (TARGET, "percentile"): "held-out domain, percentile over classes",
+    (TARGET, "out"): "held-out domain, out split",
+    (TARGET, "all"): "held-out domain, both splits",
+    (SOURCE, "percentile"): "source domains, test split, percentile over groups",
+    (TARGET, "percentile"): "held-out domain, percentile over groups",
 }
 
 

@@ -221,7 +221,7 @@ def accuracies(store: RunStore, wanted: Iterable[Labelled], *, among_all: bool =
 
     `validation` and `test` are means over the source domains: on the images used for selection, and on those of the
     test split (NaN if a run has none). `target` is the held-out domain's; if logged, `target_percentile` is the
-    percentile over its classes.
+    percentile over its classes or groups, and `test_percentile` that of the test split.
 
     Args:
         store: contains the finished runs.
@@ -234,8 +234,7 @@ def accuracies(store: RunStore, wanted: Iterable[Labelled], *, among_all: bool =
         if not run.done:
             raise UserError(f"Run {spec.digest} ({label}, {spec.held_out}, seed {spec.seed}) is not trained yet.")
         log = selection.candidates(run.rows(), spec.settled)
-        rules = {rule: choose for rule, choose in selection.RULES.items() if spec.target_logged or rule != "oracle"}
-        chosen = {rule: choose(log) for rule, choose in rules.items()}
+        chosen = {rule: choose(log) for rule, choose in selection.rules(log).items()}
         if among_all and spec.settled:
             chosen["training-domain, all steps"] = selection.training_domain(run.rows())
         for rule, row in chosen.items():
@@ -258,8 +257,12 @@ def accuracies(store: RunStore, wanted: Iterable[Labelled], *, among_all: bool =
 
 
 def _percentile(row: selection.Row) -> dict[str, float]:
-    score = row.get("target", {}).get("in", {})
-    return {"target_percentile": score["class_percentile"]} if "class_percentile" in score else {}
+    parts = {"target": [row.get("target", {}).get("in", {})], "test": [*row.get("test", {}).values()]}
+    return {
+        f"{part}_percentile": float(np.mean([score["class_percentile"] for score in scores]))
+        for part, scores in parts.items()
+        if scores and "class_percentile" in scores[0]
+    }
 
 
 def tested(row: selection.Row) -> float:

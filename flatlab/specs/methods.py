@@ -16,11 +16,11 @@ class Method:
     """The components of a method, which can be varied independently."""
 
     step: StepKind = "plain"
-    average: Literal["last", "swa", "swad", "sma"] = "last"
+    average: Literal["last", "swa", "swad", "sma", "bma"] = "last"
     quantizer: Literal["none", "lsq", "lsq-both", "inq", "rtn", "obc"] = "none"
     frozen: bool = False  # convolutions stop training at the switch
     noise: Literal["none", "fresh", "kept"] = "none"  # uniform noise of the quantizer's norm, instead of quantizing
-    objective: Literal["erm", "coral"] = "erm"
+    objective: Literal["erm", "coral", "mms"] = "erm"
     mixing: Literal["none", "mixstyle", "mixstyle-across"] = "none"  # of images' feature statistics
     members: int = 0  # number of members of an ensemble, of consecutive seeds
     combine: Literal["logits", "probabilities"] = "logits"  # averaged by an ensemble
@@ -54,6 +54,10 @@ METHODS = {
     "CORAL+QT-DoG": Method(objective="coral", quantizer="lsq", note="CORAL, quantized as QT-DoG"),
     "MixStyle": Method(mixing="mixstyle", note="feature statistics mixed between images, in training"),
     "MixStyle+QT-DoG": Method(mixing="mixstyle", quantizer="lsq", note="MixStyle, quantized as QT-DoG"),
+    "CLIPood": Method(
+        objective="mms", average="bma", note="margin metric softmax, Beta moving average (Shu et al. 2023), margin 0.3"
+    ),
+    "CLIPood+QT-DoG": Method(objective="mms", average="bma", quantizer="lsq", note="CLIPood, quantized as QT-DoG"),
     "LSQ": Method(quantizer="lsq-both", note="ERM, weights and layers' inputs quantized from the first step, 4/4 bits"),
     "LSQ+SAM": Method(step="sam", quantizer="lsq-both", note="SAM, quantized as LSQ"),
     "LSQ+SAGM": Method(step="sagm", quantizer="lsq-both", note="SAGM, quantized as LSQ"),
@@ -118,6 +122,7 @@ def compose(parts: Method, setting: Setting, *, held_out: str, seed: int, trial_
         return members[0].replace(members=tuple(members), combine=parts.combine)
     setting = setting.in_steps(held_out)
     unused = {"momentum"} if setting.optimizer != "sgd" else set()
+    unused |= {"margin"} if parts.objective != "mms" else set()
     return RunSpec.make(
         **setting.model_dump(include={*RunSpec.model_fields} - OWN - unused),
         held_out=held_out,
@@ -184,7 +189,7 @@ def _noise(kind: str, setting: Setting) -> NoiseSpec | None:
     return NoiseSpec.make(**size, persistent=kind == "kept")
 
 
-def _average(kind: Literal["last", "swa", "swad", "sma"], setting: Setting) -> AverageSpec:
+def _average(kind: Literal["last", "swa", "swad", "sma", "bma"], setting: Setting) -> AverageSpec:
     match kind:
         case "swa":
             start, every, refresh = setting.swa_start, setting.swa_every, setting.refresh_batches
@@ -199,6 +204,8 @@ def _average(kind: Literal["last", "swa", "swad", "sma"], setting: Setting) -> A
             )
         case "sma":
             return AverageSpec(kind=kind, start=setting.sma_start)
+        case "bma":
+            return AverageSpec(kind=kind, refresh_batches=setting.refresh_batches)
         case _:
             return AverageSpec()
 

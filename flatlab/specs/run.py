@@ -92,10 +92,13 @@ class AverageSpec(Spec):
 
     `start` and `every` count steps. SWA: iterates from `start` on, every `every` steps. SMA: all from `start` on.
     SWAD (Cha et al. 2021): `every` is its evaluation interval, `converge`, `tolerance` and `ratio` its N_s, N_e, r; its
-    rule is Algorithm 1 of the paper, or that of the released code (khanrc/swad), which differs.
+    rule is Algorithm 1 of the paper, or that of the released code (khanrc/swad), which differs. BMA (Shu et al. 2023,
+    CLIPood): all iterates, weighted by the density of Beta(`beta`, `beta`) over the training.
     """
 
-    kind: Literal["last", "swa", "swad", "sma"] = "last"
+    later = ("beta",)
+
+    kind: Literal["last", "swa", "swad", "sma", "bma"] = "last"
     start: int = Field(0, ge=0)
     every: int = Field(1, ge=1)
     converge: int = Field(3, ge=1)
@@ -103,6 +106,7 @@ class AverageSpec(Spec):
     ratio: float = Field(0.3, ge=0)
     refresh_batches: int = Field(500, ge=1)  # training batches for the average's BatchNorm statistics, unless frozen
     rule: Literal["paper", "released"] = "paper"  # SWAD's
+    beta: float = Field(0.5, gt=0, le=1e3)  # BMA's
 
 
 class MixSpec(Spec):
@@ -132,7 +136,7 @@ class RunSpec(Optimizing):
     """
 
     later: ClassVar[tuple[str, ...]] = ("noise", "test_share", "coral_weight", "mixing", "members", "combine")
-    later += ("target_logged", "stop", *Optimizing.later)
+    later += ("target_logged", "stop", *Optimizing.later, "margin")
 
     dataset: str
     held_out: str
@@ -141,8 +145,9 @@ class RunSpec(Optimizing):
     weights: str = "none"  # "none", "imagenet" or "sha256:..." of a file
     freeze_batchnorm: bool = False
     augment: Literal["none", "domainbed"] = "none"  # DomainBed's crops, flips and colours, for training images
-    objective: Literal["erm", "coral"] = "erm"
+    objective: Literal["erm", "coral", "mms"] = "erm"
     coral_weight: float = Field(1.0, ge=0)  # of CORAL's penalty, relative to the cross-entropy
+    margin: float = Field(0.3, ge=0)  # of the margin metric softmax
     mixing: MixSpec | None = None
     step: StepSpec = StepSpec()
     average: AverageSpec = AverageSpec()

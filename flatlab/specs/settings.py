@@ -17,7 +17,7 @@ class Setting(LSQOptions, Optimizing):
 
     later = ("inq_grid", *LSQOptions.later, "noise_amplitude", "target_logged", "sagm_alpha", "perturb")
     later += ("qat_bits", *(f"freeze_{name}" for name in (*FreezeSpec.model_fields, "share")))
-    later += (*Optimizing.later, "epochs", "sizes")
+    later += (*Optimizing.later, "epochs", "sizes", "named", "margin")
 
     name: str
     dataset: str = "digits"
@@ -49,6 +49,7 @@ class Setting(LSQOptions, Optimizing):
         description="Training's length in place of steps: updates that draw this multiple of the training images.",
     )
     sizes: tuple[int, ...] = ()  # images of each domain, which epochs need
+    named: bool = False  # the data set has splits of its own, and all of the source domain is trained on
     eval_every: int = Field(ge=1, le=LARGEST_INT, description="Steps between two evaluations.")
     batch_size: int = Field(32, ge=1, le=10**6, description="Images of each source domain in a batch.")
     lr: float = Field(gt=0, le=1e30, description="Learning rate.")
@@ -87,6 +88,7 @@ class Setting(LSQOptions, Optimizing):
         description="What the ascent of SAM, SAGM and SAQ moves: weights, or all, which adds step sizes (under SAQ "
         "those of inputs).",
     )
+    margin: float = Field(0.3, ge=0, le=1e30, description="Margin of CLIPood's margin metric softmax.")
     freeze_every: int | None = Field(  # GAQAT's K; None: `freeze_share` of the steps
         None,
         ge=1,
@@ -141,7 +143,9 @@ class Setting(LSQOptions, Optimizing):
     rel_error: float = 0.02
     block_size: int | None = None  # images per direction, if `num_samples` is None
     images: int | None = None  # of each domain, for measurements
-    controls: bool = Field(False, description="Add runs that separate quantization from freezing (fig4).")
+    controls: bool = Field(
+        False, description="Add runs that separate quantization from freezing (fig4), or those of CLIPood (table6)."
+    )
     others: tuple["Setting", ...] = ()  # settings of further data sets
 
     @property
@@ -172,7 +176,7 @@ class Setting(LSQOptions, Optimizing):
         if self.epochs is None:
             return self
         sources = [n for name, n in zip(self.domains, self.sizes, strict=True) if name != held_out]
-        outside = float(RunSpec.model_fields["holdout"].default) + self.test_share
+        outside = 0.0 if self.named else float(RunSpec.model_fields["holdout"].default) + self.test_share
         inside = sum(n - int(n * outside) for n in sources)
         updates = self.epochs * math.ceil(inside / (self.batch_size * len(sources)))
         return self.replace(steps=max(1, updates - 1), epochs=None)  # of steps one more is made
@@ -278,9 +282,13 @@ def papers_radii(one: Setting | RunSpec) -> tuple[float, ...] | None:
 
 
 SETTINGS = {setting.name: setting for setting in (SMOKE, QUICK, PAPER)}
+WILDS_PATCHES = {"image_size": 96, "augment": "none"}  # their own size; colours are not changed, as in WILDS' code
 BY_DATASET: dict[str, dict[str, Any]] = {  # exceptions of SWAD and QT-DoG from their default settings
     "VLCS": {"swad_every": 50, "swad_ratio": 0.2},
     "DomainNet": {"steps": 15000, "eval_every": 1000, "switch": 8000, "swad_every": 500},
+    # WILDS' (examples/configs): 3 epochs of 30,688 updates, 5 of 9,452, each evaluated once.
+    "Amazon": {"steps": 92063, "eval_every": 30688, "batch_size": 8, "lr": 1e-5, "image_size": 512},
+    "Camelyon17": {"steps": 47259, "eval_every": 9452, "batch_size": 32, "lr": 1e-3},
 }
 
 
@@ -307,6 +315,8 @@ def for_data(chosen: Setting, dataset: str, *, model: str | None = None, weights
         changes |= {field: getattr(suiting, field) for field in fields}
     if suiting is TEXT and start != "none":
         changes |= {field: getattr(PAPER, field) for field in ("lr", "scale_lr")}
+    if dataset.startswith("Camelyon17"):
+        changes |= WILDS_PATCHES
     if chosen.name == PAPER.name:
         changes |= BY_DATASET.get(dataset, {})
     return chosen.replace(**changes)
@@ -315,7 +325,7 @@ def for_data(chosen: Setting, dataset: str, *, model: str | None = None, weights
 def _suiting(dataset: str) -> Setting:
     """Return the setting whose network and learning rates suit data of this kind."""
     kind = dataset.partition(":")[0]
-    return QUICK if dataset == QUICK.dataset else TEXT if kind in (TEXT.dataset, "folder-text") else PAPER
+    return QUICK if dataset == QUICK.dataset else TEXT if kind in (TEXT.dataset, "folder-text", "Amazon") else PAPER
 
 
 def setting(chosen: str | Setting, **changes: Any) -> Setting:

@@ -38,6 +38,12 @@ RULES: dict[str, Callable[[Sequence[Row]], Row]] = {
 }
 
 
+def rules(rows: Sequence[Row]) -> dict[str, Callable[[Sequence[Row]], Row]]:
+    """Return the rules that a log allows: the oracle needs an "out" split of the target."""
+    seen = "out" in rows[0].get("target", {})
+    return {name: rule for name, rule in RULES.items() if seen or name != "oracle"}
+
+
 def candidates(rows: Sequence[Row], settled: int | None) -> list[Row]:
     """Return the rows from the step on at which a run is fully quantized or frozen."""
     return [row for row in rows if row["step"] >= (settled or 0)]

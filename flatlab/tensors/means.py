@@ -16,11 +16,11 @@ class Mean:
     """The running mean of weights; integer entries are those of the last set."""
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
-    count: int = 0
+    count: float = 0
 
     @torch.no_grad()
-    def add(self, weights: Weights, count: int = 1) -> None:
-        """Add one set of weights, or the mean of `count` sets."""
+    def add(self, weights: Weights, count: float = 1) -> None:
+        """Add one set of weights, or the mean of `count` sets; or one that weighs `count`."""
         self.count += count
         for name, value in weights.items():
             if self.count == count or not value.is_floating_point():

@@ -6,6 +6,7 @@ returns the averaged weights without changing the state. Buffers are averaged li
 `evaluated` during training, the loop recomputes BatchNorm's statistics at the end, unless they are frozen.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -106,11 +107,42 @@ class Running:
         self.mean = Mean(saved[0], saved[1]["count"])
 
 
-def build(spec: AverageSpec, *, switch: int | None) -> Average:
-    """Return the observer of a spec, which ignores the weights before the switch if there is one."""
+class Beta(Running):
+    """CLIPood's moving average (Shu et al. 2023) of all iterates, the initial weights included unless quantized.
+
+    Iterate i of 0 to n weighs the density of Beta(beta, beta) at (i + 1/2) / (n + 1); at beta 1/2 the first and the
+    last weigh most.
+    """
+
+    def __init__(self, spec: AverageSpec, *, updates: int) -> None:
+        super().__init__(spec, 0)
+        self.beta, self.updates = spec.beta, updates
+
+    def update(self, weights: Weights, step: int, validate: Callable[[], float]) -> None:
+        """Receive the weights after the update of `step`; -1: the initial ones."""
+        del validate
+        self.mean.add(weights, self.weight(step + 1))
+
+    def weight(self, iterate: int) -> float:
+        """Return the density at an iterate."""
+        place = (iterate + 0.5) / (self.updates + 1)
+        normaliser = math.exp(2 * math.lgamma(self.beta) - math.lgamma(2 * self.beta))
+        return float((place * (1 - place)) ** (self.beta - 1)) / normaliser
+
+
+def build(spec: AverageSpec, *, switch: int | None, updates: int = 0) -> Average:
+    """Return the observer of a spec, which ignores the weights before the switch if there is one.
+
+    Args:
+        spec: spec of the average.
+        switch: step from which weights are quantized.
+        updates: number of all updates, which BMA needs.
+    """
     match spec.kind:
         case "swa" | "sma":
             return Running(spec, switch or 0)
+        case "bma":
+            return Beta(spec, updates=updates)
         case "swad":
             return Released(spec) if spec.rule == "released" else Published(spec)
         case _:

@@ -10,7 +10,7 @@ from flatlab.loading import data as loading_data
 from flatlab.loading import network as loading_network
 from flatlab.loading.checkpoint import restore
 from flatlab.models.networks import Ensemble, Network
-from flatlab.quant.attach import quantized_layers
+from flatlab.quant.attach import channel_axis, quantized_layers
 from flatlab.quant.calibration import second_moments
 from flatlab.quant.codebook import levels, searched_scale
 from flatlab.quant.fixed import Fixed
@@ -62,15 +62,17 @@ def quantize(
     loading_network.quantize(network, spec)
     for name, quantized in quantized_layers(network).items():
         assert isinstance(quantized.quantizer, Fixed)
+        axis = channel_axis(quantized.layer)
+        rows = quantized.latent.detach().movedim(axis, 0)  # output channels first
         match spec.quantizer:
             case RTNSpec() as q:
-                scale = searched_scale(quantized.latent, q.bits, granularity=q.granularity)
-                codes = (quantized.latent / scale).round().clamp(*levels(q.bits))
+                scale = searched_scale(rows, q.bits, granularity=q.granularity)
+                codes = (rows / scale).round().clamp(*levels(q.bits))
             case OBCSpec() as q:
                 options = q.model_dump(include={"bits", "granularity", "damping", "exact_columns"})
-                found: Rounded = obc(quantized.latent.detach(), moments[name], **options)
+                found: Rounded = obc(rows, moments[name], **options)
                 codes, scale, notes[name] = found.codes, found.scale, found.facts()
-        quantized.quantizer.settle(codes, scale)
+        quantized.quantizer.settle(codes.movedim(0, axis), scale.movedim(0, axis) if scale.dim() else scale)
     return notes
 
 

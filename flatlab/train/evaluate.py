@@ -17,7 +17,11 @@ Score = dict[str, float]
 
 @torch.no_grad()
 def evaluate(
-    network: nn.Module, domains: Mapping[str, Sequence[tuple[Tensor, Tensor]]], *, percentile: float | None = None
+    network: nn.Module,
+    domains: Mapping[str, Sequence[tuple[Tensor, Tensor]]],
+    *,
+    percentile: float | None = None,
+    groups: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Score]:
     """Return accuracy (0 to 1), mean cross-entropy (nats) and number of images `n` of each domain, in eval mode.
 
@@ -26,24 +30,31 @@ def evaluate(
         domains: batches (inputs, targets) by the domain's name.
         percentile: if given, also return this percentile (0 to 100, interpolated linearly) of the accuracies of a
             domain's classes, as `class_percentile`.
+        groups: by the domain's name, the group (n,) of each row, in place of its class.
     """
     modes = [(module, module.training) for module in network.modules()]
     network.eval()
     forward = SplitOnOOM(network)
-    scores = {name: _score(forward, batches, percentile) for name, batches in domains.items()}
+    known = groups or {}
+    scores = {name: _score(forward, batches, percentile, known.get(name)) for name, batches in domains.items()}
     for module, training in modes:  # one by one: frozen BatchNorm stays in eval mode while the rest trains
         module.training = training
     return scores
 
 
-def _score(forward: SplitOnOOM, batches: Sequence[tuple[Tensor, Tensor]], percentile: float | None) -> Score:
+def _score(
+    forward: SplitOnOOM,
+    batches: Sequence[tuple[Tensor, Tensor]],
+    percentile: float | None,
+    groups: Tensor | None = None,
+) -> Score:
     losses, hits, classes = [], [], []
     for inputs, targets in batches:
         logits = forward(inputs)
         losses.append(F.cross_entropy(logits, targets, reduction="none").cpu().double())
         hits.append((logits.argmax(dim=1) == targets).cpu())
         classes.append(targets.cpu())
-    hit, label = torch.cat(hits).double(), torch.cat(classes)
+    hit, label = torch.cat(hits).double(), torch.cat(classes) if groups is None else groups
     score = {"accuracy": float(hit.mean()), "loss": float(torch.cat(losses).mean()), "n": len(hit)}
     if percentile is not None:
         each = torch.stack([hit[label == one].mean() for one in torch.unique(label)])
@@ -57,17 +68,26 @@ def mean(scores: Mapping[str, Score], field: str) -> float:
 
 
 class Evaluator:
-    """Evaluates networks on the splits that selection and reports need; the batches are made once."""
+    """Evaluates networks on the splits that selection and reports need; the batches are made once.
+
+    If rows have groups and a percentile of their accuracies is asked for, that selects, as in WILDS' code; else the
+    accuracy does.
+    """
 
     def __init__(self, domains: Domains, device: torch.device, spec: RunSpec, *, fitted: bool = False) -> None:
         """Make the batches: of the target domain if the spec logs it, of the training images if `fitted`."""
-        self._evaluate = partial(evaluate, percentile=spec.class_percentile)
+        groups = domains.groups
+        if domains.target in groups:
+            groups["in"] = groups[domains.target]
+        self._evaluate = partial(evaluate, percentile=spec.class_percentile, groups=groups)
+        self._selecting = "class_percentile" if groups and spec.class_percentile is not None else "accuracy"
         self.fitted = domains.evaluation("in", domains.sources, device) if fitted else {}
-        self.validation = domains.evaluation("out", domains.sources, device)
-        self.test = domains.evaluation("test", domains.sources, device) if domains.tested else {}
+        self.validation = domains.evaluation("out", domains.validated, device)
+        self.test = domains.evaluation("test", tuple(domains.tested), device)
         self.target: dict[str, Batches] = {
             part: domains.evaluation(part, (domains.target,), device)[domains.target]
             for part in (("in", "out") if spec.target_logged else ())
+            if part == "in" or domains.target in domains.outside
         }
 
     def sources(self, network: nn.Module) -> dict[str, Score]:
@@ -85,6 +105,6 @@ class Evaluator:
             "step": step,
             "source": sources,
             **({"target": self._evaluate(network, self.target)} if self.target else {}),
-            "validation": mean(sources, "accuracy"),
+            "validation": mean(sources, self._selecting),
             "validation_loss": mean(sources, "loss"),
         }

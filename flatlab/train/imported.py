@@ -1,13 +1,16 @@
 """A run from a checkpoint of another code base or from an exported file, so that it can be measured."""
 
+from collections.abc import Mapping
 from pathlib import Path
+
+from torch import Tensor
 
 from flatlab import environment, files
 from flatlab.errors import UserError
 from flatlab.loading import data as loading_data
 from flatlab.loading import network as loading_network
 from flatlab.loading.export import Export, JointExport, is_export, load_exported, opened, packed
-from flatlab.models import classifiers
+from flatlab.models import classifiers, clip
 from flatlab.models.foreign import fitted, read_foreign
 from flatlab.models.networks import Network
 from flatlab.quant.attach import attach_each, layers
@@ -56,7 +59,12 @@ def import_checkpoint(file: Path, setting: Setting, store: RunStore, place: Plac
         network = _rebuilt(spec, file, domains, place)
     else:
         network = loading_network.network(spec, domains.data, place)
-        _fill(network, file, setting.model)
+        state = read_foreign(file)
+        if isinstance(network.features, clip.ImageTower) and any(key.startswith("vision_model.") for key in state):
+            clip.load(network.features, state, name=spec.model, source=file.name)
+            loading_network.align(network, spec, state, domains.data, place)
+        else:
+            _fill(network, state, file, setting.model)
         if config := loading_network.config_of(spec.model, place):
             classifiers.order_classes(network.head, config, domains.data.classes)
     with run.claim() as free:
@@ -68,9 +76,8 @@ def import_checkpoint(file: Path, setting: Setting, store: RunStore, place: Plac
     return spec
 
 
-def _fill(network: Network, file: Path, name: str) -> None:
+def _fill(network: Network, state: Mapping[str, Tensor], file: Path, name: str) -> None:
     """Load a foreign file, which must contain every tensor of the network."""
-    state = read_foreign(file)
     if not isinstance(network.features, classifiers.Sentences):
         network.load_state_dict(fitted(state, network.state_dict(), name=name, source=file.name))
     elif lacking := classifiers.load(network.features, network.head, state, name=name, source=file.name):

@@ -34,7 +34,12 @@ def objective_of(spec: RunSpec) -> Objective:
     Raises:
         UserError: MixStyle with a model that has no convolutional stages.
     """
-    loss = partial(coral, weight=spec.coral_weight) if spec.objective == "coral" else erm
+    losses: dict[str, Callable[[Network, Batch], Tensor]] = {
+        "erm": erm,
+        "coral": partial(coral, weight=spec.coral_weight),
+        "mms": partial(margin_softmax, margin=spec.margin),
+    }
+    loss = losses[spec.objective]
     mix, stages = spec.mixing, STAGES.get(spec.model, ())
     if mix and not stages:
         raise UserError(f"MixStyle needs a convolutional model, got {spec.model}: write --mixing none.")
@@ -49,6 +54,24 @@ def objective_of(spec: RunSpec) -> Objective:
 def erm(network: Network, batch: Batch) -> Tensor:
     """Return the mean cross-entropy (nats) over the batch, the images of all source domains."""
     return F.cross_entropy(network(batch.inputs).float(), batch.targets)  # in float32 where logits are bf16
+
+
+def margin_softmax(network: Network, batch: Batch, *, margin: float) -> Tensor:
+    """Return CLIPood's margin metric softmax (Shu et al. 2023), as its released code has it.
+
+    Each feature is shifted against its own class's vector, by `margin` times its length, before the cross-entropy. For
+    CLIP, whose class vectors t have length one and whose features have that of the temperature T, the logit of a class
+    c falls by margin T t_y t_c. Vectors of another length are normalised for the shift.
+
+    Args:
+        network: the rows of its head are the class vectors.
+        batch: of the source domains.
+        margin: as a share of a feature's length.
+    """
+    features = network.features(batch.inputs)
+    own = F.normalize(network.head.weight[batch.targets], dim=-1)
+    shifted = features - margin * features.norm(dim=-1, keepdim=True) * own
+    return F.cross_entropy(network.head(shifted).float(), batch.targets)
 
 
 def coral(network: Network, batch: Batch, *, weight: float = 1.0) -> Tensor:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,8 @@ class Trajectory:
         self.norms: list[Tensor] = []  # of the gradients before they are clipped, since the last row
         if self.spec.clip_norm:
             self.optimizer.register_step_pre_hook(self._clip)
-        self.observers = [Observer(run, averages.build(run.spec.average, switch=self.spec.switch)) for run in runs]
+        building = partial(averages.build, switch=self.spec.switch, updates=self.spec.steps + 1)
+        self.observers = [Observer(run, building(run.spec.average)) for run in runs]
         self.rows: list[Row] = []  # log of the network itself
         self.losses: list[Tensor] = []  # training loss of each step since the last row
         self.next_step = 0
@@ -66,9 +68,12 @@ class Trajectory:
         return loading_network.roles(self.network)
 
     def prepare(self, domains: loading_data.Domains) -> None:
-        """Compute initial weights that depend on the data: the pretraining of digits-clip."""
+        """Compute initial weights that depend on the data (the pretraining of digits-clip), and give them to BMA."""
         if self.spec.model in ALIGNED:
             contrast(self.network, self.spec, domains, next(self.network.parameters()).device)
+        for observer in self.observers if self.spec.switch is None else ():
+            if isinstance(observer.average, averages.Beta):
+                observer.average.update(self.network.state_dict(), -1, lambda: math.nan)
 
     def _clip(self, *_: Any) -> None:
         self.norms.append(nn.utils.clip_grad_norm_(self.network.parameters(), self.spec.clip_norm or math.inf))

@@ -3,14 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from flatlab.data.domains import Domain, DomainSet
-from flatlab.data.text.tables import Table, classes_of, embedded, fingerprint, read
+from flatlab.data.domains import Domain, DomainSet, numbered
+from flatlab.data.text.tables import Table, classes_of, fingerprint
 from flatlab.data.text.tokenizers import Tokenizer
 from flatlab.data.text.vocabulary import Vocabulary
 
@@ -60,18 +59,21 @@ class TextSet(DomainSet):
         return images.long()
 
 
-def load(dataset: str, data_dir: Path | None, length: int | None) -> TextSet:
-    """Return the embedded sentences, or those of a folder.
+def load(
+    dataset: str, found: dict[str, Table], length: int | None, *, classes: tuple[str, ...] | None = None
+) -> TextSet:
+    """Return sentences as a data set.
 
     Args:
-        dataset: "sentences", or `folder-text:NAME`.
-        data_dir: the folder; None for the embedded sentences.
-        length: tokens of a sentence; by default 48.
+        dataset: its name.
+        found: the sentences of each domain.
+        length: tokens of a sentence; None: 48.
+        classes: their names in label order; None: those that occur.
     """
-    found = embedded() if data_dir is None else read(data_dir)
-    classes = classes_of(found)
+    classes = classes or classes_of(found)
     size, domains = length or LENGTH, []
     for name, table in found.items():
         labels = torch.tensor([classes.index(label) for label in table.labels])
-        domains.append(Domain(name, torch.zeros(len(labels), size, dtype=torch.int16), labels))
+        rows = torch.zeros(len(labels), size, dtype=torch.int16)
+        domains.append(Domain(name, rows, labels, groups=numbered(table.groups)))
     return TextSet(dataset, tuple(domains), classes, mean=(), std=(), tables=found, length=size)

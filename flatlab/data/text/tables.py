@@ -21,10 +21,12 @@ class Table:
     Attributes:
         texts: the sentences.
         labels: the class of each.
+        groups: who wrote each; empty: not known.
     """
 
     texts: tuple[str, ...]
     labels: tuple[str, ...]
+    groups: tuple[str, ...] = ()
 
 
 @cache
@@ -61,10 +63,11 @@ def classes_of(tables: Mapping[str, Table]) -> tuple[str, ...]:
 
 
 def fingerprint(name: str, found: Mapping[str, Table]) -> str:
-    """Return the SHA-256 over a data set's name, sentences and labels: two equal ones are the same data."""
+    """Return the SHA-256 over a data set's name, sentences, labels and groups: two equal ones are the same data."""
     digest = hashlib.sha256(name.encode())
     for domain, table in found.items():
-        digest.update(repr((domain, table.texts, table.labels)).encode())
+        groups = (table.groups,) * bool(table.groups)
+        digest.update(repr((domain, table.texts, table.labels, *groups)).encode())
     return digest.hexdigest()
 
 
