@@ -16,6 +16,7 @@ from typing import IO, Any
 
 import numpy as np
 from filelock import FileLock
+from pydantic_core import from_json
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
@@ -165,7 +166,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     """
     try:
         *lines, last = path.read_text().splitlines(keepends=True)
-        rows, seal = [json.loads(line) for line in lines], json.loads(last)["seal"]
+        rows, seal = [from_json(line) for line in lines], json.loads(last)["seal"]  # a third of the time of `json`
     except (ValueError, KeyError, TypeError):
         lines, rows, seal = [], [], None
     _check_seal(path, "".join(lines), seal)

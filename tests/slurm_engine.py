@@ -82,7 +82,7 @@ def end(process: subprocess.Popen) -> None:
             process.wait(10)
 
 
-def until(holds, seconds=120.0):
+def until(holds, seconds=300.0):
     """Wait until a condition holds; return what it gave."""
     limit = time.monotonic() + seconds
     while not (found := holds()):

@@ -202,7 +202,9 @@ def test_runs_are_listed_shown_verified_merged_and_removed(flatlab, store, tmp_p
     assert shown["spec"]["held_out"] == "rot0" and shown["log"][-1]["step"] == 10
     assert documented("runs verify", flatlab("runs", "verify", "--store", store, "--json").out)["faults"] == []
     copy = tmp_path / "copy"
-    assert documented("runs merge", flatlab("runs", "merge", store, "--store", copy, "--json").out)["runs"] == 2
+    assert (
+        documented("runs merge", flatlab("runs", "merge", "--from", store, "--store", copy, "--json").out)["runs"] == 2
+    )
     assert "given twice" in flatlab("runs", "rm", digest, digest, "--store", copy).err
     assert documented("runs rm", flatlab("runs", "rm", digest, "--store", copy, "--json").out)["removed"]
     assert only_run(copy) == digests(store)["sam-lsq-swad"]

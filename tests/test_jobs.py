@@ -95,14 +95,16 @@ def test_costs(store):
 
 
 def test_seconds_are_measured_where_something_ran(store):
-    reference = (3e-5, "a reference machine's; yours may differ severalfold")
-    assert jobs_plan.seconds_per_pass(store, "digits-cnn", 16) == reference
+    own, other = ("digits-cnn", 16), ("resnet50", 224)
+    reference = "a reference machine's; yours may differ severalfold"
+    assert jobs_plan.seconds_per_pass(store, [own, other]) == {own: (3e-5, reference), other: (9e-2, reference)}
     for seed in (0, 1):
         run = store.run(spec(seed=seed))
         run.create()
         run.note(passes=100.0, sessions=[{"seconds": 1.0}, {"seconds": 2.0}])
         run.finish()
-    assert jobs_plan.seconds_per_pass(store, "digits-cnn", 16) == (0.03, "measured in this store")
+    measured = {own: (0.03, "measured in this store"), other: (9e-2, reference)}
+    assert jobs_plan.seconds_per_pass(store, [own, other]) == measured
 
 
 def test_a_plan_is_read_back_as_it_was_written(store):

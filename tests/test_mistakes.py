@@ -80,7 +80,7 @@ WORDS = {  # what the user writes -> what the answer names, before anything heav
     "flatness QT-DGo --store nix": r"'QT-DGo'; did you mean QT-DoG\?",
     "flatness beef --store nix": r"No run in nix begins with 'beef'; `flatlab runs list` shows them all\.",
     "runs show beef --store nix": r"No run in nix begins with 'beef'",
-    "runs merge nix": r"nix contains no run; a store is a folder such as \./runs\.",
+    "runs merge --from nix": r"nix contains no run; a store is a folder such as \./runs\.",
     "data check PCAS": r"Unknown dataset 'PCAS'",
 }
 
@@ -211,7 +211,7 @@ def test_data_that_have_gone(mistake, tmp_path):
 def test_runs_of_several_data_sets_in_one_measurement(mistake, store, tmp_path):
     both = tmp_path / "both"
     assert call("train", *TINY, "--store", both) == 0
-    assert call("runs", "merge", store, "--store", both) == 0
+    assert call("runs", "merge", "--from", store, "--store", both) == 0
     sentence = mistake("flatness", *[run.spec.digest for run in RunStore(both).runs()], "--store", both)
     assert "These runs are of several data sets (digits, folder:pets); measure those of one at a time." in sentence
 

@@ -39,6 +39,13 @@ def node_of(number):
     return answer("squeue", "-h", "-r", "-o", "%N", "-t", "running", "-j", number).split()[0]
 
 
+def check_cut_once(store, run, folder):
+    """Check that a training was cut off once, did each step once, and has the bytes of an undisturbed one."""
+    first, second = sessions(store, run)
+    assert first[0] == 0 and first[1] == second[0] > 1 and second[1] == run.steps + 1
+    assert contents(store) == contents(alone(folder / "alone", [run]))
+
+
 def test_two_nodes_make_the_bytes_of_one_process(store, tmp_path):
     events = []
     plan = planned(store, RUNS, PROBES)
@@ -60,16 +67,28 @@ def test_the_command_is_killed_and_called_again(store, tmp_path):
     assert sessions(store, LONG) == [(0, 301)]
 
 
-def test_a_preempted_worker_saves_its_state_and_goes_on(store, tmp_path):
+def test_a_worker_out_of_time_saves_its_state_and_goes_on(store, tmp_path):
     plan = planned(store, [LONG])
     with start(plan, tmp_path / "plan", TWO.replace(workers=1)) as process:
         until(lambda: step_of(store, LONG))
         answer("scancel", "--signal=USR2", number_of(store))
         process.stdout.read()
         assert process.wait() == 0
-    first, second = sessions(store, LONG)
-    assert first[0] == 0 and first[1] == second[0] > 1 and second[1] == 301  # each step once
-    assert contents(store) == contents(alone(tmp_path / "alone", [LONG]))
+    check_cut_once(store, LONG, tmp_path)
+
+
+def test_a_worker_is_preempted_by_a_partition_of_higher_priority(store, tmp_path):
+    run = LONG.replace(steps=600)
+    with start(planned(store, [run]), tmp_path / "plan", TWO.replace(workers=1, partition="low")) as process:
+        until(lambda: step_of(store, run))
+        number = number_of(store)
+        batch = ("sbatch", "--parsable", "--partition=high", f"--nodelist={node_of(number)}", "--output=/dev/null")
+        urgent = answer(*batch, "--wrap=true").strip()
+        process.stdout.read()
+        assert process.wait() == 0
+    assert "Restarts=1 " in answer("scontrol", "show", "job", number)
+    assert "JobState=COMPLETED" in answer("scontrol", "show", "job", urgent)
+    check_cut_once(store, run, tmp_path)
 
 
 def test_a_node_is_killed_in_the_middle_of_training_and_of_measuring(engine, store, tmp_path):

@@ -18,7 +18,7 @@ from flatlab.errors import UserError
 from flatlab.jobs import local
 from flatlab.jobs import plan as jobs_plan
 from flatlab.jobs import worker as jobs_worker
-from flatlab.jobs.plan import WorkPlan
+from flatlab.jobs.plan import Job, WorkPlan
 from flatlab.measure.runner import measure
 from flatlab.store.runs import RunStore
 
@@ -277,6 +277,15 @@ def test_what_was_removed_is_not_waited_for(store):
     assert set(_errors(_work(store, measuring)).values()) == {
         "not tried: a run or measurement that it needs failed, or was removed."
     }
+
+
+def test_jobs_that_wait_are_looked_at_without_their_specs(store, monkeypatch):
+    todo = _todo(store)
+    worker = jobs_worker._Worker(todo, store, PLACE, print, None)
+    monkeypatch.setattr(Job, "fills", None)  # thousands of jobs may wait for one
+    with store.claim([entry for job in todo if not job.measurements for entry in job.claims(store)]) as held:
+        assert held and not worker.settles_one()
+    assert worker.pending == todo
 
 
 def test_a_run_removed_before_it_is_measured(tmp_path):

@@ -30,7 +30,7 @@ MORE = [  # what does nothing or contradicts in this combination; RUN is the sto
     "noise RUN",
     "noise RUN --samples 5",
     "export RUN",
-    "runs merge STORE",
+    "runs merge --from STORE",
     "train --held-out rot0 --bits 4",
     "train --held-out rot0 --device cpu:7",
     "train --held-out rot0 --weights nix.pth",
@@ -101,7 +101,12 @@ def no_work(store, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, _ in commands()])
 def test_each_option_refuses_what_it_cannot_mean(store, no_work, capsys, name):
-    arguments = {"reproduce": ["fig3"], "runs merge": ["elsewhere"], "data check": ["digits"], "import": ["file"]}
+    arguments = {
+        "reproduce": ["fig3"],
+        "runs merge": ["--from", "elsewhere"],
+        "data check": ["digits"],
+        "import": ["file"],
+    }
     run = {"flatness", "noise", "hessian", "landscape", "audit", "replay", "stability", "export", "ensemble"}
     first = arguments.get(name, [only_run(store)] if name in run | {"runs show", "runs rm"} else [])
     taken = [words for mine, words in wrong() if mine == name]

@@ -68,9 +68,9 @@ def refuse_without_effect(chosen: Choices, plan: "Callable[[Setting], Any]", wha
     Raises:
         UserError: names the first of them.
     """
-    setting = chosen.make_setting()
-    planned = plan(setting)
-    for name in sorted(chosen.written & EFFECTIVE):
+    setting, given = chosen.make_setting(), sorted(chosen.written & EFFECTIVE)
+    planned = plan(setting) if given else None  # seconds for thousands of runs
+    for name in given:
         others = [chosen.without(name).make_setting(), *_varied(setting, FIELDS.get(name, ""))]
         if others[0] != setting and all(_planned(plan, other) == planned for other in others):
             raise UserError(f"{flag(name)} does nothing for {what}; leave it out.")

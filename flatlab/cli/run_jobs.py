@@ -80,7 +80,7 @@ def price(chosen: Choices, todo: list[Any], spec: Any) -> None:
     from flatlab.jobs import plan as jobs_plan
 
     store, kinds = chosen.runs(), dict.fromkeys((job.runs[0].model, job.runs[0].image_size) for job in todo)
-    rates = {kind: jobs_plan.seconds_per_pass(store, *kind) for kind in kinds or [(spec.model, spec.image_size)]}
+    rates = jobs_plan.seconds_per_pass(store, kinds or [(spec.model, spec.image_size)])
     costs = [job.passes * rates[job.runs[0].model, job.runs[0].image_size][0] for job in todo]
     source = "; ".join(dict.fromkeys(source for _, source in rates.values()))
     workers = chosen.engine(len(todo)).workers
@@ -110,8 +110,8 @@ def foresee(chosen: Choices, todo: Sequence[Any], place: Any) -> None:
             measure(run, measurement, place)
     wanted = [(run, measurement) for run, measurement in wanted if not isinstance(measurement, ReachSpec)]
     rows = [row for run, measurement in wanted for row in foresee(run.measurement(measurement), run, place)]
-    first = wanted[0][0].spec if wanted else None
-    seconds, source = jobs_plan.seconds_per_pass(store, first.model, first.image_size) if first else (0.0, "")
+    kinds = [(run.spec.model, run.spec.image_size) for run, _ in wanted[:1]]
+    seconds, source = next(iter(jobs_plan.seconds_per_pass(store, kinds).values()), (0.0, ""))
     plans = pd.DataFrame(rows)
     if rows:
         plans["core_seconds"] = plans["images"] * seconds

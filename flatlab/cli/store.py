@@ -95,15 +95,18 @@ def rm(chosen: Choices, runs: Runs) -> None:
     chosen.answer_facts({"removed": removed}, f"Removed {', '.join(removed)}.")
 
 
-@runs_commands.command("merge", epilog="Example: `flatlab runs merge /elsewhere/runs`")
+@runs_commands.command("merge", epilog="Example: `flatlab runs merge --from /elsewhere/runs`")
 @takes("store", "json", "debug")
-def merge_(chosen: Choices, other: Annotated[Path, typer.Argument(help="Folder of the other store.")]) -> None:
+def merge_(
+    chosen: Choices,
+    other: Annotated[Path, typer.Option("--from", help="Folder of the other store, on any mounted disk; only read.")],
+) -> None:
     """Copy the finished runs and measurements of another store into this one; exit with 1 if some are left out."""
     from flatlab.store.merging import merge
     from flatlab.store.runs import RunStore
 
     if other.resolve() == chosen.runs().root.resolve():
-        raise UserError(f"{other} is the store itself; choose another one to merge, or another --store.")
+        raise UserError(f"--from must be another store than --store, got {other} for both.")
     counts, refused = merge(RunStore(other), chosen.runs())
     sentence = ", ".join(f"{count} {what}" for what, count in counts.items()) + "."
     chosen.answer_facts({**counts, "not merged": refused}, sentence)

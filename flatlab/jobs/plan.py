@@ -4,7 +4,7 @@ Torch-free: a plan is made, and printed with its cost, before torch is loaded.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from pydantic import Field
 
@@ -239,14 +239,25 @@ def training_passes(spec: RunSpec, sizes: Sizes, *, forked: bool) -> float:
     return float(steps * batch * BACKWARD * (1 if spec.step.kind == "plain" else 2) + evaluations)
 
 
-def seconds_per_pass(store: RunStore, model: str, image_size: int) -> tuple[float, str]:
-    """Return the seconds of one image forward and where the number is from: this store, or the reference machine."""
-    seconds = passes = 0.0
+def seconds_per_pass(store: RunStore, kinds: Collection[tuple[str, int]]) -> dict[tuple[str, int], tuple[float, str]]:
+    """Return the seconds of one image forward and where the number is from: this store, or the reference machine.
+
+    Args:
+        store: its finished runs are read once.
+        kinds: names of networks, each with its image size.
+    """
+    seconds, passes = dict.fromkeys(kinds, 0.0), dict.fromkeys(kinds, 0.0)
     for run in store.runs():
-        if run.done and (run.spec.model, run.spec.image_size) == (model, image_size) and "passes" in run.provenance:
-            passes += run.provenance["passes"]
-            seconds += sum(session["seconds"] for session in run.provenance["sessions"])
-    if passes:
-        return seconds / passes, "measured in this store"
+        kind, facts = (run.spec.model, run.spec.image_size), run.provenance if run.done else {}
+        if kind in passes and "passes" in facts:
+            passes[kind] += facts["passes"]
+            seconds[kind] += sum(session["seconds"] for session in facts["sessions"])
+    return {
+        kind: (seconds[kind] / passes[kind], "measured in this store") if passes[kind] else _reference(*kind)
+        for kind in kinds
+    }
+
+
+def _reference(model: str, image_size: int) -> tuple[float, str]:
     share = (image_size / 224) ** 2 if image_size != 16 else 1.0
     return REFERENCE.get(model.partition(":")[0], 1e-2) * share, "a reference machine's; yours may differ severalfold"

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -58,6 +59,7 @@ class _Worker:
 
     def __init__(self, jobs: Sequence[Job], store: RunStore, place: Place, emit: Emit, failures: Path | None) -> None:
         self.pending = list(jobs)
+        self.coming = Counter(name for job in jobs for name in job.fills)  # what pending jobs finish
         self.store, self.place, self.emit, self.failures = store, place, emit, failures
 
     def settles_one(self) -> bool:
@@ -67,13 +69,13 @@ class _Worker:
         settled = next((job for job, join in tries if self._settled(job, join=join)), None)
         if settled:
             self.pending.remove(settled)
+            self.coming.subtract(settled.fills)
         return settled is not None
 
     def _settled(self, job: Job, *, join: bool) -> bool:
         if job.ready(self.store):
             return self._failed_before(job) or self._attempt(job, join=join)
-        coming = {name for other in self.pending for name in other.fills}
-        if coming >= {name for name in job.needs if not self.store.finished(name)}:
+        if all(self.coming[name] > 0 or self.store.finished(name) for name in job.needs):
             return False
         self.emit({"job": job.name, "error": "not tried: a run or measurement that it needs failed, or was removed."})
         return True

@@ -293,7 +293,7 @@ def _describe(folder: Path, row: dict[str, Any]) -> None:
     row["lends"] = run.lends
     row |= {"dataset": run.spec.dataset, "model": run.spec.model, "composition": run.spec.label}
     row |= {"held_out": run.spec.held_out, "seed": run.spec.seed}
-    row["measurements"] = len([measurement for measurement in run.measurements() if measurement.done])
+    row["measurements"] = run.measured()
     log = selection.candidates(run.rows(), run.spec.settled)
     if log:
         best = selection.training_domain(log)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import reprlib
+from functools import cached_property
 from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, ValidationError, model_serializer
@@ -58,14 +59,14 @@ class Spec(BaseModel):
         """Return the JSON with sorted keys and no spaces; equal specs have equal text."""
         return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Sixteen hex digits of the SHA-256 of the canonical JSON."""
         return hashlib.sha256(self.canonical().encode()).hexdigest()[:16]
 
     def replace(self, **fields: Any) -> Self:
         """Return a validated copy with some fields replaced."""
-        return self.make(**{**dict(self), **fields})
+        return self.make(**{**{name: getattr(self, name) for name in type(self).model_fields}, **fields})
 
 
 _BOUNDS = {  # pydantic's kinds of error -> what was expected, with the bound's name

@@ -88,8 +88,9 @@ class Run(Entry):
     @property
     def lends(self) -> bool:
         """Whether it only stores states or checkpoints for other runs of its trajectory, its training not started."""
-        kept = any(self.path.glob("kept/step-*")) or any(self.path.glob("state/fork-*"))
-        return kept and not self.done and not (self.path / "log.jsonl").exists()
+        if self.done or (self.path / "log.jsonl").exists():
+            return False
+        return any(self.path.glob("kept/step-*")) or any(self.path.glob("state/fork-*"))
 
     def kept(self) -> dict[int, Path]:
         """Return the checkpoints kept along the trajectory, by step (`train --keep-every`)."""
@@ -186,6 +187,10 @@ class Run(Entry):
         """Return the measurements that exist, finished or not."""
         return [Measurement.read(path.parent) for path in sorted((self.path / "measurements").glob("*/spec.json"))]
 
+    def measured(self) -> int:
+        """Return the number of finished measurements; their specs, which may be thousands in a store, are not read."""
+        return sum(1 for _ in self.path.glob("measurements/[!.]*/done"))
+
     def check_data(self, fingerprint: str | None) -> None:
         """Refuse data that differ from what the run was trained on.
 
@@ -195,13 +200,16 @@ class Run(Entry):
         Raises:
             UserError: if the run recorded another fingerprint.
         """
-        recorded = self.provenance.get("data_fingerprint")
-        if None not in (recorded, fingerprint) and recorded != fingerprint:
-            raise UserError(
-                f"The data of {self.spec.dataset} differ from those that run {self.spec.digest} was trained on "
-                f"(fingerprint {str(fingerprint)[:12]}, recorded {str(recorded)[:12]}); give the same data, or another "
-                "--store."
-            )
+        _compare_data(self.spec, self.provenance.get("data_fingerprint"), fingerprint)
+
+
+def _compare_data(spec: RunSpec, recorded: str | None, fingerprint: str | None) -> None:
+    if None not in (recorded, fingerprint) and recorded != fingerprint:
+        raise UserError(
+            f"The data of {spec.dataset} differ from those that run {spec.digest} was trained on "
+            f"(fingerprint {str(fingerprint)[:12]}, recorded {str(recorded)[:12]}); give the same data, or another "
+            "--store."
+        )
 
 
 def check_data(runs: Iterable[Run], place: Place) -> None:
@@ -216,8 +224,8 @@ def check_data(runs: Iterable[Run], place: Place) -> None:
     """
     at_hand = cache(lambda dataset: fingerprints.at_hand(dataset, place.data_dir, place.cache))
     for run in runs:
-        if "data_fingerprint" in run.provenance:
-            run.check_data(at_hand(run.spec.dataset))
+        if recorded := run.provenance.get("data_fingerprint"):
+            _compare_data(run.spec, recorded, at_hand(run.spec.dataset))
 
 
 class RunStore:
