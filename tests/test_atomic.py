@@ -128,7 +128,8 @@ def test_outside_a_terminal_each_job_that_ends_is_one_line(capsys, monkeypatch):
             for share in (0.1, 0.2, 0.9):
                 board({"job": job.name, "share": share})
                 count(1, 2)
-            board({"job": job.name, "finished": True})
+            for _ in range(2):  # by two workers
+                board({"job": job.name, "finished": True})
     assert [line.split()[0] for line in capsys.readouterr().err.splitlines()] == ["50%", "100%"]
 
 

@@ -61,11 +61,12 @@ class Board:
             return
         name = event["job"]
         over = bool(event.get("finished") or event.get("error"))
+        ended = over and name not in self.time.seconds  # each worker reports a job that is done
         self.time.on_event(name, event.get("share", 0.0), over=over)
         if self.progress and self.total is not None:
             self._bar(name, event, over)
             self.progress.update(self.total, completed=self.time.done(), description=self._count(), left=self._left())
-        elif over or time.monotonic() - self.printed > PLAIN_SECONDS:
+        elif ended or time.monotonic() - self.printed > PLAIN_SECONDS:
             self.printed = time.monotonic()
             line = f"{self.time.done():4.0%}  {self._left()}  {printable(name)}{_numbers(event)}"
             err.print(line, soft_wrap=True, markup=False)
