@@ -17,7 +17,7 @@ TABLE = PaperTable(
     average="Avg",
     added=(
         Line("CLIPood", "CLIPood", printed={"algorithm": "CLIPood"}),
-        Line("CLIPood, QT-DoG", "CLIPood+QT-DoG"),
+        Line("CLIPood+QT-DoG", "CLIPood+QT-DoG"),
     ),
     scored=("out", "all"),
     theirs="pretrained CLIP ViT-B/16",

@@ -110,7 +110,7 @@ def test_only_the_test_split_is_held_out_and_named_splits_have_no_second_part(tm
     assert list(catalog.sizes("Amazon", None)) == ["train", "test"]
     camelyon(tmp_path)
     run = domains(*run_of("Camelyon17", tmp_path))
-    with pytest.raises(UserError, match="The split test of Camelyon17 is one, got --split out: write --split in"):
+    with pytest.raises(UserError, match='split test of Camelyon17 has one part, got split="out": write split="in"'):
         run.measured("out")
 
 

@@ -31,6 +31,7 @@ NEEDS: dict[str, Needs] = {  # option -> whether a composition uses it; what it 
     "sagm_alpha": (lambda m: m.step in ("sagm", *FREEZING), "SAGM", "add --step sagm"),
     "qat_bits": (lambda m: m.quantizer == "lsq-both", "the quantizer lsq-both", "add --quantizer lsq-both"),
     **dict.fromkeys(FREEZE, (lambda m: m.step in FREEZING, "GAQAT or FQAT", "use --method gaqat")),
+    "margin": (lambda m: m.objective == "mms", "the margin metric softmax", "add --objective mms"),
     "select": (lambda m: m.switched, "a switch", "add --quantizer lsq"),
     "combine": (lambda m: m.members > 0, "an ensemble", "use --method eoq"),
 }

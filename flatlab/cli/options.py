@@ -322,7 +322,16 @@ QUANTIZER = ("granularity", "inq_grid", "noise_amplitude", *LSQ)
 FREEZE = tuple(f"freeze_{name}" for name in FreezeSpec.model_fields)
 STEP = ("sagm_alpha", "perturb", "qat_bits", *FREEZE)
 DATASET = ("dataset", "data_dir", "held_out", "image_size")
-TRAINING: tuple[str, ...] = ("test_share", "swad_rule", "swad_every", "sam_rho", "bits", "quantize_at", "model")
+TRAINING: tuple[str, ...] = (
+    "test_share",
+    "swad_rule",
+    "swad_every",
+    "sam_rho",
+    "bits",
+    "quantize_at",
+    "model",
+    "margin",
+)
 TRAINING += ("weights", "freeze_batchnorm", "epochs", *Optimizing.model_fields)
 TRAINING += ("setting", "steps", "eval_every", "batch_size", "lr", "precision", "seed", "trial_seed", "seeds")
 

@@ -64,7 +64,7 @@ class Domains:
         rows = self.inside if part == "in" else self.outside
         if self.target not in rows:
             raise UserError(
-                f"The split {self.target} of {self.data.name} is one, got --split {part}: write --split in."
+                f'The named split {self.target} of {self.data.name} has one part, got split="{part}": write split="in".'
             )
         return rows
 
