@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+import scipy  # its parts load when they are used: `stats` takes half a second
 
 from flatlab.arguments import FloatArray
 
@@ -72,7 +72,7 @@ def _each(
 
 def _signs(values: FloatArray, mask: FloatArray | None) -> FloatArray:
     """Return the signs of all differences (n, n), 0 outside of the mask."""
-    ranks = stats.rankdata(values)  # infinite ones, too
+    ranks = scipy.stats.rankdata(values)  # infinite ones, too
     signs = np.sign(ranks[:, None] - ranks)
     return signs if mask is None else signs * mask
 
@@ -86,7 +86,7 @@ def _estimate(tau: float, drawn: FloatArray) -> dict[str, float]:
     if not np.isfinite(tau) or len(drawn) < DRAWS / 2 or not drawn.std() > 0:
         return {"value": tau, "low": float("nan"), "high": float("nan"), "p": float("nan")}
     low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    p = 2 * float(stats.norm.sf(abs(tau) / drawn.std(ddof=1)))
+    p = 2 * float(scipy.stats.norm.sf(abs(tau) / drawn.std(ddof=1)))
     return {"value": tau, "low": float(low), "high": float(high), "p": p}
 
 
@@ -94,4 +94,4 @@ def _benjamini_hochberg(p_values: "pd.Series[float]") -> "pd.Series[float]":
     known = p_values.dropna()
     if known.empty:
         return p_values
-    return pd.Series(stats.false_discovery_control(known), known.index).reindex(p_values.index)
+    return pd.Series(scipy.stats.false_discovery_control(known), known.index).reindex(p_values.index)

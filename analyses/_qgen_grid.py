@@ -137,8 +137,12 @@ def measurements(setting: Setting, run: RunSpec, reference: str) -> dict[str, Me
 def planned(setting: Setting) -> list[tuple[int, RunSpec, dict[str, MeasurementSpec]]]:
     """Return each network with its bits and its measurements."""
     references: dict[str, str] = {}
+    made: dict[tuple[str, int], dict[str, MeasurementSpec]] = {}  # once, not for each of thousands of networks
     found = []
     for each in trajectories(setting):
         reference = references.setdefault(each[FULL].model, each[FULL].digest)
-        found += [(bits, run, measurements(setting, run, reference)) for bits, run in each.items()]
+        for bits, run in each.items():
+            if (reference, bits) not in made:
+                made[reference, bits] = measurements(setting, run, reference)
+            found.append((bits, run, made[reference, bits]))
     return found

@@ -196,7 +196,17 @@ def test_a_disk_with_locks_of_one_node_is_refused(tmp_path, monkeypatch):
 
 def test_a_node_without_the_store_is_named(tmp_path):
     with pytest.raises(UserError, match=f"Node {platform.node()} does not see .*: --store must name a folder"):
-        on_ray.do(str(tmp_path / "gone"), 0)
+        on_ray.do(str(tmp_path / "gone"), 0, "")
+
+
+def test_a_task_of_ray_does_its_own_job(tmp_path):
+    plan = planned(RunStore(tmp_path), ERM, OTHER)
+    submission = Submission.create(plan)
+    run = RunStore(tmp_path).run(plan.jobs[1].runs[0])
+    run.create()
+    run.finish()  # nothing is left to do, so that torch is not needed
+    on_ray.do(str(submission.folder), 1, plan.replace(jobs=plan.jobs[1:]).canonical())
+    assert list(submission.news()) == [{"job": plan.jobs[1].name, "finished": True}]
 
 
 @pytest.mark.parametrize(

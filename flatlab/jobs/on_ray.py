@@ -95,7 +95,8 @@ def _started(folder: Path, plan: WorkPlan, remote: Any) -> dict[str, Any]:
     def start(job: Job) -> Any:
         if job.name not in tasks:
             needs = {made_by[name].name: made_by[name] for name in job.needs if name in made_by}
-            tasks[job.name] = remote.remote(str(folder), index[job.name], *map(start, needs.values()))
+            own = plan.replace(jobs=(job,)).canonical()  # the whole plan would be read once for each of its jobs
+            tasks[job.name] = remote.remote(str(folder), index[job.name], own, *map(start, needs.values()))
         return tasks[job.name]
 
     for job in plan.jobs:
@@ -103,12 +104,13 @@ def _started(folder: Path, plan: WorkPlan, remote: Any) -> dict[str, Any]:
     return tasks
 
 
-def do(folder: str, index: int, *_: Any) -> None:
+def do(folder: str, index: int, text: str, *_: Any) -> None:
     """Do one job of a plan on the node that runs this; its events go to a file of the submission.
 
     Args:
         folder: of the submission.
         index: of the job in the plan.
+        text: a plan of this job alone, as JSON.
 
     Raises:
         UserError: where the node does not see the store, or its disk keeps locks to itself.
@@ -121,7 +123,7 @@ def do(folder: str, index: int, *_: Any) -> None:
             f"Node {platform.node()} does not see {submission.folder}: --store must name a folder that all nodes mount "
             "at the same path."
         )
-    plan = submission.plan
+    plan = WorkPlan.parse(text)
     require_shared_locks(Path(plan.store))
     with open(submission.events(index), "a") as events:
 
@@ -129,7 +131,7 @@ def do(folder: str, index: int, *_: Any) -> None:
             events.write(json.dumps(event) + "\n")
             events.flush()
 
-        work(plan.jobs[index : index + 1], RunStore(plan.store), plan.place, emit=emit, failures=submission.folder)
+        work(plan.jobs, RunStore(plan.store), plan.place, emit=emit, failures=submission.folder)
 
 
 class _Tasks:
