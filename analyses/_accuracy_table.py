@@ -170,7 +170,7 @@ class PaperTable:
         panels = [(panel, splits[panel]) for panel in declared] + [(TARGET, split) for split in self.scored]
         if setting.class_percentile is None:
             return panels
-        return panels + [(panel, "percentile") for panel, split in panels if split != "out"]
+        return panels + [(panel, "percentile") for panel, split in panels if split in ("in", "test")]
 
     def printed(self, label: str, dataset: str, panel: Panel, held_out: str) -> Printed:
         """Return the paper's number for one of ours; NaN if it printed none."""

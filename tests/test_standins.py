@@ -74,6 +74,8 @@ def test_table_6_scores_both_splits_of_the_held_out_domain_and_adds_clipood(tmp_
     hits = [best[part]["accuracy"] * best[part]["n"] for part in ("in", "out")]
     assert both == pytest.approx(100 * sum(hits) / 449)
     assert table6.TABLE._panels(QUICK) == [(TARGET, "in"), (TARGET, "out"), (TARGET, "all")]
+    asked = table6.TABLE._panels(QUICK.replace(class_percentile=10.0))
+    assert asked.count((TARGET, "percentile")) == 1
     for controls, added in ((False, set()), (True, {"mms-bma", "mms-lsq-bma"})):
         labels = {run.label for _, run in table6.FIGURE.labelled(SMOKE.replace(controls=controls))}
         assert labels == {"erm", "lsq"} | added
