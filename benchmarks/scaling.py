@@ -149,7 +149,7 @@ def of_stores(stores: list[Row], plan: Row) -> list[str]:
     last = stores[-1]
     lines = [
         "## A store with the runs of `reproduce qgen --setting paper`, each with its measurements\n",
-        f"Seconds of processor time, the least of {last['rounds']} calls, imports included; goal: under",
+        f"Seconds of processor time (the least of {last['rounds']}), imports included; goal: under",
         f"{GOAL:g} at {last['runs']:,} runs, growth in proportion to the runs. The plan is always that of all",
         f"{plan['runs']:,} networks. MB are without the weights.\n",
         "| runs | files | MB | `runs list` | `reproduce qgen --dry-run` |",
