@@ -141,15 +141,15 @@ def growth(stores: list[Row], column: str, count: int) -> float:
 def text(record: Row) -> str:
     """Return the tables."""
     stores = of_stores(record["stores"], record["plan"]) if len(record["stores"]) > 2 else []
-    lines = ["# Many runs, many jobs\n", *stores, *of_engines(record["engines"])]
-    return "\n".join(lines) + "\n"
+    lines = ["# Many runs, many jobs\n", record["note"] + "\n", *stores, *of_engines(record["engines"])]
+    return "\n".join(line for line in lines if line != "\n") + "\n"
 
 
 def of_stores(stores: list[Row], plan: Row) -> list[str]:
     last = stores[-1]
     lines = [
         "## A store with the runs of `reproduce qgen --setting paper`, each with its measurements\n",
-        f"Seconds of processor time, the least of {last['rounds']} calls, imports included; goal: under",
+        f"Seconds of processor time (the least of {last['rounds']}), imports included; goal: under",
         f"{GOAL:g} at {last['runs']:,} runs, growth in proportion to the runs. The plan is always that of all",
         f"{plan['runs']:,} networks. MB are without the weights.\n",
         "| runs | files | MB | `runs list` | `reproduce qgen --dry-run` |",
@@ -197,13 +197,14 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, nargs="+", default=[0, 1], help="lengths of the jobs")
     parser.add_argument("--executors", nargs="*", default=["local", "ray"], choices=["local", "slurm", "ray"])
     parser.add_argument("--own-slurm", action="store_true", help="start the Slurm of the tests, as root")
+    parser.add_argument("--note", default="", help="what else the machine did")
     parser.add_argument("--work", type=Path, default=HERE / ".work" / "scaling", help="seen by all nodes")
     parser.add_argument("--out", type=Path, default=HERE / "results")
     asked = parser.parse_args()
     asked.work.mkdir(parents=True, exist_ok=True)
     path = asked.out / "scaling.json"
     record: Row = json.loads(path.read_text()) if path.exists() else {"stores": [], "engines": []}
-    record |= {"machine": environment.facts(), "goal": GOAL, "workers": WORKERS}
+    record |= {"machine": environment.facts(), "goal": GOAL, "workers": WORKERS, "note": asked.note}
     keys = {"stores": ("runs",), "engines": ("executor", "jobs", "length")}
 
     def keep(part: str, row: Row) -> None:
