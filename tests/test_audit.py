@@ -133,6 +133,7 @@ def test_real_networks(name):
         assert deviation(model, rescaled(model, pairs, by=by), (channels, 32, 32), n=2) < 1e-3
 
 
+@pytest.mark.slow
 def test_the_audit_ranks_measures_by_what_theory_says(untouched):
     case = cases.make("conv_bn").double()
     landscape = case.landscape([20, 4])

@@ -46,6 +46,7 @@ def test_arrays_come_back_as_they_were(tmp_path):
         np.testing.assert_array_equal(back[name], array)
 
 
+@pytest.mark.slow
 def test_every_flipped_bit_and_every_truncation_is_found(tmp_path):
     path = tmp_path / "x.safetensors"
     files.save_arrays(path, {"a": np.arange(3, dtype=np.float32), "b": np.array(1)}, {"step": 3})

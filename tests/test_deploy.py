@@ -92,7 +92,7 @@ def test_ranges_come_from_the_images_alone_and_keep_their_rules():
     tails = found["percentile"]["images"]
     outside = ((images < tails.low) | (images > tails.high)).mean()
     assert outside < 1.5e-4
-    with pytest.raises(UserError, match=r"^Activations need images of the source domains"):
+    with pytest.raises(UserError, match=r"^int8 activations need at least one image of the source domains"):
         ranges(graph, [], "min-max")
 
 

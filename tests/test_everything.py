@@ -57,6 +57,7 @@ def test_those_made_alone_are_named_so_and_not_in_all(few, capsys, tmp_path, mon
     assert list(reproduce.in_all()) == ["fig9", "table2"]
 
 
+@pytest.mark.slow
 def test_what_cannot_be_made_keeps_nothing_else_back(few, tmp_path, capsys, monkeypatch):
     def broken(store, setting):
         raise UserError("Figure 4 is broken.")

@@ -143,6 +143,7 @@ def test_what_is_not_finite_foresees_nothing():
 # --- automatic radii
 
 
+@pytest.mark.slow
 def test_automatic_radii_span_a_rise_of_a_hundredth_to_two():
     case = cases.make("conv_bn")
     with torch.no_grad():

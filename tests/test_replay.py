@@ -84,6 +84,7 @@ def test_any_run_of_the_trajectory_shows_what_was_kept(store):
     assert all(np.array_equal(value.numpy(), theirs[key]) for key, value in ours.weights.items())
 
 
+@pytest.mark.slow
 def test_of_each_third_checkpoint_the_mean_is_that_of_these(tmp_path, store):
     kept = keeping(tmp_path, [ERM], 3).run(ERM)
     assert list(kept.kept()) == [0, 3, 6, 9, 12]

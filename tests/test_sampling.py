@@ -208,6 +208,7 @@ def test_goals_that_are_none_are_refused(given, sentence):
         sphere_flatness(softmax(), **{"radii": [1.0], **given})
 
 
+@pytest.mark.slow
 def test_units_name_all_that_decides_them():
     names = []
 

@@ -131,6 +131,7 @@ def test_a_search_that_stops_too_early_is_caught(monkeypatch):
     assert "cpu: quadratic, top eigenvalues" in failures(selftest._spectra)
 
 
+@pytest.mark.slow
 def test_a_density_without_its_weights_is_caught(monkeypatch):
     original = spectrum.SpectralDensity
 

@@ -165,6 +165,7 @@ def test_at_an_exact_maximum_no_slope_is_blamed(way):
 POWER = {"num_samples": 0.90, "rel_error": 0.995}  # of the remark at tilt 8: 180 and 199 of the seeds 1000 to 1199
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", [{"num_samples": 20}, {"rel_error": 0.2}], ids=list(POWER))
 def test_both_ways_of_sampling_see_the_same_slope(way):
     """Over 20 seeds: never where there is no slope; where it outweighs the curvature as often as measured elsewhere."""

@@ -148,7 +148,7 @@ def test_a_trajectory_is_all_but_the_average_and_a_parent_all_before_the_switch(
         ({"steps": 0}, r"^RunSpec: steps must be at least 1, got 0\.$"),
         ({"lr": 0.0}, r"^RunSpec: lr must be greater than 0\.0, got 0\.0\.$"),
         ({"lr": float("nan")}, r"^RunSpec: lr must be a finite number, got nan\.$"),
-        ({"objective": "irm"}, r"^RunSpec: objective must be 'erm' or 'coral', got 'irm'\.$"),
+        ({"objective": "irm"}, r"^RunSpec: objective must be 'erm', 'coral' or 'mms', got 'irm'\.$"),
         ({"switch": 4}, r"^A quantizer, noise or freezing in training needs a switch step, and only they have one\.$"),
         (
             {"frozen": True},
