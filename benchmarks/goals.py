@@ -65,6 +65,19 @@ def job(found: Any) -> Iterator[Line]:
         yield what, f"at most {goals[name]:g}", f"{ratio:.2f}", ratio <= goals[name]
 
 
+def scaling(found: Any) -> Iterator[Line]:
+    """Return the processor time of listing and planning the largest store."""
+    row = max(found["stores"], key=lambda each: each["runs"])
+    for name, what in (("list", "`runs list`"), ("plan", "the plan of `reproduce qgen --setting paper`")):
+        seconds = row[f"{name} processor"]
+        yield (
+            f"{what} with {row['runs']:,} runs, s",
+            f"at most {found['goal']:g}",
+            f"{seconds:.1f}",
+            seconds <= found["goal"],
+        )
+
+
 PAGES: dict[str, Callable[[Any], Iterator[Line]]] = {
     "overhead": overhead,
     "flatness": flatness,
@@ -72,6 +85,7 @@ PAGES: dict[str, Callable[[Any], Iterator[Line]]] = {
     "curvature": curvature,
     "quantizers": quantizers,
     "job": job,
+    "scaling": scaling,
 }
 MISSING = (
     "On a GPU: 70 % of the throughput of bare compiled forward passes; 90 % of the no-data limit in training (bf16)"
