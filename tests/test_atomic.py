@@ -1,6 +1,7 @@
 """Pictures and tables are written aside: a full disk leaves the old file; foreign names are escaped on the terminal."""
 
 import errno
+import io
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 from rich.console import Console
+from rich.progress import Progress
 
 from flatlab import files, plots
 from flatlab.cli import display, errors
@@ -140,3 +142,16 @@ def test_a_term_signal_has_its_exit_code():
     from flatlab.jobs import worker
 
     assert worker.STOPPED == 128 + signal.SIGTERM == 143
+
+
+@pytest.mark.parametrize("width", [80, 60])
+def test_a_narrow_terminal_shows_shares_and_times_whole(width):
+    console = Console(width=width, force_terminal=True, file=io.StringIO(), color_system=None)
+    with Progress(*display.columns(), console=console, auto_refresh=False) as progress:
+        progress.add_task("16 of 108 jobs", total=1.0, completed=0.031, left="1:13:01 left")
+        name = "train sam on rot15, seed 1  loss 0.013  validation 0.951  target 0.933"
+        progress.add_task(name, total=1.0, completed=0.42, left="")
+        progress.refresh()
+    text = console.file.getvalue()
+    assert "16 of 108 jobs" in text and "  3 %" in text and " 42 %" in text
+    assert "1:13:01 left" in text and "train sam on r" in text

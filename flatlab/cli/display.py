@@ -12,12 +12,14 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
+    Task,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from flatlab.cli.timeleft import TimeLeft
@@ -42,6 +44,19 @@ PLAIN_SECONDS = 5.0  # between two lines without a terminal
 def _animated() -> bool:
     """Return whether bars can be drawn: FORCE_COLOR makes a console a terminal for rich, also where it is none."""
     return err.is_terminal and err.file.isatty()
+
+
+class _Name(TextColumn):
+    """The text that is shortened if a terminal is narrow: percentages and times are not."""
+
+    def __init__(self) -> None:
+        super().__init__("{task.description}", markup=False, table_column=Column())
+
+    def render(self, task: Task) -> Text:
+        """Return the text, as long as its column."""
+        text = super().render(task)
+        text.no_wrap, text.overflow = True, "ellipsis"
+        return text
 
 
 class Board:
@@ -89,14 +104,19 @@ class Board:
             self.progress.update(self.bars[name], completed=self.time.share[name], description=name + _numbers(event))
 
 
+def columns() -> tuple[ProgressColumn, ...]:
+    """Return the columns of a board."""
+    share, left = TextColumn("{task.percentage:>3.0f} %"), TextColumn("{task.fields[left]}")
+    return _Name(), BarColumn(bar_width=12), share, TimeElapsedColumn(), left
+
+
 @contextmanager
 def board(jobs: Sequence[Job], *, workers: int) -> Iterator[Board]:
     """Show the progress of jobs on standard error while the block runs."""
     if not _animated():
         yield Board(jobs, None, workers=workers)
         return
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
-    with Progress(*columns, TimeElapsedColumn(), TextColumn("{task.fields[left]}"), console=err) as progress:
+    with Progress(*columns(), console=err) as progress:
         yield Board(jobs, progress, workers=workers)
 
 
@@ -104,8 +124,8 @@ def board(jobs: Sequence[Job], *, workers: int) -> Iterator[Board]:
 def counter(what: str) -> Iterator[Callable[[int, int], None]]:
     """Show the progress of a count, from the first report on: a bar, or a line every few seconds."""
     what = printable(what)
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=err, disable=not _animated()) as progress:
+    shown = _Name(), BarColumn(bar_width=12), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*shown, console=err, disable=not _animated()) as progress:
         task = progress.add_task(what, total=None, visible=False)
         printed = time.monotonic()
 
