@@ -67,12 +67,16 @@ def _is_image(name: str) -> bool:
     return name[0] != "." and Path(name).suffix.lower() in SUFFIXES
 
 
+def files_of(tree: Tree) -> Iterator[Path]:
+    """Yield the files of all domains and classes."""
+    return (file for classes in tree.values() for files in classes.values() for file in files)
+
+
 def check_regular(tree: Tree) -> None:
     """Refuse files that are not regular, such as pipes, devices and links to nothing.
 
     Raises:
         UserError: names the first.
     """
-    every = (file for classes in tree.values() for files in classes.values() for file in files)
-    if found := next((file for file in every if not file.is_file()), None):
+    if found := next((file for file in files_of(tree) if not file.is_file()), None):
         raise UserError(f"{found} is not a regular file; replace or remove it.")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from flatlab.data.text.tables import Table
-from flatlab.data.trees import Tree
+from flatlab.data.trees import Tree, files_of
 from flatlab.errors import UserError
 
 REVIEWS, USERS, METADATA, PATCHES = "reviews.csv", "splits/user.csv", "metadata.csv", "patches"
@@ -104,8 +104,7 @@ def check_present(tree: Tree) -> None:
     Raises:
         UserError: names the first.
     """
-    every = (file for classes in tree.values() for files in classes.values() for file in files)
-    if lacking := next((file for file in every if not file.exists()), None):
+    if lacking := next((file for file in files_of(tree) if not file.exists()), None):
         raise UserError(f"There is no file {lacking}, which {METADATA} names: unpack the archive again.")
 
 
@@ -139,4 +138,4 @@ def _rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, tuple[str
                 f"Line {rows.line_num} of {path} is not CSV ({error}): unpack the archive again."
             ) from error
         except UnicodeDecodeError as error:
-            raise UserError(f"{path} must be UTF-8 text, but behind line {rows.line_num} it is not.") from error
+            raise UserError(f"{path} must be UTF-8 text, but is not after line {rows.line_num}.") from error
