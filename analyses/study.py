@@ -17,7 +17,7 @@ from analyses import _claims, _correlation, _grid, _percent, fig3
 from flatlab import plots
 from flatlab.analysis import Analysis, crossed, from_table, once
 from flatlab.report import spectrum, stability, tables, verdicts
-from flatlab.report.areas import UP_TO, areas_by_domain, limits, named_by_rise
+from flatlab.report.areas import UP_TO, WHERE, areas_by_domain, limits, named_by_rise
 from flatlab.report.panels import SOURCE, TARGET
 from flatlab.specs.measurement import MeasurementSpec
 from flatlab.specs.measurements import SpectrumSpec
@@ -29,9 +29,7 @@ from flatlab.store.runs import RunStore
 BASELINE, QUANTIZED, COARSE, STRONG = "ERM", "QT-DoG", "QT-DoG 4 bits", "strong SAM"
 ORDER = ("ERM", "SWA", "SWAD", "SMA", "SAM", STRONG, QUANTIZED, COARSE, "freeze", "release-parity", "noise")
 BITS, COARSE_BITS = 7, 4
-RHO_FACTORS = {
-    "PACS": 1.5
-}  # of the positive control; else 4, at which MobileNetV2 does not learn on PACS (PROTOCOL.md)
+RHO_FACTORS = {"PACS": 1.5}  # of the positive control; else 4, at which SAM does not learn on PACS (PROTOCOL.md)
 APART = (STRONG, COARSE)  # do not limit the radii: their loss may reach chance far below the others'
 AGAINST = ("freeze", "release-parity", "noise", "SAM", "SWA", "SWAD", COARSE)
 PAIRS = [(method, BASELINE) for method in ORDER[1:]] + [(QUANTIZED, other) for other in AGAINST]
@@ -122,14 +120,14 @@ def _flatness(store: RunStore, runs: list[tuple[str, RunSpec]], setting: Setting
     curves = named_by_rise(found, BASELINE)
     ends = limits(curves[~curves["method"].isin(APART)])
     means = areas_by_domain(curves, ends)
-    wide = means.assign(panel=means["panel"].where(means["panel"] == TARGET, SOURCE))[["panel", "normalisation"]]
+    early = set()
     for method in APART:
         own = limits(curves[curves["method"] == method])
-        short = own[~(own["limit"].to_numpy() >= ends["limit"].to_numpy())][["panel", "normalisation"]]
-        left_out = pd.MultiIndex.from_frame(wide).isin(pd.MultiIndex.from_frame(short))
-        means = means[~(left_out & (means["method"] == method))]
-        wide = wide.loc[means.index]
-    return means.assign(measure=means["panel"] + ", " + means["normalisation"])
+        short = own[~(own["limit"].to_numpy() >= ends["limit"].to_numpy())]
+        early |= {(method, *where) for where in short[WHERE].itertuples(index=False)}
+    panel = means["panel"].where(means["panel"] == TARGET, SOURCE)
+    compared = [each not in early for each in zip(means["method"], panel, means["normalisation"], strict=True)]
+    return means[compared].assign(measure=means["panel"] + ", " + means["normalisation"])
 
 
 def _curvature(store: RunStore, runs: list[tuple[str, RunSpec]], setting: Setting) -> pd.DataFrame:
