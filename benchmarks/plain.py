@@ -65,7 +65,7 @@ class Plain:
     def direction(self, seed: int, radii: np.ndarray) -> np.ndarray:
         """Return the rises (R,) along one direction, the same for all radii."""
         ray = torch.randn(len(self.start), generator=torch.Generator().manual_seed(10_000 + seed))
-        ray /= ray.norm()
+        ray = (ray / ray.norm()).to(self.start.device)
         rises = []
         for radius in radii:
             self._put(self.start + float(radius) * ray)

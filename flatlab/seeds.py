@@ -18,7 +18,7 @@ def derive(*names: object) -> int:
     return int.from_bytes(hashlib.sha256(repr(names).encode()).digest()[:8], "big") >> 1
 
 
-def generator(*names: object, device: str = "cpu") -> "torch.Generator":
+def generator(*names: object, device: "torch.device | str" = "cpu") -> "torch.Generator":
     """Return a fresh generator seeded by these names."""
     import torch
 

@@ -43,7 +43,7 @@ MAY_IMPORT = {
     "metrics": "landscape derivatives tensors results",
     # from specs to things, to runs, to measurements: `train` and `measure` meet in the store
     "watch": "landscape metrics",
-    "loading": "specs store data models quant",
+    "loading": "specs store data models quant tensors",
     "train": "loading store specs data models quant tensors",
     "measure": "deploy loading store specs data quant landscape derivatives metrics results tensors",
     "deploy": "loading store specs models quant results",

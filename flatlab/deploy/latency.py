@@ -49,7 +49,7 @@ def timed(engines: Sequence[Engine], *, rounds: int = 30, accuracies: Sequence[f
 
 def _seconds(engines: Sequence[Engine], threads: int, rounds: int) -> FloatArray:
     """Return the seconds (E, B, rounds) with a number of threads."""
-    with loading_data.threads(threads):
+    with loading_data.computing(threads):
         return np.stack(
             [interleaved([e.caller(e.images(batch), threads) for e in engines], rounds) for batch in BATCHES], axis=1
         )

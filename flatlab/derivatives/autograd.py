@@ -13,6 +13,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from flatlab.errors import UserError
 from flatlab.seeds import generator
 from flatlab.tensors.calls import call
+from flatlab.tensors.precision import float32_in_full
 
 Apply = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 """A batch's part of a product, from and to tensors with the shapes of the parameters."""
@@ -71,12 +72,14 @@ def pullback(values: Sequence[Tensor], tensors: Sequence[Tensor]) -> Apply:
 def one_path() -> Iterator[None]:
     """Compute values as derivatives are computed: without the fused path of torch's own Transformer layers.
 
-    torch uses that path only without a graph, and it is another function: it sets padded positions to zero.
+    torch uses that path only without a graph, and it is another function: it sets padded positions to zero. Products
+    of float32 are computed in float32, so that a loss is as smooth as its dtype promises.
     """
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        yield
+        with float32_in_full():
+            yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
 

@@ -122,6 +122,11 @@ class Landscape:
         return self._w0.numel()
 
     @property
+    def device(self) -> torch.device:
+        """The device of the parameters, and of the data."""
+        return self._w0.device
+
+    @property
     def num_samples(self) -> int:
         """The number of samples in one pass over the data."""
         return sum(batch.size for batch in chain.from_iterable(self._batches))

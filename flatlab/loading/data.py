@@ -21,6 +21,7 @@ from flatlab.errors import UserError, choose
 from flatlab.models import saved
 from flatlab.models.classifiers import settings_of
 from flatlab.specs.run import Place, RunSpec
+from flatlab.tensors.precision import float32_in_full
 
 Rows = dict[str, npt.NDArray[np.int64]]
 Batches = Sequence[tuple[Tensor, Tensor]]
@@ -144,12 +145,13 @@ def _path(given: str | None) -> Path | None:
 
 
 @contextmanager
-def threads(count: int) -> Iterator[None]:
-    """Set torch's number of threads while the block runs, and restore it afterwards."""
+def computing(threads: int) -> Iterator[None]:
+    """Compute with this number of threads, and float32 in full, while the block runs."""
     before = torch.get_num_threads()
-    torch.set_num_threads(count)
+    torch.set_num_threads(threads)
     try:
-        yield
+        with float32_in_full():
+            yield
     finally:
         torch.set_num_threads(before)
 

@@ -57,7 +57,7 @@ def measure(run: Run, spec: MeasurementSpec, place: Place, *, report: JobReport 
         return
     run.require_done()
     place = place.replace(threads=measurement.provenance.get("threads", place.threads))  # they change rounding
-    with loading_data.threads(place.threads):
+    with loading_data.computing(place.threads):
         measurement.create()
         measurement.note(machine=environment.facts(), **place.model_dump())
         function_of(spec.metric)(measurement, run, place, report)

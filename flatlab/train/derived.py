@@ -42,7 +42,7 @@ def derive(spec: RunSpec, store: RunStore, place: Place) -> None:
     started = time.monotonic()
     domains = loading_data.domains(spec, place)
     parent.check_data(domains.data.fingerprint)
-    with loading_data.threads(place.threads):
+    with loading_data.computing(place.threads):
         network = loading_network.network(spec.replace(weights="none"), domains.data, place).eval()
         facts = restore(network, parent, parent.checkpoint("selected"))
         notes = quantize(network, spec, domains, place)

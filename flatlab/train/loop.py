@@ -71,7 +71,7 @@ def train(
     runs = [run for run in map(store.run, specs) if not run.done]
     if runs:
         training = Training(runs, store, place, forks=forks, keep_every=keep_every)
-        with loading_data.threads(training.threads):
+        with loading_data.computing(training.threads):
             training.run(report)
 
 

@@ -99,7 +99,7 @@ def replay(run: Run, rules: Mapping[str, AverageSpec], place: Place, *, report: 
         UserError: the run was not trained here, is not done, or has not kept its checkpoints.
     """
     every = run.kept_each()
-    with loading_data.threads(run.lineage.provenance.get("threads") or place.threads):
+    with loading_data.computing(run.lineage.provenance.get("threads") or place.threads):
         replaying = _Replaying(run, every, place)
         observers = {name: replaying.observer(rule) for name, rule in rules.items()}
         for count, step in enumerate(replaying.kept, 1):

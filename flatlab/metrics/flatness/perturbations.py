@@ -24,14 +24,16 @@ def draw_direction(
 ) -> Tensor:
     """Return direction k (P,): of length 1, or as long as w (or a vector `like`) in each filter, layer or parameter.
 
-    Drawn on the CPU in float32, whatever the model's device and dtype, so that models of one architecture share
-    directions. Noise other than "sphere" keeps its own length: entries normal, or uniform on [-1, 1]. On the sphere,
-    without a normalisation, a direction has the norm of `like`, if given.
+    Drawn in float32, whatever the model's dtype, on its device: models of one architecture share directions on one kind
+    of device. On a GPU a draw on the host would take longer than a forward pass. Noise other than "sphere" keeps its
+    own length: entries normal, or uniform on [-1, 1]. On the sphere, without a normalisation, a direction has the norm
+    of `like`, if given.
     """
-    rng = generator("sphere", seed, k)
-    drawn = torch.randn(landscape.num_params, generator=rng)
+    device = landscape.device
+    rng = generator("sphere", seed, k, device=device)
+    drawn = torch.randn(landscape.num_params, generator=rng, device=device)
     if noise == "uniform":
-        drawn = 2 * torch.rand(landscape.num_params, generator=rng) - 1
+        drawn = 2 * torch.rand(landscape.num_params, generator=rng, device=device) - 1
     if normalisation != "none":
         return scale_to_weights(drawn, landscape, normalisation, like)
     if noise == "sphere":

@@ -29,6 +29,7 @@ from flatlab.seeds import base_seed
 GROUPS, DIRECTIONS, IMAGES = 16, 4, 16  # 64 independent directions, each on a block of 16 images
 FEWEST = 4 * IMAGES  # images below which a pilot costs more than it saves: each direction uses them all
 SIZES = (16, 32, 64, 128, 256)  # block sizes tried; below 16 the cost of setting a point is noticeable
+PARALLEL = (16, 64, 256, 1024)  # on a GPU, where a small block takes as long as a larger one
 TIMED = 3  # timings of each size, of which the best is used: other processes may use the machine
 Value = Callable[[FloatArray], FloatArray]
 
@@ -114,7 +115,8 @@ def _table(
 
 
 def _sizes(landscape: Landscape) -> list[int]:
-    fitting = [size for size in SIZES if size <= landscape.num_samples // 2]
+    sizes = SIZES if landscape.device.type == "cpu" else PARALLEL
+    fitting = [size for size in sizes if size <= landscape.num_samples // 2]
     return fitting or [landscape.num_samples]
 
 
