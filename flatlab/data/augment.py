@@ -8,7 +8,7 @@ rounded, and only on a CPU.
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -67,12 +67,11 @@ def augment(pictures: Sequence[Tensor], draws: Draws, size: int) -> Tensor:
     images = resize(pictures, draws.boxes, size).div_(255)
     flips = _rows(draws.flips, images.device)
     images[flips] = images[flips].flip(-1)
+    factors = _sent(draws.factors, images.device).to(images.dtype)
     for turn in range(4):
         for kind, operation in enumerate(OPERATIONS):
-            rows = np.flatnonzero(draws.orders[:, turn] == kind)
-            chosen = torch.from_numpy(rows).to(images.device)
-            factors = torch.from_numpy(draws.factors[rows, kind]).to(images).view(-1, 1, 1, 1)
-            images[chosen] = operation(images[chosen], factors)
+            chosen = _rows(draws.orders[:, turn] == kind, images.device)
+            images[chosen] = operation(images[chosen], factors[chosen, kind].view(-1, 1, 1, 1))
     greys = _rows(draws.greys, images.device)
     images[greys] = _grey(images[greys]).expand(-1, 3, -1, -1)
     return images.mul_(255)
@@ -80,7 +79,12 @@ def augment(pictures: Sequence[Tensor], draws: Draws, size: int) -> Tensor:
 
 def _rows(chosen: npt.NDArray[np.bool_], device: torch.device) -> Tensor:
     """Return row numbers: unlike indexing by a mask, indexing by them needs no synchronisation with the device."""
-    return torch.from_numpy(np.flatnonzero(chosen)).to(device)
+    return _sent(np.flatnonzero(chosen), device)
+
+
+def _sent(numbers: npt.NDArray[Any], device: torch.device) -> Tensor:
+    """Return numbers on a device, without waiting until it has done what it was asked for before."""
+    return torch.from_numpy(numbers).to(device, non_blocking=True)
 
 
 # --- crops ---
@@ -121,17 +125,18 @@ def crop_together(pictures: Sequence[Tensor], boxes: npt.NDArray[np.int64], size
     padded = pictures[0].new_zeros(len(pictures), 3, height, width)
     for place, each, (y, x, h, w) in zip(padded, pictures, boxes.tolist(), strict=True):
         place[:, :h, :w] = each[:, y : y + h, x : x + w]
-    down, across = (_filter(boxes[:, axis], size).to(padded.device) for axis in (2, 3))
+    down, across = (_filter(boxes[:, axis], size, padded.device) for axis in (2, 3))
     return down @ padded.float() @ across.transpose(-1, -2)
 
 
-def _filter(lengths: npt.NDArray[np.int64], size: int) -> Tensor:
+def _filter(lengths: npt.NDArray[np.int64], size: int, device: torch.device) -> Tensor:
     """Return (n, 1, size, longest) weights of Pillow's bilinear filter, a triangle as wide as the reduction."""
-    scale = torch.from_numpy(lengths).float().view(-1, 1, 1, 1) / size
-    positions = torch.arange(int(lengths.max())).float() + 0.5
-    centres = (torch.arange(size).float().view(-1, 1) + 0.5) * scale
+    sides = _sent(lengths, device).view(-1, 1, 1, 1)
+    scale = sides.float() / size
+    positions = torch.arange(int(lengths.max()), device=device).float() + 0.5
+    centres = (torch.arange(size, device=device).float().view(-1, 1) + 0.5) * scale
     weights = (1 - (positions - centres).abs() / scale.clamp(min=1)).clamp(min=0)
-    weights = weights * (positions < torch.from_numpy(lengths).view(-1, 1, 1, 1))
+    weights = weights * (positions < sides)
     return weights / weights.sum(dim=-1, keepdim=True)
 
 

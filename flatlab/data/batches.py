@@ -83,7 +83,7 @@ class TrainingStream:
 
     def batch(self, step: int) -> Batch:
         """Return the batch of a step, counted from 0."""
-        drawn = [picks.to(source.labels.device) for source, picks in self._picks(step)]
+        drawn = [picks.to(source.labels.device, non_blocking=True) for source, picks in self._picks(step)]
         targets = torch.cat([source.labels[picks] for source, picks in zip(self._sources, drawn, strict=True)])
         pictures = self._pictures(step)
         if self._augmented:
@@ -114,7 +114,9 @@ class TrainingStream:
     def _gather(self, step: int) -> list[list[Tensor]]:
         if self._augmented:
             return [source.originals.pick(picks) for source, picks in self._picks(step)]
-        return [[source.images[picks.to(source.labels.device)]] for source, picks in self._picks(step)]
+        return [
+            [source.images[picks.to(source.labels.device, non_blocking=True)]] for source, picks in self._picks(step)
+        ]
 
 
 def _source(data: DomainSet, name: str, rows: np.ndarray, device: torch.device, augmented: bool) -> _Source:

@@ -76,11 +76,13 @@ class Decoded:
 
     def __getitem__(self, rows: Tensor) -> Tensor:
         """Return the squares of these rows, (n, 3, size, size) uint8."""
-        return torch.stack([torch.from_numpy(each.square.copy()) for each in self._read(rows)]).to(self.device)
+        return torch.stack([torch.from_numpy(each.square.copy()) for each in self._read(rows)]).to(
+            self.device, non_blocking=True
+        )
 
     def pick(self, rows: Tensor) -> list[Tensor]:
         """Return the originals of these rows, each (3, h, w) uint8."""
-        return [torch.from_numpy(each.original.copy()).to(self.device) for each in self._read(rows)]
+        return [torch.from_numpy(each.original.copy()).to(self.device, non_blocking=True) for each in self._read(rows)]
 
     def _read(self, rows: Tensor) -> list[Picture]:
         return list(in_order(partial(decode, size=self.size), [self.paths[row] for row in rows.tolist()]))

@@ -88,7 +88,7 @@ def mix(features: Tensor, partners: Tensor, share: Tensor) -> Tensor:
     """
     mean = features.mean((2, 3), keepdim=True).detach()
     deviation = (features.var((2, 3), keepdim=True) + EPS).sqrt().detach()
-    partners = partners.to(features.device)
-    own = share.to(features).view(-1, 1, 1, 1)
+    partners = partners.to(features.device, non_blocking=True)
+    own = share.to(features, non_blocking=True).view(-1, 1, 1, 1)
     mixed_mean, mixed_deviation = (own * s + (1 - own) * s[partners] for s in (mean, deviation))
     return (features - mean) / deviation * mixed_deviation + mixed_mean

@@ -134,7 +134,8 @@ def _numbers(captions: list[str]) -> Tensor:
 
 def _captioned(batch: Batch, classes: int) -> Tensor:
     """Return the index of each image's caption (B,): by domain in the order of the batch, then by class."""
-    domain = torch.arange(len(batch.sizes)).repeat_interleave(torch.tensor(batch.sizes)).to(batch.targets.device)
+    domain = torch.arange(len(batch.sizes)).repeat_interleave(torch.tensor(batch.sizes))
+    domain = domain.to(batch.targets.device, non_blocking=True)
     return domain * classes + batch.targets
 
 
