@@ -6,6 +6,9 @@ from stores import ERM, GROUP, OTHER, PLACE, PROBE, PROBES, QT, RUNS, SIZES, spe
 from flatlab.errors import UserError
 from flatlab.jobs import plan as jobs_plan
 from flatlab.jobs.plan import WorkPlan
+from flatlab.jobs.worker import _in_order
+from flatlab.specs.measurements import SphereSpec
+from flatlab.specs.rises import ByRise
 from flatlab.store.runs import RunStore
 
 
@@ -37,6 +40,22 @@ def test_the_longest_comes_first_and_what_others_need(store):
     needed = [todo.index(job) for job in todo if job.forks]
     assert needed == [0]
     assert [bool(job.measurements) for job in todo] == sorted(bool(job.measurements) for job in todo)
+
+
+def test_one_measurement_of_each_kind_is_tried_first_and_the_rest_keeps_its_order(store):
+    todo = _todo(store)
+    tried = _in_order(todo)
+    measures = [job for job in todo if job.measurements]
+    early = list({job.kind: job for job in reversed(measures)}.values())
+    assert set(tried[: len(early)]) == set(early) and len(early) >= 1
+    assert tried[len(early) :] == [job for job in todo if job not in early]
+
+
+def test_all_pilots_are_tried_before_the_trainings(store):
+    measured = SphereSpec(radii=ByRise(rises=(0.1,), references=(ERM.digest, OTHER.digest)))
+    todo = jobs_plan.missing(store, RUNS, [(run, measured) for run in (ERM, OTHER, QT)], sizes=SIZES)
+    tried = [job.kind[0] for job in _in_order(todo)]
+    assert tried.count("pilot") == 2 and set(tried[:3]) == {"pilot", "measure"} and tried[3] == "train"
 
 
 def test_the_leader_does_not_depend_on_the_order(store):

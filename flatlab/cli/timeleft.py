@@ -8,14 +8,6 @@ from flatlab.jobs.plan import Job
 
 LEAST_SHARE = 0.1  # of a job, before its own pace counts
 RECENT = 8  # finished jobs of a kind that count: a machine is not always equally fast
-Kind = tuple[str, ...]
-
-
-def kind_of(job: Job) -> Kind:
-    """Return the properties that determine the seconds of a pass: training or measuring, network, method or metric."""
-    verb = job.name.partition(" ")[0]
-    what = sorted({measurement.metric for measurement in job.measurements}) or [job.name.partition(" on ")[0]]
-    return (verb, job.runs[0].model, *what)
 
 
 class TimeLeft:
@@ -23,7 +15,7 @@ class TimeLeft:
 
     def __init__(self, jobs: Sequence[Job], *, workers: int, now: Callable[[], float] = time.monotonic) -> None:
         self.now, self.workers = now, workers
-        self.kind = {job.name: kind_of(job) for job in jobs}
+        self.kind = {job.name: job.kind for job in jobs}
         self.cost = {job.name: job.passes for job in jobs}
         self.share = dict.fromkeys(self.cost, 0.0)
         self.begun: dict[str, tuple[float, float]] = {}  # time, and share done by then

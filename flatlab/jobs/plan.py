@@ -44,6 +44,13 @@ class Job(Spec):
     needs: tuple[str, ...] = ()  # to be finished before: runs by digest, measurements by their path in the store
     passes: float  # cost, in images forwarded
 
+    @property
+    def kind(self) -> tuple[str, ...]:
+        """What determines the seconds of a pass: training or measuring, network, method or metric."""
+        verb = self.name.partition(" ")[0]
+        what = sorted({measurement.metric for measurement in self.measurements}) or [self.name.partition(" on ")[0]]
+        return (verb, self.runs[0].model, *what)
+
     def entries(self, store: RunStore) -> list[Entry]:
         """Return the directories that the job fills."""
         runs = [store.run(spec) for spec in self.runs]

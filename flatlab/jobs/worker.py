@@ -38,7 +38,7 @@ def work(jobs: Sequence[Job], store: RunStore, place: Place, *, emit: Emit, fail
     """Do all jobs that no other worker does, each once its needs are done; then join the measurements of others.
 
     Args:
-        jobs: in the order in which they are tried.
+        jobs: tried in this order, but for pilots and one measurement of each kind.
         store: receives the runs and measurements.
         place: data folder, device, threads.
         emit: called with events, each with the job's name: progress ("share", "shown"), "finished", or "error".
@@ -58,7 +58,7 @@ class _Worker:
     """The pending jobs of a worker."""
 
     def __init__(self, jobs: Sequence[Job], store: RunStore, place: Place, emit: Emit, failures: Path | None) -> None:
-        self.pending = list(jobs)
+        self.pending = _in_order(jobs)
         self.coming = Counter(name for job in jobs for name in job.fills)  # what pending jobs finish
         self.store, self.place, self.emit, self.failures = store, place, emit, failures
 
@@ -113,6 +113,16 @@ class _Worker:
         if note := self._note_of(job):
             files.write_json(note, event)
         self.emit({"job": job.name, **event})
+
+
+def _in_order(jobs: Sequence[Job]) -> list[Job]:
+    """Return the jobs in the order in which they are tried: pilots and one measurement of each kind come first.
+
+    Pilots are what other measurements wait for. The price of a pass differs from kind to kind, so that the time left is
+    known when each has been seen.
+    """
+    firsts = {job.kind: job for job in reversed(jobs) if job.measurements}
+    return sorted(jobs, key=lambda job: job.kind[0] != "pilot" and firsts.get(job.kind) is not job)
 
 
 def _event_of(error: Exception) -> Event:

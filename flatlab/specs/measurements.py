@@ -116,7 +116,7 @@ class ScaleAuditSpec(MeasurementSpec):
         return float(3 * self.count(sizes) * (4 * self.num_samples + PRODUCT * (20 + PILOT + 10)))
 
 
-LEAST = 2_600  # images of a radius: 81 pairs on blocks of 16
+LEAST = 5_900  # images of a radius at 10 %: two looks, 162 pairs on blocks of 16, and the losses at w (measured)
 BUDGET = 100  # maximum passes for each radius
 AUTO_RADII = 6
 PYHESSIAN = 18  # its products for an eigenvalue, by its defaults: 177 for ten on a ResNet-20
