@@ -20,7 +20,7 @@ _PIECES = 64  # into which a batch is cut, at most, to test whether its mean los
 _JOINED = 8  # batches of one sample that are joined
 _ACROSS = 64  # samples of different batches whose losses are joined
 _GPU_NOISE = 1e-4  # atomics reorder sums from run to run
-_GPU_MIXING = 1e-2  # another batch size may choose another TF32 kernel; mixing through BatchNorm moves 0.1 and more
+_GPU_MIXING = 1e-2  # another batch size may choose another kernel; mixing through BatchNorm moves 0.1 and more
 
 
 def check_fixed(model: Forward, batch: Batch, total: Total) -> None:

@@ -50,13 +50,14 @@ class SphereFlatness(Stopped):
         strata: names (S,) of the strata; they weigh equally in `value`.
         base_loss: (S,) mean loss at w.
         normalisation: "none": w + gamma u; else w + rho z with z as long as w in each filter, layer or parameter.
-        seed: names the directions and the blocks; equal seeds give equal directions.
+        seed: names the directions and the blocks; equal seeds give equal directions on one kind of device.
         num_params: P, the dimension of the sphere's space.
         norm: Euclidean length of w.
         reach: Euclidean distance at radius 1: one, or the length of the weights that are scaled to.
         slopes: (K, S, S) products of the strata's slopes along rays (`slope.slopes`); None where the budget did not
             reach so far.
         notes: what was found on opening the landscape, such as parameters that do not move the loss.
+        device: kind of device on which the directions were drawn, "cpu" or "cuda".
         chance: the loss of guessing, ln C of C classes, in nats; None where it is not known.
         rises: (R,) the rises in nats that the radii were chosen for; empty where the radii were given.
     """
@@ -76,6 +77,7 @@ class SphereFlatness(Stopped):
     slopes: FloatArray | None = None
     notes: tuple[str, ...] = ()
     chance: float | None = None
+    device: str = "cpu"
     rises: tuple[float, ...] = ()
 
     def to_arrays(self) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:

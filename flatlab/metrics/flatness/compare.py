@@ -64,7 +64,7 @@ def paired_difference(a: SphereFlatness, b: SphereFlatness) -> PairedDifference:
     Raises:
         UserError: if the two were not measured along the same directions, at the same radii, on the same blocks.
     """
-    for name in ("seed", "normalisation", "num_params", "radii", "blocks", "paired"):
+    for name in ("seed", "device", "normalisation", "num_params", "radii", "blocks", "paired"):
         of_a, of_b = getattr(a, name), getattr(b, name)
         if not np.array_equal(of_a, of_b):
             raise UserError(

@@ -112,6 +112,7 @@ def assemble(
         num_params=landscape.num_params,
         norm=landscape.norm,
         reach=reach(landscape, sampler.normalisation),
+        device=landscape.device.type,
         notes=(*landscape.remarks, *unseen(landscape, per_radius), *([lost] if lost else [])),
     )
     return replace(found, notes=(*found.notes, *coarse(landscape, found)))
