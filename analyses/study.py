@@ -256,7 +256,7 @@ def caption(setting: Setting) -> str:
         f"Does quantization flatten, and does it help? {setting.words}\n"
         f"Held out in turn: {', '.join(setting.held_out)}; differences paired by held-out domain and seed, bars: "
         f"{setting.interval}, each alone, filled where p < 0.05 after Holm. F: rise of the loss, mean up to radii "
-        f"where ERM's (first seed) is {UP_TO} nats on the source domains, {setting.effort}. SAM: rho "
+        f"where ERM's (first seed) is {UP_TO} nats on the source domains, {spheres(setting)[0].effort}. SAM: rho "
         f"{setting.sam_rho:g}; {STRONG}, the positive control: {strong_rho(setting):g}. "
         f"Stability from step {setting.switch_step} on. "
         "Last panel: a point is a run, less the mean of all methods at its held-out domain and seed."
