@@ -4,6 +4,7 @@ import cases
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as some
 from torch import nn
@@ -13,6 +14,8 @@ from flatlab.errors import UserError
 from flatlab.landscape import blocks
 from flatlab.landscape.blocks import Partition, Samples
 from flatlab.landscape.landscape import Landscape
+from flatlab.metrics.flatness.perturbations import draw_direction
+from flatlab.tensors.losses import sample_losses
 from flatlab.tensors.nested import Batch, concatenate
 
 
@@ -200,3 +203,30 @@ def test_samples_of_different_shapes_are_refused_in_blocks_and_measured_whole():
     assert sphere_flatness(landscape, [1.0], num_samples=3).value[0] > -1.0
     with pytest.raises((RuntimeError, ValueError)):
         concatenate([batch[:1] for batch in batches])
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [F.cross_entropy, nn.CrossEntropyLoss(), nn.CrossEntropyLoss(label_smoothing=0.1)],
+    ids=["function", "module", "smooth"],
+)
+def test_losses_of_single_samples_are_the_same_bytes_in_one_call(loss):
+    case = cases.make("conv_bn")
+    known = Landscape(case.model, case.batches([5, 1, 11, 7]), loss)
+    hidden = Landscape(case.model, case.batches([5, 1, 11, 7]), lambda outputs, targets: loss(outputs, targets))
+    direction = draw_direction(known, 0, 0)
+    rows = []
+    for around in (known, hidden):
+        (block,) = around.blocks(24, seed=0)
+        with around.moving() as at:
+            rows.append(at(direction, [0.0, 0.3], block=around.gather(block.by_sample())))
+    assert rows[0].shape == (2, 24) and np.array_equal(*rows)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [F.mse_loss, nn.CrossEntropyLoss(weight=torch.ones(3)), nn.CrossEntropyLoss(reduction="sum"), lambda o, t: o.sum()],
+)
+def test_other_losses_are_called_for_each_sample(loss):
+    assert sample_losses(loss, torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64)) is None
+    assert sample_losses(F.cross_entropy, torch.zeros(4, 3, 2), torch.zeros(4, 2, dtype=torch.int64)) is None

@@ -38,7 +38,7 @@ from flatlab.landscape.own_loss import OwnLoss
 from flatlab.seeds import generator
 from flatlab.tensors.calls import call
 from flatlab.tensors.flat import flatten, select, split_like, widened
-from flatlab.tensors.losses import Metric, Noted, total, total_and_hits, totals, weight
+from flatlab.tensors.losses import Metric, Noted, sample_losses, total, total_and_hits, totals, weight
 from flatlab.tensors.memory import SplitOnOOM
 from flatlab.tensors.nested import Batch, Data, part, read_strata, recut, same, span, spread
 
@@ -335,6 +335,8 @@ class Landscape:
     def _totals(self, batch: Batch, block: Block, targets: list[Batch]) -> Tensor:
         """Return the total loss of each part of a block."""
         outputs = self._forward(batch.inputs)
+        if len(block.parts) == block.size and (found := sample_losses(self.loss, outputs, batch.targets)) is not None:
+            return found.double()
         pairs = zip(block.parts, targets, strict=True)
         return torch.stack([self._total(part(outputs, p.start, p.stop), each) for p, each in pairs])
 

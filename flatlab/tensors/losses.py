@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeGuard
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from flatlab.errors import UserError
 from flatlab.tensors.nested import Batch
@@ -58,6 +59,21 @@ def _summed(value: Any, batch: Batch) -> Tensor:
         " other dimensions and return the pair (sums, weights), where the weight of a sample is the number of counted"
         " terms, such as (targets != -100).sum(1); or average it over them, if all samples have equal weight."
     )
+
+
+def sample_losses(loss: Metric, outputs: Any, targets: Any) -> Tensor | None:
+    """Return the loss of each sample (n,) in one call, if the loss is torch's plain cross-entropy of class scores."""
+    module = type(loss) is nn.CrossEntropyLoss and loss.weight is None and loss.reduction == "mean"
+    if not (loss is F.cross_entropy or module) or not _plain(outputs, targets):
+        return None
+    smoothing = loss.label_smoothing if isinstance(loss, nn.CrossEntropyLoss) else 0.0
+    return F.cross_entropy(outputs, targets, reduction="none", label_smoothing=smoothing)
+
+
+def _plain(outputs: Any, targets: Any) -> bool:
+    """Whether these are scores (n, C) and the numbers of classes (n,)."""
+    found = isinstance(outputs, Tensor) and isinstance(targets, Tensor)
+    return found and outputs.ndim == 2 and targets.ndim == 1 and targets.dtype == torch.int64
 
 
 def weight(loss: Metric, outputs: Any, batch: Batch) -> Tensor | None:
