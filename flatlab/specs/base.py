@@ -3,7 +3,7 @@
 import hashlib
 import json
 import reprlib
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, ValidationError, model_serializer
@@ -50,10 +50,10 @@ class Spec(BaseModel):
     @model_serializer(mode="wrap")
     def _written(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         fields: dict[str, Any] = write(self)
-        kind = type(self)
-        return {
-            n: v for n, v in fields.items() if n not in kind.later or getattr(self, n) != kind.model_fields[n].default
-        }
+        for name, default in _defaults(type(self)).items():
+            if self.__dict__[name] == default:
+                fields.pop(name, None)  # absent where some fields alone are asked for
+        return fields
 
     def canonical(self) -> str:
         """Return the JSON with sorted keys and no spaces; equal specs have equal text."""
@@ -66,7 +66,13 @@ class Spec(BaseModel):
 
     def replace(self, **fields: Any) -> Self:
         """Return a validated copy with some fields replaced."""
-        return self.make(**{**{name: getattr(self, name) for name in type(self).model_fields}, **fields})
+        return self.make(**{**{name: self.__dict__[name] for name in type(self).model_fields}, **fields})
+
+
+@cache
+def _defaults(kind: type[Spec]) -> dict[str, Any]:
+    """Return the defaults of the fields that were added later."""
+    return {name: kind.model_fields[name].default for name in kind.later}
 
 
 _BOUNDS = {  # pydantic's kinds of error -> what was expected, with the bound's name

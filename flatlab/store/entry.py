@@ -3,6 +3,7 @@
 `done` lists the hash of every file of the result; provenance (machine facts, seconds) and state are excluded.
 """
 
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -53,7 +54,7 @@ class Entry:
     @property
     def done(self) -> bool:
         """Whether the entry is finished."""
-        return (self.path / "done").exists()
+        return os.path.exists(os.path.join(self.path, "done"))  # a Path costs ten times as much
 
     def create(self) -> None:
         """Create the directory and its spec.json if they are missing."""

@@ -240,7 +240,7 @@ class RunStore:
 
     def finished(self, name: str) -> bool:
         """Whether the run with this digest, or the measurement at this path in the store, is finished."""
-        return (self.root / name / "done").exists()
+        return os.path.exists(os.path.join(self.root, name, "done"))  # a Path costs ten times as much
 
     def runs(self) -> list[Run]:
         """Return the runs that exist, finished or not."""
