@@ -122,7 +122,7 @@ def test_outside_a_terminal_each_job_that_ends_is_one_line(capsys, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")  # as Jupyter sets it for its shell lines
     monkeypatch.setattr(display, "err", display._console(stderr=True))
     jobs = [
-        SimpleNamespace(name=name, passes=1, runs=(SimpleNamespace(model="net"),), measurements=())
+        SimpleNamespace(name=name, passes=1, kind=("train", "net"), runs=(), measurements=())
         for name in ("first", "second")
     ]
     with display.board(jobs, workers=1) as board, display.counter("images") as count:
