@@ -63,17 +63,14 @@ def _summed(value: Any, batch: Batch) -> Tensor:
 
 def sample_losses(loss: Metric, outputs: Any, targets: Any) -> Tensor | None:
     """Return the loss of each sample (n,) in one call, if the loss is torch's plain cross-entropy of class scores."""
-    module = type(loss) is nn.CrossEntropyLoss and loss.weight is None and loss.reduction == "mean"
-    if not (loss is F.cross_entropy or module) or not _plain(outputs, targets):
+    scores = isinstance(outputs, Tensor) and outputs.ndim == 2
+    if not (scores and isinstance(targets, Tensor) and targets.ndim == 1 and targets.dtype == torch.int64):
         return None
-    smoothing = loss.label_smoothing if isinstance(loss, nn.CrossEntropyLoss) else 0.0
-    return F.cross_entropy(outputs, targets, reduction="none", label_smoothing=smoothing)
-
-
-def _plain(outputs: Any, targets: Any) -> bool:
-    """Whether these are scores (n, C) and the numbers of classes (n,)."""
-    found = isinstance(outputs, Tensor) and isinstance(targets, Tensor)
-    return found and outputs.ndim == 2 and targets.ndim == 1 and targets.dtype == torch.int64
+    if loss is F.cross_entropy:
+        return F.cross_entropy(outputs, targets, reduction="none")
+    if type(loss) is nn.CrossEntropyLoss and (loss.weight, loss.reduction, loss.ignore_index) == (None, "mean", -100):
+        return F.cross_entropy(outputs, targets, reduction="none", label_smoothing=loss.label_smoothing)
+    return None
 
 
 def weight(loss: Metric, outputs: Any, batch: Batch) -> Tensor | None:
