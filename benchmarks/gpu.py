@@ -1,6 +1,6 @@
 """On a GPU: how much of bare compiled forward passes is left, and what does F cost on 8,000 images?
 
-    python benchmarks/gpu.py --data-dir /data                 # PACS; one NVIDIA GPU, about five minutes
+    python benchmarks/gpu.py --data-dir /data                 # PACS; one NVIDIA GPU; not yet run to its end
     python benchmarks/gpu.py --data-dir /data --device cpu --image-size 32 --images 130 --radii 2 --rel-error 0.5
 
 Each network is trained here, with bf16, on images of all four domains of PACS. Bare: the model compiled by

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from flatlab import seeds
+from flatlab import load, seeds
 from flatlab.errors import UserError
 from flatlab.landscape.landscape import Landscape
 from flatlab.metrics.flatness import sphere
@@ -31,11 +31,24 @@ def test_pairs_share_their_rays():
 def test_pairs_without_common_rays_are_refused():
     a = cases.stratified()
     assert paired_difference(a, a.of("a")).value == pytest.approx(a.value - a.of("a").value)
-    for change in ({"seed": 1}, {"normalisation": "filter"}, {"num_params": 3}, {"radii": a.radii * 2}):
+    for change in (
+        {"seed": 1},
+        {"device": "cuda"},
+        {"normalisation": "filter"},
+        {"num_params": 3},
+        {"radii": a.radii * 2},
+    ):
         with pytest.raises(UserError, match=f"but {next(iter(change))} differs"):
             paired_difference(a, dataclasses.replace(a, **change))
     with pytest.raises(UserError, match=r"numbers of draws, got \[6, 6\] and \[4, 4\]"):
         paired_difference(a, cases.stratified(4))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_file_knows_where_its_directions_were_drawn(device, tmp_path):
+    result = dataclasses.replace(cases.stratified(), device=device)
+    result.save(tmp_path / "flatness")
+    assert load(tmp_path / "flatness").device == device
 
 
 def two(shift=0.05):

@@ -89,6 +89,7 @@ class SphereFlatness(Stopped):
         facts |= {name: getattr(self, name) for name in PLAIN}
         facts |= {"plans": [asdict(plan) for plan in self.plans]}
         facts |= {"images": self.cost.images, "forward_passes": self.cost.forward_passes}
+        facts |= {} if self.device == "cpu" else {"device": self.device}  # as in files that know no other
         return arrays, facts
 
     @classmethod
@@ -96,6 +97,7 @@ class SphereFlatness(Stopped):
         """Return what `to_arrays` took apart; a file that lacks the passes, as older ones do, has NaN of them."""
         known: dict[str, Any] = {name: tuple(facts.get(name, ())) for name in LISTS}
         known |= {name: facts[name] for name in PLAIN}
+        known |= {"device": facts.get("device", "cpu")}
         return cls(
             radii=arrays["radii"],
             visits=tuple(arrays[_visits(index)] for index in range(len(arrays["radii"]))),
