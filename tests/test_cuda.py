@@ -58,7 +58,7 @@ def test_losses_and_derivatives_are_those_of_float64_whatever_torch_was_allowed(
     try:
         torch.set_float32_matmul_precision("medium" if fast else "highest")
         exact, ours = landscape("cpu", torch.float64), landscape("cuda")
-        assert ours.base_loss == pytest.approx(exact.base_loss, rel=2e-6)  # with TF32: 1e-4
+        assert ours.base_loss == pytest.approx(exact.base_loss, rel=2e-6)
         v = draw_direction(exact, 0, 0)
         pairs = [
             (exact.gradient(), ours.gradient()),

@@ -15,8 +15,8 @@ KERNELS += [_BACKENDS.mkldnn.conv, _BACKENDS.mkldnn.rnn, _BACKENDS.mkldnn.matmul
 def float32_in_full() -> Iterator[None]:
     """Switch off TF32 and bfloat16 in products of float32 while the block runs, and restore torch's settings.
 
-    On NVIDIA GPUs convolutions use TF32 unless told otherwise: their factors have 10 bits in place of 23, so that the
-    loss moves in steps of about 1e-3 of its size, which at small radii is more than the rise that is measured.
+    On NVIDIA GPUs convolutions use TF32 unless told otherwise: factors are rounded to 10 bits in place of 23, by up to
+    5e-4 of each, while flatness at small radii is a rise of the loss by 1e-2 nats and less.
     """
     word, before = _word(), [kernel.fp32_precision for kernel in KERNELS]
     torch.backends.cudnn.allow_tf32 = False
