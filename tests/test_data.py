@@ -539,6 +539,15 @@ def test_evaluation_batches_cover_all_rows_in_order() -> None:
     assert all(inputs.is_contiguous(memory_format=torch.channels_last) for inputs, _ in batches)
 
 
+@pytest.mark.parametrize(("side", "expected"), [(2, 512), (64, 64), (224, 16)])
+def test_few_large_images_are_evaluated_at_once_on_a_cpu(side: int, expected: int) -> None:
+    domain = Domain("only", torch.zeros(520, 3, side, side, dtype=torch.uint8), torch.zeros(520, dtype=torch.int64))
+    data = DomainSet("large", (domain,), ("a",), mean=(0.0,) * 3, std=(1.0,) * 3)
+    batches = evaluation_batches(data, "only", np.arange(520), device=CPU)
+    assert len(batches[0][1]) == expected
+    assert sum(len(targets) for _, targets in batches) == 520
+
+
 def test_evaluation_limit_takes_the_first_rows() -> None:
     rows = split(50, 1, trial_seed=0).inside
     ((inputs, targets),) = evaluation_batches(tagged(), "second", rows, device=CPU, limit=7)

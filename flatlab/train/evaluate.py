@@ -6,6 +6,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from flatlab.loading.data import Batches, Domains
 from flatlab.specs.run import RunSpec
@@ -36,7 +37,8 @@ def evaluate(
     network.eval()
     forward = SplitOnOOM(network)
     known = groups or {}
-    scores = {name: _score(forward, batches, percentile, known.get(name)) for name, batches in domains.items()}
+    with parametrize.cached():  # weights are quantized once, not for each batch
+        scores = {name: _score(forward, batches, percentile, known.get(name)) for name, batches in domains.items()}
     for module, training in modes:  # one by one: frozen BatchNorm stays in eval mode while the rest trains
         module.training = training
     return scores
