@@ -1,8 +1,9 @@
 """The study: does quantization flatten, and does it help out of domain? The paper's claims, each with its tests.
 
-Eleven methods at each held-out domain and seed: accuracy in and out of domain, stability after the switch, and the
-primary flatness of Figure 3, raw and filter-normalised; top eigenvalue and trace of the first seed. Tests are of
-differences paired by held-out domain and seed, in the families of figures/reference/pacs-study/PROTOCOL.md.
+Eleven methods, less those that `--leave-out` names, at each held-out domain and seed: accuracy in and out of domain,
+stability after the switch, and the primary flatness of Figure 3, raw and filter-normalised; top eigenvalue and trace of
+the first seed. Tests are of differences paired by held-out domain and seed, in the families of
+figures/reference/pacs-study/PROTOCOL.md.
 """
 
 from typing import Any
@@ -16,6 +17,7 @@ from matplotlib.figure import Figure
 from analyses import _claims, _correlation, _grid, _percent, fig3
 from flatlab import plots
 from flatlab.analysis import Analysis, crossed, from_table, once
+from flatlab.errors import choose
 from flatlab.report import spectrum, stability, tables, verdicts
 from flatlab.report.areas import UP_TO, WHERE, areas_by_domain, limits, named_by_rise
 from flatlab.report.panels import SOURCE, TARGET
@@ -61,6 +63,17 @@ def strong_rho(setting: Setting) -> float:
     return RHO_FACTORS.get(setting.dataset, 4.0) * setting.sam_rho
 
 
+def methods(setting: Setting) -> list[str]:
+    """Return the methods that are not left out.
+
+    Raises:
+        UserError: if there is no such method, or the others are compared with it.
+    """
+    others = [name for name in ORDER if name != BASELINE]
+    left = {choose("method that can be left out", name, others) for name in setting.leave_out}
+    return [name for name in ORDER if name not in left]
+
+
 def labelled(setting: Setting) -> list[tuple[str, RunSpec]]:
     """Return each run with its method's name."""
     own = setting.replace(bits=BITS)
@@ -70,7 +83,7 @@ def labelled(setting: Setting) -> list[tuple[str, RunSpec]]:
     }
     return [
         (name, run)
-        for name in ORDER
+        for name in methods(setting)
         for method, changes in [changed.get(name, (name, {}))]
         for run in replicates(METHODS[method], own.replace(**changes))
     ]
@@ -188,9 +201,15 @@ def findings(frame: pd.DataFrame) -> pd.DataFrame:
     return verdicts.corrected(found.assign(claim=claim), family)
 
 
+def _pairs(rows: pd.DataFrame) -> list[tuple[str, str]]:
+    """Return the pairs of which both methods are there."""
+    there = set(rows["method"]) | {BASELINE}
+    return [pair for pair in PAIRS if there.issuperset(pair)]
+
+
 def _paired(each: pd.DataFrame) -> pd.DataFrame:
     found = []
-    for method, base in PAIRS:
+    for method, base in _pairs(each):
         both = each[each["method"].isin((method, base))]
         held = both.groupby("measure")["method"].transform("nunique") == 2  # SWA and SWAD have no log along the steps
         found.append(tables.paired(both[held], base, ["measure"]))
@@ -218,6 +237,8 @@ def remarks(frame: pd.DataFrame) -> list[str]:
 def _power(found: pd.DataFrame) -> str:
     """Return a sentence on the differences of QT-DoG to ERM that a single test at 5 % detects with 80 % power."""
     mine = found[(found["method"] == QUANTIZED) & (found["baseline"] == BASELINE) & (found["targets"] == ALL)]
+    if mine.empty:
+        return f"{QUANTIZED} was left out."
     sizes = ", ".join(f"{MEASURES[name]} {size:.2g}" for name, size in mine[["measure", "detectable"]].to_numpy())
     return f"Smallest difference of {QUANTIZED} to {BASELINE} that one test at 5 % finds with 80 % power: {sizes}."
 
@@ -252,12 +273,15 @@ def _off_grid(frame: pd.DataFrame) -> list[str]:
 
 def caption(setting: Setting) -> str:
     """Return title and notes: data, seeds, intervals."""
+    left = [name for name in ORDER if name not in methods(setting)]
+    named = f"Left out: {', '.join(left)}. " if left else ""
+    sam = f"SAM: rho {setting.sam_rho:g}; {STRONG}, the positive control: {strong_rho(setting):g}. "
     return (
         f"Does quantization flatten, and does it help? {setting.words}\n"
         f"Held out in turn: {', '.join(setting.held_out)}; differences paired by held-out domain and seed, bars: "
         f"{setting.interval}, each alone, filled where p < 0.05 after Holm. F: rise of the loss, mean up to radii "
-        f"where ERM's (first seed) is {UP_TO} nats on the source domains, {spheres(setting)[0].effort}. SAM: rho "
-        f"{setting.sam_rho:g}; {STRONG}, the positive control: {strong_rho(setting):g}. "
+        f"where ERM's (first seed) is {UP_TO} nats on the source domains, {spheres(setting)[0].effort}. "
+        f"{'' if 'SAM' in left else sam}{named}"
         f"Stability from step {setting.switch_step} on. "
         "Last panel: a point is a run, less the mean of all methods at its held-out domain and seed."
     )
@@ -288,15 +312,16 @@ def draw(frame: pd.DataFrame, caption: str) -> Figure:
 
 def _differences(ax: Axes, found: pd.DataFrame, measures: tuple[str, ...]) -> None:
     """Draw the differences of all pairs in one measure, or in that of the source and of the target domains."""
+    pairs = _pairs(found)
     for index, measure in enumerate(measures):
-        rows = found[found["measure"] == measure].set_index(["method", "baseline"]).reindex(PAIRS)
-        heights = np.arange(len(PAIRS)) + 0.3 * (index - (len(measures) - 1) / 2)
+        rows = found[found["measure"] == measure].set_index(["method", "baseline"]).reindex(pairs)
+        heights = np.arange(len(pairs)) + 0.3 * (index - (len(measures) - 1) / 2)
         look = {"color": ("0.1", "C0")[index], "label": measure.split(",")[0] if len(measures) > 1 else None}
         plots.intervals(ax, rows, heights, rows["p_holm"] < verdicts.LEVEL, **look)
     ax.axvline(0, color="0.3", linewidth=0.8)
-    ax.axhline(len(ORDER) - 1.5, color="0.7", linewidth=0.6)
-    names = [f"{method} − {base}" for method, base in PAIRS]
-    ax.set(yticks=range(len(PAIRS)), yticklabels=names, ylim=(len(PAIRS) - 0.4, -0.6))
+    ax.axhline(sum(base == BASELINE for _, base in pairs) - 0.5, color="0.7", linewidth=0.6)
+    names = [f"{method} − {base}" for method, base in pairs]
+    ax.set(yticks=range(len(pairs)), yticklabels=names, ylim=(len(pairs) - 0.4, -0.6))
     ax.set_xlabel(MEASURES[measures[0]].replace(", source", ""))
     ax.grid(visible=False, axis="y")
     if len(measures) > 1:

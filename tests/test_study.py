@@ -1,11 +1,13 @@
 """The study's claims, their tests and their power; rank correlations over blocks; on hand-made numbers."""
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
 
 from analyses import _claims, _correlation, _grid, study
+from flatlab.errors import UserError
 from flatlab.report import verdicts
 from flatlab.specs.settings import SMOKE, for_data
 
@@ -139,6 +141,32 @@ def test_the_plan_has_eleven_methods_and_the_curvature_of_one_seed():
     assert kinds["sphere"] == 2 * 99 and kinds["spectrum"] == 2 * 33
     more = study.FIGURE.plan(setting.replace(seeds=5))[1]
     assert set(measured) <= set(more)  # seeds can be added: the radii are those of the first
+
+
+def test_methods_that_are_left_out_are_not_planned_and_are_named():
+    setting = SMOKE.replace(leave_out=("sam", "strong SAM", "noise"))
+    assert {name for name, _ in study.labelled(setting)} == set(study.ORDER) - {"SAM", "strong SAM", "noise"}
+    assert set(study.FIGURE.plan(setting)[1]) < set(study.FIGURE.plan(SMOKE)[1])
+    assert "Left out: SAM, strong SAM, noise." in study.caption(setting)
+    assert "Left out" not in study.caption(SMOKE)
+    for name in ("ERM", "adam"):
+        with pytest.raises(UserError, match="Unknown method that can be left out"):
+            study.labelled(SMOKE.replace(leave_out=(name,)))
+
+
+def test_the_others_are_compared_and_drawn_without_those_left_out():
+    whole = frame(lambda *_: 0.0)
+    found = study.findings(whole[~whole["method"].isin(("SAM", "strong SAM"))])
+    pairs = set(zip(found["method"], found["baseline"], strict=True))
+    assert pairs == {pair for pair in study.PAIRS if not {"SAM", "strong SAM"} & set(pair)}
+    told = lines(found)
+    assert told[_claims.CLAIMS[0].words].endswith("No measurement decides this.")
+    assert "less SAM" not in told["QT-DoG is flatter than SAM and SWA"]
+    axis = plt.figure().add_subplot()
+    study._differences(axis, found[found["targets"] == study.ALL], ("target",))
+    shown = [label.get_text() for label in axis.get_yticklabels()]
+    assert len(shown) == len(pairs) and not any("SAM" in each for each in shown)
+    assert study._power(found[found["method"] != "QT-DoG"]) == "QT-DoG was left out."
 
 
 def test_the_distance_from_the_grid_is_none_on_it_and_a_quarter_off_it():

@@ -155,6 +155,7 @@ class Choices(Options):
             held_out=catalog.held_out(dataset, folder, self.held_out),
             signed=False if self.unsigned else None,
             target_logged=False if self.no_target else None,
+            leave_out=tuple(name.strip() for name in self.leave_out.split(",")) if self.leave_out else None,
         )
 
     def _model(self) -> str | None:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from flatlab.specs.settings import Setting
 
 FIELDS = {**OF_SETTING, "held_out": "held_out", "unsigned": "signed", "no_target": "target_logged"}  # of the setting
-EFFECTIVE = {*FIELDS, "model", "weights"}  # change what is planned
+EFFECTIVE = {*FIELDS, "model", "weights", "leave_out"}  # change what is planned
 Needs = tuple[Callable[["Method"], bool], str, str]
 _GRID: Needs = (lambda m: m.quantizer != "none" or m.noise != "none", "a quantizer", "add --quantizer lsq")
 _LSQ: Needs = (lambda m: m.quantizer == "lsq", "LSQ", "add --quantizer lsq")

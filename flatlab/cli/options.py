@@ -229,6 +229,9 @@ class Options:
     freeze_batchnorm: bool | None = _of_setting(COMPOSITION, "freeze_batchnorm", "--freeze-batchnorm/--train-batchnorm")
     margin: float | None = _of_setting(COMPOSITION, "margin")
     controls: bool = _of_setting(COMPOSITION, "controls", "--controls", default=False)
+    leave_out: str | None = _option(
+        COMPOSITION, "Methods of the study to leave out, such as noise,SAM; its page names them."
+    )
 
     setting: str = _option(
         SCHEDULE,
