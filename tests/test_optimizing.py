@@ -11,10 +11,11 @@ from commandline import TINY as WORDS
 from commandline import call
 from stores import PLACE, content, spec, trained
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
+from transformers.trainer_pt_utils import get_parameter_names
 
 from flatlab.loading import data as loading_data
 from flatlab.loading import network as loading_network
-from flatlab.models.networks import set_training
+from flatlab.models.networks import build_network, set_training
 from flatlab.specs.methods import METHODS, compose
 from flatlab.specs.optimizing import Optimizing, rate
 from flatlab.specs.settings import QUICK
@@ -23,6 +24,7 @@ from flatlab.train import loop
 from flatlab.train.batches import stream
 from flatlab.train.evaluate import evaluate
 from flatlab.train.objectives import erm
+from flatlab.train.trajectory import decaying, optimizer_of
 
 UPDATES = 14
 SGD = {"optimizer": "sgd", "momentum": 0.7, "lr": 0.05}
@@ -96,6 +98,33 @@ def test_a_run_is_the_plain_loop_with_torchs_optimizer(name, tmp_path):
     assert ("gradient_norm" in rows[0], "lr" in rows[0]) == (run.clip_norm is not None, run.scheduled)
     if run.scheduled:
         assert [row["lr"] for row in rows] == pytest.approx([0.05 * rate(run, row["step"], UPDATES) for row in rows])
+
+
+EXEMPT = {  # layers without decay, and whether biases have it
+    "all": ([], True),
+    "weights": ([], False),
+    "matrices": ([torch.nn.LayerNorm], False),  # the groups of transformers' Trainer
+}
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("decayed", EXEMPT)
+def test_weight_decay_leaves_out_biases_and_norms_on_request(decayed):
+    network = build_network("digits-vit", num_classes=10, in_channels=1)
+    groups = decaying(loading_network.roles(network), decayed)
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    found = {names[id(p)]: "weight_decay" in group for group in groups for p in group["params"]}
+    layers, biases = EXEMPT[decayed]
+    theirs = {name for name in get_parameter_names(network, layers) if biases or "bias" not in name}
+    assert {name for name, exempt in found.items() if not exempt} == theirs
+    assert len(found) == len(names) == sum(len(group["params"]) for group in groups)
+    optimizer = optimizer_of(spec(optimizer="adamw", weight_decay=0.1, decayed=decayed), groups)
+    before = {name: p.detach().clone() for name, p in network.named_parameters()}
+    for parameter in network.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()  # without gradients only decay moves a parameter
+    shrunk = {n for n, p in network.named_parameters() if before[n].any() and not torch.equal(p, before[n])}
+    assert shrunk == {name for name, value in before.items() if value.any() and not found[name]}
 
 
 def test_step_sizes_follow_the_schedule_of_the_weights(tmp_path):
@@ -179,10 +208,10 @@ def without(words, name):
 
 def test_the_options_make_such_runs(tmp_path, capsys):
     words = ["--optimizer", "SGD", "--momentum", "0.7", "--schedule", "cosine", "--warmup", "1", "--clip-norm", "0.8"]
-    words += ["--weight-decay", "0.01", "--class-percentile", "10"]
+    words += ["--weight-decay", "0.01", "--decayed", "weights", "--class-percentile", "10"]
     assert call("train", *WORDS, *words, "--store", tmp_path, "--json") == 0
     (run,) = RunStore(tmp_path).runs()
-    asked = {**ALL, "warmup": 1}
+    asked = {**ALL, "warmup": 1, "decayed": "weights"}
     assert {name: getattr(run.spec, name) for name in Optimizing.model_fields} == {
         name: asked[name] for name in Optimizing.model_fields
     }

@@ -246,6 +246,7 @@ class Options:
     optimizer: str | None = _of_setting(SCHEDULE, "optimizer")
     momentum: float | None = _of_setting(SCHEDULE, "momentum")
     weight_decay: float | None = _of_setting(SCHEDULE, "weight_decay")
+    decayed: str | None = _of_setting(SCHEDULE, "decayed")
     schedule: str | None = _of_setting(SCHEDULE, "schedule")
     warmup: int | None = _of_setting(SCHEDULE, "warmup")
     clip_norm: float | None = _of_setting(SCHEDULE, "clip_norm")

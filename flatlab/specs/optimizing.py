@@ -14,13 +14,20 @@ class Optimizing(Spec):
     Schedules are those of transformers (optimization.py): a linear warm-up from 0, then to 0 after the last update.
     """
 
-    later: ClassVar[tuple[str, ...]] = ("optimizer", "momentum", "schedule", "warmup", "clip_norm", "class_percentile")
+    later: ClassVar[tuple[str, ...]] = (
+        *("optimizer", "momentum", "schedule", "warmup", "clip_norm", "class_percentile", "decayed"),
+    )
 
     optimizer: Literal["adam", "adamw", "sgd"] = Field(
         "adam", description="Optimizer; adamw decouples weight decay from the gradient (Loshchilov and Hutter 2019)."
     )
     momentum: float = Field(0.9, ge=0, lt=1, description="Momentum of SGD.")
     weight_decay: float = Field(0.0, ge=0, le=1e30, description="Weight decay; step sizes have none.")
+    decayed: Literal["all", "weights", "matrices"] = Field(
+        "all",
+        description="Parameters with weight decay: all; weights, without biases; or matrices, without biases and the "
+        "weights of normalisation layers.",
+    )
     schedule: Literal["constant", "linear", "cosine"] = Field(
         "constant", description="Learning-rate schedule: constant, or a decay to 0, linear or by half a cosine."
     )

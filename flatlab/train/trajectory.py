@@ -1,7 +1,7 @@
 """The state of a training: network, optimizer and observers, which can be saved and restored."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -49,8 +49,7 @@ class Trajectory:
     def __init__(self, runs: Sequence[Run], domains: loading_data.Domains, place: Place) -> None:
         self.spec: RunSpec = runs[0].spec.trajectory
         self.network = loading_network.network(self.spec, domains.data, place)
-        groups = [{"params": list(group.values()), "role": role} for role, group in self._roles().items() if group]
-        self.optimizer = optimizer_of(self.spec, groups)
+        self.optimizer = optimizer_of(self.spec, decaying(self._roles(), self.spec.decayed))
         self.norms: list[Tensor] = []  # of the gradients before they are clipped, since the last row
         if self.spec.clip_norm:
             self.optimizer.register_step_pre_hook(self._clip)
@@ -118,7 +117,7 @@ class Trajectory:
         """
         quantizer, scales = self.spec.quantizer, loading_network.quantize(self.network, self.spec)
         if isinstance(quantizer, QuantSpec):
-            group = {"params": scales, "role": "scales", "lr": quantizer.scale_lr}
+            group = {"params": scales, "lr": quantizer.scale_lr}
             self.optimizer.add_param_group({**group, "eps": SCALE_EPS, "weight_decay": 0.0})
         if self.spec.step.freezing:
             self.disorder = disorder_of(self.network, self.spec.step.freezing)
@@ -218,6 +217,27 @@ class Trajectory:
         own = self.network.state_dict()[name.rsplit("/", 1)[-1]]
         loaded = torch.from_numpy(array.copy()).to(own.device)
         return torch.empty_like(own).copy_(loaded) if loaded.shape == own.shape else loaded
+
+
+def decaying(roles: Mapping[str, Mapping[str, nn.Parameter]], decayed: str) -> list[dict[str, Any]]:
+    """Return groups of parameters for an optimizer: those of each role, and apart from them those without weight decay.
+
+    Args:
+        roles: parameters by role and name.
+        decayed: "all", "weights" (all but biases) or "matrices" (neither biases nor other vectors).
+    """
+    groups: list[dict[str, Any]] = []
+    for parameters in roles.values():
+        exempt = {
+            name
+            for name, parameter in parameters.items()
+            if decayed != "all" and (name.endswith("bias") or (decayed == "matrices" and parameter.ndim < 2))
+        }
+        for names, changes in ((parameters.keys() - exempt, {}), (exempt, {"weight_decay": 0.0})):
+            if names:
+                own = [parameter for name, parameter in parameters.items() if name in names]
+                groups.append({"params": own, **changes})
+    return groups
 
 
 def optimizer_of(spec: RunSpec, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
