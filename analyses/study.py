@@ -114,11 +114,14 @@ def table(store: RunStore, setting: Setting) -> pd.DataFrame:
     split = "test" if setting.test_share else "out"
     accuracy = _percent.accuracies(store, runs, [(SOURCE, split), (TARGET, "in")])
     accuracy["measure"] = [_percent.READ[where] for where in zip(accuracy["panel"], accuracy["split"], strict=True)]
-    parts = [accuracy, _unrest(store, runs, setting.switch_step), _flatness(store, runs, setting)]
+    rises = tables.flatness(store, [(method, run, each) for method, run in runs for each in spheres(setting)])
+    curves = named_by_rise(rises, BASELINE)
+    parts = [accuracy, _unrest(store, runs, setting.switch_step), _flatness(curves)]
     each = pd.concat([part[[*KEYS, "value"]] for part in parts], ignore_index=True).dropna()
     whole = tables.over_seeds(each, ["measure", "method"])
     off_grid = _grid.distances(store, runs).assign(measure=GRID, over="run")
-    shown = [each.assign(over="run"), whole, _curvature(store, runs, setting), _correlations(each), off_grid]
+    curved, points = _curvature(store, runs, setting), _points(curves)
+    shown = [each.assign(over="run"), whole, curved, _correlations(each), off_grid, points]
     return pd.concat([part for part in shown if len(part)], ignore_index=True).assign(dataset=setting.dataset)
 
 
@@ -129,10 +132,23 @@ def _unrest(store: RunStore, runs: list[tuple[str, RunSpec]], since: int) -> pd.
     return long.assign(value=100 * long["value"])
 
 
-def _flatness(store: RunStore, runs: list[tuple[str, RunSpec]], setting: Setting) -> pd.DataFrame:
+def _points(curves: pd.DataFrame) -> pd.DataFrame:
+    """Return what the means of F are made from: the loss at each run, each radius, and F there with its error."""
+    away = curves[curves["radius"] > 0]
+    home = curves["panel"] + ", " + curves["normalisation"]
+    where, at = home.loc[away.index], " at " + away["rise"].map("{:g} nats".format) + ", "
+    parts = [
+        curves.assign(measure="loss, " + curves["panel"], value=curves["base_loss"]),
+        away.assign(measure="radius" + at + away["normalisation"], value=away["radius"]),
+        away.assign(measure="F" + at + where),
+        away.assign(measure="standard error of F" + at + where, value=away["stderr"]),
+    ]
+    found = pd.concat(parts, ignore_index=True)[[*KEYS, "value"]]
+    return found.drop_duplicates(KEYS).assign(over="point")
+
+
+def _flatness(curves: pd.DataFrame) -> pd.DataFrame:
     """Return the mean of F of each run; those `APART` only if their loss stays below chance as far as others'."""
-    found = tables.flatness(store, [(method, run, each) for method, run in runs for each in spheres(setting)])
-    curves = named_by_rise(found, BASELINE)
     ends = limits(curves[~curves["method"].isin(APART)])
     means = areas_by_domain(curves, ends)
     early = set()

@@ -191,10 +191,10 @@ def test_there_is_one_row_for_each_run():
     assert {"method", "held_out", "seed", "target", "target, filter"} <= set(wide)
 
 
-@pytest.mark.parametrize("apart", study.APART)
-def test_a_method_at_chance_leaves_the_others_radii_as_they_are(apart, monkeypatch):
-    def rises(*_):
-        rows = [
+def curves(apart=""):
+    """Return rises that are the radius, and of one method 0 at a loss of chance."""
+    return pd.DataFrame(
+        [
             {
                 "method": method,
                 "held_out": "photo",
@@ -204,15 +204,36 @@ def test_a_method_at_chance_leaves_the_others_radii_as_they_are(apart, monkeypat
                 "radius": radius,
             }
             | {"value": 0.0 if method == apart else radius, "base_loss": 1.95 if method == apart else 0.3}
-            | {"rise": radius, "chance": 1.9459, "each_domain": f"rot0 {radius}", "highest": radius, "ratio": 1.0}
+            | {
+                "rise": radius or float("nan"),
+                "stderr": 0.01,
+                "chance": 1.9459,
+                "each_domain": f"rot0 {radius}",
+                "highest": radius,
+                "ratio": 1.0,
+            }
             for method in ("ERM", "SAM", *study.APART)
             for panel in ("source", "target")
             for radius in (0.0, 0.25, 0.5, 1.0)
         ]
-        return pd.DataFrame(rows)
+    )
 
-    monkeypatch.setattr(study.tables, "flatness", rises)
-    found = study._flatness(None, [], SMOKE)
+
+@pytest.mark.parametrize("apart", study.APART)
+def test_a_method_at_chance_leaves_the_others_radii_as_they_are(apart):
+    found = study._flatness(curves(apart))
     assert set(found["method"]) == {"ERM", "SAM", *study.APART} - {apart}
     whole = found[found["panel"].isin(("source", "target"))]
     assert whole["value"].to_numpy() == pytest.approx(0.25)  # of a rise that is the radius, up to 0.5
+
+
+def test_what_the_means_of_flatness_are_made_from_is_kept_with_each_run():
+    found = study._points(curves())
+    wide = study.runs(found.assign(dataset="PACS")).set_index("method")
+    assert len(wide) == 2 + len(study.APART)
+    assert (wide["loss, target"] == 0.3).all()
+    for rise in (0.25, 0.5, 1.0):
+        assert (wide[f"radius at {rise:g} nats, none"] == rise).all()
+        assert (wide[f"F at {rise:g} nats, source, none"] == rise).all()
+    assert (wide["standard error of F at 1 nats, target, none"] == 0.01).all()
+    assert not any("nan" in name or "at 0 " in name for name in wide)
