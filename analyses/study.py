@@ -152,7 +152,7 @@ def _flatness(curves: pd.DataFrame) -> pd.DataFrame:
     ends = limits(curves[~curves["method"].isin(APART)])
     means = areas_by_domain(curves, ends)
     early = set()
-    for method in APART:
+    for method in [name for name in APART if name in set(curves["method"])]:
         own = limits(curves[curves["method"] == method])
         short = own[~(own["limit"].to_numpy() >= ends["limit"].to_numpy())]
         early |= {(method, *where) for where in short[WHERE].itertuples(index=False)}

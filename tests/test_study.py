@@ -225,6 +225,8 @@ def test_a_method_at_chance_leaves_the_others_radii_as_they_are(apart):
     assert set(found["method"]) == {"ERM", "SAM", *study.APART} - {apart}
     whole = found[found["panel"].isin(("source", "target"))]
     assert whole["value"].to_numpy() == pytest.approx(0.25)  # of a rise that is the radius, up to 0.5
+    rest = curves()[lambda rows: ~rows["method"].isin(study.APART)]
+    assert set(study._flatness(rest)["method"]) == {"ERM", "SAM"}
 
 
 def test_what_the_means_of_flatness_are_made_from_is_kept_with_each_run():
