@@ -6,6 +6,7 @@ the first seed. Tests are of differences paired by held-out domain and seed, in 
 figures/reference/pacs-study/PROTOCOL.md.
 """
 
+from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -14,12 +15,12 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analyses import _claims, _correlation, _grid, _percent, fig3
+from analyses import _claims, _correlation, _grid, _percent, _rows, fig3
 from flatlab import plots
 from flatlab.analysis import Analysis, crossed, from_table, once
 from flatlab.errors import choose
 from flatlab.report import spectrum, stability, tables, verdicts
-from flatlab.report.areas import UP_TO, WHERE, areas_by_domain, limits, named_by_rise
+from flatlab.report.areas import UP_TO, limits, named_by_rise
 from flatlab.report.panels import SOURCE, TARGET
 from flatlab.specs.measurement import MeasurementSpec
 from flatlab.specs.measurements import SpectrumSpec
@@ -48,7 +49,11 @@ MEASURES = {
     "target, filter": "Mean of F over ρ, target (nats)",
 }
 GRID = "distance from the 8-bit grid of the start (steps)"
-KEYS = ["measure", "method", "held_out", "seed"]
+KEYS = _rows.KEYS
+FACTS = (  # beginnings of measures that are not averaged over seeds
+    *("top eigenvalue", "trace", "distance from", "loss, ", "F at ", "standard error of F at "),
+    *(_rows.RADIUS, _rows.LIMIT),
+)
 IMAGES = {"smoke": 8, "quick": 48, "paper": 256}  # of each domain, for the curvature of one seed
 ALL, FEWER = "all targets", "without photo"
 PHOTO = ("PACS", "photo")  # the statistics of the shared weights were measured on its photographs
@@ -67,9 +72,9 @@ def methods(setting: Setting) -> list[str]:
     """Return the methods that are not left out.
 
     Raises:
-        UserError: if there is no such method, or the others are compared with it.
+        UserError: if there is no such method, or the others are compared with it and its rows are not given.
     """
-    others = [name for name in ORDER if name != BASELINE]
+    others = [name for name in ORDER if name != BASELINE or setting.rows]
     left = {choose("method that can be left out", name, others) for name in setting.leave_out}
     return [name for name in ORDER if name not in left]
 
@@ -110,19 +115,43 @@ def measured(setting: Setting) -> list[tuple[RunSpec, MeasurementSpec]]:
 
 def table(store: RunStore, setting: Setting) -> pd.DataFrame:
     """Return each measure of each run and of each method over seeds; curvature; and rank correlations over blocks."""
+    kept = _kept(setting)
+    single = pd.concat([_single(store, setting, kept), kept], ignore_index=True)
+    single = single.assign(over="run").sort_values("method", key=lambda names: names.map(ORDER.index), kind="stable")
+    each = single[~single["measure"].str.startswith(FACTS)][[*KEYS, "value"]]
+    shown = [single, tables.over_seeds(each, ["measure", "method"]), _correlations(each)]
+    return pd.concat(shown, ignore_index=True).assign(dataset=setting.dataset)
+
+
+def _single(store: RunStore, setting: Setting, kept: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of the runs of a store: a row for each run and measure."""
     runs = labelled(setting)
     split = "test" if setting.test_share else "out"
     accuracy = _percent.accuracies(store, runs, [(SOURCE, split), (TARGET, "in")])
     accuracy["measure"] = [_percent.READ[where] for where in zip(accuracy["panel"], accuracy["split"], strict=True)]
     rises = tables.flatness(store, [(method, run, each) for method, run in runs for each in spheres(setting)])
     curves = named_by_rise(rises, BASELINE)
-    parts = [accuracy, _unrest(store, runs, setting.switch_step), _flatness(curves)]
-    each = pd.concat([part[[*KEYS, "value"]] for part in parts], ignore_index=True).dropna()
-    whole = tables.over_seeds(each, ["measure", "method"])
-    off_grid = _grid.distances(store, runs).assign(measure=GRID, over="run")
-    curved, points = _curvature(store, runs, setting), _points(curves)
-    shown = [each.assign(over="run"), whole, curved, _correlations(each), off_grid, points]
-    return pd.concat([part for part in shown if len(part)], ignore_index=True).assign(dataset=setting.dataset)
+    points = _rows.points(curves)
+    _rows.same_radii(points, kept)
+    flat = _rows.flatness(curves, _rows.limits_of(kept) if len(kept) else ends(curves))
+    off_grid = _grid.distances(store, runs).assign(measure=GRID)
+    parts = [accuracy, _unrest(store, runs, setting.switch_step), flat, off_grid, points]
+    whole = pd.concat([part[[*KEYS, "value"]] for part in parts if len(part)], ignore_index=True).dropna()
+    return pd.concat([whole, _curvature(store, runs, setting)], ignore_index=True)
+
+
+def ends(curves: pd.DataFrame) -> pd.DataFrame:
+    """Return up to where flatness is read; `APART` do not bound it."""
+    return limits(curves[~curves["method"].isin(APART)])
+
+
+def _kept(setting: Setting) -> pd.DataFrame:
+    """Return the rows of methods that are left out here, from the file of another store; empty without one."""
+    if not setting.rows:
+        return pd.DataFrame(columns=[*KEYS, "value"])
+    seeds = list(range(setting.seed, setting.seed + setting.seeds))
+    where: dict[str, Any] = {"dataset": setting.dataset, "held_out": list(setting.held_out), "seeds": seeds}
+    return _rows.read(Path(setting.rows), methods=[name for name in ORDER if name not in methods(setting)], **where)
 
 
 def _unrest(store: RunStore, runs: list[tuple[str, RunSpec]], since: int) -> pd.DataFrame:
@@ -130,35 +159,6 @@ def _unrest(store: RunStore, runs: list[tuple[str, RunSpec]], since: int) -> pd.
     found = stability.numbers(stability.curves(store, logged), since)
     long = found.melt(["method", "held_out", "seed"], ["spread", "change"], "measure")
     return long.assign(value=100 * long["value"])
-
-
-def _points(curves: pd.DataFrame) -> pd.DataFrame:
-    """Return what the means of F are made from: the loss at each run, each radius, and F there with its error."""
-    away = curves[curves["radius"] > 0]
-    home = curves["panel"] + ", " + curves["normalisation"]
-    where, at = home.loc[away.index], " at " + away["rise"].map("{:g} nats".format) + ", "
-    parts = [
-        curves.assign(measure="loss, " + curves["panel"], value=curves["base_loss"]),
-        away.assign(measure="radius" + at + away["normalisation"], value=away["radius"]),
-        away.assign(measure="F" + at + where),
-        away.assign(measure="standard error of F" + at + where, value=away["stderr"]),
-    ]
-    found = pd.concat(parts, ignore_index=True)[[*KEYS, "value"]]
-    return found.drop_duplicates(KEYS).assign(over="point")
-
-
-def _flatness(curves: pd.DataFrame) -> pd.DataFrame:
-    """Return the mean of F of each run; those `APART` only if their loss stays below chance as far as others'."""
-    ends = limits(curves[~curves["method"].isin(APART)])
-    means = areas_by_domain(curves, ends)
-    early = set()
-    for method in [name for name in APART if name in set(curves["method"])]:
-        own = limits(curves[curves["method"] == method])
-        short = own[~(own["limit"].to_numpy() >= ends["limit"].to_numpy())]
-        early |= {(method, *where) for where in short[WHERE].itertuples(index=False)}
-    panel = means["panel"].where(means["panel"] == TARGET, SOURCE)
-    compared = [each not in early for each in zip(means["method"], panel, means["normalisation"], strict=True)]
-    return means[compared].assign(measure=means["panel"] + ", " + means["normalisation"])
 
 
 def _curvature(store: RunStore, runs: list[tuple[str, RunSpec]], setting: Setting) -> pd.DataFrame:
@@ -180,17 +180,6 @@ def _correlations(each: pd.DataFrame) -> pd.DataFrame:
         rows.append(found.assign(measure="Spearman with accuracy out of domain, " + found["kind"] + ": F, " + measure))
     shared = {"method": "all", "held_out": "all", "seed": "all", "over": "blocks"}
     return pd.concat(rows, ignore_index=True).drop(columns="kind").assign(**shared)
-
-
-def runs(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return a row for each run and a column for each measure.
-
-    Args:
-        frame: as `table` returns it.
-    """
-    each = frame[frame["method"].isin(ORDER) & (frame["held_out"] != "all")]
-    keys = ["dataset", "method", "held_out", "seed"]
-    return each.pivot(index=keys, columns="measure", values="value").reset_index().rename_axis(columns=None)
 
 
 @once
@@ -289,8 +278,10 @@ def _off_grid(frame: pd.DataFrame) -> list[str]:
 
 def caption(setting: Setting) -> str:
     """Return title and notes: data, seeds, intervals."""
-    left = [name for name in ORDER if name not in methods(setting)]
+    kept = set(_kept(setting)["method"])
+    left = [name for name in ORDER if name not in {*methods(setting), *kept}]
     named = f"Left out: {', '.join(left)}. " if left else ""
+    named += f"From rows of an earlier store: {', '.join(name for name in ORDER if name in kept)}. " if kept else ""
     sam = f"SAM: rho {setting.sam_rho:g}; {STRONG}, the positive control: {strong_rho(setting):g}. "
     return (
         f"Does quantization flatten, and does it help? {setting.words}\n"

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from analyses import _claims, _correlation, _grid, study
+from analyses import _claims, _correlation, _grid, _rows, study
 from flatlab.errors import UserError
 from flatlab.report import verdicts
 from flatlab.specs.settings import SMOKE, for_data
@@ -186,7 +186,7 @@ def test_the_distance_from_the_grid_is_none_on_it_and_a_quarter_off_it():
 
 def test_there_is_one_row_for_each_run():
     whole = frame(lambda *_: 0.0)
-    wide = study.runs(pd.concat([whole, whole[:1].assign(held_out="all", seed="all", over="seeds")]))
+    wide = _rows.wide(pd.concat([whole, whole[:1].assign(held_out="all", seed="all", over="seeds")]))
     assert len(wide) == len(study.ORDER) * len(TARGETS) * 3
     assert {"method", "held_out", "seed", "target", "target, filter"} <= set(wide)
 
@@ -221,17 +221,62 @@ def curves(apart=""):
 
 @pytest.mark.parametrize("apart", study.APART)
 def test_a_method_at_chance_leaves_the_others_radii_as_they_are(apart):
-    found = study._flatness(curves(apart))
-    assert set(found["method"]) == {"ERM", "SAM", *study.APART} - {apart}
-    whole = found[found["panel"].isin(("source", "target"))]
+    found = _rows.flatness(curves(apart), study.ends(curves(apart)))
+    limits = found["measure"].str.startswith(_rows.LIMIT)
+    assert set(found[limits]["method"]) == {"ERM", "SAM", *study.APART} and (found[limits]["value"] == 0.5).all()
+    assert set(found[~limits]["method"]) == {"ERM", "SAM", *study.APART} - {apart}
+    whole = found[~limits & found["panel"].isin(("source", "target"))]
     assert whole["value"].to_numpy() == pytest.approx(0.25)  # of a rise that is the radius, up to 0.5
     rest = curves()[lambda rows: ~rows["method"].isin(study.APART)]
-    assert set(study._flatness(rest)["method"]) == {"ERM", "SAM"}
+    assert set(_rows.flatness(rest, study.ends(rest))["method"]) == {"ERM", "SAM"}
+
+
+def test_another_stores_limit_is_kept_and_a_method_that_does_not_reach_it_is_not_compared():
+    own = curves("SAM")  # its loss is at chance everywhere
+    found = _rows.flatness(own, _rows.limits_of(_rows.flatness(curves(), study.ends(curves()))))
+    read = found[~found["measure"].str.startswith(_rows.LIMIT)]
+    assert set(read["method"]) == {"ERM", *study.APART}
+    low = pd.DataFrame({"panel": ["source", "target"], "normalisation": "none", "limit": 0.25})
+    mean = _rows.flatness(curves(), low)
+    assert (mean.loc[mean["measure"] == "source, none", "value"] == 0.125).all()
+
+
+def test_rows_of_another_store_are_read_as_they_were(tmp_path):
+    path, whole = tmp_path / "runs.csv", frame(lambda *_: 0.0)
+    _rows.wide(whole).to_csv(path, index=False)
+    asked = {"dataset": "PACS", "held_out": list(TARGETS), "seeds": [0, 1, 2]}
+    found = _rows.read(path, methods=["ERM", "SWA", "unheard"], **asked)
+    kept = whole[whole["method"].isin(("ERM", "SWA"))]
+    pd.testing.assert_frame_equal(
+        found.sort_values(_rows.KEYS, ignore_index=True),
+        kept[[*_rows.KEYS, "value"]].sort_values(_rows.KEYS, ignore_index=True),
+        check_dtype=False,
+    )
+    assert len(_rows.read(path, methods=["ERM"], **asked | {"seeds": [1]})) == len(kept[kept["method"] == "ERM"]) / 3
+    for changed, message in (
+        ({"dataset": "VLCS"}, "a row for each run of VLCS"),
+        ({"seeds": [0, 3]}, "must have ERM once for each of 3 held-out domains and 2 seeds, got 3 rows"),
+    ):
+        with pytest.raises(UserError, match=message):
+            _rows.read(path, methods=["ERM"], **asked | changed)
+    path.write_text("a,b\n1,2\n")
+    for broken in (path, tmp_path / "none.csv", tmp_path):
+        with pytest.raises(UserError, match=r"--rows must be a csv with a row for each run"):
+            _rows.read(broken, methods=["ERM"], **asked)
+
+
+def test_radii_of_other_rows_must_be_the_same():
+    ours = _rows.points(curves())
+    _rows.same_radii(ours, ours)
+    _rows.same_radii(ours, ours.head(0))
+    theirs = ours.assign(value=ours["value"].where(ours["measure"] != "radius at 0.5 nats, none", 0.6))
+    with pytest.raises(UserError, match=r"radius at 0.5 nats, none must be that of --rows, 0.6, got 0.5"):
+        _rows.same_radii(ours, theirs)
 
 
 def test_what_the_means_of_flatness_are_made_from_is_kept_with_each_run():
-    found = study._points(curves())
-    wide = study.runs(found.assign(dataset="PACS")).set_index("method")
+    found = _rows.points(curves())
+    wide = _rows.wide(found.assign(dataset="PACS")).set_index("method")
     assert len(wide) == 2 + len(study.APART)
     assert (wide["loss, target"] == 0.3).all()
     for rise in (0.25, 0.5, 1.0):

@@ -39,7 +39,7 @@ def _version(*, version: Annotated[bool, typer.Option("--version", help="Print t
 
 
 @app.command(epilog="Example: `flatlab reproduce fig3 --seeds 2 --dry-run`")
-@takes(*DATASET, "datasets", *TRAINING, "controls", "leave_out", *RUNNING, "out")
+@takes(*DATASET, "datasets", *TRAINING, "controls", "leave_out", "rows", *RUNNING, "out")
 def reproduce(
     chosen: Choices,
     name: Annotated[

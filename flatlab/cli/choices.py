@@ -142,6 +142,8 @@ class Choices(Options):
             catalog.locate(dataset, folder)
         start = self._start()
         weights = checks.weights(start) if start else None
+        if self.rows and not self.leave_out:
+            raise UserError("--rows does nothing without --leave-out; name the methods whose rows it has.")
         if self.epochs and self.steps:
             raise UserError(f"--epochs {self.epochs} sets the number of steps; leave --steps {self.steps} out.")
         changes = {field: getattr(self, option) for option, field in OF_SETTING.items()}
@@ -156,6 +158,7 @@ class Choices(Options):
             signed=False if self.unsigned else None,
             target_logged=False if self.no_target else None,
             leave_out=tuple(name.strip() for name in self.leave_out.split(",")) if self.leave_out else None,
+            rows=str(self.rows) if self.rows else None,
         )
 
     def _model(self) -> str | None:

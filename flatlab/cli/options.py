@@ -232,6 +232,9 @@ class Options:
     leave_out: str | None = _option(
         COMPOSITION, "Methods of the study to leave out, such as noise,SAM; its page names them."
     )
+    rows: Path | None = _option(
+        COMPOSITION, "Rows of single runs (runs.csv) of an earlier store, of methods that --leave-out names."
+    )
 
     setting: str = _option(
         SCHEDULE,

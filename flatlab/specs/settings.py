@@ -17,7 +17,7 @@ class Setting(LSQOptions, Optimizing):
 
     later = ("inq_grid", *LSQOptions.later, "noise_amplitude", "target_logged", "sagm_alpha", "perturb")
     later += ("qat_bits", *(f"freeze_{name}" for name in (*FreezeSpec.model_fields, "share")))
-    later += (*Optimizing.later, "epochs", "sizes", "named", "margin", "leave_out")
+    later += (*Optimizing.later, "epochs", "sizes", "named", "margin", "leave_out", "rows")
 
     name: str
     dataset: str = "digits"
@@ -147,6 +147,7 @@ class Setting(LSQOptions, Optimizing):
         False, description="Add runs that separate quantization from freezing (fig4), or those of CLIPood (table6)."
     )
     leave_out: tuple[str, ...] = ()  # methods of a study
+    rows: str = ""  # file with rows of methods that are left out
     others: tuple["Setting", ...] = ()  # settings of further data sets
 
     @property
