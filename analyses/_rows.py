@@ -3,12 +3,14 @@
 Torch-free.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from flatlab.errors import UserError
+from flatlab.report import verdicts
 from flatlab.report.areas import WHERE, areas_by_domain, limits
 from flatlab.report.panels import SOURCE, TARGET
 
@@ -52,6 +54,30 @@ def flatness(curves: pd.DataFrame, ends: pd.DataFrame) -> pd.DataFrame:
     runs = curves[["method", "held_out", "seed"]].drop_duplicates().merge(ends, how="cross")
     read = runs.assign(measure=LIMIT + runs["panel"] + ", " + runs["normalisation"], value=runs["limit"])
     return pd.concat([found, read], ignore_index=True)
+
+
+def means(frame: pd.DataFrame, titles: Mapping[str, str]) -> pd.DataFrame:
+    """Return mean ± standard error over seeds: a line for each method over all held-out domains and for each of them.
+
+    Args:
+        frame: the table of the study.
+        titles: of the measures, in the order of the columns.
+    """
+    each = frame[(frame["over"] == "run") & frame["measure"].isin(titles)]
+    by_target = each.groupby(["measure", "method", "held_out"], sort=False)["value"]
+    apart = by_target.agg(value="mean", stderr="sem").reset_index()
+    whole = frame[(frame["over"] == "seeds") & frame["measure"].isin(titles)]
+    found = pd.concat([whole, apart], ignore_index=True)
+    digits = verdicts.digits_of(titles[measure] for measure in found["measure"])
+    cells = [
+        f"{value:.{d}f}" + (f" ± {error:.{d}f}" if np.isfinite(error) else "")
+        for value, error, d in zip(found["value"], found["stderr"], digits, strict=True)
+    ]
+    named = found.assign(cell=cells, measure=found["measure"].map(titles))
+    table = named.pivot_table(
+        index=["held_out", "method"], columns="measure", values="cell", aggfunc="first", sort=False
+    )
+    return table[[title for title in titles.values() if title in table]].fillna("").reset_index()
 
 
 def wide(frame: pd.DataFrame) -> pd.DataFrame:
@@ -108,11 +134,19 @@ def same_radii(ours: pd.DataFrame, theirs: pd.DataFrame) -> None:
             )
 
 
-def limits_of(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return up to where the flatness of rows was read: `panel`, `normalisation`, `limit`."""
-    found = _common(rows, LIMIT)
-    parts = [name.removeprefix(LIMIT).split(", ") for name in found.index]
-    return pd.DataFrame(parts, columns=["panel", "normalisation"]).assign(limit=found.to_numpy())
+def limits_of(rows: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
+    """Return up to where the flatness of rows was read, as the nearest radius of curves: as `limits`, without the rest.
+
+    Args:
+        rows: with the limits of another store.
+        curves: rows of runs, with radii that are the same but for rounding (`same_radii`).
+    """
+    found, known = [], curves.groupby("normalisation")["radius"].unique()
+    for name, limit in _common(rows, LIMIT).items():
+        panel, normalisation = str(name).removeprefix(LIMIT).split(", ")
+        radii = known[normalisation]
+        found.append({"panel": panel, "normalisation": normalisation, "limit": radii[np.argmin(abs(radii - limit))]})
+    return pd.DataFrame(found)
 
 
 def _common(rows: pd.DataFrame, beginning: str) -> pd.Series:

@@ -57,6 +57,7 @@ FACTS = (  # beginnings of measures that are not averaged over seeds
 IMAGES = {"smoke": 8, "quick": 48, "paper": 256}  # of each domain, for the curvature of one seed
 ALL, FEWER = "all targets", "without photo"
 PHOTO = ("PACS", "photo")  # the statistics of the shared weights were measured on its photographs
+MEANS = "Means over seeds, ± standard error; accuracies in percent, also of each held-out domain"
 SUMMARY = (
     "Differences paired by held-out domain and seed, 95 % intervals over seeds, each alone; * p < 0.05 after Holm "
     "within the family"
@@ -133,10 +134,14 @@ def _single(store: RunStore, setting: Setting, kept: pd.DataFrame) -> pd.DataFra
     curves = named_by_rise(rises, BASELINE)
     points = _rows.points(curves)
     _rows.same_radii(points, kept)
-    flat = _rows.flatness(curves, _rows.limits_of(kept) if len(kept) else ends(curves))
+    flat = _rows.flatness(curves, _rows.limits_of(kept, curves) if len(kept) else ends(curves))
     off_grid = _grid.distances(store, runs).assign(measure=GRID)
     parts = [accuracy, _unrest(store, runs, setting.switch_step), flat, off_grid, points]
-    whole = pd.concat([part[[*KEYS, "value"]] for part in parts if len(part)], ignore_index=True).dropna()
+    whole = pd.concat([part[[*KEYS, "value"]] for part in parts if len(part)], ignore_index=True)
+    lacking = whole["value"].isna().groupby([whole["measure"], whole["method"]]).transform("any")
+    whole = whole[
+        ~lacking
+    ]  # a mean needs all runs: the ratio of F over domains is none where their mean is not above 0
     return pd.concat([whole, _curvature(store, runs, setting)], ignore_index=True)
 
 
@@ -282,13 +287,17 @@ def caption(setting: Setting) -> str:
     left = [name for name in ORDER if name not in {*methods(setting), *kept}]
     named = f"Left out: {', '.join(left)}. " if left else ""
     named += f"From rows of an earlier store: {', '.join(name for name in ORDER if name in kept)}. " if kept else ""
-    sam = f"SAM: rho {setting.sam_rho:g}; {STRONG}, the positive control: {strong_rho(setting):g}. "
+    rho = {
+        "SAM": f"SAM: rho {setting.sam_rho:g}. ",
+        STRONG: f"{STRONG}, the positive control: {strong_rho(setting):g}. ",
+    }
+    rhos = "".join(words for name, words in rho.items() if name not in left)
     return (
         f"Does quantization flatten, and does it help? {setting.words}\n"
         f"Held out in turn: {', '.join(setting.held_out)}; differences paired by held-out domain and seed, bars: "
         f"{setting.interval}, each alone, filled where p < 0.05 after Holm. F: rise of the loss, mean up to radii "
         f"where ERM's (first seed) is {UP_TO} nats on the source domains, {spheres(setting)[0].effort}. "
-        f"{'' if 'SAM' in left else sam}{named}"
+        f"{rhos}{named}"
         f"Stability from step {setting.switch_step} on. "
         "Last panel: a point is a run, less the mean of all methods at its held-out domain and seed."
     )
@@ -376,5 +385,7 @@ FIGURE = Analysis(
     remarks=remarks,
     caption=caption,
     draw=from_table(draw),
+    sheet=lambda frame: _rows.means(frame, MEASURES),
+    sheet_title=MEANS,
     alone=True,
 )

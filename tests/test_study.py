@@ -231,9 +231,24 @@ def test_a_method_at_chance_leaves_the_others_radii_as_they_are(apart):
     assert set(_rows.flatness(rest, study.ends(rest))["method"]) == {"ERM", "SAM"}
 
 
+def test_the_means_are_over_seeds_for_all_targets_and_for_each():
+    each = frame(lambda measure, method, target: 3.0 * (target == "sketch") * (measure == "target"), spread=0.0)
+    each = each[each["method"].isin(("ERM", "SWA"))]
+    each = pd.concat([each, study.tables.over_seeds(each, ["measure", "method"])], ignore_index=True)
+    found = _rows.means(each, study.MEASURES).set_index(["held_out", "method"])["Out of domain (points)"]
+    assert list(found.index)[:2] == [("all", "ERM"), ("all", "SWA")] and len(found) == 2 * (1 + len(TARGETS))
+    assert found["sketch", "SWA"] == "83.00 ± 0.00" and found["photo", "ERM"] == "80.00 ± 0.00"
+    assert found["all", "SWA"] == "81.00 ± 0.00"
+    alone = _rows.means(each[each["seed"].isin((0, "all"))], study.MEASURES).set_index(["held_out", "method"])
+    assert alone["Out of domain (points)"]["photo", "ERM"] == "80.00"
+
+
 def test_another_stores_limit_is_kept_and_a_method_that_does_not_reach_it_is_not_compared():
     own = curves("SAM")  # its loss is at chance everywhere
-    found = _rows.flatness(own, _rows.limits_of(_rows.flatness(curves(), study.ends(curves()))))
+    theirs = _rows.flatness(curves(), study.ends(curves()))
+    near = theirs.assign(value=theirs["value"] * (1 - 1e-12))  # rounding, from one store to another
+    assert (_rows.limits_of(near, own)["limit"] == 0.5).all()
+    found = _rows.flatness(own, _rows.limits_of(near, own))
     read = found[~found["measure"].str.startswith(_rows.LIMIT)]
     assert set(read["method"]) == {"ERM", *study.APART}
     low = pd.DataFrame({"panel": ["source", "target"], "normalisation": "none", "limit": 0.25})

@@ -62,6 +62,8 @@ def reproduce(
     if draw_only:
         redraw(chosen, name, reference=reference)
         return
+    if chosen.leave_out is None:
+        chosen.refuse(["rows"], "without --leave-out, which names the methods that it has")
     setting, runs, place = chosen.make_setting(), chosen.runs(), chosen.place()
     if name == "all":
         everything(chosen, reference=reference)

@@ -142,8 +142,6 @@ class Choices(Options):
             catalog.locate(dataset, folder)
         start = self._start()
         weights = checks.weights(start) if start else None
-        if self.rows and not self.leave_out:
-            raise UserError("--rows does nothing without --leave-out; name the methods whose rows it has.")
         if self.epochs and self.steps:
             raise UserError(f"--epochs {self.epochs} sets the number of steps; leave --steps {self.steps} out.")
         changes = {field: getattr(self, option) for option, field in OF_SETTING.items()}
