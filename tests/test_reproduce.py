@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from test_architecture import without_torch
 
-from analyses import fig3, table4
+from analyses import _rows, fig3, study, table4
 from flatlab import reproduce
 from flatlab.analysis import Analysis
 from flatlab.resources import published
@@ -32,6 +32,29 @@ def _made(root, names):
         own += ("--seeds", "1") if reproduce.analysis(name).alone else ()
         codes[name] = commandline.call("reproduce", name, *words, *own)
     return root, words, codes
+
+
+@pytest.mark.slow
+def test_a_study_is_finished_from_the_rows_of_a_store_that_is_gone(tmp_path):
+    there = ("QT-DoG", "freeze", "SAM")
+    words = ("--setting", "smoke", "--seeds", "1", "--held-out", "rot0")
+
+    def made(name, *names, rows=()):
+        left = ",".join(method for method in study.ORDER if method not in names)
+        own = ("--store", tmp_path / name, "--out", tmp_path / name, "--leave-out", left)
+        assert commandline.call("reproduce", "study", *words, *own, *rows) == 0
+        frame = pd.read_csv(tmp_path / name / "study.csv")
+        return frame, frame[frame["over"] == "run"].set_index(["method", "measure", "held_out"])["value"].sort_index()
+
+    rows = tmp_path / "runs.csv"
+    whole, each = made("whole", "ERM", *there)
+    _rows.wide(whole[whole["method"].isin(("ERM", "QT-DoG"))]).to_csv(rows, index=False)
+    assert commandline.call("train", *words, "--method", "erm", "--store", tmp_path / "again") == 0
+    _, joined = made("again", "freeze", "SAM", rows=("--rows", rows))
+    pd.testing.assert_series_equal(joined, each, rtol=1e-9)
+    page = (tmp_path / "again" / "study.md").read_text()
+    assert "From rows of an earlier store: ERM, QT-DoG." in page
+    assert "Left out: SWA, SWAD, SMA, strong SAM, QT-DoG 4 bits, release-parity, noise." in page
 
 
 @pytest.fixture(scope="module")
