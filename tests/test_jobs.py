@@ -101,6 +101,15 @@ def test_a_child_without_its_parent_trains_alone(store):
     assert jobs_plan.missing(store, [ERM, QT.replace(switch=0)], [], sizes=SIZES)[1].needs == ()  # nothing to share
 
 
+def test_a_state_that_was_kept_costs_nothing_again(store):
+    (whole,) = jobs_plan.missing(store, [QT], [], sizes=SIZES)
+    kept = store.run(ERM).state(f"fork-{QT.switch}")
+    kept.parent.mkdir(parents=True)
+    kept.touch()
+    (rest,) = jobs_plan.missing(store, [QT], [], sizes=SIZES)
+    assert rest.passes == jobs_plan.training_passes(QT, SIZES, forked=True) < whole.passes
+
+
 def test_costs(store):
     assert all(job.passes > 0 for job in _todo(store))
     alone, forked = (jobs_plan.training_passes(QT, SIZES, forked=forked) for forked in (False, True))

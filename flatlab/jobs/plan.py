@@ -114,7 +114,7 @@ def missing(store: RunStore, runs: Sequence[RunSpec], measurements: Wanted, *, s
             f"Run {gone.digest} was imported, not trained here, and this store lacks it: import its file again"
             " (`flatlab import FILE`)."
         )
-    training = _training([spec for spec in lacking.values() if not spec.made_from], sizes)
+    training = _training(store, [spec for spec in lacking.values() if not spec.made_from], sizes)
     making = [_making(spec, lacking, sizes) for spec in lacking.values() if spec.made_from]
     measuring = [*_measuring(store, before, set(lacking), sizes), *_measuring(store, measurements, set(lacking), sizes)]
     return _with_distinct_names([*training, *making, *measuring])
@@ -171,7 +171,7 @@ def _lacking(store: RunStore, wanted: Sequence[RunSpec]) -> dict[str, RunSpec]:
     return {**lacking, **_lacking(store, deeper)} if deeper else lacking
 
 
-def _training(lacking: Sequence[RunSpec], sizes: Sizes) -> list[Job]:
+def _training(store: RunStore, lacking: Sequence[RunSpec], sizes: Sizes) -> list[Job]:
     groups: dict[str, list[RunSpec]] = {}
     for spec in lacking:
         groups.setdefault(spec.trajectory.digest, []).append(spec)
@@ -194,11 +194,16 @@ def _training(lacking: Sequence[RunSpec], sizes: Sizes) -> list[Job]:
             runs=tuple(group),
             forks=tuple(sorted(forks.get(digest, ()))),
             needs=(parents[digest],) if digest in parents else (),
-            passes=training_passes(group[0], sizes, forked=digest in parents),
+            passes=training_passes(group[0], sizes, forked=digest in parents or _forks(store, group[0])),
         )
         for digest, group in leaders.items()
     ]
     return sorted(jobs, key=lambda job: (bool(job.needs), -len(job.forks), -job.passes))
+
+
+def _forks(store: RunStore, spec: RunSpec) -> bool:
+    """Return whether a finished training kept the state that a run forks from."""
+    return bool(spec.parent and store.run(spec.parent).lineage.state(f"fork-{spec.switch}").exists())
 
 
 def _making(spec: RunSpec, lacking: Mapping[str, RunSpec], sizes: Sizes) -> Job:
