@@ -28,6 +28,16 @@ def overhead(found: Any) -> Iterator[Line]:
         )
 
 
+def point(found: Any) -> Iterator[Line]:
+    """Return the cost of a point of a large network, and the memory."""
+    middle, low, high = found["points"]["six radii"]
+    what = f"a point over a bare pass, each direction at six radii: {found['parameters']:,} parameters"
+    yield what, f"at most {found['goal']:g}", f"{middle:.2f} [{low:.2f}, {high:.2f}]", middle <= found["goal"]
+    vectors, most = found["vectors"], found["goal_vectors"]
+    holds = round(vectors, 2) <= most  # a few bytes more are the scalars of the losses
+    yield "memory for that, in vectors of the parameters", f"at most {most}", f"{vectors:.1f}", holds
+
+
 def flatness(found: Any) -> Iterator[Line]:
     """Return how many times fewer images than the plain procedure flatness to 2 % takes."""
     for row in found["rows"]:
@@ -95,6 +105,7 @@ def training_on_a_gpu(found: Any) -> Iterator[Line]:
 
 PAGES: dict[str, Callable[[Any], Iterator[Line]]] = {
     "overhead": overhead,
+    "point": point,
     "flatness": flatness,
     "coverage": coverage,
     "curvature": curvature,

@@ -1,6 +1,7 @@
 """The landscape against dense autograd, against itself cut otherwise, and against those who would make it lie."""
 
 import copy
+from itertools import accumulate
 
 import cases
 import numpy as np
@@ -17,6 +18,7 @@ from flatlab import seeds
 from flatlab.derivatives.operators import Hessian
 from flatlab.errors import UserError
 from flatlab.landscape.landscape import Landscape
+from flatlab.metrics.flatness.sphere import sphere_flatness
 from flatlab.quant.attach import attach, bake, scales
 from flatlab.tensors import flat
 
@@ -454,3 +456,25 @@ def test_data_that_were_written_to_are_refused(which):
 def test_a_model_is_a_module():
     with pytest.raises(UserError, match="must be a torch.nn.Module, got function"):
         Landscape(F.relu, [(torch.randn(4, 2), torch.arange(4) % 2)], F.cross_entropy)
+
+
+def _most_alive(work):
+    """Return the most bytes of tensors that some work keeps alive at a time, beyond those before it."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
+        work()
+    changes = [each.nbytes() for each in seen.profiler.kineto_results.events() if each.name() == "[memory]"]
+    return max(accumulate(changes, initial=0))
+
+
+@pytest.mark.parametrize("normalisation", ["none", "filter"])
+def test_opening_and_measuring_take_few_copies_of_the_parameters(normalisation):
+    """A network of many parameters and few activations: the landscape's copy, the moved point and the direction."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(1024, 2048), nn.ReLU(), nn.Linear(2048, 1024)).eval()
+    data = [(torch.randn(4, 1024), torch.arange(4))]
+    vector = 4 * sum(each.numel() for each in model.parameters())
+    made = []
+    opened = _most_alive(lambda: made.append(Landscape(model, data, F.cross_entropy)))
+    assert opened < 4.2 * vector  # its own copy, a direction, the gradient, and one layer's while it is computed
+    words = {"num_samples": 2, "normalisation": normalisation}
+    assert _most_alive(lambda: sphere_flatness(made[0], [0.1, 0.2], **words)) < 2.7 * vector

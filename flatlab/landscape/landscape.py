@@ -37,7 +37,7 @@ from flatlab.landscape.opening import Opening
 from flatlab.landscape.own_loss import OwnLoss
 from flatlab.seeds import generator
 from flatlab.tensors.calls import call
-from flatlab.tensors.flat import flatten, select, split_like, widened
+from flatlab.tensors.flat import flatten, length, select, split_like, widened
 from flatlab.tensors.losses import Metric, Noted, sample_losses, total, total_and_hits, totals, weight
 from flatlab.tensors.memory import SplitOnOOM
 from flatlab.tensors.nested import Batch, Data, part, read_strata, recut, same, span, spread
@@ -117,6 +117,11 @@ class Landscape:
         return self._w0.clone()
 
     @property
+    def parts(self) -> list[Tensor]:
+        """Views of the point with the shapes of the parameters, not to be written to."""
+        return self.split(self._w0)
+
+    @property
     def num_params(self) -> int:
         """The number of parameters, P."""
         return self._w0.numel()
@@ -134,7 +139,7 @@ class Landscape:
     @property
     def norm(self) -> float:
         """The Euclidean length of the point."""
-        return float(torch.linalg.vector_norm(self._w0, dtype=torch.float64))
+        return float(length(self._w0))
 
     @property
     def resolution(self) -> float:

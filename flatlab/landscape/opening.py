@@ -85,7 +85,8 @@ class Opening:
         if rounding(self.model, self.named.values()):
             return []  # the gradient is intentionally that of another function
         few = self._few()
-        part = Slice([*self.named], [*self.named.values()], partial(self._value, few), partial(self._gradient, few))
+        looks = partial(self.visiting, None), partial(self._value, few), partial(self._gradient, few)
+        part = Slice([*self.named], [*self.named.values()], *looks)
         try:
             still = check_slope(part)
         except (RuntimeError, MemoryError) as error:  # values need no gradient
@@ -98,15 +99,15 @@ class Opening:
         most = [max(1, min(count // SHARE, MOST // len(counts))) for count in counts]
         return list(chain(*(spread(each, count) for each, count in zip(self.batches, most, strict=True))))
 
-    def _value(self, few: Sequence[Batch], vector: Tensor) -> float:
-        with self.visiting(vector), torch.no_grad():
+    def _value(self, few: Sequence[Batch]) -> float:
+        with torch.no_grad():
             sums = [self.total(self.forward(batch.inputs), batch) for batch in few]
             return float(torch.stack(sums).sum()) / sum(batch.size for batch in few)
 
-    def _gradient(self, few: Sequence[Batch], vector: Tensor) -> list[Tensor | None]:
+    def _gradient(self, few: Sequence[Batch]) -> list[Tensor | None]:
         tensors, count = [*self.named.values()], sum(batch.size for batch in few)
         found: list[Tensor | None] = [None] * len(tensors)
-        with self.visiting(vector), torch.enable_grad():
+        with torch.enable_grad():
             for batch in few:
                 loss = self.total(call(self.model, batch.inputs), batch) / count
                 slopes = torch.autograd.grad(loss, tensors, allow_unused=True) if loss.requires_grad else found

@@ -6,14 +6,17 @@ to compare with, and at a minimum the slope is zero.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from flatlab.errors import UserError
 from flatlab.seeds import generator
-from flatlab.tensors.flat import flatten, scales_of, split_like
+from flatlab.tensors.flat import PIECE, length, sizes_of, split_like
 
 DRAWS = 3  # the check must fail in two of three draws
 AWAY = 0.03  # of each tensor's size: by which the point is moved
@@ -24,19 +27,21 @@ ROUNDINGS = 16  # of a loss of 1, or of the loss if it is larger
 
 @dataclass(frozen=True)
 class Slice:
-    """A loss on some samples, as a function of flat vectors (P,).
+    """A loss on some samples, as a function of the parameters, which are moved in place: that takes no copies.
 
     Attributes:
         names: of the parameters.
         tensors: the parameters.
-        value: the mean loss.
+        moving: restores them at its end.
+        value: the mean loss where they are.
         gradient: its derivative by each parameter; None for a parameter that the graph does not contain.
     """
 
     names: Sequence[str]
     tensors: Sequence[Tensor]
-    value: Callable[[Tensor], float]
-    gradient: Callable[[Tensor], Sequence[Tensor | None]]
+    moving: Callable[[], AbstractContextManager[None]]
+    value: Callable[[], float]
+    gradient: Callable[[], Sequence[Tensor | None]]
 
 
 @dataclass(frozen=True)
@@ -75,29 +80,64 @@ def check_slope(part: Slice) -> list[str]:
 
 def _slope(part: Slice, draw: int, only: int | None = None, known: Slope | None = None) -> Slope:
     """Return both slopes along a random direction, or along its entries in one parameter (`only`)."""
-    rng = generator("slope", "probe", draw)
-    scales = scales_of(part.tensors)
-    point = flatten(part.tensors)
-    away, direction = (scales * torch.randn(len(scales), generator=rng).to(scales) for _ in range(2))
-    here = point + AWAY * away
-    slopes = known.gradient if known else part.gradient(here)
-    gradient = flatten(torch.zeros_like(t) if s is None else s for s, t in zip(slopes, part.tensors, strict=True))
-    gradient = gradient.double()
-    if only is not None:
-        pieces = split_like(direction, part.tensors)
-        direction = flatten(piece if index == only else torch.zeros_like(piece) for index, piece in enumerate(pieces))
-    eps = torch.finfo(point.dtype).eps
-    steps = eps ** (1 / 3), eps ** (1 / 3) / FINER
+    rng, sizes = generator("slope", "probe", draw), sizes_of(part.tensors)
+    eps = torch.finfo(part.tensors[0].dtype).eps
     of_loss, of_autograd, floor = list[float](), list[float](), 0.0
-    for step in steps:
-        ends = here + step * direction, here - step * direction
-        high, low = (part.value(end) for end in ends)
-        of_loss.append((high - low) / (2 * step))
-        of_autograd.append(float(gradient @ (ends[0].to(gradient) - ends[1].to(gradient))) / (2 * step))
-        floor = ROUNDINGS * eps * max(1.0, abs(high), abs(low)) / (2 * step)
+    with part.moving():
+        _move(part.tensors, _drawn(rng, part.tensors, sizes), AWAY)
+        direction = _drawn(rng, part.tensors, sizes)
+        slopes = known.gradient if known else [s if s is None else s.to_dense() for s in part.gradient()]
+        for index, piece in enumerate(direction):
+            if only not in (None, index):
+                piece.zero_()
+        for step in (eps ** (1 / 3), eps ** (1 / 3) / FINER):
+            _move(part.tensors, direction, step)
+            high = part.value()
+            fallen = _move(part.tensors, direction, -2 * step, slopes)
+            low = part.value()
+            _move(part.tensors, direction, step)
+            of_loss.append((high - low) / (2 * step))
+            of_autograd.append(-fallen / (2 * step))
+            floor = ROUNDINGS * eps * max(1.0, abs(high), abs(low)) / (2 * step)
     off = [one - other for one, other in zip(of_loss, of_autograd, strict=True)]
-    slack = SLACK * float((gradient * scales.to(gradient)).norm()) + 10 * abs(off[0] - off[1]) + floor
+    norms = [0.0 if slope is None else size * float(length(slope)) for slope, size in zip(slopes, sizes, strict=True)]
+    slack = SLACK * float(np.linalg.norm(norms)) + 10 * abs(off[0] - off[1]) + floor
     return Slope(of_loss[1], of_autograd[1], slack, slopes)
+
+
+def _drawn(rng: Generator, tensors: Sequence[Tensor], sizes: Sequence[float]) -> list[Tensor]:
+    """Return random steps of the sizes of the tensors."""
+    noise = torch.randn(sum(tensor.numel() for tensor in tensors), generator=rng).to(tensors[0])
+    steps = split_like(noise, tensors)
+    for step, size in zip(steps, sizes, strict=True):
+        step.mul_(size)
+    return steps
+
+
+@torch.no_grad()
+def _move(
+    tensors: Sequence[Tensor], steps: Sequence[Tensor], factor: float, slopes: Sequence[Tensor | None] = ()
+) -> float:
+    """Add steps to tensors in place; return, if slopes are given, their product in float64 with what was added."""
+    risen = 0.0
+    for index, (tensor, step) in enumerate(zip(tensors, steps, strict=True)):
+        slope = slopes[index] if slopes else None
+        if slope is None:
+            tensor.add_(step, alpha=factor)
+            continue
+        for few in _pieces(tensor):
+            before = tensor[few].to(torch.float64, copy=True)
+            tensor[few] += factor * step[few]
+            risen += float(((tensor[few].double() - before) * slope[few].double()).sum())
+    return risen
+
+
+def _pieces(tensor: Tensor) -> Sequence[Any]:
+    """Return indices of parts of a tensor along its first axis."""
+    if tensor.ndim == 0:
+        return [...]
+    rows = max(1, PIECE // max(1, tensor[:1].numel()))
+    return [slice(start, start + rows) for start in range(0, len(tensor), rows)]
 
 
 def _refuse_false(part: Slice, first: Slope) -> None:

@@ -10,6 +10,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from flatlab.errors import UserError
 
+PIECE = 2**17  # entries that are computed with in float64 at a time
 WRAPPED = re.compile(r"^((module|_orig_mod)\.)+")
 
 
@@ -65,17 +66,34 @@ def split_like(vector: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
     return [piece.view(tensor.shape) for piece, tensor in zip(pieces, tensors, strict=True)]
 
 
-def scales_of(tensors: Sequence[Tensor]) -> Tensor:
-    """Return for each entry (P,) the root mean square of its tensor; that of all tensors if its tensor is zero.
+def length(vector: Tensor) -> Tensor:
+    """Return the Euclidean length of a tensor in float64, piece by piece: at once it would take two more copies."""
+    pieces = torch.split(vector.detach().reshape(-1), PIECE)
+    found: Tensor = torch.stack([torch.linalg.vector_norm(x, dtype=torch.float64) for x in pieces]).norm()
+    return found
 
-    Steps in these units have the same relative size in layers of small and of large weights. If all are zero, the
-    scales are 1.
+
+def row_lengths(matrix: Tensor) -> Tensor:
+    """Return the lengths (n,) of the rows of a matrix in float64, a few rows at a time."""
+    rows = torch.split(matrix, max(1, PIECE // max(1, matrix.shape[1])))
+    return torch.cat([torch.linalg.vector_norm(few, dim=1, dtype=torch.float64) for few in rows])
+
+
+def sizes_of(tensors: Sequence[Tensor]) -> list[float]:
+    """Return the root mean square of each tensor; that of all tensors if it is zero, or 1 if all are.
+
+    Steps in these units have the same relative size in layers of small and of large weights.
     """
-    sizes = [float(tensor.detach().double().square().mean().sqrt()) if tensor.numel() else 0.0 for tensor in tensors]
     counts = [tensor.numel() for tensor in tensors]
+    sizes = [float(length(t)) / n**0.5 if n else 0.0 for t, n in zip(tensors, counts, strict=True)]
     whole = sum(count * size**2 for count, size in zip(counts, sizes, strict=True)) / max(sum(counts), 1)
-    filled = [torch.full_like(t, size or whole**0.5 or 1.0).reshape(-1) for t, size in zip(tensors, sizes, strict=True)]
-    return torch.cat(filled).detach()
+    return [size or whole**0.5 or 1.0 for size in sizes]
+
+
+def scales_of(tensors: Sequence[Tensor]) -> Tensor:
+    """Return for each entry (P,) the size of its tensor, as `sizes_of` returns it."""
+    sizes = zip(tensors, sizes_of(tensors), strict=True)
+    return torch.cat([torch.full_like(tensor, size).reshape(-1) for tensor, size in sizes]).detach()
 
 
 def refuse_overlap(found: Tensor, written: Tensor) -> None:

@@ -10,6 +10,7 @@ from flatlab.landscape.landscape import Landscape
 from flatlab.metrics.flatness.perturbations import draw_direction
 from flatlab.metrics.flatness.sampler import Draws
 from flatlab.results.sphere import Normalisation, SphereFlatness
+from flatlab.tensors.flat import length
 
 HELD = 0.005  # relative change of a step's length by rounding that is accepted: 1 % of F
 WIDER = {torch.bfloat16: "float32", torch.float16: "float32", torch.float32: "float64"}
@@ -63,13 +64,15 @@ def rounded(landscape: Landscape, radii: FloatArray, normalisation: Normalisatio
         radii: (R,) distances above zero.
         normalisation: of the directions.
     """
-    w, ratios = landscape.point, {}
+    ratios = {}
     kind = next(iter(landscape.named.values())).dtype  # of the model
     direction = draw_direction(landscape, 0, 0, normalisation=normalisation)
-    length = float(torch.linalg.vector_norm(direction, dtype=torch.float64))
+    long = float(length(direction))
+    pairs = list(zip(landscape.parts, landscape.split(direction), strict=True))
     for radius in radii.tolist():
-        stored = torch.add(w, direction.to(w), alpha=radius).to(kind).to(w).sub_(w)  # exact: both are of similar size
-        ratio = float(torch.linalg.vector_norm(stored, dtype=torch.float64)) / (radius * length) if length else 1.0
+        # Exact: both are of similar size.
+        stored = [length(torch.add(w, z, alpha=radius).to(kind).to(w).sub_(w)) for w, z in pairs]
+        ratio = float(torch.stack(stored).norm()) / (radius * long) if long else 1.0
         if abs(ratio - 1) > HELD:
             ratios[radius] = ratio
     if not ratios:

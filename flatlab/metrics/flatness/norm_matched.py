@@ -21,6 +21,7 @@ from flatlab.metrics.units import Keep, Unit, forget
 from flatlab.results.rounding import RoundingRise, cost_of
 from flatlab.results.sphere import Normalisation, SamplingPlan
 from flatlab.seeds import base_seed
+from flatlab.tensors.flat import length
 
 
 def typical_rise(
@@ -56,7 +57,7 @@ def typical_rise(
     cost = cost_of(len(vectors), num_samples, landscape.num_samples)
     return RoundingRise(
         names=tuple(vectors),
-        norms=np.array([_length(each) for each in vectors.values()]),
+        norms=np.array([float(length(each)) for each in vectors.values()]),
         rises=np.array([rises[0] for rises in own]),
         reverses=np.array([rises[1] for rises in own]),
         visits=tuple(visits),
@@ -69,14 +70,10 @@ def typical_rise(
 
 
 def _checked(name: str, vector: Tensor) -> Tensor:
-    length = _length(vector)
-    if not (np.isfinite(length) and length > 0):
-        raise UserError(f"The perturbation {name!r} must be finite and not zero, but its length is {length}.")
+    long = float(length(vector))
+    if not (np.isfinite(long) and long > 0):
+        raise UserError(f"The perturbation {name!r} must be finite and not zero, but its length is {long}.")
     return vector
-
-
-def _length(vector: Tensor) -> float:
-    return float(torch.linalg.vector_norm(vector, dtype=torch.float64))
 
 
 def _own(landscape: Landscape, name: str, vector: Tensor, keep: Keep) -> FloatArray:

@@ -9,6 +9,7 @@ from flatlab.errors import UserError, choose
 from flatlab.landscape.landscape import Landscape
 from flatlab.results.sphere import Normalisation
 from flatlab.seeds import generator
+from flatlab.tensors.flat import PIECE, length, row_lengths
 
 Noise = Literal["sphere", "normal", "uniform"]
 
@@ -35,11 +36,11 @@ def draw_direction(
     if noise == "uniform":
         drawn = 2 * torch.rand(landscape.num_params, generator=rng, device=device) - 1
     if normalisation != "none":
-        return scale_to_weights(drawn, landscape, normalisation, like)
+        return _scaled(landscape.as_point(drawn), landscape, normalisation, like)
     if noise == "sphere":
-        drawn.div_(torch.linalg.vector_norm(drawn, dtype=torch.float64))
+        drawn.div_(length(drawn))
         if like is not None:
-            drawn.mul_(float(torch.linalg.vector_norm(like, dtype=torch.float64)))
+            drawn.mul_(float(length(like)))
     return landscape.as_point(drawn)
 
 
@@ -52,18 +53,22 @@ def scale_to_weights(
     and biases are fixed. "parameter" multiplies each entry of all tensors by |w| (Kwon et al. 2021).
     A vector `like` (P,), such as a perturbation, replaces the weights. Zero entries stay zero.
     """
-    scaled = landscape.as_point(vector).clone()
-    lengths = landscape.point if like is None else like
-    for z, w in zip(landscape.split(scaled), landscape.split(lengths), strict=True):
+    return _scaled(landscape.as_point(vector).clone(), landscape, normalisation, like)
+
+
+def _scaled(vector: Tensor, landscape: Landscape, normalisation: Normalisation, like: Tensor | None) -> Tensor:
+    """Scale a direction in place, and return it."""
+    lengths = landscape.parts if like is None else landscape.split(like)
+    for z, w in zip(landscape.split(vector), lengths, strict=True):
         if normalisation == "parameter":
             z.mul_(w.abs())
         elif w.ndim < 2:
             z.zero_()
         elif normalisation == "filter":
-            z.mul_(_ratios(_lengths(w), _lengths(z)))
+            _multiply(z, _ratios(_lengths(w), _lengths(z)))
         else:
             z.mul_(_ratios(w.norm(), z.norm()))
-    return scaled
+    return vector
 
 
 def reach(landscape: Landscape, normalisation: Normalisation) -> float:
@@ -72,7 +77,7 @@ def reach(landscape: Landscape, normalisation: Normalisation) -> float:
         return 1.0
     if normalisation == "parameter":
         return landscape.norm
-    moved = [w for w in landscape.split(landscape.point) if w.ndim > 1]
+    moved = [w for w in landscape.parts if w.ndim > 1]
     return float(torch.stack([_lengths(w).square().sum() for w in moved]).sum().sqrt())
 
 
@@ -88,24 +93,23 @@ def check_normalisation(normalisation: str, landscape: Landscape) -> Normalisati
     """
     known: tuple[Normalisation, ...] = get_args(Normalisation)
     name = known[known.index(choose("normalisation", normalisation, known))]
-    if name in ("filter", "layer") and all(w.ndim < 2 for w in landscape.split(landscape.point)):
+    if name in ("filter", "layer") and all(w.ndim < 2 for w in landscape.parts):
         raise UserError(
             f'normalisation="{name}" moves tensors of more than one axis, but the landscape has none: write "none".'
         )
     return name
 
 
-def _length(vector: Tensor) -> Tensor:
-    """Return the length of a long vector to 1e-6: float32 is less accurate, float64 takes 20 times as long."""
-    pieces = torch.split(vector, 2**15)  # short enough for one thread
-    lengths = torch.stack([torch.linalg.vector_norm(piece) for piece in pieces])
-    return lengths.double().square().sum().sqrt()
+def _multiply(tensor: Tensor, factors: Tensor) -> None:
+    """Multiply each filter in place, a few at a time: float64 factors would make float64 copies of all."""
+    few = max(1, PIECE // max(1, tensor[:1].numel()))
+    for filters, own in zip(torch.split(tensor, few), torch.split(factors, few), strict=True):
+        filters.mul_(own)
 
 
 def _lengths(tensor: Tensor) -> Tensor:
     """Return the length of each filter, in float64, shaped to scale the tensor."""
-    flat = torch.linalg.vector_norm(tensor.flatten(1), dim=1, dtype=torch.float64)
-    return torch.reshape(flat, (-1, *[1] * (tensor.ndim - 1)))
+    return torch.reshape(row_lengths(tensor.flatten(1)), (-1, *[1] * (tensor.ndim - 1)))
 
 
 def _ratios(wanted: Tensor, lengths: Tensor) -> Tensor:

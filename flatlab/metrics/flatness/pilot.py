@@ -102,10 +102,9 @@ def _table(
     table = np.zeros((2, len(radii), len(blocks), directions, images))
     ends, drawing = np.stack([radii, -radii]), 0.0
     with landscape.moving() as at, np.errstate(invalid="ignore"):
-        still = landscape.point
         for g, block in enumerate(blocks):
             each = landscape.gather(block.by_sample())
-            base = at(still, 0.0, block=each)
+            base = at(landscape.point, 0.0, block=each)
             for d in range(directions):
                 start = time.perf_counter()
                 direction = draw_direction(landscape, seed, -1 - g * directions - d, normalisation=normalisation)

@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from flatlab.arguments import FloatArray
@@ -222,7 +221,7 @@ class Sampler:
         index = visit % len(partition)
         block = landscape.gather(partition[index])
         if (which, size, index) not in self._bases:
-            self._bases[which, size, index] = at(torch.zeros_like(landscape.point), 0.0, block=block)
+            self._bases[which, size, index] = at(landscape.point, 0.0, block=block)
         return np.asarray(self.losses(which, at, plans, visit, block=block) - self._bases[which, size, index])
 
     def losses(self, which: int, at: Move, plans: Sequence[SamplingPlan], visit: int, **where: Any) -> FloatArray:
