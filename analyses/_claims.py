@@ -102,7 +102,10 @@ def sentences(findings: pd.DataFrame, names: Mapping[str, str]) -> Iterator[str]
     for claim in CLAIMS:
         mine = findings[[claim.holds(row) for row in findings.to_dict("records")]]
         parts = [f"{which}: {_sentence(claim, rows, names)}" for which, rows in mine.groupby("targets", sort=False)]
-        yield f"{claim.words}. {' '.join(parts) or 'No measurement decides this.'}{claim.note}"
+        made = set(zip(mine["method"], mine["baseline"], strict=True))
+        lacking = [f"{method} less {base}" for method, base in claim.pairs if parts and (method, base) not in made]
+        left = f" Not measured: {', '.join(lacking)}." if lacking else ""
+        yield f"{claim.words}. {' '.join(parts) or 'No measurement decides this.'}{left}{claim.note if parts else ''}"
 
 
 def _sentence(claim: Claim, rows: pd.DataFrame, names: Mapping[str, str]) -> str:

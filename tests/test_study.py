@@ -161,7 +161,8 @@ def test_the_others_are_compared_and_drawn_without_those_left_out():
     assert pairs == {pair for pair in study.PAIRS if not {"SAM", "strong SAM"} & set(pair)}
     told = lines(found)
     assert told[_claims.CLAIMS[0].words].endswith("No measurement decides this.")
-    assert "less SAM" not in told["QT-DoG is flatter than SAM and SWA"]
+    assert told["QT-DoG is flatter than SAM and SWA"].endswith("Not measured: QT-DoG less SAM.")
+    assert "Not measured" not in told["QT-DoG is flatter than ERM"]
     axis = plt.figure().add_subplot()
     study._differences(axis, found[found["targets"] == study.ALL], ("target",))
     shown = [label.get_text() for label in axis.get_yticklabels()]
