@@ -130,7 +130,7 @@ def same_radii(ours: pd.DataFrame, theirs: pd.DataFrame) -> None:
         if not np.isclose(own[measure], other[measure], rtol=APART):
             raise UserError(
                 f"The {measure} must be that of --rows, {other[measure]:.4g}, got {own[measure]:.4g}: the baseline's "
-                "first seed was trained anew and lies elsewhere."
+                "first seed was trained again, and is another network."
             )
 
 

@@ -138,9 +138,7 @@ def _single(store: RunStore, setting: Setting, kept: pd.DataFrame) -> pd.DataFra
     parts = [accuracy, _unrest(store, runs, setting.switch_step), flat, off_grid, points]
     whole = pd.concat([part[[*KEYS, "value"]] for part in parts if len(part)], ignore_index=True)
     lacking = whole["value"].isna().groupby([whole["measure"], whole["method"]]).transform("any")
-    whole = whole[
-        ~lacking
-    ]  # a mean needs all runs: the ratio of F over domains is none where their mean is not above 0
+    whole = whole[~lacking]  # means need all runs; the ratio of F over domains is NaN where their mean is not above 0
     return pd.concat([whole, _curvature(store, runs, setting)], ignore_index=True)
 
 
