@@ -117,7 +117,7 @@ class Trajectory:
         """
         quantizer, scales = self.spec.quantizer, loading_network.quantize(self.network, self.spec)
         if isinstance(quantizer, QuantSpec):
-            group = {"params": scales, "lr": quantizer.scale_lr}
+            group = {"params": scales, "role": "scales", "lr": quantizer.scale_lr}
             self.optimizer.add_param_group({**group, "eps": SCALE_EPS, "weight_decay": 0.0})
         if self.spec.step.freezing:
             self.disorder = disorder_of(self.network, self.spec.step.freezing)
@@ -227,7 +227,7 @@ def decaying(roles: Mapping[str, Mapping[str, nn.Parameter]], decayed: str) -> l
         decayed: "all", "weights" (all but biases) or "matrices" (neither biases nor other vectors).
     """
     groups: list[dict[str, Any]] = []
-    for parameters in roles.values():
+    for role, parameters in roles.items():
         exempt = {
             name
             for name, parameter in parameters.items()
@@ -236,7 +236,7 @@ def decaying(roles: Mapping[str, Mapping[str, nn.Parameter]], decayed: str) -> l
         for names, changes in ((parameters.keys() - exempt, {}), (exempt, {"weight_decay": 0.0})):
             if names:
                 own = [parameter for name, parameter in parameters.items() if name in names]
-                groups.append({"params": own, **changes})
+                groups.append({"params": own, "role": role, **changes})
     return groups
 
 
