@@ -81,13 +81,14 @@ def means(frame: pd.DataFrame, titles: Mapping[str, str]) -> pd.DataFrame:
 
 
 def wide(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return a row for each run and a column for each measure.
+    """Return a row for each run and a column for each measure, in the order of the frame.
 
     Args:
         frame: as a table of the study; rows over seeds or over runs are left out.
     """
     each = frame[(frame["held_out"] != "all") & (frame["method"] != "all")]
-    return each.pivot(index=RUN, columns="measure", values="value").reset_index().rename_axis(columns=None)
+    table = each.pivot(index=RUN, columns="measure", values="value")
+    return table[each["measure"].unique()].reset_index().rename_axis(columns=None)
 
 
 def read(path: Path, *, dataset: str, methods: list[str], held_out: list[str], seeds: list[int]) -> pd.DataFrame:

@@ -238,7 +238,8 @@ def remarks(frame: pd.DataFrame) -> list[str]:
     sentences.append(verdicts.statement(found[~primary], name="Other tests (secondary)"))
     if found["seeds"].max() > 1:
         sentences.append(_power(found))
-    return [*sentences, *_ranks(frame), *_curved(frame), *_off_grid(frame), RELEASED]
+    released = [RELEASED] if "release-parity" in set(frame["method"]) else []
+    return [*sentences, *_ranks(frame), *_curved(frame), *_off_grid(frame), *released]
 
 
 def _power(found: pd.DataFrame) -> str:
