@@ -93,7 +93,7 @@ def verdict_of(claim: Claim, tests: pd.DataFrame) -> str:
 
 
 def sentences(findings: pd.DataFrame, names: Mapping[str, str]) -> Iterator[str]:
-    """Yield a line for each claim: the verdict, the tests with intervals, and the number of seeds that would decide.
+    """Yield a line for each claim: the verdict, the tests with intervals, and, if undecided, how many seeds would tell.
 
     Args:
         findings: with verdicts, `seeds`, `targets` and `seeds_needed`.
@@ -116,9 +116,9 @@ def _sentence(claim: Claim, rows: pd.DataFrame, names: Mapping[str, str]) -> str
         f"{verdicts.bracketed(row['value'], row['low'], row['high'], starred=row['p_holm'] < verdicts.LEVEL)}"
         for row in rows.to_dict("records")
     ]
-    seeds, needed = int(rows["seeds"].max()), rows["seeds_needed"].max()
-    what = f"; {needed:,.0f} seeds would tell" if np.isfinite(needed) else ""
-    return f"**{verdict_of(claim, rows)}** ({seeds} {'seed' if seeds == 1 else 'seeds'}; {', '.join(tests)}{what})."
+    verdict, seeds, needed = verdict_of(claim, rows), int(rows["seeds"].max()), rows["seeds_needed"].max()
+    what = f"; {needed:,.0f} seeds would tell" if verdict == UNKNOWN and np.isfinite(needed) else ""
+    return f"**{verdict}** ({seeds} {'seed' if seeds == 1 else 'seeds'}; {', '.join(tests)}{what})."
 
 
 def powered(findings: pd.DataFrame, base: Mapping[tuple[str, str], float]) -> pd.DataFrame:

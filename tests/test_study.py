@@ -50,6 +50,9 @@ def test_a_claim_is_supported_contradicted_or_undecided():
     assert "**contradicted**" in told["QT-DoG is steadier than ERM after the switch"]
     assert "**cannot be told at this size**" in told["QT-DoG is flatter than ERM"]
     assert "**supported**" in told[_claims.CLAIMS[0].words]
+    assert {name for name, line in told.items() if "seeds would tell" in line} == {
+        name for name, line in told.items() if _claims.UNKNOWN in line
+    }
     assert all("without photo" in line and "5 seeds" in line for line in told.values())
 
 
