@@ -478,3 +478,4 @@ def test_opening_and_measuring_take_few_copies_of_the_parameters(normalisation):
     assert opened < 4.2 * vector  # its own copy, a direction, the gradient, and one layer's while it is computed
     words = {"num_samples": 2, "normalisation": normalisation}
     assert _most_alive(lambda: sphere_flatness(made[0], [0.1, 0.2], **words)) < 2.7 * vector
+    assert _most_alive(lambda: sphere_flatness(made[0], "auto", **words)) < 2.7 * vector  # nor while radii are found

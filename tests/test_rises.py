@@ -83,6 +83,13 @@ def test_on_a_quadratic_the_radii_are_those_of_the_closed_form():
     np.testing.assert_allclose(found, np.sqrt(2 * np.array(RISES) / drawn.mean().item()), rtol=4 * spread)
 
 
+def test_directions_of_large_models_are_drawn_again_to_the_same_radii(monkeypatch):
+    landscape = bowl(torch.rand(50, generator=seeds.generator("bowl"), dtype=torch.float64))
+    held = pilot.reached(Sampler([landscape], 0, "none"), RISES)
+    monkeypatch.setattr(pilot, "KEPT", 10)
+    np.testing.assert_array_equal(pilot.reached(Sampler([landscape], 0, "none"), RISES), held)
+
+
 def test_what_is_said_to_be_forwarded_is():
     landscape = bowl(torch.ones(50, dtype=torch.float64), shift=0.2)
     sampler, seen = Sampler([landscape], 0, "none"), []

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from itertools import islice
 
 import numpy as np
@@ -176,6 +176,7 @@ def foresee(found: Components, size: int, blocks: int, tolerance: float, between
 
 LOW, HIGH, PLACES = 0.01, 2.0, 6  # range of rises (nats) of automatic radii, and their number
 PAIRS, STEPS = 8, 12  # pairs of directions used to find them, each on a block, and steps of a bisection
+KEPT = 2**20  # parameters up to which these directions are held; larger ones are drawn again at each radius
 OCTAVES = (-10.0, 6.0)  # powers of 2 of the weights' norm that are searched
 BETWEEN = 9  # places between which the rise is interpolated
 Rise = Callable[[float], float]
@@ -250,16 +251,20 @@ def _rising(sampler: Sampler) -> Iterator[Rise]:
     """Yield the mean rise at a radius along eight pairs of directions, each on a block."""
     landscape = sampler.landscapes[0]
     gathered = [landscape.gather(block) for block in _spanned(sampler)]
-    drawn = [draw_direction(landscape, sampler.seed, -1 - k, normalisation=sampler.normalisation) for k in range(PAIRS)]
+
+    @lru_cache(PAIRS if landscape.num_params <= KEPT else 0)
+    def drawn(k: int) -> Tensor:
+        return draw_direction(landscape, sampler.seed, -1 - k, normalisation=sampler.normalisation)
+
     with landscape.moving() as at, np.errstate(invalid="ignore"):
-        bases = [at(direction, 0.0, block=each).mean() for direction, each in zip(drawn, gathered, strict=True)]
+
+        def mean(radii: float | list[float]) -> float:
+            return float(np.mean([at(drawn(k), radii, block=each).mean() for k, each in enumerate(gathered)]))
+
+        base = mean(0.0)
 
         def rise(radius: float) -> float:
-            ends = [
-                at(direction, [radius, -radius], block=each).mean()
-                for direction, each in zip(drawn, gathered, strict=True)
-            ]
-            return float(np.mean(ends) - np.mean(bases))
+            return mean([radius, -radius]) - base
 
         yield rise
 
