@@ -108,7 +108,7 @@ def passed(executor: str, count: int, seconds: float, work: Path) -> Row:
     Start: until the first job has begun. Each: from the first job's end to the last one's, for each job and worker,
     less the job's length. End: from the last job's end to that of the command. All in seconds.
     """
-    with tempfile.TemporaryDirectory(dir=work) as folder:
+    with tempfile.TemporaryDirectory(dir=work, ignore_cleanup_errors=True) as folder:  # a late worker may still write
         store, times = RunStore(Path(folder) / "store"), Path(folder) / "times"
         times.mkdir()
         store.root.mkdir()

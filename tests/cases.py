@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from flatlab import seeds
 from flatlab.landscape.landscape import Landscape
+from flatlab.metrics import closed_forms
 from flatlab.metrics.flatness import sphere
 from flatlab.metrics.flatness.perturbations import draw_direction
 from flatlab.metrics.flatness.sampler import Sampler
@@ -115,18 +116,8 @@ def make(name):
     return Case(model.eval(), inputs, torch.randint(0, 3, (24,), generator=rng))
 
 
-class Quadratic(nn.Module):
-    """L(w) = 1/2 (w - c)' H (w - c) + b' w for each sample, a closed form for all that measures curvature."""
-
-    def __init__(self, hessian, start=None, slope=None):
-        super().__init__()
-        self.w = nn.Parameter(torch.zeros(len(hessian), dtype=hessian.dtype) if start is None else start.clone())
-        self.register_buffer("hessian", hessian)
-        self.register_buffer("slope", torch.zeros_like(hessian[0]) if slope is None else slope)
-
-    def forward(self, x):
-        value = 0.5 * self.w @ self.hessian @ self.w + self.slope @ self.w
-        return value + 0 * x
+class Quadratic(closed_forms.Quadratic):
+    """The quadratic of the self-test, as a landscape."""
 
     def landscape(self, **kwargs):
         data = [(torch.zeros(2, dtype=self.w.dtype), torch.zeros(2))]

@@ -9,6 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flatlab import seeds
 from flatlab.landscape.landscape import Landscape
+from flatlab.metrics import closed_forms
 
 LAYOUTS = ("one", "uneven", "strata")
 
@@ -20,9 +21,7 @@ def normal(*names, shape):
 def rotated(eigenvalues, *names):
     """A symmetric matrix with these eigenvalues in a random basis."""
     values = torch.as_tensor(np.asarray(eigenvalues, dtype=np.float64))
-    basis = torch.linalg.qr(normal(*names, shape=(len(values), len(values))))[0]
-    matrix = basis @ torch.diag(values) @ basis.T
-    return (matrix + matrix.T) / 2
+    return closed_forms.rotated(values, normal(*names, shape=(len(values), len(values))))
 
 
 def quadratic(eigenvalues, *names):
@@ -91,16 +90,6 @@ def dense_outer(name, layout, kind):
 
 
 def softmax_regression():
-    """Inputs (40, 4) and a linear classifier of three classes with no bias, in two uneven batches, and its Hessian.
-
-    H = mean over samples of (diag p - p p') kron x x' (Boehning 1992).
-    """
-    model = torch.nn.Linear(4, 3, bias=False).double().eval()
-    x, y = normal("softmax", "x", shape=(40, 4)), torch.arange(40) % 3
-    with torch.no_grad():
-        model.weight.copy_(normal("softmax", "w", shape=(3, 4)))
-        p = model(x).softmax(1)
-    middle = torch.diag_embed(p) - p[:, :, None] * p[:, None]
-    hessian = sum(torch.kron(m, torch.outer(v, v)) for m, v in zip(middle, x, strict=True)) / 40
-    batches = [(x[:29], y[:29]), (x[29:], y[29:])]
-    return Landscape(model, batches, torch.nn.functional.cross_entropy), hessian
+    """The landscape of a linear classifier in two uneven batches, and its Hessian in closed form."""
+    golden = closed_forms.softmax_regression({"device": "cpu", "dtype": torch.float64})
+    return golden.landscape, golden.hessian

@@ -91,7 +91,13 @@ def test_one_word_means_one_thing():
                 shared.setdefault(param.name, set()).add((param.help, tuple(param.opts)))
     assert set(shared) == set(options.WORDS)  # each is used somewhere, and is the same wherever it is used
     several = {name for name, meanings in shared.items() if len(meanings) > 1}
-    assert several == {"activations"}  # of training, how inputs of layers are quantized; of export, how they are stored
+    # Of training, how inputs of layers are quantized; of export, how they are stored.
+    assert several == {"activations", *options.SELECTING}
+    for name, command in named.items():
+        helps = {param.name: param.help for param in command.params}
+        if {"held_out", "seed"} <= set(helps):
+            selects = [helps[each].startswith("Select the runs") for each in ("held_out", "seed")]
+            assert selects == 2 * ["method" not in helps and "dataset" not in helps], name
 
 
 def test_help_names_the_bounds_choices_and_defaults_of_the_fields():

@@ -3,17 +3,15 @@
 import cases
 import numpy as np
 import pytest
+import spectra
 import torch
 
-from flatlab import seeds
 from flatlab.metrics.flatness.sphere import sphere_flatness
 from flatlab.metrics.flatness.worst import worst_rise
 
 
 def matrix(size=12):
-    basis, _ = torch.linalg.qr(torch.randn(size, size, generator=seeds.generator("worst"), dtype=torch.float64))
-    values = torch.linspace(-1.0, 4.0, size, dtype=torch.float64)
-    return (basis * values) @ basis.T
+    return spectra.rotated(np.linspace(-1.0, 4.0, size), "worst")
 
 
 def test_on_a_quadratic_it_is_the_largest_eigenvalue():

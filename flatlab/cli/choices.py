@@ -15,6 +15,7 @@ from flatlab.cli.errors import reported
 from flatlab.cli.options import (
     CLUSTERS,
     MODELS,
+    NAMED,
     OF_SETTING,
     SIDES,
     WORDS,
@@ -295,7 +296,8 @@ def takes(
     """
     fields = {name: field for name, (field, _) in (asks or {}).items()}
     options = {name: field_option(name, info) for name, (_, info) in (asks or {}).items()}
-    options |= {word: shared_option(word) for word in words}
+    selecting = set(NAMED) <= {*words} and "dataset" not in words
+    options |= {word: shared_option(word, selecting=selecting) for word in words}
 
     def wrap(command: Callable[..., None]) -> Callable[..., None]:
         def run(context: typer.Context, **given: Any) -> None:

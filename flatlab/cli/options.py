@@ -2,6 +2,7 @@
 
 import operator
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
@@ -266,18 +267,18 @@ class Options:
     workers: int | None = _option(
         PLACE,
         "Number of worker processes (default: one per core; one on an accelerator).",
-        rule=Rule(bounds=(("ge", 1), ("le", 1024))),
+        rule=Rule.of(Engine.model_fields["workers"]),
     )
     executor: str = _option(
         CLUSTER,
-        "Where the workers are started: on this machine, as a Slurm array, or as tasks of Ray.",
+        Engine.model_fields["executor"].description or "",
         default="local",
         rule=Rule.of(Engine.model_fields["executor"]),
     )
     max_workers: int | None = _option(
         CLUSTER,
         "Number of workers on the cluster (default: one per job, at most 16). Only with --executor slurm or ray.",
-        rule=Rule(bounds=(("ge", 1), ("le", 10_000))),
+        rule=Rule.of(Engine.model_fields["workers"]),
     )
     gpus: int | None = _of_engine("gpus", used_by="slurm or ray")
     cpus: int | None = _of_engine("cpus", used_by="slurm or ray")
@@ -316,7 +317,11 @@ WORDS = {each.name: each for each in fields(Options)}
 TYPES = get_type_hints(Options)
 OF_SETTING = {name: each.metadata["setting"] for name, each in WORDS.items() if "setting" in each.metadata}
 
-NAMED = ("held_out", "seed")  # select among the runs of a method
+NAMED = ("held_out", "seed")  # select among the runs of a method, in commands that take runs
+SELECTING = {
+    "held_out": "Select the runs of a method by their held-out domains: names or indices (sketch,photo), or all.",
+    "seed": "Select the runs of a method by their seed (default: the smallest).",
+}
 WHERE = ("data_dir", "model_dir")  # where what a run was trained from lies now
 CLUSTERS = {  # the options that only some executors take
     **dict.fromkeys(("max_workers", "gpus", "cpus", "memory"), ("slurm", "ray")),
@@ -374,7 +379,15 @@ def field_option(name: str, info: FieldInfo) -> Option:
     return Option(Annotated[str if rule.choices else info.annotation, option], info.default, rule)
 
 
-def shared_option(word: str) -> Option:
-    """Return a shared option."""
-    made = WORDS[word].metadata
-    return Option(Annotated[TYPES[word], made["option"]], WORDS[word].default, made["rule"])
+def shared_option(word: str, *, selecting: bool = False) -> Option:
+    """Return a shared option.
+
+    Args:
+        word: its name in `Options`.
+        selecting: whether the command takes runs, among which `NAMED` select.
+    """
+    info, rule = WORDS[word].metadata["option"], WORDS[word].metadata["rule"]
+    if selecting and word in SELECTING:
+        info = copy(info)
+        info.help = rule.help(SELECTING[word])
+    return Option(Annotated[TYPES[word], info], WORDS[word].default, rule)

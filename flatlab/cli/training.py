@@ -15,6 +15,7 @@ from flatlab.cli.options import DATASET, MODELS, NAMED, QUANTIZER, RUNNING, STEP
 from flatlab.errors import UserError, choose
 from flatlab.specs.deploy import OnnxSpec
 from flatlab.specs.measurement import MeasurementSpec
+from flatlab.specs.measurements import LatencySpec
 from flatlab.specs.methods import PARTS
 
 commands = Commands()
@@ -222,13 +223,16 @@ def _export_onnx(chosen: Choices, runs: list[Any], path: Path, place: Any, how: 
     epilog="Examples: `flatlab latency QT-DoG --held-out rot45`, `flatlab latency net.onnx`, "
     "`flatlab latency --model resnet50 --image-size 224`"
 )
-@takes(*NAMED, "model", "image_size", *WHERE, "cache", "store", "json", "debug")
+@takes(
+    *(*NAMED, "model", "image_size", *WHERE, "cache", "store", "json", "debug"),
+    asks=asked(LatencySpec, "rounds"),
+)
 def latency(
     chosen: Choices,
+    fields: dict[str, Any],
     given: Annotated[
         list[str] | None, typer.Argument(metavar="[RUN|FILE]...", help="Runs, or ONNX files (.onnx).")
     ] = None,
-    rounds: Annotated[int, typer.Option(help="Rounds, in each of which every engine is called once.", min=6)] = 30,
 ) -> None:
     """Time networks on this processor: in torch and onnxruntime, in floats, with integer weights and in int8.
 
@@ -253,10 +257,12 @@ def latency(
     found = chosen.found([each for each in names if not each.endswith(".onnx")]) if len(files) < len(names) else []
     place = reproduce.place_of(found, chosen.place())[0] if found else chosen.place()
     with engines(found, files, place, named=named) as ready:
-        times = timed(ready, rounds=rounds)
+        times = timed(ready, **fields)
     rows = times.to_frame().drop(columns="accuracy")
     formats = dict.fromkeys(("median_ms", "low_ms", "high_ms", "peak_mb"), ".2f")
-    chosen.answer(rows, f"Milliseconds a batch: medians of {rounds} calls, 95 % intervals; {times.processor}", formats)
+    chosen.answer(
+        rows, f"Milliseconds a batch: medians of {fields['rounds']} calls, 95 % intervals; {times.processor}", formats
+    )
     if not chosen.json:
         for remark in times.remarks:
             say(remark, mark="")

@@ -43,25 +43,39 @@ class Golden:
 
 
 class Quadratic(nn.Module):
-    """L(w) = w'Hw / 2, for each sample."""
+    """L(w) = w'Hw / 2 + b'w, for each sample.
 
-    def __init__(self, hessian: Tensor) -> None:
+    Args:
+        hessian: H (P, P).
+        start: the point (P,); 0 if not given.
+        slope: b (P,); 0 if not given.
+    """
+
+    def __init__(self, hessian: Tensor, start: Tensor | None = None, slope: Tensor | None = None) -> None:
         super().__init__()
-        self.w = nn.Parameter(torch.zeros(len(hessian), dtype=hessian.dtype))
+        self.w = nn.Parameter(torch.zeros_like(hessian[0]) if start is None else start.clone())
         self.register_buffer("hessian", hessian)
+        self.register_buffer("slope", torch.zeros_like(hessian[0]) if slope is None else slope)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the value, once for each sample."""
         curvature: Any = self.hessian
-        value: Tensor = self.w @ curvature @ self.w / 2 + 0 * inputs
-        return value
+        slope: Any = self.slope
+        value: Tensor = 0.5 * self.w @ curvature @ self.w + slope @ self.w
+        return value + 0 * inputs
+
+
+def rotated(eigenvalues: Tensor, draw: Tensor) -> Tensor:
+    """Return a symmetric matrix (P, P) with these eigenvalues (P,), in the basis that a random draw (P, P) spans."""
+    basis = torch.linalg.qr(draw)[0]
+    matrix: Tensor = basis @ torch.diag(eigenvalues) @ basis.T
+    return (matrix + matrix.T) / 2
 
 
 def quadratic(where: Any, spectrum: tuple[float, ...] = SPECTRUM) -> Golden:
     """A quadratic with this spectrum in a random basis, at its critical point."""
-    basis = torch.linalg.qr(_normal("quadratic", len(spectrum), len(spectrum)))[0]
-    hessian = basis @ torch.diag(torch.tensor(spectrum, dtype=torch.float64)) @ basis.T
-    hessian = (hessian + hessian.T) / 2
+    size = len(spectrum)
+    hessian = rotated(torch.tensor(spectrum, dtype=torch.float64), _normal("quadratic", size, size))
     data = [(torch.zeros(2).to(**where), torch.zeros(2).to(**where))]
     landscape = Landscape(Quadratic(hessian).to(**where).eval(), data, lambda outputs, targets: outputs)
     return Golden(landscape, hessian, lambda w: 0.5 * ((w @ hessian) * w).sum(1))

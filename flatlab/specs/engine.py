@@ -20,8 +20,10 @@ SlurmArgument = Annotated[str, AfterValidator(_key_and_value)]
 class Engine(Spec):
     """Where workers are started, and what each of them gets."""
 
-    executor: Literal["local", "slurm", "ray"] = Field("local", description="Where the workers are started.")
-    workers: int = Field(1, ge=1)
+    executor: Literal["local", "slurm", "ray"] = Field(
+        "local", description="Where the workers are started: on this machine, as a Slurm array, or as tasks of Ray."
+    )
+    workers: int = Field(1, ge=1, le=10_000)
     gpus: int = Field(0, ge=0, le=64, description="GPUs of each worker.")
     cpus: int = Field(1, ge=1, le=1024, description="Cores, and threads, of each worker.")
     memory: int | None = Field(None, ge=1, le=65536, description="Memory of each worker in GB.")

@@ -149,7 +149,7 @@ class SphereSpec(MeasurementSpec):
     )
     normalisation: Normalisation = Field(
         "none",
-        description="Unit of the radii: none (L2 distance), or a share of the norm of each filter, layer or weight.",
+        description="Unit of the radii: none (L2 distance), or a share of the norm of each filter, layer or parameter.",
     )
 
     @property
