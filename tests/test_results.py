@@ -198,9 +198,8 @@ def test_maps_are_read_back(inked):
 
 def test_results_alone_know_the_names_of_stored_arrays():
     root = Path(__file__).parents[1]
-    folders = ("flatlab/measure", "flatlab/report", "flatlab/store", "flatlab/cli", "analyses")
     found = set()
-    for path in [each for folder in folders for each in sorted((root / folder).glob("*.py"))]:
+    for path in [each for folder in ("flatlab", "analyses") for each in sorted((root / folder).rglob("*.py"))]:
         for call in [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]:
             name, text = getattr(call.func, "attr", ""), ast.unparse(call)
             reads = name == "load_arrays" and ".result" in text and path.stem != "runs"  # where `Run.result` is
