@@ -44,6 +44,7 @@ GOAL = 5.0  # seconds to list, and to plan, 2,160 runs
 MANY = 100_000  # runs, on paper
 QUOTA = 1_000_000  # files that many clusters allow a user
 WORKERS = 2
+PATIENCE = 30.0  # seconds for workers to end
 Row = dict[str, Any]
 
 
@@ -105,8 +106,8 @@ def cost(*words: object, rounds: int) -> dict[str, float]:
 def passed(executor: str, count: int, seconds: float, work: Path) -> Row:
     """Return what an engine adds to jobs of a length.
 
-    Start: until the first job has begun. Each: from the first job's end to the last one's, for each job and worker,
-    less the job's length. End: from the last job's end to that of the command. All in seconds.
+    Start: until the first job has begun. Each: from the first job's end to the last one's, for each further job and
+    worker, less the job's length. End: from the last job's end to that of the command. All in seconds.
     """
     with tempfile.TemporaryDirectory(dir=work, ignore_cleanup_errors=True) as folder:  # a late worker may still write
         store, times = RunStore(Path(folder) / "store"), Path(folder) / "times"
@@ -122,17 +123,25 @@ def passed(executor: str, count: int, seconds: float, work: Path) -> Row:
         ended = time.time()
         assert errors == [], errors
         ends = sorted(path.stat().st_mtime for path in store.root.glob("*/done"))
-        workers = [json.loads(path.read_text()) for path in times.glob("*.json")]
+        workers = recorded(times, min(WORKERS, count))
     assert len(ends) == count
     row = {"executor": executor, "jobs": count, "length": seconds, "wall": ended - began, "end": ended - ends[-1]}
     row["start"] = ends[0] - began - seconds
     if count > WORKERS:
-        row["each"] = (ends[-1] - ends[0]) * len(workers) / (count - 1) - seconds
+        row["each"] = (ends[-1] - ends[0]) * len(workers) / (count - len(workers)) - seconds
         busy = sum(ends[-1] - ends[0] for _ in workers)
         row |= {kind: sum(each[kind] for each in workers) / busy for kind in ("locks", "checks", "polls")}
         own = [np.diff(each["processor"]) for each in workers if len(each["processor"]) > 1]
         row["processor"] = float(np.concatenate(own).mean())
     return row
+
+
+def recorded(folder: Path, count: int) -> list[Row]:
+    """Return what workers have written of themselves; on a cluster they end after the command, or never started."""
+    until = time.monotonic() + PATIENCE
+    while len(found := sorted(folder.glob("*.json"))) < count and time.monotonic() < until:
+        time.sleep(0.1)
+    return [json.loads(path.read_text()) for path in found]
 
 
 def growth(stores: list[Row], column: str, count: int) -> float:

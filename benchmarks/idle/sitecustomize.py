@@ -16,6 +16,7 @@ from types import ModuleType
 SECONDS = {"locks": 0.0, "checks": 0.0, "polls": 0.0}  # of the main thread
 processor: list[float] = []  # processor time of this process at the beginning of each job
 sleep = time.sleep
+TOKEN = os.urandom(4).hex()  # processes of two nodes may have the same id
 
 
 def counted(owner: ModuleType, name: str, kind: str) -> None:
@@ -41,7 +42,7 @@ def train(specs, store, place, **_) -> None:
     processor.append(time.process_time())
     sleep(float(os.environ["FLATLAB_IDLE_SECONDS"]))
     finished.fill(store, [(spec, []) for spec in specs])
-    path = os.path.join(os.environ["FLATLAB_IDLE_TIMES"], f"{os.getpid()}.json")
+    path = os.path.join(os.environ["FLATLAB_IDLE_TIMES"], f"{os.getpid()}-{TOKEN}.json")
     with open(path, "w") as file:
         json.dump({**SECONDS, "processor": processor}, file)
 
