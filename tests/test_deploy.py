@@ -48,7 +48,7 @@ RUNS = {
 def test_a_file_of_integer_weights_agrees_to_rounding(tmp_path, wanted):
     run = trained(tmp_path, wanted).run(wanted)
     done = export_onnx(run, tmp_path / "net.onnx", PLACE)
-    assert [row.domain for row in done.rows] == ["in domain", "out of domain"]
+    assert [row.domain for row in done.rows] == ["source", "target"]
     for row in done.rows:
         assert row.deviation < 1e-5 * (1 + row.largest) and row.agreement == 1 and row.images > 80
         assert row.accuracy == row.accuracy_onnx
@@ -336,7 +336,7 @@ def test_the_command_line_writes_both_formats(run, tmp_path, capsys):
     more = ["--format", "onnx", "--activations", "int8", "--calibration-images", "20"]
     assert call(*line, tmp_path / "net.onnx", *more) == 0
     rows = json.loads(capsys.readouterr().out)
-    assert [row["domain"] for row in rows] == ["in domain", "out of domain"] and (tmp_path / "net.onnx").exists()
+    assert [row["domain"] for row in rows] == ["source", "target"] and (tmp_path / "net.onnx").exists()
     assert call(*line, tmp_path / "net.safetensors", "--opset", "18") == 2
     assert "--opset is of ONNX files; write --format onnx." in capsys.readouterr().err
     assert call(*line, tmp_path / "net.safetensors", "--format", "tflite") == 2

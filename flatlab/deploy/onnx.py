@@ -25,7 +25,6 @@ from flatlab.specs.deploy import OnnxSpec
 from flatlab.specs.run import Place
 from flatlab.store.runs import Run
 
-IN, OUT = "in domain", "out of domain"  # DomainBed's "out" split of the sources; its "in" split of the target
 MOST = 8  # largest number of bits of a code
 
 
@@ -34,7 +33,7 @@ class Agreement:
     """Comparison of a file with its network on the same images.
 
     Attributes:
-        domain: in domain (validation images of the sources) or out of domain (the held-out one).
+        domain: "source" (validation images of the source domains) or "target" (the held-out domain).
         images: number of images.
         agreement: fraction of the images with the same predicted class.
         deviation: largest absolute difference of a logit.
@@ -59,7 +58,7 @@ class ExportedOnnx:
     Attributes:
         path: the file.
         bytes: size of the file.
-        rows: the comparisons in domain and out of domain.
+        rows: the comparisons on source domains and target.
         products: number of quantized weights in matrix products, which are computed in floats.
         exceeding: fraction of the quantized channels in which the sum of two int8 products can exceed 16 bits.
         saturation: largest absolute difference of a logit of a calibration image between this processor's integer
@@ -228,11 +227,12 @@ def _in_floats(graph: Graph) -> Graph:
 
 
 def evaluated(domains: loading_data.Domains) -> dict[str, list[Any]]:
-    """Return the batches of images and labels in domain and out of it."""
+    """Return the batches of images and labels: the "out" split of the sources, the "in" split of the target."""
     device = torch.device("cpu")
     validation = domains.evaluation("out", domains.validated, device)
     target = domains.evaluation("in", (domains.target,), device)
-    return {IN: [b for each in validation.values() for b in each], OUT: [b for each in target.values() for b in each]}
+    of = {"source": validation, "target": target}
+    return {name: [batch for batches in each.values() for batch in batches] for name, each in of.items()}
 
 
 def compare(network: nn.Module, path: Path, domain: str, batches: list[Any]) -> Agreement:
