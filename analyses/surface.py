@@ -47,7 +47,7 @@ def table(store: RunStore, setting: Setting) -> pd.DataFrame:
     """Return each run's mean rise over the places that count, and each method's mean surface over seeds and targets.
 
     Places count if ERM's mean loss on the source domains has risen by at most 0.5 nats there, as in Figure 3: further
-    out the loss soon reaches that of guessing.
+    out the loss soon reaches chance level.
     """
     rises: dict[tuple[str, str, RunSpec], Values] = {}
     sums: dict[tuple[str, str], Values] = {}

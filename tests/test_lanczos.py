@@ -260,7 +260,7 @@ def test_bad_input_is_refused():
     single = spectral_density(landscape, num_vectors=1, steps=3)
     with pytest.raises(UserError, match="A band needs num_vectors of at least 2"):
         single.band(single.grid())
-    with pytest.raises(UserError, match="width sigma of the kernel must be positive, but is -1"):
+    with pytest.raises(UserError, match="width sigma of the kernel must be > 0, got -1"):
         single.density([0.0], -1.0)
 
 

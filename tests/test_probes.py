@@ -125,7 +125,7 @@ def test_opening_costs_four_passes_at_most():
     x, y = numbers(1000, 6), torch.arange(1000) % 3
     landscape = Landscape(model, list(zip(x.split(100), y.split(100), strict=True)), F.cross_entropy)
     assert 3 * 1000 < sum(seen) <= 4 * 1000
-    assert "12 of the 65 parameters (18.5%) do not move the loss (unused.weight, unused.bias)" in landscape.remarks[0]
+    assert "12 of the 65 parameters (18.5%) do not change the loss (unused.weight, unused.bias)" in landscape.remarks[0]
     before = sum(seen)
     landscape.base_loss, landscape.terms(), Landscape(model, [(x, y)], F.cross_entropy, check=False)
     assert sum(seen) == before
@@ -294,7 +294,7 @@ def test_parameters_that_do_not_move_the_loss_are_said():
 
     model = Aux().double().eval()
     flatness = sphere_flatness(Landscape(model, [(X, Y)], F.cross_entropy), [1.0], num_samples=2)
-    assert flatness.remarks[0].startswith("1,830 of the 1,851 parameters (98.9%) do not move the loss (aux.weight,")
+    assert flatness.remarks[0].startswith("1,830 of the 1,851 parameters (98.9%) do not change the loss (aux.weight,")
     alone = Landscape(model, [(X, Y)], F.cross_entropy, params="aux.*")
     assert not alone.gradient().any()
     with pytest.raises(UserError, match="does not depend on the parameters that vary .*no curvature"):

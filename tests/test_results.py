@@ -101,7 +101,7 @@ def test_no_verdict_is_read_where_the_loss_is_that_of_guessing():
     a, b = flat(rises, chance=2.0), flat((np.array(rises) - 0.05).tolist(), chance=2.0)
     assert a.guessing.tolist() == [False, False, True] and pair(a, b).read.tolist() == [True, True, False]
     assert pair(a, b).verdict("A", "B") == "B is flatter at all radii measured"
-    assert "guessing (2.00 nats) at radius 3" in a.remarks[-1]
+    assert "chance level (2.00 nats) at radius 3" in a.remarks[-1]
     assert not flat(rises).guessing.any() and flat(rises).remarks == []
 
 

@@ -99,7 +99,8 @@ def test_a_subset_of_strata_has_its_own_remarks():
 def test_losses_that_are_not_finite_are_reported_with_their_share():
     rises = [np.zeros(4), np.array([1.0, np.inf, 2.0, np.nan]), np.ones(4), np.full(4, np.inf)]
     (sentence,) = remarks(RADII, rises, None)
-    assert sentence == "Not finite is the loss of 50.0% at radius 0.5, 100.0% at radius 2: F is not defined there."
+    where = "50.0% of the draws at radius 0.5, 100.0% of the draws at radius 2"
+    assert sentence == f"The loss is not finite in {where}; F is undefined there."
 
 
 def differences(values, stderr=0.01):
@@ -110,7 +111,7 @@ def test_a_verdict_names_radii():
     assert verdict(differences([0.0, -1.5, 0.0, 1.5]), RADII, ("A", "B")) == (
         "A is flatter up to radius 0.5; not distinguishable at radius 1; B is flatter from radius 2 on"
     )
-    assert verdict(differences([0.0]), RADII[:1], ("A", "B")) == "nothing was measured above radius 0"
+    assert verdict(differences([0.0]), RADII[:1], ("A", "B")) == "no radius above 0 was measured"
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -143,7 +143,7 @@ def test_strata_weigh_equally_and_can_be_chosen():
     assert flatness.of("b").base_loss == flatness.base_loss[1]
     with pytest.raises(UserError, match="Unknown stratum 'd'.*: a, b, c"):
         flatness.of(["a", "d"])
-    with pytest.raises(UserError, match="No stratum was named"):
+    with pytest.raises(UserError, match="At least one stratum must be given"):
         flatness.of([])
 
 

@@ -75,7 +75,7 @@ def test_a_surface_is_measured_drawn_and_kept(flatlab, store, tmp_path):
 def test_the_trace_check_is_printed_with_its_verdict(flatlab, store, tmp_path):
     erm = digests(store)["erm"]
     answer = flatlab("landscape", erm, *IMAGES, "--grid", 3, "--rel-error", 0.5)
-    assert answer.code == 0 and "Trace of the Hessian" in answer.err and "quadratic picture" in answer.err
+    assert answer.code == 0 and "Trace of the Hessian" in answer.err and "quadratic approximation" in answer.err
     assert (tmp_path / "triangle.pdf").exists()
     words = ("landscape", erm, *IMAGES, "--grid", 3, "--rel-error", 0.5, "--json")
     rows = documented("landscape", flatlab(*words).out)

@@ -1,4 +1,4 @@
-"""WILDS' folders as they come, in their named splits (Koh et al. 2021, arXiv 2012.07421). Torch-free.
+"""WILDS' folders as distributed, in their named splits (Koh et al. 2021, arXiv 2012.07421). Torch-free.
 
 Amazon: `reviews.csv` and, row by row, `splits/user.csv`; groups are reviewers. Camelyon17: `metadata.csv` and the
 patches it names; groups are hospitals, of which 1 is the split "val" and 2 is "test". Columns, numbers of splits and

@@ -134,7 +134,7 @@ class Opening:
             return []
         listed = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
         return [
-            f"{count:,} of the {every:,} parameters ({count / every:.1%}) do not move the loss ({listed}), and"
+            f"{count:,} of the {every:,} parameters ({count / every:.1%}) do not change the loss ({listed}), and"
             " random directions are diluted by them: exclude them with params=, or requires_grad_(False)."
         ]
 

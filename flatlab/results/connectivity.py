@@ -64,7 +64,7 @@ class Connection(Timed, Sampled):
 
     def interval(self, level: float = 0.95) -> tuple[FloatArray, FloatArray]:
         """Return the percentile interval (low, high), each (1,), of the paired bootstrap over images."""
-        self.estimates[0].half_width(level)  # refuses a level that is none
+        self.estimates[0].half_width(level)  # refuses an invalid level
         low, high = np.quantile(self.bootstrap, [(1 - level) / 2, (1 + level) / 2])
         return np.array([low]), np.array([high])
 

@@ -1,4 +1,4 @@
-"""Estimates with their uncertainty and cost; means over blocks that are visited in rounds."""
+"""Estimates with their uncertainty and cost; means over blocks that are evaluated in rounds."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
@@ -27,7 +27,7 @@ class Cost:
 
     Attributes:
         forward_passes: in passes over all the images of the landscape; a part of them counts as a part.
-        images: how many times one image went forward through the model.
+        images: number of forwarded images; one that is forwarded twice counts twice.
         hvps: Hessian-vector products over all the images.
         seconds: wall-clock time on the machine that measured.
     """
@@ -67,7 +67,7 @@ class Stored(Saved):
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over draws, its standard error, and the degrees of freedom behind that."""
+    """A mean over draws, its standard error, and its degrees of freedom."""
 
     value: float
     stderr: float
@@ -109,7 +109,7 @@ def check_level(level: float) -> float:
         UserError: if it does not lie strictly between 0 and 1.
     """
     if isinstance(level, bool | str) or not 0.0 < level < 1.0:
-        raise UserError(f"The level of an interval must lie strictly between 0 and 1, but is {level}: write 0.95.")
+        raise UserError(f"The level of an interval must lie strictly between 0 and 1 (such as 0.95), got {level}.")
     return float(level)
 
 
@@ -125,7 +125,7 @@ def rows_of(strata: str | Iterable[str], known: Sequence[str]) -> list[int]:
     """
     asked = dict.fromkeys([strata] if isinstance(strata, str) else strata)
     if not asked:
-        raise UserError(f"No stratum was named; there are {', '.join(known)}.")
+        raise UserError(f"At least one stratum must be given; there are {', '.join(known)}.")
     return [known.index(choose("stratum", name, known)) for name in asked]
 
 
@@ -139,7 +139,7 @@ def axes_of(ax: "Axes | None") -> "Axes":
 def mean_of(draws: FloatArray) -> Estimate:
     """Return the mean of independent draws (K,) with its standard error; NaN where there are too few."""
     count = len(draws)
-    with np.errstate(invalid="ignore"):  # the spread of infinite losses is NaN, and is shown so
+    with np.errstate(invalid="ignore"):  # the spread of infinite losses is NaN, and is reported as such
         stderr = float(draws.std(ddof=1) / np.sqrt(count)) if count > 1 else float("nan")
         return Estimate(float(draws.mean()) if count else float("nan"), stderr, max(1, count - 1))
 
@@ -154,7 +154,7 @@ def ratio_of(above: FloatArray, below: FloatArray) -> Estimate:
 
 
 def standing(own: float, draws: FloatArray) -> tuple[float, float]:
-    """Return how a number stands among draws (K,): z, and the share that lies below, (1 + count) / (K + 2)."""
+    """Return the z-score of a number among draws (K,), and the share below it, (1 + count) / (K + 2)."""
     spread = float(draws.std(ddof=1))
     z = (own - float(draws.mean())) / spread if spread > 0 else float("nan")
     return z, (1 + int((draws < own).sum())) / (len(draws) + 2)
@@ -240,7 +240,7 @@ class Sampled(Saved, ABC):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Stopped(Sampled):
-    """Means that are sampled until something ends it.
+    """Means that are sampled until a stopping criterion holds.
 
     Attributes:
         stopped: for each place on the axis "samples", "accuracy", "budget", "nonfinite" or "interrupted".
@@ -267,7 +267,7 @@ def estimate(visits: FloatArray, blocks: int, between: float = 0.0) -> Estimate:
 
     From the first complete round on, the value is the mean over blocks of the block means: no image weighs more than
     another. Before that the visits are a sample of images too, drawn without replacement: their whole spread enters
-    the standard error, less what the images that were seen cannot do any more (Cochran 1977, Eq. 2.12).
+    the standard error, with the finite-population correction for the images already seen (Cochran 1977, Eq. 2.12).
 
     Args:
         visits: (J,) rises.
@@ -280,7 +280,7 @@ def estimate(visits: FloatArray, blocks: int, between: float = 0.0) -> Estimate:
     index = np.arange(len(visits)) % blocks
     seen = np.bincount(index)  # visits to each block, none of which is empty
     repeated = int((seen > 1).sum())
-    with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is shown so
+    with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is reported as such
         means = np.bincount(index, visits) / seen
         value = float(means.mean()) if len(visits) else float("nan")
         if len(seen) < blocks or repeated < min(FEW, blocks):

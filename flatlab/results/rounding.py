@@ -1,4 +1,4 @@
-"""What a perturbation does to the loss, beside random ones of the same length."""
+"""Rise of the loss under a perturbation, compared with random ones of the same norm."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -115,7 +115,7 @@ class RoundingRises(Saved):
 
     Attributes:
         parts: (part, normalisation of the random perturbations) -> the rises, by bit width; "all" is the whole network.
-        images: N, behind each number.
+        images: N, on which each rise is measured.
     """
 
     parts: dict[tuple[str, Normalisation], RoundingRise]

@@ -1,4 +1,4 @@
-"""Which measures of flatness a rescaling of the layers moves."""
+"""Change of flatness measures under rescaling of layers."""
 
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -19,7 +19,7 @@ By = Literal["layer", "channel"]
 
 @dataclass(frozen=True)
 class Pair:
-    """Two modules that can be scaled against each other: the first's outputs by c, the second takes it back."""
+    """Two modules that can be scaled against each other: the first's outputs by c, the second's by 1 / c."""
 
     first: str
     second: str
@@ -53,7 +53,7 @@ class ScaleAudit(Saved):
         refusals: what was not, and why.
         most: the largest factor.
         seed: of factors and directions.
-        cost: of it all.
+        cost: total.
     """
 
     measures: tuple[str, ...]
@@ -101,7 +101,9 @@ class ScaleAudit(Saved):
     def movement(self) -> FloatArray:
         """For each measure (M,) the larger of the two factors, taken so that it is at least 1: 1 is invariant."""
         with np.errstate(divide="ignore", invalid="ignore"):
-            each = np.where(self.ratio > 0, np.exp(np.abs(np.log(np.abs(self.ratio)))), np.inf)  # or its sign turns
+            each = np.where(
+                self.ratio > 0, np.exp(np.abs(np.log(np.abs(self.ratio)))), np.inf
+            )  # infinite if the sign changes
         return np.asarray(np.nan_to_num(each, nan=np.inf).max(axis=0))
 
     @property
@@ -111,13 +113,13 @@ class ScaleAudit(Saved):
 
     @property
     def remarks(self) -> list[str]:
-        """Sentences on what was rescaled, by how much the outputs moved, and what was left alone."""
+        """Sentences on what was rescaled, by how much the outputs moved, and what was not rescaled."""
         kinds = [pair.kind for pair in self.pairs]
         rescaled = (
             f"rescaled {kinds.count('norm')} layers against their BatchNorm and {kinds.count('layers')} pairs of "
             f"layers; outputs moved by {self.deviation.max():.1e} of the largest."
         )
-        return [rescaled, *(f"left alone {each.first}: {each.reason}." for each in self.refusals)]
+        return [rescaled, *(f"not rescaled: {each.first}, {each.reason}." for each in self.refusals)]
 
     def to_frame(self) -> "pd.DataFrame":
         """Return a table, the most invariant first: before, and after each way of rescaling with its ratio."""

@@ -68,7 +68,7 @@ class WorstSharpness(Sampled):
 
     Attributes:
         radii: (R,) rho.
-        rises: (R, B, restarts) where each ascent was highest: lower bounds of the true maxima.
+        rises: (R, B, restarts) largest rise found by each ascent: lower bounds of the true maxima.
         norm: of the ball, "l2" or "linf".
         adaptive: whether perturbations are scaled by |w|.
         steps: of each ascent.

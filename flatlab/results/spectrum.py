@@ -41,17 +41,17 @@ class Spectrum(Saved):
 
     Attributes:
         eigenvalues: (k,) Ritz values, from the end that was asked for inwards; "BE" in ascending order.
-        residuals: (k,) ||A v - lambda v||: an eigenvalue of A lies no further than that from each.
+        residuals: (k,) ||A v - lambda v||: the interval of this half-width around each value holds an eigenvalue of A.
         converged_each: (k,) whether the residual is at most tol times the eigenvalue, or rounding. The error is mostly
             far less, the residual's square over the gap; but the gap is not known before the search is over, and of
             1,080 searches that relied on it, 68 were off by more than tol (1 %), against 19 by the residual.
-        verified: whether the search went on, after the pairs had converged, until it was seen that no other eigenvalue
-            comes up (or the basis spans the space, or the whole matrix was solved). False where the budget ended it:
+        verified: whether the search continued, after the pairs had converged, until no other eigenvalue
+            was found (or the basis spans the space, or the whole matrix was solved). False where the budget ended it:
             the pairs may be converged, and yet not the outermost.
         eigenvectors: (P, k) orthonormal, or None where they were not asked for.
         which: "LA" the largest, "SA" the smallest (most negative), "BE" from both ends.
         tol: the relative residual that was asked for.
-        seed: names the starting vector.
+        seed: of the starting vector.
         cost: products.
         num_params: P.
     """
@@ -103,8 +103,8 @@ class Trace(Sampled):
     """tr(A) and tr(A^2) of a symmetric matrix (P, P), along an axis of powers 1 and 2.
 
     Attributes:
-        exact: (2,) what the basis holds of the two, known without sampling.
-        vectors: (n, 5) what each vector finds in the rest: z'Az and |Az|^2 with z outside the basis, and half their
+        exact: (2,) the exact contribution of the basis to the two.
+        vectors: (n, 5) of each vector on the complement of the basis: z'Az and |Az|^2, and half their
             variances and covariance: of the first, of both, of the second, which the first 32 vectors have. The two
             numbers rest on the same vectors, so that they are not independent.
         basis: how many vectors were deflated, or P.
@@ -141,7 +141,7 @@ class Trace(Sampled):
 
     @property
     def effective_rank(self) -> Estimate:
-        """tr(A)^2 / tr(A^2), between 0 and P: how many equal eigenvalues would do; its error by linearisation."""
+        """tr(A)^2 / tr(A^2), between 0 and P: the number of equal eigenvalues with both traces; linearised error."""
         first, second = self.trace.value, self.square.value
         if not second > 0:
             return Estimate(float("nan"), float("nan"), 1)
@@ -246,7 +246,7 @@ class SpectralDensity(Saved):
         low, high = self._range()
         width = sigma if sigma is not None else 0.01 * (high - low) or max(self.floor, 1e-12)
         if not width > 0:
-            raise UserError(f"The width sigma of the kernel must be positive, but is {sigma}.")
+            raise UserError(f"The width sigma of the kernel must be > 0, got {sigma}.")
         return width
 
     def density(self, grid: npt.ArrayLike, sigma: float | None = None) -> FloatArray:
@@ -303,11 +303,11 @@ class SpectralDensity(Saved):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class MeasuredSpectrum(Saved):
-    """The spectrum of a Hessian as it is kept: extreme eigenvalues, numbers by sampling, and the spectral density.
+    """The spectrum of a Hessian as stored: extreme eigenvalues, numbers by sampling, and the spectral density.
 
     Attributes:
         eigenvalues: (k,).
-        residuals: (k,) an eigenvalue lies no further than that from each; NaN where the engine gives none.
+        residuals: (k,) half-widths around each that hold an eigenvalue; NaN where the engine gives none.
         states: (k,) "yes" where a pair has converged, "no", "not verified" where the budget ended the search, or
             "unknown" where the engine does not say.
         numbers: estimates by name, of `NUMBERS`; the engine PyHessian gives the trace alone, without an error.
@@ -370,7 +370,7 @@ class MeasuredSpectrum(Saved):
 
     @classmethod
     def from_arrays(cls, arrays: dict[str, npt.NDArray[Any]], facts: dict[str, Any]) -> Self:
-        """Return the result from what `to_arrays` returns; of the spec's fields the seed counts."""
+        """Return the result from what `to_arrays` returns and the spec's `seed`."""
         unknown = np.full(len(arrays["eigenvalues"]), np.nan)
         return cls(
             eigenvalues=arrays["eigenvalues"],

@@ -29,10 +29,10 @@ class SamplingPlan:
     """How one radius is sampled."""
 
     radius: float
-    block_size: int  # images of a visit; 0 is all of them, the crossed design
+    block_size: int  # images of each draw; 0: all of them, the crossed design
     paired: bool = False  # each direction with its antithesis, in the same block
-    visits: int = 0  # foreseen
-    between: float = 0.0  # share of the visits' variance that lies between images, by the pilot; 0: not known
+    visits: int = 0  # draws that the pilot foresees
+    between: float = 0.0  # share of the draws' variance that lies between images, by the pilot; 0: unknown
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -41,22 +41,22 @@ class SphereFlatness(Stopped):
 
     Attributes:
         radii: (R,) Euclidean distances; with another normalisation than "none" relative radii rho.
-        visits: for each radius, rises (J, S) of the strata's mean losses, one row for each visit of a direction to
-            a block of images; visit j saw block j mod B.
-        plans: for each radius, how it was sampled: block size, pairs, and the visits foreseen.
-        blocks: (R,) how many blocks B the images were cut into; 1 is the crossed design, each ray on all images.
+        visits: for each radius, rises (J, S) of the strata's mean losses, one row for each draw of a direction
+            and a block of images; draw j uses block j mod B.
+        plans: for each radius, how it was sampled: block size, pairs, and the draws foreseen.
+        blocks: (R,) how many blocks B the images were cut into; 1 is the crossed design, each direction on all images.
         stopped: for each radius "samples", "accuracy", "budget", "nonfinite" (a rise is infinite or NaN, and so is
             F) or "interrupted".
         strata: names (S,) of the strata; they weigh equally in `value`.
         base_loss: (S,) mean loss at w.
-        normalisation: "none": w + gamma u; else w + rho z with z as long as w in each filter, layer or parameter.
-        seed: names the directions and the blocks; equal seeds give equal directions on one kind of device.
+        normalisation: "none": w + gamma u; else w + rho z where z has the norm of w in each filter, layer or parameter.
+        seed: of the directions and the blocks; equal seeds give equal directions on one kind of device.
         num_params: P, the dimension of the sphere's space.
         norm: Euclidean length of w.
         reach: Euclidean distance at radius 1: one, or the length of the weights that are scaled to.
-        slopes: (K, S, S) products of the strata's slopes along rays (`slope.slopes`); None where the budget did not
-            reach so far.
-        notes: what was found on opening the landscape, such as parameters that do not move the loss.
+        slopes: (K, S, S) products of the strata's slopes along directions (`slope.slopes`); None if the budget was
+            too small.
+        notes: what was found on opening the landscape, such as parameters that do not change the loss.
         device: kind of device on which the directions were drawn, "cpu" or "cuda".
         chance: the loss of guessing, ln C of C classes, in nats; None where it is not known.
         rises: (R,) the rises in nats that the radii were chosen for; empty where the radii were given.
@@ -81,7 +81,7 @@ class SphereFlatness(Stopped):
     rises: tuple[float, ...] = ()
 
     def to_arrays(self) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
-        """Return what a file holds: arrays, and facts for JSON; the seconds are left out."""
+        """Return the content of a file: arrays, and facts for JSON; without the seconds."""
         arrays = {_visits(index): rises for index, rises in enumerate(self.visits)}
         arrays |= {"radii": self.radii, "base_loss": self.base_loss}
         arrays |= {} if self.slopes is None else {"slopes": self.slopes}
@@ -89,12 +89,12 @@ class SphereFlatness(Stopped):
         facts |= {name: getattr(self, name) for name in PLAIN}
         facts |= {"plans": [asdict(plan) for plan in self.plans]}
         facts |= {"images": self.cost.images, "forward_passes": self.cost.forward_passes}
-        facts |= {} if self.device == "cpu" else {"device": self.device}  # as in files that know no other
+        facts |= {} if self.device == "cpu" else {"device": self.device}  # older files have no device
         return arrays, facts
 
     @classmethod
     def from_arrays(cls, arrays: dict[str, npt.NDArray[Any]], facts: dict[str, Any]) -> Self:
-        """Return what `to_arrays` took apart; a file that lacks the passes, as older ones do, has NaN of them."""
+        """Return the result from the output of `to_arrays`; passes that an older file lacks are NaN."""
         known: dict[str, Any] = {name: tuple(facts.get(name, ())) for name in LISTS}
         known |= {name: facts[name] for name in PLAIN}
         known |= {"device": facts.get("device", "cpu")}
@@ -186,12 +186,12 @@ class SphereFlatness(Stopped):
 
     @property
     def remarks(self) -> list[str]:
-        """Sentences on the landscape, on what is not finite or not as accurate as asked, and on the slope at w."""
+        """Sentences on the landscape, non-finite losses, missed accuracy and the slope at w."""
         slopes = None if self.slopes is None else self.slopes.mean(axis=(1, 2))
         found = remarks(self.radii, [rises.mean(axis=1) for rises in self.visits], slopes)
         if self.guessing.any():
             where = f"({self.chance:.2f} nats) at radius {self.radii[self.guessing][0]:g}"
-            found.append(f"The loss reaches that of guessing {where}: no verdict from there on.")
+            found.append(f"The loss reaches chance level {where}: no verdict from there on.")
         return [*self.notes, *found, *missed(self.radii, self.stopped, self.stderr)]
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
@@ -251,12 +251,12 @@ class Reach(Stored):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class PairedDifference(Sampled):
-    """F of one model less F of another, visit by visit: what rays and images have in common drops out.
+    """F of one model less F of another, paired by draw: variation that both share cancels.
 
     Attributes:
         radii: (R,) as in the two measurements.
         a: the first measurement.
-        b: the second, along the same rays.
+        b: the second, along the same directions.
     """
 
     radii: FloatArray
@@ -270,7 +270,7 @@ class PairedDifference(Sampled):
 
     @property
     def raw(self) -> list[FloatArray]:
-        """The differences (J,) at each radius, the mean over the strata, of the visits that both have made."""
+        """The differences (J,) at each radius, the mean over the strata, of the draws that both have made."""
         pairs = [(*each, min(map(len, each))) for each in zip(self.a.visits, self.b.visits, strict=True)]
         return [(a[:common] - b[:common]).mean(axis=1) for a, b, common in pairs]
 
@@ -283,14 +283,14 @@ class PairedDifference(Sampled):
 
     @property
     def alike(self) -> list[bool]:
-        """Whether both were sampled by one plan at each radius, so that visits have rays and images in common."""
+        """Whether both were sampled by one plan at each radius, so that draws have directions and images in common."""
         sizes = [[plan.block_size for plan in each.plans] for each in (self.a, self.b)]
         both = zip(*sizes, self.a.paired, self.b.paired, self.a.blocks, self.b.blocks, strict=True)
         return [each[::2] == each[1::2] for each in both]
 
     @property
     def read(self) -> npt.NDArray[np.bool_]:
-        """At which radii (R,) a verdict is given: up to where the loss of one of the two is that of guessing."""
+        """Mask (R,) of the radii at which a verdict is given: those below which neither loss reaches chance level."""
         return np.asarray(~np.logical_or.accumulate(self.a.guessing | self.b.guessing))
 
     @property
@@ -312,7 +312,7 @@ class PairedDifference(Sampled):
     def ratio(self, level: float = 0.95) -> tuple[FloatArray, FloatArray, FloatArray]:
         """Return F_a / F_b at each radius with its interval (value, low, high), by the delta method.
 
-        Where F_b does not differ significantly from zero, so that a ratio means nothing, all three are NaN.
+        Where F_b does not differ significantly from zero, the ratio is undefined, and all three are NaN.
         """
         rows = []
         for a, b, blocks in zip(self.a.visits, self.b.visits, self.a.blocks, strict=True):
@@ -327,7 +327,7 @@ class PairedDifference(Sampled):
         return value, low, high
 
     def verdict(self, a: str = "the first", b: str = "the second", level: float = 0.95) -> str:
-        """Say in a sentence which of the two checkpoints is flatter, and up to which radius; of these images only.
+        """Return a sentence on which of the two checkpoints is flatter on these images, and up to which radius.
 
         The level is that of the sentence as a whole, by Holm's method over the radii: it names one of two checkpoints
         that are equally flat with a probability of 1 - level at most, however many radii there are.

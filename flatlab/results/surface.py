@@ -19,7 +19,7 @@ AXIS = {"loss": "loss (nats)", "accuracy": "accuracy"}
 
 
 class Timed(Stored):
-    """What a file keeps with its cost, but for the seconds."""
+    """A result stored with its cost, without the seconds."""
 
     def to_arrays(self) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
         """Return the content of a measurement's file: arrays, and facts for JSON; without the seconds."""
@@ -60,7 +60,7 @@ class Profile(Grid, Sampled):
         values: (D, G, S, M) directions, places, strata, metrics.
         strata: (S,) names; they weigh equally.
         metrics: (M,) names.
-        labels: (D,) what each direction is.
+        labels: (D,) name of each direction.
         seed: of random directions.
     """
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 RULE = "rule-"
-WITHIN = 0.1  # of the trace: how far the rise may be off where the quadratic picture is said to hold
+WITHIN = 0.1  # of the trace: how far the rise may be off where the quadratic approximation is called valid
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -26,8 +26,8 @@ class TraceCheck(Sampled):
     """Three estimates of the Hessian's trace, and the estimate from the rise at growing radii.
 
     Attributes:
-        flatness: F on spheres, the first corner at its smallest radius.
-        trace: the second corner.
+        flatness: F on spheres, the first estimate at its smallest radius.
+        trace: the second estimate.
         density: the third.
         kinks: names of modules that are not smooth; those called as functions are not found.
     """
@@ -116,8 +116,7 @@ class TraceCheck(Sampled):
     def quadratic_radius(self, within: float = WITHIN, level: float = 0.95) -> float:
         """Return the largest radius up to which the rise is that of a quadratic, or 0.
 
-        So it is where the interval of 2 P F / gamma^2 - tr(H) reaches into +- `within` tr(H), at it and at each
-        smaller radius.
+        That is, the interval of 2 P F / gamma^2 - tr(H) overlaps +- `within` tr(H), at it and at each smaller radius.
         """
         trace, reached, level = self.trace.trace, 0.0, check_level(level)
         for radius, found in zip(self.flatness.radii.tolist(), self.estimates, strict=True):
@@ -128,7 +127,7 @@ class TraceCheck(Sampled):
         return reached
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
-        """Draw 2 P F / gamma^2 over the radius, the two other estimates across, and where the picture is quadratic."""
+        """Draw 2 P F / gamma^2 over the radius, the two other estimates, and the limit of the quadratic regime."""
         axes = axes_of(ax)
         low, high = self.interval()
         (line,) = axes.plot(self.flatness.radii, self.value, marker="o", label="2 P F / γ²")
@@ -142,12 +141,12 @@ class TraceCheck(Sampled):
         axes.set_xscale("log")
         if (low > 0).all() and min(each.value for each in self.corners.values()) > 0:
             axes.set_yscale("log")
-        axes.set(xlabel="radius γ (L2); dotted: quadratic so far", ylabel="trace (nats)")
+        axes.set(xlabel="radius γ (L2); dotted: limit of the quadratic regime", ylabel="trace (nats)")
         axes.legend()
         return axes
 
     def verdict(self, level: float = 0.95) -> str:
-        """Say in a sentence or two whether the three agree, and how far the quadratic picture holds."""
+        """Say in a sentence or two whether the three agree, and how far the quadratic approximation is valid."""
         three = ", ".join(
             f"{name} {each.value:.4g} ± {each.half_width(level):.2g}" for name, each in self.corners.items()
         )
@@ -158,7 +157,10 @@ class TraceCheck(Sampled):
         norm = self.flatness.norm
         share = f" ({radius / norm:.2%} of the weights' norm)" if norm else ""
         far = f"up to radius {radius:.3g}{share}" if radius else "at none of the radii"
-        parts = [f"Trace of the Hessian: {three}: they {agree}.", f"The quadratic picture holds to {WITHIN:.0%} {far}."]
+        parts = [
+            f"Trace of the Hessian: {three}: they {agree}.",
+            f"The quadratic approximation is valid to {WITHIN:.0%} {far}.",
+        ]
         if self.kinks and not (radius and "sphere" not in sum(apart, ())):
             names = " and ".join(self.kinks)
             parts.append(f"The loss has kinks ({names}), which add to the rise and not to the trace.")

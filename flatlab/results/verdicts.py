@@ -57,7 +57,7 @@ def verdict(differences: Sequence[Estimate], radii: FloatArray, names: tuple[str
             spans[-1] = (sign, spans[-1][1], radius)
         else:
             spans.append((sign, radius, radius))
-    return "; ".join(_part(spans, index, names) for index in range(len(spans))) or "nothing was measured above radius 0"
+    return "; ".join(_part(spans, index, names) for index in range(len(spans))) or "no radius above 0 was measured"
 
 
 def _part(spans: Sequence[tuple[int, float, float]], index: int, names: tuple[str, str]) -> str:
@@ -77,15 +77,15 @@ def remarks(radii: FloatArray, rises: Sequence[FloatArray], slopes: FloatArray |
 
     Args:
         radii: (R,) in any order.
-        rises: for each radius, of the visits (J,).
-        slopes: products (K,) of slopes along rays, as `slope.slopes` returns them, of the same images; None where they
-            were not measured, and get no remark.
+        rises: for each radius, of the draws (J,).
+        slopes: products (K,) of slopes along directions (`slope.slopes`) of the same images; None where they were not
+            measured, and get no remark.
     """
     return [*_broken(radii, rises), *_tilted(radii, rises, slopes)]
 
 
 def missed(radii: FloatArray, stopped: Sequence[str], errors: FloatArray) -> list[str]:
-    """Say at which radii sampling ended before the accuracy that was asked for was established.
+    """Say at which radii sampling ended before the requested accuracy was reached.
 
     Args:
         radii: (R,).
@@ -100,14 +100,15 @@ def missed(radii: FloatArray, stopped: Sequence[str], errors: FloatArray) -> lis
             if stop == reason
         ]
         if where:
-            sentences.append(f"{why} before the accuracy asked for was established at radius {', '.join(where)}.")
+            sentences.append(f"{why} before the requested accuracy was reached at radius {', '.join(where)}.")
     return sentences
 
 
 def _broken(radii: FloatArray, rises: Sequence[FloatArray]) -> list[str]:
     shares = [float((~np.isfinite(each)).mean()) if len(each) else 0.0 for each in rises]
-    where = [f"{share:.1%} at radius {radius:g}" for radius, share in zip(radii, shares, strict=True) if share]
-    return [f"Not finite is the loss of {', '.join(where)}: F is not defined there."] if where else []
+    found = zip(shares, radii, strict=True)
+    where = [f"{share:.1%} of the draws at radius {radius:g}" for share, radius in found if share]
+    return [f"The loss is not finite in {', '.join(where)}; F is undefined there."] if where else []
 
 
 def _tilted(radii: FloatArray, rises: Sequence[FloatArray], slopes: FloatArray | None) -> list[str]:
@@ -117,14 +118,18 @@ def _tilted(radii: FloatArray, rises: Sequence[FloatArray], slopes: FloatArray |
     radius, how = max(where)
     return [
         f"w is not near a minimum of these data: up to radius {radius:g} the slope outweighs the curvature ({how})."
-        " F is then still the mean rise, but says little of a minimum."
+        " F is then still the mean rise, but does not characterise a minimum."
     ]
 
 
 def _tilt(radius: float, rises: FloatArray, slopes: FloatArray | None) -> str:
-    """Say how much the slope weighs at a radius; nothing where it does not outweigh the mean rise."""
+    """Return a comparison of slope and mean rise at a radius; empty where the slope does not outweigh the rise."""
     if slopes is None or not (radius > 0 and len(rises) and np.isfinite(rises).all()):
         return ""
     found, mean = mean_of(slopes), float(rises.mean())
     sure = found.value - SURE * found.stderr > (mean / radius) ** 2
-    return f"a ray rises or falls by {radius * found.value**0.5:.2g} nats, and F is {mean:.2g}" if sure else ""
+    return (
+        f"along a direction the loss changes by {radius * found.value**0.5:.2g} nats, and F is {mean:.2g}"
+        if sure
+        else ""
+    )

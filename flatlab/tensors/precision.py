@@ -1,4 +1,4 @@
-"""Products of float32 tensors in float32: torch rounds their factors on some processors, unless told otherwise."""
+"""Products of float32 tensors in float32: torch rounds their factors on some processors, by default."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ KERNELS += [_BACKENDS.mkldnn.conv, _BACKENDS.mkldnn.rnn, _BACKENDS.mkldnn.matmul
 def float32_in_full() -> Iterator[None]:
     """Switch off TF32 and bfloat16 in products of float32 while the block runs, and restore torch's settings.
 
-    On NVIDIA GPUs convolutions use TF32 unless told otherwise: factors are rounded to 10 bits in place of 23, by up to
+    On NVIDIA GPUs convolutions use TF32 by default: factors are rounded to 10 bits in place of 23, by up to
     5e-4 of each, while flatness at small radii is a rise of the loss by 1e-2 nats and less.
     """
     word, before = _word(), [kernel.fp32_precision for kernel in KERNELS]

@@ -1,1 +1,1 @@
-"""Sentences in named domains: read, cut into word pieces of the source domains, handed out as numbers."""
+"""Sentences in named domains: read, cut into word pieces of the source domains, returned as token ids."""

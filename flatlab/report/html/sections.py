@@ -50,7 +50,7 @@ def _overview(store: RunStore, runs: Sequence[Run]) -> Section:
 
 
 def _comparisons(runs: Sequence[Run]) -> list[Section]:
-    """Return the flatness of all runs that were measured alike, on each panel, with who is flatter."""
+    """Return the flatness of all runs that were measured alike, on each panel, with which run is flatter."""
     alike: dict[SphereSpec, list[Run]] = {}
     for run in runs:
         for each in run.measurements():
@@ -93,7 +93,7 @@ def _training(run: Run) -> list[Any]:
 def _of_result(title: str, found: Any, *, level: int) -> Section:
     sentences = list(getattr(found, "remarks", ()))
     if isinstance(found, Surface):
-        sentences.append("Drag to turn, scroll to approach; distances are Euclidean, in the space of the parameters.")
+        sentences.append("Drag to turn, scroll to zoom; distances are Euclidean, in the space of the parameters.")
     picture = figure_of(found)
     shown = [("All numbers; `low` and `high` end 95 % intervals or bounds.", found.to_frame())]
     kept = [] if isinstance(found, Surface) or not hasattr(found, "to_frame") else shown
@@ -112,4 +112,4 @@ def _provenance(runs: Sequence[Run], redo: str) -> Section:
         about = {"digest": run.spec.digest, "spec": json.dumps(run.spec.model_dump(mode="json"), sort_keys=True)}
         for name, value in {**about, **run.provenance}.items():
             rows.append({"of": run.name, "what": name, "value": value if isinstance(value, str) else json.dumps(value)})
-    return Section("Provenance", tables=[("What made these numbers.", pd.DataFrame(rows))])
+    return Section("Provenance", tables=[("Origin of the numbers.", pd.DataFrame(rows))])
