@@ -287,7 +287,7 @@ class PaperTable:
         if setting.class_percentile is None:
             return f"Held out in turn: {held_out}. {rule}{named}"
         groups = " and ".join(dict.fromkeys(GROUPS.get(one.dataset, "classes") for one in setting.each))
-        share = f" The percentile over groups is that of {setting.class_percentile:g}; groups are {groups}."
+        share = f" Percentile over groups: {setting.class_percentile:g} % quantile of the accuracies of {groups}."
         return f"Held out in turn: {held_out}. {rule}{named}{share}"
 
     def caption(self, setting: Setting) -> str:

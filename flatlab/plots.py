@@ -162,7 +162,7 @@ def forest(
         for title, (at, less) in zip(titles, grid, strict=True):
             for ax, frame in ((at, left), (less, right)):
                 dots(ax, frame[frame["row"] == title], order)
-            at.set_title(title, loc="left")
+            at.set_title(textwrap.fill(title, round(COLUMN * 14)), loc="left")
             less.axvline(0, color="0.3", linewidth=0.8)
         for ax, name in zip(grid[-1], axes, strict=True):
             ax.set_xlabel(name)

@@ -49,7 +49,7 @@ def test_table_3_prints_both_data_sets_of_the_paper():
 
 
 def test_the_caption_names_the_percentile_where_there_is_one():
-    assert "The percentile over groups is that of 10; groups are classes." in table3.FIGURE.caption(QUICK)
+    assert "Percentile over groups: 10 % quantile of the accuracies of classes." in table3.FIGURE.caption(QUICK)
     assert "percentile" not in table5.FIGURE.caption(QUICK)
 
 
