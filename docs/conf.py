@@ -20,6 +20,7 @@ myst_heading_anchors = 3
 nb_execution_mode, nb_execution_raise_on_error, nb_execution_timeout = "force", True, 300
 nb_execution_excludepatterns = ["clusters.md", "slurm.md", "ray.md", "clouds.md"]
 nb_merge_streams = True
+nb_render_markdown_format = "myst"  # CommonMark has no tables
 autodoc_typehints, autodoc_member_order = "none", "bysource"
 napoleon_use_ivar = True
 suppress_warnings = ["ref.python"]  # a name that several result classes share, such as `value`
@@ -57,7 +58,8 @@ def reference():
                 text += ["   :members:", "   :inherited-members: ABC, Sampled, Exception, Module"]
             text.append("")
     text += ["Flatness while training", "-----------------------", ""]
-    text += [f".. autoclass:: flatlab.watch.{name}\n   :members:\n" for name in ("Monitor", "CSV", "TensorBoard")]
+    watching = ("Monitor", "CSV", "TensorBoard", "Sink")
+    text += [f".. autoclass:: flatlab.watch.{name}\n   :members:\n" for name in watching]
     return "\n".join(text)
 
 

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+from markdown_it import MarkdownIt
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r"<!-- from (figures/reference/[\w./-]+) -->\n(.*?)(?:\n\s*\n|\Z)", re.DOTALL)
@@ -57,3 +58,13 @@ def test_another_word_or_number_is_a_fault(tmp_path, quoted, count):
 def test_a_marker_without_a_page_is_a_fault(tmp_path):
     assert faults("<!-- from figures/reference/no.md -->\nA line.\n", tmp_path)
     assert faults("<!-- from elsewhere -->\nA line.\n", tmp_path)
+
+
+PAGES = ["README.md", *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "figures/reference").rglob("*.md")))]
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_the_stars_of_tests_are_not_read_as_emphasis(name):
+    """A pair of stars around an interval would vanish in italics when the page is rendered."""
+    html = MarkdownIt().render((ROOT / name).read_text())
+    assert not [part for part in re.findall(r"<em>(.*?)</em>", html, re.DOTALL) if "[" in part]

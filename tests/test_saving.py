@@ -210,3 +210,15 @@ def test_an_array_that_was_exchanged_is_noticed(saved):
 def test_a_result_is_saved_to_a_file_in_a_folder(tmp_path):
     for path in (tmp_path, tmp_path / "none" / "x.npz"):
         refuses(lambda path=path: MADE[api.Reach]().save(path), str(path), "a file in a folder that exists")
+
+
+@pytest.mark.parametrize(
+    "kind", [kind for kind in MADE if kind is not api.MeasuredMaps], ids=lambda kind: kind.__name__
+)
+def test_a_report_shows_each(kind):
+    pytest.importorskip("plotly", reason="plotly is not installed: uv sync --extra report")
+    from flatlab.report.html import sections
+
+    section = sections._of_result("saved", found := MADE[kind](), level=2)
+    assert section.title.startswith("saved")
+    assert not hasattr(found, "verdict") or found.verdict() in section.sentences

@@ -177,16 +177,20 @@ def plan(jobs: Sequence[Job], costs: Sequence[float], source: str, *, workers: i
         }
         for kind, all_ in kinds.items()
     ]
+    if rows:
+        frame(pd.DataFrame(rows), "What is missing")
+    out.print(summary(jobs, costs, source, workers=workers), soft_wrap=True)
+
+
+def summary(jobs: Sequence[Job], costs: Sequence[float], source: str, *, workers: int) -> str:
+    """Return a sentence on the number of jobs, their passes and the estimated time, as `plan` takes them."""
     total = sum(job.passes for job in jobs)
     forward = max(sum(costs) / workers, max(costs, default=0.0))
     estimate = forward + (START + PER_JOB * -(-len(jobs) // workers) if jobs else 0.0)
-    if rows:
-        frame(pd.DataFrame(rows), "What is missing")
     each = f"{sum(costs) / total * 1e6:,.0f} µs a pass" if total else "nothing to do"
-    out.print(
+    return (
         f"{len(jobs)} jobs, {total:,.0f} image passes, about {_clock(estimate)} with {workers} workers "
-        f"({each}: {source}).",
-        soft_wrap=True,
+        f"({each}: {source})."
     )
 
 

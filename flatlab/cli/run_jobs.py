@@ -34,6 +34,9 @@ def carry_out(chosen: Choices, todo: Sequence[Any], place: Any = None) -> None:
                 folder.mkdir(parents=True, exist_ok=True)
     _decode({(spec.dataset, spec.image_size) for job in todo for spec in job.runs}, place)
     engine = chosen.engine(len(todo))
+    if todo:
+        costs, source, _ = _costs(chosen, todo, todo[0].runs[0])
+        display.err.print(display.summary(todo, costs, source, workers=engine.workers), soft_wrap=True, markup=False)
     with display.board(todo, workers=engine.workers) as on_event:
         reproduce.carry_out(list(todo), chosen.runs(), place, engine=engine, on_event=on_event)
 
@@ -77,12 +80,8 @@ def _decode(wanted: set[tuple[str, int]], place: Any) -> None:
 def price(chosen: Choices, todo: list[Any], spec: Any) -> None:
     """Print jobs, passes and estimated time."""
     from flatlab.cli import display
-    from flatlab.jobs import plan as jobs_plan
 
-    store, kinds = chosen.runs(), dict.fromkeys((job.runs[0].model, job.runs[0].image_size) for job in todo)
-    rates = jobs_plan.seconds_per_pass(store, kinds or [(spec.model, spec.image_size)])
-    costs = [job.passes * rates[job.runs[0].model, job.runs[0].image_size][0] for job in todo]
-    source = "; ".join(dict.fromkeys(source for _, source in rates.values()))
+    costs, source, rate = _costs(chosen, todo, spec)
     workers = chosen.engine(len(todo)).workers
     if not chosen.json:
         display.plan(todo, costs, source, workers=workers)
@@ -90,8 +89,18 @@ def price(chosen: Choices, todo: list[Any], spec: Any) -> None:
     rows = [
         {"name": job.name, "passes": job.passes, "core_seconds": cost} for job, cost in zip(todo, costs, strict=True)
     ]
-    seconds = sum(costs) / sum(job.passes for job in todo) if todo else next(iter(rates.values()))[0]
+    seconds = sum(costs) / sum(job.passes for job in todo) if todo else rate
     chosen.answer_facts({"jobs": rows, "seconds_per_pass": seconds, "source": source, "workers": workers}, "")
+
+
+def _costs(chosen: Choices, todo: Sequence[Any], spec: Any) -> tuple[list[float], str, float]:
+    """Return the core seconds of each job, the source of the rates, and the rate of a network without a job."""
+    from flatlab.jobs import plan as jobs_plan
+
+    kinds = dict.fromkeys((job.runs[0].model, job.runs[0].image_size) for job in todo)
+    rates = jobs_plan.seconds_per_pass(chosen.runs(), kinds or [(spec.model, spec.image_size)])
+    costs = [job.passes * rates[job.runs[0].model, job.runs[0].image_size][0] for job in todo]
+    return costs, "; ".join(dict.fromkeys(source for _, source in rates.values())), next(iter(rates.values()))[0]
 
 
 def foresee(chosen: Choices, todo: Sequence[Any], place: Any) -> None:

@@ -157,7 +157,7 @@ class Landscape:
 
     @property
     def weights(self) -> FloatArray:
-        """The sum (S,) of the samples' weights in each stratum: their number, unless the loss gives weights."""
+        """Sums (S,) of the samples' weights in each stratum, which are their numbers if the loss gives no weights."""
         if self._weights is None:
             self._weights = self._weigh(self.loss)
         return self._weights

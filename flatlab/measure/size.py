@@ -26,7 +26,7 @@ def fill_latency(measurement: Measurement, run: Run, place: Place, report: JobRe
     from flatlab.deploy import engines, latency, onnx  # need the extra `deploy`
 
     spec: LatencySpec = measurement.spec
-    batches = onnx.evaluated(loading_data.domains(run.spec, place))[onnx.OUT]
+    batches = onnx.evaluated(loading_data.domains(run.spec, place))["target"]
     with engines.engines([run], [], place) as ready:
         accuracies = [each.accuracy(batches) for each in ready]
         found = latency.timed(ready, rounds=spec.rounds, accuracies=accuracies)

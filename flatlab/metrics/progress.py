@@ -5,6 +5,7 @@ import inspect
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 from flatlab.derivatives.operators import Curvature, Hessian
@@ -32,7 +33,8 @@ def bar(name: str, progress: bool | None = None) -> Iterator[Count | None]:
 
     console = Console(stderr=True)
     terminal = console.is_terminal and console.file.isatty()  # FORCE_COLOR alone makes it one for rich
-    if not (terminal or console.is_jupyter if progress is None else progress):
+    notebook = console.is_jupyter and find_spec("ipywidgets") is not None  # without it rich warns, and draws nothing
+    if not (terminal or notebook if progress is None else progress):
         yield None
         return
     text = rich.TextColumn

@@ -37,12 +37,15 @@ def corrected(
 
 
 def bracketed(value: float, low: float, high: float, *, digits: int = 3, starred: bool = False) -> str:
-    """Return "value [low, high]" and perhaps a star; one seed has no interval."""
+    """Return "value [low, high]", perhaps with a star after the value; one seed has no interval.
+
+    Behind the bracket, stars of one line of markdown would be read as emphasis.
+    """
     if not np.isfinite([low, high]).all():
         return f"{value:+.{digits}f} (no interval)"
     while starred and digits < MOST_DIGITS and 0 in (round(low, digits), round(high, digits)):
         digits += 1  # an interval without 0 does not end at 0.00
-    return f"{value:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]{'*' if starred else ''}"
+    return f"{value:+.{digits}f}{'*' if starred else ''} [{low:+.{digits}f}, {high:+.{digits}f}]"
 
 
 def cells(findings: pd.DataFrame, *, digits: int | Sequence[int] = 3) -> list[str]:

@@ -128,6 +128,12 @@ class WorstRise(Saved):
         """The difference (R,) between the best and the worst restart."""
         return np.asarray(np.ptp(self.rises, axis=1))
 
+    def to_frame(self) -> "pd.DataFrame":
+        """Return a table: radius, the largest rise found (a lower bound, in nats), and its spread over restarts."""
+        import pandas as pd
+
+        return pd.DataFrame({"radius": self.radii, "value": self.value, "spread": self.spread})
+
 
 @dataclass(frozen=True, eq=False)
 class Generalisation(Saved):

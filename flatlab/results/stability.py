@@ -1,12 +1,16 @@
 """Numbers of the accuracy along a training: its variation, its agreement with validation, the regret of selection."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from flatlab.errors import UserError
 from flatlab.saving import Saved
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,12 @@ class Stability(Saved):
     correlation: float
     regret: float
     points: int
+
+    def to_frame(self) -> "pd.DataFrame":
+        """Return a table of one row: the numbers."""
+        import pandas as pd
+
+        return pd.DataFrame([asdict(self)])
 
 
 def stability(validation: npt.ArrayLike, target: npt.ArrayLike) -> Stability:

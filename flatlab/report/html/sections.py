@@ -91,12 +91,13 @@ def _training(run: Run) -> list[Any]:
 
 
 def _of_result(title: str, found: Any, *, level: int) -> Section:
-    sentences = list(getattr(found, "remarks", ()))
+    verdict = [found.verdict()] if hasattr(found, "verdict") else []
+    sentences = [*verdict, *getattr(found, "remarks", ())]
     if isinstance(found, Surface):
         sentences.append("Drag to turn, scroll to zoom; distances are Euclidean, in the space of the parameters.")
     picture = figure_of(found)
-    shown = [("All numbers; `low` and `high` end 95 % intervals or bounds.", found.to_frame())]
-    kept = [] if isinstance(found, Surface) or not hasattr(found, "to_frame") else shown
+    tabled = hasattr(found, "to_frame") and not isinstance(found, Surface)
+    kept = [("All numbers; `low` and `high` end 95 % intervals or bounds.", found.to_frame())] if tabled else []
     named = f"{title} ({type(found).__name__})" if isinstance(found, SphereFlatness) else title
     return Section(named, sentences, [] if picture is None else [picture], kept, level)
 
