@@ -122,7 +122,7 @@ def test_past_chance_and_with_one_seed_no_verdict_is_read():
     assert set(fig3.findings(beyond)["verdict"]) == {verdicts.UNREAD}
     assert set(fig3.summary(fig3.findings(beyond)).iloc[:, 1:].to_numpy().ravel()) == {"not read"}
     told = fig3.remarks(beyond)
-    assert told[0].endswith("source domains: no verdict is read.") and "reached at 0 by ERM" in told[-1]
+    assert told[0].endswith("source domains: no test was made.") and "reached at 0 by ERM" in told[-1]
     alone = fig3.remarks(frame(seeds=1))
     assert alone[0].endswith("one seed gives no interval, so that no difference is established.")
 

@@ -93,7 +93,7 @@ def findings(frame: pd.DataFrame) -> pd.DataFrame:
 def refused(frame: pd.DataFrame) -> list[str]:
     """Return for each test how many layers and runs it rejects at 5 % after Holm's correction, and without it.
 
-    A test by draws has a least p, which the correction may lift above 5 %: it can then reject nothing.
+    A test by draws has a smallest p-value, which the correction may raise above 5 %: it can then reject nothing.
     """
     least = len(frame) / (DRAWS + 1)
     parts = []

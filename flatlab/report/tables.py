@@ -217,7 +217,7 @@ def paired_each(frame: pd.DataFrame, pairs: Iterable[tuple[str, str]], by: Seque
 
 
 def accuracies(store: RunStore, wanted: Iterable[Labelled], *, among_all: bool = False) -> pd.DataFrame:
-    """Return one row per run and selection rule: step, accuracies, looks at the target.
+    """Return one row per run and selection rule: step, accuracies, evaluations on the target.
 
     `validation` and `test` are means over the source domains: on the images used for selection, and on those of the
     test split (NaN if a run has none). `target` is the held-out domain's; if logged, `target_percentile` is the

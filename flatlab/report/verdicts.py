@@ -101,7 +101,7 @@ def sentences(
     for family, rows in findings.groupby("family", sort=False):
         tests = rows[rows["verdict"] != UNREAD]
         if tests.empty:
-            lines.append(f"{family}: no verdict is read.")
+            lines.append(f"{family}: no test was made.")
         elif tests["p"].isna().all():
             lines.append(f"{family}: one seed gives no interval, so that no difference is established.")
         else:

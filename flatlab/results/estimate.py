@@ -125,7 +125,7 @@ def rows_of(strata: str | Iterable[str], known: Sequence[str]) -> list[int]:
     """
     asked = dict.fromkeys([strata] if isinstance(strata, str) else strata)
     if not asked:
-        raise UserError(f"At least one stratum must be given; there are {', '.join(known)}.")
+        raise UserError(f"At least one stratum must be given; available: {', '.join(known)}.")
     return [known.index(choose("stratum", name, known)) for name in asked]
 
 

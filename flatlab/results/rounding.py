@@ -31,7 +31,7 @@ class RoundingRise(Sampled):
         strata: names (S,); they weigh equally in `value`.
         normalisation: where a random one has the norm of the perturbation: "none" (on the whole), "layer",
             "filter" or "parameter".
-        num_params: P, the dimension of the space that is moved in.
+        num_params: P, the dimension of the space of the perturbations.
         norm: Euclidean length of w.
     """
 

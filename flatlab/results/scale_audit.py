@@ -28,7 +28,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Refusal:
-    """A layer that cannot be scaled against the one behind it, and why."""
+    """A layer that cannot be scaled against the next one, and why."""
 
     first: str
     reason: str
@@ -41,7 +41,7 @@ SAME = 0.01  # a ratio nearer to one than that is called invariant: rounding of 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ScaleAudit(Saved):
-    """How measures of flatness move under rescalings that leave the function as it is.
+    """Change of flatness measures under rescalings that do not change the function.
 
     Attributes:
         measures: (M,) their names.
@@ -93,7 +93,7 @@ class ScaleAudit(Saved):
 
     @property
     def ratio(self) -> FloatArray:
-        """The factors (2, M) by which the measures have moved."""
+        """The factors (2, M) by which the measures changed."""
         with np.errstate(divide="ignore", invalid="ignore"):
             return np.asarray(self.after / self.before)
 
@@ -101,9 +101,8 @@ class ScaleAudit(Saved):
     def movement(self) -> FloatArray:
         """For each measure (M,) the larger of the two factors, taken so that it is at least 1: 1 is invariant."""
         with np.errstate(divide="ignore", invalid="ignore"):
-            each = np.where(
-                self.ratio > 0, np.exp(np.abs(np.log(np.abs(self.ratio)))), np.inf
-            )  # infinite if the sign changes
+            # Infinite if the sign changes.
+            each = np.where(self.ratio > 0, np.exp(np.abs(np.log(np.abs(self.ratio)))), np.inf)
         return np.asarray(np.nan_to_num(each, nan=np.inf).max(axis=0))
 
     @property
@@ -113,7 +112,7 @@ class ScaleAudit(Saved):
 
     @property
     def remarks(self) -> list[str]:
-        """Sentences on what was rescaled, by how much the outputs moved, and what was not rescaled."""
+        """Sentences on what was rescaled, by how much the outputs changed, and what was not rescaled."""
         kinds = [pair.kind for pair in self.pairs]
         rescaled = (
             f"rescaled {kinds.count('norm')} layers against their BatchNorm and {kinds.count('layers')} pairs of "

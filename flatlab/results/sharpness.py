@@ -29,7 +29,7 @@ class AverageSharpness(Stopped):
         stopped: for each radius "samples", "accuracy", "budget" or "nonfinite".
         norm: "l2", normal noise, or "linf", uniform noise.
         adaptive: whether noise is scaled by |w|.
-        seed: names the draws and the blocks.
+        seed: of the draws and the blocks.
     """
 
     radii: FloatArray
@@ -57,7 +57,7 @@ class AverageSharpness(Stopped):
 
     @property
     def remarks(self) -> list[str]:
-        """Sentences on what is not finite, or not as accurate as was asked for; often none."""
+        """Sentences on non-finite losses and missed accuracy; often none."""
         found = remarks(self.radii, [rises.mean(axis=1) for rises in self.visits], None)
         return [*found, *missed(self.radii, self.stopped, self.stderr)]
 
@@ -72,7 +72,7 @@ class WorstSharpness(Sampled):
         norm: of the ball, "l2" or "linf".
         adaptive: whether perturbations are scaled by |w|.
         steps: of each ascent.
-        seed: names the starts and the blocks.
+        seed: of the starts and the blocks.
     """
 
     radii: FloatArray
@@ -108,7 +108,7 @@ class WorstRise(Saved):
         radii: (R,) Euclidean distances.
         rises: (R, restarts) where each ascent ended; their spread says how much the start mattered.
         steps: of each ascent.
-        seed: names the starts.
+        seed: of the starts.
         cost: what they cost together.
     """
 

@@ -41,7 +41,7 @@ class Spectrum(Saved):
 
     Attributes:
         eigenvalues: (k,) Ritz values, from the end that was asked for inwards; "BE" in ascending order.
-        residuals: (k,) ||A v - lambda v||: the interval of this half-width around each value holds an eigenvalue of A.
+        residuals: (k,) ||A v - lambda v||: the interval of this half-width around each value contains an eigenvalue.
         converged_each: (k,) whether the residual is at most tol times the eigenvalue, or rounding. The error is mostly
             far less, the residual's square over the gap; but the gap is not known before the search is over, and of
             1,080 searches that relied on it, 68 were off by more than tol (1 %), against 19 by the residual.
@@ -110,7 +110,7 @@ class Trace(Sampled):
         basis: how many vectors were deflated, or P.
         rel_error: standard error of the trace, as a share of it, that was asked for.
         stopped: "accuracy", "budget", or "exact" where the basis spans the space.
-        seed: names basis and vectors.
+        seed: of basis and vectors.
         num_params: P.
     """
 
@@ -193,7 +193,7 @@ class SpectralDensity(Saved):
         nodes: V arrays (m,) of Ritz values; m is the number of steps, or less where the basis broke down, and then the
             quadrature is exact.
         weights: V arrays (m,), squared first components of the Ritz vectors; each sums to one.
-        seed: names the starts.
+        seed: of the starts.
         cost: products.
         num_params: P; the density integrates to one, P times it counts eigenvalues.
         floor: magnitude below which an eigenvalue is zero up to rounding.
@@ -307,7 +307,7 @@ class MeasuredSpectrum(Saved):
 
     Attributes:
         eigenvalues: (k,).
-        residuals: (k,) half-widths around each that hold an eigenvalue; NaN where the engine gives none.
+        residuals: (k,) half-widths of intervals around each that contain an eigenvalue; NaN if the engine has none.
         states: (k,) "yes" where a pair has converged, "no", "not verified" where the budget ended the search, or
             "unknown" where the engine does not say.
         numbers: estimates by name, of `NUMBERS`; the engine PyHessian gives the trace alone, without an error.
@@ -370,7 +370,7 @@ class MeasuredSpectrum(Saved):
 
     @classmethod
     def from_arrays(cls, arrays: dict[str, npt.NDArray[Any]], facts: dict[str, Any]) -> Self:
-        """Return the result from what `to_arrays` returns and the spec's `seed`."""
+        """Return the result from what `to_arrays` returns; of the spec's fields only `seed` is used."""
         unknown = np.full(len(arrays["eigenvalues"]), np.nan)
         return cls(
             eigenvalues=arrays["eigenvalues"],

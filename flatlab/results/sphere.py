@@ -53,12 +53,12 @@ class SphereFlatness(Stopped):
         seed: of the directions and the blocks; equal seeds give equal directions on one kind of device.
         num_params: P, the dimension of the sphere's space.
         norm: Euclidean length of w.
-        reach: Euclidean distance at radius 1: one, or the length of the weights that are scaled to.
+        reach: Euclidean distance at radius 1: one, or the norm of the weights that are scaled.
         slopes: (K, S, S) products of the strata's slopes along directions (`slope.slopes`); None if the budget was
             too small.
         notes: what was found on opening the landscape, such as parameters that do not change the loss.
         device: kind of device on which the directions were drawn, "cpu" or "cuda".
-        chance: the loss of guessing, ln C of C classes, in nats; None where it is not known.
+        chance: the loss of a uniform guess, ln C of C classes, in nats; None where it is unknown.
         rises: (R,) the rises in nats that the radii were chosen for; empty where the radii were given.
     """
 
@@ -128,7 +128,7 @@ class SphereFlatness(Stopped):
 
     @property
     def samples(self) -> FloatArray:
-        """Rises (K, R, S) of the crossed design: rays, radii, strata.
+        """Rises (K, R, S) of the crossed design: directions, radii, strata.
 
         Raises:
             UserError: where radii were sampled in blocks, each by its own plan: see `visits`.
@@ -162,7 +162,7 @@ class SphereFlatness(Stopped):
 
     @property
     def guessing(self) -> npt.NDArray[np.bool_]:
-        """At which radii (R,) the loss is that of guessing, or not finite; at none where `chance` is not known."""
+        """Mask (R,) of the radii where the loss reaches chance level or is not finite; False if `chance` is None."""
         if self.chance is None:
             return np.zeros(len(self.radii), dtype=bool)
         means = np.array([rises.mean(axis=1).mean() for rises in self.visits])

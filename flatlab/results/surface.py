@@ -19,7 +19,7 @@ AXIS = {"loss": "loss (nats)", "accuracy": "accuracy"}
 
 
 class Timed(Stored):
-    """A result stored with its cost, without the seconds."""
+    """Base class of results that are stored with their cost, without the seconds."""
 
     def to_arrays(self) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
         """Return the content of a measurement's file: arrays, and facts for JSON; without the seconds."""
@@ -190,7 +190,7 @@ class Surface(Grid):
         return axes  # type: ignore[no-any-return]
 
     def interactive(self, *, metric: str = "loss", strata: str | Iterable[str] | None = None) -> Any:
-        """Return the surface as a picture that can be turned, for a notebook (plotly; extra `report`).
+        """Return the surface as a picture that can be rotated, for a notebook (plotly; extra `report`).
 
         Args:
             metric: which.

@@ -110,7 +110,7 @@ class TraceCheck(Sampled):
         return [pair for pair, (_, low, high) in self.differences(level).items() if not low <= 0 <= high]
 
     def agrees(self, level: float = 0.95) -> bool:
-        """Say whether no two of the three differ by more than their intervals."""
+        """Return whether no two of the three differ by more than their intervals."""
         return not self.apart(level)
 
     def quadratic_radius(self, within: float = WITHIN, level: float = 0.95) -> float:
@@ -146,7 +146,7 @@ class TraceCheck(Sampled):
         return axes
 
     def verdict(self, level: float = 0.95) -> str:
-        """Say in a sentence or two whether the three agree, and how far the quadratic approximation is valid."""
+        """Return sentences on whether the three agree, and up to which radius the quadratic approximation is valid."""
         three = ", ".join(
             f"{name} {each.value:.4g} ± {each.half_width(level):.2g}" for name, each in self.corners.items()
         )

@@ -36,10 +36,11 @@ def holm(p_values: npt.ArrayLike) -> FloatArray:
 
 
 def verdict(differences: Sequence[Estimate], radii: FloatArray, names: tuple[str, str], *, level: float = 0.95) -> str:
-    """Say which of two checkpoints is flatter, and where: "SAM is flatter up to radius 2; not distinguishable beyond".
+    """Return a sentence on which of two checkpoints is flatter, and at which radii.
 
-    The level is that of the whole sentence: where the two are equally flat, at most 1 - level of all sentences name one
-    of them at any radius (Holm over the radii). A radius at which the interval excludes 0 may thus remain undecided.
+    For example: "SAM is flatter up to radius 2; not distinguishable from radius 3 on". The level is that of the whole
+    sentence: where the two are equally flat, at most 1 - level of all sentences name one of them at any radius (Holm
+    over the radii). A radius at which the interval excludes 0 may thus remain undecided.
 
     Args:
         differences: (R,) of the first one's F less the second's.
@@ -73,7 +74,7 @@ def _part(spans: Sequence[tuple[int, float, float]], index: int, names: tuple[st
 
 
 def remarks(radii: FloatArray, rises: Sequence[FloatArray], slopes: FloatArray | None) -> list[str]:
-    """Say where rises are not finite, and where the slope at w dominates them.
+    """Return sentences on non-finite rises, and on radii where the slope at w dominates the rise.
 
     Args:
         radii: (R,) in any order.
@@ -85,7 +86,7 @@ def remarks(radii: FloatArray, rises: Sequence[FloatArray], slopes: FloatArray |
 
 
 def missed(radii: FloatArray, stopped: Sequence[str], errors: FloatArray) -> list[str]:
-    """Say at which radii sampling ended before the requested accuracy was reached.
+    """Return sentences on the radii where sampling ended before the requested accuracy was reached.
 
     Args:
         radii: (R,).

@@ -94,7 +94,7 @@ def _of_result(title: str, found: Any, *, level: int) -> Section:
     verdict = [found.verdict()] if hasattr(found, "verdict") else []
     sentences = [*verdict, *getattr(found, "remarks", ())]
     if isinstance(found, Surface):
-        sentences.append("Drag to turn, scroll to zoom; distances are Euclidean, in the space of the parameters.")
+        sentences.append("Drag to rotate, scroll to zoom; distances are Euclidean, in the space of the parameters.")
     picture = figure_of(found)
     tabled = hasattr(found, "to_frame") and not isinstance(found, Surface)
     kept = [("All numbers; `low` and `high` end 95 % intervals or bounds.", found.to_frame())] if tabled else []
