@@ -44,7 +44,7 @@ STYLE: dict[Any, Any] = {
     "lines.linewidth": 1.2,
     "lines.markersize": 4,
     "legend.frameon": False,
-    "pdf.fonttype": 42,  # fonts are embedded as outlines that stay text
+    "pdf.fonttype": 42,  # TrueType fonts are embedded; text can be selected
     "savefig.dpi": 200,
 }
 
@@ -232,7 +232,7 @@ def intervals(
 
 HALO: list[effects.AbstractPathEffect] = [effects.withStroke(linewidth=1.5, foreground="white")]
 ENDS = ("low", "high")
-CORNERS = ((4, 4), (-4, 4), (4, -4), (-4, -4))  # of a name beside its point, in points
+CORNERS = ((4, 4), (-4, 4), (4, -4), (-4, -4))  # offsets of a name from its marked point, in typographic points
 BAD = "0.8"  # colour of values that are not finite
 DECADES = 6.0  # largest span of the contours, below the highest one
 
@@ -272,7 +272,7 @@ def contours(
 
 
 def relief(ax: Any, places: tuple[FloatArray, FloatArray], values: FloatArray, *, levels: FloatArray) -> None:
-    """Draw the same as a relief on 3-D axes; its height is logarithmic if the levels are positive."""
+    """Draw the same values as a relief on 3-D axes; its height is logarithmic if the levels are positive."""
     log = bool(levels[0] > 0)
     height = np.log10(np.maximum(values, levels[0])) if log else values
     ends = np.log10(levels[[0, -1]]) if log else levels[[0, -1]]
@@ -295,7 +295,7 @@ def marked(ax: Axes, marks: FloatArray, names: Sequence[str], *, connected: bool
 
 
 def _beside(ax: Axes, point: Any, name: str) -> None:
-    """Write a name at the first corner of a point where it covers no other text, such as a contour's label."""
+    """Write a name beside a point, at the first offset where it covers no other text, such as a contour's label."""
     others = [text.get_window_extent() for text in ax.texts]
     look: dict[str, Any] = {"textcoords": "offset points", "fontsize": 7, "path_effects": HALO, "zorder": 6}
     text = ax.annotate(name, point, CORNERS[0], **look)
@@ -372,7 +372,7 @@ def turning(
     connected: bool,
     axes: tuple[str, str, str],
 ) -> Any:
-    """Return a surface that can be turned, with its marks; on a logarithmic axis where the values span a decade.
+    """Return a surface that can be rotated, with its marks; on a logarithmic axis where the values span a decade.
 
     Args:
         places: x (n1,), y (n2,).

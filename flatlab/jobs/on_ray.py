@@ -1,4 +1,4 @@
-"""Jobs as tasks of Ray: Ray places them, orders them by their needs, and tries them again where a node is lost."""
+"""Jobs as tasks of Ray: Ray places them, orders them by their needs, and retries them if a node fails."""
 
 import json
 import os
@@ -113,7 +113,7 @@ def do(folder: str, index: int, text: str, *_: Any) -> None:
         text: a plan of this job alone, as JSON.
 
     Raises:
-        UserError: where the node does not see the store, or its disk keeps locks to itself.
+        UserError: where the node does not see the store, or its disk has no locks across nodes.
     """
     from flatlab.jobs.worker import work
 

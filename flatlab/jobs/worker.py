@@ -35,7 +35,7 @@ _training, _asked_to_stop = threading.Event(), threading.Event()
 
 
 def work(jobs: Sequence[Job], store: RunStore, place: Place, *, emit: Emit, failures: Path | None = None) -> None:
-    """Do all jobs that no other worker does, each once its needs are done; then join the measurements of others.
+    """Do all jobs that no other worker does, each once its needs are done; then help with others' measurements.
 
     Args:
         jobs: tried in this order, but for pilots and one measurement of each kind.
@@ -63,7 +63,7 @@ class _Worker:
         self.store, self.place, self.emit, self.failures = store, place, emit, failures
 
     def settles_one(self) -> bool:
-        """Do one job, or give one up; return False if others hold all jobs, or their needs are not done yet."""
+        """Do one job, or skip one that failed or whose needs failed; return False if none is free and ready."""
         # In order, since a job that was waiting may be ready now; if none is free, join a measurement.
         tries = ((job, join) for join in (False, True) for job in self.pending)
         settled = next((job for job, join in tries if self._settled(job, join=join)), None)

@@ -48,7 +48,7 @@ def network(spec: RunSpec, data: DomainSet, place: Place) -> Network:
 
 
 def align(built: Network, spec: RunSpec, state: Mapping[str, torch.Tensor], data: DomainSet, place: Place) -> None:
-    """Give the head of CLIP the vectors of the classes, from the text tower of a checkpoint."""
+    """Set the weights of CLIP's head to the vectors of the classes, from the text tower of a checkpoint."""
     config = config_of(spec.model, place)
     assert config and place.model_dir
     tokenizer = saved_tokenizer(Path(place.model_dir))

@@ -1,4 +1,4 @@
-"""From a run to a measurement on disk; other modules of this package measure each metric."""
+"""Measurements of runs, stored on disk; other modules of this package measure each metric."""
 
 from collections.abc import Callable
 from importlib import import_module

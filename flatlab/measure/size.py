@@ -1,4 +1,4 @@
-"""The size of a run's network as a file, and how long it takes on this processor."""
+"""The size of a run's network as a file, and its latency on this processor."""
 
 from flatlab import files
 from flatlab.arguments import JobReport

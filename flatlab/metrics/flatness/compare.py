@@ -58,8 +58,8 @@ def compare_flatness(
 def paired_difference(a: SphereFlatness, b: SphereFlatness) -> PairedDifference:
     """Return the difference a - b along the directions on which both were evaluated.
 
-    Results do not contain their data: that both are of one architecture, loss and data, is the caller's to know, and
-    is checked by `compare_flatness`.
+    Results do not contain their data: that both are of one architecture, loss and data must be ensured by the caller;
+    `compare_flatness` checks it.
 
     Raises:
         UserError: if the two were not measured along the same directions, at the same radii, on the same blocks.

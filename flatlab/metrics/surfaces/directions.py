@@ -68,7 +68,7 @@ def random_directions(
 def eigen_directions(
     landscape: Landscape, *, count: int = 2, which: Which = "LA", seed: int = 0, spectrum: Spectrum | None = None
 ) -> Directions:
-    """Return eigenvectors of the Hessian, of unit length: where the loss bends most (or, with "SA", falls most).
+    """Return eigenvectors of the Hessian, of unit length: directions of largest (with "SA", most negative) curvature.
 
     Args:
         landscape: around the point.
