@@ -142,7 +142,9 @@ def test_amazon_is_trained_measured_and_tabulated(tmp_path):
         assert "oracle" not in selection.rules([row])
     page = (tmp_path / "out" / "amazon-sentences-transformer" / "table3.md").read_text()
     assert "held-out domain, percentile over groups" in page and "source domains, test split, percentile over" in page
-    assert "accuracies of reviewers" in page and "is the average accuracy out of distribution of WILDS' own table" in page
+    assert (
+        "accuracies of reviewers" in page and "is the average accuracy out of distribution of WILDS' own table" in page
+    )
     sizes = ("--radii", "0.5", "--samples", "2", "--images", "4", "--out", tmp_path / "flat", "--data-dir", tmp_path)
     assert commandline.call("flatness", "QT-DoG", *sizes, *here, "--held-out", "test") == 0
 
