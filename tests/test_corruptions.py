@@ -169,6 +169,16 @@ def test_the_words_of_a_corruption(tmp_path, capsys):
     assert call("hessian", run, *numbers, "--corruption", "fog:1", *place) == 0
     assert "source under fog:1" in (tmp_path / "hessian.csv").read_text()
     capsys.readouterr()
+    least = ("--images", 5, "--corruption", "fog:1", *place)
+    assert call("noise", run, "--radius", "--samples", 2, *least) == 0
+    assert "under fog:1" in capsys.readouterr().out and ",fog:1" in (tmp_path / "radius.csv").read_text()
+    assert call("landscape", run, "--grid", 3, "--rel-error", 0.5, *least) == 0
+    said = capsys.readouterr().err
+    assert "Images under fog:1." in said and "under fog:1: Trace of the Hessian" in said
+    assert call("audit", run, "--samples", 2, *least) == 0
+    assert "under fog:1: rescaled" in capsys.readouterr().err
+    assert call("noise", run, "--corruption", "fog:1", *place) == 2
+    assert "--corruption does nothing without --radius" in capsys.readouterr().err
     for words, match in {
         "fog": "--corruption must be NAME:SEVERITY with a severity from 1 to 5, such as gaussian_noise:3, got fog.",
         "fog:0": "--corruption must be NAME:SEVERITY with a severity from 1 to 5, such as gaussian_noise:3, got fog:0.",

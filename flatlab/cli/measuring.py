@@ -43,11 +43,13 @@ SPECTRUM = asked(
 )
 PLANE = asked(
     SurfaceSpec,
-    *("grid", "extent", "refine", "recompute", "every", "checkpoint", "params", "images"),
+    *("grid", "extent", "refine", "recompute", "every", "checkpoint", "params", "images", "corruption"),
     direction_seed="seed",
 ) | asked(TraceCheckSpec, "rel_error")
-AUDIT = asked(ScaleAuditSpec, "most", "checkpoint", "images", samples="num_samples", direction_seed="seed")
-ROUNDING = asked(RoundingSpec, "checkpoint", "images", samples="num_samples")
+AUDIT = asked(
+    ScaleAuditSpec, "most", "checkpoint", "images", "corruption", samples="num_samples", direction_seed="seed"
+)
+ROUNDING = asked(RoundingSpec, "checkpoint", "images", "corruption", samples="num_samples")
 
 
 @commands.command(epilog="Example: `flatlab flatness ERM QT-DoG --held-out rot45 --radii 0:3:0.5 --domains target`")
@@ -122,7 +124,7 @@ def noise(
     if radius:
         measurement = RoundingSpec.make(**fields, params=layers)
     else:
-        chosen.refuse(("samples", "images"), "without --radius, since no image is evaluated")
+        chosen.refuse(("samples", "images", "corruption"), "without --radius, since no image is evaluated")
         for run in found:
             QuantizationNoiseSpec.check(run.spec)
         measurement = QuantizationNoiseSpec.make(checkpoint=fields["checkpoint"])
@@ -130,7 +132,9 @@ def noise(
     if not measured(chosen, found, [measurement]):
         return
     table, written = module.chart(store, found, measurement, layers=layers, out=chosen.out)
-    chosen.answer(table if chosen.json else table[list(module.SHOWN)], module.TITLE, module.SHOWN)
+    chosen.answer(
+        table if chosen.json else table[list(module.SHOWN)], f"{module.TITLE}{measurement.under}", module.SHOWN
+    )
     show_written(written)
 
 
@@ -199,7 +203,7 @@ def landscape(
     from flatlab.specs.measurements import ConnectionSpec
 
     found = chosen.found(runs)
-    shared = {name: fields.pop(name) for name in ("checkpoint", "params", "images", "seed")}
+    shared = {name: fields.pop(name) for name in ("checkpoint", "params", "images", "corruption", "seed")}
     kind, rel_error = choose("axes", axes, AXES), fields.pop("rel_error")
     if kind == "line":
         chosen.refuse(("extent", "refine", "triangle", "rel_error"), "with --axes line")

@@ -28,8 +28,8 @@ def triangles(
             for name, each in check.corners.items():
                 low, high = each.interval()
                 rows.append({"run": run.name, "way": name, "trace": each.value, "low": low, "high": high})
-            sentences.append(f"{run.name}: {check.verdict()}")
-            check.plot(ax).set(title=run.name)
+            sentences.append(f"{run.name}{measurement.under}: {check.verdict()}")
+            check.plot(ax).set(title=f"{run.name}{measurement.under}")
         return pd.DataFrame(rows), sentences, plots.save(figure, out / "triangle")
 
 
@@ -44,6 +44,6 @@ def audits(
         for ax, run in zip(grid[:, 0], found, strict=True):
             audit: ScaleAudit = run.result(measurement)
             frames.append(audit.to_frame().assign(run=run.name))
-            sentences += [f"{run.name}: {sentence}" for sentence in audit.remarks]
-            audit.plot(ax).set_title(run.name, loc="left", pad=18)  # the legend is between
+            sentences += [f"{run.name}{measurement.under}: {sentence}" for sentence in audit.remarks]
+            audit.plot(ax).set_title(f"{run.name}{measurement.under}", loc="left", pad=18)  # the legend is between
         return pd.concat(frames, ignore_index=True), sentences, plots.save(figure, out / "audit")

@@ -169,8 +169,10 @@ def chart(
         out: folder of the pictures.
     """
     frame = rises(store, [(run.name, run.spec, measurement) for run in found])
+    if measurement.corruption:
+        frame = frame.assign(corruption=measurement.corruption)
     caption = (
-        f"Bit widths as radii\n{layers or 'All layers'}, source domains; {measurement.num_samples} random "
-        "directions each, 95 % intervals over them; grey: 95 % of these"
+        f"Bit widths as radii\n{layers or 'All layers'}, source domains{measurement.under}; "
+        f"{measurement.num_samples} random directions each, 95 % intervals over them; grey: 95 % of these"
     )
     return wide(frame), plots.save(draw(frame, caption), out / "radius", frame)

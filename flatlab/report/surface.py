@@ -117,7 +117,7 @@ def draw_surfaces(found: Sequence[Run], measurement: SurfaceSpec, *, out: Path) 
 
 def remarks(found: Sequence[Run], measurement: SurfaceSpec | ConnectionSpec) -> list[str]:
     """Return sentences for a caption: on BatchNorm's statistics, and on the variance explained by a plane."""
-    sentences = []
+    sentences = [f"Images{measurement.under}."] if measurement.corruption else []
     if isinstance(measurement, SurfaceSpec) and measurement.axes == "trajectory":
         for run in found:
             mine: Surface = run.result(measurement)
