@@ -20,7 +20,7 @@ from flatlab.analysis import Analysis, from_table
 from flatlab.report import verdicts
 from flatlab.report.panels import ACCURACY, SOURCE, TARGET
 from flatlab.resources import published
-from flatlab.specs.methods import METHODS, is_papers, replicates
+from flatlab.specs.methods import METHODS, Labelled, is_papers, replicates
 from flatlab.specs.run import RunSpec
 from flatlab.specs.settings import QUICK, SETTINGS, Setting, for_data
 from flatlab.store.runs import RunStore
@@ -117,7 +117,7 @@ class PaperTable:
         there = set(frame["method"])
         return [line.label for line in self.every if line.label in there]
 
-    def labelled(self, setting: Setting) -> list[tuple[str, RunSpec]]:
+    def labelled(self, setting: Setting) -> list[Labelled]:
         """Return each run with its line's name."""
         lines = self.every if setting.controls else self.lines
         return [(line.label, run) for one in self.suited(setting).each for line in lines for run in line.runs(one)]

@@ -5,13 +5,13 @@ from typing import Any
 
 import pandas as pd
 
-from flatlab.specs.run import RunSpec
+from flatlab.specs.methods import Labelled
 from flatlab.store.runs import RunStore
 
 COLUMNS = ["method", "held_out", "seed", "layer", "step", "measure", "value"]
 
 
-def along(store: RunStore, wanted: Iterable[tuple[str, RunSpec]]) -> pd.DataFrame:
+def along(store: RunStore, wanted: Iterable[Labelled]) -> pd.DataFrame:
     """Return a row for each run, step-size tensor (`layer`), evaluation and measure, as shares of 1.
 
     Measures: disorder of the gradient of the `task` and of the perturbed loss (`smooth`), disagreement `between` their

@@ -19,8 +19,7 @@ from flatlab.arguments import FloatArray
 from flatlab.report import tables, verdicts
 from flatlab.results.gradcam import MeasuredMaps, agreement, heat, pixels
 from flatlab.specs.measurements import GradCAMSpec
-from flatlab.specs.methods import radii_by_rise
-from flatlab.specs.run import RunSpec
+from flatlab.specs.methods import Labelled, radii_by_rise
 from flatlab.specs.settings import Setting
 from flatlab.store.runs import RunStore
 
@@ -82,7 +81,7 @@ class CamFigure:
         images = max(IMAGES if setting.images is None else min(IMAGES, setting.images), self.first + self.shown)
         return GradCAMSpec(images=images, layer=LAYERS.get(setting.model), radii=radii, num_samples=DIRECTIONS)
 
-    def labelled(self, setting: Setting) -> list[tuple[str, RunSpec]]:
+    def labelled(self, setting: Setting) -> list[Labelled]:
         """Return each run with its method's name."""
         return by_method(METHODS_SHOWN)(setting.replace(held_out=self.held_out(setting)))
 

@@ -12,7 +12,7 @@ import pandas as pd
 from safetensors.numpy import load_file
 
 from flatlab import files
-from flatlab.report.tables import Labelled
+from flatlab.specs.methods import Labelled
 from flatlab.store.runs import RunStore
 
 LEVELS = 127  # of a signed 8-bit integer; symmetric, a step for each output channel

@@ -6,7 +6,7 @@ import pandas as pd
 
 from flatlab.report import tables
 from flatlab.report.panels import SOURCE, TARGET
-from flatlab.specs.run import RunSpec
+from flatlab.specs.methods import Labelled
 from flatlab.store.runs import RunStore
 
 Panel = tuple[str, str]  # and split
@@ -19,7 +19,7 @@ SPLITS = {"out": ("out",), "all": ("in", "out")}  # of the held-out domain, whos
 BY = ["dataset", "panel", "split"]
 
 
-def accuracies(store: RunStore, wanted: list[tuple[str, RunSpec]], panels: list[Panel]) -> pd.DataFrame:
+def accuracies(store: RunStore, wanted: list[Labelled], panels: list[Panel]) -> pd.DataFrame:
     """Return a row for each run and panel: the accuracy in percent.
 
     Args:
@@ -42,7 +42,7 @@ def accuracies(store: RunStore, wanted: list[tuple[str, RunSpec]], panels: list[
     )
 
 
-def _of_target(store: RunStore, wanted: list[tuple[str, RunSpec]], found: pd.DataFrame, split: str) -> list[float]:
+def _of_target(store: RunStore, wanted: list[Labelled], found: pd.DataFrame, split: str) -> list[float]:
     """Return the accuracy of each selected checkpoint on the held-out domain's "out" split, or on both."""
     logs = {run.digest: {row["step"]: row for row in store.run(run).rows()} for _, run in wanted}
     chosen = [logs[run][step]["target"] for run, step in zip(found["run"], found["step"], strict=True)]
@@ -71,7 +71,7 @@ def _bounded(each: pd.DataFrame) -> pd.DataFrame:
     return found.assign(**{name: 100 * found[name] for name in percent})
 
 
-def over_members(store: RunStore, wanted: list[tuple[str, RunSpec]], panels: list[Panel]) -> Iterator[pd.DataFrame]:
+def over_members(store: RunStore, wanted: list[Labelled], panels: list[Panel]) -> Iterator[pd.DataFrame]:
     """Return the mean over an ensemble's members of their own accuracies, and over held-out domains of that."""
     alone = [(label, member) for label, run in wanted for member in run.members]
     if not alone:

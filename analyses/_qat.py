@@ -21,8 +21,7 @@ from flatlab.report import spectrum, tables, verdicts
 from flatlab.report.areas import UP_TO, areas_by_domain, limits, named_by_rise
 from flatlab.report.panels import SOURCE, TARGET
 from flatlab.specs.measurements import SpectrumSpec
-from flatlab.specs.methods import METHODS, replicates
-from flatlab.specs.run import RunSpec
+from flatlab.specs.methods import METHODS, Labelled, replicates
 from flatlab.specs.settings import Setting
 from flatlab.store.runs import RunStore
 
@@ -92,7 +91,7 @@ class Comparison:
         """Return the pairs of a block; an ablation is compared with the unchanged method."""
         return [(name, self.own) for name in self.ablations] if block == ABLATED else self.pairs
 
-    def runs(self, setting: Setting) -> dict[str, list[tuple[str, RunSpec]]]:
+    def runs(self, setting: Setting) -> dict[str, list[Labelled]]:
         """Return the runs of each block, each with its row's name."""
         last = setting.replace(held_out=setting.held_out[-1:])
         wide = {FINE: setting, COARSE: last}
@@ -109,7 +108,7 @@ class Comparison:
         ablated = [(row, run) for row, own in varied.items() for run in replicates(method, base.replace(**own))]
         return {**found, ABLATED: ablated}
 
-    def labelled(self, setting: Setting) -> list[tuple[str, RunSpec]]:
+    def labelled(self, setting: Setting) -> list[Labelled]:
         """Return each run with its row's name, and its block's if that is not the first."""
         return [
             (row if block == FINE else f"{row}, {block}", run)
@@ -162,8 +161,8 @@ class Comparison:
             f"{setting.held_out[-1]} alone. Weights and layers' inputs are quantized from the first step. Differences "
             f"paired by held-out domain and seed, bars: {setting.interval}, each alone, filled where p < 0.05 after "
             f"Holm. F: rise of the loss, mean up to radii where ERM's is {UP_TO} nats on the source domains, or below "
-            f"chance, {setting.effort}. Below: means over targets and seeds, between two evaluations; grey: no pair of "
-            "signs. Checkpoint by training-domain validation."
+            f"chance, {fig3.effort(setting)}. Below: means over targets and seeds, between two evaluations; grey: no "
+            "pair of signs. Checkpoint by training-domain validation."
         )
 
     def draw(self, frame: pd.DataFrame, caption: str) -> Figure:
@@ -214,13 +213,13 @@ def curvature(setting: Setting) -> SpectrumSpec:
     return SpectrumSpec.make(images=IMAGES[setting.name], unrounded=True, **effort)
 
 
-def _accuracy(store: RunStore, runs: list[tuple[str, RunSpec]], setting: Setting) -> pd.DataFrame:
+def _accuracy(store: RunStore, runs: list[Labelled], setting: Setting) -> pd.DataFrame:
     split = "test" if setting.test_share else "out"
     found = _percent.accuracies(store, runs, [(SOURCE, split), (TARGET, "in")])
     return found.assign(measure=found["panel"])
 
 
-def _frozen(store: RunStore, runs: list[tuple[str, RunSpec]]) -> pd.DataFrame:
+def _frozen(store: RunStore, runs: list[Labelled]) -> pd.DataFrame:
     """Return the share of step sizes' tensors and steps that were frozen, in percent, of the runs that freeze."""
     freezing = [(row, run) for row, run in runs if run.step.freezing and not run.step.freezing.alternate]
     each = _disorder.along(store, freezing)
@@ -228,7 +227,7 @@ def _frozen(store: RunStore, runs: list[tuple[str, RunSpec]]) -> pd.DataFrame:
     return mine.groupby(KEYS[1:], sort=False)["value"].mean().mul(100).reset_index()
 
 
-def _flatness(store: RunStore, runs: list[tuple[str, RunSpec]], setting: Setting) -> pd.DataFrame:
+def _flatness(store: RunStore, runs: list[Labelled], setting: Setting) -> pd.DataFrame:
     """Return the mean of F of each run: of source and target domains, and of the source domains one by one."""
     wanted = [(row, run, each) for row, run in runs for each in fig3.measurements(setting)]
     curves = named_by_rise(tables.flatness(store, wanted), "ERM")
@@ -236,7 +235,7 @@ def _flatness(store: RunStore, runs: list[tuple[str, RunSpec]], setting: Setting
     return found.assign(measure=found["panel"] + ", " + found["normalisation"])
 
 
-def _eigenvalue(store: RunStore, runs: list[tuple[str, RunSpec]], setting: Setting) -> pd.DataFrame:
+def _eigenvalue(store: RunStore, runs: list[Labelled], setting: Setting) -> pd.DataFrame:
     found = spectrum.numbers(store, [(row, run, curvature(setting)) for row, run in runs])
     return found[(found["number"] == "eigenvalue") & (found["index"] == 0)].assign(measure="top eigenvalue")
 

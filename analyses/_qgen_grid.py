@@ -10,12 +10,12 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from flatlab.analysis import Labelled
+from flatlab.arguments import Normalisation
 from flatlab.specs.generalisation import GeneralisationSpec
 from flatlab.specs.measurement import MeasurementSpec
 from flatlab.specs.measurements import SpectrumSpec, SphereSpec
-from flatlab.specs.methods import METHODS, compose
-from flatlab.specs.rises import ByNoise, ByRise, Normalisation
+from flatlab.specs.methods import METHODS, Labelled, compose
+from flatlab.specs.rises import ByNoise, ByRise
 from flatlab.specs.run import RunSpec, StopSpec
 from flatlab.specs.settings import QUICK, SMOKE, Setting
 

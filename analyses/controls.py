@@ -14,8 +14,7 @@ from flatlab.analysis import Analysis, by_method, crossed, from_table
 from flatlab.report import stability, tables, verdicts
 from flatlab.report.areas import UP_TO, areas_by_domain, limits, named_by_rise
 from flatlab.report.panels import SOURCE, TARGET
-from flatlab.specs.methods import RELEASED
-from flatlab.specs.run import RunSpec
+from flatlab.specs.methods import RELEASED, Labelled
 from flatlab.specs.settings import Setting
 from flatlab.store.runs import RunStore
 
@@ -64,13 +63,13 @@ def table(store: RunStore, setting: Setting) -> pd.DataFrame:
     return pd.concat([each.assign(over="run"), tables.over_seeds(each, ["measure", "method"])], ignore_index=True)
 
 
-def _unrest(store: RunStore, runs: list[tuple[str, RunSpec]], since: int) -> pd.DataFrame:
+def _unrest(store: RunStore, runs: list[Labelled], since: int) -> pd.DataFrame:
     along = stability.curves(store, [(method, run) for method, run in runs if not run.derived])  # others have no log
     found = stability.numbers(along, since).melt(["method", "held_out", "seed"], ["spread", "change"], "measure")
     return found.assign(value=100 * found["value"])
 
 
-def _flatness(store: RunStore, runs: list[tuple[str, RunSpec]], setting: Setting) -> pd.DataFrame:
+def _flatness(store: RunStore, runs: list[Labelled], setting: Setting) -> pd.DataFrame:
     found = tables.flatness(
         store, [(method, run, measurement) for method, run in runs for measurement in fig3.measurements(setting)]
     )
@@ -144,7 +143,7 @@ def caption(setting: Setting) -> str:
         f"Controls, less {BASELINE}: {setting.words}\n"
         f"Held out in turn: {', '.join(setting.held_out)}; paired by held-out domain and seed. Bars: "
         f"{setting.interval}. Unrest: of the accuracy on the held-out domain from step {setting.switch_step} on. F: "
-        f"rise of the loss, up to radii where ERM's is {UP_TO} nats on the source domains, {setting.effort}. "
+        f"rise of the loss, up to radii where ERM's is {UP_TO} nats on the source domains, {fig3.effort(setting)}. "
         "RTN: no training."
     )
 

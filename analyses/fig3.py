@@ -57,6 +57,11 @@ def measurements(setting: Setting) -> list[SphereSpec]:
     ]
 
 
+def effort(setting: Setting) -> str:
+    """Return the sampling effort, as text for a caption."""
+    return measurements(setting)[0].effort
+
+
 def table(store: RunStore, setting: Setting) -> pd.DataFrame:
     """Return the curves: of each run with intervals over directions, and of each method over seeds."""
     wanted = [(name, run, measurement) for name, run in labelled(setting) for measurement in measurements(setting)]
@@ -140,7 +145,7 @@ def caption(setting: Setting) -> str:
     """Return title and notes: data, seeds, directions, radii."""
     images = "all" if setting.images is None else f"{setting.images}"
     return (
-        f"Local flatness: {setting.words}, {setting.effort}\n"
+        f"Local flatness: {setting.words}, {effort(setting)}\n"
         f"Held out in turn: {', '.join(setting.held_out)}; {images} images per domain (in split). "
         "Mean over held-out domains; bars: 95 % interval over seeds. Radii: where ERM's loss on the source domains has "
         f"risen by {', '.join(f'{rise:g}' for rise in setting.rises)} nats, and by {setting.beyond:g} for the look"

@@ -11,8 +11,7 @@ from matplotlib.figure import Figure
 from flatlab.analysis import Analysis, by_method, from_table
 from flatlab.report import stability, tables, verdicts
 from flatlab.resources import published
-from flatlab.specs.methods import RELEASED
-from flatlab.specs.run import RunSpec
+from flatlab.specs.methods import RELEASED, Labelled
 from flatlab.specs.settings import Setting
 from flatlab.store.runs import RunStore
 
@@ -37,7 +36,7 @@ def targets(setting: Setting) -> tuple[str, ...]:
     return tuple(paper) or tuple(dict.fromkeys((setting.held_out[0], setting.held_out[-1])))
 
 
-def labelled(setting: Setting) -> list[tuple[str, RunSpec]]:
+def labelled(setting: Setting) -> list[Labelled]:
     """Return each run with its method's name."""
     return by_method(order(setting))(setting.replace(held_out=targets(setting)))
 

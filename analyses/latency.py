@@ -12,12 +12,12 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from flatlab import plots
-from flatlab.analysis import Analysis, Labelled, Measured, from_table
+from flatlab.analysis import Analysis, Measured, from_table
 from flatlab.report import tables, verdicts
 from flatlab.resources import published
 from flatlab.results.size import Latency
 from flatlab.specs.measurements import LatencySpec, SizeSpec
-from flatlab.specs.methods import METHODS, replicates
+from flatlab.specs.methods import METHODS, Labelled, replicates
 from flatlab.specs.settings import SMOKE, Setting
 from flatlab.store.runs import Run, RunStore
 

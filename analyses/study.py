@@ -24,7 +24,7 @@ from flatlab.report.areas import UP_TO, limits, named_by_rise
 from flatlab.report.panels import SOURCE, TARGET
 from flatlab.specs.measurement import MeasurementSpec
 from flatlab.specs.measurements import SpectrumSpec
-from flatlab.specs.methods import METHODS, RELEASED, replicates
+from flatlab.specs.methods import METHODS, RELEASED, Labelled, replicates
 from flatlab.specs.run import RunSpec
 from flatlab.specs.settings import Setting
 from flatlab.store.runs import RunStore
@@ -80,7 +80,7 @@ def methods(setting: Setting) -> list[str]:
     return [name for name in ORDER if name not in left]
 
 
-def labelled(setting: Setting) -> list[tuple[str, RunSpec]]:
+def labelled(setting: Setting) -> list[Labelled]:
     """Return each run with its method's name."""
     own = setting.replace(bits=BITS)
     changed: dict[str, tuple[str, dict[str, Any]]] = {
@@ -156,14 +156,14 @@ def _kept(setting: Setting) -> pd.DataFrame:
     return _rows.read(Path(setting.rows), methods=[name for name in ORDER if name not in methods(setting)], **where)
 
 
-def _unrest(store: RunStore, runs: list[tuple[str, RunSpec]], since: int) -> pd.DataFrame:
+def _unrest(store: RunStore, runs: list[Labelled], since: int) -> pd.DataFrame:
     logged = [(method, run) for method, run in runs if run.average.kind in ("last", "sma")]  # others have one row
     found = stability.numbers(stability.curves(store, logged), since)
     long = found.melt(["method", "held_out", "seed"], ["spread", "change"], "measure")
     return long.assign(value=100 * long["value"])
 
 
-def _curvature(store: RunStore, runs: list[tuple[str, RunSpec]], setting: Setting) -> pd.DataFrame:
+def _curvature(store: RunStore, runs: list[Labelled], setting: Setting) -> pd.DataFrame:
     first = [(method, run) for method, run in runs if run.seed == setting.seed]
     found = spectrum.numbers(store, [(method, run, each) for method, run in first for each in curvature(setting)])
     found = found[(found["index"] == 0) & found["number"].isin(["eigenvalue", "trace"])]

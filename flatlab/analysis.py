@@ -9,13 +9,12 @@ from matplotlib.figure import Figure
 
 from flatlab.files import Arrays
 from flatlab.specs.measurement import MeasurementSpec
-from flatlab.specs.methods import METHODS, replicates
+from flatlab.specs.methods import METHODS, Labelled, replicates
 from flatlab.specs.run import RunSpec
 from flatlab.specs.settings import Setting
 from flatlab.store.runs import RunStore
 
 Measured = Sequence[tuple[RunSpec, MeasurementSpec]]
-Labelled = tuple[str, RunSpec]
 Draw = Callable[[pd.DataFrame, str, Arrays], Figure]  # from the table, the caption and the arrays
 
 

@@ -2,7 +2,7 @@
 
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -10,6 +10,8 @@ import numpy.typing as npt
 from flatlab.errors import UserError
 
 FloatArray = npt.NDArray[np.float64]
+Normalisation = Literal["none", "filter", "layer", "parameter"]
+"""Unit of a radius: none (L2 distance), or a share of the norm of each filter, layer or parameter."""
 Report = Callable[[int, int], None]
 """Called as ``report(done, total)`` while something long is computed."""
 JobReport = Callable[[int, int, dict[str, Any]], None]

@@ -1,7 +1,7 @@
 """Reproduce a figure or table: plan, do what is missing, tabulate, draw, and record the origin of the numbers."""
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -16,14 +16,12 @@ from flatlab.data import catalog
 from flatlab.errors import UserError, WorkerError, choose
 from flatlab.jobs import engine as engines
 from flatlab.jobs import plan as jobs_plan
-from flatlab.jobs.plan import Job, WorkPlan
+from flatlab.jobs.plan import Job, OnEvent, WorkPlan
 from flatlab.report import tables, valleys, verdicts
 from flatlab.specs.engine import Engine
 from flatlab.specs.run import Place
 from flatlab.specs.settings import QUICK, Setting
 from flatlab.store.runs import Run, RunStore, check_data
-
-OnEvent = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,14 @@
 """Run a plan on an engine: processes on this machine, Slurm or Ray."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from flatlab.jobs import local
-from flatlab.jobs.plan import WorkPlan
+from flatlab.jobs.plan import Event, OnEvent, WorkPlan
 from flatlab.specs.engine import Engine
 from flatlab.store.disk import require_shared_locks
 
-Event = dict[str, Any]
 
-
-def run(plan: WorkPlan, engine: Engine, *, on_event: Callable[[Event], None]) -> list[Event]:
+def run(plan: WorkPlan, engine: Engine, *, on_event: OnEvent) -> list[Event]:
     """Run a plan's jobs on an engine, and wait.
 
     Args:

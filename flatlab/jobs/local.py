@@ -7,16 +7,13 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from flatlab import files
-from flatlab.jobs.plan import WorkPlan
-
-Event = dict[str, Any]
+from flatlab.jobs.plan import Event, OnEvent, WorkPlan
 
 # glibc returns large blocks to the system at each free, which takes up to 2.6 times as long; keep them instead. Huge
 # pages make a training step of MobileNetV2 up to a fifth faster.
@@ -39,7 +36,7 @@ def worker_environment(threads: int) -> dict[str, str]:
     return {**ALLOCATOR, **os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": str(threads)}
 
 
-def run_locally(plan: WorkPlan, *, workers: int, on_event: Callable[[Event], None]) -> list[Event]:
+def run_locally(plan: WorkPlan, *, workers: int, on_event: OnEvent) -> list[Event]:
     """Run a plan's jobs in worker processes on this machine, and wait.
 
     Args:
@@ -99,7 +96,7 @@ def _listen(process: "subprocess.Popen[str]", events: "queue.Queue[Event]") -> N
 def _errors(
     running: "list[subprocess.Popen[str]]",
     events: "queue.Queue[Event]",
-    on_event: Callable[[Event], None],
+    on_event: OnEvent,
     jobs: set[str],
 ) -> list[Event]:
     failed: dict[str, Event] = {}

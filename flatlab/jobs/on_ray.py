@@ -11,8 +11,8 @@ from typing import Any
 
 from flatlab.errors import UserError
 from flatlab.jobs.local import ALLOCATOR
-from flatlab.jobs.plan import Job, WorkPlan
-from flatlab.jobs.submission import Event, OnEvent, Submission
+from flatlab.jobs.plan import Event, Job, OnEvent, WorkPlan
+from flatlab.jobs.submission import Submission
 from flatlab.specs.engine import Engine
 from flatlab.store.disk import require_shared_locks
 from flatlab.store.entry import discard

@@ -4,7 +4,8 @@ Torch-free: a plan is made, and printed with its cost, before torch is loaded.
 """
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 from pydantic import Field
 
@@ -18,6 +19,8 @@ from flatlab.specs.run import Place, RunSpec
 from flatlab.store.entry import Entry
 from flatlab.store.runs import RunStore
 
+Event = dict[str, Any]  # of a worker: a job's name, and its progress, end or error
+OnEvent = Callable[[Event], None]
 BACKWARD = 3  # a training image costs about three forward passes: forward, and backward by weights and by inputs
 REFERENCE = {  # seconds for an image of 224 pixels (digits: 16) on one core of the reference machine, by model
     **{"digits-cnn": 3e-5, "cnn-10x2": 9e-6, "cnn-10x3": 1.4e-5, "cnn-16x2": 2.2e-5, "cnn-16x3": 3e-5},

@@ -16,8 +16,8 @@ from typing import Any
 
 from flatlab.errors import UserError
 from flatlab.jobs.local import worker_command, worker_environment
-from flatlab.jobs.plan import WorkPlan
-from flatlab.jobs.submission import Event, OnEvent, Submission, submissions
+from flatlab.jobs.plan import Event, OnEvent, WorkPlan
+from flatlab.jobs.submission import Submission, submissions
 from flatlab.jobs.worker import STOPPED
 from flatlab.specs.engine import Engine
 from flatlab.store.disk import require_shared_locks

@@ -11,11 +11,9 @@ from pathlib import Path
 from typing import Any, Self
 
 from flatlab import files
-from flatlab.jobs.plan import Job, WorkPlan
+from flatlab.jobs.plan import Event, Job, OnEvent, WorkPlan
 from flatlab.store.runs import RunStore
 
-Event = dict[str, Any]
-OnEvent = Callable[[Event], None]
 FOLDER = ".jobs"
 IDLE_SECONDS = 0.1  # between the first two readings of the events
 

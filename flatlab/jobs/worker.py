@@ -15,26 +15,24 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from flatlab import files
 from flatlab.errors import UserError
-from flatlab.jobs.plan import Job, WorkPlan
+from flatlab.jobs.plan import Event, Job, OnEvent, WorkPlan
 from flatlab.specs.run import Place
 from flatlab.store.runs import RunStore
 
-Event = dict[str, Any]
-Emit = Callable[[Event], None]
 IDLE_SECONDS = 0.1  # between the first two checks of jobs that others hold
 EVENT_SECONDS = 0.2  # between two progress events of one job
 STOPPED = 128 + signal.SIGTERM  # exit code, as that of a shell for SIGTERM
 _training, _asked_to_stop = threading.Event(), threading.Event()
 
 
-def work(jobs: Sequence[Job], store: RunStore, place: Place, *, emit: Emit, failures: Path | None = None) -> None:
+def work(jobs: Sequence[Job], store: RunStore, place: Place, *, emit: OnEvent, failures: Path | None = None) -> None:
     """Do all jobs that no other worker does, each once its needs are done; then help with others' measurements.
 
     Args:
@@ -57,7 +55,9 @@ def work(jobs: Sequence[Job], store: RunStore, place: Place, *, emit: Emit, fail
 class _Worker:
     """The pending jobs of a worker."""
 
-    def __init__(self, jobs: Sequence[Job], store: RunStore, place: Place, emit: Emit, failures: Path | None) -> None:
+    def __init__(
+        self, jobs: Sequence[Job], store: RunStore, place: Place, emit: OnEvent, failures: Path | None
+    ) -> None:
         self.pending = _in_order(jobs)
         self.coming = Counter(name for job in jobs for name in job.fills)  # what pending jobs finish
         self.store, self.place, self.emit, self.failures = store, place, emit, failures
@@ -137,7 +137,7 @@ def _event_of(error: Exception) -> Event:
     return {"error": f"{type(error).__name__}: {error} (a bug in flatlab)", "trace": trace}
 
 
-def _do(job: Job, store: RunStore, place: Place, emit: Emit) -> None:
+def _do(job: Job, store: RunStore, place: Place, emit: OnEvent) -> None:
     report = _Reporter(job.name, emit, parts=max(1, len(job.measurements)))
     if job.measurements:
         from flatlab.measure.runner import measure
@@ -166,7 +166,7 @@ def _do(job: Job, store: RunStore, place: Place, emit: Emit) -> None:
 class _Reporter:
     """Turns the reports of a training or a measurement into events, a few each second."""
 
-    def __init__(self, name: str, emit: Emit, *, parts: int) -> None:
+    def __init__(self, name: str, emit: OnEvent, *, parts: int) -> None:
         self.name, self.emit, self.parts, self.part = name, emit, parts, 0
         self.reported = 0.0  # time of the last event
 

@@ -9,14 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flatlab import files
-from flatlab.arguments import JobReport
+from flatlab.arguments import JobReport, Normalisation
 from flatlab.errors import UserError
 from flatlab.landscape.landscape import Landscape
 from flatlab.measure.inputs import Layer, images, latent_network, quantizable, rounded
 from flatlab.measure.units import UnitFiles
 from flatlab.metrics.flatness.norm_matched import typical_rise
 from flatlab.results.rounding import RoundingRise, RoundingRises
-from flatlab.results.sphere import Normalisation
 from flatlab.specs.measurements import RoundingSpec
 from flatlab.specs.run import Place
 from flatlab.store.runs import Measurement, Run

@@ -9,6 +9,7 @@ import time
 import numpy as np
 import torch
 
+from flatlab.arguments import Normalisation
 from flatlab.errors import UserError
 from flatlab.landscape.landscape import Landscape
 from flatlab.metrics.curvature.resumable import KeptHessian
@@ -20,7 +21,6 @@ from flatlab.metrics.rescaling import find_pairs, rescaled
 from flatlab.metrics.units import Keep, forget
 from flatlab.results.estimate import Cost
 from flatlab.results.scale_audit import WAYS, ScaleAudit
-from flatlab.results.sphere import Normalisation
 from flatlab.seeds import base_seed
 from flatlab.tensors.calls import call
 from flatlab.tensors.nested import tensors

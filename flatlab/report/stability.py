@@ -20,6 +20,7 @@ from flatlab.errors import UserError
 from flatlab.report import tables
 from flatlab.report.panels import ACCURACY, SOURCE, TARGET
 from flatlab.results.stability import stability
+from flatlab.specs.methods import Labelled
 from flatlab.specs.run import RunSpec
 from flatlab.store import selection
 from flatlab.store.runs import Run, RunStore
@@ -38,7 +39,7 @@ PERCENT = FuncFormatter(lambda share, _: f"{100 * share:g}")  # PercentFormatter
 UNITLESS = "correlation"  # the other numbers are shares of 1, given in percent
 
 
-def curves(store: RunStore, wanted: Iterable[tables.Labelled]) -> pd.DataFrame:
+def curves(store: RunStore, wanted: Iterable[Labelled]) -> pd.DataFrame:
     """Return one row per run, evaluation and quantity: accuracy (shares of 1), from the runs' logs.
 
     Quantities are "validation", "target" and, if the run has a test split, "test".

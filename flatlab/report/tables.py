@@ -20,6 +20,7 @@ from flatlab.report.panels import ACCURACY, SOURCE, TARGET, part_of
 from flatlab.results.estimate import Estimate, mean_of
 from flatlab.results.sphere import SphereFlatness
 from flatlab.specs.measurements import SphereSpec
+from flatlab.specs.methods import Labelled
 from flatlab.specs.rises import ByRise
 from flatlab.specs.run import RunSpec
 from flatlab.store import selection
@@ -27,7 +28,6 @@ from flatlab.store.entry import complaints
 from flatlab.store.runs import Run, RunStore
 
 LEVEL = 0.95
-Labelled = tuple[str, RunSpec]
 
 
 def flatness(store: RunStore, wanted: Iterable[tuple[str, RunSpec, SphereSpec]]) -> pd.DataFrame:

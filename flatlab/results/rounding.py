@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from flatlab.arguments import FloatArray
+from flatlab.arguments import FloatArray, Normalisation
 from flatlab.results.estimate import Cost, Estimate, Sampled, axes_of, mean_of, rows_of, standing
-from flatlab.results.sphere import Normalisation
 from flatlab.saving import Saved
 
 if TYPE_CHECKING:

@@ -2,12 +2,12 @@
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from flatlab.arguments import FloatArray
+from flatlab.arguments import FloatArray, Normalisation
 from flatlab.errors import UserError
 from flatlab.results.estimate import MISSED, Cost, Estimate, Sampled, Stopped, Stored, axes_of, estimate, rows_of
 from flatlab.results.verdicts import missed, remarks, verdict
@@ -15,10 +15,6 @@ from flatlab.results.verdicts import missed, remarks, verdict
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
-
-
-Normalisation = Literal["none", "filter", "layer", "parameter"]
-
 
 LISTS = ("strata", "blocks", "stopped", "notes", "rises")  # facts of a file, under the fields' names
 PLAIN = ("num_params", "norm", "reach", "chance", "normalisation", "seed")

@@ -10,6 +10,8 @@ from flatlab.specs.rises import ByRise
 from flatlab.specs.run import FREEZING, AverageSpec, FreezeSpec, MixSpec, RunSpec, StepKind, StepSpec
 from flatlab.specs.settings import PAPER, Setting, for_data
 
+Labelled = tuple[str, RunSpec]  # a run with its method's name
+
 
 @dataclass(frozen=True)
 class Method:

@@ -156,11 +156,6 @@ class Setting(LSQOptions, Optimizing):
         return (self.replace(others=()), *self.others)
 
     @property
-    def effort(self) -> str:
-        """The sampling effort, as text for a caption."""
-        return f"{self.num_samples} directions" if self.num_samples else f"directions for {self.rel_error:.0%} error"
-
-    @property
     def words(self) -> str:
         """Data, network and seeds, as text for a title; for data other than digits also image size and steps."""
         units = {one.dataset: "word pieces" if _suiting(one.dataset) is TEXT else "pixels" for one in self.each}

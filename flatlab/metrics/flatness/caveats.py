@@ -5,11 +5,11 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from flatlab.arguments import FloatArray
+from flatlab.arguments import FloatArray, Normalisation
 from flatlab.landscape.landscape import Landscape
 from flatlab.metrics.flatness.perturbations import draw_direction
 from flatlab.metrics.flatness.sampler import Draws
-from flatlab.results.sphere import Normalisation, SphereFlatness
+from flatlab.results.sphere import SphereFlatness
 from flatlab.tensors.flat import length
 
 HELD = 0.005  # relative change of a step's length by rounding that is accepted: 1 % of F

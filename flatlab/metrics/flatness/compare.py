@@ -4,13 +4,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from flatlab.arguments import FloatArray
+from flatlab.arguments import FloatArray, Normalisation
 from flatlab.errors import UserError
 from flatlab.landscape.landscape import Landscape
 from flatlab.metrics.flatness.perturbations import check_normalisation
 from flatlab.metrics.flatness.sampler import DrawsReport, Sampler
 from flatlab.metrics.flatness.sphere import sample
-from flatlab.results.sphere import Normalisation, PairedDifference, SphereFlatness
+from flatlab.results.sphere import PairedDifference, SphereFlatness
 from flatlab.seeds import base_seed
 
 

@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flatlab.arguments import FloatArray, whole
+from flatlab.arguments import FloatArray, Normalisation, whole
 from flatlab.errors import UserError
 from flatlab.landscape.landscape import Landscape
 from flatlab.metrics.flatness.perturbations import check_normalisation
 from flatlab.metrics.flatness.sampler import Goal, Sampler
 from flatlab.metrics.units import Keep, Unit, forget
 from flatlab.results.rounding import RoundingRise, cost_of
-from flatlab.results.sphere import Normalisation, SamplingPlan
+from flatlab.results.sphere import SamplingPlan
 from flatlab.seeds import base_seed
 from flatlab.tensors.flat import length
 

@@ -5,9 +5,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from flatlab.arguments import Normalisation
 from flatlab.errors import UserError, choose
 from flatlab.landscape.landscape import Landscape
-from flatlab.results.sphere import Normalisation
 from flatlab.seeds import generator
 from flatlab.tensors.flat import PIECE, length, row_lengths
 

@@ -14,7 +14,7 @@ from itertools import islice
 import numpy as np
 from torch import Generator, Tensor
 
-from flatlab.arguments import FloatArray, distances
+from flatlab.arguments import FloatArray, Normalisation, distances
 from flatlab.errors import UserError
 from flatlab.landscape.blocks import Block, Partition
 from flatlab.landscape.evaluation import Move
@@ -23,7 +23,7 @@ from flatlab.metrics.flatness.perturbations import check_normalisation, draw_dir
 from flatlab.metrics.flatness.sampler import MOST, SAFETY, Goal, Sampler, settled
 from flatlab.metrics.units import Keep, forget
 from flatlab.results.estimate import Components, components
-from flatlab.results.sphere import Normalisation, Reach, SamplingPlan
+from flatlab.results.sphere import Reach, SamplingPlan
 from flatlab.seeds import base_seed
 
 GROUPS, DIRECTIONS, IMAGES = 16, 4, 16  # 64 independent directions, each on a block of 16 images

@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from flatlab.arguments import FloatArray
+from flatlab.arguments import FloatArray, Normalisation
 from flatlab.landscape.blocks import Partition
 from flatlab.landscape.evaluation import Move
 from flatlab.landscape.landscape import Landscape
 from flatlab.metrics.flatness.perturbations import Noise, draw_direction
 from flatlab.metrics.units import Keep, forget
 from flatlab.results.estimate import Estimate, estimate
-from flatlab.results.sphere import Normalisation, SamplingPlan
+from flatlab.results.sphere import SamplingPlan
 from flatlab.seeds import derive
 
 MOST = 10**7  # visits that can be foreseen

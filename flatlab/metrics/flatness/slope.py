@@ -2,11 +2,10 @@
 
 import numpy as np
 
-from flatlab.arguments import FloatArray
+from flatlab.arguments import FloatArray, Normalisation
 from flatlab.landscape.blocks import Partition
 from flatlab.landscape.landscape import Landscape
 from flatlab.metrics.flatness.perturbations import draw_direction
-from flatlab.results.sphere import Normalisation
 from flatlab.seeds import derive
 
 DIRECTIONS = 32  # each direction is evaluated on two blocks of images

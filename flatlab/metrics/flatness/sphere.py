@@ -8,14 +8,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from flatlab.arguments import FloatArray, whole
+from flatlab.arguments import FloatArray, Normalisation, whole
 from flatlab.landscape.landscape import Landscape
 from flatlab.metrics.flatness import planning
 from flatlab.metrics.flatness.caveats import coarse, rounded, unseen
 from flatlab.metrics.flatness.perturbations import check_normalisation, reach
 from flatlab.metrics.flatness.sampler import Draws, DrawsReport, Sampler
 from flatlab.results.estimate import Cost
-from flatlab.results.sphere import Normalisation, SamplingPlan, SphereFlatness
+from flatlab.results.sphere import SamplingPlan, SphereFlatness
 from flatlab.seeds import base_seed
 
 

@@ -11,13 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flatlab.arguments import FloatArray
+from flatlab.arguments import FloatArray, Normalisation
 from flatlab.errors import UserError
 from flatlab.landscape.landscape import Landscape
 from flatlab.metrics.curvature.eigenvalues import hessian_spectrum
 from flatlab.metrics.flatness.perturbations import check_normalisation, draw_direction, scale_to_weights
 from flatlab.results.spectrum import Spectrum, Which
-from flatlab.results.sphere import Normalisation
 
 SAME = 1e-6  # of the longest step: checkpoints that are nearer to a line than that span no plane
 
