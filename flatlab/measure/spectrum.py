@@ -19,7 +19,7 @@ from flatlab.measure.units import UnitFiles
 from flatlab.metrics.curvature.density import quadrature
 from flatlab.metrics.curvature.eigenvalues import hessian_spectrum
 from flatlab.metrics.curvature.resumable import KeptHessian
-from flatlab.metrics.curvature.trace import COLUMNS, hessian_trace
+from flatlab.metrics.curvature.trace import hessian_trace
 from flatlab.quant.attach import bake
 from flatlab.quant.lsq import Activations
 from flatlab.results.estimate import Cost
@@ -106,7 +106,7 @@ def _extremes(operator: Hessian, spec: SpectrumSpec) -> FloatArray:
     facts = [found.cost.hvps, trace.cost.hvps, operator.shape[0], trace.stopped != "budget"]
     reached = found.converged_each * (1.0 if found.verified else UNVERIFIED)
     pairs = [found.eigenvalues, found.residuals, reached]
-    return np.concatenate([facts, *pairs, trace.exact, trace.vectors.ravel()]).astype(np.float64)
+    return np.concatenate([facts, *pairs, trace.numbers]).astype(np.float64)
 
 
 def _rule(operator: Operator, spec: SpectrumSpec, index: int) -> FloatArray:
@@ -118,9 +118,8 @@ def _write(measurement: Measurement, extremes: FloatArray, rules: list[FloatArra
     spec: SpectrumSpec = measurement.spec
     found, (searched, traced, num_params, reached) = extremes[4:], extremes[:4].astype(int).tolist()
     values, residuals, converged = found[: 3 * spec.k].reshape(3, spec.k)
-    trace = Trace(
-        exact=found[3 * spec.k : 3 * spec.k + 2],
-        vectors=found[3 * spec.k + 2 :].reshape(-1, COLUMNS),
+    trace = Trace.of_numbers(
+        found[3 * spec.k :],
         basis=spec.k,
         rel_error=spec.rel_error,
         stopped="accuracy" if reached else "budget",

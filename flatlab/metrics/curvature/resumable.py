@@ -5,6 +5,7 @@ The method of products is chosen by timing, and methods differ in rounding; ther
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -15,7 +16,7 @@ from flatlab.landscape.landscape import Landscape
 from flatlab.metrics.curvature.density import quadrature
 from flatlab.metrics.curvature.eigenvalues import hessian_spectrum
 from flatlab.metrics.curvature.krylov import resolution
-from flatlab.metrics.curvature.trace import BUDGET, COLUMNS, hessian_trace
+from flatlab.metrics.curvature.trace import BUDGET, hessian_trace
 from flatlab.metrics.units import Keep
 from flatlab.results.estimate import Cost
 from flatlab.results.spectrum import SpectralDensity, Trace
@@ -43,13 +44,12 @@ class KeptHessian:
         def make() -> FloatArray:
             found = hessian_trace(self.operator(), rel_error=rel_error, seed=seed, budget=budget)
             facts = [found.basis, STOPS.index(found.stopped), found.cost.hvps]
-            return np.concatenate([facts, found.exact, found.vectors.ravel()]).astype(np.float64)
+            return np.concatenate([facts, found.numbers]).astype(np.float64)
 
         (kept,) = self.keep([(f"{self.name}trace", make)])
         basis, stopped, hvps = kept[:3].astype(int).tolist()
-        return Trace(
-            exact=kept[3:5],
-            vectors=kept[5:].reshape(-1, COLUMNS),
+        return Trace.of_numbers(
+            kept[3:],
             basis=basis,
             rel_error=rel_error,
             stopped=STOPS[stopped],
@@ -67,14 +67,9 @@ class KeptHessian:
 
         rules = list(self.keep([(f"{self.name}density-{index}", rule(index)) for index in range(num_vectors)]))
         largest = max(float(np.abs(nodes).max()) for nodes, _ in rules)
-        return SpectralDensity(
-            nodes=tuple(nodes for nodes, _ in rules),
-            weights=tuple(weights for _, weights in rules),
-            seed=seed,
-            cost=Cost(hvps=sum(len(nodes) for nodes, _ in rules), seconds=time.perf_counter() - begin),
-            num_params=self.landscape.num_params,
-            floor=resolution(self.landscape.point) * largest,
-        )
+        floor = resolution(self.landscape.point) * largest
+        found = SpectralDensity.of_rules(rules, seed=seed, num_params=self.landscape.num_params, floor=floor)
+        return replace(found, cost=replace(found.cost, seconds=time.perf_counter() - begin))
 
     def top(self, *, tol: float, seed: int) -> tuple[float, Cost]:
         """Return the largest eigenvalue, one unit, and its products."""

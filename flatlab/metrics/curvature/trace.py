@@ -25,14 +25,13 @@ from flatlab.errors import UserError
 from flatlab.landscape.landscape import Landscape
 from flatlab.metrics.curvature.krylov import Krylov, draw, matrix_of
 from flatlab.results.estimate import Cost
-from flatlab.results.spectrum import PILOT, Spectrum, Trace, mean_of_draws
+from flatlab.results.spectrum import COLUMNS, PILOT, Spectrum, Trace, mean_of_draws
 from flatlab.seeds import base_seed
 
 DEFLATE = 20  # products for the basis, which stores as many vectors (P,)
 BUDGET = 500  # products, if not given: twice those that Hutchinson needs for 2 % on a spectrum with outliers
 LEAST = 16  # vectors: from there on 95 % intervals contain the true value in 93 to 97 % of cases, for all spectra
 WHOLE = DEFLATE + 2 * PILOT  # parameters up to which the whole matrix costs no more
-COLUMNS = 5  # numbers stored of a vector
 BLOCK = 4  # vectors that share the graph of a batch; as many products are stored
 
 
