@@ -140,9 +140,7 @@ class CamFigure:
                 part.suptitle(title, fontsize=8)
                 (_pairs if pairs else _triples)(part, shown, arrays, common=common)
             _charts(below, frame[frame["over"] == "seeds"])
-            title, _, rest = caption.partition("\n")
-            figure.suptitle(title, fontsize=9)
-            plots.notes_below(figure, rest, fontsize=6)
+            plots.captioned(figure, None, caption, fontsize=6)
         return figure
 
     def figure(self, module: str, doc: str) -> Analysis:

@@ -98,9 +98,7 @@ def draw(frame: pd.DataFrame, caption: str) -> Figure:
             for ax, number in zip(row[1:], (TOP, TRACE), strict=True):
                 _pairs(ax, _each(mine)[_each(mine)["number"] == number])
                 ax.set(title=f"{number.capitalize()}, {title}", xlabel="ERM (nats)", ylabel="method (nats)")
-        title, _, rest = caption.partition("\n")
-        plots.legend_above(figure, grid[0, 0], title)
-        plots.notes_below(figure, rest, fontsize=7)
+        plots.captioned(figure, grid[0, 0], caption, fontsize=7)
     return figure
 
 

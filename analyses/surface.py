@@ -142,9 +142,8 @@ def draw(frame: pd.DataFrame, caption: str) -> Figure:
                 ax.locator_params(nbins=3)
             row[0].set(ylabel=f"{title}\ndirection 2")
         figure.colorbar(filled, ax=grid, label="loss (nats)", format="%.2g", pad=0.01)
-        head, _, rest = caption.partition("\n")
-        figure.suptitle(head, fontsize=9)
-        plots.notes_below(figure, f"direction 1 (both: share of each filter's norm)\n{rest}", fontsize=7)
+        label = "\ndirection 1 (both: share of each filter's norm)\n"
+        plots.captioned(figure, None, caption.replace("\n", label, 1), fontsize=7)
     return figure
 
 

@@ -137,8 +137,8 @@ def accuracies(record: Mapping[str, Any]) -> pd.DataFrame:
 
 def _page(figure: Analysis, frame: pd.DataFrame, summary: pd.DataFrame, record: Mapping[str, Any]) -> str:
     """Return the findings as a page in markdown."""
-    title, _, rest = record["caption"].partition("\n")
-    parts = [f"# {title}", figure.title, rest]
+    title, notes = plots.title_and_notes(record["caption"])
+    parts = [f"# {title}", figure.title, notes]
     parts += [f"## {figure.summary_title}", tables.markdown(summary)]
     unit = SHEET if figure.sheet else STARRED
     parts += [

@@ -170,26 +170,32 @@ def forest(
     return figure
 
 
-def captioned(figure: Figure, ax: Axes, caption: str, *, columns: int | None = None) -> None:
+def captioned(
+    figure: Figure, ax: Axes | None, caption: str, *, columns: int | None = None, fontsize: float = 5.5
+) -> None:
     """Place title and legend above all panels, and the notes below, wrapped to the width of the figure.
 
     Args:
         figure: the figure.
-        ax: the axes whose legend is shown.
+        ax: the axes whose legend is shown; None: no legend.
         caption: title, line feed, notes.
         columns: of the legend; one row if not given.
+        fontsize: of the notes.
     """
-    title, _, rest = caption.partition("\n")
-    wrapped = "\n".join(textwrap.wrap(title, round(figure.get_figwidth() * 14)))  # at 9 points
-    legend_above(figure, ax, wrapped, columns=columns)
-    notes_below(figure, rest)
-
-
-def notes_below(figure: Figure, notes: str, *, fontsize: float = 5.5) -> None:
-    """Place notes below all panels, each line wrapped to the width of the figure."""
-    characters = round(figure.get_figwidth() * 121 / fontsize)
-    lines = [textwrap.fill(line, characters) for line in notes.split("\n")]
+    title, notes = title_and_notes(caption)
+    title = textwrap.fill(title, round(figure.get_figwidth() * 14))  # at 9 points
+    if ax is None:
+        figure.suptitle(title, fontsize=9)
+    else:
+        legend_above(figure, ax, title, columns=columns)
+    lines = [textwrap.fill(line, round(figure.get_figwidth() * 121 / fontsize)) for line in notes.split("\n")]
     figure.supxlabel("\n".join(lines), fontsize=fontsize, color="0.3")
+
+
+def title_and_notes(caption: str) -> tuple[str, str]:
+    """Return the two parts of a caption: its first line, and the rest."""
+    title, _, notes = caption.partition("\n")
+    return title, notes
 
 
 def dots(ax: Axes, frame: pd.DataFrame, order: Sequence[str]) -> None:
@@ -231,7 +237,6 @@ def intervals(
 
 
 HALO: list[effects.AbstractPathEffect] = [effects.withStroke(linewidth=1.5, foreground="white")]
-ENDS = ("low", "high")
 CORNERS = ((4, 4), (-4, 4), (4, -4), (-4, -4))  # offsets of a name from its marked point, in typographic points
 BAD = "0.8"  # colour of values that are not finite
 DECADES = 6.0  # largest span of the contours, below the highest one
@@ -304,27 +309,6 @@ def _beside(ax: Axes, point: Any, name: str) -> None:
         if not any(text.get_window_extent().overlaps(each) for each in others):
             return
     text.set(position=CORNERS[0], ha="left", va="bottom")
-
-
-def factors(ax: Axes, frame: pd.DataFrame) -> None:
-    """Draw the factors by which measures of flatness changed, on a logarithmic axis, in the order of the rows.
-
-    Args:
-        ax: the axes.
-        frame: as `ScaleAudit.to_frame` returns it.
-    """
-    places = np.arange(len(frame))[::-1]
-    ax.axvline(1.0, color="0.6", lw=0.8)
-    for way, shift, marker in (("layer", 0.12, "o"), ("channel", -0.12, "s")):
-        value = frame[f"ratio, by {way}"].to_numpy(float)
-        low, high = (frame[f"{end}, by {way}"].fillna(frame[f"ratio, by {way}"]).to_numpy(float) for end in ENDS)
-        bars = np.maximum([value - low, high - value], 0.0)
-        label = f"one factor for each {'pair of layers' if way == 'layer' else way}"
-        ax.errorbar(value, places + shift, xerr=bars, fmt=marker, ms=4, label=label)
-    ax.set_xscale("log")
-    ax.set_yticks(places, frame["measure"].tolist())
-    ax.set(xlabel="after / before (the function is the same)")
-    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
 
 
 def _norm(levels: FloatArray) -> Any:

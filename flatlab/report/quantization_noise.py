@@ -131,10 +131,9 @@ def draw(rows: pd.DataFrame, caption: str, arrays: files.Arrays) -> Figure:
 
     Args:
         rows: of `statistics`.
-        caption: title, line feed, small print.
+        caption: title, line feed, notes.
         arrays: as `drawn` returns them.
     """
-    title, _, rest = caption.partition("\n")
     with plots.style(), plt.rc_context({"axes.titlesize": 7}):
         figure, grid = plt.subplots(
             len(rows), 3, figsize=(7.0, 1.0 + 1.75 * len(rows)), layout="constrained", squeeze=False
@@ -147,8 +146,7 @@ def draw(rows: pd.DataFrame, caption: str, arrays: files.Arrays) -> Figure:
             layer.plot(axes[1]).locator_params(axis="x", nbins=3)
             _label(axes[1], row)
             _mirror(axes[2], layer.lower, layer.upper, row)
-        plots.legend_above(figure, grid[0, 1], title)
-        plots.notes_below(figure, rest, fontsize=7)
+        plots.captioned(figure, grid[0, 1], caption, fontsize=7)
     return figure
 
 

@@ -94,12 +94,11 @@ def draw(rows: pd.DataFrame, caption: str, *, panel: str = SOURCE) -> Figure:
 
     Args:
         rows: of one `over`: each method once.
-        caption: title, and a line below.
+        caption: title, line feed, notes.
         panel: "source" or "target" (the held-out domain).
     """
     shown = rows[(rows["panel"] == panel) & (rows["part"] == "all")]
     methods = list(dict.fromkeys(shown["method"]))
-    title, _, rest = caption.partition("\n")
     with plots.style():
         size = (max(3.4, 0.7 + 3.15 * len(methods)), 5.0)
         figure, grid = plt.subplots(2, len(methods), figsize=size, layout="constrained", squeeze=False, sharey="row")
@@ -109,8 +108,7 @@ def draw(rows: pd.DataFrame, caption: str, *, panel: str = SOURCE) -> Figure:
             column[0].set_title(method)
         grid[0, 0].set_ylabel("Rise of the loss (nats)")
         grid[1, 0].set_ylabel("Rise of the noise, in standard\ndeviations from random (z)")
-        plots.legend_above(figure, grid[0, -1], title)
-        plots.notes_below(figure, rest, fontsize=7)
+        plots.captioned(figure, grid[0, -1], caption, fontsize=7)
     return figure
 
 

@@ -188,7 +188,7 @@ def picture(frame: pd.DataFrame, order: Sequence[str], caption: str) -> Figure:
     Args:
         frame: rows over seeds: curves, and numbers where `step` is missing; `switch` on each.
         order: the methods.
-        caption: title, line feed, small print.
+        caption: title, line feed, notes.
     """
     along, table = frame[frame["step"].notna()], frame[frame["step"].isna() & (frame["held_out"] == "all")]
     targets = list(dict.fromkeys(along["held_out"]))
@@ -202,7 +202,5 @@ def picture(frame: pd.DataFrame, order: Sequence[str], caption: str) -> Figure:
         for ax in grid[:, 1:].ravel():
             ax.set_ylabel("")
         dots(right, table, order)
-        title, _, rest = caption.partition("\n")
-        plots.legend_above(figure, grid[0, 0], title)
-        plots.notes_below(figure, rest, fontsize=6.5)
+        plots.captioned(figure, grid[0, 0], caption, fontsize=6.5)
     return figure

@@ -133,8 +133,17 @@ class ScaleAudit(Saved):
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Draw the factors on a logarithmic axis, the most invariant measure on top."""
-        from flatlab.plots import factors
-
-        axes = axes_of(ax)
-        factors(axes, self.to_frame())
+        axes, frame = axes_of(ax), self.to_frame()
+        places = np.arange(len(frame))[::-1]
+        axes.axvline(1.0, color="0.6", lw=0.8)
+        for way, shift, marker in zip(WAYS, (0.12, -0.12), "os", strict=True):
+            value = frame[f"ratio, by {way}"]
+            low, high = (frame[f"{end}, by {way}"].fillna(value) for end in ENDS[1:])
+            bars = np.maximum([value - low, high - value], 0.0)
+            label = f"one factor for each {'pair of layers' if way == 'layer' else way}"
+            axes.errorbar(value, places + shift, xerr=bars, fmt=marker, ms=4, label=label)
+        axes.set_xscale("log")
+        axes.set_yticks(places, frame["measure"].tolist())
+        axes.set(xlabel="after / before (the function is the same)")
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
         return axes
