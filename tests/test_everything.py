@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -9,6 +10,7 @@ from commandline import call, documented
 
 from analyses import fig4
 from flatlab import reproduce
+from flatlab.cli.run_jobs import by_stem
 from flatlab.errors import UserError
 from flatlab.figure_files import in_order
 
@@ -41,13 +43,22 @@ def test_all_are_made_listed_in_one_table_and_resumed(few, tmp_path, capsys):
     assert (told.trained > 0).all() and told.measured["fig9"] > 0 == told.measured["fig4"]
     assert told["against the paper"]["fig4"] == ""  # the paper printed no numbers of these data
     for name in NAMES:
-        assert (tmp_path / "figures" / f"{name}.pdf").exists()
+        assert str(tmp_path / "figures" / f"{name}.pdf") in told.written[name]
+    assert all(Path(path).exists() for paths in told.written for path in paths)
     done = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("done")}
     assert call("reproduce", "all", *WORDS, *places(tmp_path)) == 0
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("done")} == done
     assert set(answered(capsys).made) == {"yes"}
     assert call("list", *WORDS, "--store", tmp_path / "runs") == 0
     assert set(answered(capsys).missing) == {"nothing"}
+    assert call("reproduce", "all", *WORDS[:-1], *places(tmp_path)) == 0
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"Written: {tmp_path / 'figures' / 'fig4.{csv,json,md,pdf,png}'}, ") and "table2.{" in last
+
+
+def test_the_files_of_one_name_are_listed_together():
+    given = [Path("a/fig3.pdf"), Path("a/fig3.csv"), Path("b/fig3.png"), Path("a/fig3.json")]
+    assert by_stem(given) == [Path("a/fig3.{csv,json,pdf}"), Path("b/fig3.png")]
 
 
 def test_those_made_alone_are_named_so_and_not_in_all(few, capsys, tmp_path, monkeypatch):

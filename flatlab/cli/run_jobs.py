@@ -134,6 +134,18 @@ def show_written(paths: Sequence[Path], sentences: Sequence[str] = ()) -> None:
     say(f"Written: {', '.join(map(str, paths))}", mark="")
 
 
+def by_stem(paths: Sequence[Path]) -> list[Path]:
+    """Return one path for the files of each name: fig3.{csv,json,md,pdf,png}."""
+    suffixes: dict[Path, list[str]] = {}
+    for path in paths:
+        suffixes.setdefault(path.with_suffix(""), []).append(path.suffix.removeprefix("."))
+    joined = {stem: ",".join(sorted(each)) for stem, each in suffixes.items()}
+    return [
+        stem.with_name(f"{stem.name}.{{{each}}}" if "," in each else f"{stem.name}.{each}")
+        for stem, each in joined.items()
+    ]
+
+
 def redraw(chosen: Choices, name: str, *, reference: bool) -> None:
     """Draw a figure or table again, or all of them, from the files in the folder of the pictures."""
     from flatlab import reproduce
@@ -149,7 +161,7 @@ def redraw(chosen: Choices, name: str, *, reference: bool) -> None:
     if chosen.json:
         chosen.answer_facts({"written": list(map(str, written))}, "")
     elif written:
-        show_written(written)
+        show_written(by_stem(written) if name == "all" else written)
     if failed:
         raise UserError(*failed)
 
@@ -179,22 +191,26 @@ def everything(chosen: Choices, *, reference: bool) -> None:
         carry_out(chosen, todo)
     except UserError as error:
         failed.append(str(error))
-    rows = []
+    rows, written = [], []
     for name, figure in figures.items():
         try:
-            rows.append(_made(chosen, figure, reference=reference))
+            row, files = _made(chosen, figure, reference=reference)
+            written += files
+            rows.append({**row, "written": list(map(str, files))} if chosen.json else row)
         except UserError as error:
             failed.append(f"{name}: {error}")
             rows.append({"name": name, "made": "no"})
     made = sum(row["made"] == "yes" for row in rows)
     title = f"Setting {setting.name}: {made} made in {time.monotonic() - started:.0f} s; costs in seconds"
     chosen.answer(pd.DataFrame(rows), title, {"trained": ".0f", "measured": ".0f", "drawn": ".1f"})
+    if written and not chosen.json:
+        show_written(by_stem(written))
     if failed:
         raise UserError(*failed)
 
 
-def _made(chosen: Choices, figure: Any, *, reference: bool) -> dict[str, Any]:
-    """Write one figure or table; return its cost and its comparison with the paper."""
+def _made(chosen: Choices, figure: Any, *, reference: bool) -> tuple[dict[str, Any], list[Path]]:
+    """Write one figure or table; return its cost and its comparison with the paper, and the files."""
     from flatlab import reproduce
 
     name, started = figure.name, time.monotonic()
@@ -204,4 +220,5 @@ def _made(chosen: Choices, figure: Any, *, reference: bool) -> dict[str, Any]:
     done = reproduce.write(figure, setting, store, out=chosen.out, redo=redo, reference=reference)
     cost = {"trained": done.cost["training_seconds"], "measured": done.cost["measuring_seconds"]}
     against = " ".join(remark for remark in done.remarks if "paper" in remark)
-    return {"name": name, "made": "yes", **cost, "drawn": time.monotonic() - started, "against the paper": against}
+    row = {"name": name, "made": "yes", **cost, "drawn": time.monotonic() - started, "against the paper": against}
+    return row, done.written
