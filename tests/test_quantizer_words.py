@@ -79,7 +79,7 @@ IDLE = {  # what makes no sense -> what is said
     "--method qt-dog --noise-amplitude 1": (
         r"--noise-amplitude 1\.0 does nothing without noise on the weights; use --method noise" + LEFT_OUT
     ),
-    "--method noise --noise-amplitude 0": r"--noise-amplitude .*> 0.* 0\.0",
+    "--method noise --noise-amplitude -1": r"--noise-amplitude .*>= 0.* -1\.0",
     "--method noise --noise-amplitude 0.1 --bits 4": (
         r"--noise-amplitude sets the size of the noise; leave --bits and --granularity out\."
     ),

@@ -9,6 +9,7 @@ from flatlab.specs.base import Spec
 Granularity = Literal["channel", "tensor"]
 INQGrid = Literal["uniform", "power-of-two"]
 Bits = Annotated[int, Field(ge=2, le=16)]
+Amplitude = Annotated[float | None, Field(ge=0, le=1e30)]  # half-width of weight noise; 0 is the limit without noise
 
 
 class LSQOptions(Spec):
@@ -111,7 +112,7 @@ class NoiseSpec(Spec):
     for each draw, or, if persistent, for the sum of all draws until the end.
     """
 
-    amplitude: float | None = Field(None, ge=0)
+    amplitude: Amplitude = None
     persistent: bool = False
     bits: Bits | None = None
     granularity: Granularity = "channel"

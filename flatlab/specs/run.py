@@ -14,6 +14,7 @@ from flatlab.specs.base import Spec
 from flatlab.specs.optimizing import Optimizing
 from flatlab.specs.quantizers import AnyQuantizer, INQSpec, NoiseSpec, OBCSpec, QuantSpec, RTNSpec
 
+Share = Annotated[float, Field(ge=0, lt=1)]
 StepKind = Literal["plain", "sam", "sagm", "saq", "gaqat", "fqat"]
 
 
@@ -164,7 +165,7 @@ class RunSpec(Optimizing):
     seed: int = Field(0, ge=0)  # initialisation and batches
     trial_seed: int = Field(0, ge=0)  # split
     holdout: float = Field(0.2, gt=0, lt=1)
-    test_share: float = Field(0.0, ge=0, lt=1)  # of each domain, for an in-domain test: not for training or selection
+    test_share: Share = 0.0  # of each domain, for an in-domain test: not for training or selection
     target_logged: bool = True  # False: the held-out domain is neither evaluated nor logged, as for tuning
     source: str | None = None  # "sha256:..." of an imported checkpoint, which was not trained here
     members: tuple["RunSpec", ...] = ()  # of an ensemble, which is not trained; other fields are the first member's

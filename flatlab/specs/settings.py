@@ -8,8 +8,8 @@ from pydantic import Field
 from flatlab.errors import choose
 from flatlab.specs.base import LARGEST_INT, LARGEST_SEED
 from flatlab.specs.optimizing import Optimizing
-from flatlab.specs.quantizers import Bits, Granularity, INQGrid, LSQOptions
-from flatlab.specs.run import FreezeSpec, RunSpec
+from flatlab.specs.quantizers import Amplitude, Bits, Granularity, INQGrid, LSQOptions
+from flatlab.specs.run import FreezeSpec, RunSpec, Share
 
 
 class Setting(LSQOptions, Optimizing):
@@ -33,10 +33,8 @@ class Setting(LSQOptions, Optimizing):
     precision: Literal["fp32", "bf16"] = Field(
         "fp32", description="Precision of the forward passes in training; measurements are fp32."
     )
-    test_share: float = Field(  # images not used to select a checkpoint
+    test_share: Share = Field(  # images not used to select a checkpoint
         0.2,
-        ge=0,
-        le=0.9,
         description="Share of each source domain that is used neither for training nor for selection, but for "
         "in-domain test accuracy; with 0, the images of selection give that accuracy.",
     )
@@ -70,10 +68,8 @@ class Setting(LSQOptions, Optimizing):
     switch_share: float = 0.4
     qat_bits: Bits = Field(4, description="Bits of weights and of layers' inputs under the quantizer lsq-both.")
     noise_lr: float | None = Field(None, gt=0)  # half-width of weight noise, in learning rates; None: quantizer's norm
-    noise_amplitude: float | None = Field(  # absolute half-width of weight noise
+    noise_amplitude: Amplitude = Field(
         None,
-        gt=0,
-        le=1e30,
         description="Half-width a of the uniform weight noise on (-a, a); if not given, the noise has the norm that "
         "rounding to --bits has.",
     )
