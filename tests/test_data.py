@@ -182,37 +182,37 @@ def test_split_is_domainbeds_bit_for_bit() -> None:
 
 def test_split_sizes_of_pacs() -> None:
     counts = catalog.CATALOG["PACS"].domains.values()
-    sizes = [len(split(n, index, trial_seed=0).outside) for index, n in enumerate(counts)]
+    sizes = [len(split(n, index, trial_seed=0).out) for index, n in enumerate(counts)]
     assert sizes == [409, 468, 334, 785]
 
 
 @pytest.mark.parametrize("tested", [0.0, 0.2])
 @pytest.mark.parametrize("n", [5, 449, 450])
 def test_split_is_disjoint_and_complete(n: int, tested: float) -> None:
-    parts = split(n, 0, trial_seed=1, tested=tested)
+    parts = split(n, 0, trial_seed=1, test=tested)
     assert sorted(np.concatenate(parts)) == list(range(n))
-    assert len(parts.tested) == (0 if not tested else int(0.4 * n) - int(0.4 * n) // 2)
+    assert len(parts.test) == (0 if not tested else int(0.4 * n) - int(0.4 * n) // 2)
 
 
 def test_the_test_part_is_cut_off_the_outer_one_as_swad_does() -> None:
     whole = split(450, 2, trial_seed=1, fraction=0.4)
-    cut = split(450, 2, trial_seed=1, fraction=0.2, tested=0.2)
+    cut = split(450, 2, trial_seed=1, fraction=0.2, test=0.2)
     again = list(range(180))
     np.random.RandomState(seed_hash(1, 2)).shuffle(again)
     assert np.array_equal(cut.inside, whole.inside)
-    assert np.array_equal([*cut.outside, *cut.tested], whole.outside[again]) and len(cut.outside) == 90
+    assert np.array_equal([*cut.out, *cut.test], whole.out[again]) and len(cut.out) == 90
 
 
 def test_a_test_part_of_none_is_refused() -> None:
     with pytest.raises(UserError, match="0 to validate on, 1 to test on and 9 to train on; each part needs"):
-        split(10, 0, trial_seed=0, fraction=0.1, tested=0.01)
+        split(10, 0, trial_seed=0, fraction=0.1, test=0.01)
 
 
 def test_split_depends_on_the_trial_and_on_the_domain() -> None:
-    first = split(450, 0, trial_seed=0).outside
-    assert np.array_equal(first, split(450, 0, trial_seed=0).outside)
-    assert not np.array_equal(first, split(450, 0, trial_seed=1).outside)
-    assert not np.array_equal(first, split(450, 1, trial_seed=0).outside)
+    first = split(450, 0, trial_seed=0).out
+    assert np.array_equal(first, split(450, 0, trial_seed=0).out)
+    assert not np.array_equal(first, split(450, 0, trial_seed=1).out)
+    assert not np.array_equal(first, split(450, 1, trial_seed=0).out)
 
 
 @pytest.mark.parametrize(("n", "fraction"), [(4, 0.2), (10, 1.0), (10, -0.2)])

@@ -131,7 +131,7 @@ def test_components_are_unbiased():
 
 
 def test_components_say_the_variance_of_a_visit():
-    assert Components(2.0, 5.0, 8.0).of_visit(16) == 2.5
+    assert Components(2.0, 5.0, 8.0).of_draw(16) == 2.5
     broken = components(np.full((2, 3, 4), np.inf))
     assert np.isnan([broken.directions, broken.images, broken.rest]).all()
     assert components(np.ones((2, 3, 4))) == Components(0.0, 0.0, 0.0)

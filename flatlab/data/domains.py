@@ -100,16 +100,16 @@ class Split(NamedTuple):
 
     Attributes:
         inside: (n_in,) int64, DomainBed's "in" split: trains a source, tests a target.
-        outside: (n_out,) int64, DomainBed's "out" split: validates.
-        tested: (n_test,) int64, for an in-domain test: cut off the "out" split.
+        out: (n_out,) int64, DomainBed's "out" split: validates.
+        test: (n_test,) int64, for an in-domain test: cut off the "out" split.
     """
 
     inside: np.ndarray
-    outside: np.ndarray
-    tested: np.ndarray
+    out: np.ndarray
+    test: np.ndarray
 
 
-def split(n: int, domain_index: int, *, trial_seed: int, fraction: float = 0.2, tested: float = 0.0) -> Split:
+def split(n: int, domain_index: int, *, trial_seed: int, fraction: float = 0.2, test: float = 0.0) -> Split:
     """Split the `n` images of a domain exactly as DomainBed does, and its "out" split again as SWAD does.
 
     Source: facebookresearch/DomainBed, scripts/train.py and lib/misc.py; khanrc/swad, trainer.py (`indomain_test`).
@@ -119,23 +119,23 @@ def split(n: int, domain_index: int, *, trial_seed: int, fraction: float = 0.2, 
         domain_index: the domain's place in index order; each domain is shuffled by its own seed.
         trial_seed: seed of the split.
         fraction: share of the images for validation, rounded down.
-        tested: share of the images for an in-domain test.
+        test: share of the images for an in-domain test.
 
     Raises:
         UserError: if one of the parts would be empty.
     """
-    n_out = int(n * (fraction + tested))
-    n_validate = int(n_out * (fraction / (fraction + tested)))
-    if not 0 < n_validate <= n_out < n or (tested and n_validate == n_out):
+    n_out = int(n * (fraction + test))
+    n_validate = int(n_out * (fraction / (fraction + test)))
+    if not 0 < n_validate <= n_out < n or (test and n_validate == n_out):
         raise UserError(
-            f"Domain {domain_index} has {n} images: shares of {fraction} and {tested} leave {n_validate} to validate "
+            f"Domain {domain_index} has {n} images: shares of {fraction} and {test} leave {n_validate} to validate "
             f"on, {n_out - n_validate} to test on and {n - n_out} to train on; each part needs at least one image."
-            if tested
+            if test
             else f"Domain {domain_index} has {n} images: a share of {fraction} leaves {n_out} to validate on and "
             f"{n - n_out} to train on; both parts need at least one image."
         )
     keys, places = shuffled(n, trial_seed, domain_index), list(range(n_out))
-    if tested:
+    if test:
         places = shuffled(n_out, trial_seed, domain_index)
     outer = np.array(keys[:n_out], dtype=np.int64)[places]
     return Split(np.array(keys[n_out:], dtype=np.int64), outer[:n_validate], outer[n_validate:])

@@ -34,8 +34,8 @@ class Domains:
     data: DomainSet
     target: str
     inside: Rows  # "in" split, 80 %: training (sources), reported accuracy (target)
-    outside: Rows  # "out" split, 20 %: validation
-    tested: Rows  # "test" split of the sources; may be empty
+    out: Rows  # "out" split, 20 %: validation
+    test: Rows  # "test" split of the sources; may be empty
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -45,12 +45,12 @@ class Domains:
     @property
     def validated(self) -> tuple[str, ...]:
         """The domains on whose "out" split checkpoints are selected: the source domains, or a named split."""
-        return tuple(name for name in self.outside if name != self.target)
+        return tuple(name for name in self.out if name != self.target)
 
     @property
     def groups(self) -> dict[str, Tensor]:
         """The group of each row of a named split; empty where rows have none."""
-        rows, found = {**self.inside, **self.outside, **self.tested}, {}
+        rows, found = {**self.inside, **self.out, **self.test}, {}
         for domain in self.data.domains:
             if domain.groups is not None and domain.name in rows:
                 found[domain.name] = domain.groups[torch.from_numpy(rows[domain.name])]
@@ -62,7 +62,7 @@ class Domains:
         Raises:
             UserError: the held-out one has no "out" split, since the splits are named.
         """
-        rows = self.inside if part == "in" else self.outside
+        rows = self.inside if part == "in" else self.out
         if self.target not in rows:
             raise UserError(
                 f'The named split {self.target} of {self.data.name} has one part, got split="{part}": write split="in".'
@@ -71,7 +71,7 @@ class Domains:
 
     def evaluation(self, part: str, names: tuple[str, ...], device: torch.device) -> dict[str, Batches]:
         """Return fixed batches of the "in", "out" or "test" split of some domains."""
-        rows = {"in": self.inside, "out": self.outside, "test": self.tested}[part]
+        rows = {"in": self.inside, "out": self.out, "test": self.test}[part]
         return {name: batches.evaluation_batches(self.data, name, rows[name], device=device) for name in names}
 
     def calibration(self, count: int, device: torch.device) -> list[Batches]:
@@ -98,7 +98,7 @@ def domains(spec: RunSpec, place: Place) -> Domains:
             index,
             trial_seed=spec.trial_seed,
             fraction=spec.holdout,
-            tested=0.0 if name == target else spec.test_share,  # the target has no test split
+            test=0.0 if name == target else spec.test_share,  # the target has no test split
         )
         for index, name in enumerate(data.names)
     }
@@ -106,8 +106,8 @@ def domains(spec: RunSpec, place: Place) -> Domains:
         data=data,
         target=target,
         inside={name: part.inside for name, part in splits.items()},
-        outside={name: part.outside for name, part in splits.items()},
-        tested={name: part.tested for name, part in splits.items() if len(part.tested)},
+        out={name: part.out for name, part in splits.items()},
+        test={name: part.test for name, part in splits.items() if len(part.test)},
     )
 
 
@@ -119,8 +119,8 @@ def _named(data: DomainSet, target: str) -> Domains:
         data=data,
         target=target,
         inside={"train": rows["train"], target: rows[target]},
-        outside={"val": rows["val"]},
-        tested={inner: rows[inner]},
+        out={"val": rows["val"]},
+        test={inner: rows[inner]},
     )
 
 

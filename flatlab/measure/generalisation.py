@@ -121,7 +121,7 @@ def _accuracy(run: Run, spec: GeneralisationSpec, place: Place, baked: nn.Module
     The images are those of the test split, or of the out split if a run has no test split.
     """
     domains = loading_data.domains(run.spec, place)
-    kept = domains.tested or {name: domains.outside[name] for name in domains.sources}
+    kept = domains.test or {name: domains.out[name] for name in domains.sources}
     rows = {name: each[: spec.images] for name, each in kept.items()}
     data, device = corrupted(domains.data, corruption, rows), loading_data.device(place)
     batches = {name: evaluation_batches(data, name, np.arange(len(rows[name])), device=device) for name in rows}

@@ -16,7 +16,7 @@ from flatlab.loading.checkpoint import network
 from flatlab.measure.inputs import landscape, noise_norm
 from flatlab.measure.units import UnitFiles
 from flatlab.metrics.flatness import codes, planning
-from flatlab.metrics.flatness.sampler import Draws, Sampler, visits
+from flatlab.metrics.flatness.sampler import Draws, Sampler, counts
 from flatlab.metrics.flatness.sphere import sample
 from flatlab.quant.codes import code_neighbours
 from flatlab.specs.measurements import SphereSpec
@@ -90,7 +90,7 @@ def foresee(measurement: Measurement, run: Run, place: Place) -> list[dict[str, 
 
 def _tell(report: JobReport, sampler: Sampler, per_radius: Sequence[Draws]) -> None:
     """Report the draws made and foreseen, and F at each radius with its current standard error."""
-    made, foreseen = visits(per_radius)
+    made, foreseen = counts(per_radius)
     found = [sampler.estimate(draws) for draws in per_radius if draws.visits.shape[1] > 1]
     shown = [f"{e.value:.2g}±{e.stderr / abs(e.value):.0%}" for e in found if e.value and np.isfinite(e.stderr)]
     report(made, foreseen, {"F": " ".join(shown)})

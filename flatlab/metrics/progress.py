@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from flatlab.derivatives.operators import Curvature, Hessian
-from flatlab.metrics.flatness.sampler import visits
+from flatlab.metrics.flatness.sampler import counts
 
 SECONDS = 2.0  # before a bar appears
 NOTE = """
@@ -92,7 +92,7 @@ def _both(count: Count, theirs: Callable[..., None] | None) -> Callable[..., Non
     """Return a function that updates the bar and calls the caller's own report."""
 
     def report(*progress: Any) -> None:
-        count(*(visits(*progress) if len(progress) == 1 else progress))
+        count(*(counts(*progress) if len(progress) == 1 else progress))
         if theirs:
             theirs(*progress)
 

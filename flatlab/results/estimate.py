@@ -262,33 +262,33 @@ class Stopped(Sampled):
 FEW = 16  # repeated blocks below which their spread is not trusted
 
 
-def estimate(visits: FloatArray, blocks: int, between: float = 0.0) -> Estimate:
-    """Return the mean rise from visits (J,), the j-th to block j mod `blocks`.
+def estimate(draws: FloatArray, blocks: int, between: float = 0.0) -> Estimate:
+    """Return the mean rise from draws (J,), the j-th on block j mod `blocks`.
 
     From the first complete round on, the value is the mean over blocks of the block means: no image weighs more than
-    another. Before that the visits are a sample of images too, drawn without replacement: their whole spread enters
+    another. Before that the draws are a sample of images too, drawn without replacement: their whole spread enters
     the standard error, with the finite-population correction for the images already seen (Cochran 1977, Eq. 2.12).
 
     Args:
-        visits: (J,) rises.
+        draws: (J,) rises.
         blocks: how many there are.
-        between: share of the visits' variance that lies between images; zero where it is not known, and the error is
+        between: share of the draws' variance that lies between images; zero where it is not known, and the error is
             then too large.
     """
     if blocks == 1:
-        return mean_of(visits)
-    index = np.arange(len(visits)) % blocks
-    seen = np.bincount(index)  # visits to each block, none of which is empty
+        return mean_of(draws)
+    index = np.arange(len(draws)) % blocks
+    seen = np.bincount(index)  # draws on each block, none of which is empty
     repeated = int((seen > 1).sum())
     with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is reported as such
-        means = np.bincount(index, visits) / seen
-        value = float(means.mean()) if len(visits) else float("nan")
+        means = np.bincount(index, draws) / seen
+        value = float(means.mean()) if len(draws) else float("nan")
         if len(seen) < blocks or repeated < min(FEW, blocks):
-            found = mean_of(visits[:blocks])
-            left = 1.0 - between * min(len(visits), blocks) / blocks
+            found = mean_of(draws[:blocks])
+            left = 1.0 - between * min(len(draws), blocks) / blocks
             return replace(found, value=value, stderr=found.stderr * float(np.sqrt(left)))
-        freedom = len(visits) - blocks
-        spread = float(np.square(visits - means[index]).sum()) / freedom
+        freedom = len(draws) - blocks
+        spread = float(np.square(draws - means[index]).sum()) / freedom
     return Estimate(value, float(np.sqrt(spread * (1 / seen).sum())) / blocks, freedom)
 
 
@@ -300,13 +300,13 @@ class Components:
     images: float  # V_B
     rest: float  # V_E
 
-    def of_visit(self, images: int) -> float:
-        """Return the variance of a visit to a block of n images, around the block's own mean."""
+    def of_draw(self, images: int) -> float:
+        """Return the variance of a draw on a block of n images, around the block's own mean."""
         return self.directions + self.rest / images
 
     def between(self, images: int) -> float:
-        """Return which share of the spread of visits to different blocks lies between the blocks."""
-        whole = self.of_visit(images) + self.images / images
+        """Return which share of the spread of draws on different blocks lies between the blocks."""
+        whole = self.of_draw(images) + self.images / images
         return self.images / images / whole if whole > 0 else 0.0
 
 

@@ -105,7 +105,7 @@ def join(spec: RunSpec, store: RunStore, place: Place) -> None:
         member.check_data(domains.data.fingerprint)
         restore(built, member, member.checkpoint("selected"))
     run.create()
-    judge = Evaluator(replace(domains, tested={}), loading_data.device(place), spec)
+    judge = Evaluator(replace(domains, test={}), loading_data.device(place), spec)
     row = judge.row(network.eval(), spec.steps)
     run.write_log([{**row, "looks": int(spec.target_logged)}])
     for name in ("selected", "last"):

@@ -85,11 +85,11 @@ class Evaluator:
         self._selecting = "class_percentile" if groups and spec.class_percentile is not None else "accuracy"
         self.fitted = domains.evaluation("in", domains.sources, device) if fitted else {}
         self.validation = domains.evaluation("out", domains.validated, device)
-        self.test = domains.evaluation("test", tuple(domains.tested), device)
+        self.test = domains.evaluation("test", tuple(domains.test), device)
         self.target: dict[str, Batches] = {
             part: domains.evaluation(part, (domains.target,), device)[domains.target]
             for part in (("in", "out") if spec.target_logged else ())
-            if part == "in" or domains.target in domains.outside
+            if part == "in" or domains.target in domains.out
         }
 
     def sources(self, network: nn.Module) -> dict[str, Score]:

@@ -72,11 +72,11 @@ class CodeSampler(Sampler):
 
     grid: Neighbours | None = None
 
-    def losses(self, which: int, at: Move, plans: Sequence[SamplingPlan], visit: int, **where: Any) -> FloatArray:
+    def losses(self, which: int, at: Move, plans: Sequence[SamplingPlan], number: int, **where: Any) -> FloatArray:
         """Return the losses (R, S) after a move, at the radii of plans of one kind; of a pair the mean."""
         assert self.grid is not None
         shares = self.grid.shares(np.array([plan.radius for plan in plans])).tolist()
-        pairs = [self.grid.moves(share, self.seed, visit)[: 1 + plans[0].paired] for share in shares]
+        pairs = [self.grid.moves(share, self.seed, number)[: 1 + plans[0].paired] for share in shares]
         return np.array([np.mean([at(move, 1.0, **where) for move in pair], axis=0) for pair in pairs])
 
 

@@ -53,14 +53,14 @@ def typical_rise(
     sampler = Sampler([landscape], base_seed(seed), check_normalisation(normalisation, landscape), keep=keep)
     vectors = {name: _checked(name, landscape.as_point(each)) for name, each in perturbations.items()}
     own = [_own(landscape, name, vector, keep) for name, vector in vectors.items()]
-    visits = [_visits(sampler, name, vector, num_samples) for name, vector in vectors.items()]
+    draws = [_draws(sampler, name, vector, num_samples) for name, vector in vectors.items()]
     cost = cost_of(len(vectors), num_samples, landscape.num_samples)
     return RoundingRise(
         names=tuple(vectors),
         norms=np.array([float(length(each)) for each in vectors.values()]),
         rises=np.array([rises[0] for rises in own]),
         reverses=np.array([rises[1] for rises in own]),
-        visits=tuple(visits),
+        visits=tuple(draws),
         strata=landscape.strata,
         normalisation=sampler.normalisation,
         num_params=landscape.num_params,
@@ -86,14 +86,14 @@ def _own(landscape: Landscape, name: str, vector: Tensor, keep: Keep) -> FloatAr
     return next(iter(keep([(f"own-{name}", compute)])))
 
 
-def _visits(sampler: Sampler, name: str, vector: Tensor, num_samples: int) -> FloatArray:
+def _draws(sampler: Sampler, name: str, vector: Tensor, num_samples: int) -> FloatArray:
     """Return the rises (K, S) at the random perturbations: a sphere of radius 1, in units of the norms of e."""
 
     def keep(units: Sequence[Unit]) -> Iterator[FloatArray]:
         return sampler.keep([(f"{sampler.normalisation}-{name}-{unit}", compute) for unit, compute in units])
 
     (draws,) = replace(sampler, like=vector, keep=keep).run(
-        [SamplingPlan(1.0, 0, visits=num_samples)], Goal(visits=num_samples)
+        [SamplingPlan(1.0, 0, visits=num_samples)], Goal(draws=num_samples)
     )
     if draws.stopped == "interrupted":
         raise KeyboardInterrupt  # completed units are stored: the next call resumes from them

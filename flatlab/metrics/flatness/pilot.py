@@ -157,16 +157,16 @@ def _best(pilot: Pilot, index: int, radius: float, goal: Goal, samples: int) -> 
         for size, seconds in pilot.seconds.items():
             price = (pilot.drawing + pilot.gathering[size]) / len(pilot.mean) + seconds * (2 if paired else 1)
             between = found.between(size) if pilot.alone else 0.0
-            visits = foresee(found, size, max(1, round(samples / size)), tolerance, between)
-            foreseen = visits if visits < MOST else 0  # not finite, or too many: decided while sampling
+            count = foresee(found, size, max(1, round(samples / size)), tolerance, between)
+            foreseen = count if count < MOST else 0  # not finite, or too many: decided while sampling
             cut = 0 if size >= samples else size
-            options.append((visits * price, SamplingPlan(radius, cut, paired, foreseen, between)))
+            options.append((count * price, SamplingPlan(radius, cut, paired, foreseen, between)))
     return min(options, key=lambda option: option[0])[1]
 
 
 def foresee(found: Components, size: int, blocks: int, tolerance: float, between: float) -> int:
     """Return the number of draws that reach the tolerance: fewer than one round over the images if that suffices."""
-    wanted, long = max(tolerance**2 / SAFETY, sys.float_info.min), found.of_visit(size)
+    wanted, long = max(tolerance**2 / SAFETY, sys.float_info.min), found.of_draw(size)
     whole = long + found.images / size
     short, long = whole / (wanted + between * whole / blocks), long / wanted
     if short < blocks:

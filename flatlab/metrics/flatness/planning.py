@@ -35,7 +35,7 @@ def goal_of(
         UserError: if a number is out of range.
     """
     if num_samples is not None:
-        return Goal(visits=whole("num_samples", num_samples, least=2))  # an interval needs a spread
+        return Goal(draws=whole("num_samples", num_samples, least=2))  # an interval needs a spread
     relative, absolute = finite("rel_error", errors[0], least=0.0), finite("abs_error", errors[1], least=0.0)
     if not relative + absolute > 0:
         raise UserError("rel_error and abs_error must not both be 0: give one of them, or num_samples.")
@@ -51,8 +51,8 @@ def plans_of(sampler: Sampler, radii: FloatArray, goal: Goal) -> list[SamplingPl
         UserError: if the budget does not exceed the pilot's cost.
     """
     above, samples = above_zero(radii), sampler.landscapes[0].num_samples
-    if goal.visits or not len(above) or samples < pilot.FEWEST:
-        return [SamplingPlan(float(radius), 0, visits=goal.visits or 0) for radius in above]
+    if goal.draws or not len(above) or samples < pilot.FEWEST:
+        return [SamplingPlan(float(radius), 0, visits=goal.draws or 0) for radius in above]
     sampler.spent += pilot.price(sampler.landscapes, len(above), seed=sampler.seed)
     if goal.budget <= sampler.spent:
         raise UserError(
@@ -87,7 +87,7 @@ def slopes_of(sampler: Sampler, plans: Sequence[SamplingPlan], goal: Goal) -> Se
         return [None] * len(sampler.landscapes)
     radius = min(plan.radius for plan in plans)
     priced = sum(slope.price(each, seed=sampler.seed) for each in sampler.landscapes)
-    fixed = goal.visits * len(plans) * sum(each.num_samples for each in sampler.landscapes) if goal.visits else np.inf
+    fixed = goal.draws * len(plans) * sum(each.num_samples for each in sampler.landscapes) if goal.draws else np.inf
     if sampler.spent + priced > goal.budget or priced > SLOPES * fixed:
         return [None] * len(sampler.landscapes)
     sampler.spent += priced

@@ -24,9 +24,9 @@ from flatlab.results.estimate import Estimate, estimate
 from flatlab.results.sphere import SamplingPlan
 from flatlab.seeds import derive
 
-MOST = 10**7  # visits that can be foreseen
+MOST = 10**7  # draws that can be foreseen
 UNIT, LARGEST = 8, 32  # smallest and largest number of draws of a unit, in which work is resumed and shared
-FREEDOM = 80  # of the spread at the first look: with 16, skewed visits stopped too early (coverage 0.92; 48: 0.935)
+FREEDOM = 80  # of the spread at the first look: with 16, skewed draws stopped too early (coverage 0.92; 48: 0.935)
 SAFETY = 1.1  # draws relative to those of the variance estimate, so that most measurements need one look less
 
 
@@ -37,20 +37,20 @@ class Goal:
     relative: float = 0.02
     absolute: float = 1e-4  # nats
     budget: float = float("inf")  # images forwarded in all
-    visits: int | None = None  # fixed number of draws, instead of an accuracy target
+    draws: int | None = None  # fixed number of them, instead of an accuracy target
 
     def tolerance(self, scale: float) -> float:
         """Return the allowed standard error of a value of this size."""
         return max(self.relative * abs(scale), self.absolute)
 
 
-def settled(visits: int, blocks: int) -> int:
+def settled(count: int, blocks: int) -> int:
     """Return the number of draws, increased if their variance would not be known well enough.
 
     Before a full round over the blocks that is the variance of all draws, with images as sampled; after it that within
     blocks.
     """
-    return max(visits, FREEDOM + 1) if max(visits, FREEDOM + 1) < blocks else max(visits, blocks + FREEDOM)
+    return max(count, FREEDOM + 1) if max(count, FREEDOM + 1) < blocks else max(count, blocks + FREEDOM)
 
 
 @dataclass
@@ -59,7 +59,7 @@ class Draws:
 
     plan: SamplingPlan
     blocks: int
-    visits: FloatArray  # (L, J, S): landscapes, visits, strata
+    visits: FloatArray  # (L, J, S): landscapes, draws, strata
     stopped: str = ""  # "accuracy", "samples", "budget", "nonfinite" or "interrupted"
 
 
@@ -72,8 +72,8 @@ class Group:
     """Radii that are still sampled by one plan, with common directions and blocks."""
 
     active: list[Draws]
-    done: int = 0  # visits
-    look: int = 0  # visits at which it pauses next
+    done: int = 0  # draws
+    look: int = 0  # draws at which it pauses next
     spent: float = 0.0  # images
 
     @property
@@ -158,11 +158,11 @@ class Sampler:
 
     def _verdict(self, draws: Draws, group: Group, goal: Goal) -> str:
         """Return why sampling of a radius stops here, or an empty string."""
-        if goal.visits and group.done == goal.visits:
+        if goal.draws and group.done == goal.draws:
             return "samples"
         found = self.estimate(draws)
-        if group.done and not goal.visits and not np.isfinite(found.value):
-            return "nonfinite"  # no further visit would change that
+        if group.done and not goal.draws and not np.isfinite(found.value):
+            return "nonfinite"  # no further draw would change that
         judged = group.done == group.look >= group.foreseen
         if judged and found.stderr <= goal.tolerance(self.scale(draws)):
             return "accuracy"
@@ -170,31 +170,31 @@ class Sampler:
 
     def _next_look(self, group: Group, goal: Goal) -> int:
         """Return the number of draws at the next look: that foreseen, then up to twice as many, by the variance."""
-        if goal.visits:
-            return goal.visits
-        visits = group.foreseen
-        if group.done >= visits:
+        if goal.draws:
+            return goal.draws
+        count = group.foreseen
+        if group.done >= count:
             excess = [self.estimate(draws).stderr / goal.tolerance(self.scale(draws)) for draws in group.active]
             least = min((SAFETY * group.done * each**2 for each in excess if np.isfinite(each)), default=np.inf)
-            visits = max(int(min(least, MOST)), group.done + 1)
-        visits = settled(min(visits, 2 * group.done), group.blocks)
+            count = max(int(min(least, MOST)), group.done + 1)
+        count = settled(min(count, 2 * group.done), group.blocks)
         unit = group.blocks * max(1, UNIT // group.blocks) if group.blocks <= LARGEST else UNIT
-        return -(-visits // unit) * unit
+        return -(-count // unit) * unit
 
-    def _prices(self, group: Group, visits: range) -> FloatArray:
+    def _prices(self, group: Group, which: range) -> FloatArray:
         """Return the images that each draw forwards, including those at w at the first draw of a block."""
         size, ends = group.plans[0].block_size, len(group.active) * (2 if group.plans[0].paired else 1)
-        numbers = np.arange(visits.start, visits.stop)
+        numbers = np.arange(which.start, which.stop)
         first = (numbers >= self._rested.get(size, 0)) & (numbers < group.blocks)
         images = self._sizes(size)[numbers % group.blocks]
         return np.asarray(len(self.landscapes) * images * (ends + first), dtype=float)
 
-    def _extend(self, group: Group, visits: range, notify: Callable[[], None]) -> None:
+    def _extend(self, group: Group, which: range, notify: Callable[[], None]) -> None:
         """Evaluate draws at the active radii, in units, and append them."""
         plans, length = group.plans, min(max(group.blocks, UNIT), LARGEST)
         radii = derive(*[plan.radius for plan in plans])
         kind = f"{plans[0].block_size}{'p' if plans[0].paired else ''}-{radii:016x}"
-        parts = [range(start, min(start + length, visits.stop)) for start in range(visits.start, visits.stop, length)]
+        parts = [range(start, min(start + length, which.stop)) for start in range(which.start, which.stop, length)]
         units = [(f"{kind}_{part.start}-{part.stop}", partial(self.evaluate, plans, part)) for part in parts]
         for part, rises in zip(parts, self.keep(units), strict=True):
             price = float(self._prices(group, part).sum())
@@ -204,32 +204,32 @@ class Sampler:
             self._rested[plans[0].block_size] = max(self._rested.get(plans[0].block_size, 0), part.stop)
             notify()
 
-    def evaluate(self, plans: Sequence[SamplingPlan], visits: range) -> FloatArray:
+    def evaluate(self, plans: Sequence[SamplingPlan], numbers: range) -> FloatArray:
         """Return the rises (L, J, R, S) of some draws, at the radii of plans of one kind."""
-        rises = np.zeros((len(self.landscapes), len(visits), len(plans), len(self.landscapes[0].strata)))
+        rises = np.zeros((len(self.landscapes), len(numbers), len(plans), len(self.landscapes[0].strata)))
         with _moving(self.landscapes) as movers, np.errstate(invalid="ignore"):
-            for row, visit in enumerate(visits):
+            for row, number in enumerate(numbers):
                 for which, at in enumerate(movers):
-                    rises[which, row] = self._evaluate(which, at, plans, visit)
+                    rises[which, row] = self._evaluate(which, at, plans, number)
         return rises
 
-    def _evaluate(self, which: int, at: Move, plans: Sequence[SamplingPlan], visit: int) -> FloatArray:
+    def _evaluate(self, which: int, at: Move, plans: Sequence[SamplingPlan], number: int) -> FloatArray:
         landscape, size = self.landscapes[which], plans[0].block_size
         if not size:
-            return np.asarray(self.losses(which, at, plans, visit) - landscape.base_loss)
+            return np.asarray(self.losses(which, at, plans, number) - landscape.base_loss)
         partition = self._partition(which, size)
-        index = visit % len(partition)
+        index = number % len(partition)
         block = landscape.gather(partition[index])
         if (which, size, index) not in self._bases:
             self._bases[which, size, index] = at(landscape.point, 0.0, block=block)
-        return np.asarray(self.losses(which, at, plans, visit, block=block) - self._bases[which, size, index])
+        return np.asarray(self.losses(which, at, plans, number, block=block) - self._bases[which, size, index])
 
-    def losses(self, which: int, at: Move, plans: Sequence[SamplingPlan], visit: int, **where: Any) -> FloatArray:
+    def losses(self, which: int, at: Move, plans: Sequence[SamplingPlan], number: int, **where: Any) -> FloatArray:
         """Return the losses (R, S) along a direction, at the radii of plans of one kind; of a pair the mean."""
         direction = draw_direction(
             self.landscapes[which],
             self.seed,
-            visit,
+            number,
             normalisation=self.normalisation,
             noise=self.noise,
             like=self.like,
@@ -257,7 +257,7 @@ def _moving(landscapes: Sequence[Landscape]) -> Iterator[list[Move]]:
         yield [stack.enter_context(landscape.moving()) for landscape in landscapes]
 
 
-def visits(per_radius: Sequence[Draws]) -> tuple[int, int]:
+def counts(per_radius: Sequence[Draws]) -> tuple[int, int]:
     """Return the number of draws so far, and the number foreseen."""
     seen = [(draws, draws.visits.shape[1]) for draws in per_radius]
     made = sum(count for _, count in seen)
