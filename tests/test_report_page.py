@@ -3,9 +3,12 @@
 import re
 import shutil
 import subprocess
+from dataclasses import replace
+from html import unescape
 
 import numpy as np
 import pytest
+import test_saving as saved_results
 import torch
 from commandline import call, documented
 from stores import ERM, PLACE, QT, refuses, trained
@@ -13,7 +16,8 @@ from torch import nn
 
 import flatlab
 from flatlab.measure.runner import measure
-from flatlab.report.html import page
+from flatlab.report.html import conclusions, page
+from flatlab.report.surface import barrier_sentence
 from flatlab.specs.measurements import SizeSpec, SphereSpec
 
 pytest.importorskip("plotly", reason="plotly is not installed: uv sync --extra report")
@@ -21,11 +25,16 @@ BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 SPHERE = SphereSpec(radii=(0.5, 1.0), num_samples=3, images=4)
 
 
-def surface(*, connected=True):
-    torch.manual_seed(0)
+def landscape(seed=0):
+    torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).eval()
+    torch.manual_seed(9)
     batches = [(torch.randn(40, 4), torch.randint(0, 3, (40,)))]
-    at = flatlab.Landscape(model, batches, nn.functional.cross_entropy)
+    return flatlab.Landscape(model, batches, nn.functional.cross_entropy)
+
+
+def surface():
+    at = landscape()
     points = [at.point + step * torch.randn(at.num_params) for step in (0.3, 0.6, 0.9)]
     return flatlab.plane(at, flatlab.trajectory_directions(at, points), grid=7)
 
@@ -62,6 +71,43 @@ def test_the_page_has_the_numbers_and_sentences_of_the_commands(made):
     assert re.search(rf"{run.name} \(digits, [\w-]+, seed 0\) classifies [\d.]+ % of the held-out", text)
     assert "command that writes this report again" in text and ERM.digest in text and "Flatness, source domains" in text
     assert re.search(r"(is flatter|not distinguishable)", text), "a verdict on the two"
+
+
+def test_saved_results_are_summarised_in_the_sentences_of_their_classes(tmp_path):
+    """Also without a run; two files of one name are both shown."""
+    for kind in ("one", "two"):
+        (tmp_path / kind).mkdir()
+    a, b = (landscape(seed) for seed in (0, 1))
+    line, paired = flatlab.connect(a, b, grid=3), flatlab.compare_flatness(a, b, (0.5, 1.0), num_samples=3)
+    sphere = flatlab.sphere_flatness(a, (0.5, 1.0), num_samples=3)
+    made = {"one/same": line, "two/same": paired, "sphere": sphere, "check": flatlab.trace_check(a, rel_error=0.3)}
+    for name, found in made.items():
+        found.save(tmp_path / f"{name}.npz")
+    names = [tmp_path / f"{name}.npz" for name in made]
+    assert call("report", *names, "--store", tmp_path / "none", "--out", tmp_path) == 0
+    told = unescape((tmp_path / "report.html").read_text()).partition("<h2>Summary</h2>")[2].partition("<h2>")[0]
+    assert f"<li>{names[0]} (Connection): {barrier_sentence(line)}</li>" in told
+    assert f"<li>{names[1]} (PairedDifference): {paired.verdict()}</li>" in told
+    assert f"<li>check (TraceCheck): {made['check'].verdict()}</li>" in told
+    assert f"<li>sphere (SphereFlatness): its value is {sphere.value[0]:.4g} [" in told
+
+
+@pytest.mark.parametrize("kind", saved_results.MADE, ids=lambda kind: kind.__name__)
+def test_each_result_has_a_summary(kind):
+    """The verdict and remarks of its class, whole and first in line; else numbers, or that there is no verdict."""
+    found = saved_results.MADE[kind]()
+    sentences = conclusions.summary("mine", found)
+    own = [*([found.verdict()] if hasattr(found, "verdict") else []), *getattr(found, "remarks", ())]
+    assert sentences and all(each.startswith(f"mine ({kind.__name__}): ") for each in sentences)
+    assert [each.partition(": ")[2] for each in sentences][-len(own) :] == own or not own
+    assert "nan" not in " ".join(sentences)
+
+
+def test_a_missed_accuracy_is_said():
+    found = flatlab.hessian_spectrum(landscape(), k=1)
+    assert found.converged and len(conclusions.summary("top", found)) == 1
+    (_, missed) = conclusions.summary("top", replace(found, verified=False))
+    assert missed == "top (Spectrum): the accuracy that was asked for is not reached."
 
 
 def test_its_place_is_answered_as_json(made, capsys):

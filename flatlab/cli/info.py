@@ -98,11 +98,13 @@ def report(
         typer.Argument(help="Runs, as `flatlab flatness` takes them, and files written by `result.save(FILE.npz)`."),
     ],
 ) -> None:
-    """Write one HTML page, without network: what is measured of runs, in sentences, tables and pictures that turn."""
+    """Write one HTML page, without network: what was measured, in sentences, tables and pictures that turn."""
     from flatlab.report.html.sections import report as write
     from flatlab.saving import load
 
-    saved = {Path(word).stem: load(word) for word in runs if word.endswith(".npz")}
+    paths = [Path(word) for word in runs if word.endswith(".npz")]
+    stems = [path.stem for path in paths]
+    saved = {path.stem if stems.count(path.stem) == 1 else str(path): load(path) for path in paths}
     found = chosen.found([word for word in runs if not word.endswith(".npz")])
     redo = shlex.join(["flatlab", *sys.argv[1:]])
     path = write(chosen.runs(), found, saved, out=chosen.out, redo=redo)

@@ -9,6 +9,7 @@ import pandas as pd
 
 from flatlab import environment, plots
 from flatlab.report import panels, sphere, tables
+from flatlab.report.html import conclusions
 from flatlab.report.html.page import Section, figure_of, write
 from flatlab.results.sphere import SphereFlatness
 from flatlab.results.surface import Surface
@@ -27,7 +28,7 @@ def report(store: RunStore, runs: Sequence[Run], saved: Mapping[str, Any], *, ou
         out: folder.
         redo: the command that writes the same again.
     """
-    sections = [_overview(store, runs), *_comparisons(runs)] if runs else []
+    sections = [_summary(store, runs, saved), *_comparisons(runs)]
     for run in runs:
         sections += _of_run(run)
     sections += [_of_result(name, found, level=2) for name, found in saved.items()]
@@ -36,7 +37,10 @@ def report(store: RunStore, runs: Sequence[Run], saved: Mapping[str, Any], *, ou
     return write(out / "report.html", f"flatlab: {title}", sections)
 
 
-def _overview(store: RunStore, runs: Sequence[Run]) -> Section:
+def _summary(store: RunStore, runs: Sequence[Run], saved: Mapping[str, Any]) -> Section:
+    told = [sentence for name, found in saved.items() for sentence in conclusions.summary(name, found)]
+    if not runs:
+        return Section("Summary", told)
     whole, _ = tables.overview(store)
     mine = whole[whole["run"].isin([run.spec.digest for run in runs])]
     accuracies = dict(zip(mine["run"], mine["target"].astype(float), strict=True))
@@ -46,7 +50,8 @@ def _overview(store: RunStore, runs: Sequence[Run]) -> Section:
         for run in runs
         if run.spec.target_logged
     ]
-    return Section("Summary", words, tables=[("Accuracies are shares of 1, of the selected checkpoint.", mine)])
+    caption = "Accuracies are shares of 1, of the selected checkpoint."
+    return Section("Summary", [*words, *told], tables=[(caption, mine)])
 
 
 def _comparisons(runs: Sequence[Run]) -> list[Section]:
@@ -91,8 +96,7 @@ def _training(run: Run) -> list[Any]:
 
 
 def _of_result(title: str, found: Any, *, level: int) -> Section:
-    verdict = [found.verdict()] if hasattr(found, "verdict") else []
-    sentences = [*verdict, *getattr(found, "remarks", ())]
+    sentences = conclusions.said(found)
     if isinstance(found, Surface):
         sentences.append("Drag to rotate, scroll to zoom; distances are Euclidean, in the space of the parameters.")
     picture = figure_of(found)
