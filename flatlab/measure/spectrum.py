@@ -19,11 +19,11 @@ from flatlab.measure.units import UnitFiles
 from flatlab.metrics.curvature.density import quadrature
 from flatlab.metrics.curvature.eigenvalues import hessian_spectrum
 from flatlab.metrics.curvature.resumable import KeptHessian
-from flatlab.metrics.curvature.trace import hessian_trace
+from flatlab.metrics.curvature.trace import hessian_trace, packed, unpacked
 from flatlab.quant.attach import bake
 from flatlab.quant.lsq import Activations
 from flatlab.results.estimate import Cost
-from flatlab.results.spectrum import FLOOR, NUMBERS, STATES, UNVERIFIED, MeasuredSpectrum, SpectralDensity, Trace
+from flatlab.results.spectrum import FLOOR, NUMBERS, STATES, UNVERIFIED, MeasuredSpectrum, SpectralDensity
 from flatlab.seeds import seeded
 from flatlab.specs.measurements import SpectrumSpec
 from flatlab.specs.run import Place
@@ -103,10 +103,9 @@ def _extremes(operator: Hessian, spec: SpectrumSpec) -> FloatArray:
     """Return eigenvalues and trace as one vector; the trace is deflated by the eigenvectors."""
     found = hessian_spectrum(operator, k=spec.k, which=spec.which, tol=spec.tol, seed=spec.seed, vectors=True)
     trace = hessian_trace(operator, rel_error=spec.rel_error, budget=spec.trace_budget, seed=spec.seed, deflate=found)
-    facts = [found.cost.hvps, trace.cost.hvps, operator.shape[0], trace.stopped != "budget"]
+    facts = (found.cost.hvps, trace.cost.hvps, operator.shape[0], trace.stopped != "budget")
     reached = found.converged_each * (1.0 if found.verified else UNVERIFIED)
-    pairs = [found.eigenvalues, found.residuals, reached]
-    return np.concatenate([facts, *pairs, trace.numbers]).astype(np.float64)
+    return packed(trace, *facts, *found.eigenvalues, *found.residuals, *reached)
 
 
 def _rule(operator: Operator, spec: SpectrumSpec, index: int) -> FloatArray:
@@ -118,7 +117,7 @@ def _write(measurement: Measurement, extremes: FloatArray, rules: list[FloatArra
     spec: SpectrumSpec = measurement.spec
     found, (searched, traced, num_params, reached) = extremes[4:], extremes[:4].astype(int).tolist()
     values, residuals, converged = found[: 3 * spec.k].reshape(3, spec.k)
-    trace = Trace.of_numbers(
+    trace = unpacked(
         found[3 * spec.k :],
         basis=spec.k,
         rel_error=spec.rel_error,

@@ -31,7 +31,6 @@ STATES = {1.0: "yes", UNVERIFIED: "not verified", 0.0: "no"}
 NUMBERS = ("trace", "effective rank", "negative weight", "negative share")
 MANY = 1e6  # degrees of freedom of a vector that are no different from infinitely many
 PILOT = 32  # vectors whose products say how many are needed, and which the interval rests on; two products each
-COLUMNS = 5  # numbers of a vector
 Which = Literal["LA", "SA", "BE"]
 Flags = np.ndarray[tuple[int], np.dtype[np.bool_]]
 
@@ -105,7 +104,7 @@ class Trace(Sampled):
 
     Attributes:
         exact: (2,) the exact contribution of the basis to the two.
-        vectors: (n, COLUMNS) of each vector on the complement of the basis: z'Az and |Az|^2, and half their
+        vectors: (n, 5) of each vector on the complement of the basis: z'Az and |Az|^2, and half their
             variances and covariance: of the first, of both, of the second, which the first 32 vectors have. The two
             numbers rest on the same vectors, so that they are not independent.
         basis: how many vectors were deflated, or P.
@@ -124,16 +123,6 @@ class Trace(Sampled):
     num_params: int
 
     over: ClassVar[str] = "vectors"
-
-    @property
-    def numbers(self) -> FloatArray:
-        """What was computed, as one vector, which is stored: the exact part, then the vectors."""
-        return np.concatenate([self.exact, self.vectors.ravel()])
-
-    @classmethod
-    def of_numbers(cls, numbers: FloatArray, **facts: Any) -> Self:
-        """Return the trace from its numbers and the other fields."""
-        return cls(exact=numbers[:2], vectors=numbers[2:].reshape(-1, COLUMNS), **facts)
 
     @property
     def trace(self) -> Estimate:

@@ -16,7 +16,7 @@ from flatlab.landscape.landscape import Landscape
 from flatlab.metrics.curvature.density import quadrature
 from flatlab.metrics.curvature.eigenvalues import hessian_spectrum
 from flatlab.metrics.curvature.krylov import resolution
-from flatlab.metrics.curvature.trace import BUDGET, hessian_trace
+from flatlab.metrics.curvature.trace import BUDGET, hessian_trace, packed, unpacked
 from flatlab.metrics.units import Keep
 from flatlab.results.estimate import Cost
 from flatlab.results.spectrum import SpectralDensity, Trace
@@ -43,12 +43,11 @@ class KeptHessian:
 
         def make() -> FloatArray:
             found = hessian_trace(self.operator(), rel_error=rel_error, seed=seed, budget=budget)
-            facts = [found.basis, STOPS.index(found.stopped), found.cost.hvps]
-            return np.concatenate([facts, found.numbers]).astype(np.float64)
+            return packed(found, found.basis, STOPS.index(found.stopped), found.cost.hvps)
 
         (kept,) = self.keep([(f"{self.name}trace", make)])
         basis, stopped, hvps = kept[:3].astype(int).tolist()
-        return Trace.of_numbers(
+        return unpacked(
             kept[3:],
             basis=basis,
             rel_error=rel_error,

@@ -13,7 +13,7 @@ C = (1 - QQ') A^2 (1 - QQ'), the same needs A(Az), a second product, which is co
 """
 
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,13 +25,14 @@ from flatlab.errors import UserError
 from flatlab.landscape.landscape import Landscape
 from flatlab.metrics.curvature.krylov import Krylov, draw, matrix_of
 from flatlab.results.estimate import Cost
-from flatlab.results.spectrum import COLUMNS, PILOT, Spectrum, Trace, mean_of_draws
+from flatlab.results.spectrum import PILOT, Spectrum, Trace, mean_of_draws
 from flatlab.seeds import base_seed
 
 DEFLATE = 20  # products for the basis, which stores as many vectors (P,)
 BUDGET = 500  # products, if not given: twice those that Hutchinson needs for 2 % on a spectrum with outliers
 LEAST = 16  # vectors: from there on 95 % intervals contain the true value in 93 to 97 % of cases, for all spectra
 WHOLE = DEFLATE + 2 * PILOT  # parameters up to which the whole matrix costs no more
+COLUMNS = 5  # numbers stored of a vector
 BLOCK = 4  # vectors that share the graph of a batch; as many products are stored
 
 
@@ -76,6 +77,16 @@ def hessian_trace(
         num_params=size,
         cost=Cost(hvps=operator.products - before, seconds=time.perf_counter() - start),
     )
+
+
+def packed(trace: Trace, *facts: float) -> FloatArray:
+    """Return facts, then what was computed of a trace, as one vector, which is stored."""
+    return np.concatenate([facts, trace.exact, trace.vectors.ravel()])
+
+
+def unpacked(numbers: FloatArray, **facts: Any) -> Trace:
+    """Return the trace from the vector after its facts, and the other fields."""
+    return Trace(exact=numbers[:2], vectors=numbers[2:].reshape(-1, COLUMNS), **facts)
 
 
 class _Parts(NamedTuple):
