@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pandas as pd
 
-from flatlab.report import tables
+from flatlab.report import stability, tables
 from flatlab.report.panels import SOURCE, TARGET
 from flatlab.specs.methods import Labelled
 from flatlab.store.runs import RunStore
@@ -48,6 +48,17 @@ def _of_target(store: RunStore, wanted: list[Labelled], found: pd.DataFrame, spl
     chosen = [logs[run][step]["target"] for run, step in zip(found["run"], found["step"], strict=True)]
     parts = [[target[part] for part in SPLITS[split]] for target in chosen]
     return [sum(p["accuracy"] * p["n"] for p in each) / sum(p["n"] for p in each) for each in parts]
+
+
+def unrest(store: RunStore, wanted: list[Labelled], since: int) -> pd.DataFrame:
+    """Return spread and mean change of the accuracy on the held-out domain from a step on, in points, of each run.
+
+    Runs without a log of their own trajectory are left out: derived ones, and averages except SMA.
+    """
+    logged = [(name, run) for name, run in wanted if run.average.kind in ("last", "sma") and not run.derived]
+    found = stability.numbers(stability.curves(store, logged), since)
+    long = found.melt(["method", "held_out", "seed"], ["spread", "change"], "measure")
+    return long.assign(value=100 * long["value"])
 
 
 def over_datasets(each: pd.DataFrame, name: str) -> pd.DataFrame:

@@ -18,7 +18,7 @@ from analyses import _disorder, _percent, fig3
 from flatlab import plots
 from flatlab.analysis import Analysis, Measured, crossed, from_table, once
 from flatlab.report import spectrum, tables, verdicts
-from flatlab.report.areas import UP_TO, areas_by_domain, limits, named_by_rise
+from flatlab.report.areas import UP_TO
 from flatlab.report.panels import SOURCE, TARGET
 from flatlab.specs.measurements import SpectrumSpec
 from flatlab.specs.methods import METHODS, Labelled, replicates
@@ -33,10 +33,7 @@ BITS = {FINE: 4, COARSE: 3}
 MEASURES = {
     "source": "In-domain test (points)",
     "target": "Out of domain (points)",
-    "source, none": "Mean of F over γ, source (nats)",
-    "source, filter": "Mean of F over ρ, source (nats)",
-    "target, none": "Mean of F over γ, target (nats)",
-    "target, filter": "Mean of F over ρ, target (nats)",
+    **fig3.AREAS,
     "highest, none": "Mean over γ of the sharpest source domain's F (nats)",
     "highest, filter": "Mean over ρ of the sharpest source domain's F (nats)",
     "ratio, none": "Sharpest source domain's F over the mean, γ",
@@ -127,7 +124,7 @@ class Comparison:
         for block, runs in self.runs(setting).items():
             parts = [_accuracy(store, runs, setting), _frozen(store, runs)]
             if block != ABLATED:
-                parts += [_flatness(store, runs, setting), _eigenvalue(store, runs, setting)]
+                parts += [fig3.area_means(store, runs, setting), _eigenvalue(store, runs, setting)]
             each.append(pd.concat(parts, ignore_index=True).assign(block=block))
             if block == FINE:
                 maps = [_disorder.along(store, [pair for pair in runs if pair[0] == self.own]).assign(block=block)]
@@ -225,14 +222,6 @@ def _frozen(store: RunStore, runs: list[Labelled]) -> pd.DataFrame:
     each = _disorder.along(store, freezing)
     mine = each[each["measure"] == "frozen"].assign(measure=FROZEN)
     return mine.groupby(KEYS[1:], sort=False)["value"].mean().mul(100).reset_index()
-
-
-def _flatness(store: RunStore, runs: list[Labelled], setting: Setting) -> pd.DataFrame:
-    """Return the mean of F of each run: of source and target domains, and of the source domains one by one."""
-    wanted = [(row, run, each) for row, run in runs for each in fig3.measurements(setting)]
-    curves = named_by_rise(tables.flatness(store, wanted), "ERM")
-    found = areas_by_domain(curves, limits(curves))
-    return found.assign(measure=found["panel"] + ", " + found["normalisation"])
 
 
 def _eigenvalue(store: RunStore, runs: list[Labelled], setting: Setting) -> pd.DataFrame:

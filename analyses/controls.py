@@ -11,10 +11,10 @@ from matplotlib.figure import Figure
 from analyses import _percent, fig3
 from flatlab import plots
 from flatlab.analysis import Analysis, by_method, crossed, from_table
-from flatlab.report import stability, tables, verdicts
-from flatlab.report.areas import UP_TO, areas_by_domain, limits, named_by_rise
+from flatlab.report import tables, verdicts
+from flatlab.report.areas import UP_TO
 from flatlab.report.panels import SOURCE, TARGET
-from flatlab.specs.methods import RELEASED, Labelled
+from flatlab.specs.methods import RELEASED
 from flatlab.specs.settings import Setting
 from flatlab.store.runs import RunStore
 
@@ -58,24 +58,9 @@ def table(store: RunStore, setting: Setting) -> pd.DataFrame:
     split = "test" if setting.test_share else "out"
     accuracy = _percent.accuracies(store, runs, [(SOURCE, split), (TARGET, "in")])
     accuracy = accuracy.assign(measure=accuracy["panel"] + ", " + accuracy["split"])
-    parts = [accuracy, _unrest(store, runs, setting.switch_step), _flatness(store, runs, setting)]
+    parts = [accuracy, _percent.unrest(store, runs, setting.switch_step), fig3.area_means(store, runs, setting)]
     each = pd.concat([part[[*KEYS, "value"]] for part in parts], ignore_index=True).dropna()
     return pd.concat([each.assign(over="run"), tables.over_seeds(each, ["measure", "method"])], ignore_index=True)
-
-
-def _unrest(store: RunStore, runs: list[Labelled], since: int) -> pd.DataFrame:
-    along = stability.curves(store, [(method, run) for method, run in runs if not run.derived])  # others have no log
-    found = stability.numbers(along, since).melt(["method", "held_out", "seed"], ["spread", "change"], "measure")
-    return found.assign(value=100 * found["value"])
-
-
-def _flatness(store: RunStore, runs: list[Labelled], setting: Setting) -> pd.DataFrame:
-    found = tables.flatness(
-        store, [(method, run, measurement) for method, run in runs for measurement in fig3.measurements(setting)]
-    )
-    each = named_by_rise(found, BASELINE)
-    means = areas_by_domain(each, limits(each))
-    return means.assign(measure=means["panel"] + ", " + means["normalisation"])
 
 
 def findings(frame: pd.DataFrame) -> pd.DataFrame:
@@ -92,13 +77,9 @@ def findings(frame: pd.DataFrame) -> pd.DataFrame:
 
 def summary(findings: pd.DataFrame) -> pd.DataFrame:
     """Return a line for each question and a column for each measure."""
-    cells = findings.assign(
-        question=findings["question"] + ": " + findings["method"] + " less " + findings["baseline"],
-        cell=verdicts.cells(findings, digits=verdicts.digits_of(findings["measure"].map(MEASURES))),
-        measure=findings["measure"].map(MEASURES),
-    )
-    wide = cells.pivot_table(index="question", columns="measure", values="cell", aggfunc="first", sort=False)
-    return wide.fillna("").reset_index()
+    pair = findings["method"] + " less " + findings["baseline"]
+    asked = findings.assign(question=findings["question"] + ": " + pair)
+    return verdicts.by_measure(asked, MEASURES, ["question"])
 
 
 def remarks(frame: pd.DataFrame) -> list[str]:

@@ -18,11 +18,11 @@ from matplotlib.figure import Figure
 from flatlab import plots
 from flatlab.analysis import Analysis, by_method, crossed, from_table, once
 from flatlab.report import tables, verdicts
-from flatlab.report.areas import UP_TO, areas, limits, named_by_rise
+from flatlab.report.areas import UP_TO, areas, areas_by_domain, limits, named_by_rise
 from flatlab.report.panels import SOURCE, TARGET, TITLES
 from flatlab.resources import published
 from flatlab.specs.measurements import SphereSpec
-from flatlab.specs.methods import radii_by_rise
+from flatlab.specs.methods import Labelled, radii_by_rise
 from flatlab.specs.settings import PAPER, Setting
 from flatlab.store.runs import RunStore
 
@@ -44,6 +44,11 @@ INTERVAL = ["value", "low", "high"]
 SAMPLING = ("num_samples", "rel_error", "block_size", "images")
 OURS = (*SAMPLING, "seed", "trial_seed", "seeds", "rises", "beyond")  # may differ from the paper's
 SYMBOLS = {"none": "γ", "filter": "ρ"}
+AREAS = {
+    f"{panel}, {kind}": f"Mean of F over {symbol}, {panel} (nats)"
+    for panel in (SOURCE, TARGET)
+    for kind, symbol in SYMBOLS.items()
+}
 AXES = {"none": "Radius γ (L2 distance)", "filter": "Relative radius ρ (share of each filter's norm)"}
 
 
@@ -60,6 +65,14 @@ def measurements(setting: Setting) -> list[SphereSpec]:
 def effort(setting: Setting) -> str:
     """Return the sampling effort, as text for a caption."""
     return measurements(setting)[0].effort
+
+
+def area_means(store: RunStore, runs: list[Labelled], setting: Setting) -> pd.DataFrame:
+    """Return the mean of F of each run: of source and target domains, and of the source domains one by one."""
+    wanted = [(name, run, each) for name, run in runs for each in measurements(setting)]
+    curves = named_by_rise(tables.flatness(store, wanted), BASELINE)
+    found = areas_by_domain(curves, limits(curves))
+    return found.assign(measure=found["panel"] + ", " + found["normalisation"])
 
 
 def table(store: RunStore, setting: Setting) -> pd.DataFrame:

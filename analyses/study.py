@@ -19,7 +19,7 @@ from analyses import _claims, _correlation, _grid, _percent, _rows, fig3
 from flatlab import plots
 from flatlab.analysis import Analysis, crossed, from_table, once
 from flatlab.errors import choose
-from flatlab.report import spectrum, stability, tables, verdicts
+from flatlab.report import spectrum, tables, verdicts
 from flatlab.report.areas import UP_TO, limits, named_by_rise
 from flatlab.report.panels import SOURCE, TARGET
 from flatlab.specs.measurement import MeasurementSpec
@@ -43,10 +43,7 @@ MEASURES = {
     "target": "Out of domain (points)",
     "spread": "Std after the switch (points)",
     "change": "Mean change after the switch (points)",
-    "source, none": "Mean of F over γ, source (nats)",
-    "source, filter": "Mean of F over ρ, source (nats)",
-    "target, none": "Mean of F over γ, target (nats)",
-    "target, filter": "Mean of F over ρ, target (nats)",
+    **fig3.AREAS,
 }
 GRID = "distance from the 8-bit grid of the start (steps)"
 KEYS = _rows.KEYS
@@ -135,7 +132,7 @@ def _single(store: RunStore, setting: Setting, kept: pd.DataFrame) -> pd.DataFra
     _rows.same_radii(points, kept)
     flat = _rows.flatness(curves, _rows.limits_of(kept, curves) if len(kept) else ends(curves))
     off_grid = _grid.distances(store, runs).assign(measure=GRID)
-    parts = [accuracy, _unrest(store, runs, setting.switch_step), flat, off_grid, points]
+    parts = [accuracy, _percent.unrest(store, runs, setting.switch_step), flat, off_grid, points]
     whole = pd.concat([part[[*KEYS, "value"]] for part in parts if len(part)], ignore_index=True)
     lacking = whole["value"].isna().groupby([whole["measure"], whole["method"]]).transform("any")
     whole = whole[~lacking]  # means need all runs; the ratio of F over domains is NaN where their mean is not above 0
@@ -154,13 +151,6 @@ def _kept(setting: Setting) -> pd.DataFrame:
     seeds = list(range(setting.seed, setting.seed + setting.seeds))
     where: dict[str, Any] = {"dataset": setting.dataset, "held_out": list(setting.held_out), "seeds": seeds}
     return _rows.read(Path(setting.rows), methods=[name for name in ORDER if name not in methods(setting)], **where)
-
-
-def _unrest(store: RunStore, runs: list[Labelled], since: int) -> pd.DataFrame:
-    logged = [(method, run) for method, run in runs if run.average.kind in ("last", "sma")]  # others have one row
-    found = stability.numbers(stability.curves(store, logged), since)
-    long = found.melt(["method", "held_out", "seed"], ["spread", "change"], "measure")
-    return long.assign(value=100 * long["value"])
 
 
 def _curvature(store: RunStore, runs: list[Labelled], setting: Setting) -> pd.DataFrame:

@@ -41,5 +41,10 @@ def printable(text: str) -> str:
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 
+def reason(error: BaseException) -> str:
+    """Return the first line of an error of another package, or the error's class if it has no text."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
 def _plain(name: str) -> str:
     return name.strip().lower().replace("_", "-")

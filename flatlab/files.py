@@ -213,7 +213,7 @@ def save_arrays(path: Path, arrays: Mapping[str, np.ndarray[Any, Any]], meta: An
     """Write named arrays and a JSON value as safetensors, with the owner and a hash over all in the header."""
     whole = {name: np.asarray(array, order="C") for name, array in sorted(arrays.items())}
     header = {"owner": owner_of(path), "meta": json.dumps(meta, sort_keys=True)}
-    header["sha256"] = _content_hash(whole, header)
+    header["sha256"] = content_hash([header["owner"], header["meta"]], whole)
     write_bytes(path, save(whole, metadata={"flatlab": json.dumps(header)}))
 
 
@@ -229,7 +229,7 @@ def load_arrays(path: Path) -> tuple[Arrays, Any]:
         with safe_open(path, framework="numpy") as file:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
             header = json.loads((file.metadata() or {})["flatlab"])
-        intact = header["sha256"] == _content_hash(arrays, header)
+        intact = header["sha256"] == content_hash([header["owner"], header["meta"]], arrays)
         meta = json.loads(header["meta"])
     except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, RecursionError):
         intact = False
@@ -239,8 +239,9 @@ def load_arrays(path: Path) -> tuple[Arrays, Any]:
     return arrays, meta
 
 
-def _content_hash(arrays: Mapping[str, np.ndarray[Any, Any]], header: Mapping[str, str]) -> str:
-    digest = hashlib.sha256(json.dumps([header["owner"], header["meta"]]).encode())
+def content_hash(facts: Any, arrays: Mapping[str, np.ndarray[Any, Any]]) -> str:
+    """Return the SHA-256 of a JSON value, and of arrays with their names, types and shapes."""
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for name, array in sorted(arrays.items()):
         digest.update(f"{name} {array.dtype.str} {array.shape}".encode())
         digest.update(array.tobytes())

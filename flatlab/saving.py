@@ -1,6 +1,5 @@
 """Results as files: one .npz that NumPy alone reads, with class and version in its head; no pickle."""
 
-import hashlib
 import io
 import json
 import zipfile
@@ -42,7 +41,7 @@ class Saved:
             raise UserError(f"{path} must be the path of a file in a folder that exists.")
         arrays: _Arrays = {}
         head = {"format": FORMAT, "version": flatlab.__version__, "result": _encode(self, "", arrays)}
-        head["sha256"] = _hash(head["result"], arrays)
+        head["sha256"] = files.content_hash(head["result"], arrays)
         with io.BytesIO() as buffer:
             whole: Any = {HEAD: np.array(json.dumps(head)), **arrays}
             np.savez_compressed(buffer, **whole)
@@ -59,7 +58,7 @@ def load(path: str | PathLike[str]) -> Any:
         UserError: where there is no such file, or it is of another kind, damaged, or of a later version.
     """
     head, arrays = _read(Path(path))
-    if head["format"] == FORMAT and head.get("sha256") != _hash(head["result"], arrays):
+    if head["format"] == FORMAT and head.get("sha256") != files.content_hash(head["result"], arrays):
         raise UserError(f"{path} {DAMAGED}")
     if not isinstance(head["format"], int) or not isinstance(head["result"], dict) or "class" not in head["result"]:
         raise UserError(f"{path} {DAMAGED}")
@@ -77,14 +76,6 @@ def load(path: str | PathLike[str]) -> Any:
         ) from None
     except (KeyError, TypeError, ValueError, AttributeError):  # a head that was edited, or lacks arrays
         raise UserError(f"{path} {DAMAGED}") from None
-
-
-def _hash(result: Any, arrays: _Arrays) -> str:
-    """Return the SHA-256 of a result's JSON and arrays."""
-    digest = hashlib.sha256(json.dumps(result, sort_keys=True).encode())
-    for name, array in sorted(arrays.items()):
-        digest.update(f"{name} {array.dtype.str} {array.shape}".encode() + array.tobytes())
-    return digest.hexdigest()
 
 
 class _UnknownError(Exception):

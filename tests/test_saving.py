@@ -13,7 +13,7 @@ from stores import refuses
 from torch import nn
 
 import flatlab
-from flatlab import api, saving
+from flatlab import api, files, saving
 
 
 def landscape(seed=0):
@@ -161,7 +161,7 @@ def changed(path, edit, seal=True):
     head = json.loads(arrays.pop("flatlab").item())
     edit(head, arrays)
     if seal:
-        head["sha256"] = saving._hash(head["result"], arrays)
+        head["sha256"] = files.content_hash(head["result"], arrays)
     np.savez(path, flatlab=np.array(json.dumps(head)), **arrays)
 
 

@@ -13,7 +13,7 @@ import torch
 from onnx import helper, numpy_helper
 from torch import Tensor, nn
 
-from flatlab.errors import UserError
+from flatlab.errors import UserError, reason
 
 Array = npt.NDArray[Any]
 INPUT, OUTPUT = "images", "logits"
@@ -247,9 +247,8 @@ def _exported(network: nn.Module, images: Tensor, opset: int) -> bytes:
             options = {"dynamo": False, "opset_version": opset, "do_constant_folding": False}
             torch.onnx.export(network, (images,), buffer, dynamic_axes=axes, **names, **options)  # type: ignore[arg-type]
         except (RuntimeError, ValueError) as error:
-            reason = str(error).strip().partition("\n")[0]
             raise UserError(
-                f"This network cannot be exported to ONNX with --opset {opset}: {reason.rstrip('.')}."
+                f"This network cannot be exported to ONNX with --opset {opset}: {reason(error).rstrip('.')}."
             ) from None
     return buffer.getvalue()
 

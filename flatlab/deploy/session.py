@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from flatlab import environment
-from flatlab.errors import UserError
+from flatlab.errors import UserError, reason
 
 EXACT = ("session.qdq_matmulnbits_accuracy_level", "1")  # float32; by default, inputs of matrix products become int8
 
@@ -52,8 +52,7 @@ def opened(file: Path | bytes, *, threads: int = 1, integers: bool = True) -> An
         return onnxruntime.InferenceSession(given, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its classes have no common base but this one
         name = "this network" if isinstance(file, bytes) else file
-        reason = str(error).strip().partition("\n")[0]
         raise UserError(
-            f"onnxruntime {onnxruntime.__version__} cannot run {name}: {reason.rstrip('.')}; "
+            f"onnxruntime {onnxruntime.__version__} cannot run {name}: {reason(error).rstrip('.')}; "
             "write the file again with another --opset, such as 17."
         ) from None

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from flatlab.derivatives.autograd import Apply
+from flatlab.errors import reason
 from flatlab.tensors.flat import flatten
 
 AGREE = 1e-2  # the two methods differ by rounding, 1e-6 to 1e-3 in float32; a wrong formula differs by far more
@@ -114,7 +115,7 @@ def _try(name: str, build: Callable[[], Apply], views: Sequence[Tensor], rounds:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:  # the derivative of an operator is not implemented
-        return Trial(name, failure=str(error).strip().partition("\n")[0])
+        return Trial(name, failure=reason(error))
     return Trial(name, min(t[0] for t in times), min(t[1] for t in times), product, graph)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from flatlab.arguments import FloatArray
 from flatlab.derivatives.autograd import rounding
-from flatlab.errors import UserError
+from flatlab.errors import UserError, reason
 from flatlab.landscape.checks import Total, Versions, refuse_rewriting, refuse_training, written
 from flatlab.landscape.slope_checks import Slice, check_slope
 from flatlab.landscape.value_checks import Weigh, check_fixed, check_values
@@ -90,8 +90,7 @@ class Opening:
         try:
             still = check_slope(part)
         except (RuntimeError, MemoryError) as error:  # values need no gradient
-            reason = str(error).strip().partition("\n")[0]
-            return [f"The gradient was not checked against the values, since it cannot be computed: {reason}"]
+            return [f"The gradient was not checked against the values, since it cannot be computed: {reason(error)}"]
         return self._unmoved(still, sums) if still else []
 
     def _few(self) -> list[Batch]:

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
 
-from flatlab.errors import UserError
+from flatlab.errors import UserError, reason
 from flatlab.results.scale_audit import By, Pair, Refusal
 from flatlab.seeds import generator
 
@@ -45,10 +45,9 @@ def find_pairs(model: nn.Module) -> tuple[list[Pair], list[Refusal]]:
         with torch.random.fork_rng(devices=[]):
             graph = fx.Tracer().trace(model)
     except Exception as error:  # a model's code may fail in any way on a proxy
-        first = str(error).strip().partition("\n")[0]
         raise UserError(
             f"The graph of {type(model).__name__} cannot be followed by torch.fx, so that no pairs of layers are found:"
-            f" {first}. Remove control flow that depends on the input."
+            f" {reason(error)}. Remove control flow that depends on the input."
         ) from None
     modules = dict(model.named_modules())
     shared = _shared(graph, modules)

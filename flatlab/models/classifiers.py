@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flatlab.errors import UserError
+from flatlab.errors import UserError, reason
 from flatlab.models.foreign import impossible, misfit
 
 OLD = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}  # of checkpoints from TensorFlow
@@ -89,8 +89,7 @@ def settings_of(config: str) -> Any:
     try:
         settings = AutoConfig.for_model(given.pop("model_type"), **given)
     except Exception as error:  # of several types, among them those of its own validation
-        reason, _, _ = str(error).partition("\n")
-        raise UserError(f"transformers refuses the model's config.json: {reason or type(error).__name__}") from error
+        raise UserError(f"transformers refuses the model's config.json: {reason(error)}") from error
     for key, value in vars(settings).items():
         if DROPOUT.search(key) and value is not None:
             setattr(settings, key, 0.0)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flatlab.errors import UserError
+from flatlab.errors import UserError, reason
 from flatlab.models.foreign import impossible, misfit
 
 PROMPT = "a photo of a {}."
@@ -115,8 +115,7 @@ def _whole(config: str) -> Any:
     try:
         return CLIPModel(CLIPConfig(**given)).eval()
     except Exception as error:  # of several types, among them those of its own validation
-        reason, _, _ = str(error).partition("\n")
-        raise UserError(f"transformers refuses the model's config.json: {reason or type(error).__name__}") from error
+        raise UserError(f"transformers refuses the model's config.json: {reason(error)}") from error
 
 
 def _fill(module: nn.Module, state: Mapping[str, Tensor], parts: tuple[str, ...], *, name: str, source: str) -> None:

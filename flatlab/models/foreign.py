@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from flatlab.errors import UserError
+from flatlab.errors import UserError, reason
 
 LOG = logging.getLogger("flatlab")
 CONTAINERS = ("state_dict", "model_state_dict", "model_dict", "model", "net", "network")
@@ -62,8 +62,7 @@ def _read(path: Path) -> object:
             f"torch.save(torch.load({path.name!r}, weights_only=False)['model_dict'], '{path.stem}-tensors.pth')"
         ) from error
     except Exception as error:  # damaged files fail in many ways: RuntimeError, EOFError, KeyError, struct.error, ...
-        reason, _, _ = str(error).partition("\n")
-        raise UserError(f"{path} cannot be read as a checkpoint: {reason or type(error).__name__}") from error
+        raise UserError(f"{path} cannot be read as a checkpoint: {reason(error)}") from error
 
 
 def _check_archive(path: Path) -> None:

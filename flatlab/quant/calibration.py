@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from flatlab.errors import UserError
+from flatlab.errors import UserError, reason
 from flatlab.quant.attach import layers, tensor_of
 
 CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")  # torch's arguments
@@ -68,8 +68,9 @@ def _show(network: nn.Module, batch: Tensor, watch: "_Watch") -> None:
         with watch:
             network(batch)
     except (RuntimeError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"Calibration inputs of shape {tuple(batch.shape)} do not fit the network: {reason}") from None
+        raise UserError(
+            f"Calibration inputs of shape {tuple(batch.shape)} do not fit the network: {reason(error)}"
+        ) from None
 
 
 class _Watch(TorchFunctionMode):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from flatlab.errors import UserError
+from flatlab.errors import UserError, reason
 
 LOG = logging.getLogger("flatlab")
 
@@ -25,8 +25,7 @@ def saved_tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # of several types: OSError, ValueError, those of the package tokenizers
-        reason, _, _ = str(error).partition("\n")
-        raise UserError(f"The tokenizer in {folder} cannot be read: {reason or type(error).__name__}") from error
+        raise UserError(f"The tokenizer in {folder} cannot be read: {reason(error)}") from error
 
 
 class Tokenizer:
