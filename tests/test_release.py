@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -18,9 +19,23 @@ from flatlab.loading import data as loading
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def test_the_citation_is_of_this_version():
-    text = (ROOT / "CITATION.cff").read_text()
-    assert re.search(r"^version: (.*)$", text, re.MULTILINE)[1] == flatlab.__version__
+def cited(name):
+    return re.search(rf'^(?:  - )?{name}: "?(.*?)"?$', (ROOT / "CITATION.cff").read_text(), re.MULTILINE)[1]
+
+
+def test_the_citation_is_of_this_version_as_the_changelog_has_it():
+    version, date = re.search(r"^## \[(\d.*)\] - (.*)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE).groups()
+    assert cited("version") == version == flatlab.__version__ and cited("date-released") == date
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert project["project"]["dynamic"] == ["version"]
+    assert project["tool"]["hatch"]["version"]["path"] == "flatlab/__init__.py"
+    assert [cited("name")] == [each["name"] for each in project["project"]["authors"]]
+
+
+def test_the_versions_of_python_that_are_claimed_are_tested():
+    claimed = re.findall(r"Python :: (3\.\d+)", (ROOT / "pyproject.toml").read_text())
+    tested = re.search(r"python: \[(.*)\]", (ROOT / ".github" / "workflows" / "test.yml").read_text())[1]
+    assert [each.strip(' "') for each in tested.split(",")] == claimed
 
 
 @pytest.mark.parametrize(("words", "expected"), [("flatlab re", "report"), ("flatlab report --sto", "--store")])
