@@ -194,7 +194,7 @@ def draw(frame: pd.DataFrame, caption: str) -> Figure:
         for row, normalisation in zip(grid, AXES, strict=True):
             for ax, panel in zip(row[:2], TITLES, strict=True):
                 mine = shown[(shown["panel"] == panel) & (shown["normalisation"] == normalisation)]
-                plots.bars(ax, mine, x="radius", by="method", order=ORDER)
+                _bars(ax, mine)
                 _marks(ax, ends[(ends["panel"] == panel) & (ends["normalisation"] == normalisation)], mine)
                 ax.set(
                     title=f"Average flatness, {TITLES[panel]}",
@@ -204,6 +204,16 @@ def draw(frame: pd.DataFrame, caption: str) -> Figure:
             _differences(row[2], decisive[decisive["normalisation"] == normalisation])
         plots.captioned(figure, grid[0, 0], caption)
     return figure
+
+
+def _bars(ax: Axes, frame: pd.DataFrame) -> None:
+    """Draw a thin line with markers and staggered error bars for each method, since bands would overlap."""
+    step = 0.008 * (frame["radius"].max() - frame["radius"].min())
+    for index, name in enumerate(ORDER):
+        rows, color = frame[frame["method"] == name].sort_values("radius"), f"C{index}"
+        ax.plot(rows["radius"], rows["value"], plots.MARKERS[index], ls="-", color=color, ms=3, lw=0.9, label=name)
+        aside = rows["radius"] + step * (index - (len(ORDER) - 1) / 2)
+        ax.vlines(aside, rows["low"], rows["high"], color=color, linewidth=0.8, alpha=0.7)
 
 
 def _marks(ax: Axes, ends: pd.DataFrame, mine: pd.DataFrame) -> None:

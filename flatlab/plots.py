@@ -75,25 +75,6 @@ def curves(ax: Axes, frame: pd.DataFrame, *, x: str, by: str, order: Sequence[st
         ax.fill_between(rows[x], rows["low"], rows["high"], color=line.get_color(), alpha=0.18, linewidth=0)
 
 
-def bars(ax: Axes, frame: pd.DataFrame, *, x: str, by: str, order: Sequence[str]) -> None:
-    """Draw a thin line with markers and staggered error bars for each value of a column, for bands that would overlap.
-
-    Args:
-        ax: the axes.
-        frame: rows with x, `value`, `low`, `high` and the column `by`.
-        x: the column of the horizontal axis.
-        by: the column that distinguishes the lines.
-        order: its values; fixes colours and markers across figures.
-    """
-    step = 0.008 * (frame[x].max() - frame[x].min())
-    for index, name in enumerate(order):
-        rows = frame[frame[by] == name].sort_values(x)
-        color, marker = f"C{index % 10}", MARKERS[index % len(MARKERS)]
-        ax.plot(rows[x], rows["value"], color=color, marker=marker, markersize=3, linewidth=0.9, label=name)
-        aside = rows[x] + step * (index - (len(order) - 1) / 2)
-        ax.vlines(aside, rows["low"], rows["high"], color=color, linewidth=0.8, alpha=0.7)
-
-
 def valley(ax: Axes, losses: Mapping[int, float], found: Mapping[str, Any], *, index: int = 0) -> None:
     """Draw a validation loss (nats) on a logarithmic axis, its valley shaded, the threshold dashed (Cha et al. 2021).
 

@@ -1,5 +1,6 @@
 """Small models with data and a loss: one table, which each metric runs through, in one batch and in uneven ones."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -172,3 +173,17 @@ def in_blocks(landscape, radii, block_size, *, errors=(0.02, 1e-4), budget=None,
     """Flatness by antithetic pairs on blocks of this size, without a pilot."""
     sampler = Sampler([landscape], seed, "none")
     return sphere.sample(sampler, radii, None, errors, budget, block_size=block_size)[0]
+
+
+def by_pyhessian(case, what, **options):
+    """What PyHessian finds of a case in one batch: `trace` or `eigenvalues`."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import pyhessian
+
+        oracle = pyhessian.hessian(case.model, case.loss, data=(case.inputs, case.targets), cuda=False)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # it draws from the global generator
+            found = getattr(oracle, what)(**options)
+    case.model.zero_grad()
+    return found

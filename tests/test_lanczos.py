@@ -1,7 +1,6 @@
 """Eigenpairs and the density of eigenvalues against given spectra, dense autograd and other libraries."""
 
 import itertools
-import warnings
 
 import cases
 import matplotlib.pyplot as plt
@@ -317,15 +316,6 @@ def test_scipy_converges_in_no_fewer_products():
 @pytest.mark.oracle
 def test_pyhessian_finds_the_same_eigenvalues():
     case = cases.make("conv_bn").double()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import pyhessian
-
-        oracle = pyhessian.hessian(case.model, case.loss, data=(case.inputs, case.targets), cuda=False)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # it draws from the global generator
-            # float32 vectors where the model is float64 are the caller's: it takes the parameters' own dtype
-            values, _ = oracle.eigenvalues(maxIter=2000, tol=1e-9, top_n=2)
-    case.model.zero_grad()
+    values, _ = cases.by_pyhessian(case, "eigenvalues", maxIter=2000, tol=1e-9, top_n=2)
     found = hessian_spectrum(case.landscape([5, 1, 11, 7]), k=2, tol=1e-6).eigenvalues
     assert found == pytest.approx(np.array(values), rel=1e-4)

@@ -1,7 +1,6 @@
 """Flatness on a sphere, in the crossed design: closed forms, dense autograd, another library, an independent loop."""
 
 import dataclasses
-import warnings
 
 import cases
 import numpy as np
@@ -98,22 +97,14 @@ def test_the_interval_is_students():
 def test_small_spheres_agree_with_the_trace_of_pyhessian():
     case = cases.make("mlp").double()
     landscape, gamma = case.landscape([5, 1, 11, 7]), 1e-3
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import pyhessian
-
-        oracle = pyhessian.hessian(case.model, case.loss, data=(case.inputs, case.targets), cuda=False)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # it draws from the global generator
-            measurements = np.array(oracle.trace(maxIter=400, tol=-np.inf))  # tol=0 stops as soon as a mean is negative
-    case.model.zero_grad()
+    theirs = np.array(cases.by_pyhessian(case, "trace", maxIter=400, tol=-np.inf))  # tol 0 ends at a negative mean
     slope = landscape.gradient()
     rises = cases.walked(landscape, [gamma], range(400))[:, 0, 0]
     rises -= gamma * np.array([(slope @ draw_direction(landscape, 0, k)).item() for k in range(400)])
     traces = rises * 2 * landscape.num_params / gamma**2
-    spread = np.hypot(measurements.std(ddof=1), traces.std(ddof=1)) / np.sqrt(400)
-    assert abs(traces.mean() - measurements.mean()) < 3.5 * spread
-    assert spread < 0.2 * measurements.mean()
+    spread = np.hypot(theirs.std(ddof=1), traces.std(ddof=1)) / np.sqrt(400)
+    assert abs(traces.mean() - theirs.mean()) < 3.5 * spread
+    assert spread < 0.2 * theirs.mean()
 
 
 # ------------------------------------------------------------------------------------------------------ results

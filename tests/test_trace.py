@@ -1,7 +1,6 @@
 """The trace against closed forms, dense autograd and another library; its interval against what it claims."""
 
 import itertools
-import warnings
 
 import cases
 import matplotlib.pyplot as plt
@@ -253,14 +252,6 @@ def test_planted_bugs_are_caught(bug, monkeypatch, by_matrix):
 def test_pyhessian_finds_the_same_trace():
     case = cases.make("mlp").double()
     landscape = case.landscape([5, 1, 11, 7])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import pyhessian
-
-        oracle = pyhessian.hessian(case.model, case.loss, data=(case.inputs, case.targets), cuda=False)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # it draws from the global generator
-            vectors = np.array(oracle.trace(maxIter=300, tol=-np.inf))  # tol=0 stops as soon as a mean is negative
-    case.model.zero_grad()
+    vectors = np.array(cases.by_pyhessian(case, "trace", maxIter=300, tol=-np.inf))  # tol 0 ends at a negative mean
     ours = hessian_trace(landscape).trace
     assert abs(ours.value - vectors.mean()) < 3.5 * np.hypot(ours.stderr, vectors.std(ddof=1) / np.sqrt(300))
