@@ -211,8 +211,11 @@ def redraw(figure: Analysis, folder: Path, *, reference: bool = False) -> Reprod
 
 
 def _own_folder(setting: dict[str, Any]) -> str:
-    """Return the subfolder of the figures of a setting; empty for digits."""
-    return "" if setting["dataset"] == QUICK.dataset else f"{setting['dataset']}-{setting['model']}".lower()
+    """Return the subfolder of the figures of a setting; empty for digits whose images are not corrupted."""
+    if setting["dataset"] == QUICK.dataset and not setting.get("corruption"):
+        return ""
+    parts = (setting["dataset"], setting["model"], setting.get("corruption") or "")
+    return "-".join(filter(None, parts)).lower().replace(":", "-")
 
 
 def _accuracies(

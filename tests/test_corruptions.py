@@ -9,14 +9,18 @@ import pytest
 import torch
 from commandline import TINY as WORDS
 from commandline import call, only_run
+from PIL import Image
 from stores import ERM, PLACE, trained
 
 from flatlab.data import digits
-from flatlab.data.corruptions import PHOTOGRAPHS, SMALL_IMAGES, Corruption, corrupted
+from flatlab.data.corruptions import PHOTOGRAPHS, SMALL_IMAGES, Corruption, corrupted, with_corrupted
 from flatlab.data.domains import Domain, DomainSet
+from flatlab.data.images import Decoded
 from flatlab.errors import UserError
 from flatlab.measure.inputs import images
 from flatlab.specs.measurements import GradCAMSpec, SizeSpec, SpectrumSpec, SphereSpec, SurfaceSpec
+from flatlab.specs.run import RunSpec
+from flatlab.store.runs import RunStore
 
 DRAWN = {"gaussian_noise", "shot_noise", "impulse_noise", "glass_blur", "motion_blur", "fog", "speckle_noise"}
 LEVELS = range(1, 6)
@@ -187,6 +191,82 @@ def test_the_words_of_a_corruption(tmp_path, capsys):
         assert call("flatness", run, *few, "--corruption", words, "--dry-run", *place) == 2
         said = capsys.readouterr().err
         assert match in said and said.count("\n") == 1
+
+
+# --- as an unseen domain ----------------------------------------------------------------------------------------
+
+
+def test_a_runs_corruption_changes_its_name_and_no_corruption_does_not():
+    assert "corruption" not in ERM.canonical() and ERM.target == ERM.held_out
+    under = ERM.replace(corruption="Fog:5")
+    assert under.target == f"{ERM.held_out} under fog:5" and under.digest != ERM.digest
+    assert RunSpec.parse(under.canonical()) == under
+    with pytest.raises(UserError, match="must have the same data set, held-out domain and image size"):
+        ERM.replace(members=(ERM, under))
+
+
+def test_the_held_out_domain_of_a_run_is_corrupted_and_its_training_is_not(tmp_path):
+    under = ERM.replace(corruption="fog:5")
+    store = trained(tmp_path, ERM)
+    trained(tmp_path, under)
+    runs = store.run(ERM), store.run(under)
+    arrays, same = (run.arrays(run.checkpoint("last"))[0] for run in runs)
+    assert arrays.keys() == same.keys() and all(np.array_equal(arrays[name], same[name]) for name in arrays)
+    clean, fogged = (run.rows()[-1] for run in runs)
+    assert clean["validation"] == fogged["validation"] and clean["target"] != fogged["target"]
+    assert runs[0].provenance["data_fingerprint"] == runs[1].provenance["data_fingerprint"]
+    spec = SphereSpec(radii=(1.0,), images=30)
+    asked, made = images(runs[0], spec.replace(corruption="fog:5"), PLACE), images(runs[1], spec, PLACE)
+    for name in asked:
+        (changed, _), (own, _) = asked[name][0], made[name][0]
+        assert torch.equal(changed, own) == (name == ERM.held_out)
+
+
+def test_files_that_are_decoded_on_access_are_also_corrupted_on_access(tmp_path):
+    pictures = torch.stack([photograph(32), photograph(32).flip(2), photograph(32).flip(1)])
+    paths = [tmp_path / f"{row}.png" for row in range(len(pictures))]
+    for picture, path in zip(pictures, paths, strict=True):
+        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(path)
+    labels = torch.tensor([0, 1, 1])
+    sets = (
+        DomainSet("set", (Domain("photo", each, labels), Domain("other", each, labels)), ("a", "b"), (0.5,), (1,), "s")
+        for each in (pictures, Decoded(paths, 32))
+    )
+    kept, read = (with_corrupted(each, "shot_noise:5", "photo") for each in sets)
+    rows, device = torch.tensor([2, 0]), torch.device("cpu")
+    assert torch.equal(kept.domain("photo").images[rows], read.domain("photo").images.to(device)[rows])
+    assert not torch.equal(kept.domain("photo").images[rows], pictures[rows])
+    assert torch.equal(read.domain("other").images[rows], pictures[rows])
+
+
+@pytest.mark.slow
+def test_every_command_that_makes_runs_takes_a_corruption(tmp_path, capsys):
+    store, under = ("--store", tmp_path / "runs"), ("--corruption", "Gaussian-Noise:5")
+    place = (*store, "--out", tmp_path)
+    for seed in (0, 1):
+        assert call("train", *WORDS, *store, *under, "--keep-every", 2, "--seed", seed) == 0
+    assert "and target under gaussian_noise:5, by" in capsys.readouterr().out
+    assert call("replay", "ERM", *place) == 0
+    assert call("ensemble", *[run.spec.digest for run in RunStore(tmp_path / "runs").runs()], *store) == 0
+    assert call("report", "ERM", *place) == 0
+    assert "under gaussian_noise:5 correctly" in (tmp_path / "report.html").read_text()
+    capsys.readouterr()
+    assert call("flatness", "ERM", "--radii", 1, "--corruption", "fog:1", *place) == 2
+    assert "are corrupted already, by gaussian_noise:5; leave --corruption fog:1 out" in capsys.readouterr().err
+    assert call("reproduce", "fig4", "--setting", "smoke", "--held-out", 0, *under, *place) == 0
+    page = (tmp_path / "digits-digits-cnn-gaussian_noise-5" / "fig4.md").read_text()
+    assert "held-out images under gaussian_noise:5" in page
+
+
+def test_corruptions_are_refused_before_any_training(tmp_path, capsys):
+    for words, match in {
+        ("--dataset", "sentences", "--corruption", "fog:1"): "Corruptions change images, and sentences has sentences",
+        ("--corruption", "frost:1"): "Unknown corruption 'frost'; did you mean fog?",
+        ("--corruption", "fog:6"): "--corruption must be NAME:SEVERITY with a severity from 1 to 5",
+    }.items():
+        assert call("train", *words, "--store", tmp_path) == 2
+        assert match in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 # --- photographs -------------------------------------------------------------------------------------------------

@@ -93,7 +93,7 @@ def test_each_field_of_a_run_is_part_of_its_name():
     other |= {"objective": "coral", "coral_weight": 0.5, "mixing": MixSpec(), "members": (RUN,)}
     other |= {"combine": "probabilities", "target_logged": False, "stop": StopSpec(loss=0.1)}
     other |= {"optimizer": "adamw", "momentum": 0.5, "schedule": "cosine", "warmup": 2, "clip_norm": 1.0}
-    other |= {"class_percentile": 10.0, "margin": 0.5, "decayed": "weights"}
+    other |= {"class_percentile": 10.0, "margin": 0.5, "decayed": "weights", "corruption": "fog:1"}
     names = {RUN.replace(**{field: value}).digest for field, value in other.items()}
     names |= {RUN.replace(frozen=True, switch=4).digest, RUN.replace(quantizer=QuantSpec(), switch=4).digest}
     kinds = (INQSpec(every=2), RTNSpec(), OBCSpec(), OBCSpec(images=9))

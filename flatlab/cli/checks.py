@@ -101,10 +101,22 @@ def parameters(found: "Iterable[Run]", measurements: "Iterable[MeasurementSpec]"
 def corruptions(found: "Iterable[Run]", measurements: "Iterable[MeasurementSpec]") -> None:
     """Refuse corruptions that images of the runs' size do not have, or whose package is missing."""
     for text in {measurement.corruption for measurement in measurements} - {None}:
-        from flatlab.data.corruptions import Corruption
-
         for run in found:
-            Corruption.of(str(text), run.spec.image_size)
+            if run.spec.corruption:
+                raise UserError(
+                    f"The held-out images of {run.name} are corrupted already, by {run.spec.corruption}; leave "
+                    f"--corruption {text} out, or name a run without corruption."
+                )
+            corruption(str(text), run.spec.dataset, run.spec.image_size)
+
+
+def corruption(text: str, dataset: str, size: int) -> None:
+    """Refuse a corruption that images of a size do not have, whose package is missing, or of sentences."""
+    from flatlab.data.corruptions import Corruption
+
+    if catalog.is_text(dataset):
+        raise UserError(f"Corruptions change images, and {dataset} has sentences; leave --corruption {text} out.")
+    Corruption.of(text, size)
 
 
 def layers(found: "Iterable[Run]", pattern: str | None, checkpoint: str) -> None:

@@ -137,6 +137,8 @@ class Choices(Options):
 
         dataset, folder = self.name(), self.folder()
         self._check_model(dataset)
+        if self.corruption:
+            checks.corruption(self.corruption, dataset, self.image_size or for_data(self._chosen(), dataset).image_size)
         known = catalog.facts(dataset)
         several = "," in (self.datasets or "")  # --data-dir then applies to those that have a folder
         if known is None or known.folder or (folder is not None and not several):  # for embedded data `locate` raises

@@ -172,6 +172,7 @@ class Options:
     held_out: str = _option(
         DATA, "Held-out domains, one run for each: names or indices, such as sketch,photo, or all.", default="all"
     )
+    corruption: str | None = _of_setting(DATA, "corruption")
     image_size: int | None = _of_setting(DATA, "image_size")
     test_share: float | None = _of_setting(DATA, "test_share")
 
@@ -333,7 +334,7 @@ LSQ = tuple("unsigned" if name == "signed" else name for name in LSQOptions.mode
 QUANTIZER = ("granularity", "inq_grid", "noise_amplitude", *LSQ)
 FREEZE = tuple(f"freeze_{name}" for name in FreezeSpec.model_fields)
 STEP = ("sagm_alpha", "perturb", "qat_bits", *FREEZE)
-DATASET = ("dataset", "data_dir", "held_out", "image_size")
+DATASET = ("dataset", "data_dir", "held_out", "corruption", "image_size")
 TRAINING: tuple[str, ...] = (
     "test_share",
     "swad_rule",

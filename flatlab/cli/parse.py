@@ -97,7 +97,7 @@ def _only(runs: "Sequence[Run]", word: str, store: "RunStore") -> "Run":
         return runs[0]
     if not runs:
         raise UserError(f"No run of {word} in {store.root} matches; `flatlab runs list` shows all runs.")
-    shown = [f"{each.spec.digest[:8]} ({each.spec.held_out}, seed {each.spec.seed})" for each in runs[:SHOWN]]
+    shown = [f"{each.spec.digest[:8]} ({each.spec.target}, seed {each.spec.seed})" for each in runs[:SHOWN]]
     more = f" and {len(runs) - SHOWN} more" if len(runs) > SHOWN else ""
     raise UserError(
         f"{word} names {len(runs)} runs in {store.root}: {', '.join(shown)}{more}; select one with --held-out, --seed "

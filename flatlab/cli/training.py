@@ -13,6 +13,7 @@ from flatlab.cli.effects import refuse_idle, refuse_without_effect
 from flatlab.cli.errors import Commands, say
 from flatlab.cli.options import DATASET, MODELS, NAMED, QUANTIZER, RUNNING, STEP, TRAINING, WHERE, Runs, asked
 from flatlab.errors import UserError, choose
+from flatlab.specs.corruption import under
 from flatlab.specs.deploy import OnnxSpec
 from flatlab.specs.measurement import MeasurementSpec
 from flatlab.specs.measurements import LatencySpec
@@ -68,8 +69,9 @@ def train(chosen: Choices) -> None:
     if chosen.tensorboard:
         run_jobs.show_written([tensorboard.write(store.run(spec), chosen.tensorboard) for spec in wanted])
     table = tables.accuracies(store, [(label, spec) for spec in wanted], among_all=among_all)
+    target = f"target{under(setting.corruption)}"
     chosen.answer(
-        table, "Accuracy on source domains (validation, test split) and target, by selection rule", ACCURACIES
+        table, f"Accuracy on source domains (validation, test split) and {target}, by selection rule", ACCURACIES
     )
     for remark in valleys.remarks(map(store.run, wanted)):
         say(remark, mark="")

@@ -11,7 +11,7 @@ motion_blur: severities 3 and 4 have the same width and differ only in the cutof
 Larger images: the package imagecorruptions, whose constants are for 224 pixels.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from io import BytesIO
@@ -26,6 +26,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from flatlab.data.domains import Domain, DomainSet
+from flatlab.data.images import Decoded
 from flatlab.errors import UserError, choose
 from flatlab.seeds import derive
 
@@ -243,6 +244,16 @@ class Corruption(NamedTuple):
             _photographs()
         return cls(proper, int(severity))
 
+    def each(self, images: Tensor, domain: str, rows: Iterable[int]) -> Tensor:
+        """Return corrupted images, (N, C, H, W) uint8; equal rows of a domain have equal draws.
+
+        Args:
+            images: (N, C, H, W) uint8.
+            domain: name of their domain.
+            rows: row number of each.
+        """
+        return torch.stack([self.apply(image, domain, row) for image, row in zip(images, rows, strict=True)])
+
     def apply(self, image: Tensor, *key: object) -> Tensor:
         """Return a corrupted image, (C, H, W) uint8.
 
@@ -308,7 +319,52 @@ def corrupted(data: DomainSet, text: str, rows: Mapping[str, npt.NDArray[np.int6
     return replace(data, name=f"{data.name}, {text}", domains=tuple(domains), stamp=None)
 
 
+def with_corrupted(data: DomainSet, text: str, name: str) -> DomainSet:
+    """Return the data set with all images of one domain corrupted, with the same draws as in `corrupted`.
+
+    The fingerprint remains that of the images as they are. Files that are decoded on access are also corrupted on
+    access.
+
+    Args:
+        data: the data set.
+        text: the corruption, such as "gaussian_noise:3".
+        name: the domain.
+
+    Raises:
+        UserError: if there is no such corruption or severity, or a package is missing.
+    """
+    found = Corruption.of(text, max(data.domains[0].images.shape[-2:]))
+    domain = data.domain(name)
+    images = domain.images
+    if isinstance(images, Decoded):
+        changed = replace(domain, images=CorruptedFiles(images, found, name), originals=None)
+    else:
+        changed = replace(domain, images=found.each(images, name, range(len(domain))), originals=None)
+    domains = tuple(changed if each is domain else each for each in data.domains)
+    return replace(data, domains=domains, stamp=data.fingerprint)
+
+
+class CorruptedFiles(Decoded):
+    """Image files that are decoded and corrupted on each access.
+
+    Args:
+        files: the files.
+        corruption: the corruption.
+        name: name of the domain.
+    """
+
+    def __init__(self, files: Decoded, corruption: Corruption, name: str) -> None:
+        super().__init__(files.paths, files.size, files.device)
+        self.corruption, self.name = corruption, name
+
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        """Return the corrupted squares of these rows, (n, 3, size, size) uint8."""
+        return self.corruption.each(super().__getitem__(rows), self.name, rows.tolist())
+
+    def to(self, device: torch.device) -> "CorruptedFiles":
+        """Return the same files, their images on a device."""
+        return CorruptedFiles(super().to(device), self.corruption, self.name)
+
+
 def _corrupted(domain: Domain, corruption: Corruption, rows: Tensor) -> Domain:
-    named = zip(domain.images[rows], rows.tolist(), strict=True)
-    images = torch.stack([corruption.apply(image, domain.name, row) for image, row in named])
-    return Domain(domain.name, images, domain.labels[rows])
+    return Domain(domain.name, corruption.each(domain.images[rows], domain.name, rows.tolist()), domain.labels[rows])

@@ -193,7 +193,7 @@ def _training(store: RunStore, lacking: Sequence[RunSpec], sizes: Sizes) -> list
             parents[digest] = leaders[parent.digest][0].digest
     jobs = [
         Job(
-            name=f"train {'+'.join(spec.label for spec in group)} on {group[0].held_out}, seed {group[0].seed}",
+            name=f"train {'+'.join(spec.label for spec in group)} on {group[0].target}, seed {group[0].seed}",
             runs=tuple(group),
             forks=tuple(sorted(forks.get(digest, ()))),
             needs=(parents[digest],) if digest in parents else (),
@@ -214,7 +214,7 @@ def _making(spec: RunSpec, lacking: Mapping[str, RunSpec], sizes: Sizes) -> Job:
     images = spec.quantizer.images if isinstance(spec.quantizer, OBCSpec) and not spec.members else 0
     averaged = f", {spec.combine}" if spec.members else ""
     return Job(
-        name=f"make {spec.label} on {spec.held_out}, seed {spec.seed}{averaged}",
+        name=f"make {spec.label} on {spec.target}, seed {spec.seed}{averaged}",
         runs=(spec,),
         needs=tuple(each.digest for each in spec.made_from if each.digest in lacking),
         passes=images + max(1, len(spec.members)) * spec.holdout * sum(sizes.values()),
@@ -233,7 +233,7 @@ def _measuring(store: RunStore, measurements: Wanted, trained: set[str], sizes: 
         run, kind = pairs[0][0], "pilot" if isinstance(pairs[0][1], ReachSpec) else "measure"
         jobs.append(
             Job(
-                name=f"{kind} {run.label} on {run.held_out}, seed {run.seed}",
+                name=f"{kind} {run.label} on {run.target}, seed {run.seed}",
                 runs=(run,),
                 measurements=tuple(dict.fromkeys(measurement for _, measurement in pairs)),
                 needs=(*([digest] if digest in trained else []), *lacking),

@@ -90,6 +90,8 @@ def domains(spec: RunSpec, place: Place) -> Domains:
         data = _cut(data, saved.checked(spec.model, place.model_dir))
     elif isinstance(data, TextSet):
         data = _seen(data, ("train",) if named else tuple(name for name in data.names if name != target))
+    if spec.corruption:
+        data = _corrupted(data, spec.corruption, target)
     if named:
         return _named(data, target)
     splits = {
@@ -122,6 +124,13 @@ def _named(data: DomainSet, target: str) -> Domains:
         out={"val": rows["val"]},
         test={inner: rows[inner]},
     )
+
+
+@lru_cache(maxsize=2)
+def _corrupted(data: DomainSet, corruption: str, target: str) -> DomainSet:
+    from flatlab.data.corruptions import with_corrupted  # here: scipy.ndimage takes a third of a second to load
+
+    return with_corrupted(data, corruption, target)
 
 
 @lru_cache(maxsize=4)

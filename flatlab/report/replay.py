@@ -68,7 +68,7 @@ def _draw(pairs: Sequence[tuple[Run, Any]], table: pd.DataFrame) -> Figure:
         for (above, below), (run, replay) in zip(axes.T, pairs, strict=True):
             valley: dict[str, Any] = next((each.valley for each in replay.averages.values() if each.valley), {})
             plots.valley(above, replay.losses, valley)
-            above.set(ylabel="Validation loss (nats)", title=f"{run.name}, held out: {run.spec.held_out}")
+            above.set(ylabel="Validation loss (nats)", title=f"{run.name}, held out: {run.spec.target}")
             _spans(below, table[table["run"] == run.name])
         for ax in axes[:, 1:].ravel():
             ax.set_ylabel("")

@@ -56,7 +56,7 @@ def curves(store: RunStore, wanted: Iterable[Labelled]) -> pd.DataFrame:
 
 def _points(run: Run, label: str) -> Iterable[dict[str, Any]]:
     if not run.done:
-        raise UserError(f"Run {run.spec.digest} ({label}, {run.spec.held_out}) is not trained yet.")
+        raise UserError(f"Run {run.spec.digest} ({label}, {run.spec.target}) is not trained yet.")
     if not run.spec.target_logged:
         raise UserError(
             f"Run {run.spec.digest} ({label}) was trained with --no-target, so that its log lacks the held-out domain; "

@@ -232,7 +232,7 @@ def accuracies(store: RunStore, wanted: Iterable[Labelled], *, among_all: bool =
     for label, spec in wanted:
         run = store.run(spec)
         if not run.done:
-            raise UserError(f"Run {spec.digest} ({label}, {spec.held_out}, seed {spec.seed}) is not trained yet.")
+            raise UserError(f"Run {spec.digest} ({label}, {spec.target}, seed {spec.seed}) is not trained yet.")
         log = selection.candidates(run.rows(), spec.settled)
         chosen = {rule: choose(log) for rule, choose in selection.rules(log).items()}
         if among_all and spec.settled:
@@ -292,7 +292,7 @@ def _describe(folder: Path, row: dict[str, Any]) -> None:
     run = Run.read(folder)
     row["lends"] = run.lends
     row |= {"dataset": run.spec.dataset, "model": run.spec.model, "composition": run.spec.label}
-    row |= {"held_out": run.spec.held_out, "seed": run.spec.seed}
+    row |= {"held_out": run.spec.target, "seed": run.spec.seed}
     row["measurements"] = run.measured()
     log = selection.candidates(run.rows(), run.spec.settled)
     if log:

@@ -44,6 +44,6 @@ def remarks(runs: Iterable[Run]) -> list[str]:
     without = [run for run in mine.values() if (found := of(run)) and found["start"] is None]
     if not without:
         return []
-    named = "; ".join(f"{run.spec.label}, {run.spec.held_out}, seed {run.spec.seed}" for run in without)
+    named = "; ".join(f"{run.spec.label}, {run.spec.target}, seed {run.spec.seed}" for run in without)
     over = " and ".join(NONE[rule] for rule in sorted({run.spec.average.rule for run in without}))
     return [f"SWAD: no valley began in {len(without)} of {len(mine)} runs ({named}); they return {over}."]

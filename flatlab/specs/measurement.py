@@ -1,26 +1,17 @@
 """The fields common to all measurements, and the estimate of their cost."""
 
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import Field
 
 from flatlab.specs.base import LARGEST_INT, LARGEST_SEED, Spec
+from flatlab.specs.corruption import Corrupting, under
 
 FORESEEN = 20  # images needed for one radius at a relative error of 1; the pilot gives a better estimate
 PRODUCT = 10  # cost of a Hessian-vector product, in forward passes
 PILOT = 64  # products that a trace usually needs, beyond its basis
 Sizes = Mapping[str, int]  # images of each domain
-
-
-def _name_and_severity(corruption: str | None) -> str | None:
-    """Return the canonical spelling of a corruption; which names are known depends on the size of the images."""
-    if corruption is None:
-        return None
-    name, _, severity = corruption.strip().lower().replace("-", "_").partition(":")
-    if not name or severity not in {"1", "2", "3", "4", "5"}:
-        raise ValueError("must be NAME:SEVERITY with a severity from 1 to 5, such as gaussian_noise:3")
-    return f"{name}:{severity}"
 
 
 class MeasurementSpec(Spec):
@@ -45,7 +36,7 @@ class MeasurementSpec(Spec):
         None, description="Pattern of parameter names, such as 'features.0*'; all parameters if not given."
     )
     seed: int = Field(0, ge=0, le=LARGEST_SEED, description="Seed of the random directions.")
-    corruption: Annotated[str | None, AfterValidator(_name_and_severity)] = Field(
+    corruption: Corrupting = Field(
         None,
         description="Corruption of all images, as NAME:SEVERITY with a severity from 1 to 5, such as gaussian_noise:3.",
     )
@@ -65,7 +56,7 @@ class MeasurementSpec(Spec):
     @property
     def under(self) -> str:
         """The corruption, as text after the name of a domain; empty without one."""
-        return f" under {self.corruption}" if self.corruption else ""
+        return under(self.corruption)
 
     @property
     def pilots(self) -> tuple[tuple[str, "MeasurementSpec"], ...]:

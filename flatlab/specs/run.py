@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from flatlab.specs.base import Spec
+from flatlab.specs.corruption import Corrupting, under
 from flatlab.specs.optimizing import Optimizing
 from flatlab.specs.quantizers import AnyQuantizer, INQSpec, NoiseSpec, OBCSpec, QuantSpec, RTNSpec
 
@@ -137,10 +138,11 @@ class RunSpec(Optimizing):
     """
 
     later: ClassVar[tuple[str, ...]] = ("noise", "test_share", "coral_weight", "mixing", "members", "combine")
-    later += ("target_logged", "stop", *Optimizing.later, "margin")
+    later += ("target_logged", "stop", *Optimizing.later, "margin", "corruption")
 
     dataset: str
     held_out: str
+    corruption: Corrupting = None  # of all images of the held-out domain
     image_size: int = Field(ge=1)
     model: str  # one of the names in models/networks.py, "timm:NAME", or "hf:NAME@HASH" (models/saved.py)
     weights: str = "none"  # "none", "imagenet" or "sha256:..." of a file
@@ -209,11 +211,12 @@ class RunSpec(Optimizing):
 
     @model_validator(mode="after")
     def _members_agree(self) -> Self:
-        facts = {(m.dataset, m.held_out, m.image_size) for m in self.members}
-        if facts and facts != {(self.dataset, self.held_out, self.image_size)}:
+        whole: tuple[RunSpec, ...] = (self, *self.members)
+        facts = {(each.dataset, each.target, each.image_size) for each in whole}
+        if len(facts) > 1:
             raise ValueError(
                 "An ensemble and its members must have the same data set, held-out domain and image size, got "
-                f"{sorted(facts | {(self.dataset, self.held_out, self.image_size)})}."
+                f"{sorted(facts)}."
             )
         return self
 
@@ -231,6 +234,11 @@ class RunSpec(Optimizing):
         parts += ["noise" if self.noise else "", self.average.kind]
         unusual = [part for part in parts if part not in ("", "erm", "plain", "last")]
         return "imported" if self.source else "-".join(unusual) or "erm"
+
+    @property
+    def target(self) -> str:
+        """The held-out domain, and the corruption of its images, as text."""
+        return f"{self.held_out}{under(self.corruption)}"
 
     @property
     def saved(self) -> bool:

@@ -7,6 +7,7 @@ from pydantic import Field
 
 from flatlab.errors import choose
 from flatlab.specs.base import LARGEST_INT, LARGEST_SEED
+from flatlab.specs.corruption import Corrupting, under
 from flatlab.specs.optimizing import Optimizing
 from flatlab.specs.quantizers import Amplitude, Bits, Granularity, INQGrid, LSQOptions
 from flatlab.specs.run import FreezeSpec, RunSpec, Share
@@ -17,12 +18,17 @@ class Setting(LSQOptions, Optimizing):
 
     later = ("inq_grid", *LSQOptions.later, "noise_amplitude", "target_logged", "sagm_alpha", "perturb")
     later += ("qat_bits", *(f"freeze_{name}" for name in (*FreezeSpec.model_fields, "share")))
-    later += (*Optimizing.later, "epochs", "sizes", "named", "margin", "leave_out", "rows")
+    later += (*Optimizing.later, "epochs", "sizes", "named", "margin", "leave_out", "rows", "corruption")
 
     name: str
     dataset: str = "digits"
     domains: tuple[str, ...] = ("rot0", "rot15", "rot30", "rot45")
     held_out: tuple[str, ...] = ("rot0", "rot15", "rot30", "rot45")
+    corruption: Corrupting = Field(
+        None,
+        description="Corruption of the held-out domain's images, as NAME:SEVERITY with a severity from 1 to 5, such as "
+        "gaussian_noise:3.",
+    )
     image_size: int = Field(
         16, ge=1, le=4096, description="Height and width of the images in pixels; of sentences, their word pieces."
     )
@@ -157,6 +163,8 @@ class Setting(LSQOptions, Optimizing):
         units = {one.dataset: "word pieces" if _suiting(one.dataset) is TEXT else "pixels" for one in self.each}
         size = {one.dataset: f" at {one.image_size} {units[one.dataset]}, {one.length}" for one in self.each}
         data = ", ".join(f"{one.dataset}, {one.model}{size[one.dataset] * (one.image_size > 16)}" for one in self.each)
+        if self.corruption:
+            data += f", held-out images{under(self.corruption)}"
         return f"{data}, {'1 seed' if self.seeds == 1 else f'{self.seeds} seeds'}"
 
     @property

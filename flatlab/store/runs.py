@@ -175,7 +175,7 @@ class Run(Entry):
         measurement = self.measurement(spec)
         if not measurement.done:
             raise UserError(
-                f"Run {self.spec.digest} ({label or self.spec.label}, {self.spec.held_out}) is not measured yet: "
+                f"Run {self.spec.digest} ({label or self.spec.label}, {self.spec.target}) is not measured yet: "
                 f"{measurement.path}."
             )
         arrays, facts = measurement.arrays(measurement.result)

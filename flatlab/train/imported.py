@@ -146,6 +146,7 @@ def _spec(file: Path, setting: Setting) -> RunSpec:
     return RunSpec(
         dataset=setting.dataset,
         held_out=setting.held_out[0],
+        corruption=setting.corruption,
         image_size=setting.image_size,
         model=setting.model,
         trial_seed=setting.trial_seed,

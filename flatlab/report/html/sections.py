@@ -46,7 +46,7 @@ def _summary(store: RunStore, runs: Sequence[Run], saved: Mapping[str, Any]) -> 
     accuracies = dict(zip(mine["run"], mine["target"].astype(float), strict=True))
     words = [
         f"{run.name} ({run.spec.dataset}, {run.spec.model}, seed {run.spec.seed}) classifies "
-        f"{100 * accuracies[run.spec.digest]:.1f} % of the held-out domain {run.spec.held_out} correctly."
+        f"{100 * accuracies[run.spec.digest]:.1f} % of the held-out domain {run.spec.target} correctly."
         for run in runs
         if run.spec.target_logged
     ]
