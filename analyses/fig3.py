@@ -161,7 +161,7 @@ def caption(setting: Setting) -> str:
         f"Local flatness: {setting.words}, {effort(setting)}\n"
         f"Held out in turn: {', '.join(setting.held_out)}; {images} images per domain (in split). "
         "Mean over held-out domains; bars: 95 % interval over seeds. Radii: where ERM's loss on the source domains has "
-        f"risen by {', '.join(f'{rise:g}' for rise in setting.rises)} nats, and by {setting.beyond:g} for the look"
+        f"risen by {', '.join(f'{rise:g}' for rise in setting.rises)} nats, and for illustration by {setting.beyond:g}"
         f"{' (raw: those of the paper)' if setting.radii else ''}. Dotted: where the mean on the right ends, {UP_TO} "
         "nats or before chance. Grey: a method's loss is that of guessing; no verdict there. Right: 95 % intervals of "
         "each difference alone, filled where p < 0.05 after Holm."

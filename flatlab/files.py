@@ -73,7 +73,7 @@ def aside(path: Path) -> Iterator[Path]:
     except BaseException as error:
         neighbour.unlink(missing_ok=True)
         if isinstance(error, OSError):
-            error.filename = str(path)  # the name that the user knows
+            error.filename = str(path)  # the path that was given
         raise
 
 

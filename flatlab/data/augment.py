@@ -83,7 +83,7 @@ def _rows(chosen: npt.NDArray[np.bool_], device: torch.device) -> Tensor:
 
 
 def _sent(numbers: npt.NDArray[Any], device: torch.device) -> Tensor:
-    """Return numbers on a device, without waiting until it has done what it was asked for before."""
+    """Return numbers on a device, without waiting for work that is queued there."""
     return torch.from_numpy(numbers).to(device, non_blocking=True)
 
 

@@ -19,7 +19,7 @@ from flatlab.store.entry import discard
 from flatlab.store.runs import RunStore
 
 SETTINGS = {  # of Ray, read when it is imported
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # a task that asks for no GPU sees none
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # a task that requests no GPU has none
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # where `uv run` started the command, nodes have their own environments
 }
 RETRIES = 10  # of a task whose node or process was lost
@@ -75,7 +75,7 @@ def _cluster(engine: Engine) -> Iterator[Any]:
 
 
 def _remote(ray: Any, engine: Engine) -> Any:
-    """Return the remote function of a job with what it asks for."""
+    """Return the remote function of a job with the resources that it requests."""
     memory = {"memory": engine.memory * GB} if engine.memory else {}
     return ray.remote(do).options(
         num_cpus=engine.cpus,

@@ -118,8 +118,8 @@ class _Worker:
 def _in_order(jobs: Sequence[Job]) -> list[Job]:
     """Return the jobs in the order in which they are tried: pilots and one measurement of each kind come first.
 
-    Pilots are what other measurements wait for. The price of a pass differs from kind to kind, so that the time left is
-    known when each has been seen.
+    Other measurements need the pilots. The cost of a pass depends on the kind, so that the time left can be estimated
+    once one of each kind is done.
     """
     firsts = {job.kind: job for job in reversed(jobs) if job.measurements}
     return sorted(jobs, key=lambda job: job.kind[0] != "pilot" and firsts.get(job.kind) is not job)

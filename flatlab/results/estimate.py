@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-MISSED = ("budget", "nonfinite", "interrupted")  # why sampling ends without what was asked for
+MISSED = ("budget", "nonfinite", "interrupted")  # reasons why sampling ends below the requested accuracy
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a number cost.
+    """The cost of a number.
 
     Attributes:
         forward_passes: in passes over all the images of the landscape; a part of them counts as a part.
@@ -165,7 +165,7 @@ class Sampled(Saved, ABC):
     """Means over draws, along an axis such as the radius.
 
     Attributes:
-        cost: what they cost together.
+        cost: total.
     """
 
     cost: Cost
@@ -211,7 +211,7 @@ class Sampled(Saved, ABC):
 
     @property
     def converged(self) -> bool:
-        """Whether the accuracy that was asked for is reached; true where none is asked for."""
+        """Whether the requested accuracy is reached; true where none is requested."""
         return True
 
     @property
@@ -220,7 +220,7 @@ class Sampled(Saved, ABC):
         return [self.converged] * len(self.estimates)
 
     def to_frame(self) -> "pd.DataFrame":
-        """Return a tidy table, one row for each place on the axis; `reached` says where the accuracy is as asked."""
+        """Return a tidy table, one row for each place on the axis; `reached` is of the requested accuracy."""
         import pandas as pd
 
         name, places = self.axis
@@ -250,7 +250,7 @@ class Stopped(Sampled):
 
     @property
     def converged(self) -> bool:
-        """Whether all places reached the accuracy, or the number of samples, that was asked for."""
+        """Whether all places reached the accuracy, or the number of samples, that was requested."""
         return all(self.reached)
 
     @property
@@ -311,7 +311,7 @@ class Components:
 
 
 def components(table: FloatArray, strata: npt.NDArray[np.int64] | None = None) -> Components:
-    """Split the variance of rises (G, D, n): G blocks of n images, each seen along D directions of its own.
+    """Split the variance of rises (G, D, n): G blocks of n images, each evaluated along D directions of its own.
 
     Two-way analysis of variance within each block, pooled; negative components are zero.
 

@@ -45,7 +45,7 @@ class ScaleAudit(Saved):
 
     Attributes:
         measures: (M,) their names.
-        before: (M,) at the network as it is.
+        before: (M,) of the unchanged network.
         after: (2, M) rescaled with one factor for each pair of layers, and with one for each channel.
         low, high: (2, M) 95 % interval of after / before over common directions; of trace and eigenvalue it is NaN.
         deviation: (2,) largest change of an output, as a share of the largest output: rounding.

@@ -29,8 +29,8 @@ FLOOR = 1e-6  # of the largest eigenvalue: rounding in float32, in which network
 UNVERIFIED = 0.5  # in a file, of a pair that has converged in a search that its budget ended
 STATES = {1.0: "yes", UNVERIFIED: "not verified", 0.0: "no"}
 NUMBERS = ("trace", "effective rank", "negative weight", "negative share")
-MANY = 1e6  # degrees of freedom of a vector that are no different from infinitely many
-PILOT = 32  # vectors whose products say how many are needed, and which the interval rests on; two products each
+MANY = 1e6  # degrees of freedom of a vector, in effect infinitely many
+PILOT = 32  # vectors that determine how many are needed, and the interval; two products each
 Which = Literal["LA", "SA", "BE"]
 Flags = np.ndarray[tuple[int], np.dtype[np.bool_]]
 
@@ -40,7 +40,7 @@ class Spectrum(Saved):
     """Extreme eigenpairs of a symmetric matrix A (P, P).
 
     Attributes:
-        eigenvalues: (k,) Ritz values, from the end that was asked for inwards; "BE" in ascending order.
+        eigenvalues: (k,) Ritz values, from the requested end inwards; "BE" in ascending order.
         residuals: (k,) ||A v - lambda v||: the interval of this half-width around each value contains an eigenvalue.
         converged_each: (k,) whether the residual is at most tol times the eigenvalue, or rounding. The error is mostly
             far less, the residual's square over the gap; but the gap is not known before the search is over, and of
@@ -48,9 +48,9 @@ class Spectrum(Saved):
         verified: whether the search continued, after the pairs had converged, until no other eigenvalue
             was found (or the basis spans the space, or the whole matrix was solved). False where the budget ended it:
             the pairs may be converged, and yet not the outermost.
-        eigenvectors: (P, k) orthonormal, or None where they were not asked for.
+        eigenvectors: (P, k) orthonormal, or None where they were not requested.
         which: "LA" the largest, "SA" the smallest (most negative), "BE" from both ends.
-        tol: the relative residual that was asked for.
+        tol: the requested relative residual.
         seed: of the starting vector.
         cost: products.
         num_params: P.
@@ -106,9 +106,9 @@ class Trace(Sampled):
         exact: (2,) the exact contribution of the basis to the two.
         vectors: (n, 5) of each vector on the complement of the basis: z'Az and |Az|^2, and half their
             variances and covariance: of the first, of both, of the second, which the first 32 vectors have. The two
-            numbers rest on the same vectors, so that they are not independent.
+            numbers are computed from the same vectors, so that they are not independent.
         basis: how many vectors were deflated, or P.
-        rel_error: standard error of the trace, as a share of it, that was asked for.
+        rel_error: requested standard error of the trace, as a share of it.
         stopped: "accuracy", "budget", or "exact" where the basis spans the space.
         seed: of basis and vectors.
         num_params: P.
@@ -136,7 +136,7 @@ class Trace(Sampled):
 
     @property
     def captured(self) -> float:
-        """The share of the trace that the basis holds; it may pass 1 where the rest is negative."""
+        """The share of the trace that the basis holds; it may exceed 1 where the rest is negative."""
         return float(self.exact[0] / self.trace.value)
 
     @property
@@ -167,7 +167,7 @@ class Trace(Sampled):
 
     @property
     def converged(self) -> bool:
-        """Whether the accuracy that was asked for is reached."""
+        """Whether the requested accuracy is reached."""
         return self.stopped != "budget"
 
 
@@ -309,12 +309,12 @@ class MeasuredSpectrum(Saved):
         eigenvalues: (k,).
         residuals: (k,) half-widths of intervals around each that contain an eigenvalue; NaN if the engine has none.
         states: (k,) "yes" where a pair has converged, "no", "not verified" where the budget ended the search, or
-            "unknown" where the engine does not say.
+            "unknown" where the engine does not report it.
         numbers: estimates by name, of `NUMBERS`; the engine PyHessian gives the trace alone, without an error.
-        stopped: why sampling of the trace ended; None where the engine does not say.
+        stopped: why sampling of the trace ended; None where the engine does not report it.
         vectors: (n, 5) as in `Trace`; (0, 5) where the engine gives none.
         density: by flatlab's engine, else None.
-        products: Hessian-vector products of all; None where the engine does not say.
+        products: Hessian-vector products of all; None where the engine does not report it.
     """
 
     eigenvalues: FloatArray
@@ -333,7 +333,7 @@ class MeasuredSpectrum(Saved):
 
     @property
     def reached(self) -> str:
-        """Whether the trace is as accurate as asked: "yes", "no" or "unknown"."""
+        """Whether the trace is as accurate as requested: "yes", "no" or "unknown"."""
         return {None: "unknown", "budget": "no"}.get(self.stopped, "yes")
 
     def to_frame(self) -> "pd.DataFrame":

@@ -296,12 +296,12 @@ class PairedDifference(Sampled):
 
     @property
     def reached(self) -> list[bool]:
-        """Whether both measurements are as accurate as was asked for, at each radius."""
+        """Whether both measurements are as accurate as requested, at each radius."""
         return [a and b for a, b in zip(self.a.reached, self.b.reached, strict=True)]
 
     @property
     def remarks(self) -> list[str]:
-        """Sentences on the radii at which the accuracy that was asked for is not reached; often none."""
+        """Sentences on the radii at which the requested accuracy is not reached; often none."""
         stopped = [one if one in MISSED else two for one, two in zip(self.a.stopped, self.b.stopped, strict=True)]
         return missed(self.radii, stopped, self.stderr)
 

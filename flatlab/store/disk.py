@@ -1,4 +1,4 @@
-"""The file system of a store: whether all nodes see its locks."""
+"""The file system of a store: whether its locks hold on all nodes."""
 
 import re
 from pathlib import Path
