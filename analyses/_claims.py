@@ -108,6 +108,33 @@ def sentences(findings: pd.DataFrame, names: Mapping[str, str]) -> Iterator[str]
         yield f"{claim.words}. {' '.join(parts) or 'No measurement decides this.'}{left}{claim.note if parts else ''}"
 
 
+def brief(findings: pd.DataFrame, names: Mapping[str, str]) -> Iterator[str]:
+    """Yield a short sentence for each claim that is tested: the verdict, the count of verdicts, the range of values.
+
+    Args:
+        findings: with verdicts, `seeds` and `targets`, of which the first is shown, and others with another verdict.
+        names: of the measures; those of one claim have the same unit.
+    """
+    for claim in CLAIMS:
+        mine = findings[[claim.holds(row) for row in findings.to_dict("records")]]
+        parts = {str(which): rows for which, rows in mine.groupby("targets", sort=False)}
+        if not parts:
+            continue
+        (first, rows), *others = parts.items()
+        verdict, seeds = verdict_of(claim, rows), int(rows["seeds"].max())
+        unlike = {which: found for which, each in others if (found := verdict_of(claim, each)) != verdict}
+        ends = [f"{value:+.3f}" for value in sorted({rows["value"].min(), rows["value"].max()})]
+        unit = names[rows["measure"].iloc[0]].rpartition("(")[2].rstrip(")")
+        sides = {"lower": "higher", "higher": "lower"}
+        sure, against = (int((rows["verdict"] == each).sum()) for each in (claim.verdict, sides[claim.verdict]))
+        yield (
+            f"{claim.words}: **{verdict}** ({first}, {seeds} {'seed' if seeds == 1 else 'seeds'}; {len(rows)} "
+            f"{'test' if len(rows) == 1 else 'tests'}, {sure} for it and {against} against it; "
+            f"{'difference' if len(ends) == 1 else 'differences from'} {' to '.join(ends)} {unit})"
+            f"{''.join(f'; {which}: **{found}**' for which, found in unlike.items())}."
+        )
+
+
 def _sentence(claim: Claim, rows: pd.DataFrame, names: Mapping[str, str]) -> str:
     """Return the verdict with each test in brackets."""
     several = len(claim.pairs) > 1

@@ -219,10 +219,10 @@ def summary(findings: pd.DataFrame) -> pd.DataFrame:
 
 
 def remarks(frame: pd.DataFrame) -> list[str]:
-    """Return sentences on the claims, on the other differences, on the correlations and on the curvature."""
+    """Return sentences on the claims, in brief and by test, on the other differences, the ranks and the curvature."""
     found = findings(frame)
     primary = found["claim"] != ""
-    sentences = list(_claims.sentences(found, MEASURES))
+    sentences = [*_claims.brief(found, MEASURES), *_claims.sentences(found, MEASURES)]
     sentences.append(verdicts.statement(found[primary], name="Tests of the claims (primary)"))
     sentences += verdicts.sentences(found[~primary])
     sentences.append(verdicts.statement(found[~primary], name="Other tests (secondary)"))

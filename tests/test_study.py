@@ -56,6 +56,27 @@ def test_a_claim_is_supported_contradicted_or_undecided():
     assert all("without photo" in line and "5 seeds" in line for line in told.values())
 
 
+def test_a_claim_in_brief_counts_the_tests_for_and_against_it():
+    def shift(measure, method, target):
+        if method == "QT-DoG" and measure == "target":
+            return 5.0 if target == "photo" else 0.0
+        return -0.9 if method in ("SAM", study.STRONG) and measure in _claims.FLATNESS else 0.0
+
+    found = study.findings(frame(shift, seeds=5))
+    told = {line.partition(": **")[0]: line for line in _claims.brief(found, study.MEASURES)}
+    assert list(told) == [claim.words for claim in _claims.CLAIMS]
+    assert (
+        "**contradicted** (all targets, 5 seeds; 8 tests, 0 for it and 4 against it; "
+        in told["QT-DoG is flatter than SAM and SWA"]
+    )
+    assert "4 tests, 4 for it and 0 against it; differences from -0." in told[_claims.CLAIMS[0].words]
+    better = told["QT-DoG is better than ERM out of domain"]
+    assert "**supported** (all targets, 5 seeds; 1 test, 1 for it and 0 against it; difference +" in better
+    assert better.endswith("; without photo: **cannot be told at this size**.")
+    few = found[found["claim"] != "7 bits are best"]
+    assert len(list(_claims.brief(few, study.MEASURES))) == len(_claims.CLAIMS) - 1
+
+
 def test_both_directions_are_said_to_be_both():
     claim = next(each for each in _claims.CLAIMS if each.words == "QT-DoG is flatter than ERM")
     for said, words in {
