@@ -18,8 +18,10 @@ from flatlab.data.domains import Domain, DomainSet
 from flatlab.data.images import Decoded
 from flatlab.errors import UserError
 from flatlab.measure.inputs import images
+from flatlab.specs import methods
 from flatlab.specs.measurements import GradCAMSpec, SizeSpec, SpectrumSpec, SphereSpec, SurfaceSpec
 from flatlab.specs.run import RunSpec
+from flatlab.specs.settings import PAPER
 from flatlab.store.runs import RunStore
 
 DRAWN = {"gaussian_noise", "shot_noise", "impulse_noise", "glass_blur", "motion_blur", "fog", "speckle_noise"}
@@ -266,7 +268,14 @@ def test_corruptions_are_refused_before_any_training(tmp_path, capsys):
     }.items():
         assert call("train", *words, "--store", tmp_path) == 2
         assert match in capsys.readouterr().err
+    assert call("reproduce", "table3", "--setting", "smoke", "--corruption", "fog:1", "--store", tmp_path) == 2
+    assert "sentences has sentences, not images; leave --corruption fog:1 out" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_no_number_of_the_paper_stands_beside_corrupted_images():
+    assert methods.is_papers(methods.METHODS["ERM"], PAPER)
+    assert not methods.is_papers(methods.METHODS["ERM"], PAPER.replace(corruption="fog:1"))
 
 
 # --- photographs -------------------------------------------------------------------------------------------------

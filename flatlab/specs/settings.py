@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from flatlab.errors import choose
+from flatlab.errors import UserError, choose
 from flatlab.specs.base import LARGEST_INT, LARGEST_SEED
 from flatlab.specs.corruption import Corrupting, under
 from flatlab.specs.optimizing import Optimizing
@@ -305,8 +305,13 @@ def for_data(chosen: Setting, dataset: str, *, model: str | None = None, weights
         dataset: name of the data set; all but digits and sentences are photographs.
         model: network, if not the default one.
         weights: initial weights, if not the default ones.
+
+    Raises:
+        UserError: if the setting has a corruption of images, and the data set sentences.
     """
     suiting = _suiting(dataset)
+    if suiting is TEXT and chosen.corruption:
+        raise UserError(f"{dataset} has sentences, not images; leave --corruption {chosen.corruption} out.")
     start = weights or ("none" if model == QUICK.model else suiting.weights)
     changes: dict[str, Any] = {"dataset": dataset, "weights": start, "freeze_batchnorm": start != "none"}
     if _suiting(chosen.dataset) is not suiting:
