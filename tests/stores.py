@@ -46,6 +46,17 @@ def trained(root, *specs, forks=()):
     return store
 
 
+def forked(root, wanted):
+    """A run that continues its parent from the switch, and has the bytes of the run alone."""
+    store = trained(root / "forked", wanted.parent, forks={wanted.switch})
+    train([wanted], store, PLACE)
+    run = store.run(wanted)
+    assert [session["from_step"] for session in run.provenance["sessions"]] == [wanted.switch]
+    assert wanted.parent.digest in run.provenance["sessions"][0]["how"]
+    assert content(run) == content(trained(root / "alone", wanted).run(wanted))
+    return run
+
+
 def copied(store, root):
     shutil.copytree(store.root, root)
     return RunStore(root)

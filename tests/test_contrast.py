@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from commandline import call
-from stores import PLACE, content, spec, trained
+from stores import PLACE, forked, spec, trained
 
 from flatlab import files
 from flatlab.data.batches import Batch
@@ -12,7 +12,6 @@ from flatlab.loading import data as loading_data
 from flatlab.loading import network as loading_network
 from flatlab.store.runs import RunStore
 from flatlab.train import objectives
-from flatlab.train.loop import train
 
 CPU = torch.device("cpu")
 
@@ -79,11 +78,7 @@ def test_contrast_learns_to_distinguish_digits():
 
 
 def test_a_forked_run_is_the_run_alone(tmp_path):
-    run = run_of("QT-DoG", optimizer="adamw", schedule="cosine", weight_decay=0.1)
-    alone, store = trained(tmp_path / "alone", run), trained(tmp_path / "forked", run.parent, forks={run.switch})
-    train([run], store, PLACE)
-    assert "forked" in store.run(run).provenance["sessions"][0]["how"]
-    assert content(store.run(run)) == content(alone.run(run))
+    forked(tmp_path, run_of("QT-DoG", optimizer="adamw", schedule="cosine", weight_decay=0.1))
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from stores import (
     TINY,
     content,
     copied,
+    forked,
     forkserver,
     refuses,
     run_child,
@@ -278,11 +279,7 @@ WANTED["activations"] = WANTED["activations"].replace(
 
 @pytest.mark.parametrize("wanted", WANTED.values(), ids=WANTED)
 def test_a_forked_run_is_the_run_alone(tmp_path, wanted):
-    alone = trained(tmp_path / "alone", wanted).run(wanted)
-    store = trained(tmp_path / "forked", wanted.parent, forks={SWITCH})
-    train([wanted], store, PLACE)
-    assert [session["from_step"] for session in store.run(wanted).provenance["sessions"]] == [SWITCH]
-    assert content(store.run(wanted)) == content(alone)
+    forked(tmp_path, wanted)
 
 
 def _train(root, wanted, tally, last):

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from stores import PLACE, TINY, content, forkserver, run_child, trained, watch
+from stores import PLACE, TINY, content, forked, forkserver, run_child, trained, watch
 from torch import nn
 
 from flatlab import files
@@ -285,11 +285,8 @@ def test_killed_inside_a_window_it_goes_on_to_the_same_bytes(name, tmp_path):
 @pytest.mark.parametrize("name", ["GAQAT", "FQAT", "LSQ+SAQ"])
 def test_a_forked_run_is_the_run_alone(name, tmp_path):
     spec = spec_of(name, switch=6)
-    store = trained(tmp_path / "forked", spec.parent, forks={6})
     assert spec.parent.step.kind == ("sam" if name == "LSQ+SAQ" else "sagm")
-    train([spec], store, PLACE)
-    assert [each["from_step"] for each in store.run(spec).provenance["sessions"]] == [6]
-    assert content(store.run(spec)) == content(trained(tmp_path / "alone", spec).run(spec))
+    forked(tmp_path, spec)
 
 
 # --- mistakes ----------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import pytest
 import torch
 from commandline import TINY as WORDS
 from commandline import call
-from stores import PLACE, content, spec, trained
+from stores import PLACE, content, forked, spec, trained
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 from transformers.trainer_pt_utils import get_parameter_names
 
@@ -160,11 +160,7 @@ def test_a_run_that_is_stopped_goes_on_with_the_same_bytes(method, tmp_path, mon
 
 
 def test_a_forked_run_is_the_run_alone(tmp_path):
-    run = spec("QT-DoG").replace(**ALL)
-    alone, store = trained(tmp_path / "alone", run), trained(tmp_path / "forked", run.parent, forks={run.switch})
-    loop.train([run], store, PLACE)
-    assert "forked" in store.run(run).provenance["sessions"][0]["how"]
-    assert content(store.run(run)) == content(alone.run(run))
+    forked(tmp_path, spec("QT-DoG").replace(**ALL))
 
 
 def test_the_percentile_over_classes_is_numpys():
