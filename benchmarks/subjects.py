@@ -48,9 +48,7 @@ class Subject:
         limit = None if count is None else -(-count // len(domains.sources))
         loaded = {}
         for name in domains.sources:
-            batches = evaluation_batches(
-                domains.data, name, domains.inside[name], device=torch.device("cpu"), limit=limit
-            )
+            batches = evaluation_batches(domains.data, name, domains.in_[name], device=torch.device("cpu"), limit=limit)
             loaded[name] = tuple(torch.cat(parts) for parts in zip(*batches, strict=True))
         return network_of(run, "last", place), loaded
 

@@ -47,7 +47,7 @@ def trainer(args: argparse.Namespace) -> Callable[[torch.Tensor, torch.Tensor], 
 
 
 def ours(data: DomainSet, args: argparse.Namespace) -> Iterator[Batch]:
-    rows = {name: split(len(data.domain(name)), data.index(name), trial_seed=0).inside for name in DOMAINS}
+    rows = {name: split(len(data.domain(name)), data.index(name), trial_seed=0).in_ for name in DOMAINS}
     device = torch.device(args.device)
     stream = TrainingStream(data, rows, batch_size=PER_DOMAIN, seed=0, device=device, augmented=True)
     step = 0

@@ -199,7 +199,7 @@ def test_the_test_part_is_cut_off_the_outer_one_as_swad_does() -> None:
     cut = split(450, 2, trial_seed=1, fraction=0.2, test=0.2)
     again = list(range(180))
     np.random.RandomState(seed_hash(1, 2)).shuffle(again)
-    assert np.array_equal(cut.inside, whole.inside)
+    assert np.array_equal(cut.in_, whole.in_)
     assert np.array_equal([*cut.out, *cut.test], whole.out[again]) and len(cut.out) == 90
 
 
@@ -479,7 +479,7 @@ def test_check_of_a_folder_compares_its_domains(tree: Path) -> None:
 
 
 def stream(rows: dict[str, np.ndarray] | None = None, *, batch_size: int = 8, seed: int = 0) -> TrainingStream:
-    rows = rows or {name: split(50, index, trial_seed=0).inside for index, name in enumerate(("first", "second"))}
+    rows = rows or {name: split(50, index, trial_seed=0).in_ for index, name in enumerate(("first", "second"))}
     return TrainingStream(tagged(), rows, batch_size=batch_size, seed=seed, device=CPU)
 
 
@@ -516,7 +516,7 @@ def test_each_domain_has_a_stream_of_its_own() -> None:
 
 
 def test_stream_draws_from_the_inside_with_replacement() -> None:
-    inside = split(50, 0, trial_seed=0).inside  # 40 rows
+    inside = split(50, 0, trial_seed=0).in_  # 40 rows
     source = stream({"first": inside}, batch_size=100)
     counts = np.bincount([tag for step in range(40) for tag in drawn(source, step)], minlength=50)
     assert set(np.flatnonzero(counts)) == set(inside)
@@ -530,7 +530,7 @@ def test_stream_refuses_nothing_to_draw_from() -> None:
 
 
 def test_evaluation_batches_cover_all_rows_in_order() -> None:
-    rows = split(50, 1, trial_seed=0).inside
+    rows = split(50, 1, trial_seed=0).in_
     batches = evaluation_batches(tagged(), "second", rows, device=CPU, batch_size=15)
     assert [len(targets) for _, targets in batches] == [15, 15, 10]
     tags = torch.cat([inputs[:, 0, 0, 0] for inputs, _ in batches]).round().int().numpy()
@@ -549,7 +549,7 @@ def test_few_large_images_are_evaluated_at_once_on_a_cpu(side: int, expected: in
 
 
 def test_evaluation_limit_takes_the_first_rows() -> None:
-    rows = split(50, 1, trial_seed=0).inside
+    rows = split(50, 1, trial_seed=0).in_
     ((inputs, targets),) = evaluation_batches(tagged(), "second", rows, device=CPU, limit=7)
     assert np.array_equal(inputs[:, 0, 0, 0].round().int().numpy(), rows[:7] + 100)
     assert len(targets) == 7

@@ -117,7 +117,7 @@ def test_calibration_sees_training_images_of_the_sources_alone(erm, tmp_path, mo
     assert [(name, limit) for name, _, limit in seen] == [("rot0", 20), ("rot15", 20), ("rot30", 20)]
     for name, part in zip(domains.sources, parts, strict=True):
         images = torch.cat([inputs for inputs, _ in part])
-        rows = domains.inside[name][:20]
+        rows = domains.in_[name][:20]
         assert torch.equal(images, domains.data.normalise(domains.data.domain(name).images[torch.tensor(rows)]))
     store = copied(erm, tmp_path / "store")
     train([wanted], store, PLACE)

@@ -180,7 +180,7 @@ def test_refreshed_statistics_are_the_mean_over_unseen_batches(average, tmp_path
     run = RunStore(tmp_path).run(spec)
     stored, _ = weights_of(run)
     domains = loading_data.domains(spec, PLACE)
-    rows = {name: domains.inside[name] for name in domains.sources}
+    rows = {name: domains.in_[name] for name in domains.sources}
     stream = TrainingStream(domains.data, rows, batch_size=8, seed=spec.seed, device=torch.device("cpu"))
     conv = loading_checkpoint.network(run, "selected", PLACE).features[0]
     maps = [conv(stream.batch(step).inputs).transpose(0, 1).flatten(1) for step in (11, 12)]

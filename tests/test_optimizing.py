@@ -183,7 +183,7 @@ def test_epochs_are_steps_that_draw_the_training_images(tmp_path, capsys):
         inside = sum(n - int(n * 0.4) for n in sources)
         assert run.steps + 1 == 3 * math.ceil(inside / 96) and run.switch == round(0.4 * run.steps)
         domains = loading_data.domains(run, PLACE)
-        assert inside == sum(len(domains.inside[name]) for name in domains.sources)
+        assert inside == sum(len(domains.in_[name]) for name in domains.sources)
     assert "epochs: 3" in own.replace(image_size=32).words
     assert call("train", *without(WORDS, "--steps"), "--epochs", "1", "--store", tmp_path, "--json") == 0
     (run,) = RunStore(tmp_path).runs()

@@ -24,13 +24,13 @@ def test_the_parts_of_a_domain_are_apart_and_the_target_is_reported_on_all_but_i
     domains = loading_data.domains(spec(test_share=share), PLACE)
     assert domains.target == "rot45" and set(domains.test) == (set(domains.sources) if share else set())
     for name in domains.data.names:
-        parts = [domains.inside[name], domains.out[name], domains.test.get(name, np.array([], dtype=np.int64))]
+        parts = [domains.in_[name], domains.out[name], domains.test.get(name, np.array([], dtype=np.int64))]
         rows = np.concatenate(parts)
         assert len(rows) == len(set(rows.tolist())) == SIZES[name]
         assert abs(len(domains.out[name]) - 0.2 * SIZES[name]) < 1.5
     for name in domains.sources if share else ():
         assert abs(len(domains.test[name]) - share * SIZES[name]) < 1.5
-    assert abs(len(domains.inside["rot45"]) - 0.8 * SIZES["rot45"]) < 1.5  # its 80 %, whatever the share
+    assert abs(len(domains.in_["rot45"]) - 0.8 * SIZES["rot45"]) < 1.5  # its 80 %, whatever the share
 
 
 def test_an_ensemble_has_no_in_domain_test_since_its_members_trained_on_some_of_it(tmp_path):

@@ -53,7 +53,7 @@ def test_what_is_written_is_what_the_baked_network_says(store):
     arrays, facts = written(store, QT)
     domains = loading_data.domains(QT, PLACE)
     rows = torch.from_numpy(arrays["rows"])
-    assert set(rows.tolist()) <= set(domains.inside["rot45"].tolist()) and facts["held_out"] == "rot45"
+    assert set(rows.tolist()) <= set(domains.in_["rot45"].tolist()) and facts["held_out"] == "rot45"
     domain = domains.data.domain("rot45")
     inputs, labels = domains.data.normalise(domain.images[rows]), domain.labels[rows].tolist()
     assert arrays["labels"].tolist() == labels and len(set(labels)) == 10

@@ -64,7 +64,7 @@ def test_the_vocabulary_is_that_of_the_source_domains_alone():
     assert len(run.data.vocabulary) <= PIECES
     assert run.data.fingerprint == fingerprints.at_hand("sentences", None, None)
     rows = split(3362, 3, trial_seed=0)
-    assert np.array_equal(run.inside["tweets"], rows.inside)  # DomainBed's split, as of images
+    assert np.array_equal(run.in_["tweets"], rows.in_)  # DomainBed's split, as of images
 
 
 def test_what_changes_images_is_refused():

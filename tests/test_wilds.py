@@ -77,8 +77,8 @@ def test_amazon_has_its_named_splits_stars_and_reviewers(tmp_path):
     assert set(found["test"].groups) == {"A30", "A31", "A32"} and not {*train.groups} & {*found["val"].groups}
     run = domains(*run_of("Amazon", tmp_path, model="sentences-transformer"))
     assert (run.sources, run.target, run.validated) == (("train",), "test", ("val",))
-    assert [sorted(each) for each in (run.inside, run.out, run.test)] == [["test", "train"], ["val"], ["id_test"]]
-    assert sorted(run.inside["train"].tolist()) == list(range(20)) != run.inside["train"].tolist()
+    assert [sorted(each) for each in (run.in_, run.out, run.test)] == [["test", "train"], ["val"], ["id_test"]]
+    assert sorted(run.in_["train"].tolist()) == list(range(20)) != run.in_["train"].tolist()
     assert run.data.vocabulary.numbers == Vocabulary(train.texts).numbers  # of the training split alone
     assert run.data.fingerprint == fingerprints.at_hand("amazon", str(root), None)
     (root / "splits" / "user.csv").write_text((root / "splits" / "user.csv").read_text().replace("3,1", "-1,1", 1))

@@ -99,12 +99,12 @@ class Split(NamedTuple):
     """Row numbers of one domain, in a seeded order.
 
     Attributes:
-        inside: (n_in,) int64, DomainBed's "in" split: trains a source, tests a target.
+        in_: (n_in,) int64, DomainBed's "in" split: trains a source, tests a target.
         out: (n_out,) int64, DomainBed's "out" split: validates.
         test: (n_test,) int64, for an in-domain test: cut off the "out" split.
     """
 
-    inside: np.ndarray
+    in_: np.ndarray
     out: np.ndarray
     test: np.ndarray
 

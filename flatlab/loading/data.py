@@ -33,14 +33,14 @@ class Domains:
 
     data: DomainSet
     target: str
-    inside: Rows  # "in" split, 80 %: training (sources), reported accuracy (target)
+    in_: Rows  # "in" split, 80 %: training (sources), reported accuracy (target)
     out: Rows  # "out" split, 20 %: validation
     test: Rows  # "test" split of the sources; may be empty
 
     @property
     def sources(self) -> tuple[str, ...]:
         """The source domains."""
-        return tuple(name for name in self.inside if name != self.target)
+        return tuple(name for name in self.in_ if name != self.target)
 
     @property
     def validated(self) -> tuple[str, ...]:
@@ -50,7 +50,7 @@ class Domains:
     @property
     def groups(self) -> dict[str, Tensor]:
         """The group of each row of a named split; empty where rows have none."""
-        rows, found = {**self.inside, **self.out, **self.test}, {}
+        rows, found = {**self.in_, **self.out, **self.test}, {}
         for domain in self.data.domains:
             if domain.groups is not None and domain.name in rows:
                 found[domain.name] = domain.groups[torch.from_numpy(rows[domain.name])]
@@ -62,7 +62,7 @@ class Domains:
         Raises:
             UserError: the held-out one has no "out" split, since the splits are named.
         """
-        rows = self.inside if part == "in" else self.out
+        rows = self.in_ if part == "in" else self.out
         if self.target not in rows:
             raise UserError(
                 f'The named split {self.target} of {self.data.name} has one part, got split="{part}": write split="in".'
@@ -71,13 +71,13 @@ class Domains:
 
     def evaluation(self, part: str, names: tuple[str, ...], device: torch.device) -> dict[str, Batches]:
         """Return fixed batches of the "in", "out" or "test" split of some domains."""
-        rows = {"in": self.inside, "out": self.out, "test": self.test}[part]
+        rows = {"in": self.in_, "out": self.out, "test": self.test}[part]
         return {name: batches.evaluation_batches(self.data, name, rows[name], device=device) for name in names}
 
     def calibration(self, count: int, device: torch.device) -> list[Batches]:
         """Return batches of the first `count` training images of each source domain (all if it has fewer)."""
         load = partial(batches.evaluation_batches, self.data, device=device, batch_size=64, limit=count)
-        return [load(name, self.inside[name]) for name in self.sources]
+        return [load(name, self.in_[name]) for name in self.sources]
 
 
 def domains(spec: RunSpec, place: Place) -> Domains:
@@ -107,7 +107,7 @@ def domains(spec: RunSpec, place: Place) -> Domains:
     return Domains(
         data=data,
         target=target,
-        inside={name: part.inside for name, part in splits.items()},
+        in_={name: part.in_ for name, part in splits.items()},
         out={name: part.out for name, part in splits.items()},
         test={name: part.test for name, part in splits.items() if len(part.test)},
     )
@@ -120,7 +120,7 @@ def _named(data: DomainSet, target: str) -> Domains:
     return Domains(
         data=data,
         target=target,
-        inside={"train": rows["train"], target: rows[target]},
+        in_={"train": rows["train"], target: rows[target]},
         out={"val": rows["val"]},
         test={inner: rows[inner]},
     )

@@ -76,7 +76,7 @@ def _numbers(run: Run, spec: GeneralisationSpec, place: Place, baked: nn.Module)
     moved = around.point - flatten([first.get_parameter(name).detach() for name in around.named])
     options: dict[str, Any] = {"drop": spec.drop, "num_samples": spec.num_samples, "seed": spec.seed}
     sigma, aware = largest_noise(around, **options), largest_noise(around, relative=True, **options)
-    bounds = pac_bayes(moved, sigma, aware, num_samples=sum(len(domains.inside[name]) for name in domains.sources))
+    bounds = pac_bayes(moved, sigma, aware, num_samples=sum(len(domains.in_[name]) for name in domains.sources))
     worst = worst_sharpness(around, [spec.rho], block_size=around.num_samples, steps=spec.ascent, seed=spec.seed)
     steps = _steps(run, spec, place, around)
     penalty = rounding_penalty(around, steps, num_samples=spec.products, seed=spec.seed)

@@ -13,7 +13,7 @@ from flatlab.tensors.batchnorm import recompute
 
 def stream(spec: RunSpec, domains: Domains, device: torch.device) -> TrainingStream:
     """Return the batches that a run is trained on."""
-    rows = {name: domains.inside[name] for name in domains.sources}
+    rows = {name: domains.in_[name] for name in domains.sources}
     augmented = spec.augment == "domainbed"
     return TrainingStream(
         domains.data, rows, batch_size=spec.batch_size, seed=spec.seed, device=device, augmented=augmented
