@@ -11,7 +11,7 @@ from myst_nb.core import render
 import flatlab
 from flatlab import api
 
-HERE = Path(__file__).parent
+HERE, COLON = Path(__file__).parent, "\0"
 project, author, release = "flatlab", "The flatlab authors", flatlab.__version__
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax"]
 html_theme, html_title = "furo", f"flatlab {release}"
@@ -76,14 +76,21 @@ def settings():
     return [".. list-table::", "   :header-rows: 1", "", *lines, ""]
 
 
+def hidden(app, what, name, obj, options, lines):
+    """Hide the colons of a property's first line from napoleon, which takes what precedes one for a type."""
+    if what == "property":
+        lines[:1] = [line.replace(":", COLON) for line in lines[:1]]
+
+
 def plain(app, what, name, obj, options, lines):
     """Escape what docstrings hold as plain text and reStructuredText would read as markup."""
     for index, line in enumerate(lines):
+        line = re.sub(r"^(\s*:[^:]+: )(?=\w\.)", r"\1\\", line)  # "P." would be the first item of a list
         parts = re.split(r"(``.+?``|`[^`]*`|^\s*:[^:]+:|^\s*\.\. \S+::.*$)", line)
         lines[index] = "".join(
             part if place % 2 else re.sub(r"([|*])|(?<=\w)(_)(?!\w)", r"\\\1\2", part)
             for place, part in enumerate(parts)
-        )
+        ).replace(COLON, ":")
 
 
 def reference():
@@ -124,6 +131,7 @@ def setup(app):
     """Write the reference, and connect the escaping."""
     (HERE / "api.rst").write_text(reference())
     render.coalesce_streams = joined
+    app.connect("autodoc-process-docstring", hidden, priority=100)
     app.connect("autodoc-process-docstring", plain, priority=900)
 
 
