@@ -91,8 +91,9 @@ def test_one_word_means_one_thing():
                 shared.setdefault(param.name, set()).add((param.help, tuple(param.opts)))
     assert set(shared) == set(options.WORDS)  # each is used somewhere, and is the same wherever it is used
     several = {name for name, meanings in shared.items() if len(meanings) > 1}
-    # Of training, how inputs of layers are quantized; of export, how they are stored.
-    assert several == {"activations", *options.SELECTING}
+    # Of training, how inputs of layers are quantized; of export, how they are stored. What is corrupted: the held-out
+    # domain of a run, or the images of a measurement.
+    assert several == {"activations", "corruption", *options.SELECTING}
     for name, command in named.items():
         helps = {param.name: param.help for param in command.params}
         if {"held_out", "seed"} <= set(helps):

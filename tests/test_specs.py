@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from flatlab import arguments
 from flatlab.errors import UserError
+from flatlab.specs import rises
 from flatlab.specs.generalisation import GeneralisationSpec
 from flatlab.specs.measurements import (
     KINDS,
@@ -104,6 +106,10 @@ def test_each_field_of_a_run_is_part_of_its_name():
     names |= {RUN.replace(quantizer=QuantSpec(**{f: v}), switch=4).digest for f, v in changed.items()}
     assert len(names | {RUN.digest}) == len(other) + 3 + len(kinds) + 2 + len(changed)
     assert set(RunSpec.model_fields) - set(other) == {"quantizer", "frozen", "switch", "noise"}
+
+
+def test_normalisations_are_those_of_the_arguments():
+    assert rises.Normalisation == arguments.Normalisation
 
 
 def test_a_later_field_is_left_out_at_its_default_and_read_back_as_such():

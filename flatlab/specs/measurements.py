@@ -5,13 +5,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, SerializeAsAny
 
-from flatlab.arguments import Normalisation
 from flatlab.errors import UserError, choose
 from flatlab.specs.base import LARGEST_INT
 from flatlab.specs.generalisation import GeneralisationSpec
 from flatlab.specs.measurement import FORESEEN, PILOT, PRODUCT, MeasurementSpec, Sizes
 from flatlab.specs.quantizers import Bits, Granularity
-from flatlab.specs.rises import ByRise, Radii, ReachSpec, count_above_zero, pilots_of
+from flatlab.specs.rises import ByRise, Normalisation, Radii, ReachSpec, count_above_zero, pilots_of
 from flatlab.specs.run import RunSpec
 
 Recompute = Annotated[

@@ -5,11 +5,11 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from flatlab.arguments import Normalisation
 from flatlab.specs.base import Spec
 from flatlab.specs.measurement import MeasurementSpec, Sizes
 from flatlab.specs.quantizers import Bits
 
+Normalisation = Literal["none", "filter", "layer", "parameter"]  # that of arguments.py, which loads numpy
 REACHING = 20_000  # maximum images forwarded to find the radii of one run (metrics/flatness/pilot.py)
 
 
