@@ -53,14 +53,22 @@ def written(value):
     return repr(value)
 
 
+def commented(spec, name):
+    """Return the comment behind a field, in the source of the class that declares it, as a sentence; or nothing."""
+    owner = next(each for each in spec.__mro__ if name in vars(each).get("__annotations__", {}))
+    found = re.search(rf"^    {name}: .*?  # (.+)$", inspect.getsource(owner), re.MULTILINE)
+    return f"{found[1][0].upper()}{found[1][1:].rstrip('.')}." if found else ""
+
+
 def fields(spec):
-    """Return the fields of a spec as a list: type, default and, as far as its class describes it, meaning."""
+    """Return the fields of a spec as a list: type, default and, as far as it is described there, meaning."""
     lines = []
     for name, field in spec.model_fields.items():
         kind = re.sub(r"\b(?:\w+\.)+(?=\w)", "", inspect.formatannotation(field.annotation))
         kind = re.sub(r"Annotated\[(.*?), FieldInfo\(.*?\)\](?=[\],]|$)", r"\1", kind)
         default = "" if field.is_required() else f" = ``{written(field.get_default(call_default_factory=True))}``"
-        meaning = re.sub(r"([|*])", r"\\\1", field.description or "")
+        meaning = " ".join(filter(None, (field.description or "", commented(spec, name))))
+        meaning = re.sub(r"([|*])", r"\\\1", meaning).replace("`", "``")
         lines.append(f"- ``{name}``: ``{kind}``{default}{'. ' * bool(meaning)}{meaning}")
     return [*lines, ""]
 
