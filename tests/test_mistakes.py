@@ -43,6 +43,7 @@ WORDS = {  # what the user writes -> what the answer names, before anything heav
     "train --margin -1": r"--margin .*>= 0.* -1\.0",
     "reproduce table5 --margin 0.1": r"--margin does nothing for table5",
     "train --select all": r"--select all does nothing without a switch; add --quantizer lsq, or leave it out\.",
+    "train --test-share 0.8": r"test \(0\.8\) must sum to less than 1: choose a smaller --test-share",
     "train --test-share 1.0": r"--test-share must be a number < 1, got 1.0\.",
     "train --swad-rule released": r"--swad-rule released does nothing without SWAD; add --average swad",
     "train --method qt-dog --quantize-at 301": r"<= 300 \(--steps\), got 301.*--quantize-at",

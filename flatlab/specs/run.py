@@ -210,6 +210,15 @@ class RunSpec(Optimizing):
         return self
 
     @model_validator(mode="after")
+    def _some_are_trained_on(self) -> Self:
+        if self.holdout + self.test_share >= 1:
+            raise ValueError(
+                f"The shares for validation ({self.holdout:g}) and test ({self.test_share:g}) must sum to less than 1: "
+                "choose a smaller --test-share."
+            )
+        return self
+
+    @model_validator(mode="after")
     def _members_agree(self) -> Self:
         whole: tuple[RunSpec, ...] = (self, *self.members)
         facts = {(each.dataset, each.target, each.image_size) for each in whole}
