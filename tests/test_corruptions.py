@@ -18,6 +18,8 @@ from flatlab.data.domains import Domain, DomainSet
 from flatlab.data.images import Decoded
 from flatlab.errors import UserError
 from flatlab.measure.inputs import images
+from flatlab.measure.runner import measure
+from flatlab.report import sphere
 from flatlab.specs import methods
 from flatlab.specs.measurements import GradCAMSpec, SizeSpec, SpectrumSpec, SphereSpec, SurfaceSpec
 from flatlab.specs.run import RunSpec
@@ -222,6 +224,23 @@ def test_the_held_out_domain_of_a_run_is_corrupted_and_its_training_is_not(tmp_p
     for name in asked:
         (changed, _), (own, _) = asked[name][0], made[name][0]
         assert torch.equal(changed, own) == (name == ERM.held_out)
+
+
+def test_no_verdict_compares_runs_on_other_images(tmp_path):
+    under, elsewhere = ERM.replace(corruption="contrast:5"), ERM.replace(trial_seed=1)
+    store, asked = trained(tmp_path, ERM), SphereSpec(radii=(3.0,), images=30, num_samples=20)
+    trained(tmp_path, under)
+    trained(tmp_path, elsewhere)
+    runs = [store.run(each) for each in (ERM, under, elsewhere)]
+    for run in runs:
+        measure(run, asked, PLACE)
+    for panel, others in {"target": runs[1:], "source": runs[2:]}.items():
+        said = sphere.remarks(runs, asked, panel=panel)
+        refused = [
+            f"{each.name} has other images than {runs[0].name}: no verdict on which is flatter." for each in others
+        ]
+        assert [line for line in said if "no verdict on" in line] == refused
+        assert not [line for line in said if "is flatter" in line and "no verdict on" not in line]
 
 
 def test_files_that_are_decoded_on_access_are_also_corrupted_on_access(tmp_path):

@@ -6,6 +6,7 @@
 from collections.abc import Iterable
 
 from flatlab.results.sphere import SphereFlatness
+from flatlab.specs.run import RunSpec
 
 SOURCE, TARGET = "source", "target"
 TITLES = {SOURCE: "source domains", TARGET: "held-out domain"}
@@ -34,3 +35,9 @@ def strata_of(strata: Iterable[str], panel: str, held_out: str) -> list[str]:
 def part_of(found: SphereFlatness, panel: str, held_out: str) -> SphereFlatness:
     """Return a measurement on the domains of a panel, as in `strata_of`."""
     return found.of(strata_of(found.strata, panel, held_out))
+
+
+def images_of(spec: RunSpec, panel: str) -> tuple[object, ...]:
+    """Return what determines the images of a panel: runs can be compared where it is equal."""
+    same = (spec.dataset, spec.image_size, spec.held_out, spec.trial_seed, spec.holdout, spec.test_share)
+    return (*same, spec.corruption if panel == TARGET else None)

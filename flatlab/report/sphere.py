@@ -51,8 +51,11 @@ def remarks(found: list[Run], measurement: SphereSpec, *, panel: str) -> list[st
     seen = {run.name: panels.part_of(run.result(measurement), panel, run.spec.held_out) for run in found}
     sentences = [f"{name}: {sentence}" for name, each in seen.items() for sentence in each.remarks]
     first, *others = seen.items()
-    for name, other in others:
-        if np.array_equal(first[1].radii, other.radii):
+    shown = [panels.images_of(run.spec, panel) for run in found]
+    for (name, other), images in zip(others, shown[1:], strict=True):
+        if images != shown[0]:
+            sentences.append(f"{name} has other images than {first[0]}: no verdict on which is flatter.")
+        elif np.array_equal(first[1].radii, other.radii):
             pair = PairedDifference(cost=first[1].cost + other.cost, radii=other.radii, a=first[1], b=other)
             if (pair.radii[pair.read] > 0).any():
                 sentences.append(f"{pair.verdict(first[0], name)}.")

@@ -79,7 +79,7 @@ def _of_run(run: Run) -> list[Section]:
     for each in run.measurements():
         if each.done and each.spec.metric != "sphere":
             found = run.result(each.spec)
-            sections.append(_of_result(f"{run.name}: {_name(each.spec.metric)}", found, level=3))
+            sections.append(_of_result(f"{run.name}: {_name(each.spec.metric)}{each.spec.under}", found, level=3))
     return sections
 
 
