@@ -1,5 +1,6 @@
 """Corruptions of images: damage by severity, draws by name, and what is refused."""
 
+import json
 import sys
 from dataclasses import replace
 from importlib.util import find_spec
@@ -272,6 +273,13 @@ def test_every_command_that_makes_runs_takes_a_corruption(tmp_path, capsys):
     assert call("report", "ERM", *place) == 0
     assert "under gaussian_noise:5 correctly" in (tmp_path / "report.html").read_text()
     capsys.readouterr()
+    few = ("--radii", 1, "--samples", 2, "--images", 9, "--domains", "target")
+    for words in (("flatness", "ERM", *few), ("stability", "ERM"), ("replay", "ERM")):
+        assert call(*words, *place) == 0
+        assert "under gaussian_noise:5" in capsys.readouterr().out
+    assert call("runs", "list", *store, "--json") == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert {(row["held_out"], row["corruption"]) for row in listed} == {("rot0", "gaussian_noise:5")}
     assert call("flatness", "ERM", "--radii", 1, "--corruption", "fog:1", *place) == 2
     assert "are corrupted already, by gaussian_noise:5; leave --corruption fog:1 out" in capsys.readouterr().err
     assert call("reproduce", "fig4", "--setting", "smoke", "--held-out", 0, *under, *place) == 0

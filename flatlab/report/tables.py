@@ -243,6 +243,7 @@ def accuracies(store: RunStore, wanted: Iterable[Labelled], *, among_all: bool =
                     "run": spec.digest,
                     "method": label,
                     "held_out": spec.held_out,
+                    **({"corruption": spec.corruption} if spec.corruption else {}),
                     "seed": spec.seed,
                     "selection": rule,
                     "step": row["step"],
@@ -276,7 +277,7 @@ def overview(store: RunStore) -> tuple[pd.DataFrame, list[str]]:
 
     A damaged run has a row with the columns that can be read.
     """
-    columns = ["run", "dataset", "model", "composition", "held_out", "seed", "state", "measurements"]
+    columns = ["run", "dataset", "model", "composition", "held_out", "corruption", "seed", "state", "measurements"]
     columns += ["validation", "test", "target"]
     rows, faults = [], list[str]()
     for folder in store.folders():
@@ -284,7 +285,8 @@ def overview(store: RunStore) -> tuple[pd.DataFrame, list[str]]:
         faults += complaints(partial(_describe, folder, row))
         if not row.pop("lends", False):
             rows.append(row)
-    return pd.DataFrame(rows, columns=columns), faults
+    found = pd.DataFrame(rows, columns=columns)
+    return found if found["corruption"].notna().any() else found.drop(columns="corruption"), faults
 
 
 def _describe(folder: Path, row: dict[str, Any]) -> None:
@@ -292,7 +294,7 @@ def _describe(folder: Path, row: dict[str, Any]) -> None:
     run = Run.read(folder)
     row["lends"] = run.lends
     row |= {"dataset": run.spec.dataset, "model": run.spec.model, "composition": run.spec.label}
-    row |= {"held_out": run.spec.target, "seed": run.spec.seed}
+    row |= {"held_out": run.spec.held_out, "corruption": run.spec.corruption, "seed": run.spec.seed}
     row["measurements"] = run.measured()
     log = selection.candidates(run.rows(), run.spec.settled)
     if log:

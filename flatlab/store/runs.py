@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 from flatlab import files
 from flatlab.data import fingerprints
 from flatlab.errors import UserError
+from flatlab.specs.corruption import under
 from flatlab.specs.measurement import MeasurementSpec
 from flatlab.specs.measurements import parse_measurement
 from flatlab.specs.run import Place, RunSpec
@@ -69,7 +70,7 @@ class Run(Entry):
     @property
     def name(self) -> str:
         """Name in figures and tables, which distinguishes it from other runs of the same composition."""
-        return f"{self.spec.label} {self.spec.digest[:6]}"
+        return f"{self.spec.label} {self.spec.digest[:6]}{under(self.spec.corruption)}"
 
     def checkpoint(self, name: str) -> Path:
         """Return the path of a checkpoint: "selected" or "last"."""
