@@ -349,9 +349,7 @@ def _against(ax: Axes, frame: pd.DataFrame) -> None:
     _legend(ax, columns=4)
     ax.axhline(0, color="0.7", linewidth=0.6)
     ax.axvline(0, color="0.7", linewidth=0.6)
-    ax.set(
-        xlabel="Mean of F over ρ, target, less the block's (nats)", ylabel="Out of domain, less the block's (points)"
-    )
+    ax.set(xlabel="F over ρ, target, less the block's (nats)", ylabel="Out of domain, less the block's (points)")
 
 
 def _legend(ax: Axes, *, columns: int) -> None:

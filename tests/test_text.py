@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from flatlab.data import catalog, fingerprints, folders
-from flatlab.data.corruptions import corrupted
+from flatlab.data.corruptions import corrupted, with_corrupted
 from flatlab.data.domains import Domain, split
 from flatlab.data.load import load
 from flatlab.data.text import sets, tables
@@ -70,6 +70,8 @@ def test_the_vocabulary_is_that_of_the_source_domains_alone():
 def test_what_changes_images_is_refused():
     with pytest.raises(UserError, match="Corruptions change images, and sentences has sentences"):
         corrupted(tiny(), "gaussian_noise:1", {})
+    with pytest.raises(UserError, match="Corruptions change images, and sentences has sentences"):
+        with_corrupted(tiny(), "gaussian_noise:1", tiny().names[0])
     with pytest.raises(UserError, match="MixStyle needs a convolutional model, got sentences-transformer"):
         objective_of(spec(mixing=MixSpec()))
 

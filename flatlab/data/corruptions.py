@@ -312,9 +312,7 @@ def corrupted(data: DomainSet, text: str, rows: Mapping[str, npt.NDArray[np.int6
     Raises:
         UserError: if there is no such corruption or severity, a package is missing, or the data are sentences.
     """
-    if len(data.domains[0].images.shape) < 4:
-        raise UserError(f"Corruptions change images, and {data.name} has sentences; leave --corruption {text} out.")
-    found = Corruption.of(text, max(data.domains[0].images.shape[-2:]))
+    found = _corruption_for(data, text)
     domains = (_corrupted(data.domain(name), found, torch.from_numpy(each)) for name, each in rows.items())
     return replace(data, name=f"{data.name}, {text}", domains=tuple(domains), stamp=None)
 
@@ -331,9 +329,9 @@ def with_corrupted(data: DomainSet, text: str, name: str) -> DomainSet:
         name: the domain.
 
     Raises:
-        UserError: if there is no such corruption or severity, or a package is missing.
+        UserError: if there is no such corruption or severity, a package is missing, or the data are sentences.
     """
-    found = Corruption.of(text, max(data.domains[0].images.shape[-2:]))
+    found = _corruption_for(data, text)
     domain = data.domain(name)
     images = domain.images
     if isinstance(images, Decoded):
@@ -364,6 +362,13 @@ class CorruptedFiles(Decoded):
     def to(self, device: torch.device) -> "CorruptedFiles":
         """Return the same files, their images on a device."""
         return CorruptedFiles(super().to(device), self.corruption, self.name)
+
+
+def _corruption_for(data: DomainSet, text: str) -> Corruption:
+    shape = data.domains[0].images.shape
+    if len(shape) < 4:
+        raise UserError(f"Corruptions change images, and {data.name} has sentences; leave --corruption {text} out.")
+    return Corruption.of(text, max(shape[-2:]))
 
 
 def _corrupted(domain: Domain, corruption: Corruption, rows: Tensor) -> Domain:

@@ -10,6 +10,7 @@ from flatlab.specs.run import RunSpec
 
 SOURCE, TARGET = "source", "target"
 TITLES = {SOURCE: "source domains", TARGET: "held-out domain"}
+IMAGES = ("dataset", "image_size", "held_out", "trial_seed", "holdout", "test_share")  # fields that determine them
 ACCURACY = {  # panel and split of an accuracy -> its title
     (SOURCE, "out"): "source domains, out split (selected on)",
     (SOURCE, "test"): "source domains, test split",
@@ -39,5 +40,4 @@ def part_of(found: SphereFlatness, panel: str, held_out: str) -> SphereFlatness:
 
 def images_of(spec: RunSpec, panel: str) -> tuple[object, ...]:
     """Return what determines the images of a panel: runs can be compared where it is equal."""
-    same = (spec.dataset, spec.image_size, spec.held_out, spec.trial_seed, spec.holdout, spec.test_share)
-    return (*same, spec.corruption if panel == TARGET else None)
+    return (*(getattr(spec, name) for name in IMAGES), spec.corruption if panel == TARGET else None)

@@ -18,7 +18,7 @@ from flatlab.specs.measurements import ConnectionSpec, SurfaceSpec
 from flatlab.store.runs import Run
 
 BARRIERS = {"panel": "", "barrier": ".4g", "low": ".4g", "high": ".4g", "position": ".3f", "distance": ".4g"}
-ALIKE = ("dataset", "model", "image_size", "held_out", "corruption", "trial_seed", "holdout", "test_share")
+ALIKE = ("model", *panels.IMAGES, "corruption")
 OWN = "BatchNorm's statistics are those of the run in the origin: at another checkpoint's mark the loss is not its own."
 MIXED = "BatchNorm's statistics are interpolated like the weights: both ends are the checkpoints."
 RECOMPUTED = "BatchNorm's statistics are recomputed at each place, from up to {} training images of each source domain."

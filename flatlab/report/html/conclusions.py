@@ -1,4 +1,4 @@
-"""What a result says in sentences: its verdict and remarks, as its class words them; without them its numbers."""
+"""The sentences on a result: verdict and remarks of its class; without a verdict its numbers."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from flatlab.results.connectivity import Connection, Connections
 from flatlab.results.estimate import Sampled
 
 
-def said(found: Any) -> list[str]:
+def sentences(found: Any) -> list[str]:
     """Return the verdict of a result, then its remarks; of a line between two checkpoints whether it has a barrier."""
     verdict = [found.verdict()] if hasattr(found, "verdict") else []
     if isinstance(found, Connection):
@@ -22,7 +22,7 @@ def said(found: Any) -> list[str]:
 
 
 def summary(name: str, found: Any) -> list[str]:
-    """Return what a saved result says, each sentence with its name; of one without a verdict first its numbers.
+    """Return the sentences on a saved result, each with its name; of one without a verdict first its numbers.
 
     Args:
         name: of the result.
@@ -30,8 +30,8 @@ def summary(name: str, found: Any) -> list[str]:
     """
     judged = hasattr(found, "verdict") or isinstance(found, Connection)
     numbers = [] if judged or not hasattr(found, "interval") else _numbers(found)
-    sentences = [*numbers, *said(found)] or ["no rule gives a verdict; see its section."]
-    return [f"{name} ({type(found).__name__}): {sentence}" for sentence in sentences]
+    lines = [*numbers, *sentences(found)] or ["no rule gives a verdict; see its section."]
+    return [f"{name} ({type(found).__name__}): {sentence}" for sentence in lines]
 
 
 def _numbers(found: Any) -> list[str]:

@@ -1,4 +1,4 @@
-"""What a report says of runs and of saved results: their tables, sentences and pictures, as the commands give them."""
+"""The sections of a report on runs and on saved results: the tables, sentences and pictures of the commands."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -38,9 +38,9 @@ def report(store: RunStore, runs: Sequence[Run], saved: Mapping[str, Any], *, ou
 
 
 def _summary(store: RunStore, runs: Sequence[Run], saved: Mapping[str, Any]) -> Section:
-    told = [sentence for name, found in saved.items() for sentence in conclusions.summary(name, found)]
+    concluded = [sentence for name, found in saved.items() for sentence in conclusions.summary(name, found)]
     if not runs:
-        return Section("Summary", told)
+        return Section("Summary", concluded)
     whole, _ = tables.overview(store)
     mine = whole[whole["run"].isin([run.spec.digest for run in runs])]
     accuracies = dict(zip(mine["run"], mine["target"].astype(float), strict=True))
@@ -51,7 +51,7 @@ def _summary(store: RunStore, runs: Sequence[Run], saved: Mapping[str, Any]) -> 
         if run.spec.target_logged
     ]
     caption = "Accuracies are shares of 1, of the selected checkpoint."
-    return Section("Summary", [*words, *told], tables=[(caption, mine)])
+    return Section("Summary", [*words, *concluded], tables=[(caption, mine)])
 
 
 def _comparisons(runs: Sequence[Run]) -> list[Section]:
@@ -96,7 +96,7 @@ def _training(run: Run) -> list[Any]:
 
 
 def _of_result(title: str, found: Any, *, level: int) -> Section:
-    sentences = conclusions.said(found)
+    sentences = conclusions.sentences(found)
     if isinstance(found, Surface):
         sentences.append("Drag to rotate, scroll to zoom; distances are Euclidean, in the space of the parameters.")
     picture = figure_of(found)
