@@ -18,6 +18,7 @@ from torch.func import functional_call
 from flatlab.derivatives.autograd import Apply, Whole, pullback, second_order
 from flatlab.derivatives.batchnorm_folding import Folds, find_folds
 from flatlab.derivatives.differentiation import Choice, dual_numbers, measure, tangent_of
+from flatlab.derivatives.double_backward import DoubleBackward
 from flatlab.derivatives.exact import exact_derivatives, uses_fused_weight_norm
 from flatlab.errors import UserError, choose
 from flatlab.seeds import generator
@@ -191,12 +192,22 @@ class Curvature(ABC):
         if self._choice.method(width) == "forward" and self._kept is None:
             return lambda views: self._forward(term, views)
         if not self._single:
-            return self._graph(term)
+            return self._reverse(term)
         here = [tensor._version for tensor in self._tensors]  # a graph is invalid once its parameters are written to
         if self._kept is None or self._kept[0] != here:
             self._kept = None  # before the next is built
-            self._kept = here, self._graph(term)
+            self._kept = here, self._reverse(term)
         return self._kept[1]
+
+    def _reverse(self, term: Term) -> Apply:
+        with DoubleBackward():
+            apply = self._graph(term)
+
+        def product(views: Sequence[Tensor]) -> Sequence[Tensor]:
+            with DoubleBackward():  # checkpointed layers run once more
+                return apply(views)
+
+        return product
 
     def _choose(self, method: str) -> Choice:
         """Try the methods on one batch; keep its graph if there is no other batch and backwards is chosen."""
@@ -205,7 +216,7 @@ class Curvature(ABC):
         vector = torch.randn(self.shape[0], generator=generator("operators", "probe")).to(self.landscape.point)
         with self._differentiating():
             choice, graph = measure(
-                lambda: self._graph(terms[0]),
+                lambda: self._reverse(terms[0]),
                 lambda views: self._forward(terms[0], views),
                 self.landscape.split(vector),
                 method=method,
