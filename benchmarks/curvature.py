@@ -24,9 +24,9 @@ from flatlab.jobs.local import ALLOCATOR
 
 HERE = Path(__file__).parent
 COUNTS = {"samples": 512, "batch": 128, "few": 64, "steps": 400, "repeats": 7, "seeds": 3, "products": 40}
-COUNTS |= {"reference": 400, "probes": 200, "threads": 1}
+COUNTS |= {"reference": 400, "probes": 200, "threads": 1, "most": 50}
 QUICK = {"samples": 64, "batch": 16, "few": 16, "steps": 20, "repeats": 1, "seeds": 1, "products": 11}
-QUICK |= {"reference": 30, "probes": 20}
+QUICK |= {"reference": 30, "probes": 20, "most": 2}
 
 
 def arguments():

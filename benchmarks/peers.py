@@ -6,9 +6,13 @@ import warnings
 from contextlib import contextmanager
 from importlib.metadata import version
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.sparse.linalg import eigsh
 from torch import nn
+
+from flatlab import Hessian, hessian_spectrum
 
 PEERS = {
     "PyHessian": "pyhessian",
@@ -53,11 +57,15 @@ def pyhessian_product(problem, vector, *, loader):
     return lambda: torch.cat([each.reshape(-1) for each in multiply(tool.gradsH, tool.params, views)])
 
 
-def eigenthings_product(problem, vector):
+def eigenthings_operator(problem):
     from hessian_eigenthings import HessianOperator
     from hessian_eigenthings.loss_fns import supervised_loss
 
-    operator = HessianOperator(problem.network, problem.batches, supervised_loss(F.cross_entropy))
+    return HessianOperator(problem.network, problem.batches, supervised_loss(F.cross_entropy))
+
+
+def eigenthings_product(problem, vector):
+    operator = eigenthings_operator(problem)
     return lambda: operator.matvec(vector)
 
 
@@ -68,6 +76,36 @@ def curvlinops_product(problem, vector):
     arguments = (problem.network, nn.CrossEntropyLoss(), parameters, problem.batches)
     operator = curvlinops.HessianLinearOperator(*arguments, check_deterministic=False)
     return lambda: operator @ vector
+
+
+def searches(landscape, problem, k, seed):
+    """Return by tool a call that finds the k largest eigenvalues by the tool's own defaults, and counts products."""
+
+    def ours():
+        found = hessian_spectrum(landscape, k=k, seed=seed)
+        return found.eigenvalues, found.cost.hvps
+
+    def scipys():
+        operator, start = Hessian(landscape), np.random.default_rng(seed).normal(size=landscape.num_params)
+        found = eigsh(operator.to_scipy(), k=k, which="LA", v0=start, return_eigenvectors=False)
+        return found, operator.products
+
+    def pyhessians():
+        torch.manual_seed(seed)
+        with pyhessian_products() as count:
+            found = pyhessian_of(problem, loader=False).eigenvalues(top_n=k)[0]
+        return np.array(found), count[0]
+
+    def eigenthings():
+        from hessian_eigenthings import lanczos
+
+        operator, count = eigenthings_operator(problem), [0]
+        once = operator.matvec
+        operator.matvec = lambda vector: count.__setitem__(0, count[0] + 1) or once(vector)
+        found = lanczos(operator, k=k, which="LA", seed=seed).eigenvalues
+        return np.asarray(found), count[0]
+
+    return {"flatlab": ours, "SciPy eigsh": scipys, "PyHessian": pyhessians, "hessian-eigenthings": eigenthings}
 
 
 def losslandscapes_plane(problem, steps):
