@@ -83,17 +83,18 @@ def remarks(frame: pd.DataFrame) -> list[str]:
 
 def caption(setting: Setting) -> str:
     """Return title and notes: data, seeds, intervals, splits."""
+    over = {1: "on {}", 2: "over both targets"}.get(len(shown := targets(setting)), "over all targets").format(shown[0])
     return (
         f"Stability along training: {setting.words}\n"
         f"Means over seeds; bands and bars: {setting.interval}, on scales that end where accuracies and deviations do. "
         "Accuracy on the held-out domain: in split; on source domains: "
         f"{'test split' if setting.test_share else 'out split, also used for selection'}. Right: from step "
-        f"{setting.switch_step} on, over both targets. The first evaluations lie below the axes."
+        f"{setting.switch_step} on, {over}. The first evaluations lie below the axes."
     )
 
 
 def draw(frame: pd.DataFrame, caption: str) -> Figure:
-    """Draw the curves for both targets, and the numbers beside them."""
+    """Draw the curves of each target, and the numbers beside them."""
     shown = frame[frame["over"] == "seeds"]
     return stability.picture(shown, list(dict.fromkeys(shown["method"])), caption)
 

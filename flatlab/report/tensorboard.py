@@ -28,7 +28,8 @@ def write(run: Run, folder: Path) -> Path:
     from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
     spec = run.spec
-    own = folder / f"{spec.label}-{spec.held_out}-seed{spec.seed}-{spec.digest[:6]}"
+    target = spec.target.replace(" ", "-").replace(":", "-")  # and its corruption
+    own = folder / f"{spec.label}-{target}-seed{spec.seed}-{spec.digest[:6]}"
     own.mkdir(parents=True, exist_ok=True)
     for former in own.glob("events.out.tfevents.*"):
         former.unlink()

@@ -27,7 +27,7 @@ class Setting(LSQOptions, Optimizing):
     corruption: Corrupting = Field(
         None,
         description="Corruption of the held-out domain's images, as NAME:SEVERITY with a severity from 1 to 5, such as "
-        "gaussian_noise:3.",
+        "gaussian_noise:3; the error for an unknown name lists those known at the image size.",
     )
     image_size: int = Field(
         16, ge=1, le=4096, description="Height and width of the images in pixels; of sentences, their word pieces."
