@@ -99,7 +99,7 @@ def page(parts):
 
 def _goal(problem, goal):
     sign, verdict = ("at least" if goal["least"] else "at most"), ("holds" if goal["holds"] else "**missed**")
-    return f"| {problem} | {goal['goal']} | {sign} {goal['bound']:g} | {goal['measured']:.3g} | {verdict} |"
+    return f"| {problem} | {goal['goal']} | {sign} {goal['bound']:g} | {goal['measured']:.4g} | {verdict} |"
 
 
 def _table(rows):

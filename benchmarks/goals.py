@@ -60,7 +60,7 @@ def curvature(found: Any) -> Iterator[Line]:
     for part in found:
         for each in part["goals"]:
             goal = f"at {'least' if each['least'] else 'most'} {each['bound']:g}"
-            yield f"{part['problem']}: {each['goal']}", goal, f"{each['measured']:.3g}", each["holds"]
+            yield f"{part['problem']}: {each['goal']}", goal, f"{each['measured']:.4g}", each["holds"]
 
 
 def quantizers(found: Any) -> Iterator[Line]:

@@ -49,20 +49,36 @@ def test_before_a_mean_and_a_linear_head_it_is_the_class_activation_map(untouche
 
 
 @pytest.mark.oracle
-def test_scaled_image_by_image_it_is_what_the_library_shows():
-    from pytorch_grad_cam import GradCAM
+@pytest.mark.parametrize(
+    ("method", "kind"),
+    [
+        ("gradcam", "GradCAM"),
+        ("gradcam++", "GradCAMPlusPlus"),
+        ("xgradcam", "XGradCAM"),
+        ("hirescam", "HiResCAM"),
+        ("layercam", "LayerCAM"),
+    ],
+)
+def test_scaled_image_by_image_it_is_what_the_library_shows(method, kind, untouched):
+    import pytorch_grad_cam
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
     model, inputs = build_network("digits-cnn", num_classes=10, in_channels=1).eval(), random(3, 1, 16, 16)
-    with GradCAM(model, [model.features[10]]) as cam:
+    with getattr(pytorch_grad_cam, kind)(model, [model.features[10]]) as cam:
         theirs = cam(inputs, [ClassifierOutputTarget(k) for k in (1, 5, 9)])
     model.zero_grad(set_to_none=True)
-    maps = gradcam(model, inputs, (1, 5, 9), layer="features.10").maps
-    low, high = maps.min(axis=(1, 2), keepdims=True), maps.max(axis=(1, 2), keepdims=True)
+    with untouched(model):
+        found = gradcam(model, inputs, (1, 5, 9), layer="features.10", method=method)
+    maps, low, high = found.maps, *(extreme(found.maps, axis=(1, 2), keepdims=True) for extreme in (np.min, np.max))
     assert (maps.max(axis=(1, 2)) > 0).sum() >= 2  # of some images nothing speaks for the class
     np.testing.assert_allclose(
         (maps - low) / np.maximum(high - low, 1e-7), theirs, atol=1e-5
     )  # it also takes the least value as zero
+    assert found.method == method and not model.training
+
+
+def test_an_unknown_method_is_refused():
+    refuses(lambda: gradcam(Pooled().eval(), random(1, 2, 8, 8), (0,), method="gradcamm"), "did you mean gradcam")
 
 
 def test_without_evidence_for_the_class_the_map_is_zero_and_its_numbers_are_nan(untouched):

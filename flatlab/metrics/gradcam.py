@@ -8,7 +8,7 @@ is chosen.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -18,11 +18,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from flatlab.arguments import FloatArray, whole
-from flatlab.errors import UserError
+from flatlab.errors import UserError, choose
 from flatlab.landscape.checks import refuse_training
 from flatlab.landscape.landscape import Landscape
 from flatlab.metrics.cells import as_grid, inside_attention, scores_of
-from flatlab.results.gradcam import ClassMaps, agreement
+from flatlab.results.gradcam import ClassMaps, Method, agreement
+
+LIBRARY = {"gradcam++": "GradCAMPlusPlus", "xgradcam": "XGradCAM", "hirescam": "HiResCAM", "layercam": "LayerCAM"}
 
 
 def gradcam(
@@ -32,6 +34,7 @@ def gradcam(
     *,
     layer: str | None = None,
     grid: tuple[int, int] | None = None,
+    method: Method = "gradcam",
 ) -> ClassMaps:
     """Return the evidence for one class in each image: ReLU of the sum of channels weighted by their mean gradients.
 
@@ -44,11 +47,14 @@ def gradcam(
         layer: name of a module; None: the last one that has a grid with a gradient (`explained_layer`). If it runs
             several times, the last run that has a gradient in several cells is used.
         grid: height and width of the grid, if a layer returns tokens (N, T, D) from which it cannot be inferred.
+        method: how channels are weighed: "gradcam" by flatlab, the others by the grad-cam library, of the same outputs
+            and gradients. Only maps of one method can be compared.
 
     Raises:
-        UserError: if the model is in training mode, or layer, classes or the model's outputs are invalid.
+        UserError: if the model is in training mode, or layer, classes, method or the model's outputs are invalid.
     """
     refuse_training(model)
+    choose("method", method, get_args(Method))
     labels = _labels(inputs, classes)
     name = explained_layer(model, inputs[:1], labels[0]) if layer is None else layer
     if name not in dict(model.named_modules()):
@@ -66,10 +72,20 @@ def gradcam(
     several = [index for index, each in enumerate(grids) if each is not None and _several(each)]
     chosen = several[-1] if several else -1
     activations, slopes = _array(used[chosen]), _array(grids[chosen])
-    weighed = (slopes.mean(axis=(2, 3))[:, :, None, None] * activations).sum(axis=1)
+    weighed = _weighed(model, activations, slopes, method)
     rough = torch.from_numpy(np.maximum(weighed, 0)).double().unsqueeze(1)
     maps = F.interpolate(rough, size=_sides(inputs), mode="bilinear", align_corners=False)
-    return ClassMaps(maps.squeeze(1).numpy(), tuple(labels), name, activations.shape[2:])
+    return ClassMaps(maps.squeeze(1).numpy(), tuple(labels), name, activations.shape[2:], method)
+
+
+def _weighed(model: nn.Module, activations: FloatArray, slopes: FloatArray, method: Method) -> FloatArray:
+    """Return the sum over channels (N, C, H, W) of a layer's outputs, weighed by their gradients."""
+    if method == "gradcam":
+        return np.asarray((slopes.mean(axis=(2, 3))[:, :, None, None] * activations).sum(axis=1))
+    import pytorch_grad_cam  # here: it takes seconds to load
+
+    with getattr(pytorch_grad_cam, LIBRARY[method])(model, []) as library:
+        return np.asarray(library.get_cam_image(None, None, None, activations, slopes, False))
 
 
 def explained_layer(model: nn.Module, inputs: Tensor, label: int) -> str:
@@ -210,7 +226,9 @@ def moved_agreement(
     there = []
     for radius in radii:
         with _moved(landscape, landscape.point + radius * direction):
-            there.append(gradcam(landscape.model, inputs, maps.classes, layer=maps.layer, grid=maps.grid))
+            there.append(
+                gradcam(landscape.model, inputs, maps.classes, layer=maps.layer, grid=maps.grid, method=maps.method)
+            )
     return np.stack([agreement(maps.maps, each.maps) for each in there])
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -76,6 +76,9 @@ def _row(images: Iterable[FloatArray], ax: "Axes | None") -> "Axes":
 MOST = 8  # images of a picture
 
 
+Method = Literal["gradcam", "gradcam++", "xgradcam", "hirescam", "layercam"]
+
+
 @dataclass(frozen=True, eq=False)
 class ClassMaps(Saved):
     """Where images hold evidence for a class.
@@ -85,12 +88,14 @@ class ClassMaps(Saved):
         classes: (N,) the class that each map explains.
         layer: name of the module whose outputs were weighed.
         grid: its height and width; None where they were not kept.
+        method: how its channels were weighed.
     """
 
     maps: FloatArray
     classes: tuple[int, ...]
     layer: str
     grid: tuple[int, int] | None
+    method: Method = "gradcam"
 
     def scaled(self) -> FloatArray:
         """Return the maps, each divided by its own largest value, as papers show them; zero maps stay zero."""
