@@ -71,6 +71,10 @@ class Problem:
     def cut(self, batch):
         return Problem(self.network, self.x, self.y, batch)
 
+    def double(self):
+        """Copy network and images in float64."""
+        return Problem(copy.deepcopy(self.network).double(), self.x.double(), self.y, self.batch)
+
     def laid(self, layout):
         """Copy network and images into another layout of memory."""
         network = copy.deepcopy(self.network).to(memory_format=LAYOUTS[layout])

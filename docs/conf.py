@@ -14,6 +14,7 @@ from flatlab import api
 HERE, COLON = Path(__file__).parent, "\0"
 project, author, release = "flatlab", "The flatlab authors", flatlab.__version__
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax"]
+extensions += ["sphinx-mathjax-offline"]  # formulas need no network
 html_theme, html_title = "furo", f"flatlab {release}"
 html_show_copyright = False
 code = {"code-font-size": "0.75rem"}  # lines of 95 characters, as commands print them
