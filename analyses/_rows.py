@@ -133,15 +133,9 @@ def origins(store: RunStore, runs: list[Labelled], measured: Sequence[Measuremen
         runs: each with its method's name.
         measured: the measurements of the page.
     """
+    data = [store.run(run).provenance.get("data_fingerprint", "unknown") for _, run in runs]
     rows = [
-        (
-            name,
-            run.held_out,
-            run.seed,
-            made(run, measured),
-            store.run(run).provenance.get("data_fingerprint", "unknown"),
-        )
-        for name, run in runs
+        (name, run.held_out, run.seed, made(run, measured), each) for (name, run), each in zip(runs, data, strict=True)
     ]
     return pd.DataFrame(rows, columns=[*KEYS[1:], *MADE])
 
@@ -175,17 +169,18 @@ def read(
         columns=["method", "held_out", "seed", "dataset", "asked"],
     )
     asked = asked[asked["method"].isin(set(found["method"]))]
-    mine = asked.merge(found, on=RUN, how="left", indicator="there")
-    mine["count"] = mine.groupby(RUN)["there"].transform("size").where(mine["there"] == "both", 0)
-    for _, row in mine[mine["count"] != 1].iterrows():
-        raise UserError(f"{path} must have one row for {_named(row)}, got {row['count']}.")
+    sizes = found.groupby(RUN).size().to_dict()
+    for _, row in asked.iterrows():
+        if (count := sizes.get(tuple(row[RUN]), 0)) != 1:
+            raise UserError(f"{path} must have one row for {_named(row)}, got {count}.")
+    mine = asked.merge(found, on=RUN)
     for _, row in mine[mine["made"] != mine["asked"]].iterrows():
         theirs, ours = _differences(row["made"], row["asked"])
         raise UserError(
             f"--rows must have runs as this command would make them, with {ours}, got {theirs} for {_named(row)} in "
             f"{path}."
         )
-    found = mine.drop(columns=["asked", "there", "count"]).melt([*RUN, *MADE], var_name="measure")
+    found = mine.drop(columns="asked").melt([*RUN, *MADE], var_name="measure")
     found = found.dropna(subset=["value"])
     same_radii(found, f" in {path}")
     _check(path, mine, percent)
@@ -196,14 +191,14 @@ def _table(path: Path) -> pd.DataFrame:
     """Return the content of a file with rows of single runs."""
     must = "--rows must be a csv with a row for each run (runs.csv), got"
     try:
-        found = pd.read_csv(path, dtype={**dict.fromkeys([*RUN, *MADE], str), "seed": int})
+        found = pd.read_csv(path, dtype=dict.fromkeys([*RUN[:3], *MADE], str)).copy()  # in one piece
     except (OSError, ValueError) as error:
         raise UserError(f"{must} {path}: {error}") from None
     lacking = [name for name in (*RUN, *MADE) if name not in found]
     lacking += [f"{start}..." for start in (RADIUS, LIMIT, "F at ") if not any(found.columns.str.startswith(start))]
     if lacking:
         raise UserError(f"{must} {path}, which has no column {lacking[0]}.")
-    for name in found.drop(columns=[*RUN, *MADE]).select_dtypes(exclude="number"):
+    for name in found.drop(columns=[*RUN[:3], *MADE]).select_dtypes(exclude="number"):
         raise UserError(f"{must} {path}, which has text in the column {name!r}.")
     return found
 

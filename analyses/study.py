@@ -244,11 +244,16 @@ def summary(findings: pd.DataFrame) -> pd.DataFrame:
     return verdicts.by_measure(findings, MEASURES, ["targets", "pair"])
 
 
+def opening(findings: pd.DataFrame) -> list[str]:
+    """Return the verdict on each claim, in brief."""
+    return [*_claims.brief(findings, MEASURES)]
+
+
 def remarks(frame: pd.DataFrame) -> list[str]:
     """Return sentences on the claims, in brief and by test, on the other differences, the ranks and the curvature."""
     found = findings(frame)
     primary = found["claim"] != ""
-    sentences = [*_claims.brief(found, MEASURES), *_claims.sentences(found, MEASURES), *_reach(frame)]
+    sentences = [*opening(found), *_claims.sentences(found, MEASURES), *_reach(frame)]
     sentences.append(verdicts.statement(found[primary], name="Tests of the claims (primary)"))
     sentences += verdicts.sentences(found[~primary])
     sentences.append(verdicts.statement(found[~primary], name="Other tests (secondary)"))
@@ -267,7 +272,8 @@ def _reach(frame: pd.DataFrame) -> list[str]:
         radii = each[each.index.str.startswith(_rows.RADIUS) & each.index.str.endswith(f", {kind}")]
         rise = str((radii - limit).abs().idxmin()).removeprefix(_rows.RADIUS).removesuffix(f", {kind}")
         ends.setdefault(f"{fig3.SYMBOLS[kind]} = {limit:g} ({BASELINE}'s rise: {rise})", []).append(panel)
-    shown = ", ".join(f"{end} on {' and '.join(panels)} domains" for end, panels in ends.items())
+    where = {end: f" on {panels[0]} domains" if len(panels) == 1 else "" for end, panels in ends.items()}
+    shown = ", ".join(end + on for end, on in where.items())
     return [f"F is averaged up to {shown}."] if ends else []
 
 
@@ -409,6 +415,7 @@ FIGURE = Analysis(
     remarks=remarks,
     caption=caption,
     draw=from_table(draw),
+    opening=opening,
     sheet=lambda frame: _rows.means(frame, MEASURES),
     sheet_title=MEANS,
     rows=True,

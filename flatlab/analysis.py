@@ -35,6 +35,7 @@ class Analysis:
     draw: Draw
     measured: Callable[[Setting], Measured] = lambda setting: ()
     arrays: Callable[[pd.DataFrame, RunStore, Setting], Arrays] | None = None  # drawn in addition to the table
+    opening: Callable[[pd.DataFrame], list[str]] = lambda findings: []  # remarks that stand before all tables of a page
     sheet: Callable[[pd.DataFrame], pd.DataFrame] | None = None  # accuracies in the form of the paper's table
     sheet_title: str = ""  # of these, if they are not the paper's accuracies
     as_published: Callable[[], pd.DataFrame] | None = None  # the paper's numbers

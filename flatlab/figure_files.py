@@ -127,7 +127,7 @@ def draw(figure: Analysis, stem: Path) -> tuple[list[Path], pd.DataFrame, dict[s
     pictures = plots.save(figure.draw(frame, record["caption"], arrays), stem)
     findings = figure.findings(frame)
     page = stem.with_suffix(".md")
-    files.write_bytes(page, _page(figure, frame, figure.summary(findings), record).encode())
+    files.write_bytes(page, _page(figure, frame, findings, record).encode())
     return [*pictures, page], findings, record
 
 
@@ -137,16 +137,17 @@ def accuracies(record: Mapping[str, Any]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=record["columns"])
 
 
-def _page(figure: Analysis, frame: pd.DataFrame, summary: pd.DataFrame, record: Mapping[str, Any]) -> str:
+def _page(figure: Analysis, frame: pd.DataFrame, findings: pd.DataFrame, record: Mapping[str, Any]) -> str:
     """Return the findings as a page in markdown."""
     title, notes = plots.title_and_notes(record["caption"])
-    parts = [f"# {title}", figure.title, notes]
-    parts += [f"## {figure.summary_title}", tables.markdown(summary)]
+    opening = figure.opening(findings)
+    parts = [f"# {title}", figure.title, notes, *opening]
+    parts += [f"## {figure.summary_title}", tables.markdown(figure.summary(findings))]
     unit = SHEET if figure.sheet else STARRED
     parts += [
         f"## {figure.sheet_title or ACCURACIES + unit}",
         tables.markdown(accuracies(record)),
-        *record["remarks"],
+        *(remark for remark in record["remarks"] if remark not in opening),
         *_published(figure, frame),
     ]
     return "\n\n".join(part for part in parts if part) + f"\n\nAgain: `{record['redo']}`\n"
@@ -188,8 +189,9 @@ def _index(folder: Path) -> Path:
         _, title, *rest = (folder / f"{name}.md").read_text().split("\n\n")
         ends = [i for i, part in enumerate(rest) if TESTS.search(part)]
         tables_before = [i for i, part in enumerate(rest) if part.startswith("|")]
-        parts = rest[tables_before[-1] + 1 : ends[0]] if ends and tables_before and tables_before[-1] < ends[0] else []
-        lines += [f"## [{name}]({name}.md)", title, *(f"- {part}" for part in parts)]
+        parts = rest[1 : ends[0]] if ends and tables_before and tables_before[-1] < ends[0] else []  # the first: notes
+        told = [part for part in parts if not part.startswith(("#", "|"))]
+        lines += [f"## [{name}]({name}.md)", title, *(f"- {part}" for part in told)]
     index = folder / "README.md"
     files.write_bytes(index, ("\n\n".join(lines) + "\n").encode())
     return index

@@ -128,7 +128,7 @@ def test_the_seeds_that_would_tell_are_from_the_least_to_the_most_of_the_tests()
 def test_the_page_says_up_to_which_radius_f_is_averaged():
     whole = pd.concat([_rows.points(curves()), _rows.flatness(curves(), study.ends(curves()))]).assign(over="run")
     (told,) = study._reach(whole)
-    assert told == "F is averaged up to γ = 0.5 (ERM's rise: 0.5 nats) on source and target domains."
+    assert told == "F is averaged up to γ = 0.5 (ERM's rise: 0.5 nats)."
     low = whole.assign(value=whole["value"].where(whole["measure"] != "limit, target, none", 0.25))
     assert (
         "γ = 0.5 (ERM's rise: 0.5 nats) on source domains, γ = 0.25 (ERM's rise: 0.25 nats) on target domains"
@@ -409,6 +409,7 @@ def _unlike(column, value, row=0):
         (_unlike("held_out", "photo"), r"must have one row for SAM on art_painting \(PACS\), seed 0, got 0"),
         (lambda found: found.pop("held_out"), r"has no column held_out"),
         (lambda found: found.pop("made"), r"has no column made"),
+        (_unlike("seed", "all"), r"has text in the column 'seed'"),
         (
             lambda found: [found.pop(name) for name in [*found] if "radius" in name],
             r"has no column radius at \.\.\.",
