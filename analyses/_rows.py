@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from analyses.fig3 import SYMBOLS
 from flatlab.errors import UserError, choose
 from flatlab.report import verdicts
 from flatlab.report.areas import WHERE, areas_by_domain, limits
@@ -64,6 +65,20 @@ def flatness(curves: pd.DataFrame, ends: pd.DataFrame) -> pd.DataFrame:
     runs = curves[["method", "held_out", "seed"]].drop_duplicates().merge(ends, how="cross")
     read = runs.assign(measure=LIMIT + runs["panel"] + ", " + runs["normalisation"], value=runs["limit"])
     return pd.concat([found, read], ignore_index=True)
+
+
+def reach(frame: pd.DataFrame, baseline: str) -> list[str]:
+    """Return a sentence on the radii up to which F is averaged; none if they are not known."""
+    each = frame[frame["over"] == "run"].groupby("measure", sort=False)["value"].first()
+    ends: dict[str, list[str]] = {}
+    for name, limit in each[each.index.str.startswith(LIMIT)].items():
+        panel, kind = str(name).removeprefix(LIMIT).split(", ")
+        radii = each[each.index.str.startswith(RADIUS) & each.index.str.endswith(f", {kind}")]
+        rise = str((radii - limit).abs().idxmin()).removeprefix(RADIUS).removesuffix(f", {kind}")
+        ends.setdefault(f"{SYMBOLS[kind]} = {limit:g} ({baseline}'s rise: {rise})", []).append(panel)
+    where = {end: f" on {panels[0]} domains" if len(panels) == 1 else "" for end, panels in ends.items()}
+    shown = ", ".join(end + on for end, on in where.items())
+    return [f"F is averaged up to {shown}."] if ends else []
 
 
 def means(frame: pd.DataFrame, titles: Mapping[str, str]) -> pd.DataFrame:

@@ -46,7 +46,6 @@ MEASURES = {
     **fig3.AREAS,
 }
 PERCENT = ("test", "validation", "target", "spread", "change")  # are from 0 to 100
-GRID = "distance from the 8-bit grid of the start (steps)"
 KEYS = _rows.KEYS
 FACTS = (  # beginnings of measures that are not averaged over seeds
     *("top eigenvalue", "trace", "distance from", "loss, ", "F at ", "standard error of F at "),
@@ -147,7 +146,7 @@ def _single(store: RunStore, setting: Setting, kept: pd.DataFrame) -> pd.DataFra
     again = f": {BASELINE}'s first seed was trained again, and is another network" if len(kept) else ""
     _rows.same_radii(pd.concat([points, kept]), again)
     flat = _rows.flatness(curves, _rows.limits_of(kept, curves) if len(kept) else ends(curves))
-    off_grid = _grid.distances(store, runs).assign(measure=GRID)
+    off_grid = _grid.distances(store, runs).assign(measure=_grid.MEASURE)
     parts = [accuracy, _percent.unrest(store, runs, setting.switch_step), flat, off_grid, points]
     whole = pd.concat([part[[*KEYS, "value"]] for part in parts if len(part)], ignore_index=True)
     lacking = whole["value"].isna().groupby([whole["measure"], whole["method"]]).transform("any")
@@ -253,28 +252,14 @@ def remarks(frame: pd.DataFrame) -> list[str]:
     """Return sentences on the claims, in brief and by test, on the other differences, the ranks and the curvature."""
     found = findings(frame)
     primary = found["claim"] != ""
-    sentences = [*opening(found), *_claims.sentences(found, MEASURES), *_reach(frame)]
+    sentences = [*opening(found), *_claims.sentences(found, MEASURES), *_rows.reach(frame, BASELINE)]
     sentences.append(verdicts.statement(found[primary], name="Tests of the claims (primary)"))
     sentences += verdicts.sentences(found[~primary])
     sentences.append(verdicts.statement(found[~primary], name="Other tests (secondary)"))
     if found["seeds"].max() > 1:
         sentences += [_claims.ENOUGH, _power(found)]
     released = [RELEASED] if "release-parity" in set(frame["method"]) else []
-    return [*sentences, *_ranks(frame), *_curved(frame), *_off_grid(frame), *released]
-
-
-def _reach(frame: pd.DataFrame) -> list[str]:
-    """Return a sentence on the radii up to which F is averaged; none if they are not known."""
-    each = frame[frame["over"] == "run"].groupby("measure", sort=False)["value"].first()
-    ends: dict[str, list[str]] = {}
-    for name, limit in each[each.index.str.startswith(_rows.LIMIT)].items():
-        panel, kind = str(name).removeprefix(_rows.LIMIT).split(", ")
-        radii = each[each.index.str.startswith(_rows.RADIUS) & each.index.str.endswith(f", {kind}")]
-        rise = str((radii - limit).abs().idxmin()).removeprefix(_rows.RADIUS).removesuffix(f", {kind}")
-        ends.setdefault(f"{fig3.SYMBOLS[kind]} = {limit:g} ({BASELINE}'s rise: {rise})", []).append(panel)
-    where = {end: f" on {panels[0]} domains" if len(panels) == 1 else "" for end, panels in ends.items()}
-    shown = ", ".join(end + on for end, on in where.items())
-    return [f"F is averaged up to {shown}."] if ends else []
+    return [*sentences, *_ranks(frame), *_curved(frame), *_grid.remarks(frame), *released]
 
 
 def _power(found: pd.DataFrame) -> str:
@@ -302,16 +287,6 @@ def _curved(frame: pd.DataFrame) -> list[str]:
             f"{str(measure).capitalize()}, first seed, mean over targets (nats), without an interval: {means}."
         )
     return sentences
-
-
-def _off_grid(frame: pd.DataFrame) -> list[str]:
-    """Return a sentence on the distance of the convolutions from their initial grid; none if they began on none."""
-    means = frame[frame["measure"] == GRID].groupby("method", sort=False)["value"].mean()
-    shown = ", ".join(f"{method} {value:.3f}" for method, value in means.items())
-    sentence = (
-        f"Convolutions, mean distance to the nearest level of the 8-bit grid that they began on, in steps: {shown}. "
-    )
-    return [f"{sentence}Weights without a grid have {_grid.UNIFORM:g}."] if shown else []
 
 
 def caption(setting: Setting) -> str:
@@ -354,7 +329,7 @@ def draw(frame: pd.DataFrame, caption: str) -> Figure:
         for ax in (grid[0, 1], grid[0, 2], grid[1, 1]):
             ax.set_yticklabels([])
         _against(grid[1, 2], frame)
-        plots.captioned(figure, grid[0, 0], " ".join([caption, *_reach(frame)]))
+        plots.captioned(figure, grid[0, 0], " ".join([caption, *_rows.reach(frame, BASELINE)]))
     return figure
 
 

@@ -127,14 +127,14 @@ def test_the_seeds_that_would_tell_are_from_the_least_to_the_most_of_the_tests()
 
 def test_the_page_says_up_to_which_radius_f_is_averaged():
     whole = pd.concat([_rows.points(curves()), _rows.flatness(curves(), study.ends(curves()))]).assign(over="run")
-    (told,) = study._reach(whole)
+    (told,) = _rows.reach(whole, "ERM")
     assert told == "F is averaged up to γ = 0.5 (ERM's rise: 0.5 nats)."
     low = whole.assign(value=whole["value"].where(whole["measure"] != "limit, target, none", 0.25))
     assert (
         "γ = 0.5 (ERM's rise: 0.5 nats) on source domains, γ = 0.25 (ERM's rise: 0.25 nats) on target domains"
-        in (study._reach(low)[0])
+        in (_rows.reach(low, "ERM")[0])
     )
-    assert study._reach(frame(lambda *_: 0.0)) == []
+    assert _rows.reach(frame(lambda *_: 0.0), "ERM") == []
 
 
 def test_the_caption_says_what_is_not_drawn_and_what_the_error_is_of():
