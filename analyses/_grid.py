@@ -16,6 +16,7 @@ from flatlab.specs.methods import Labelled
 from flatlab.store.runs import RunStore
 
 LEVELS = 127  # of a signed 8-bit integer; symmetric, a step for each output channel
+MEASURE = "distance from the 8-bit grid of the start (steps)"
 UNIFORM = 0.25  # mean distance to the nearest level in steps, for weights without a grid
 NAMES = {r"^features\.features\.": "features.", r"\.parametrizations\.(\w+)\.original$": r".\1"}
 
@@ -40,6 +41,14 @@ def distances(store: RunStore, wanted: list[Labelled]) -> pd.DataFrame:
             {"method": method, "held_out": spec.held_out, "seed": spec.seed, "value": distance(starts[path], trained)}
         )
     return pd.DataFrame(rows, columns=["method", "held_out", "seed", "value"])
+
+
+def remarks(frame: pd.DataFrame) -> list[str]:
+    """Return a sentence on the distance of the convolutions from their initial grid; none if they began on none."""
+    means = frame[frame["measure"] == MEASURE].groupby("method", sort=False)["value"].mean()
+    shown = ", ".join(f"{method} {value:.3f}" for method, value in means.items())
+    sentence = "Convolutions, mean distance to the nearest level of the 8-bit grid that they began on, in steps: "
+    return [f"{sentence}{shown}. Weights without a grid have {UNIFORM:g}."] if shown else []
 
 
 def distance(start: files.Arrays, trained: files.Arrays) -> float:

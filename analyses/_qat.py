@@ -18,7 +18,6 @@ from analyses import _disorder, _percent, fig3
 from flatlab import plots
 from flatlab.analysis import Analysis, Measured, crossed, from_table, once
 from flatlab.report import spectrum, tables, verdicts
-from flatlab.report.areas import UP_TO
 from flatlab.report.panels import SOURCE, TARGET
 from flatlab.specs.measurements import SpectrumSpec
 from flatlab.specs.methods import METHODS, Labelled, replicates
@@ -156,10 +155,9 @@ class Comparison:
             f"{own} (our reading): {setting.words}\n"
             f"4/4 bits (black): held out in turn {', '.join(setting.held_out)}; 3/3 bits (blue) and ablations: "
             f"{setting.held_out[-1]} alone. Weights and layers' inputs are quantized from the first step. Differences "
-            f"paired by held-out domain and seed, bars: {setting.interval}, each alone, filled where p < 0.05 after "
-            f"Holm. F: rise of the loss, mean up to radii where ERM's is {UP_TO} nats on the source domains, or below "
-            f"chance, {fig3.effort(setting)}. Below: means over targets and seeds, between two evaluations; grey: no "
-            "pair of signs. Checkpoint by training-domain validation."
+            f"paired by held-out domain and seed, bars: {setting.tested}. F: {fig3.mean_rise(setting)}. "
+            "Below: means over targets and seeds, between two evaluations; grey: no pair of signs. Checkpoint by "
+            "training-domain validation."
         )
 
     def draw(self, frame: pd.DataFrame, caption: str) -> Figure:

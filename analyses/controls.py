@@ -12,7 +12,6 @@ from analyses import _percent, fig3
 from flatlab import plots
 from flatlab.analysis import Analysis, by_method, crossed, from_table
 from flatlab.report import tables, verdicts
-from flatlab.report.areas import UP_TO
 from flatlab.report.panels import SOURCE, TARGET
 from flatlab.specs.methods import RELEASED
 from flatlab.specs.settings import Setting
@@ -124,8 +123,7 @@ def caption(setting: Setting) -> str:
         f"Controls, less {BASELINE}: {setting.words}\n"
         f"Held out in turn: {', '.join(setting.held_out)}; paired by held-out domain and seed. Bars: "
         f"{setting.interval}. Unrest: of the accuracy on the held-out domain from step {setting.switch_step} on. F: "
-        f"rise of the loss, up to radii where ERM's is {UP_TO} nats on the source domains, {fig3.effort(setting)}. "
-        "RTN: no training."
+        f"{fig3.mean_rise(setting)}. RTN: no training."
     )
 
 

@@ -67,6 +67,14 @@ def effort(setting: Setting) -> str:
     return measurements(setting)[0].effort
 
 
+def mean_rise(setting: Setting, baseline: str = f"{BASELINE}'s") -> str:
+    """Return what F is and up to where its mean goes, as text for a caption."""
+    return (
+        f"rise of the loss, mean up to the last radius where {baseline} is at most {UP_TO} nats on the source domains "
+        f"and the loss below chance, {effort(setting)}"
+    )
+
+
 def area_means(store: RunStore, runs: list[Labelled], setting: Setting) -> pd.DataFrame:
     """Return the mean of F of each run: of source and target domains, and of the source domains one by one."""
     wanted = [(name, run, each) for name, run in runs for each in measurements(setting)]

@@ -18,9 +18,9 @@ from matplotlib.figure import Figure
 from analyses import _claims, _correlation, _grid, _percent, _rows, fig3
 from flatlab import plots
 from flatlab.analysis import Analysis, crossed, from_table, once
-from flatlab.errors import choose
+from flatlab.errors import UserError, choose
 from flatlab.report import spectrum, tables, verdicts
-from flatlab.report.areas import UP_TO, limits, named_by_rise
+from flatlab.report.areas import limits, named_by_rise
 from flatlab.report.panels import SOURCE, TARGET
 from flatlab.specs.measurement import MeasurementSpec
 from flatlab.specs.measurements import SpectrumSpec
@@ -45,7 +45,7 @@ MEASURES = {
     "change": "Mean change after the switch (points)",
     **fig3.AREAS,
 }
-GRID = "distance from the 8-bit grid of the start (steps)"
+PERCENT = ("test", "validation", "target", "spread", "change")  # are from 0 to 100
 KEYS = _rows.KEYS
 FACTS = (  # beginnings of measures that are not averaged over seeds
     *("top eigenvalue", "trace", "distance from", "loss, ", "F at ", "standard error of F at "),
@@ -70,15 +70,27 @@ def methods(setting: Setting) -> list[str]:
     """Return the methods that are not left out.
 
     Raises:
-        UserError: if there is no such method, or the others are compared with it and its rows are not given.
+        UserError: if there is no such method, if none is left, or if the others are compared with one of those left
+            out and its rows are not given.
     """
     others = [name for name in ORDER if name != BASELINE or setting.rows]
     left = {choose("method that can be left out", name, others) for name in setting.leave_out}
+    if left == {*ORDER}:
+        raise UserError(f"--leave-out must leave one of {', '.join(ORDER)}, got all of them.")
     return [name for name in ORDER if name not in left]
 
 
 def labelled(setting: Setting) -> list[Labelled]:
-    """Return each run with its method's name."""
+    """Return each run with its method's name.
+
+    Raises:
+        UserError: if rows of methods that are left out are not of the runs that this setting would make.
+    """
+    _kept(setting)
+    return _runs(setting, methods(setting))
+
+
+def _runs(setting: Setting, names: list[str]) -> list[Labelled]:
     own = setting.replace(bits=BITS)
     changed: dict[str, tuple[str, dict[str, Any]]] = {
         STRONG: ("SAM", {"sam_rho": strong_rho(setting)}),
@@ -86,7 +98,7 @@ def labelled(setting: Setting) -> list[Labelled]:
     }
     return [
         (name, run)
-        for name in methods(setting)
+        for name in names
         for method, changes in [changed.get(name, (name, {}))]
         for run in replicates(METHODS[method], own.replace(**changes))
     ]
@@ -105,7 +117,7 @@ def curvature(setting: Setting) -> list[SpectrumSpec]:
 
 def measured(setting: Setting) -> list[tuple[RunSpec, MeasurementSpec]]:
     """Return the flatness of each run, and the curvature of those of the first seed."""
-    wanted = labelled(setting)
+    wanted = _runs(setting, methods(setting))
     first = [(name, run) for name, run in wanted if run.seed == setting.seed]
     return [*crossed(wanted, spheres(setting)), *crossed(first, curvature(setting))]
 
@@ -113,7 +125,9 @@ def measured(setting: Setting) -> list[tuple[RunSpec, MeasurementSpec]]:
 def table(store: RunStore, setting: Setting) -> pd.DataFrame:
     """Return each measure of each run and of each method over seeds; curvature; and rank correlations over blocks."""
     kept = _kept(setting)
-    single = pd.concat([_single(store, setting, kept), kept], ignore_index=True)
+    own = _single(store, setting, kept)
+    _rows.same_data(own, kept)
+    single = pd.concat([own, kept], ignore_index=True)
     single = single.assign(over="run").sort_values("method", key=lambda names: names.map(ORDER.index), kind="stable")
     each = single[~single["measure"].str.startswith(FACTS)][[*KEYS, "value"]]
     shown = [single, tables.over_seeds(each, ["measure", "method"]), _correlations(each)]
@@ -122,21 +136,28 @@ def table(store: RunStore, setting: Setting) -> pd.DataFrame:
 
 def _single(store: RunStore, setting: Setting, kept: pd.DataFrame) -> pd.DataFrame:
     """Return the rows of the runs of a store: a row for each run and measure."""
-    runs = labelled(setting)
+    runs = _runs(setting, methods(setting))
     split = "test" if setting.test_share else "out"
     accuracy = _percent.accuracies(store, runs, [(SOURCE, split), (TARGET, "in")])
     accuracy["measure"] = [_percent.READ[where] for where in zip(accuracy["panel"], accuracy["split"], strict=True)]
     rises = tables.flatness(store, [(method, run, each) for method, run in runs for each in spheres(setting)])
     curves = named_by_rise(rises, BASELINE)
     points = _rows.points(curves)
-    _rows.same_radii(points, kept)
+    again = f": {BASELINE}'s first seed was trained again, and is another network" if len(kept) else ""
+    _rows.same_radii(pd.concat([points, kept]), again)
     flat = _rows.flatness(curves, _rows.limits_of(kept, curves) if len(kept) else ends(curves))
-    off_grid = _grid.distances(store, runs).assign(measure=GRID)
+    off_grid = _grid.distances(store, runs).assign(measure=_grid.MEASURE)
     parts = [accuracy, _percent.unrest(store, runs, setting.switch_step), flat, off_grid, points]
     whole = pd.concat([part[[*KEYS, "value"]] for part in parts if len(part)], ignore_index=True)
     lacking = whole["value"].isna().groupby([whole["measure"], whole["method"]]).transform("any")
     whole = whole[~lacking]  # means need all runs; the ratio of F over domains is NaN where their mean is not above 0
-    return pd.concat([whole, _curvature(store, runs, setting)], ignore_index=True)
+    whole = pd.concat([whole, _curvature(store, runs, setting)], ignore_index=True)
+    return whole.merge(_rows.origins(store, runs, _page(setting)), on=_rows.KEYS[1:])
+
+
+def _page(setting: Setting) -> list[MeasurementSpec]:
+    """Return the measurements of a page."""
+    return [*spheres(setting), *curvature(setting)]
 
 
 def ends(curves: pd.DataFrame) -> pd.DataFrame:
@@ -147,10 +168,14 @@ def ends(curves: pd.DataFrame) -> pd.DataFrame:
 def _kept(setting: Setting) -> pd.DataFrame:
     """Return the rows of methods that are left out here, from the file of another store; empty without one."""
     if not setting.rows:
-        return pd.DataFrame(columns=[*KEYS, "value"])
-    seeds = list(range(setting.seed, setting.seed + setting.seeds))
-    where: dict[str, Any] = {"dataset": setting.dataset, "held_out": list(setting.held_out), "seeds": seeds}
-    return _rows.read(Path(setting.rows), methods=[name for name in ORDER if name not in methods(setting)], **where)
+        return pd.DataFrame(columns=[*KEYS, "value", *_rows.MADE])
+    left = [name for name in ORDER if name not in methods(setting)]
+    path, runs = Path(setting.rows), _runs(setting, left)
+    kept = _rows.read(path, runs, _page(setting), known=ORDER, percent=PERCENT)
+    if kept.empty or (BASELINE in left and BASELINE not in set(kept["method"])):
+        lacking = f"{BASELINE}, with which the others are compared" if BASELINE in left else f"one of {', '.join(left)}"
+        raise UserError(f"--rows must have runs of {lacking}, which --leave-out names, got none in {path}.")
+    return kept
 
 
 def _curvature(store: RunStore, runs: list[Labelled], setting: Setting) -> pd.DataFrame:
@@ -218,18 +243,23 @@ def summary(findings: pd.DataFrame) -> pd.DataFrame:
     return verdicts.by_measure(findings, MEASURES, ["targets", "pair"])
 
 
+def opening(findings: pd.DataFrame) -> list[str]:
+    """Return the verdict on each claim, in brief."""
+    return [*_claims.brief(findings, MEASURES)]
+
+
 def remarks(frame: pd.DataFrame) -> list[str]:
     """Return sentences on the claims, in brief and by test, on the other differences, the ranks and the curvature."""
     found = findings(frame)
     primary = found["claim"] != ""
-    sentences = [*_claims.brief(found, MEASURES), *_claims.sentences(found, MEASURES)]
+    sentences = [*opening(found), *_claims.sentences(found, MEASURES), *_rows.reach(frame, BASELINE)]
     sentences.append(verdicts.statement(found[primary], name="Tests of the claims (primary)"))
     sentences += verdicts.sentences(found[~primary])
     sentences.append(verdicts.statement(found[~primary], name="Other tests (secondary)"))
     if found["seeds"].max() > 1:
-        sentences.append(_power(found))
+        sentences += [_claims.ENOUGH, _power(found)]
     released = [RELEASED] if "release-parity" in set(frame["method"]) else []
-    return [*sentences, *_ranks(frame), *_curved(frame), *_off_grid(frame), *released]
+    return [*sentences, *_ranks(frame), *_curved(frame), *_grid.remarks(frame), *released]
 
 
 def _power(found: pd.DataFrame) -> str:
@@ -259,16 +289,6 @@ def _curved(frame: pd.DataFrame) -> list[str]:
     return sentences
 
 
-def _off_grid(frame: pd.DataFrame) -> list[str]:
-    """Return a sentence on the distance of the convolutions from their initial grid; none if they began on none."""
-    means = frame[frame["measure"] == GRID].groupby("method", sort=False)["value"].mean()
-    shown = ", ".join(f"{method} {value:.3f}" for method, value in means.items())
-    sentence = (
-        f"Convolutions, mean distance to the nearest level of the 8-bit grid that they began on, in steps: {shown}. "
-    )
-    return [f"{sentence}Weights without a grid have {_grid.UNIFORM:g}."] if shown else []
-
-
 def caption(setting: Setting) -> str:
     """Return title and notes: data, seeds, intervals."""
     kept = set(_kept(setting)["method"])
@@ -280,13 +300,12 @@ def caption(setting: Setting) -> str:
         STRONG: f"{STRONG}, the positive control: {strong_rho(setting):g}. ",
     }
     rhos = "".join(words for name, words in rho.items() if name not in left)
+    read = fig3.mean_rise(setting.replace(rel_error=ERROR), f"{BASELINE}'s (first seed)")
     return (
         f"Does quantization flatten, and does it help? {setting.words}\n"
         f"Held out in turn: {', '.join(setting.held_out)}; differences paired by held-out domain and seed, bars: "
-        f"{setting.interval}, each alone, filled where p < 0.05 after Holm. F: rise of the loss, mean up to radii "
-        f"where ERM's (first seed) is {UP_TO} nats on the source domains, {spheres(setting)[0].effort}. "
-        f"{rhos}{named}"
-        f"Stability from step {setting.switch_step} on. "
+        f"{setting.tested}. F: {read}. {rhos}{named}"
+        f"Stability from step {setting.switch_step} on: the standard deviation; the mean change is not drawn. "
         "Last panel: a point is a run, less the mean of all methods at its held-out domain and seed."
     )
 
@@ -310,7 +329,7 @@ def draw(frame: pd.DataFrame, caption: str) -> Figure:
         for ax in (grid[0, 1], grid[0, 2], grid[1, 1]):
             ax.set_yticklabels([])
         _against(grid[1, 2], frame)
-        plots.captioned(figure, grid[0, 0], caption)
+        plots.captioned(figure, grid[0, 0], " ".join([caption, *_rows.reach(frame, BASELINE)]))
     return figure
 
 
@@ -371,7 +390,9 @@ FIGURE = Analysis(
     remarks=remarks,
     caption=caption,
     draw=from_table(draw),
+    opening=opening,
     sheet=lambda frame: _rows.means(frame, MEASURES),
     sheet_title=MEANS,
+    rows=True,
     alone=True,
 )

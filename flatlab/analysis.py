@@ -35,9 +35,11 @@ class Analysis:
     draw: Draw
     measured: Callable[[Setting], Measured] = lambda setting: ()
     arrays: Callable[[pd.DataFrame, RunStore, Setting], Arrays] | None = None  # drawn in addition to the table
+    opening: Callable[[pd.DataFrame], list[str]] = lambda findings: []  # remarks that stand before all tables of a page
     sheet: Callable[[pd.DataFrame], pd.DataFrame] | None = None  # accuracies in the form of the paper's table
     sheet_title: str = ""  # of these, if they are not the paper's accuracies
     as_published: Callable[[], pd.DataFrame] | None = None  # the paper's numbers
+    rows: bool = False  # takes rows of an earlier store (--rows)
     alone: bool = False  # made only if it is named, not by `reproduce all`
 
     @property

@@ -1,12 +1,11 @@
 """The files of a figure or table: csv, arrays and json, from which alone pictures and page are made.
 
-The arrays are an npz, for figures with maps or histograms. The json states the hashes of both, so that no picture is
-drawn from a damaged file or from another figure's.
+The arrays are an npz, for figures with maps or histograms. The json states the hashes of both and of its own text, so
+that no picture or page is made from a damaged or altered file, or from another figure's.
 """
 
 import hashlib
 import io
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,7 +35,7 @@ INDEX = (
 )
 
 
-def write_data(stem: Path, frame: pd.DataFrame, arrays: files.Arrays, record: Mapping[str, Any]) -> None:
+def write_data(stem: Path, frame: pd.DataFrame, arrays: files.Arrays, record: Mapping[str, Any]) -> list[Path]:
     """Write the data and the text of a figure: `<stem>.csv`, `<stem>.npz` if there are arrays, and `<stem>.json`.
 
     Args:
@@ -44,6 +43,9 @@ def write_data(stem: Path, frame: pd.DataFrame, arrays: files.Arrays, record: Ma
         frame: the table.
         arrays: drawn in addition to the table.
         record: text of the page, and origin of the numbers.
+
+    Returns:
+        The files.
     """
     contents = {".csv": frame.to_csv(index=False).encode()}
     if arrays:
@@ -55,7 +57,8 @@ def write_data(stem: Path, frame: pd.DataFrame, arrays: files.Arrays, record: Ma
     for suffix, content in contents.items():
         files.write_bytes(stem.with_suffix(suffix), content)
     hashes = {suffix: hashlib.sha256(content).hexdigest() for suffix, content in contents.items()}
-    files.write_json(stem.with_suffix(".json"), {**record, "name": stem.name, "sha256": hashes})
+    files.write_record(stem.with_suffix(".json"), {**record, "name": stem.name, "sha256": hashes})
+    return [stem.with_suffix(suffix) for suffix in (*contents, ".json")]
 
 
 def read_data(stem: Path) -> tuple[pd.DataFrame, files.Arrays, dict[str, Any]]:
@@ -65,7 +68,7 @@ def read_data(stem: Path) -> tuple[pd.DataFrame, files.Arrays, dict[str, Any]]:
         stem: path without suffix.
 
     Raises:
-        UserError: if a file is missing, damaged or of another figure; names it.
+        UserError: if a file is missing, damaged, altered or of another figure; names it.
     """
     remedy = f"Make the figure with `flatlab reproduce {stem.name}`."
     record = _record(stem.with_suffix(".json"), remedy)
@@ -86,15 +89,15 @@ def read_data(stem: Path) -> tuple[pd.DataFrame, files.Arrays, dict[str, Any]]:
 
 
 def _record(path: Path, remedy: str) -> dict[str, Any]:
-    content = _bytes(path, remedy)
+    _bytes(path, remedy)
     try:
-        record = json.loads(content)
+        record = files.read_record(path)
         name, whole = record["name"], set(record["sha256"]) <= {*DATA} and ".csv" in record["sha256"]
-    except (ValueError, TypeError, KeyError):
-        raise UserError(f"{path} is damaged or of another version of flatlab. {remedy}") from None
+    except (UserError, TypeError, KeyError):
+        raise UserError(f"{path} is damaged, altered or of another version of flatlab. {remedy}") from None
     if name != path.stem or not whole:
         raise UserError(f"{path} is of another figure, {name}. {remedy}")
-    return dict(record)
+    return record
 
 
 def _bytes(path: Path, remedy: str) -> bytes:
@@ -118,15 +121,14 @@ def draw(figure: Analysis, stem: Path) -> tuple[list[Path], pd.DataFrame, dict[s
         stem: path without suffix of its data.
 
     Returns:
-        The files of the figure, its findings, and the record of its json.
+        The pictures and the page, the findings, and the record of the json.
     """
     frame, arrays, record = read_data(stem)
     pictures = plots.save(figure.draw(frame, record["caption"], arrays), stem)
     findings = figure.findings(frame)
     page = stem.with_suffix(".md")
-    files.write_bytes(page, _page(figure, frame, figure.summary(findings), record).encode())
-    data = [stem.with_suffix(suffix) for suffix in (*record["sha256"], ".json")]
-    return [*pictures, *data, page], findings, record
+    files.write_bytes(page, _page(figure, frame, findings, record).encode())
+    return [*pictures, page], findings, record
 
 
 def accuracies(record: Mapping[str, Any]) -> pd.DataFrame:
@@ -135,16 +137,17 @@ def accuracies(record: Mapping[str, Any]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=record["columns"])
 
 
-def _page(figure: Analysis, frame: pd.DataFrame, summary: pd.DataFrame, record: Mapping[str, Any]) -> str:
+def _page(figure: Analysis, frame: pd.DataFrame, findings: pd.DataFrame, record: Mapping[str, Any]) -> str:
     """Return the findings as a page in markdown."""
     title, notes = plots.title_and_notes(record["caption"])
-    parts = [f"# {title}", figure.title, notes]
-    parts += [f"## {figure.summary_title}", tables.markdown(summary)]
+    opening = figure.opening(findings)
+    parts = [f"# {title}", figure.title, notes, *opening]
+    parts += [f"## {figure.summary_title}", tables.markdown(figure.summary(findings))]
     unit = SHEET if figure.sheet else STARRED
     parts += [
         f"## {figure.sheet_title or ACCURACIES + unit}",
         tables.markdown(accuracies(record)),
-        *record["remarks"],
+        *(remark for remark in record["remarks"] if remark not in opening),
         *_published(figure, frame),
     ]
     return "\n\n".join(part for part in parts if part) + f"\n\nAgain: `{record['redo']}`\n"
@@ -186,8 +189,9 @@ def _index(folder: Path) -> Path:
         _, title, *rest = (folder / f"{name}.md").read_text().split("\n\n")
         ends = [i for i, part in enumerate(rest) if TESTS.search(part)]
         tables_before = [i for i, part in enumerate(rest) if part.startswith("|")]
-        parts = rest[tables_before[-1] + 1 : ends[0]] if ends and tables_before and tables_before[-1] < ends[0] else []
-        lines += [f"## [{name}]({name}.md)", title, *(f"- {part}" for part in parts)]
+        parts = rest[1 : ends[0]] if ends and tables_before and tables_before[-1] < ends[0] else []  # the first: notes
+        told = [part for part in parts if not part.startswith(("#", "|"))]
+        lines += [f"## [{name}]({name}.md)", title, *(f"- {part}" for part in told)]
     index = folder / "README.md"
     files.write_bytes(index, ("\n\n".join(lines) + "\n").encode())
     return index

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from flatlab import environment, figure_files
+from flatlab import environment, figure_files, files
 from flatlab.analysis import Analysis
 from flatlab.data import catalog
 from flatlab.errors import UserError, WorkerError, choose
@@ -26,7 +26,7 @@ from flatlab.store.runs import Run, RunStore, check_data
 
 @dataclass(frozen=True)
 class Reproduction:
-    """The files that `reproduce` wrote, and the findings."""
+    """The files that were written, and the findings."""
 
     written: list[Path]
     findings: pd.DataFrame
@@ -184,10 +184,14 @@ def write(
     record = {**_facts(figure, setting, store), "redo": redo, "caption": figure.caption(setting), "remarks": remarks}
     record |= {"findings": figure.findings(frame).to_dict("records")}
     record |= {"accuracies": accuracies.to_dict("records"), "columns": list(accuracies.columns)}
+    if setting.rows:
+        runs = frame[frame["over"] == "run"].drop_duplicates(["method", "held_out", "seed"])
+        record |= {"rows": {"sha256": files.file_hash(Path(setting.rows)), "runs_on_page": len(runs)}}
     folder = out / _own_folder(record["setting"])
     folder.mkdir(parents=True, exist_ok=True)
-    figure_files.write_data(folder / figure.name, frame, arrays, record)
-    return redraw(figure, folder, reference=reference)
+    data = figure_files.write_data(folder / figure.name, frame, arrays, record)
+    drawn = redraw(figure, folder, reference=reference)
+    return replace(drawn, written=[*data, *drawn.written])
 
 
 def redraw(figure: Analysis, folder: Path, *, reference: bool = False) -> Reproduction:
@@ -199,7 +203,7 @@ def redraw(figure: Analysis, folder: Path, *, reference: bool = False) -> Reprod
         reference: also write the files that the repository keeps.
 
     Raises:
-        UserError: if one of them is missing, damaged or of another figure.
+        UserError: if one of them is missing, damaged, altered or of another figure.
     """
     stem = folder / figure.name
     written, findings, record = figure_files.draw(figure, stem)

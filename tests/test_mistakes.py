@@ -70,6 +70,8 @@ WORDS = {  # what the user writes -> what the answer names, before anything heav
     "reproduce fig3 --datasets ,": r"dataset ''",
     "reproduce fig3 --swad-rule released --controls": r"--controls does nothing for fig3",
     "reproduce study --rows runs.csv": r"--rows does nothing without --leave-out",
+    "reproduce fig3 --rows runs.csv": r"--rows does nothing for fig3; leave it out",
+    "reproduce all --rows runs.csv": r"--rows does nothing for all; leave it out",
     "reproduce fig3 --leave-out SAM": r"--leave-out does nothing for fig3",
     "reproduce study --leave-out SAMM": r"Unknown method that can be left out 'SAMM'; did you mean SAM\?",
     "reproduce fig2 --swad-rule released": r"--swad-rule does nothing for fig2",

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import commandline
 import pandas as pd
@@ -10,8 +11,9 @@ from PIL import Image
 from test_architecture import without_torch
 
 from analyses import _rows, fig3, study, table4
-from flatlab import reproduce
+from flatlab import figure_files, files, reproduce
 from flatlab.analysis import Analysis
+from flatlab.errors import UserError
 from flatlab.resources import published
 from flatlab.specs.settings import PAPER, SMOKE
 
@@ -52,6 +54,11 @@ def test_a_study_is_finished_from_the_rows_of_a_store_that_is_gone(tmp_path):
     assert commandline.call("train", *words, "--method", "erm", "--store", tmp_path / "again") == 0
     _, joined = made("again", "freeze", "SAM", rows=("--rows", rows))
     pd.testing.assert_series_equal(joined, each, rtol=1e-9)
+    facts = json.loads((tmp_path / "again" / "study.json").read_text())
+    assert facts["rows"] == {"sha256": files.file_hash(rows), "runs_on_page": 4} and len(facts["runs"]) == 2
+    own = ("--store", tmp_path / "again", "--out", tmp_path / "other", "--leave-out", "ERM,QT-DoG")
+    for changed in (("--trial-seed", 5), ("--lr", 0.1)):
+        assert commandline.call("reproduce", "study", *words, *own, *changed, "--rows", rows, "--dry-run") == 2
     page = (tmp_path / "again" / "study.md").read_text()
     assert "From rows of an earlier store: ERM, QT-DoG." in page
     assert "Left out: SWA, SWAD, SMA, strong SAM, QT-DoG 4 bits, release-parity, noise." in page
@@ -133,6 +140,29 @@ def test_a_damaged_file_is_named_and_nothing_is_drawn(one, capsys, suffix):
     path.write_bytes(path.read_bytes()[:-40])
     assert f"fig2.{suffix} is damaged or of another figure" in refused(capsys, one)
     assert (one / "fig2.png").read_bytes() == picture
+
+
+@pytest.mark.parametrize("field", ["caption", "remarks", "accuracies", "setting"])
+def test_a_record_that_was_altered_is_refused_and_named(tmp_path, field):
+    record = {"caption": "a", "remarks": ["cannot be told"], "accuracies": [{"ERM": 90.5}], "setting": {"lr": 0.1}}
+    written = figure_files.write_data(tmp_path / "fig2", pd.DataFrame({"value": [1.0]}), {}, record)
+    assert [path.name for path in written] == ["fig2.csv", "fig2.json"]
+    found = figure_files.read_data(tmp_path / "fig2")[2]
+    assert {name: found[name] for name in record} == record
+    text = json.loads((tmp_path / "fig2.json").read_text())
+    (tmp_path / "fig2.json").write_text(json.dumps({**text, field: "supported"}))
+    with pytest.raises(UserError, match=r"fig2\.json is damaged, altered or of another version .* reproduce fig2"):
+        figure_files.read_data(tmp_path / "fig2")
+
+
+@pytest.mark.slow
+def test_drawing_again_lists_what_it_wrote(one, capsys):
+    before = {path: path.stat().st_mtime_ns for path in one.iterdir()}
+    capsys.readouterr()
+    assert commandline.call("reproduce", "fig2", "--draw-only", "--json", "--out", one) == 0
+    written = {Path(name) for name in json.loads(capsys.readouterr().out)["written"]}
+    assert written == {path for path in one.iterdir() if path.stat().st_mtime_ns != before.get(path)}
+    assert {path.suffix for path in written} == {".pdf", ".png", ".md"}
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ def frame(shift, *, spread=0.01, seeds=3, dataset="PACS"):
     draw = np.random.default_rng(0)
     rows = [
         {"measure": measure, "method": method, "held_out": target, "seed": seed, "over": "run", "dataset": dataset}
+        | {"made": method, "data": "f00d"}
         | {
             "value": (80 if measure in ("test", "target") else 1)
             + shift(measure, method, target)
@@ -111,6 +112,34 @@ def test_one_seed_has_no_verdict_and_no_power():
     found = study.findings(frame(lambda *_: 0.0, seeds=1))
     assert found[["p_holm", "seeds_needed", "detectable"]].isna().all(axis=None)
     assert all("cannot be told" in line for line in lines(found).values())
+    short = list(_claims.brief(found, study.MEASURES))
+    assert all("1 seed; no test; difference" in line and "for it" not in line for line in short)
+    assert "filled" not in study.caption(SMOKE.replace(seeds=1)) and "filled where p" in study.caption(SMOKE)
+
+
+def test_the_seeds_that_would_tell_are_from_the_least_to_the_most_of_the_tests():
+    found = study.findings(frame(lambda *_: 0.0, spread=0.5))
+    told = lines(found)["QT-DoG is flatter than ERM"]
+    needed = found[(found["claim"] == "QT-DoG is flatter than ERM") & (found["targets"] == study.ALL)]["seeds_needed"]
+    assert f"; {needed.min():,.0f} to {needed.max():,.0f} seeds would tell" in told
+    assert "to" not in lines(found)["QT-DoG is better than ERM out of domain"].partition("; ")[2].partition("would")[0]
+
+
+def test_the_page_says_up_to_which_radius_f_is_averaged():
+    whole = pd.concat([_rows.points(curves()), _rows.flatness(curves(), study.ends(curves()))]).assign(over="run")
+    (told,) = _rows.reach(whole, "ERM")
+    assert told == "F is averaged up to γ = 0.5 (ERM's rise: 0.5 nats)."
+    low = whole.assign(value=whole["value"].where(whole["measure"] != "limit, target, none", 0.25))
+    assert (
+        "γ = 0.5 (ERM's rise: 0.5 nats) on source domains, γ = 0.25 (ERM's rise: 0.25 nats) on target domains"
+        in (_rows.reach(low, "ERM")[0])
+    )
+    assert _rows.reach(frame(lambda *_: 0.0), "ERM") == []
+
+
+def test_the_caption_says_what_is_not_drawn_and_what_the_error_is_of():
+    told = study.caption(SMOKE.replace(num_samples=None))
+    assert "the mean change is not drawn" in told and "15% error of F over all domains" in told
 
 
 def test_the_seeds_needed_give_an_interval_half_as_wide_as_the_effect():
@@ -122,11 +151,11 @@ def test_the_seeds_needed_give_an_interval_half_as_wide_as_the_effect():
     assert np.isnan(_claims.seeds_needed(float("nan"), 1.0))
 
 
-def test_what_seeds_can_detect_is_found_with_about_the_power_it_says():
+def test_what_seeds_can_detect_is_found_with_the_power_it_says():
     seeds, spread = 8, 1.0
     true = _claims.detectable(spread, seeds)
     power = stats.nct.sf(stats.t.ppf(0.975, seeds - 1), seeds - 1, true * seeds**0.5 / spread)
-    assert power == pytest.approx(_claims.POWER, abs=0.03)
+    assert power == pytest.approx(_claims.POWER, abs=1e-6)
     assert np.isnan(_claims.detectable(spread, 1))
 
 
@@ -281,42 +310,154 @@ def test_another_stores_limit_is_kept_and_a_method_that_does_not_reach_it_is_not
     assert (mean.loc[mean["measure"] == "source, none", "value"] == 0.125).all()
 
 
+ASKED = for_data(SMOKE, "PACS").replace(
+    model="mobilenet_v2", domains=TARGETS, held_out=TARGETS, seeds=2, leave_out=("SAM", "SWA")
+)
+
+
+def kept(path, setting, names=("ERM", "SAM", "QT-DoG")):
+    """Write rows of single runs as a page of this setting has them; return them."""
+    each = _rows.points(curves()), _rows.flatness(curves(), study.ends(curves()))
+    own = pd.concat([*each, *(each[0][:1].assign(measure=name, value=70.0) for name in study.PERCENT)])
+    own = own.loc[own["method"] == "ERM", ["measure", "value"]]
+    rows = [
+        own.assign(dataset="PACS", method=name, held_out=run.held_out, seed=run.seed, data="f00d").assign(
+            made=_rows.made(run, study._page(setting))
+        )
+        for name, run in study._runs(setting, list(names))
+    ]
+    found = _rows.wide(pd.concat(rows, ignore_index=True))
+    found.to_csv(path, index=False)
+    return found
+
+
 def test_rows_of_another_store_are_read_as_they_were(tmp_path):
-    path, whole = tmp_path / "runs.csv", frame(lambda *_: 0.0)
-    _rows.wide(whole).to_csv(path, index=False)
-    asked = {"dataset": "PACS", "held_out": list(TARGETS), "seeds": [0, 1, 2]}
-    found = _rows.read(path, methods=["ERM", "SWA", "unheard"], **asked)
-    kept = whole[whole["method"].isin(("ERM", "SWA"))]
+    path = tmp_path / "runs.csv"
+    written = kept(path, ASKED)
+    found = study._kept(ASKED.replace(rows=str(path)))
     pd.testing.assert_frame_equal(
-        found.sort_values(_rows.KEYS, ignore_index=True),
-        kept[[*_rows.KEYS, "value"]].sort_values(_rows.KEYS, ignore_index=True),
+        _rows.wide(found.assign(dataset="PACS"))[list(written)].sort_values(_rows.RUN, ignore_index=True),
+        written[written["method"] == "SAM"].sort_values(_rows.RUN, ignore_index=True),
         check_dtype=False,
     )
-    assert len(_rows.read(path, methods=["ERM"], **asked | {"seeds": [1]})) == len(kept[kept["method"] == "ERM"]) / 3
-    for changed, message in (
-        ({"dataset": "VLCS"}, "a row for each run of VLCS"),
-        ({"seeds": [0, 3]}, "must have ERM once for each of 3 held-out domains and 2 seeds, got 3 rows"),
-    ):
-        with pytest.raises(UserError, match=message):
-            _rows.read(path, methods=["ERM"], **asked | changed)
+    assert len(study._kept(ASKED.replace(rows=str(path), seeds=1))["seed"].unique()) == 1
     path.write_text("a,b\n1,2\n")
     for broken in (path, tmp_path / "none.csv", tmp_path):
         with pytest.raises(UserError, match=r"--rows must be a csv with a row for each run"):
-            _rows.read(broken, methods=["ERM"], **asked)
+            study._kept(ASKED.replace(rows=str(broken)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "ours", "theirs"),
+    [
+        ({"trial_seed": 5}, "trial_seed (default)", "trial_seed 5"),
+        ({"batch_size": 9}, "batch_size 8", "batch_size 9"),
+        ({"lr": 1e-5}, "lr 5e-05", "lr 1e-05"),
+        ({"steps": 12}, "steps 10", "steps 12"),
+        ({"eval_every": 2}, "eval_every 3", "eval_every 2"),
+        ({"sam_rho": 0.02}, "step.rho (default)", "step.rho 0.02"),
+        ({"weights": "sha256:0"}, "weights imagenet", "weights sha256:0"),
+        ({"num_samples": 4}, "num_samples 3", "num_samples 4"),
+        ({"rises": (0.1, 0.5)}, "radii.rises 0.02+0.5+1.0", "radii.rises 0.1+0.5+1.0"),
+        ({"held_out": (*TARGETS, "cartoon")}, "measurements ", "measurements "),  # other radii
+    ],
+)
+def test_rows_of_runs_that_this_command_would_not_make_are_refused_and_the_difference_is_named(
+    tmp_path, changes, ours, theirs
+):
+    kept(tmp_path / "runs.csv", ASKED.replace(**changes))
+    with pytest.raises(UserError) as refused:
+        study.FIGURE.plan(ASKED.replace(rows=str(tmp_path / "runs.csv")))
+    told = str(refused.value)
+    ours_told, theirs_told = told.partition(", got ")[::2]
+    assert ours in ours_told and theirs in theirs_told and "SAM on art_painting (PACS), seed 0" in told
+    assert "\n" not in told and ("run " in theirs_told.partition(" for ")[0]) is False
+
+
+def test_the_rho_of_rows_is_that_of_the_command_and_the_caption_says_it(tmp_path):
+    path = tmp_path / "runs.csv"
+    kept(path, ASKED.replace(sam_rho=0.02))
+    asked = ASKED.replace(rows=str(path), sam_rho=0.02)
+    assert study.FIGURE.plan(asked)[0] and "SAM: rho 0.02." in study.caption(asked)
+
+
+def _unlike(column, value, row=0):
+    def change(found):
+        found[column] = found[column].astype(object) if isinstance(value, str) else found[column]
+        found.loc[found.index[found["method"] == "SAM"][row], column] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            _unlike("radius at 0.5 nats, none", 0.6, 1),
+            r"radius at 0\.5 nats, none must be .* got 0\.5 for .*0\.6 for SAM",
+        ),
+        (_unlike("limit, target, none", 0.55), r"limit, target, none must be the same"),
+        (_unlike("target", 170.0), r"target must be from 0 to 100, got 170 for SAM on art_painting \(PACS\), seed 0"),
+        (_unlike("test", -1.0), r"test must be from 0 to 100, got -1"),
+        (
+            _unlike("source, none", 0.1),
+            r"mean of F, source, none, must be that of F at its radii, 0\.25, got 0\.1 for SAM",
+        ),
+        (_unlike("target", "much"), r"has text in the column 'target'"),
+        (_unlike("made", "lr"), r"--rows must have runs as this command would make them"),
+        (_unlike("method", "SAMM"), r"Unknown method in .*runs\.csv 'SAMM'; did you mean SAM\?"),
+        (_unlike("held_out", "photo"), r"must have one row for SAM on art_painting \(PACS\), seed 0, got 0"),
+        (lambda found: found.pop("held_out"), r"has no column held_out"),
+        (lambda found: found.pop("made"), r"has no column made"),
+        (_unlike("seed", "all"), r"has text in the column 'seed'"),
+        (
+            lambda found: [found.pop(name) for name in [*found] if "radius" in name],
+            r"has no column radius at \.\.\.",
+        ),
+        (
+            lambda found: found.update(found["method"].replace("SAM", "noise")),
+            r"must have runs of one of SWA, SAM",
+        ),
+    ],
+)
+def test_rows_that_cannot_be_those_of_runs_are_refused(tmp_path, change, message):
+    path = tmp_path / "runs.csv"
+    found = kept(path, ASKED)
+    study._kept(ASKED.replace(rows=str(path)))
+    change(found)
+    found.to_csv(path, index=False)
+    with pytest.raises(UserError, match=message):
+        study._kept(ASKED.replace(rows=str(path)))
+
+
+def test_rows_need_the_baseline_where_it_is_left_out_and_a_method_to_run(tmp_path):
+    path = tmp_path / "runs.csv"
+    kept(path, ASKED, ["SAM"])
+    with pytest.raises(UserError, match=r"--rows must have runs of ERM, with which the others are compared"):
+        study._kept(ASKED.replace(rows=str(path), leave_out=("ERM", "SAM")))
+    with pytest.raises(UserError, match=r"--leave-out must leave one of ERM, SWA, .* got all of them"):
+        study._kept(ASKED.replace(rows=str(path), leave_out=study.ORDER))
+
+
+def test_rows_of_other_images_are_refused():
+    ours = pd.DataFrame({"data": ["f00d", "f00d"]})
+    _rows.same_data(ours, ours)
+    _rows.same_data(ours, ours.head(0))
+    with pytest.raises(UserError, match=r"data of this store, whose fingerprint is f00d, got beef"):
+        _rows.same_data(ours, ours.assign(data=["f00d", "beef"]))
 
 
 def test_radii_of_other_rows_must_be_the_same():
     ours = _rows.points(curves())
-    _rows.same_radii(ours, ours)
-    _rows.same_radii(ours, ours.head(0))
+    _rows.same_radii(pd.concat([ours, ours]))
     theirs = ours.assign(value=ours["value"].where(ours["measure"] != "radius at 0.5 nats, none", 0.6))
-    with pytest.raises(UserError, match=r"radius at 0.5 nats, none must be that of --rows, 0.6, got 0.5"):
-        _rows.same_radii(ours, theirs)
+    with pytest.raises(UserError, match=r"radius at 0.5 nats, none must be the same .* 5%, got 0.5 .* and 0.6 .*: why"):
+        _rows.same_radii(pd.concat([ours, theirs]), ": why")
 
 
 def test_what_the_means_of_flatness_are_made_from_is_kept_with_each_run():
     found = _rows.points(curves())
-    wide = _rows.wide(found.assign(dataset="PACS")).set_index("method")
+    wide = _rows.wide(found.assign(dataset="PACS", made="", data="")).set_index("method")
     assert len(wide) == 2 + len(study.APART)
     assert (wide["loss, target"] == 0.3).all()
     for rise in (0.25, 0.5, 1.0):

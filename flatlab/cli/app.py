@@ -62,7 +62,9 @@ def reproduce(
     if draw_only:
         redraw(chosen, name, reference=reference)
         return
-    if chosen.leave_out is None:
+    if name == "all" or not reproduce.analysis(name).rows:
+        chosen.refuse(["rows"], f"for {name}")
+    elif chosen.leave_out is None:
         chosen.refuse(["rows"], "without --leave-out, which names the methods that it has")
     setting, runs, place = chosen.make_setting(), chosen.runs(), chosen.place()
     if name == "all":

@@ -159,8 +159,10 @@ class SphereSpec(MeasurementSpec):
 
     @property
     def effort(self) -> str:
-        """The sampling effort, as text for a caption."""
-        return f"{self.num_samples} directions" if self.num_samples else f"directions for {self.rel_error:.0%} error"
+        """The sampling effort, as text for a caption: the error is that of the mean over all domains at a radius."""
+        if self.num_samples:
+            return f"{self.num_samples} directions"
+        return f"directions for {self.rel_error:.0%} error of F over all domains"
 
     @property
     def pilots(self) -> tuple[tuple[str, MeasurementSpec], ...]:

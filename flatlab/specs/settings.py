@@ -188,6 +188,11 @@ class Setting(LSQOptions, Optimizing):
         return "95 % intervals over seeds" if self.seeds > 1 else "none, since one seed has no interval"
 
     @property
+    def tested(self) -> str:
+        """The meaning of bars around differences that are tested, filled points among them, as text for a caption."""
+        return f"{self.interval}, each alone, filled where p < 0.05 after Holm" if self.seeds > 1 else self.interval
+
+    @property
     def switch_step(self) -> int:
         """The step at which quantization or freezing starts."""
         return round(self.switch_share * self.steps) if self.switch is None else self.switch
