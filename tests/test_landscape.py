@@ -417,6 +417,41 @@ def test_a_model_that_was_changed_since_is_refused():
         landscape.gradient()
 
 
+def failing(outputs, targets):
+    raise RuntimeError("no loss")
+
+
+@pytest.mark.parametrize("loss", [nn.CrossEntropyLoss(reduction="sum"), failing])
+def test_a_refused_landscape_leaves_an_open_one_usable(loss):
+    case = cases.make("conv_bn")
+    landscape = case.landscape()
+    with pytest.raises((UserError, RuntimeError)):
+        Landscape(case.model, case.batches([20, 4]), loss)
+    assert np.isfinite(sphere_flatness(landscape, [0.1], num_samples=2).value).all()
+
+
+def test_a_refused_landscape_whose_forward_pass_writes_leaves_an_open_one_usable():
+    case, model = cases.make("mlp"), Counting(6, 3).eval()
+    quiet = Landscape(model, case.batches([24]), case.loss, check=False)
+    state = model.count.clone()
+    with pytest.raises(UserError, match="forward pass changes 'count'"):
+        Landscape(model, case.batches([24]), case.loss)
+    assert torch.equal(model.count, state) and quiet.weights.tolist() == [24.0]
+
+
+def test_landscapes_of_different_parameters_of_one_model_can_be_open_together():
+    case = cases.make("mlp")
+    names = list(dict(case.model.named_parameters()))
+    part = Landscape(case.model, case.batches([24]), case.loss, params=names[0])
+    before = part.evaluate().loss
+    sphere_flatness(case.landscape(), [0.1], num_samples=2)
+    assert part.evaluate().loss == before
+    with torch.no_grad():
+        case.model.get_parameter(names[1]).add_(1.0)
+    with pytest.raises(UserError, match=f"'{names[1]}' has changed since"):
+        part.evaluate()
+
+
 def test_step_sizes_are_not_moved_as_if_they_were_weights():
     case = cases.make("conv_bn")
     attach(case.model, bits=4)

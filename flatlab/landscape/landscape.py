@@ -26,9 +26,11 @@ from flatlab.landscape.blocks import Block, Gathered, Partition, Samples
 from flatlab.landscape.checks import (
     alike,
     data_versions,
+    note_undone,
     refuse_changed,
     refuse_parametrized,
     refuse_training,
+    version,
     versions,
 )
 from flatlab.landscape.curvature_checks import SAMPLED, check_second_derivatives
@@ -301,6 +303,7 @@ class Landscape:
     @contextmanager
     def _visiting(self, vector: Tensor | None = None) -> Iterator[None]:
         self._refuse_changed()
+        before = [version(tensor) for tensor in self._tensors]
         with attributes_restored(self.model), one_path():
             try:
                 if vector is not None:
@@ -308,6 +311,7 @@ class Landscape:
                 yield
             finally:
                 self._put(self._w0)
+                note_undone(self._tensors, before)
 
     def _store(self) -> Samples:
         if self._samples is None:

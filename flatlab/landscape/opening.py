@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from flatlab.arguments import FloatArray
 from flatlab.derivatives.autograd import rounding
 from flatlab.errors import UserError, reason
-from flatlab.landscape.checks import Total, Versions, refuse_rewriting, refuse_training, written
+from flatlab.landscape.checks import Total, Versions, note_undone, refuse_rewriting, refuse_training, version, written
 from flatlab.landscape.slope_checks import Slice, check_slope
 from flatlab.landscape.value_checks import Weigh, check_fixed, check_values
 from flatlab.seeds import generator
@@ -154,11 +154,13 @@ class Opening:
     def _put_back(self) -> Iterator[None]:
         """Restore buffers if the model is refused, since a forward pass may have changed them."""
         buffers = list(self.model.buffers())
-        kept = [buffer.clone() for buffer in buffers]
+        kept, before = [buffer.clone() for buffer in buffers], [version(buffer) for buffer in buffers]
         try:
             yield
         except BaseException:
             with torch.no_grad():
-                for buffer, before in zip(buffers, kept, strict=True):
-                    buffer.copy_(before)
+                for buffer, bits, number in zip(buffers, kept, before, strict=True):
+                    if version(buffer) != number:
+                        buffer.copy_(bits)
+            note_undone(buffers, before)
             raise
