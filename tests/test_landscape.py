@@ -328,6 +328,11 @@ def test_a_loss_that_is_no_mean_over_samples_is_refused(loss, sentence, untouche
         Landscape(case.model, case.batches([20, 4]), loss)
 
 
+def test_statistics_of_a_batch_that_need_two_samples_are_refused_with_the_way_out():
+    with pytest.raises(UserError, match="fails on 1 samples alone .*track_running_stats=True"):
+        Landscape(batch_statistics(), [(torch.randn(1, 6), torch.zeros(1, dtype=torch.int64))], F.cross_entropy)
+
+
 def test_ignored_targets_that_lie_evenly_are_found():
     case = cases.make("mlp")
     targets = case.targets.clone()

@@ -35,6 +35,7 @@ from flatlab.landscape.checks import (
 )
 from flatlab.landscape.curvature_checks import SAMPLED, check_second_derivatives
 from flatlab.landscape.evaluation import Evaluation, Move
+from flatlab.landscape.failures import check_loss
 from flatlab.landscape.opening import Opening
 from flatlab.landscape.own_loss import OwnLoss
 from flatlab.seeds import generator
@@ -82,6 +83,7 @@ class Landscape:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise UserError(f"The model must be a torch.nn.Module, got {type(model).__name__}.")
+        check_loss(loss)
         self.model, self.loss, self._check = model, loss, check
         self._forward = SplitOnOOM(model)
         self._noted = Noted(loss)

@@ -19,6 +19,7 @@ from flatlab.arguments import FloatArray
 from flatlab.derivatives.autograd import rounding
 from flatlab.errors import UserError, reason
 from flatlab.landscape.checks import Total, Versions, note_undone, refuse_rewriting, refuse_training, version, written
+from flatlab.landscape.failures import loss_explained
 from flatlab.landscape.slope_checks import Slice, check_slope
 from flatlab.landscape.value_checks import Weigh, check_fixed, check_values
 from flatlab.seeds import generator
@@ -60,12 +61,13 @@ class Opening:
         refuse_training(self.model)
         refuse_rewriting(self.model)
         self._refuse_overlap()
+        total = loss_explained(self.total)
         # Not inference_mode: tensors cached in a first pass (rotary tables) must stay usable in training.
         with self._put_back(), self.visiting(None), torch.no_grad():
             for batch in self._few():
-                check_fixed(self.forward, batch, self.total)
+                check_fixed(self.forward, batch, total)
             self._refuse_writing()
-            found = [check_values(self.forward, each, self.total, self.weigh) for each in self.batches]
+            found = [check_values(self.forward, each, total, self.weigh) for each in self.batches]
             self._refuse_writing()
         sizes = [sum(batch.size for batch in each) for each in self.batches]
         weights = [size if weight is None else float(weight) for (_, weight), size in zip(found, sizes, strict=True)]

@@ -1,6 +1,6 @@
 """Checks of a loss's value: the same in each pass, and the same for joined and for cut batches."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -8,8 +8,7 @@ from torch import Tensor
 
 from flatlab.errors import UserError
 from flatlab.landscape.checks import Total
-from flatlab.tensors.calls import unknown
-from flatlab.tensors.memory import SplitOnOOM, out_of_memory
+from flatlab.landscape.failures import model_explained
 from flatlab.tensors.nested import Batch, concatenate, cut, distance, near, spread, tensors
 
 Forward = Callable[[Any], Any]
@@ -77,23 +76,8 @@ def _groups(batches: Sequence[Batch]) -> Iterator[list[Batch]]:
 
 
 def _run(model: Forward, batch: Batch) -> Any:
-    try:
+    with model_explained(model, batch.inputs, batch.size):
         outputs = model(batch.inputs)
-    except TypeError as error:
-        if not isinstance(batch.inputs, Mapping | tuple | list):
-            raise
-        kind = type(batch.inputs).__name__
-        raise UserError(
-            f"The model is called with one argument, a {kind}, and fails ({error}): pass a dictionary whose keys are"
-            f" arguments of its forward{_foreign(model, batch.inputs)}."
-        ) from error
-    except ValueError as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(
-            f"The model fails on {batch.size} samples alone ({error}): if samples mix in the model, use statistics that"
-            " do not depend on the batch (BatchNorm with track_running_stats=True)."
-        ) from error
     sizes = [tuple(leaf.shape) for leaf in tensors(outputs)]
     if {shape[:1] for shape in sizes} != {(batch.size,)}:
         raise UserError(
@@ -101,13 +85,6 @@ def _run(model: Forward, batch: Batch) -> Any:
             f" {sizes}: return something per sample, and reduce it in the loss (squeeze(1), not squeeze())."
         )
     return outputs
-
-
-def _foreign(model: Forward, inputs: Any) -> str:
-    """Return the keys of a dictionary that do not match the model's arguments, as a part of a sentence."""
-    called = model.model if isinstance(model, SplitOnOOM) else model
-    odd = unknown(called, inputs) if isinstance(inputs, Mapping) else []
-    return f" (got other keys or lacks some: {', '.join(odd)})" if odd else ""
 
 
 def _on_cpu(outputs: Any) -> bool:
@@ -125,15 +102,13 @@ def _refuse_mixing(model: Forward, group: list[Batch], outputs: list[Any], total
         return
     try:
         again = [_run(model, batch) for batch in other]
-    except UserError:
-        raise
-    except (RuntimeError, ValueError) as error:
-        if out_of_memory(error):
+    except UserError as error:
+        if not isinstance(why := error.__cause__, RuntimeError):
             raise
         raise UserError(
-            f"The model takes {group[0].size} samples at a time but not {other[0].size} ({error}): its outputs must"
+            f"The model takes {group[0].size} samples at a time but not {other[0].size} ({why}): its outputs must"
             " not depend on which samples share a batch."
-        ) from error
+        ) from why
     first, second = _joined(outputs), _joined(again)
     allowed = max(_eps(outputs) ** 0.5, 0.0 if _on_cpu(outputs) else _GPU_MIXING)
     if first is not None and second is not None and _shapes(first) == _shapes(second):
