@@ -42,9 +42,11 @@ def compare_flatness(
             f" ({a.num_params:,} and {b.num_params:,} numbers)."
         )
     if not a.shares_data(b):
+        ours, theirs = a.num_samples, b.num_samples
+        numbers = f"though equally many, {ours:,}" if ours == theirs else f"{ours:,} and {theirs:,}"
         raise UserError(
             "A comparison needs the same data in the same order, but the two landscapes have different samples"
-            f" ({a.num_samples:,} and {b.num_samples:,}): pass the same batches."
+            f" ({numbers}): pass the same batches."
         )
     if not a.shares_loss(b):
         raise UserError(
