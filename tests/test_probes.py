@@ -302,6 +302,12 @@ def test_parameters_that_do_not_move_the_loss_are_said():
     assert not Landscape(model, [(X, Y)], F.cross_entropy, params="l.*").remarks
 
 
+def test_a_loss_without_gradient_is_not_said_to_depend_on_nothing():
+    landscape = Landscape(nn.Linear(6, 3).double().eval(), [(X, Y)], lambda o, t: (o.argmax(1) != t).double())
+    with pytest.raises(UserError, match="depends on the parameters that vary .*no gradient by them.* cross_entropy"):
+        Hessian(landscape)
+
+
 # ------------------------------------------------------------------------- one sentence each, and nothing is changed
 
 
