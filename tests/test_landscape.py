@@ -328,6 +328,29 @@ def test_a_loss_that_is_no_mean_over_samples_is_refused(loss, sentence, untouche
         Landscape(case.model, case.batches([20, 4]), loss)
 
 
+class CentredSequence(nn.Linear):
+    def forward(self, x):
+        x = x.mean(1)
+        return super().forward(x - x.mean(0) * (len(x) > 1))
+
+
+@pytest.mark.parametrize("lengths", [[2] * 24, [2 + i % 3 for i in range(24)], [2, 3, 2]])
+@pytest.mark.parametrize("strata", [False, True])
+def test_samples_that_mix_are_refused_also_if_they_are_given_one_by_one(lengths, strata):
+    pieces = [(torch.randn(1, n, 6, generator=rng("one", i)), torch.tensor([i % 3])) for i, n in enumerate(lengths)]
+    data = {str(i): [piece] for i, piece in enumerate(pieces)} if strata else pieces
+    with pytest.raises(UserError, match="samples mix in the model"):
+        Landscape(CentredSequence(6, 3).eval(), data, F.cross_entropy)
+
+
+def test_samples_of_different_shapes_are_never_joined():
+    pieces = [(torch.randn(1, 2 + i, 6, generator=rng("one", i)), torch.tensor([i % 3])) for i in range(5)]
+    landscape = Landscape(CentredSequence(6, 3).eval(), pieces, F.cross_entropy)
+    assert not landscape.joinable
+    with pytest.raises(UserError, match="Samples of different shapes cannot share a block"):
+        landscape.gather(landscape.blocks(2)[0])
+
+
 def test_statistics_of_a_batch_that_need_two_samples_are_refused_with_the_way_out():
     with pytest.raises(UserError, match="fails on 1 samples alone .*track_running_stats=True"):
         Landscape(batch_statistics(), [(torch.randn(1, 6), torch.zeros(1, dtype=torch.int64))], F.cross_entropy)

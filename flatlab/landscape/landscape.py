@@ -54,7 +54,8 @@ class Landscape:
     Args:
         model: any module, in eval mode; it is called as ``model(inputs)``, or, if inputs are a dictionary whose keys
             are arguments of its ``forward``, as ``model(**inputs)``. In nested outputs, leaves that are not tensors
-            with a sample axis are replaced by None.
+            with a sample axis are replaced by None. A sample's outputs must not depend on the others of its batch:
+            samples of one shape are joined, and cut into batches of other sizes, also if they are given one by one.
         data: ``(inputs, targets)`` batches that can be read twice, any nests of tensors; or dictionaries with an entry
             ``labels``, which becomes the targets; or a mapping from the names of strata (domains) to such batches,
             which then have equal weight whatever their sizes.

@@ -21,7 +21,7 @@ from flatlab.errors import UserError, reason
 from flatlab.landscape.checks import Total, Versions, note_undone, refuse_rewriting, refuse_training, version, written
 from flatlab.landscape.failures import loss_explained
 from flatlab.landscape.slope_checks import Slice, check_slope
-from flatlab.landscape.value_checks import Weigh, check_fixed, check_values
+from flatlab.landscape.value_checks import Weigh, check_fixed, check_values, refuse_mixing_across
 from flatlab.seeds import generator
 from flatlab.tensors.calls import call
 from flatlab.tensors.flat import flatten, refuse_overlap, scales_of, split_like
@@ -68,6 +68,8 @@ class Opening:
                 check_fixed(self.forward, batch, total)
             self._refuse_writing()
             found = [check_values(self.forward, each, total, self.weigh) for each in self.batches]
+            lone = [each[0] for each in self.batches if len(each) == each[0].size == 1]
+            refuse_mixing_across(self.forward, lone, total)
             self._refuse_writing()
         sizes = [sum(batch.size for batch in each) for each in self.batches]
         weights = [size if weight is None else float(weight) for (_, weight), size in zip(found, sizes, strict=True)]

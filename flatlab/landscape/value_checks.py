@@ -39,9 +39,10 @@ def check_fixed(model: Forward, batch: Batch, total: Total) -> None:
 def check_values(model: Forward, batches: Sequence[Batch], total: Total, weigh: Weigh) -> tuple[Tensor, Tensor | None]:
     """Return the sum of the losses of a stratum and its weight; refuse one that depends on how samples are joined.
 
-    Each sample is evaluated twice: in its batch, and in a half of it, or joined with others if it is alone in its
-    batch. The loss of a batch is compared with those of small pieces of it, and the loss of samples from several
-    batches with those of their parts: batches of one class or one sample have the same mean whatever the weights.
+    Each sample is evaluated twice: in its batch, and in a half of it, or joined with others of its shape if it is alone
+    in its batch (samples of different shapes are never joined). The loss of a batch is compared with those of small
+    pieces of it, and the loss of samples from several batches with those of their parts: batches of one class or one
+    sample have the same mean whatever the weights.
     """
     sums, weights, across = list[Tensor](), list[Tensor | None](), list[Batch]()
     every = max(1, len(batches) // (_ACROSS // 2))
@@ -60,19 +61,25 @@ def check_values(model: Forward, batches: Sequence[Batch], total: Total, weigh: 
     return torch.stack(sums).sum(0), torch.stack(found).sum(0) if found else None
 
 
+def refuse_mixing_across(model: Forward, batches: Sequence[Batch], total: Total) -> None:
+    """Refuse a model in which the lone samples of several strata change each other's outputs: blocks join them."""
+    for group in _groups(batches):
+        if len(group) > 1:
+            _refuse_mixing(model, group, [_run(model, batch) for batch in group], total)
+
+
 def _groups(batches: Sequence[Batch]) -> Iterator[list[Batch]]:
-    """Yield batches, those of one sample in groups."""
-    singles: list[Batch] = []
+    """Yield batches, those of one sample in groups of equal shapes: others are never joined."""
+    singles: dict[tuple[tuple[int, ...], ...], list[Batch]] = {}
     for batch in batches:
         if batch.size > 1:
             yield [batch]
-        else:
-            singles.append(batch)
-            if len(singles) == _JOINED:
-                yield singles
-                singles = []
-    if singles:
-        yield singles
+            continue
+        key = tuple(_shapes(batch[:2]))
+        singles.setdefault(key, []).append(batch)
+        if len(singles[key]) == _JOINED:
+            yield singles.pop(key)
+    yield from singles.values()
 
 
 def _run(model: Forward, batch: Batch) -> Any:
