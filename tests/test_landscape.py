@@ -352,7 +352,7 @@ def test_samples_of_different_shapes_are_never_joined():
 
 
 def test_statistics_of_a_batch_that_need_two_samples_are_refused_with_the_way_out():
-    with pytest.raises(UserError, match="fails on 1 samples alone .*track_running_stats=True"):
+    with pytest.raises(UserError, match="fails on 1 sample alone .*track_running_stats=True"):
         Landscape(batch_statistics(), [(torch.randn(1, 6), torch.zeros(1, dtype=torch.int64))], F.cross_entropy)
 
 

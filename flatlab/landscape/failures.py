@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from flatlab.errors import UserError, reason
+from flatlab.errors import UserError, count_of, reason
 from flatlab.landscape.checks import Total
 from flatlab.tensors.calls import unknown
 from flatlab.tensors.memory import SplitOnOOM, out_of_memory
@@ -56,6 +56,7 @@ def loss_explained(total: Total) -> Total:
 
 
 def _of_model(model: Callable[..., Any], inputs: Any, size: int, error: Exception) -> str:
+    samples = count_of(size, "sample")
     odd = unknown(model, inputs) if isinstance(inputs, Mapping) else []
     if isinstance(error, TypeError) and (odd or isinstance(inputs, tuple | list)):
         foreign = f" (got other keys or lacks some: {', '.join(odd)})" if odd else ""
@@ -65,13 +66,13 @@ def _of_model(model: Callable[..., Any], inputs: Any, size: int, error: Exceptio
         )
     if isinstance(error, ValueError) and "more than 1 value per channel" in str(error):  # by BatchNorm
         return (
-            f"The model fails on {size} samples alone ({error}): if samples mix in the model, use statistics that"
-            " do not depend on the batch (BatchNorm with track_running_stats=True)."
+            f"The model fails on {samples} alone ({error}): if samples mix in the model, use statistics that do"
+            " not depend on the batch (BatchNorm with track_running_stats=True)."
         )
     weights = next(iter(model.parameters()), None) if isinstance(model, nn.Module) else None
     beside = "" if weights is None else f", and its first parameter is {_described(weights)}"
     return (
-        f"The model fails on a batch of {size} samples ({reason(error).rstrip('.')}): its forward must take the inputs,"
+        f"The model fails on a batch of {samples} ({reason(error).rstrip('.')}): its forward must take the inputs,"
         f" which are {_described(inputs)}{beside}; convert the inputs, or the model by model.to(dtype)."
     )
 
@@ -84,7 +85,7 @@ def _of_loss(outputs: Any, batch: Batch, error: Exception) -> str:
             " targets), or flatlab.loss_of(model), if the model computes its own loss from labels"
         )
     return (
-        f"The loss fails on a batch of {batch.size} samples ({reason(error).rstrip('.')}): it is called as"
+        f"The loss fails on a batch of {count_of(batch.size, 'sample')} ({reason(error).rstrip('.')}): it is called as"
         f" loss(outputs, targets), here with outputs that are {_described(outputs)} and targets that are"
         f" {_described(batch.targets)}; {way_out}."
     )

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flatlab.errors import UserError
+from flatlab.errors import UserError, count_of
 from flatlab.landscape.checks import Total
 from flatlab.landscape.failures import model_explained
 from flatlab.tensors.nested import Batch, concatenate, cut, distance, near, spread, tensors
@@ -113,8 +113,8 @@ def _refuse_mixing(model: Forward, group: list[Batch], outputs: list[Any], total
         if not isinstance(why := error.__cause__, RuntimeError):
             raise
         raise UserError(
-            f"The model takes {group[0].size} samples at a time but not {other[0].size} ({why}): its outputs must"
-            " not depend on which samples share a batch."
+            f"The model takes {count_of(group[0].size, 'sample')} at a time but not {other[0].size} ({why}): its"
+            " outputs must not depend on which samples share a batch."
         ) from why
     first, second = _joined(outputs), _joined(again)
     allowed = max(_eps(outputs) ** 0.5, 0.0 if _on_cpu(outputs) else _GPU_MIXING)

@@ -5,7 +5,7 @@ import numpy.typing as npt
 import torch
 
 from flatlab.arguments import FloatArray, Normalisation
-from flatlab.errors import UserError
+from flatlab.errors import UserError, count_of
 from flatlab.landscape.landscape import Landscape
 from flatlab.metrics.flatness.perturbations import check_normalisation
 from flatlab.metrics.flatness.sampler import DrawsReport, Sampler
@@ -39,7 +39,7 @@ def compare_flatness(
     if shapes[0] != shapes[1]:
         raise UserError(
             "A comparison needs models of one architecture, but their parameters have different shapes"
-            f" ({a.num_params:,} and {b.num_params:,} numbers)."
+            f" ({a.num_params:,} and {count_of(b.num_params, 'number')})."
         )
     if not a.shares_data(b):
         ours, theirs = a.num_samples, b.num_samples
