@@ -207,6 +207,10 @@ def test_every_sink_is_given_every_measurement(tmp_path):
 
 
 def test_wrong_arguments_are_refused():
+    refuses(
+        lambda: Monitor(landscape(network().eval())), "landscape must be a function from the model", "got Landscape"
+    )
+    refuses(lambda: Monitor(lambda model: model, every=1)(network(), 1), "must return a Landscape, got Sequential")
     refuses(lambda: Monitor(landscape, every=0), "every must be an integer >= 1, got 0")
     refuses(lambda: Monitor(landscape, share=0), "share must be a finite number > 0, got 0")
     refuses(lambda: Monitor(landscape, rise=-1), "rise must be a finite number > 0, got -1")

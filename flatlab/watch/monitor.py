@@ -66,6 +66,11 @@ class Monitor:
         numbers: Sequence[str] = NUMBERS,
         sinks: Sequence[Sink] = (),
     ) -> None:
+        if not callable(landscape):
+            raise UserError(
+                f"landscape must be a function from the model to its Landscape, got {type(landscape).__name__}: write"
+                " lambda model: Landscape(model, data, loss)."
+            )
         self.landscape, self.sinks = landscape, tuple(sinks)
         self.every, self.rise = whole("every", every), finite("rise", rise, above=0)
         self.share = finite("share", share, above=0)
@@ -134,6 +139,8 @@ class Monitor:
         values = dict.fromkeys(("loss", "norm", *(name for each in self.numbers for name in _names(each))), NAN)
         try:
             landscape = self.landscape(model)
+            if not isinstance(landscape, Landscape):
+                raise UserError(f"landscape must return a Landscape, got {type(landscape).__name__}.")
         except UserError as error:  # at first a mistake in the arguments, later a state of the training
             if not self.rows:
                 raise
