@@ -1,6 +1,7 @@
 """The documentation: every code block is executed when the site is built, and a warning is an error (`-W`)."""
 
 import inspect
+import os
 import re
 import sys
 from pathlib import Path
@@ -145,3 +146,5 @@ def setup(app):
 
 
 sys.path.insert(0, str(HERE.parent))  # analyses/
+# Pages call `flatlab` in a shell, which must be that of this interpreter, also where its environment is not activated.
+os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])

@@ -27,6 +27,7 @@ from flatlab.metrics.flatness.worst import worst_rise
 from flatlab.metrics.gradcam import ablation, explained_layer, gradcam
 from flatlab.metrics.progress import counted
 from flatlab.metrics.quantization_noise import quantization_noise
+from flatlab.metrics.receiving import of_landscapes
 from flatlab.metrics.scale_audit import scale_audit
 from flatlab.metrics.surfaces.connectivity import connect
 from flatlab.metrics.surfaces.directions import (
@@ -89,6 +90,11 @@ trace_check = counted(trace_check)
 gradcam = counted(gradcam)
 hessian_spectrum = counted(hessian_spectrum, products=lambda given: 3 * int(given.get("k", 10)))
 hessian_trace = counted(hessian_trace, products=lambda given: DEFLATE + PILOT)
+random_directions = of_landscapes(random_directions)
+eigen_directions = of_landscapes(eigen_directions)
+given_directions = of_landscapes(given_directions)
+plane_through = of_landscapes(plane_through)
+trajectory_directions = of_landscapes(trajectory_directions)
 
 __all__ = [
     # landscapes and their measures

@@ -36,6 +36,11 @@ def choose(kind: str, name: str, known: Iterable[str]) -> str:
     raise UserError(f"Unknown {kind} {name!r}; {hint}: {', '.join(names)}.")
 
 
+def count_of(number: int, noun: str) -> str:
+    """Return a number with its noun: "1 run", "1,200 runs"."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
 def printable(text: str) -> str:
     """Return text with line feeds, escapes and other control characters escaped: foreign names may contain them."""
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)

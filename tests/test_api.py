@@ -1,5 +1,6 @@
 """The doorway: every public name is there, lazily, and none hides behind a module of the same name."""
 
+import inspect
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -34,3 +35,29 @@ def test_a_landscape_loads_neither_tables_nor_pictures_nor_networks():
     line = f"import sys, flatlab; flatlab.Landscape; print(set({heavy.split()}) & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", line], capture_output=True, text=True, timeout=100, check=True)
     assert done.stdout.strip() == "set()"
+
+
+RECEIVING = [
+    (name, argument.name)
+    for name in api.__all__
+    if inspect.isfunction(getattr(api, name))
+    for argument in inspect.signature(getattr(api, name)).parameters.values()
+    if "Landscape" in str(argument.annotation)
+]
+
+
+@pytest.mark.parametrize(("name", "argument"), RECEIVING)
+def test_a_function_of_landscapes_refuses_all_else_in_a_sentence(name, argument):
+    import cases
+
+    case = cases.softmax()
+    words = {each: case for _, each in [pair for pair in RECEIVING if pair[0] == name] if each != argument}
+    model = case.model
+    with pytest.raises(flatlab.UserError, match=rf"^{name}: {argument} must be a Landscape.*, got .*: build Landscape"):
+        getattr(flatlab, name)(**words, **{argument: model})
+    with pytest.raises(flatlab.UserError, match=rf"^{name}: {argument} must be a Landscape.*, got list\.$"):
+        getattr(flatlab, name)(**words, **{argument: []})
+
+
+def test_functions_of_landscapes_are_found():
+    assert len(RECEIVING) > 20 and ("compare_flatness", "b") in RECEIVING

@@ -8,6 +8,7 @@ from stores import refuses
 
 import flatlab
 from flatlab.arguments import distances, finite, whole
+from flatlab.errors import count_of
 
 LANDSCAPE = cases.make("mlp").landscape()
 PAIR = flatlab.compare_flatness(LANDSCAPE, LANDSCAPE, [0.5], num_samples=2)
@@ -85,3 +86,8 @@ def test_what_does_is_taken():
     assert distances("r", 2).tolist() == [2.0] and distances("r", torch.tensor([0, 1])).tolist() == [0.0, 1.0]
     refuses(lambda: finite("x", 0.0, above=0.0), "x must be a finite number > 0, got 0.0")
     refuses(lambda: distances("r", [0.0], above=0.0), "r must be one or more finite numbers > 0")
+
+
+@pytest.mark.parametrize(("number", "text"), [(0, "0 jobs"), (1, "1 job"), (2, "2 jobs"), (1200, "1,200 jobs")])
+def test_one_is_singular(number, text):
+    assert count_of(number, "job") == text

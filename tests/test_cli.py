@@ -153,7 +153,7 @@ def test_the_store_is_also_an_environment_variable(flatlab, store, monkeypatch):
 @pytest.mark.parametrize("held_out", ["rot45", "3"])
 def test_dry_run_begins_nothing(flatlab, tmp_path, held_out):
     given = ("train", "--held-out", held_out, "--method", "qt-dog", "--dry-run", "--store", tmp_path / "new")
-    assert "1 jobs" in flatlab(*given).out
+    assert "1 job, " in flatlab(*given).out
     plan = documented("--dry-run", flatlab(*given, "--json").out)
     assert [job["name"] for job in plan["jobs"]] == ["train lsq on rot45, seed 0"] and plan["workers"] == 1
     assert not (tmp_path / "new").exists()

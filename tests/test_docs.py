@@ -1,6 +1,8 @@
 """The documentation's own functions: joined outputs, and a reference that names all that is public."""
 
+import os
 import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,10 @@ import flatlab
 
 pytest.importorskip("myst_nb")
 CONF = runpy.run_path(str(Path(__file__).resolve().parents[1] / "docs" / "conf.py"))
+
+
+def test_pages_call_the_commands_of_this_interpreter():
+    assert os.environ["PATH"].split(os.pathsep)[0] == str(Path(sys.executable).parent)
 
 
 def part(name, text):

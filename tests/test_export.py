@@ -215,11 +215,14 @@ def store(tmp_path_factory):
 
 def test_what_cannot_be_exported_is_a_sentence(store, tmp_path):
     file = tmp_path / "file.safetensors"
-    refuses(lambda: export(store.run(spec()), file, PLACE), "is not quantized; export one that is")
+    refuses(
+        lambda: export(store.run(spec()), file, PLACE), "(ERM) is not quantized; export one that is, such as of QT-DoG"
+    )
     refuses(lambda: export(store.run(quantized(bits=3)), file, PLACE), "is not finished")
     floats = spec().replace(members=(spec(), spec()))
     join(floats, store, PLACE)
     refuses(lambda: export(store.run(floats), file, PLACE), "(2 x erm) is not quantized")
+    refuses(lambda: export(store.run(quantized()), tmp_path / "net.onnx", PLACE), ".safetensors file, got", "net.onnx")
     refuses(lambda: load_exported(tmp_path / "none.safetensors"), "is missing")
     files.save_arrays(file, {"a": np.zeros(3)}, {"step": 1})
     refuses(lambda: load_exported(file), "is no export of a quantized network")
@@ -239,6 +242,26 @@ def test_inq_before_its_last_stage_is_refused(store, tmp_path):
         "features.4.weight is not completely on its grid",
     )
     run.checkpoint("early").unlink()
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (
+            ("--file", "net.onnx", "--format", "packed"),
+            "--format packed writes a .safetensors file, but --file is net.onnx",
+        ),
+        (
+            ("--file", "net.safetensors", "--format", "onnx"),
+            "--format onnx writes a .onnx file, but --file is net.safet",
+        ),
+        (("--file", "net.bin", "--opset", "18"), "--opset is of ONNX files"),
+    ],
+)
+def test_a_suffix_that_contradicts_the_format_is_refused(store, tmp_path, monkeypatch, capsys, words, sentence):
+    monkeypatch.chdir(tmp_path)
+    assert call("export", quantized().digest, "--store", store.root, *words) == 2
+    assert sentence in " ".join(capsys.readouterr().err.split()) and not list(tmp_path.iterdir())
 
 
 def test_the_command_prints_the_nominal_and_the_actual_size(store, tmp_path, capsys):

@@ -129,10 +129,25 @@ def test_seconds_are_measured_where_something_ran(store):
     for seed in (0, 1):
         run = store.run(spec(seed=seed))
         run.create()
-        run.note(passes=100.0, sessions=[{"seconds": 1.0}, {"seconds": 2.0}])
+        run.note(passes=1000.0, sessions=[{"seconds": 10.0}, {"seconds": 20.0}])
         run.finish()
     measured = {own: (0.03, "measured in this store"), other: (9e-2, reference)}
     assert jobs_plan.seconds_per_pass(store, [own, other]) == measured
+
+
+@pytest.mark.parametrize(
+    ("larger", "expected"),
+    [([], 3e-5), ([(5e5, 20.0)], 4e-5), ([(5e5, 20.0), (4e5, 16.0)], 4e-5), ([(1e5, 1.0)], 1e-5)],
+)
+def test_tiny_jobs_do_not_tell_the_seconds_of_a_pass(store, larger, expected):
+    tiny = [(5207.4, 0.7)] * 3
+    for seed, (passes, seconds) in enumerate([*tiny, *larger]):
+        run = store.run(spec(seed=seed))
+        run.create()
+        run.note(passes=passes, sessions=[{"seconds": seconds}])
+        run.finish()
+    ((found, source),) = jobs_plan.seconds_per_pass(store, [("digits-cnn", 16)]).values()
+    assert found == pytest.approx(expected) and (source == "measured in this store") == bool(larger)
 
 
 def test_a_plan_is_read_back_as_it_was_written(store):

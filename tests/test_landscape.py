@@ -328,6 +328,34 @@ def test_a_loss_that_is_no_mean_over_samples_is_refused(loss, sentence, untouche
         Landscape(case.model, case.batches([20, 4]), loss)
 
 
+class CentredSequence(nn.Linear):
+    def forward(self, x):
+        x = x.mean(1)
+        return super().forward(x - x.mean(0) * (len(x) > 1))
+
+
+@pytest.mark.parametrize("lengths", [[2] * 24, [2 + i % 3 for i in range(24)], [2, 3, 2]])
+@pytest.mark.parametrize("strata", [False, True])
+def test_samples_that_mix_are_refused_also_if_they_are_given_one_by_one(lengths, strata):
+    pieces = [(torch.randn(1, n, 6, generator=rng("one", i)), torch.tensor([i % 3])) for i, n in enumerate(lengths)]
+    data = {str(i): [piece] for i, piece in enumerate(pieces)} if strata else pieces
+    with pytest.raises(UserError, match="samples mix in the model"):
+        Landscape(CentredSequence(6, 3).eval(), data, F.cross_entropy)
+
+
+def test_samples_of_different_shapes_are_never_joined():
+    pieces = [(torch.randn(1, 2 + i, 6, generator=rng("one", i)), torch.tensor([i % 3])) for i in range(5)]
+    landscape = Landscape(CentredSequence(6, 3).eval(), pieces, F.cross_entropy)
+    assert not landscape.joinable
+    with pytest.raises(UserError, match="Samples of different shapes cannot share a block"):
+        landscape.gather(landscape.blocks(2)[0])
+
+
+def test_statistics_of_a_batch_that_need_two_samples_are_refused_with_the_way_out():
+    with pytest.raises(UserError, match="fails on 1 sample alone .*track_running_stats=True"):
+        Landscape(batch_statistics(), [(torch.randn(1, 6), torch.zeros(1, dtype=torch.int64))], F.cross_entropy)
+
+
 def test_ignored_targets_that_lie_evenly_are_found():
     case = cases.make("mlp")
     targets = case.targets.clone()
@@ -415,6 +443,41 @@ def test_a_model_that_was_changed_since_is_refused():
         case.model[0].weight.mul_(2.0)
     with pytest.raises(UserError, match="trained since"):
         landscape.gradient()
+
+
+def failing(outputs, targets):
+    raise RuntimeError("no loss")
+
+
+@pytest.mark.parametrize("loss", [nn.CrossEntropyLoss(reduction="sum"), failing])
+def test_a_refused_landscape_leaves_an_open_one_usable(loss):
+    case = cases.make("conv_bn")
+    landscape = case.landscape()
+    with pytest.raises((UserError, RuntimeError)):
+        Landscape(case.model, case.batches([20, 4]), loss)
+    assert np.isfinite(sphere_flatness(landscape, [0.1], num_samples=2).value).all()
+
+
+def test_a_refused_landscape_whose_forward_pass_writes_leaves_an_open_one_usable():
+    case, model = cases.make("mlp"), Counting(6, 3).eval()
+    quiet = Landscape(model, case.batches([24]), case.loss, check=False)
+    state = model.count.clone()
+    with pytest.raises(UserError, match="forward pass changes 'count'"):
+        Landscape(model, case.batches([24]), case.loss)
+    assert torch.equal(model.count, state) and quiet.weights.tolist() == [24.0]
+
+
+def test_landscapes_of_different_parameters_of_one_model_can_be_open_together():
+    case = cases.make("mlp")
+    names = list(dict(case.model.named_parameters()))
+    part = Landscape(case.model, case.batches([24]), case.loss, params=names[0])
+    before = part.evaluate().loss
+    sphere_flatness(case.landscape(), [0.1], num_samples=2)
+    assert part.evaluate().loss == before
+    with torch.no_grad():
+        case.model.get_parameter(names[1]).add_(1.0)
+    with pytest.raises(UserError, match=f"'{names[1]}' has changed since"):
+        part.evaluate()
 
 
 def test_step_sizes_are_not_moved_as_if_they_were_weights():

@@ -37,7 +37,7 @@ def test_a_landscape_goes_on_in_halves_and_says_so_once(most, caplog):
         halved = Landscape(case.model, batches, case.loss)
         found = sphere_flatness(halved, [0.5], num_samples=3), in_blocks(halved, [0.5], 12, errors=(0.5, 0))
     # The first probe looks at two samples.
-    first = "1 images at a time instead of 2" if most == 1 else "12 images at a time instead of 24"
+    first = "1 image at a time instead of 2" if most == 1 else "12 images at a time instead of 24"
     assert caplog.messages[0] == f"Out of memory: evaluating {first}."
     assert len(caplog.messages) == {11: 2, 3: 3, 1: 1}[most] and 0 < max(seen) <= most
     for one, other in zip(found, expected, strict=True):

@@ -7,7 +7,7 @@ import pytest
 from flatlab.cli.choices import Choices
 from flatlab.cli.parse import means, named
 from flatlab.errors import UserError
-from flatlab.specs.methods import METHODS, compose
+from flatlab.specs.methods import METHODS, compose, name_of
 from flatlab.specs.settings import SMOKE
 from flatlab.store.runs import RunStore
 
@@ -35,6 +35,13 @@ def test_a_method_s_name_means_its_runs_alone(name):
     assert means(name.upper(), spec_of(name))
 
 
+@pytest.mark.parametrize("name", [name for name, parts in METHODS.items() if not parts.members])
+def test_a_run_is_named_by_its_method(name):
+    spec = spec_of(name)
+    assert name_of(spec) == name
+    assert name_of(spec.replace(members=(spec, spec.replace(seed=1)))) == f"2 x {spec.label}"
+
+
 def test_a_composition_s_name_means_it():
     spec = compose(METHODS["SAM"], SMOKE, held_out="rot0", seed=0, trial_seed=0)
     both = spec.replace(average=spec_of("SWAD").average)
@@ -48,6 +55,20 @@ def test_names_narrowed_down(store):
     assert [run.spec for run in named(store, ["ERM"], held_out="rot45")] == [spec_of("ERM", "rot45", 0)]
     digest = spec_of("ERM").digest
     assert [run.spec.digest for run in named(store, [digest[:10]])] == [digest]
+
+
+def test_other_seeds_of_a_name_are_told(store, capsys):
+    notes = []
+    (run,) = named(store, ["ERM"], held_out="rot45", note=notes.append)
+    (note,) = notes
+    assert note == (
+        f"ERM is run {run.spec.digest[:8]} (rot45, seed 0); there are others of that name (seed 1): select with --seed."
+    )
+    named(store, ["ERM"], held_out="rot45", seed=1, note=notes.append)
+    named(store, [run.spec.digest], note=notes.append)
+    assert len(notes) == 1
+    assert Choices(store=store.root, held_out="rot45").found(["QT-DoG"])[0].spec.seed == 0
+    assert "QT-DoG is run" in capsys.readouterr().err
 
 
 def test_what_is_not_one_run_is_refused(store):

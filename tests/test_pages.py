@@ -64,7 +64,7 @@ def test_commands_say_that_no_valley_began(tmp_path, capsys):
     runs = replicates(METHODS["SWAD"], ONE)
     written(tmp_path, runs)
     assert call("runs", "show", runs[0].digest, "--store", tmp_path) == 0
-    assert "no valley began in 1 of 1 runs" in json.loads(capsys.readouterr().out)["remarks"][0]
+    assert "no valley began in 1 of 1 run (" in json.loads(capsys.readouterr().out)["remarks"][0]
     assert call("runs", "show", runs[1].digest, "--store", tmp_path) == 0
     assert json.loads(capsys.readouterr().out)["remarks"] == []
     words = ("--method", "swad", "--setting", "smoke", "--held-out", "rot0", "--seeds", 2, "--store", tmp_path)

@@ -302,6 +302,12 @@ def test_parameters_that_do_not_move_the_loss_are_said():
     assert not Landscape(model, [(X, Y)], F.cross_entropy, params="l.*").remarks
 
 
+def test_a_loss_without_gradient_is_not_said_to_depend_on_nothing():
+    landscape = Landscape(nn.Linear(6, 3).double().eval(), [(X, Y)], lambda o, t: (o.argmax(1) != t).double())
+    with pytest.raises(UserError, match="depends on the parameters that vary .*no gradient by them.* cross_entropy"):
+        Hessian(landscape)
+
+
 # ------------------------------------------------------------------------- one sentence each, and nothing is changed
 
 
@@ -329,6 +335,11 @@ class Squeezed(nn.Linear):
 class Named(nn.Linear):
     def forward(self, a, b):
         return super().forward(a + b)
+
+
+class Scored(nn.Linear):
+    def forward(self, x):
+        return {"logits": super().forward(x)}
 
 
 class Complex(nn.Linear):
@@ -360,6 +371,41 @@ class Complex(nn.Linear):
             F.cross_entropy,
             "keys are arguments of its forward .got other keys or lacks some: x, labels",
         ),
+        (
+            lambda: nn.Linear(6, 3),
+            [{"x": X}],
+            F.cross_entropy,
+            r"a dict with 'x', but without 'labels': add the targets as batch\[\"labels\"\], or pass pairs",
+        ),
+        (lambda: nn.Linear(6, 3), [{"x": X, "labels": [0] * 24}], F.cross_entropy, "whose 'labels' are a list: make"),
+        (
+            lambda: nn.Linear(6, 3),
+            [(X.float(), Y)],
+            F.cross_entropy,
+            r"fails on a batch of \d samples .*: its forward must take the inputs, which are torch.float32 \(\d, 6\),"
+            r" and its first parameter is torch.float64 \(3, 6\); convert",
+        ),
+        (
+            lambda: nn.Linear(5, 3),
+            [(X, Y)],
+            F.cross_entropy,
+            r"must take the inputs, which are torch.float64 \(\d, 6\)",
+        ),
+        (
+            lambda: nn.Linear(6, 3),
+            [(X, Y.double())],
+            F.cross_entropy,
+            r"The loss fails on a batch of .* targets that are torch.float64 \(\d,\); convert the targets",
+        ),
+        (
+            lambda: Scored(6, 3),
+            [(X, Y)],
+            F.cross_entropy,
+            r"outputs that are a dict of torch.float64 \(\d, 3\) and .*cross_entropy\(outputs.logits, targets\)",
+        ),
+        (lambda: nn.Linear(6, 3), [(X, Y)], "cross_entropy", r"must be a function of .*, got 'cross_entropy'\."),
+        (lambda: nn.Linear(6, 3), [(X, Y)], None, r"must be a function of \(outputs, targets\), .*, got None\."),
+        (lambda: nn.Linear(6, 3), [(X, Y)], nn.CrossEntropyLoss, "got the class CrossEntropyLoss: create an instance"),
         (
             lambda: nn.Linear(6, 1),
             [(X, X[:, 0])],

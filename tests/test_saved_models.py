@@ -195,7 +195,7 @@ def test_a_folder_that_is_none_is_refused_in_one_sentence(folder):
     (folder / "config.json").unlink()
     refused("must be a folder with config.json and tokenizer, got .*model")
     (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
-    with pytest.raises(UserError, match=r"has its weights in 1 files; write them as one: model.save_pretrained"):
+    with pytest.raises(UserError, match=r"has its weights in 1 file; write them as one: model.save_pretrained"):
         saved.weights_in(folder)
     (folder / "model-00001-of-00002.safetensors").unlink()
     with pytest.raises(UserError, match=r"has no weights: expected model.safetensors or pytorch_model.bin"):

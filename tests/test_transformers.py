@@ -159,3 +159,14 @@ def test_flatness_is_the_mean_rise_of_the_models_own_loss(name, sizes):
             rises.append(each)
     assert np.abs(rises).min() > 1e-4
     assert found.value == pytest.approx(np.mean(rises, axis=0), rel=1e-3, abs=2e-7)  # their loss is in float32
+
+
+def test_a_loss_that_takes_no_outputs_of_transformers_is_refused_with_the_way_out():
+    model, batch = make("bert")
+    with pytest.raises(flatlab.UserError, match=r"outputs that are a SequenceClassifierOutput of .*flatlab.loss_of"):
+        flatlab.Landscape(model, cut(batch, 6), F.cross_entropy)
+    labels = batch.pop("labels")
+    with pytest.raises(flatlab.UserError, match=r"a BatchEncoding with .*, but without 'labels': add the targets"):
+        flatlab.Landscape(model, cut(batch, 6), flatlab.loss_of(model))
+    with pytest.raises(flatlab.UserError, match=r"The model fails on a batch of 6 samples \(Expected input batch_size"):
+        flatlab.Landscape(model, cut({**batch, "labels": labels[:, None].repeat(1, 2)}, 6), flatlab.loss_of(model))

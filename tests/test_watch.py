@@ -1,6 +1,7 @@
 """Flatness while training: what is measured, when, within which share; and that the training is the same with it."""
 
 import random
+import re
 import subprocess
 import sys
 
@@ -122,6 +123,27 @@ def test_measurements_keep_within_their_share(monkeypatch, share, cost):
     assert watch.spent > share * watch.trained - 3 * cost - share * 10 or len(watch.rows) == 200
 
 
+def test_steps_that_the_share_does_not_allow_are_told_once_and_listed(monkeypatch, caplog):
+    clock = Clock()
+    monkeypatch.setattr(monitor, "time", clock)
+
+    class Timed(Monitor):
+        def _measure(self, model, step):
+            clock.now += 3.0
+            return {"loss": 0.0}
+
+    watch, model = Timed(landscape, every=10), nn.Linear(1, 1)
+    for step in range(1, 31):
+        clock.now += 1.0
+        watch(model, step), watch(model, step)
+    assert [row["step"] for row in watch.rows] == [10] and watch.skipped == [20, 30]
+    sentence = (
+        "step 20: skipped, and so may later ones be .*of 3 s, .* share 0.05 of the training time; choose a larger"
+    )
+    assert len(watch.remarks) == len(caplog.messages) == 1
+    assert re.match(sentence, watch.remarks[0]) and watch.remarks[0] in caplog.messages[0]
+
+
 def test_a_step_is_measured_once_and_others_are_passed_over():
     watch, model = Monitor(landscape, every=2, share=1e6, numbers=["radius"]), network()
     found = [watch(model, step) for step in (1, 2, 2, 3, 4)]
@@ -185,6 +207,10 @@ def test_every_sink_is_given_every_measurement(tmp_path):
 
 
 def test_wrong_arguments_are_refused():
+    refuses(
+        lambda: Monitor(landscape(network().eval())), "landscape must be a function from the model", "got Landscape"
+    )
+    refuses(lambda: Monitor(lambda model: model, every=1)(network(), 1), "must return a Landscape, got Sequential")
     refuses(lambda: Monitor(landscape, every=0), "every must be an integer >= 1, got 0")
     refuses(lambda: Monitor(landscape, share=0), "share must be a finite number > 0, got 0")
     refuses(lambda: Monitor(landscape, rise=-1), "rise must be a finite number > 0, got -1")

@@ -12,6 +12,8 @@ from flatlab.data import catalog
 from flatlab.errors import UserError, choose
 from flatlab.models import saved
 
+SUFFIXES = {"packed": ".safetensors", "onnx": ".onnx"}  # of exported files, by format
+
 if TYPE_CHECKING:
     from flatlab.jobs.plan import Job
     from flatlab.specs.measurement import MeasurementSpec
@@ -169,6 +171,20 @@ def domains(groups: "Iterable[str]", place: "Place", dataset: str) -> None:
         known = catalog.domain_names(dataset, Path(place.data_dir) if place.data_dir else None)
         for name in names:
             choose("domain", name, known)
+
+
+def file_format(file: Path | None, kind: str | None) -> str:
+    """Return the format of an exported file: as given, else that of its suffix, else packed; refuse a contradiction."""
+    by_suffix = next((each for each, suffix in SUFFIXES.items() if file and file.suffix.lower() == suffix), None)
+    if kind is None:
+        return by_suffix or "packed"
+    kind = choose("format", kind, SUFFIXES)
+    if by_suffix not in (None, kind):
+        raise UserError(
+            f"--format {kind} writes a {SUFFIXES[kind]} file, but --file is {file}: leave --format out, or write a name"
+            f" that ends in {SUFFIXES[kind]}."
+        )
+    return kind
 
 
 def target(path: Path) -> None:

@@ -71,9 +71,10 @@ class Choices(Options):
 
     def named(self, words: Sequence[str]) -> "list[Run]":
         """Return the runs with these names, among those that `--held-out` and `--seed` select."""
+        from flatlab.cli.errors import say
         from flatlab.cli.parse import named
 
-        return named(self.runs(), words, held_out=self.held_out, seed=self.seed)
+        return named(self.runs(), words, held_out=self.held_out, seed=self.seed, note=lambda each: say(each, mark=""))
 
     def found(self, words: Sequence[str]) -> "list[Run]":
         """Return the runs with these names; refuse unfinished ones."""

@@ -23,7 +23,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from flatlab.cli.timeleft import TimeLeft
-from flatlab.errors import printable
+from flatlab.errors import count_of, printable
 from flatlab.jobs.plan import Job
 
 PER_JOB, START = 0.6, 5.0  # seconds in addition to the passes: loading and writing of a job, and start of the workers
@@ -67,7 +67,7 @@ class Board:
         self.progress = progress
         self.bars: dict[str, TaskID] = {}
         self.printed = time.monotonic()
-        self.total = progress.add_task(f"{len(jobs)} jobs", total=1.0, left="") if progress else None
+        self.total = progress.add_task(count_of(len(jobs), "job"), total=1.0, left="") if progress else None
 
     def __call__(self, event: dict[str, Any]) -> None:
         """Show an event, or a worker's note."""
@@ -92,7 +92,7 @@ class Board:
 
     def _count(self) -> str:
         shares = self.time.share.values()
-        return f"{sum(share == 1 for share in shares)} of {len(shares)} jobs"
+        return f"{sum(share == 1 for share in shares)} of {count_of(len(shares), 'job')}"
 
     def _bar(self, name: str, event: dict[str, Any], over: bool) -> None:
         assert self.progress
@@ -189,8 +189,8 @@ def summary(jobs: Sequence[Job], costs: Sequence[float], source: str, *, workers
     estimate = forward + (START + PER_JOB * -(-len(jobs) // workers) if jobs else 0.0)
     each = f"{sum(costs) / total * 1e6:,.0f} µs a pass" if total else "nothing to do"
     return (
-        f"{len(jobs)} jobs, {total:,.0f} image passes, about {_clock(estimate)} with {workers} workers "
-        f"({each}: {source})."
+        f"{count_of(len(jobs), 'job')}, {total:,.0f} image pass{'' if round(total) == 1 else 'es'}, about"
+        f" {_clock(estimate)} with {count_of(workers, 'worker')} ({each}: {source})."
     )
 
 

@@ -1,13 +1,13 @@
 """Arguments to values: runs by name or digest, and radii."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import floor
 from typing import TYPE_CHECKING, Literal
 
 from flatlab.data import catalog
 from flatlab.errors import UserError, choose
-from flatlab.specs.methods import METHODS, Method
+from flatlab.specs.methods import METHODS, parts_of
 from flatlab.specs.run import RunSpec
 
 if TYPE_CHECKING:  # it loads numpy
@@ -19,7 +19,14 @@ LARGEST_RADIUS = 1e9
 MOST_RADII = 10_000  # more are a typing error
 
 
-def named(store: "RunStore", words: Sequence[str], *, held_out: str = "all", seed: int | None = None) -> "list[Run]":
+def named(
+    store: "RunStore",
+    words: Sequence[str],
+    *,
+    held_out: str = "all",
+    seed: int | None = None,
+    note: Callable[[str], object] = lambda _: None,
+) -> "list[Run]":
     """Return the runs with these names, each once; for a method the finished ones, if any.
 
     Args:
@@ -27,6 +34,7 @@ def named(store: "RunStore", words: Sequence[str], *, held_out: str = "all", see
         words: names of methods (QT-DoG) or compositions (sam-swad), or digests, or their beginnings.
         held_out: selects the runs of a method with these held-out domains.
         seed: selects the runs of a method with this seed; None: the smallest.
+        note: called with a sentence where a name matches runs of several seeds, of which one is chosen.
 
     Raises:
         UserError: if a name matches no run, or several.
@@ -47,8 +55,10 @@ def named(store: "RunStore", words: Sequence[str], *, held_out: str = "all", see
         mine = [run for run in runs if means(word, run.spec)]
         mine = [run for run in mine if run.done] or mine
         mine = [run for run in mine if seed in (None, run.spec.seed) and _held_out(run.spec, held_out)]
-        mine = [run for run in mine if run.spec.seed == min(each.spec.seed for each in mine)]
-        found.append(_only(mine, word, store))
+        least = [run for run in mine if run.spec.seed == min(each.spec.seed for each in mine)]
+        found.append(_only(least, word, store))
+        if others := sorted({run.spec.seed for run in mine} - {found[-1].spec.seed}):
+            note(_chosen(word, found[-1].spec, others))
     return list({run.path: run for run in found}.values())
 
 
@@ -59,26 +69,11 @@ def means(word: str, spec: RunSpec) -> bool:
         return _plain(word) == _plain(spec.label)
     if spec.source:
         return False
-    return bool(parts.members) == bool(spec.members) and replace(parts, note="", members=0) == _parts(spec)
+    return bool(parts.members) == bool(spec.members) and replace(parts, note="", members=0) == parts_of(spec)
 
 
 def _plain(name: str) -> str:
     return name.strip().lower().replace("_", "-")
-
-
-def _parts(spec: RunSpec) -> Method:
-    """Return the composition of a run, without the members of an ensemble."""
-    mixed = "none" if spec.mixing is None else "mixstyle-across" if spec.mixing.across else "mixstyle"
-    return Method(
-        step=spec.step.kind,
-        average=spec.average.kind,
-        quantizer=spec.quantizer.kind if spec.quantizer else "none",
-        frozen=spec.frozen,
-        noise="none" if spec.noise is None else "kept" if spec.noise.persistent else "fresh",
-        objective=spec.objective,
-        mixing=mixed,  # type: ignore[arg-type]
-        combine=spec.combine,
-    )
 
 
 def _held_out(spec: RunSpec, which: str) -> bool:
@@ -102,6 +97,14 @@ def _only(runs: "Sequence[Run]", word: str, store: "RunStore") -> "Run":
     raise UserError(
         f"{word} names {len(runs)} runs in {store.root}: {', '.join(shown)}{more}; select one with --held-out, --seed "
         "or its digest."
+    )
+
+
+def _chosen(word: str, spec: RunSpec, others: Sequence[int]) -> str:
+    shown = ", ".join(map(str, others[:SHOWN])) + (" and more" if len(others) > SHOWN else "")
+    return (
+        f"{word} is run {spec.digest[:8]} ({spec.target}, seed {spec.seed}); there are others of that name"
+        f" ({'seed' if len(others) == 1 else 'seeds'} {shown}): select with --seed."
     )
 
 

@@ -14,7 +14,7 @@ from flatlab.cli.choices import Choices, takes
 from flatlab.cli.errors import Commands, say
 from flatlab.cli.options import NAMED, OneRun, Runs
 from flatlab.cli.parse import HEX
-from flatlab.errors import UserError, printable
+from flatlab.errors import UserError, count_of, printable
 
 UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12}
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([MGT]B)")
@@ -71,11 +71,13 @@ def verify(
     store = chosen.runs()
     faults, count = store.faults(), len(store.folders())
     left = leftovers.clean(store) if clean else list(leftovers.leftovers(store))
-    sentences = [*faults, f"{count} runs in {store.root}, {len(faults)} faults."]
+    sentences = [*faults, f"{count_of(count, 'run')} in {store.root}, {count_of(len(faults), 'fault')}."]
     if clean:
-        sentences.append(f"{len(left)} leftovers of killed processes removed.")
+        sentences.append(f"{count_of(len(left), 'leftover')} of killed processes removed.")
     elif left:
-        sentences.append(f"{len(left)} leftovers of killed processes; `flatlab runs verify --clean` removes them.")
+        them = "it" if len(left) == 1 else "them"
+        number = count_of(len(left), "leftover")
+        sentences.append(f"{number} of killed processes; `flatlab runs verify --clean` removes {them}.")
     facts = {"runs": count, "faults": faults, "removed" if clean else "leftovers": list(map(str, left))}
     chosen.answer_facts(facts, "\n".join(map(printable, sentences)))
     if faults:
@@ -108,7 +110,7 @@ def merge_(
     if other.resolve() == chosen.runs().root.resolve():
         raise UserError(f"--from must be another store than --store, got {other} for both.")
     counts, refused = merge(RunStore(other), chosen.runs())
-    sentence = ", ".join(f"{count} {what}" for what, count in counts.items()) + "."
+    sentence = ", ".join(count_of(count, what.removesuffix("s")) for what, count in counts.items()) + "."
     chosen.answer_facts({**counts, "not merged": refused}, sentence)
     for each in refused:
         say(each)

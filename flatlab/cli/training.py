@@ -170,22 +170,25 @@ def export(
     runs: Runs,
     fields: dict[str, Any],
     file: Annotated[Path | None, typer.Option(help="File to write; DIGEST.safetensors or .onnx if not given.")] = None,
-    kind: Annotated[str, typer.Option("--format", help="Format of the file: packed or onnx.")] = "packed",
+    kind: Annotated[
+        str | None, typer.Option("--format", help="Format of the file: packed or onnx; by default that of --file.")
+    ] = None,
 ) -> None:
     """Write a quantized run to a file of integer weights; report its size, or how an ONNX file agrees with it.
 
-    With --format onnx, several runs become one file, their ensemble.
+    The format is that of the file's suffix, else packed. With --format onnx, several runs become one file, their
+    ensemble.
     """
     from flatlab import reproduce
     from flatlab.loading.export import export as write
 
-    kind = choose("format", kind, ("packed", "onnx"))
+    kind = checks.file_format(file, kind)
     found, *others = members = chosen.found(runs)
     if not others:
         chosen.refuse(("combine",), "for one run")
     elif kind != "onnx":
         raise UserError("--format packed takes one run; combine them by `flatlab ensemble`, or write --format onnx.")
-    path = file or Path(f"{found.spec.digest}.{'onnx' if kind == 'onnx' else 'safetensors'}")
+    path = file or Path(found.spec.digest).with_suffix(checks.SUFFIXES[kind])
     checks.target(path)
     place, _ = reproduce.place_of(members, chosen.place())
     checkpoint = fields.pop("checkpoint")

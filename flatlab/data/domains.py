@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from flatlab.data.images import Decoded, Originals
-from flatlab.errors import UserError, choose
+from flatlab.errors import UserError, choose, count_of
 from flatlab.seeds import seed_hash
 
 
@@ -127,12 +127,13 @@ def split(n: int, domain_index: int, *, trial_seed: int, fraction: float = 0.2, 
     n_out = int(n * (fraction + test))
     n_validate = int(n_out * (fraction / (fraction + test)))
     if not 0 < n_validate <= n_out < n or (test and n_validate == n_out):
+        which = f"Domain {domain_index} has {count_of(n, 'image')}"
         raise UserError(
-            f"Domain {domain_index} has {n} images: shares of {fraction} and {test} leave {n_validate} to validate "
-            f"on, {n_out - n_validate} to test on and {n - n_out} to train on; each part needs at least one image."
+            f"{which}: shares of {fraction} and {test} leave {n_validate} to validate on, "
+            f"{n_out - n_validate} to test on and {n - n_out} to train on; each part needs at least one image."
             if test
-            else f"Domain {domain_index} has {n} images: a share of {fraction} leaves {n_out} to validate on and "
-            f"{n - n_out} to train on; both parts need at least one image."
+            else f"{which}: a share of {fraction} leaves {n_out} to validate on and {n - n_out} to train on; "
+            "both parts need at least one image."
         )
     keys, places = shuffled(n, trial_seed, domain_index), list(range(n_out))
     if test:

@@ -13,7 +13,7 @@ from flatlab import files
 from flatlab.deploy import session
 from flatlab.deploy.calibration import ranges
 from flatlab.deploy.graph import INPUT, OUTPUT, Codes, Graph
-from flatlab.errors import UserError, reason
+from flatlab.errors import UserError, count_of, reason
 from flatlab.loading import data as loading_data
 from flatlab.loading.checkpoint import network as network_of
 from flatlab.models.networks import Ensemble
@@ -276,7 +276,7 @@ def _logits(engine: Any, path: Path, images: Any) -> torch.Tensor:
     try:
         return torch.from_numpy(engine.run([OUTPUT], {INPUT: images})[0])
     except Exception as error:  # onnxruntime's classes have no common base but this one
-        failed = f"onnxruntime cannot run {path} for {len(images)} images ({reason(error).rstrip('.')})"
+        failed = f"onnxruntime cannot run {path} for {count_of(len(images), 'image')} ({reason(error).rstrip('.')})"
         if len(images) == 1 or not _runs(engine, images[:1]):
             raise UserError(f"{failed}: write --format packed.") from None
         raise UserError(

@@ -22,6 +22,8 @@ from flatlab.store.runs import RunStore
 Event = dict[str, Any]  # of a worker: a job's name, and its progress, end or error
 OnEvent = Callable[[Event], None]
 BACKWARD = 3  # a training image costs about three forward passes: forward, and backward by weights and by inputs
+LARGE = 0.5  # of the largest training: smaller ones do not determine the seconds of a pass
+SHORT = 5.0  # seconds: in shorter trainings, what is done beside the passes may take most of the time
 REFERENCE = {  # seconds for an image of 224 pixels (digits: 16) on one core of the reference machine, by model
     **{"digits-cnn": 3e-5, "cnn-10x2": 9e-6, "cnn-10x3": 1.4e-5, "cnn-16x2": 2.2e-5, "cnn-16x3": 3e-5},
     **{"cnn-16x4": 6e-3, "cnn-16x5": 6.5e-3, "cnn-32x4": 1.8e-2, "cnn-32x5": 3.6e-2, "cnn-64x4": 6.6e-2},
@@ -257,20 +259,29 @@ def training_passes(spec: RunSpec, sizes: Sizes, *, forked: bool) -> float:
 def seconds_per_pass(store: RunStore, kinds: Collection[tuple[str, int]]) -> dict[tuple[str, int], tuple[float, str]]:
     """Return the seconds of one image forward and where the number is from: this store, or the reference machine.
 
+    The largest trainings of a network determine it, since tiny ones take their time for other work than passes. If even
+    these are short, they are only an upper bound.
+
     Args:
         store: its finished runs are read once.
         kinds: names of networks, each with its image size.
     """
-    seconds, passes = dict.fromkeys(kinds, 0.0), dict.fromkeys(kinds, 0.0)
+    trained: dict[tuple[str, int], list[tuple[float, float]]] = {kind: [] for kind in kinds}
     for run in store.runs():
         kind, facts = (run.spec.model, run.spec.image_size), run.provenance if run.done else {}
-        if kind in passes and "passes" in facts:
-            passes[kind] += facts["passes"]
-            seconds[kind] += sum(session["seconds"] for session in facts["sessions"])
-    return {
-        kind: (seconds[kind] / passes[kind], "measured in this store") if passes[kind] else _reference(*kind)
-        for kind in kinds
-    }
+        if kind in trained and facts.get("passes"):
+            trained[kind].append((facts["passes"], sum(session["seconds"] for session in facts["sessions"])))
+    return {kind: _pace(trained[kind], _reference(*kind)) for kind in kinds}
+
+
+def _pace(trained: Sequence[tuple[float, float]], reference: tuple[float, str]) -> tuple[float, str]:
+    """Return the seconds of a pass and their source, from the (passes, seconds) of trainings."""
+    most = max((passes for passes, _ in trained), default=0.0)
+    large = [each for each in trained if each[0] >= LARGE * most]
+    passes, seconds = (sum(each) for each in zip(*large, strict=True)) if large else (0.0, 0.0)
+    if not large or (seconds < SHORT * len(large) and seconds / passes > reference[0]):
+        return reference
+    return seconds / passes, "measured in this store"
 
 
 def _reference(model: str, image_size: int) -> tuple[float, str]:

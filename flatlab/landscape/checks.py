@@ -1,12 +1,13 @@
 """Checks, without calling the model, that its loss is a function of the parameters alone."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
+from torch.utils.weak import WeakIdKeyDictionary
 
 from flatlab.derivatives.autograd import is_staircase
 from flatlab.errors import UserError
@@ -17,6 +18,8 @@ Total = Callable[[Any, Batch], Tensor]
 """The sum of the losses over a batch, from the outputs: a float64 scalar."""
 Versions = dict[str, tuple[int, int]]
 """By name of a tensor: its identity, and the number of writes to it."""
+_UNDONE: MutableMapping[Tensor, int] = WeakIdKeyDictionary()
+"""Writes to a tensor that a landscape has undone, bit by bit: to others the tensor has not changed."""
 
 
 def alike(named: Mapping[str, nn.Parameter]) -> list[Tensor]:
@@ -77,13 +80,25 @@ def versions(model: nn.Module, moved: Iterable[Tensor]) -> Versions:
     """Return the versions of buffers and of parameters that do not vary: they change with each write or replacement."""
     ours = {id(tensor) for tensor in moved}
     named = [*model.named_parameters(), *model.named_buffers()]
-    return {n: (id(t), 0 if t.is_inference() else t._version) for n, t in named if id(t) not in ours}
+    return {n: (id(t), version(t)) for n, t in named if id(t) not in ours}
+
+
+def version(tensor: Tensor) -> int:
+    """Return the number of writes by torch to a tensor, without those that were undone."""
+    return 0 if tensor.is_inference() else tensor._version - _UNDONE.get(tensor, 0)
+
+
+def note_undone(tensors: Sequence[Tensor], before: Sequence[int]) -> None:
+    """Do not count the writes since `before`, the versions of some tensors whose bits are again those of then."""
+    for tensor, number in zip(tensors, before, strict=True):
+        if writes := version(tensor) - number:
+            _UNDONE[tensor] = _UNDONE.get(tensor, 0) + writes
 
 
 def data_versions(batches: Iterable[Iterable[Batch]]) -> list[int]:
     """Return the versions of the tensors of all strata's batches, which change with each write by torch."""
     leaves = (leaf for each in batches for batch in each for leaf in tensors(batch[:2]))
-    return [0 if leaf.is_inference() else leaf._version for leaf in leaves]
+    return [version(leaf) for leaf in leaves]
 
 
 def written(model: nn.Module, moved: Iterable[Tensor], before: Versions) -> str | None:

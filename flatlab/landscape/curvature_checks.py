@@ -28,6 +28,7 @@ Loss = Callable[[Sequence[Tensor]], Tensor]
 
 SAMPLED = 8  # samples that the check uses
 DRAWS = 2  # the check must fail along as many directions, from different points
+FAR = 4  # moves by the size of each tensor, of which one must change a loss that depends on them
 AWAY = 1e-3  # of each tensor's size: by which the point is moved
 MOVED, MOVE = 8, 1e-4  # entries that are moved to detect rounding, and by how much of their tensor's size
 STEPS = (1e-5, 1e-7, 1e-8)  # of each tensor's size; of 1e7 activations 0.1 change sign at the last
@@ -78,18 +79,36 @@ def _function(
     state = {n: t.detach() for n, t in chain(model.named_parameters(), model.named_buffers()) if id(t) not in ours}
     fixed = {name: t.to(dtype) if t.is_floating_point() else t for name, t in state.items()}
 
-    def loss(tensors: Sequence[Tensor]) -> Tensor:
+    def value_at(tensors: Sequence[Tensor]) -> Tensor:
         state = {**fixed, **dict(zip(moved, tensors, strict=True))}
         sums = [total_at(model, state, b.inputs, partial(_of, total, b)) for b in few]
-        value = torch.stack(sums).sum() / sum(batch.size for batch in few)
+        return torch.stack(sums).sum() / sum(batch.size for batch in few)
+
+    def loss(tensors: Sequence[Tensor]) -> Tensor:
+        value = value_at(tensors)
         if not value.requires_grad:
-            raise UserError(
-                f"The loss does not depend on the parameters that vary ({', '.join(list(moved)[:4])}), so it has no"
-                " curvature by them: choose others with params=."
-            )
+            raise UserError(_without_gradient(value_at, tensors, ", ".join(list(moved)[:4])))
         return value
 
     return loss, [tensor.detach().to(dtype) for tensor in moved.values()]
+
+
+def _without_gradient(loss: Loss, point: Sequence[Tensor], names: str) -> str:
+    """Return why the loss has no gradient by the parameters: whether it changes where they are moved far."""
+    rng, scales = generator("curvature", "far"), scales_of(point)
+    here = loss(point)
+    for _ in range(FAR):
+        step = scales * torch.randn(len(scales), generator=rng, dtype=scales.dtype).to(scales)
+        if not torch.equal(here, loss(split_like(flatten(point) + step, point))):
+            return (
+                f"The loss depends on the parameters that vary ({names}), but autograd finds no gradient by them, so it"
+                " has no curvature: it is piecewise constant, as a number of errors is; pass one with a gradient,"
+                " such as cross_entropy."
+            )
+    return (
+        f"The loss does not depend on the parameters that vary ({names}), so it has no curvature by them: choose others"
+        " with params=."
+    )
 
 
 def _of(total: Total, batch: Batch, outputs: Any) -> Tensor:

@@ -26,13 +26,16 @@ from flatlab.landscape.blocks import Block, Gathered, Partition, Samples
 from flatlab.landscape.checks import (
     alike,
     data_versions,
+    note_undone,
     refuse_changed,
     refuse_parametrized,
     refuse_training,
+    version,
     versions,
 )
 from flatlab.landscape.curvature_checks import SAMPLED, check_second_derivatives
 from flatlab.landscape.evaluation import Evaluation, Move
+from flatlab.landscape.failures import check_loss
 from flatlab.landscape.opening import Opening
 from flatlab.landscape.own_loss import OwnLoss
 from flatlab.seeds import generator
@@ -51,7 +54,8 @@ class Landscape:
     Args:
         model: any module, in eval mode; it is called as ``model(inputs)``, or, if inputs are a dictionary whose keys
             are arguments of its ``forward``, as ``model(**inputs)``. In nested outputs, leaves that are not tensors
-            with a sample axis are replaced by None.
+            with a sample axis are replaced by None. A sample's outputs must not depend on the others of its batch:
+            samples of one shape are joined, and cut into batches of other sizes, also if they are given one by one.
         data: ``(inputs, targets)`` batches that can be read twice, any nests of tensors; or dictionaries with an entry
             ``labels``, which becomes the targets; or a mapping from the names of strata (domains) to such batches,
             which then have equal weight whatever their sizes.
@@ -80,6 +84,7 @@ class Landscape:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise UserError(f"The model must be a torch.nn.Module, got {type(model).__name__}.")
+        check_loss(loss)
         self.model, self.loss, self._check = model, loss, check
         self._forward = SplitOnOOM(model)
         self._noted = Noted(loss)
@@ -301,6 +306,7 @@ class Landscape:
     @contextmanager
     def _visiting(self, vector: Tensor | None = None) -> Iterator[None]:
         self._refuse_changed()
+        before = [version(tensor) for tensor in self._tensors]
         with attributes_restored(self.model), one_path():
             try:
                 if vector is not None:
@@ -308,6 +314,7 @@ class Landscape:
                 yield
             finally:
                 self._put(self._w0)
+                note_undone(self._tensors, before)
 
     def _store(self) -> Samples:
         if self._samples is None:

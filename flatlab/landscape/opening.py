@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from flatlab.arguments import FloatArray
 from flatlab.derivatives.autograd import rounding
 from flatlab.errors import UserError, reason
-from flatlab.landscape.checks import Total, Versions, refuse_rewriting, refuse_training, written
+from flatlab.landscape.checks import Total, Versions, note_undone, refuse_rewriting, refuse_training, version, written
+from flatlab.landscape.failures import loss_explained
 from flatlab.landscape.slope_checks import Slice, check_slope
-from flatlab.landscape.value_checks import Weigh, check_fixed, check_values
+from flatlab.landscape.value_checks import Weigh, check_fixed, check_values, refuse_mixing_across
 from flatlab.seeds import generator
 from flatlab.tensors.calls import call
 from flatlab.tensors.flat import flatten, refuse_overlap, scales_of, split_like
@@ -60,12 +61,15 @@ class Opening:
         refuse_training(self.model)
         refuse_rewriting(self.model)
         self._refuse_overlap()
+        total = loss_explained(self.total)
         # Not inference_mode: tensors cached in a first pass (rotary tables) must stay usable in training.
         with self._put_back(), self.visiting(None), torch.no_grad():
             for batch in self._few():
-                check_fixed(self.forward, batch, self.total)
+                check_fixed(self.forward, batch, total)
             self._refuse_writing()
-            found = [check_values(self.forward, each, self.total, self.weigh) for each in self.batches]
+            found = [check_values(self.forward, each, total, self.weigh) for each in self.batches]
+            lone = [each[0] for each in self.batches if len(each) == each[0].size == 1]
+            refuse_mixing_across(self.forward, lone, total)
             self._refuse_writing()
         sizes = [sum(batch.size for batch in each) for each in self.batches]
         weights = [size if weight is None else float(weight) for (_, weight), size in zip(found, sizes, strict=True)]
@@ -154,11 +158,13 @@ class Opening:
     def _put_back(self) -> Iterator[None]:
         """Restore buffers if the model is refused, since a forward pass may have changed them."""
         buffers = list(self.model.buffers())
-        kept = [buffer.clone() for buffer in buffers]
+        kept, before = [buffer.clone() for buffer in buffers], [version(buffer) for buffer in buffers]
         try:
             yield
         except BaseException:
             with torch.no_grad():
-                for buffer, before in zip(buffers, kept, strict=True):
-                    buffer.copy_(before)
+                for buffer, bits, number in zip(buffers, kept, before, strict=True):
+                    if version(buffer) != number:
+                        buffer.copy_(bits)
+            note_undone(buffers, before)
             raise

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flatlab.errors import UserError
+from flatlab.landscape.failures import model_explained
 from flatlab.tensors.calls import innermost
 from flatlab.tensors.nested import tensors
 from flatlab.tensors.structures import entry
@@ -61,7 +62,8 @@ class OwnLoss:
                 "loss_of(model) needs batches that are dictionaries with an entry 'labels', got"
                 f" {type(inputs).__name__} and {type(labels).__name__}: pass your own loss(outputs, targets)."
             )
-        raw = self.model(**{**inputs, "labels": labels})
+        with model_explained(self.model, inputs, len(labels)):
+            raw = self.model(**{**inputs, "labels": labels})
         own, logits, name = entry(raw, "loss"), _logits(raw), type(innermost(self.model)).__name__
         if not isinstance(own, Tensor):
             raise UserError(f"{name} returns no `loss` for its labels: pass your own loss(outputs, targets).")

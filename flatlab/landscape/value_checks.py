@@ -1,15 +1,14 @@
 """Checks of a loss's value: the same in each pass, and the same for joined and for cut batches."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flatlab.errors import UserError
+from flatlab.errors import UserError, count_of
 from flatlab.landscape.checks import Total
-from flatlab.tensors.calls import unknown
-from flatlab.tensors.memory import SplitOnOOM, out_of_memory
+from flatlab.landscape.failures import model_explained
 from flatlab.tensors.nested import Batch, concatenate, cut, distance, near, spread, tensors
 
 Forward = Callable[[Any], Any]
@@ -40,9 +39,10 @@ def check_fixed(model: Forward, batch: Batch, total: Total) -> None:
 def check_values(model: Forward, batches: Sequence[Batch], total: Total, weigh: Weigh) -> tuple[Tensor, Tensor | None]:
     """Return the sum of the losses of a stratum and its weight; refuse one that depends on how samples are joined.
 
-    Each sample is evaluated twice: in its batch, and in a half of it, or joined with others if it is alone in its
-    batch. The loss of a batch is compared with those of small pieces of it, and the loss of samples from several
-    batches with those of their parts: batches of one class or one sample have the same mean whatever the weights.
+    Each sample is evaluated twice: in its batch, and in a half of it, or joined with others of its shape if it is alone
+    in its batch (samples of different shapes are never joined). The loss of a batch is compared with those of small
+    pieces of it, and the loss of samples from several batches with those of their parts: batches of one class or one
+    sample have the same mean whatever the weights.
     """
     sums, weights, across = list[Tensor](), list[Tensor | None](), list[Batch]()
     every = max(1, len(batches) // (_ACROSS // 2))
@@ -61,39 +61,30 @@ def check_values(model: Forward, batches: Sequence[Batch], total: Total, weigh: 
     return torch.stack(sums).sum(0), torch.stack(found).sum(0) if found else None
 
 
+def refuse_mixing_across(model: Forward, batches: Sequence[Batch], total: Total) -> None:
+    """Refuse a model in which the lone samples of several strata change each other's outputs: blocks join them."""
+    for group in _groups(batches):
+        if len(group) > 1:
+            _refuse_mixing(model, group, [_run(model, batch) for batch in group], total)
+
+
 def _groups(batches: Sequence[Batch]) -> Iterator[list[Batch]]:
-    """Yield batches, those of one sample in groups."""
-    singles: list[Batch] = []
+    """Yield batches, those of one sample in groups of equal shapes: others are never joined."""
+    singles: dict[tuple[tuple[int, ...], ...], list[Batch]] = {}
     for batch in batches:
         if batch.size > 1:
             yield [batch]
-        else:
-            singles.append(batch)
-            if len(singles) == _JOINED:
-                yield singles
-                singles = []
-    if singles:
-        yield singles
+            continue
+        key = tuple(_shapes(batch[:2]))
+        singles.setdefault(key, []).append(batch)
+        if len(singles[key]) == _JOINED:
+            yield singles.pop(key)
+    yield from singles.values()
 
 
 def _run(model: Forward, batch: Batch) -> Any:
-    try:
+    with model_explained(model, batch.inputs, batch.size):
         outputs = model(batch.inputs)
-    except TypeError as error:
-        if not isinstance(batch.inputs, Mapping | tuple | list):
-            raise
-        kind = type(batch.inputs).__name__
-        raise UserError(
-            f"The model is called with one argument, a {kind}, and fails ({error}): pass a dictionary whose keys are"
-            f" arguments of its forward{_foreign(model, batch.inputs)}."
-        ) from error
-    except ValueError as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(
-            f"The model fails on {batch.size} samples alone ({error}): if samples mix in the model, use statistics that"
-            " do not depend on the batch (BatchNorm with track_running_stats=True)."
-        ) from error
     sizes = [tuple(leaf.shape) for leaf in tensors(outputs)]
     if {shape[:1] for shape in sizes} != {(batch.size,)}:
         raise UserError(
@@ -101,13 +92,6 @@ def _run(model: Forward, batch: Batch) -> Any:
             f" {sizes}: return something per sample, and reduce it in the loss (squeeze(1), not squeeze())."
         )
     return outputs
-
-
-def _foreign(model: Forward, inputs: Any) -> str:
-    """Return the keys of a dictionary that do not match the model's arguments, as a part of a sentence."""
-    called = model.model if isinstance(model, SplitOnOOM) else model
-    odd = unknown(called, inputs) if isinstance(inputs, Mapping) else []
-    return f" (got other keys or lacks some: {', '.join(odd)})" if odd else ""
 
 
 def _on_cpu(outputs: Any) -> bool:
@@ -125,15 +109,13 @@ def _refuse_mixing(model: Forward, group: list[Batch], outputs: list[Any], total
         return
     try:
         again = [_run(model, batch) for batch in other]
-    except UserError:
-        raise
-    except (RuntimeError, ValueError) as error:
-        if out_of_memory(error):
+    except UserError as error:
+        if not isinstance(why := error.__cause__, RuntimeError):
             raise
         raise UserError(
-            f"The model takes {group[0].size} samples at a time but not {other[0].size} ({error}): its outputs must"
-            " not depend on which samples share a batch."
-        ) from error
+            f"The model takes {count_of(group[0].size, 'sample')} at a time but not {other[0].size} ({why}): its"
+            " outputs must not depend on which samples share a batch."
+        ) from why
     first, second = _joined(outputs), _joined(again)
     allowed = max(_eps(outputs) ** 0.5, 0.0 if _on_cpu(outputs) else _GPU_MIXING)
     if first is not None and second is not None and _shapes(first) == _shapes(second):

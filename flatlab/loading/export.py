@@ -26,6 +26,7 @@ from flatlab.quant.codebook import BITS, decode
 from flatlab.quant.codes import codes_of
 from flatlab.quant.packing import bits_of, pack, unpack
 from flatlab.specs.base import Spec
+from flatlab.specs.methods import name_of
 from flatlab.specs.quantizers import BothSpec, QuantSpec
 from flatlab.specs.run import Place, RunSpec
 from flatlab.store.runs import Run
@@ -306,10 +307,16 @@ def export(run: Run, path: Path, place: Place, *, checkpoint: str = "selected") 
     Raises:
         UserError: where the run is not finished or nothing in it is quantized, or it is not wholly on its grid.
     """
+    if path.suffix.lower() == ".onnx":
+        raise UserError(
+            f"export_run writes packed integers to a .safetensors file, got {path}: an ONNX file is written by"
+            " `flatlab export RUN --format onnx`."
+        )
     run.require_done()
     network = network_of(run, checkpoint, place).cpu()
     if not quantized_layers(network):
-        raise UserError(f"Run {run.spec.digest} ({run.spec.label}) is not quantized; export one that is, such as lsq.")
+        name = name_of(run.spec)
+        raise UserError(f"Run {run.spec.digest} ({name}) is not quantized; export one that is, such as of QT-DoG.")
     return write(network, run.spec, path, place)
 
 

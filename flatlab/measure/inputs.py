@@ -19,6 +19,7 @@ from flatlab.quant.codebook import check_finite
 from flatlab.quant.lsq import LSQ
 from flatlab.seeds import generator
 from flatlab.specs.measurement import MeasurementSpec
+from flatlab.specs.methods import name_of
 from flatlab.specs.run import Place, RunSpec
 from flatlab.store.runs import Run, RunStore
 from flatlab.tensors.nested import Pairs
@@ -95,7 +96,7 @@ def noise_norm(run: Run, checkpoint: str, place: Place, bits: int | None) -> flo
     if (bits is None) != bool(found):
         raise UserError(
             f"Radii in units of quantization noise need `bits` for a run without a quantizer, and only there; got "
-            f"bits={bits} for run {run.spec.digest} ({run.spec.label})."
+            f"bits={bits} for run {run.spec.digest} ({name_of(run.spec)})."
         )
     if bits is not None:
         found = {
@@ -152,7 +153,7 @@ def landscape(run: Run, spec: MeasurementSpec, place: Place, *, of: Collection[s
         return Landscape(loaded, batches, F.cross_entropy, params=spec.params)
     if any(not isinstance(quantizer, LSQ) for _, quantizer in quantized_layers(loaded).values()):
         raise UserError(
-            f"Run {run.spec.digest} ({run.spec.label}) has fixed codes, which latent weights do not change: write "
+            f"Run {run.spec.digest} ({name_of(run.spec)}) has fixed codes, which latent weights do not change: write "
             "--space baked."
         )
     scales = loading_network.roles(loaded)["scales"].values()

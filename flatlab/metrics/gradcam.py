@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from flatlab.arguments import FloatArray, whole
-from flatlab.errors import UserError, choose
+from flatlab.errors import UserError, choose, count_of
 from flatlab.landscape.checks import refuse_training
 from flatlab.landscape.landscape import Landscape
 from flatlab.metrics.cells import as_grid, inside_attention, scores_of
@@ -162,7 +162,9 @@ def _labels(inputs: Tensor, classes: Sequence[int]) -> list[int]:
     if inputs.ndim != 4 or not inputs.numel():
         raise UserError(f"inputs must be images (N, C, H, W), got shape {tuple(inputs.shape)}.")
     if len(classes) != len(inputs):
-        raise UserError(f"classes must name one class for each image, got {len(classes)} for {len(inputs)} images.")
+        raise UserError(
+            f"classes must name one class for each image, got {len(classes)} for {count_of(len(inputs), 'image')}."
+        )
     return [whole("a class", each, least=0) for each in classes]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from flatlab.derivatives.operators import Curvature, Hessian
 from flatlab.metrics.flatness.sampler import counts
+from flatlab.metrics.receiving import of_landscapes
 
 SECONDS = 2.0  # before a bar appears
 NOTE = """
@@ -62,10 +63,10 @@ def counted(call: Callable[..., Any], *, products: Callable[[Arguments], int] | 
     """Give a function a progress bar: of its reports, of its products with a matrix, or only of the time.
 
     Args:
-        call: the function.
+        call: the function; what is no landscape is refused first.
         products: from its arguments to the foreseen number of products with the curvature of its `landscape`.
     """
-    signature = inspect.signature(call)
+    signature, call = inspect.signature(call), of_landscapes(call)
 
     @functools.wraps(call)
     def run(*given: Any, progress: bool | None = None, **named: Any) -> Any:

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from flatlab.errors import UserError
+from flatlab.errors import UserError, count_of
 
 PREFIXES = ("hf:", "clip:")
 CONFIG = "config.json"
@@ -97,7 +97,7 @@ def weights_in(folder: Path) -> Path:
     found = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if found is None and (shards := sorted(folder.glob("*-of-*"))):
         raise UserError(
-            f"{folder} has its weights in {len(shards)} files; write them as one: "
+            f"{folder} has its weights in {count_of(len(shards), 'file')}; write them as one: "
             "model.save_pretrained(PATH, max_shard_size='1TB')."
         )
     if found is None:

@@ -20,7 +20,7 @@ from flatlab.errors import UserError
 from flatlab.report import tables
 from flatlab.report.panels import ACCURACY, SOURCE, TARGET
 from flatlab.results.stability import stability
-from flatlab.specs.methods import Labelled
+from flatlab.specs.methods import Labelled, name_of
 from flatlab.specs.run import RunSpec
 from flatlab.store import selection
 from flatlab.store.runs import Run, RunStore
@@ -108,7 +108,7 @@ def chart(
     for run in found:
         if len(selection.candidates(run.rows(), since)) < 3:
             raise UserError(
-                f"Run {run.spec.digest} ({run.spec.label}) has fewer than three evaluations from step {since} on, "
+                f"Run {run.spec.digest} ({name_of(run.spec)}) has fewer than three evaluations from step {since} on, "
                 "so that there is no curve: give runs with average last or sma, an earlier --since, or train with a "
                 "smaller --eval-every."
             )

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from flatlab.errors import count_of
 from flatlab.store.runs import Run
 
 NONE = {  # rule -> what SWAD returns if no valley begins
@@ -45,5 +46,7 @@ def remarks(runs: Iterable[Run]) -> list[str]:
     if not without:
         return []
     named = "; ".join(f"{run.spec.label}, {run.spec.target}, seed {run.spec.seed}" for run in without)
+    returned = "it returns" if len(without) == 1 else "they return"
     over = " and ".join(NONE[rule] for rule in sorted({run.spec.average.rule for run in without}))
-    return [f"SWAD: no valley began in {len(without)} of {len(mine)} runs ({named}); they return {over}."]
+    number = f"{len(without)} of {count_of(len(mine), 'run')}"
+    return [f"SWAD: no valley began in {number} ({named}); {returned} {over}."]

@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flatlab.arguments import FloatArray
+from flatlab.errors import count_of
 from flatlab.results.estimate import Cost, axes_of
 from flatlab.saving import Saved
 
@@ -115,8 +116,9 @@ class ScaleAudit(Saved):
         """Sentences on what was rescaled, by how much the outputs changed, and what was not rescaled."""
         kinds = [pair.kind for pair in self.pairs]
         rescaled = (
-            f"rescaled {kinds.count('norm')} layers against their BatchNorm and {kinds.count('layers')} pairs of "
-            f"layers; outputs moved by {self.deviation.max():.1e} of the largest."
+            f"rescaled {count_of(kinds.count('norm'), 'layer')} against BatchNorm and"
+            f" {count_of(kinds.count('layers'), 'pair')} of layers; outputs moved by"
+            f" {self.deviation.max():.1e} of the largest."
         )
         return [rescaled, *(f"not rescaled: {each.first}, {each.reason}." for each in self.refusals)]
 

@@ -9,6 +9,7 @@ from flatlab.errors import UserError, choose
 from flatlab.specs.base import LARGEST_INT
 from flatlab.specs.generalisation import GeneralisationSpec
 from flatlab.specs.measurement import FORESEEN, PILOT, PRODUCT, MeasurementSpec, Sizes
+from flatlab.specs.methods import name_of
 from flatlab.specs.quantizers import Bits, Granularity
 from flatlab.specs.rises import ByRise, Normalisation, Radii, ReachSpec, count_above_zero, pilots_of
 from flatlab.specs.run import RunSpec
@@ -286,14 +287,14 @@ class QuantizationNoiseSpec(_OfWeights):
         """
         if getattr(run.quantizer, "grid", "uniform") != "uniform":
             raise UserError(
-                f"Run {run.digest} ({run.label}) is quantized to powers of two, which have no step over which its "
+                f"Run {run.digest} ({name_of(run)}) is quantized to powers of two, which have no step over which its "
                 "noise could be uniform: name a run with a uniform grid."
             )
         if run.quantizer is None:
             raise UserError(
-                f"Run {run.digest} ({run.label}) is not quantized, so it has no quantization noise: name a quantized "
-                "run (`flatlab train --quantizer lsq`), or measure the effect of rounding this one (`flatlab noise "
-                "RUN --radius`)."
+                f"Run {run.digest} ({name_of(run)}) is not quantized, so it has no quantization noise: name a "
+                "quantized run (`flatlab train --quantizer lsq`), or measure the effect of rounding this one "
+                "(`flatlab noise RUN --radius`)."
             )
 
 

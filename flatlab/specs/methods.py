@@ -103,6 +103,30 @@ def method(name: str) -> tuple[str, Method]:
     return proper, METHODS[proper]
 
 
+def parts_of(spec: RunSpec) -> Method:
+    """Return the composition of a run, without the members of an ensemble and its note."""
+    mixed = "none" if spec.mixing is None else "mixstyle-across" if spec.mixing.across else "mixstyle"
+    return Method(
+        step=spec.step.kind,
+        average=spec.average.kind,
+        quantizer=spec.quantizer.kind if spec.quantizer else "none",
+        frozen=spec.frozen,
+        noise="none" if spec.noise is None else "kept" if spec.noise.persistent else "fresh",
+        objective=spec.objective,
+        mixing=mixed,  # type: ignore[arg-type]
+        combine=spec.combine,
+    )
+
+
+def name_of(spec: RunSpec) -> str:
+    """Return the name of a run's method ("QT-DoG"), or the label of a composition that is no method ("sam-swad")."""
+    if spec.members or spec.source:
+        return spec.label
+    parts = parts_of(spec)
+    own = (name for name, each in METHODS.items() if not each.members and replace(each, note="") == parts)
+    return next(own, spec.label)
+
+
 PARTS = ("objective", "mixing", "step", "average", "quantizer", "combine")  # that an option replaces
 OWN = {"held_out", "seed", "trial_seed", "switch", "members"}  # fields of a run that `compose` determines
 KNOWN: dict[str, tuple[str, ...]] = {part: get_args(get_type_hints(Method)[part]) for part in PARTS}

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from flatlab.errors import UserError, choose
+from flatlab.errors import UserError, choose, count_of
 from flatlab.specs.base import LARGEST_INT, LARGEST_SEED
 from flatlab.specs.corruption import Corrupting, under
 from flatlab.specs.optimizing import Optimizing
@@ -165,7 +165,7 @@ class Setting(LSQOptions, Optimizing):
         data = ", ".join(f"{one.dataset}, {one.model}{size[one.dataset] * (one.image_size > 16)}" for one in self.each)
         if self.corruption:
             data += f", held-out images{under(self.corruption)}"
-        return f"{data}, {'1 seed' if self.seeds == 1 else f'{self.seeds} seeds'}"
+        return f"{data}, {count_of(self.seeds, 'seed')}"
 
     @property
     def length(self) -> str:

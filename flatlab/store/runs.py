@@ -24,6 +24,7 @@ from flatlab.errors import UserError
 from flatlab.specs.corruption import under
 from flatlab.specs.measurement import MeasurementSpec
 from flatlab.specs.measurements import parse_measurement
+from flatlab.specs.methods import name_of
 from flatlab.specs.run import Place, RunSpec
 from flatlab.store.entry import Entry, discard, holds_entry
 
@@ -110,7 +111,7 @@ class Run(Entry):
         spec, steps = self.spec, list(self.kept())
         if spec.made_from or spec.source:
             raise UserError(
-                f"Run {spec.digest} ({spec.label}) was not trained and has no iterates; name a trained run."
+                f"Run {spec.digest} ({name_of(spec)}) was not trained and has no iterates; name a trained run."
             )
         self.require_done()
         found = every or (steps[1] - steps[0] if len(steps) > 1 else 1)
@@ -176,7 +177,7 @@ class Run(Entry):
         measurement = self.measurement(spec)
         if not measurement.done:
             raise UserError(
-                f"Run {self.spec.digest} ({label or self.spec.label}, {self.spec.target}) is not measured yet: "
+                f"Run {self.spec.digest} ({label or name_of(self.spec)}, {self.spec.target}) is not measured yet: "
                 f"{measurement.path}."
             )
         arrays, facts = measurement.arrays(measurement.result)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flatlab.errors import count_of
 from flatlab.tensors.calls import call
 from flatlab.tensors.nested import concatenate, part, tensors
 from flatlab.tensors.structures import mapped
@@ -46,7 +47,7 @@ class SplitOnOOM:
             self.differentiates = True
         else:
             self.fits = size // 2
-            LOG.warning("Out of memory: evaluating %d images at a time instead of %d.", self.fits, size)
+            LOG.warning("Out of memory: evaluating %s at a time instead of %d.", count_of(self.fits, "image"), size)
         return self(inputs)
 
 

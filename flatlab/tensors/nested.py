@@ -209,9 +209,12 @@ def _described(batch: Any) -> str:
         rest = ", ".join("_" * (len(batch) - 2))
         return f"{len(batch)} items: pass [(inputs, targets) for inputs, targets, {rest} in loader]"
     if isinstance(batch, Mapping):
+        kind, pairs = type(batch).__name__, "pass pairs of the model's and the loss's arguments"
+        if "labels" in batch:
+            return f"a {kind} whose 'labels' are a {type(batch['labels']).__name__}: make them a tensor, or {pairs}"
         return (
-            f"a {type(batch).__name__} with {', '.join(map(repr, batch))}: pass pairs of the model's and the loss's"
-            ' arguments, such as [(batch, batch["labels"]) for batch in loader]'
+            f"a {kind} with {', '.join(map(repr, batch))}, but without 'labels': add the targets as batch[\"labels\"],"
+            f" or {pairs}, such as [(batch, targets) for batch, targets in zip(loader, labels)]"
         )
     return f"a {type(batch).__name__}"
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from flatlab import environment, files
 from flatlab.arguments import JobReport
-from flatlab.errors import UserError
+from flatlab.errors import UserError, count_of
 from flatlab.loading import data as loading_data
 from flatlab.models.networks import Network, set_training
 from flatlab.seeds import seeded
@@ -159,7 +159,7 @@ class Training:
             if not out_of_memory(error):
                 raise
             raise UserError(
-                f"Out of memory in training with {self.spec.batch_size} images of each source domain on "
+                f"Out of memory in training with {count_of(self.spec.batch_size, 'image')} of each source domain on "
                 f"{self.device}; take a smaller --batch-size (another run: it is part of its name) or --image-size."
             ) from error
 

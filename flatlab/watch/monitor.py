@@ -1,5 +1,6 @@
 """Flatness during training: measured at regular steps, within a share of the training time."""
 
+import logging
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,7 @@ from flatlab.watch.sinks import Sink
 if TYPE_CHECKING:
     import pandas as pd
 
+LOG = logging.getLogger("flatlab")
 NUMBERS = ("radius", "eigenvalue", "trace")
 NAN = float("nan")
 TOL, REL_ERROR = 0.01, 0.1  # of the eigenvalue's residual; of the trace's standard error
@@ -48,7 +50,9 @@ class Monitor:
     Attributes:
         rows: the measurements, with their steps.
         remarks: sentences on numbers that could not be measured and are NaN, for example where the loss is not finite;
-            the training continues. An error at the first measurement is raised.
+            the training continues. An error at the first measurement is raised. The first due step that is skipped is
+            a remark, and a warning of the logger ``flatlab``, too.
+        skipped: due steps that were not measured, since the share did not allow it.
         spent: seconds of all measurements.
     """
 
@@ -62,12 +66,18 @@ class Monitor:
         numbers: Sequence[str] = NUMBERS,
         sinks: Sequence[Sink] = (),
     ) -> None:
+        if not callable(landscape):
+            raise UserError(
+                f"landscape must be a function from the model to its Landscape, got {type(landscape).__name__}: write"
+                " lambda model: Landscape(model, data, loss)."
+            )
         self.landscape, self.sinks = landscape, tuple(sinks)
         self.every, self.rise = whole("every", every), finite("rise", rise, above=0)
         self.share = finite("share", share, above=0)
         self.numbers = tuple(choose("number", each, NUMBERS) for each in numbers)
         self.rows: list[dict[str, float]] = []
         self.remarks: list[str] = []
+        self.skipped: list[int] = []
         self.spent = self._dearest = 0.0
         self._start: float | None = None
         self._last: int | None = None
@@ -88,7 +98,10 @@ class Monitor:
             The measurement by name, or None.
         """
         self._start = time.perf_counter() if self._start is None else self._start
-        if step % self.every or step == self._last or not self._affordable():
+        if step % self.every or step == self._last:
+            return None
+        if not self._affordable():
+            self._skip(step)
             return None
         self._last, start = step, time.perf_counter()
         with _undisturbed(model):
@@ -111,10 +124,23 @@ class Monitor:
     def _affordable(self) -> bool:
         return not self.rows or self.spent + self._dearest <= self.share * self.trained
 
+    def _skip(self, step: int) -> None:
+        if not self.skipped:
+            self.remarks.append(
+                f"step {step}: skipped, and so may later ones be (Monitor.skipped): with one more measurement of"
+                f" {self._dearest:.2g} s, measuring would take more than the share {self.share:g} of the training time;"
+                " choose a larger share, or a larger every."
+            )
+            LOG.warning("Flatness, %s", self.remarks[-1])
+        if step not in self.skipped[-1:]:
+            self.skipped.append(step)
+
     def _measure(self, model: nn.Module, step: int) -> dict[str, float]:
         values = dict.fromkeys(("loss", "norm", *(name for each in self.numbers for name in _names(each))), NAN)
         try:
             landscape = self.landscape(model)
+            if not isinstance(landscape, Landscape):
+                raise UserError(f"landscape must return a Landscape, got {type(landscape).__name__}.")
         except UserError as error:  # at first a mistake in the arguments, later a state of the training
             if not self.rows:
                 raise

@@ -5,7 +5,7 @@ import numpy.typing as npt
 import torch
 
 from flatlab.arguments import FloatArray, Normalisation
-from flatlab.errors import UserError
+from flatlab.errors import UserError, count_of
 from flatlab.landscape.landscape import Landscape
 from flatlab.metrics.flatness.perturbations import check_normalisation
 from flatlab.metrics.flatness.sampler import DrawsReport, Sampler
@@ -39,12 +39,14 @@ def compare_flatness(
     if shapes[0] != shapes[1]:
         raise UserError(
             "A comparison needs models of one architecture, but their parameters have different shapes"
-            f" ({a.num_params:,} and {b.num_params:,} numbers)."
+            f" ({a.num_params:,} and {count_of(b.num_params, 'number')})."
         )
     if not a.shares_data(b):
+        ours, theirs = a.num_samples, b.num_samples
+        numbers = f"though equally many, {ours:,}" if ours == theirs else f"{ours:,} and {theirs:,}"
         raise UserError(
             "A comparison needs the same data in the same order, but the two landscapes have different samples"
-            f" ({a.num_samples:,} and {b.num_samples:,}): pass the same batches."
+            f" ({numbers}): pass the same batches."
         )
     if not a.shares_loss(b):
         raise UserError(

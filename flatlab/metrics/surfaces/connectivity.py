@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from flatlab.arguments import FloatArray, Report, whole
-from flatlab.errors import UserError
+from flatlab.errors import UserError, count_of
 from flatlab.landscape.landscape import Landscape
 from flatlab.results.connectivity import Connection, by_stratum, chord
 from flatlab.results.estimate import Cost
@@ -83,7 +83,7 @@ def _check(first: Landscape, second: Landscape, grid: int) -> None:
     if shapes[0] != shapes[1]:
         raise UserError(
             "A line between two checkpoints needs models of one architecture, but their parameters differ in shape"
-            f" ({first.num_params:,} and {second.num_params:,} numbers)."
+            f" ({first.num_params:,} and {count_of(second.num_params, 'number')})."
         )
     if not first.shares_data(second):
         raise UserError("A line between two checkpoints needs the same data in the same order: pass the same.")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flatlab.arguments import FloatArray, Normalisation
-from flatlab.errors import UserError
+from flatlab.errors import UserError, count_of
 from flatlab.landscape.landscape import Landscape
 from flatlab.metrics.curvature.eigenvalues import hessian_spectrum
 from flatlab.metrics.flatness.perturbations import check_normalisation, draw_direction, scale_to_weights
@@ -144,7 +144,9 @@ def trajectory_directions(
     values, vectors = torch.linalg.eigh(rows @ rows.T)
     values, vectors = values.flip(0).clamp_min(0.0), vectors.flip(1)
     if not values[count - 1] > SAME**2 * values[0]:
-        raise UserError(f"The checkpoints do not span {count} directions: they lie on a line, or are the same.")
+        raise UserError(
+            f"The checkpoints do not span {count_of(count, 'direction')}: they lie on a line, or are the same."
+        )
     basis = (vectors[:, :count].T @ rows) / values[:count, None].sqrt()
     explained = (values[:count] / values.sum()).cpu().numpy()
     labels = [f"PC {k + 1}, {share:.1%} of the variance (L2)" for k, share in enumerate(explained)]
