@@ -286,3 +286,11 @@ def test_scipy_finds_the_same_eigenvalues():
     assert np.sort(found) == pytest.approx(torch.linalg.eigvalsh(dense("tied", "one"))[-4:].numpy(), rel=1e-8)
     assert operator.dtype == np.float64
     assert operator.matmat(np.eye(69)[:, :2]) == pytest.approx(dense("tied", "one")[:, :2].numpy(), abs=1e-10)
+
+
+@pytest.mark.parametrize("kind", [Hessian, GGN, Fisher])
+def test_what_is_no_landscape_is_refused(kind):
+    with pytest.raises(
+        UserError, match=rf"^{kind.__name__}: landscape must be a Landscape, got Linear: build Landscape"
+    ):
+        kind(torch.nn.Linear(2, 2))

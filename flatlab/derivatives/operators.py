@@ -72,6 +72,11 @@ class Curvature(ABC):
     name = "curvature matrix"
 
     def __init__(self, landscape: Around, *, method: Method = "auto", fold: bool = True) -> None:
+        if not hasattr(landscape, "terms"):
+            raise UserError(
+                f"{type(self).__name__}: landscape must be a Landscape, got {type(landscape).__name__}: build"
+                " Landscape(model, data, loss) first."
+            )
         self.landscape = landscape
         _refuse_parallel(landscape.model)
         landscape.check_curvature()

@@ -107,7 +107,7 @@ class Fisher(_OuterProduct):
         fold: bool = True,
     ) -> None:
         self.kind = choose("kind of Fisher matrix", kind, ("expected", "empirical"))
-        if landscape.weighs_samples:
+        if getattr(landscape, "weighs_samples", False):
             raise UserError(
                 f"The {self.name} is a mean over samples of equal weight, but the loss returns a pair (sums, weights):"
                 " use GGN, or pass a loss with one number per sample."
