@@ -113,6 +113,7 @@ def save(figure: Figure, stem: Path, table: pd.DataFrame | None = None) -> list[
                 kind, metadata = path.suffix[1:], {"CreationDate": None} if path.suffix == ".pdf" else None
                 with files.aside(path) as neighbour:
                     figure.savefig(neighbour, format=kind, metadata=metadata)
+                figure.set_layout_engine("none")  # the second picture has the layout of the first
         finally:
             plt.close(figure)
     if table is not None:
