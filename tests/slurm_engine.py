@@ -110,6 +110,8 @@ def slurm(folder: Path):
         pytest.skip(f"Slurm is not installed here ({', '.join(lacking)}): apt-get install slurmctld slurmd munge.")
     if os.geteuid() != 0:
         pytest.skip("Slurm's node daemons must be started by root.")
+    if subprocess.run(["unshare", "--pid", "--fork", "--mount-proc", "--kill-child", "true"]).returncode:
+        pytest.skip("Slurm's node daemons need process namespaces of their own, which are refused here.")
     (folder / "state").mkdir(parents=True)
     folder.chmod(0o755)
     (folder / "munge.key").write_bytes(secrets.token_bytes(1024))
