@@ -97,8 +97,9 @@ def note_undone(tensors: Sequence[Tensor], before: Sequence[int]) -> None:
 
 def data_versions(batches: Iterable[Iterable[Batch]]) -> list[int]:
     """Return the versions of the tensors of all strata's batches, which change with each write by torch."""
-    leaves = (leaf for each in batches for batch in each for leaf in tensors(batch[:2]))
-    return [version(leaf) for leaf in leaves]
+    nests = (nest for each in batches for batch in each for nest in batch[:2])
+    leaves = (leaf for nest in nests for leaf in ([nest] if isinstance(nest, Tensor) else tensors(nest)))
+    return [0 if leaf.is_inference() else leaf._version for leaf in leaves]
 
 
 def written(model: nn.Module, moved: Iterable[Tensor], before: Versions) -> str | None:

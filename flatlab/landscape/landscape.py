@@ -328,7 +328,8 @@ class Landscape:
             return self.sizes.astype(float) if plain else self._sums(partial(weight, metric)).cpu().double().numpy()
 
     def _open(self) -> None:
-        looks = self._forward, self._total, partial(weight, self.loss), self._visiting
+        of_loss = self._total, partial(weight, self.loss), partial(sample_losses, self.loss)
+        looks = self._forward, *of_loss, self._visiting
         opening = Opening(self.model, self.named, self._state, self.strata, self._batches, *looks)
         sums, self._weights = opening.values()
         self._base = sums / self._weights

@@ -21,7 +21,7 @@ from flatlab.errors import UserError, reason
 from flatlab.landscape.checks import Total, Versions, note_undone, refuse_rewriting, refuse_training, version, written
 from flatlab.landscape.failures import loss_explained
 from flatlab.landscape.slope_checks import Slice, check_slope
-from flatlab.landscape.value_checks import Weigh, check_fixed, check_values, refuse_mixing_across
+from flatlab.landscape.value_checks import Singly, Weigh, check_fixed, check_values, refuse_mixing_across
 from flatlab.seeds import generator
 from flatlab.tensors.calls import call
 from flatlab.tensors.flat import flatten, refuse_overlap, scales_of, split_like
@@ -43,6 +43,7 @@ class Opening:
         forward: the model, for values.
         total: from outputs and batch to the sum of the losses.
         weigh: from outputs and batch to the weight of the batch.
+        singly: from outputs and targets to the samples' losses, if the loss is known.
         visiting: sets the parameters to a point, and restores them.
     """
 
@@ -54,6 +55,7 @@ class Opening:
     forward: Callable[[Any], Any]
     total: Total
     weigh: Weigh
+    singly: Singly
     visiting: Callable[[Tensor | None], AbstractContextManager[None]]
 
     def values(self) -> tuple[FloatArray, FloatArray]:
@@ -67,7 +69,7 @@ class Opening:
             for batch in self._few():
                 check_fixed(self.forward, batch, total)
             self._refuse_writing()
-            found = [check_values(self.forward, each, total, self.weigh) for each in self.batches]
+            found = [check_values(self.forward, each, total, self.weigh, self.singly) for each in self.batches]
             lone = [each[0] for each in self.batches if len(each) == each[0].size == 1]
             refuse_mixing_across(self.forward, lone, total)
             self._refuse_writing()

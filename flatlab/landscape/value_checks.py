@@ -13,6 +13,8 @@ from flatlab.tensors.nested import Batch, concatenate, cut, distance, near, spre
 
 Forward = Callable[[Any], Any]
 Weigh = Callable[[Any, Batch], Tensor | None]
+Singly = Callable[[Any, Any], Tensor | None]
+"""From outputs and targets to the loss of each sample (n,) in one call, if the loss is one that is known."""
 """The weight of a batch, from the outputs; None if it is its size."""
 
 _PIECES = 64  # into which a batch is cut, at most, to test whether its mean loss is the mean over its samples
@@ -36,13 +38,16 @@ def check_fixed(model: Forward, batch: Batch, total: Total) -> None:
     )
 
 
-def check_values(model: Forward, batches: Sequence[Batch], total: Total, weigh: Weigh) -> tuple[Tensor, Tensor | None]:
+def check_values(
+    model: Forward, batches: Sequence[Batch], total: Total, weigh: Weigh, singly: Singly
+) -> tuple[Tensor, Tensor | None]:
     """Return the sum of the losses of a stratum and its weight; refuse one that depends on how samples are joined.
 
     Each sample is evaluated twice: in its batch, and in a half of it, or joined with others of its shape if it is alone
     in its batch (samples of different shapes are never joined). The loss of a batch is compared with those of small
     pieces of it, and the loss of samples from several batches with those of their parts: batches of one class or one
-    sample have the same mean whatever the weights.
+    sample have the same mean whatever the weights. `singly` gives the losses of samples in one call, of losses that it
+    knows: as pieces they take as many calls.
     """
     sums, weights, across = list[Tensor](), list[Tensor | None](), list[Batch]()
     every = max(1, len(batches) // (_ACROSS // 2))
@@ -51,12 +56,12 @@ def check_values(model: Forward, batches: Sequence[Batch], total: Total, weigh: 
         _refuse_mixing(model, group, outputs, total)
         for each, batch in zip(outputs, group, strict=True):
             whole = Batch(each, batch.targets, batch.size)
-            sums.append(_refuse_weighing(whole, _pieces(whole), total, "a batch"))
+            sums.append(_refuse_weighing(whole, total, "a batch", known=singly(each, batch.targets)))
             weights.append(weigh(each, batch))
             across += spread([whole], 2) if len(sums) % every == 0 else []
     if len(across) > 1 and (joined := _joined([batch[:2] for batch in across])) is not None:
         whole = Batch(joined[0], joined[1], sum(batch.size for batch in across))
-        _refuse_weighing(whole, across, total, "samples of several batches")
+        _refuse_weighing(whole, total, "samples of several batches", pieces=across)
     found = [each for each in weights if each is not None]
     return torch.stack(sums).sum(0), torch.stack(found).sum(0) if found else None
 
@@ -163,14 +168,20 @@ def _pieces(whole: Batch) -> list[Batch]:
     return cut(whole, max(1 if whole.size < 4 else 2, -(-whole.size // _PIECES)))
 
 
-def _refuse_weighing(whole: Batch, pieces: Sequence[Batch], total: Total, what: str) -> Tensor:
-    """Return the sum of the losses of outputs and targets; refuse one that is not the sum over the pieces."""
-    one, parts = total(whole.inputs, whole), torch.stack([total(piece.inputs, piece) for piece in pieces])
+def _refuse_weighing(
+    whole: Batch, total: Total, what: str, *, pieces: Sequence[Batch] = (), known: Tensor | None = None
+) -> Tensor:
+    """Return the sum of the losses of outputs and targets; refuse one that is not the sum over pieces, or samples."""
+    one = total(whole.inputs, whole)
+    if known is None:
+        cuts = pieces or _pieces(whole)
+        parts, counts = torch.stack([total(piece.inputs, piece) for piece in cuts]), [piece.size for piece in cuts]
+    else:
+        parts, counts = known.double(), [1] * len(known)
     # Losses that are not finite are not compared here; they are refused elsewhere.
     if not torch.isfinite(one) or (one - parts.sum()).abs() <= 32 * _eps(whole.inputs) * parts.abs().sum():
         return one
-    sizes = parts.new_tensor([piece.size for piece in pieces])
-    means, mean = parts / sizes, float(one) / whole.size
+    means, mean = parts / parts.new_tensor(counts), float(one) / whole.size
     if shapes := _broadcast(whole):
         why = f"outputs {shapes[0]} and targets {shapes[1]} are broadcast against each other: give them one shape"
     elif abs(float(means.sum()) - mean) <= 1e-3 * abs(mean):
