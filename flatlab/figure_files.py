@@ -188,10 +188,9 @@ def _index(folder: Path) -> Path:
     for name in names:
         _, title, *rest = (folder / f"{name}.md").read_text().split("\n\n")
         ends = [i for i, part in enumerate(rest) if TESTS.search(part)]
-        tables_before = [i for i, part in enumerate(rest) if part.startswith("|")]
-        parts = rest[1 : ends[0]] if ends and tables_before and tables_before[-1] < ends[0] else []  # the first: notes
-        told = [part for part in parts if not part.startswith(("#", "|"))]
-        lines += [f"## [{name}]({name}.md)", title, *(f"- {part}" for part in told)]
+        parts = rest[1 : ends[0]] if ends else []  # the first: notes
+        found = [part for part in parts if not part.startswith(("#", "|"))]
+        lines += [f"## [{name}]({name}.md)", title, *(f"- {part}" for part in found)]
     index = folder / "README.md"
     files.write_bytes(index, ("\n\n".join(lines) + "\n").encode())
     return index

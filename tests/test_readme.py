@@ -1,10 +1,13 @@
 """What the README quotes from a page stands in that page, word for word and number for number."""
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 from markdown_it import MarkdownIt
+
+from flatlab import figure_files
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r"<!-- from (figures/reference/[\w./-]+) -->\n(.*?)(?:\n\s*\n|\Z)", re.DOTALL)
@@ -68,3 +71,13 @@ def test_the_stars_of_tests_are_not_read_as_emphasis(name):
     """A pair of stars around an interval would vanish in italics when the page is rendered."""
     html = MarkdownIt().render((ROOT / name).read_text())
     assert not [part for part in re.findall(r"<em>(.*?)</em>", html, re.DOTALL) if "[" in part]
+
+
+def test_the_index_of_the_reference_figures_is_made_of_their_pages_and_has_what_came_out(tmp_path):
+    folder = ROOT / "figures" / "reference"
+    for page in folder.glob("*.md"):
+        shutil.copy(page, tmp_path)
+    index = figure_files._index(tmp_path).read_text()
+    assert index == (folder / "README.md").read_text()
+    without = [section.partition("]")[0] for section in index.split("\n## [")[1:] if "\n- " not in section]
+    assert without == []
