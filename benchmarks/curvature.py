@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+from datetime import date
 from pathlib import Path
 
 import contests
@@ -61,6 +62,7 @@ def measure(given):
     found = contests.PARTS[part](made, given)
     counts = {name: getattr(given, name) for name in COUNTS}
     facts = {"machine": flatlab_environment.facts(), "peers": peers.versions(), **counts, "load": os.getloadavg()[0]}
+    facts |= {"when": date.today().isoformat()}
     given.child.write_text(json.dumps({"problem": problem, "part": part, **found, "facts": facts}, indent=1))
 
 

@@ -56,11 +56,10 @@ def coverage(found: Any) -> Iterator[Line]:
 
 
 def curvature(found: Any) -> Iterator[Line]:
-    """Return the goals of products, eigenvalues, traces and surfaces."""
-    for part in found:
-        for each in part["goals"]:
-            goal = f"at {'least' if each['least'] else 'most'} {each['bound']:g}"
-            yield f"{part['problem']}: {each['goal']}", goal, f"{each['measured']:.4g}", each["holds"]
+    """Return the goals of one part: products, eigenvalues, traces or surfaces of a network."""
+    for each in found["goals"]:
+        goal = f"at {'least' if each['least'] else 'most'} {each['bound']:g}"
+        yield f"{found['problem']}: {each['goal']}", goal, f"{each['measured']:.4g}", each["holds"]
 
 
 def quantizers(found: Any) -> Iterator[Line]:
@@ -131,9 +130,11 @@ def table() -> list[str]:
         if not path.exists():
             lines.append(f"| all of `{name}.py` | | not measured | | |")
             continue
-        day = measured_on(path)
-        for what, goal, shown, holds in read(json.loads(path.read_text())):
-            lines.append(f"| {what} | {goal} | {shown} | {'holds' if holds else '**missed**'} | {day} |")
+        found = json.loads(path.read_text())
+        for part in found if isinstance(found, list) else [found]:
+            day = part.get("facts", {}).get("when") or measured_on(path)
+            for what, goal, shown, holds in read(part):
+                lines.append(f"| {what} | {goal} | {shown} | {'holds' if holds else '**missed**'} | {day} |")
     return [*lines, f"| {MISSING} | | not measured | | |"]
 
 

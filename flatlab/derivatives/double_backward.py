@@ -1,8 +1,9 @@
 """Double backward passes that cost what their arithmetic costs; torch's own are exact, but slower.
 
 A convolution y = w * x is bilinear, so each of its second derivatives is again a convolution or one of its two
-transposes. torch computes two of them with the output as a kernel, in a loop over the groups: half of the time of a
-Hessian-vector product of MobileNetV2. Of a clamp it adds the second derivative, which is zero, as a tensor of zeros.
+transposes. torch computes two of them with the output as a kernel, in a loop over the groups, which takes much of the
+time of a Hessian-vector product of depthwise layers. Of a clamp it adds the second derivative, which is zero, as a
+tensor of zeros.
 """
 
 from collections.abc import Callable, Iterable, Sequence
