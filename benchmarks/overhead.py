@@ -123,6 +123,7 @@ def cell(name: str, count: int, rounds: int) -> dict[str, Any]:
         "samples": count,
         "batch": best,
         "images": turns[0]["images"],
+        "rounds": rounds,
         "ratio": statistics.median(ratios),
         "range": [ratios[0], ratios[-1]],
         "opening_share": statistics.median(turn["opening"] / (turn["opening"] + turn["measuring"]) for turn in turns),
@@ -137,14 +138,14 @@ def write(rows: list[dict[str, Any]], out: Path) -> str:
         "Processor time of one thread, opening and pilot included, over that of as many images in bare forward passes",
         f"at the best batch size; medians over rounds, with least and largest. Goal: at most {GOAL}.",
         "",
-        "| network | parameters | samples | images forwarded | ratio | share of opening | |",
-        "|---|---|---|---|---|---|---|",
+        "| network | parameters | samples | images forwarded | rounds | ratio | share of opening | |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         low, high = row["range"]
         lines.append(
             f"| {row['network']} | {row['parameters']:,} | {row['samples']:,} | {row['images']:,} "
-            f"| {row['ratio']:.2f} ({low:.2f} to {high:.2f}) | {row['opening_share']:.0%} "
+            f"| {row['rounds']} | {row['ratio']:.2f} ({low:.2f} to {high:.2f}) | {row['opening_share']:.0%} "
             f"| {'holds' if row['ratio'] <= GOAL else '**missed**'} |"
         )
     out.mkdir(parents=True, exist_ok=True)

@@ -121,7 +121,7 @@ def _crop_each(pictures: Sequence[Tensor], boxes: npt.NDArray[np.int64], size: i
 
 def crop_together(pictures: Sequence[Tensor], boxes: npt.NDArray[np.int64], size: int) -> Tensor:
     """Crop and resize all pictures as two batched matrix products: the filter is separable."""
-    height, width = boxes[:, 2].max(), boxes[:, 3].max()
+    height, width = int(boxes[:, 2].max()), int(boxes[:, 3].max())
     padded = pictures[0].new_zeros(len(pictures), 3, height, width)
     for place, each, (y, x, h, w) in zip(padded, pictures, boxes.tolist(), strict=True):
         place[:, :h, :w] = each[:, y : y + h, x : x + w]

@@ -72,7 +72,7 @@ def run_pilot(
         single=[components(table, strata) for table in signed[0]],
         paired=[components(table, strata) for table in both],
         alone=len(landscapes) == 1,
-        mean=np.max([np.abs(table.mean(axis=(0, 2, 3, 4))) for table in tables], axis=0),
+        mean=np.abs(np.stack(tables).mean(axis=(1, 3, 4, 5))).max(axis=0),
         seconds={size: sum(each[size][1] for each in clocked) for size in clocked[0]},
         gathering={size: sum(each[size][0] for each in clocked) for size in clocked[0]},
         drawing=drawing,
