@@ -173,7 +173,7 @@ def test_products_are_those_of_the_dense_matrix(again, size, used):
         layer.inplace = True
     model.again = again
     batches = list(zip(x.split(size), y.split(size), strict=True))
-    # Checked, a checkpointed model is refused: under functional_call its block runs again with other weights.
+    # Checked, a checkpointed model in float64 is refused: its block is computed again with its own weights.
     landscape = Landscape(model, batches, F.cross_entropy, check=not again)
     vector = torch.randn(landscape.num_params, dtype=torch.float64)
     assert torch.allclose(Hessian(landscape, method="reverse") @ vector, matrix @ vector, rtol=1e-9, atol=1e-12)

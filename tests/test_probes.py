@@ -146,7 +146,26 @@ class Blocks(nn.Module):
     def forward(self, x):
         if self.way == "reentrant":
             return self.b(checkpoint(self.block, x, use_reentrant=True))
+        if self.way == "again":
+            return self.b(checkpoint(self.block, x, use_reentrant=False))
+        if self.way == "kept":
+            return self.b(self.block(x))
         return self.b({"detached": self.block(x).detach(), "doubled": Doubled.apply(self.block(x))}[self.way])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_layers_computed_again_in_the_backward_pass(dtype, untouched):
+    """They are computed with the model's own weights: right in float32, else refused in a sentence that says so."""
+    kept, again = (Blocks(way).to(dtype).eval() for way in ("kept", "again"))
+    ones = torch.ones(sum(each.numel() for each in kept.parameters()))
+    one, other = (Landscape(model, [(X.to(dtype), Y)], F.cross_entropy) for model in (kept, again))
+    if dtype == torch.float32:
+        assert torch.allclose(one.hvp(ones), other.hvp(ones), rtol=1e-5, atol=1e-7)
+        return
+    one.hvp(ones)
+    with untouched(again), pytest.raises(UserError, match=r"computed again in the backward pass .*checkpointing off"):
+        other.hvp(ones)
+    assert torch.equal(one.gradient(), other.gradient())
 
 
 class Doubled(torch.autograd.Function):

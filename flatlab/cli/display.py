@@ -195,7 +195,9 @@ def summary(jobs: Sequence[Job], costs: Sequence[float], source: str, *, workers
 
 
 def _cell(value: Any, form: str | None) -> Text:
-    """Return a cell, with markup in foreign names left uninterpreted."""
+    """Return a cell, empty for None, with markup in foreign names left uninterpreted."""
+    if value is None:
+        return Text()
     return Text(format(value, form) if form and isinstance(value, float) else printable(str(value)))
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import disable_saved_tensors_hooks
 
 from flatlab.derivatives.autograd import pullback, total_at, twice_differentiable
 from flatlab.derivatives.exact import exact_derivatives
@@ -61,9 +62,15 @@ def check_second_derivatives(
         total: from outputs and batch to the sum of the losses.
 
     Raises:
-        UserError: if the Hessian is not symmetric, or not the derivative of the gradient.
+        UserError: if the Hessian is not symmetric, or not the derivative of the gradient, or cannot be checked.
     """
     own = next(iter(moved.values())).dtype
+    if own != torch.float32 and _recomputes(*_function(model, moved, batches, total, own)):
+        raise UserError(
+            "Layers of the model are computed again in the backward pass (torch.utils.checkpoint), then with the"
+            " model's own weights, not with the moved or widened copies that curvature needs: switch checkpointing"
+            " off, or use the model in float32."
+        )
     for dtype in dict.fromkeys((torch.float64, own)):
         # A model that fails in its own precision, too, has no second derivative: the product's error states why.
         with suppress(RuntimeError, TypeError), exact_derivatives(model):
@@ -109,6 +116,17 @@ def _without_gradient(loss: Loss, point: Sequence[Tensor], names: str) -> str:
         f"The loss does not depend on the parameters that vary ({names}), so it has no curvature by them: choose others"
         " with params=."
     )
+
+
+def _recomputes(loss: Loss, point: Sequence[Tensor]) -> bool:
+    """Return whether a forward pass leaves saved tensors to hooks, as torch.utils.checkpoint does."""
+    refused = "flatlab: no hooks here"
+    try:
+        with disable_saved_tensors_hooks(refused):
+            loss([tensor.clone().requires_grad_() for tensor in point])
+    except RuntimeError as error:
+        return refused in str(error)
+    return False
 
 
 def _of(total: Total, batch: Batch, outputs: Any) -> Tensor:
