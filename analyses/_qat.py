@@ -40,6 +40,9 @@ MEASURES = {
     "top eigenvalue": "Top Hessian eigenvalue, source, inputs not rounded (nats)",
 }
 FROZEN = "frozen share"
+FROZEN_SHARE = (
+    "Share of the steps for which step sizes were frozen (mean over tensors, whatever their numbers of step sizes)"
+)
 MAPS = {
     "task": "Disorder of the task gradient",
     "between": "Conflict of task and perturbed loss",
@@ -153,11 +156,12 @@ class Comparison:
         own = self.own.split()[0]
         return (
             f"{own} (our reading): {setting.words}\n"
-            f"4/4 bits (black): held out in turn {', '.join(setting.held_out)}; 3/3 bits (blue) and ablations: "
-            f"{setting.held_out[-1]} alone. Weights and layers' inputs are quantized from the first step. Differences "
-            f"paired by held-out domain and seed, bars: {setting.tested}. F: {fig3.mean_rise(setting)}. "
-            "Below: means over targets and seeds, between two evaluations; grey: no pair of signs. Checkpoint by "
-            "training-domain validation."
+            f"4/4 bits (black): held out in turn {', '.join(setting.held_out)}; 3/3 bits (blue) and ablations (4/4 "
+            f"bits): {setting.held_out[-1]} alone. Weights and layers' inputs are quantized from "
+            f"{'the first step' if not setting.switch else f'step {setting.switch:,}'} on, except in ERM and SAGM; SAQ "
+            f"is the method LSQ+SAQ. Differences paired by held-out domain and seed, bars: {setting.tested}. "
+            f"F: {fig3.mean_rise(setting)}. Below, 4/4 bits: means over targets and seeds, between two evaluations; "
+            "grey: no pair of signs. Checkpoint by training-domain validation."
         )
 
     def draw(self, frame: pd.DataFrame, caption: str) -> Figure:
@@ -215,11 +219,17 @@ def _accuracy(store: RunStore, runs: list[Labelled], setting: Setting) -> pd.Dat
 
 
 def _frozen(store: RunStore, runs: list[Labelled]) -> pd.DataFrame:
-    """Return the share of step sizes' tensors and steps that were frozen, in percent, of the runs that freeze."""
+    """Return the share of the training steps for which step sizes were frozen, in percent, of the runs that freeze.
+
+    It is the mean over tensors of step sizes, of which those of a layer's inputs hold one each.
+    """
     freezing = [(row, run) for row, run in runs if run.step.freezing and not run.step.freezing.alternate]
     each = _disorder.along(store, freezing)
     mine = each[each["measure"] == "frozen"].assign(measure=FROZEN)
-    return mine.groupby(KEYS[1:], sort=False)["value"].mean().mul(100).reset_index()
+    steps = mine.groupby([*KEYS[1:], "layer"], sort=False)["step"].diff().fillna(mine["step"])
+    mine = mine.assign(value=100 * mine["value"] * steps, steps=steps)
+    sums = mine.groupby(KEYS[1:], sort=False)[["value", "steps"]].sum()
+    return (sums["value"] / sums["steps"]).rename("value").reset_index()
 
 
 def _eigenvalue(store: RunStore, runs: list[Labelled], setting: Setting) -> pd.DataFrame:
@@ -236,7 +246,10 @@ def sheet(frame: pd.DataFrame) -> pd.DataFrame:
     """Return a line for each block and row: accuracies and frozen share, percent, ± standard error over seeds."""
     whole = frame[(frame["over"] == "seeds") & frame["measure"].isin(["source", "target", FROZEN])]
     cells = whole.assign(
-        cell=[f"{value:.2f} ± {error:.2f}" for value, error in zip(whole["value"], whole["stderr"], strict=True)]
+        cell=[
+            f"{value:.2f}" + (f" ± {error:.2f}" if np.isfinite(error) else "")
+            for value, error in zip(whole["value"], whole["stderr"], strict=True)
+        ]
     )
     wide = cells.pivot_table(index=["block", "method"], columns="measure", values="cell", aggfunc="first", sort=False)
     names = {"source": "in-domain test", "target": "out of domain", FROZEN: FROZEN}
@@ -244,12 +257,12 @@ def sheet(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _frozen_shares(frame: pd.DataFrame) -> list[str]:
-    """Return a sentence on the frozen share of the step sizes' tensors and steps, for each block."""
+    """Return a sentence on the frozen share of each block."""
     shares = frame[(frame["measure"] == FROZEN) & (frame["over"] == "seeds")]
     sentences = []
     for block, rows in shares.groupby("block", sort=False):
         listed = ", ".join(f"{row} {value:.1f}" for row, value in zip(rows["method"], rows["value"], strict=True))
-        sentences.append(f"Frozen share of step sizes and steps, {block}, percent: {listed}.")
+        sentences.append(f"{FROZEN_SHARE}, {block}, percent: {listed}.")
     return sentences
 
 

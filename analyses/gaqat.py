@@ -12,7 +12,7 @@ PUBLISHED = pd.DataFrame(
     [
         ("PACS, 3 and 4 bits", "GAQAT less LSQ+SAGM", "up to 4.5", "found: abstract"),
         ("PACS, 4 bits", "GAQAT less LSQ", "below 2", "public review"),
-        ("PACS, 4 bits", "LSQ+SAGM less LSQ", "-2.5 or lower somewhere", "arithmetic on the two above"),
+        ("PACS, 4 bits", "LSQ+SAGM less LSQ", "-2.5 or lower", "arithmetic, if the 4.5 is at 4 bits"),
         ("DomainNet, 4 bits", "GAQAT less the QAT baseline", "1.39", "found: abstract"),
         ("DomainNet, 3 bits", "GAQAT less the QAT baseline", "1.06", "found: abstract"),
     ],

@@ -19,6 +19,7 @@ from analyses._qgen_tests import BASELINE, GAPS, MEASURES, findings
 from flatlab.analysis import Analysis, from_table
 from flatlab.report import verdicts
 from flatlab.report.panels import SOURCE, part_of
+from flatlab.specs.corruption import under
 from flatlab.specs.measurement import MeasurementSpec
 from flatlab.specs.run import RunSpec
 from flatlab.specs.settings import Setting
@@ -151,6 +152,8 @@ def _counts(frame: pd.DataFrame) -> str:
 
 def _correlated(tau: pd.DataFrame, among: str) -> str:
     """Return a sentence on the measures that are correlated with each gap."""
+    if tau["p"].isna().all():
+        return f"Kendall's tau, {among}: no test was made, since the trajectories are too few for an interval."
     found = []
     for gap in GAPS:
         mine = tau[(tau["gap"] == gap) & (tau["p_bh"] < verdicts.LEVEL)]
@@ -183,11 +186,11 @@ def caption(setting: Setting) -> str:
     count = len(labelled(setting))
     return (
         f"Bits, flatness and generalization gaps: {count} networks, {setting.dataset}\n"
-        f"{', '.join(axes.models)}; {setting.held_out[-1]} held out. Trained to {TARGET:g} nats or {own.steps:,} "
-        f"steps, bits from step {own.switch_step} on. Taus: bars are 95 % intervals by bootstrap over trajectories, "
-        "filled where p < 0.05 after Benjamini and Hochberg. F over the distance in units of the network's "
-        "quantization noise; dashed: full precision, in units of its rounding noise at as many bits. Bands: 95 % "
-        "intervals over trajectories; one that extends to the lower edge includes 0."
+        f"{', '.join(axes.models)}; {setting.held_out[-1]}{under(setting.corruption)} held out. Trained to {TARGET:g} "
+        f"nats or {own.steps:,} steps, bits from step {own.switch_step} on. Taus: bars are 95 % intervals by bootstrap "
+        "over trajectories, filled where p < 0.05 after Benjamini and Hochberg. F over the distance in units of the "
+        "network's quantization noise; dashed: full precision, in units of its rounding noise at as many bits. Bands: "
+        "95 % intervals over trajectories; one that extends to the lower edge includes 0."
     )
 
 

@@ -191,7 +191,7 @@ def dots(ax: Axes, frame: pd.DataFrame, order: Sequence[str]) -> None:
     rows = frame.set_index("method").reindex(list(order))
     heights = np.arange(len(order))
     ax.hlines(heights, rows["low"], rows["high"], color="C0", linewidth=1.2)
-    which = "ours, 95 % over seeds" if rows["low"].notna().any() else "ours, one seed"
+    which = "ours, 95 % over seeds" if rows["low"].notna().any() else "ours, no interval"
     ax.plot(rows["value"], heights, "o", color="C0", label=which)
     if rows["comparable"].eq(True).any():
         shown = rows["published"].where(rows["comparable"].eq(True))

@@ -199,7 +199,7 @@ def test_fqat_with_gaqats_unit_window_and_direction_gives_its_trace(tmp_path):
 
 
 def test_frozen_step_sizes_follow_the_perturbed_loss_alone(tmp_path):
-    """Above 1, all are frozen from the second window on; with both gradients withheld they do not move."""
+    """Above 1, all are frozen from the second window on; with both gradients withheld they get none."""
     spec = spec_of("GAQAT", freeze_threshold=1.1, freeze_gradient="both")
     training = Training([RunStore(tmp_path).run(spec)], RunStore(tmp_path), PLACE, forks=())
     trajectory, moments = training.trajectory, []

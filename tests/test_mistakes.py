@@ -67,6 +67,13 @@ WORDS = {  # what the user writes -> what the answer names, before anything heav
     "train --weights=": r"--weights.* empty",
     "train --method swa --keep-every 301": r"--keep-every .*301.*300",
     "train --method eoq --seeds 4": r"--seeds does nothing",
+    "train --method gaqat --activation-bits 3": r"lsq-both has its own way with inputs: write --qat-bits 3\.",
+    "train --method gaqat --skip-first": r"--skip-first is of the quantizer lsq; .*: leave it out\.",
+    "train --method gaqat --freeze-alternate --freeze-threshold 0.2": r"--freeze-threshold does nothing beside "
+    r"--freeze-alternate, which makes no decisions",
+    "train --method gaqat --freeze-top 0.2 --freeze-threshold 0.2": r"beside --freeze-top, which replaces it",
+    "train --method gaqat --freeze-gradient both --freeze-rescale": r"--freeze-rescale does nothing beside",
+    "train --method sagm --perturb all": r"--perturb all adds step sizes, of which there are none without LSQ",
     "reproduce fig3 --datasets ,": r"dataset ''",
     "reproduce fig3 --swad-rule released --controls": r"--controls does nothing for fig3",
     "reproduce study --rows runs.csv": r"--rows does nothing without --leave-out",

@@ -124,7 +124,8 @@ def test_past_chance_and_with_one_seed_no_verdict_is_read():
     told = fig3.remarks(beyond)
     assert told[0].endswith("source domains: no test was made.") and "reached at 0 by ERM" in told[-1]
     alone = fig3.remarks(frame(seeds=1))
-    assert alone[0].endswith("one seed gives no interval, so that no difference is established.")
+    assert alone[0].endswith("there is no test, and no difference is established.")
+    assert "Tests of the mean of F (primary): none, so that there is no verdict." in alone
 
 
 # --- the rule
@@ -154,6 +155,20 @@ def test_a_paired_p_value_and_the_interval_say_the_same():
     assert len(known) and ((known["p"] < 0.05) == (known["low"] * known["high"] > 0)).all()
 
 
+@pytest.mark.parametrize("off", [0.0, 1e-15])
+@pytest.mark.parametrize("less", [0.0, 1.25])
+def test_seeds_that_agree_by_chance_give_no_verdict(less, off):
+    """Accuracies on few images agree; the p-value would be 0."""
+    rows = [("ERM", seed, 80.0 + seed) for seed in range(3)]
+    rows += [("A", seed, 80.0 + seed + less + off * seed) for seed in range(3)]
+    frame = pd.DataFrame(rows, columns=["method", "seed", "value"]).assign(held_out="rot0", kind="test")
+    found = tables.paired(frame, "ERM", ["kind"])
+    assert found["value"].item() == pytest.approx(less) and found[["low", "high", "p"]].isna().all(axis=None)
+    told = verdicts.corrected(found, found["kind"])
+    assert verdicts.sentences(told)[0].endswith("there is no test, and no difference is established.")
+    assert verdicts.cells(told) == [f"{less:+.3f} (no interval)"]
+
+
 def test_sentences_follow_from_the_family_and_nothing_else():
     rows = [
         ("A", "ERM", -0.2, -0.3, -0.1, 0.001, "F"),
@@ -165,8 +180,8 @@ def test_sentences_follow_from_the_family_and_nothing_else():
     assert found["p_holm"].tolist() == pytest.approx([0.002, 0.04, 0.001])
     assert found["family_size"].tolist() == [2, 2, 1]
     assert verdicts.sentences(found, unit="points", digits=1) == [
-        "F: A is lower than ERM (-0.2 [-0.3, -0.1] points, p = 0.002); B is higher than ERM (+0.1 [+0.0, +0.2] points, "
-        "p = 0.04).",
+        "F: A is lower than ERM (-0.2 [-0.3, -0.1] points, p = 0.002); B is higher than ERM (+0.10 [+0.01, +0.20] "
+        "points, p = 0.04).",
         "G: C is higher than ERM (+0.3 [+0.2, +0.4] points, p = 0.001).",
     ]
     larger = verdicts.corrected(bare.assign(p=[0.001, 0.06, 0.001]), bare["family"].replace("G", "F"))

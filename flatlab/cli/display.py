@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from math import isnan
 from typing import Any
 
 import pandas as pd
@@ -195,8 +196,8 @@ def summary(jobs: Sequence[Job], costs: Sequence[float], source: str, *, workers
 
 
 def _cell(value: Any, form: str | None) -> Text:
-    """Return a cell, empty for None, with markup in foreign names left uninterpreted."""
-    if value is None:
+    """Return a cell, empty for what is missing, with markup in foreign names left uninterpreted."""
+    if value is None or (form is None and isinstance(value, float) and isnan(value)):
         return Text()
     return Text(format(value, form) if form and isinstance(value, float) else printable(str(value)))
 

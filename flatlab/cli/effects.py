@@ -18,6 +18,11 @@ Needs = tuple[Callable[["Method"], bool], str, str]
 _GRID: Needs = (lambda m: m.quantizer != "none" or m.noise != "none", "a quantizer", "add --quantizer lsq")
 _LSQ: Needs = (lambda m: m.quantizer == "lsq", "LSQ", "add --quantizer lsq")
 _SWAD: Needs = (lambda m: m.average == "swad", "SWAD", "add --average swad")
+_DECIDED = ("threshold", "direction", "top", "trigger", "gradient", "when", "forever")
+IDLE_BESIDE = [  # an option, another that takes its effect away, and why
+    *((f"freeze_{name}", "freeze_alternate", "which makes no decisions") for name in _DECIDED),
+    ("freeze_threshold", "freeze_top", "which replaces it"),
+]
 NEEDS: dict[str, Needs] = {  # option -> whether a composition uses it; what it needs; the remedy
     "bits": _GRID,
     "granularity": _GRID,
@@ -47,8 +52,18 @@ def refuse_idle(chosen: Choices, parts: "Method") -> None:
     for word, (used, needed, remedy) in NEEDS.items():
         value = getattr(chosen, word)
         if value is not None and value is not False and not used(parts):
+            if parts.quantizer == "lsq-both" and word in LSQ:
+                own = f"write --qat-bits {value}" if word == "activation_bits" else "leave it out"
+                raise UserError(f"{flag(word)} is of the quantizer lsq; lsq-both has its own way with inputs: {own}.")
             written = flag(word) + f" {value}" * (value is not True)
             raise UserError(f"{written} does nothing without {needed}; {remedy}, or leave it out.")
+    for word, other, why in IDLE_BESIDE:
+        if getattr(chosen, word) not in (None, False) and getattr(chosen, other) not in (None, False):
+            raise UserError(f"{flag(word)} does nothing beside {flag(other)}, {why}; leave one of them out.")
+    if chosen.freeze_gradient == "both" and chosen.freeze_rescale:
+        raise UserError("--freeze-rescale does nothing beside --freeze-gradient both, which leaves no gradient.")
+    if chosen.perturb == "all" and not parts.quantizer.startswith("lsq"):
+        raise UserError("--perturb all adds step sizes, of which there are none without LSQ; leave it out.")
     if chosen.activation_bits is not None and chosen.activations in (None, "none"):
         raise UserError(
             f"--activation-bits {chosen.activation_bits} does nothing without quantized activations; add "

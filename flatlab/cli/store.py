@@ -110,7 +110,11 @@ def merge_(
     if other.resolve() == chosen.runs().root.resolve():
         raise UserError(f"--from must be another store than --store, got {other} for both.")
     counts, refused = merge(RunStore(other), chosen.runs())
-    sentence = ", ".join(count_of(count, what.removesuffix("s")) for what, count in counts.items()) + "."
+    sentence = ", ".join(
+        count_of(count, what.removesuffix("s")) if what.endswith("s") else f"{count:,} {what}"
+        for what, count in counts.items()
+    )
+    sentence += "."
     chosen.answer_facts({**counts, "not merged": refused}, sentence)
     for each in refused:
         say(each)

@@ -28,6 +28,7 @@ from flatlab.store.entry import complaints
 from flatlab.store.runs import Run, RunStore
 
 LEVEL = 0.95
+ROUNDING = 1e-12  # of values that are equal
 
 
 def flatness(store: RunStore, wanted: Iterable[tuple[str, RunSpec, SphereSpec]]) -> pd.DataFrame:
@@ -194,6 +195,8 @@ def paired(frame: pd.DataFrame, baseline: str, by: Sequence[str]) -> pd.DataFram
 def against_zero(frame: pd.DataFrame, by: Sequence[str], *, value: str = "value") -> pd.DataFrame:
     """Return mean and interval over seeds, and `p`, the two-sided p-value of the t test of a mean of zero.
 
+    Seeds that agree up to rounding, as accuracies on few images may by chance, give neither interval nor p-value (NaN).
+
     Args:
         frame: rows with `held_out`, `seed` and `value`.
         by: the columns that name a group.
@@ -202,7 +205,9 @@ def against_zero(frame: pd.DataFrame, by: Sequence[str], *, value: str = "value"
     table = over_seeds(frame, by, value=value)
     seeds = frame.groupby(list(by), sort=False)["seed"].nunique()
     estimates = zip(table["value"], table["stderr"], seeds, strict=True)
-    return table.assign(p=[Estimate(value, stderr, max(1, count - 1)).p_value for value, stderr, count in estimates])
+    table["p"] = [Estimate(value, stderr, max(1, count - 1)).p_value for value, stderr, count in estimates]
+    table.loc[table["stderr"] <= ROUNDING * (1 + table["value"].abs()), ["low", "high", "p"]] = np.nan
+    return table
 
 
 def paired_each(frame: pd.DataFrame, pairs: Iterable[tuple[str, str]], by: Sequence[str]) -> pd.DataFrame:

@@ -37,13 +37,14 @@ def corrected(
 
 
 def bracketed(value: float, low: float, high: float, *, digits: int = 3, starred: bool = False) -> str:
-    """Return "value [low, high]", perhaps with a star after the value; one seed has no interval.
+    """Return "value [low, high]", perhaps with a star after the value; without a spread over seeds without interval.
 
     Behind the bracket, stars of one line of markdown would be read as emphasis.
     """
     if not np.isfinite([low, high]).all():
         return f"{value:+.{digits}f} (no interval)"
-    while starred and digits < MOST_DIGITS and 0 in (round(low, digits), round(high, digits)):
+    excluding = low * high > 0
+    while excluding and digits < MOST_DIGITS and 0 in (round(low, digits), round(high, digits)):
         digits += 1  # an interval without 0 does not end at 0.00
     return f"{value:+.{digits}f}{'*' if starred else ''} [{low:+.{digits}f}, {high:+.{digits}f}]"
 
@@ -103,7 +104,7 @@ def sentences(
         if tests.empty:
             lines.append(f"{family}: no test was made.")
         elif tests["p"].isna().all():
-            lines.append(f"{family}: one seed gives no interval, so that no difference is established.")
+            lines.append(f"{family}: without a spread over seeds there is no test, and no difference is established.")
         else:
             lines.append(f"{family}: {'; '.join(_clauses(tests, words, (unit, digits, place)))}.")
     return lines
@@ -137,16 +138,18 @@ def statement(findings: pd.DataFrame, *, name: str = "Tests", test: str = "paire
         test: the kind of test.
     """
     tests = findings[findings["verdict"] != UNREAD]
-    if tests.empty:
+    known = tests[tests["p"].notna()]
+    if known.empty:
         return f"{name}: none, so that there is no verdict."
     sizes = tests.groupby("family", sort=False).size()
-    known = tests[tests["p"].notna()]
     excluding = int((known["low"] * known["high"] > 0).sum())
     return (
         f"{name}: {_counted(sizes.tolist())}, {test}, corrected by Holm's method within each family: were there no "
         f"difference at all, a family would hold a false verdict with a probability of at most {LEVEL:.0%}, which is "
         f"{LEVEL * len(sizes):.2g} of {len(sizes)}. Intervals are of each difference alone, {1 - LEVEL:.0%}: "
         f"{excluding} of {len(known)} exclude zero, {LEVEL * len(known):.2g} would by chance."
+        + f" {len(tests) - len(known)} tests could not be made: no spread over seeds."
+        * (len(tests) > len(known))
     )
 
 

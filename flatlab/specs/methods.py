@@ -38,7 +38,9 @@ METHODS = {
     "ERM": Method(note="empirical risk minimisation: the plain baseline"),
     "SAM": Method(step="sam", note="sharpness-aware minimisation, rho 0.05"),
     "SAGM": Method(step="sagm", note="sharpness-aware gradient matching (Wang et al. 2023), rho 0.05, alpha 0.001"),
-    "SAQ": Method(step="saq", quantizer="lsq", note="QT-DoG, then SAM at the quantized weights (Liu et al. 2021)"),
+    "SAQ": Method(
+        step="saq", quantizer="lsq", note="SAM, from the switch on at the quantized weights (Liu et al. 2021), 7 bits"
+    ),
     "SWA": Method(average="swa", note="mean of late iterates"),
     "SWAD": Method(average="swad", note="mean of the iterates inside the validation valley"),
     "SMA": Method(average="sma", note="running mean from early on, selected by validation"),

@@ -69,7 +69,8 @@ class Setting(LSQOptions, Optimizing):
         None,
         ge=0,
         le=LARGEST_INT,
-        description="Step at which quantization, noise or freezing begins; if not given, 40 % of the steps.",
+        description="Step at which quantization, noise or freezing begins; if not given, 40 % of the steps, or 0 where "
+        "inputs are quantized, too (LSQ, GAQAT, FQAT).",
     )
     switch_share: float = 0.4
     qat_bits: Bits = Field(4, description="Bits of weights and of layers' inputs under the quantizer lsq-both.")
@@ -80,15 +81,17 @@ class Setting(LSQOptions, Optimizing):
         "rounding to --bits has.",
     )
     sam_rho: float = Field(  # Foret et al.; SWAD's baselines
-        0.05, ge=0, le=1e30, description="Radius of SAM's ascent step, absolute L2."
+        0.05, ge=0, le=1e30, description="Radius of the ascent step of SAM, SAGM, SAQ, GAQAT and FQAT, absolute L2."
     )
     sagm_alpha: float = Field(
-        1e-3, ge=0, le=1e30, description="Share of the gradient that SAGM subtracts from its ascent step."
+        1e-3,
+        ge=0,
+        le=1e30,
+        description="Share of the gradient that SAGM, GAQAT and FQAT subtract from their ascent step.",
     )
     perturb: Literal["weights", "all"] = Field(
         "weights",
-        description="What the ascent of SAM, SAGM and SAQ moves: weights, or all, which adds step sizes (under SAQ "
-        "those of inputs).",
+        description="What the ascent step moves: weights, or all, which adds step sizes (under SAQ those of inputs).",
     )
     margin: float = Field(0.3, ge=0, le=1e30, description="Margin of CLIPood's margin metric softmax.")
     freeze_every: int | None = Field(  # GAQAT's K; None: `freeze_share` of the steps
@@ -108,10 +111,14 @@ class Setting(LSQOptions, Optimizing):
         None, ge=0, le=1, description="Share of units that is frozen, instead of a threshold."
     )
     freeze_trigger: Literal["task", "smooth", "between"] | None = Field(
-        None, description="Gradient whose disorder decides: task (the default), smooth, or between the two."
+        None,
+        description="Gradient whose disorder (share of steps in which its sign changes) decides: task (the default), "
+        "smooth, or between the two.",
     )
     freeze_gradient: Literal["task", "smooth", "both"] | None = Field(
-        None, description="Gradient that is frozen: task (the default), smooth or both."
+        None,
+        description="Gradient that frozen units do not get: task (the default), smooth (of the perturbed loss) or "
+        "both; an optimizer's momentum still moves them.",
     )
     freeze_unit: Literal["scale", "channel", "layer"] | None = Field(
         None, description="Unit of a decision: the tensor of step sizes, scale (GAQAT), a channel, or a layer (FQAT)."

@@ -71,7 +71,7 @@ class Disorder:
         fading = 1 - 1 / self.spec.every if self.spec.when == "step" else 1.0
         self.counts = fading * self.counts + self._sums(seen, self.unit, self.counts.shape[-1])
         self.steps += 1
-        if self.spec.when == "step" or int(self.steps[0]) % self.spec.every == 0:
+        if not self.spec.alternate and (self.spec.when == "step" or int(self.steps[0]) % self.spec.every == 0):
             self._decide()
 
     def _flat(self, grads: Gradients) -> Tensor:
@@ -118,7 +118,8 @@ class Disorder:
     def row(self) -> dict[str, Any]:
         """Return disorder of each kind and frozen share of each step-size tensor since the last call; reset both.
 
-        A disorder without a pair of signs is None.
+        A disorder without a pair of signs is None. The share is that of the decisions, whatever they freeze; 0 if
+        gradients alternate.
         """
         changes, pairs = self.logged.unbind(1)
         disorder = (changes / pairs).tolist()
