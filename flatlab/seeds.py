@@ -5,6 +5,8 @@ no other draws, and a resumed run needs no saved generator.
 """
 
 import hashlib
+import random
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -43,6 +45,27 @@ def seeded(*names: object, device: "torch.device | None" = None) -> Iterator[Non
             with torch.cuda.device(each):
                 torch.cuda.manual_seed(derive(*names))
         yield
+
+
+@contextmanager
+def undisturbed(*devices: "torch.device") -> Iterator[None]:
+    """Restore the global generators of Python, NumPy and torch after the block: what it reads or imports may draw.
+
+    Args:
+        devices: accelerators of one kind, whose generators are restored, too.
+    """
+    import torch
+
+    numpy = sys.modules.get("numpy")  # torch has imported it
+    python, state = random.getstate(), numpy and numpy.random.get_state()
+    kind = devices[0].type if devices else "cuda"
+    try:
+        with torch.random.fork_rng(devices=[each.index or 0 for each in devices], device_type=kind):
+            yield
+    finally:
+        random.setstate(python)
+        if numpy:
+            numpy.random.set_state(state)
 
 
 def base_seed(seed: "int | torch.Generator") -> int:

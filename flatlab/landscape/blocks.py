@@ -83,7 +83,7 @@ class Samples:
 
     def __init__(self, batches: Sequence[Sequence[Batch]]) -> None:
         each = [batch for stratum in batches for batch in stratum]
-        self.alike = len(each) == 1 or _alike(each)
+        self.alike = len(each) == 1 or of_one_form(each)
         # Picking a few samples from many batches takes as long as evaluating a small network.
         self._batches = [join(each)] if len(each) > 1 and _bytes(each) <= JOINED and self.alike else each
         self._ends = np.cumsum([batch.size for batch in self._batches])
@@ -170,7 +170,7 @@ def _bytes(batches: Sequence[Batch]) -> int:
     return sum(leaf.numel() * leaf.element_size() for batch in batches for leaf in tensors(batch[:2]))
 
 
-def _alike(batches: Sequence[Batch]) -> bool:
+def of_one_form(batches: Sequence[Batch]) -> bool:
     """Return whether samples are of one structure, shape and dtype."""
     forms = {
         (str(tree_structure(batch[:2])), *((leaf.shape[1:], leaf.dtype) for leaf in tensors(batch[:2])))

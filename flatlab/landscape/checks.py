@@ -10,7 +10,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.utils.weak import WeakIdKeyDictionary
 
 from flatlab.derivatives.autograd import is_staircase
-from flatlab.errors import UserError
+from flatlab.errors import UserError, count_of
 from flatlab.tensors.flat import flatten
 from flatlab.tensors.nested import Batch, tensors
 
@@ -74,6 +74,30 @@ def refuse_training(model: nn.Module) -> None:
                 f"The model must be in eval mode, but {name or type(model).__name__!r} is in training mode:"
                 " call model.eval() first."
             )
+
+
+def refuse_surroundings(device: torch.device) -> None:
+    """Refuse contexts of torch that change what a loss or its derivatives are."""
+    if torch.is_inference_mode_enabled():
+        raise UserError("A landscape needs derivatives, but torch.inference_mode is active: leave that context.")
+    if torch.is_autocast_enabled(device.type):
+        raise UserError(
+            "torch.autocast is active around the landscape; it keeps converted copies of the weights and does not"
+            " notice that these are moved: leave that context, and use autocast inside the model's forward."
+        )
+
+
+def stored_in_integers(model: nn.Module) -> str:
+    """Return which weights cannot vary since a library stores them in integers, as a sentence; empty if none are."""
+    kinds = [(name, type(each).__module__.partition(".")[0], each) for name, each in model.named_parameters()]
+    found = [(name, kind, each) for name, kind, each in kinds if kind == "torchao" or not each.is_floating_point()]
+    if not found:
+        return ""
+    return (
+        f"{count_of(sum(each.numel() for *_, each in found), 'weight')} ({found[0][0]}"
+        f"{f' and {len(found) - 1} more' if len(found) > 1 else ''}) are stored in integers and do not vary: measure"
+        " flatlab.plain_network(model), whose weights are plain."
+    )
 
 
 def versions(model: nn.Module, moved: Iterable[Tensor]) -> Versions:

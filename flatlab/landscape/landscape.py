@@ -4,7 +4,7 @@ Data are kept in memory and weighted by samples, since batches may differ in siz
 function is checked before its first use, since a model may draw at random, or mix the samples of a batch.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from functools import partial
@@ -22,14 +22,16 @@ from flatlab.derivatives.autograd import one_path, refuse_rounding
 from flatlab.derivatives.exact import attributes_restored
 from flatlab.derivatives.operators import Hessian, Term
 from flatlab.errors import UserError
-from flatlab.landscape.blocks import Block, Gathered, Partition, Samples
+from flatlab.landscape.blocks import Block, Gathered, Partition, Samples, of_one_form
 from flatlab.landscape.checks import (
     alike,
     data_versions,
     note_undone,
     refuse_changed,
     refuse_parametrized,
+    refuse_surroundings,
     refuse_training,
+    stored_in_integers,
     version,
     versions,
 )
@@ -38,12 +40,14 @@ from flatlab.landscape.evaluation import Evaluation, Move
 from flatlab.landscape.failures import check_loss
 from flatlab.landscape.opening import Opening
 from flatlab.landscape.own_loss import OwnLoss
-from flatlab.seeds import generator
+from flatlab.seeds import generator, undisturbed
 from flatlab.tensors.calls import call
 from flatlab.tensors.flat import flatten, length, select, split_like, widened
 from flatlab.tensors.losses import Metric, Noted, sample_losses, total, total_and_hits, totals, weight
 from flatlab.tensors.memory import SplitOnOOM
-from flatlab.tensors.nested import Batch, Data, part, read_strata, recut, same, span, spread
+from flatlab.tensors.nested import Batch, Data, join, part, read_strata, recut, same, span, spread
+
+SOME = 64  # samples of a stratum on which a model's own loss is compared, beside the first batch
 
 
 class Landscape:
@@ -96,14 +100,13 @@ class Landscape:
         sources = data if isinstance(data, Mapping) else {"all": data}
         if not sources:
             raise UserError("The data must have at least one stratum, got none: pass {name: batches}.")
-        # A DataLoader draws from torch's global generator each time it is read; other draws must not change.
-        with torch.random.fork_rng(devices=[]):
+        with undisturbed():  # a DataLoader draws from torch's global generator each time it is read
             kept = read_strata(sources, self._w0.device, check=check)
         self.strata = tuple(str(name) for name in sources)
         self._batches = [recut(batches, batch_size) for batches in kept]
         if isinstance(loss, OwnLoss):
             with torch.no_grad():
-                loss.settle(*self._batches[0][0][:2])
+                loss.settle([self._batches[0][0], *chain(*(_some(each) for each in self._batches))])
         self.sizes = np.array([sum(batch.size for batch in batches) for batches in self._batches])
         self._state = versions(model, self._tensors)
         self._data_state = data_versions(self._batches)
@@ -200,7 +203,8 @@ class Landscape:
     def around(self, model: nn.Module, *, check: bool = True) -> "Landscape":
         """Return the landscape of the same data and loss around another model, of the same choice of parameters."""
         data = {name: [batch[:2] for batch in each] for name, each in zip(self.strata, self._batches, strict=True)}
-        return Landscape(model, data, self.loss, params=list(self.named), check=check and self._check)
+        loss = OwnLoss(model) if isinstance(self.loss, OwnLoss) else self.loss
+        return Landscape(model, data, loss, params=list(self.named), check=check and self._check)
 
     @contextmanager
     def moving(self, *metrics: Metric, settle: Callable[[], object] = lambda: None) -> Iterator[Move]:
@@ -263,8 +267,10 @@ class Landscape:
 
     def shares_loss(self, other: "Landscape") -> bool:
         """Return whether another landscape has the same loss at its point if our loss function is used: one pass."""
+        if isinstance(self.loss, OwnLoss) and isinstance(other.loss, OwnLoss):
+            return self.loss.kind == other.loss.kind
         if self.loss is other.loss or isinstance(self.loss, OwnLoss) or isinstance(other.loss, OwnLoss):
-            return type(self.loss) is type(other.loss)
+            return self.loss is other.loss
         swapped = copy(other)
         swapped.loss, swapped._noted, swapped._total = self.loss, self._noted, self._total
         swapped._base = swapped._weights = None
@@ -335,7 +341,7 @@ class Landscape:
         self._base = sums / self._weights
         self._base.flags.writeable = False
         own = self.loss.remark if isinstance(self.loss, OwnLoss) else ""
-        self.remarks = tuple(each for each in (own, *opening.slopes(sums)) if each)
+        self.remarks = tuple(each for each in (own, stored_in_integers(self.model), *opening.slopes(sums)) if each)
 
     def _put(self, vector: Tensor) -> None:
         with torch.no_grad():
@@ -358,8 +364,15 @@ class Landscape:
             yield from ((b.inputs, partial(self._total, batch=b), each * len(self.strata)) for b in batches)
 
     def _refuse_changed(self) -> None:
+        refuse_surroundings(self.device)
         refuse_changed(self.model, self._tensors, self._w0, self._state)
         if data_versions(self._batches) != self._data_state:
             raise UserError("The data have been written to since the landscape was built: build a new Landscape.")
         if self._check:
             refuse_training(self.model)
+
+
+def _some(batches: Sequence[Batch]) -> list[Batch]:
+    """Return samples of several batches, joined if their shapes allow it: batches may be sorted by class."""
+    few = spread(batches, SOME)
+    return [join(few)] if of_one_form(few) else few

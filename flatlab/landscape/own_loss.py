@@ -1,6 +1,6 @@
 """The loss that a model computes from its labels, divided among the samples."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from flatlab.errors import UserError
 from flatlab.landscape.failures import model_explained
 from flatlab.tensors.calls import innermost
-from flatlab.tensors.nested import tensors
+from flatlab.tensors.nested import Batch, tensors
 from flatlab.tensors.structures import entry
 
 Pair = tuple[Tensor, Tensor]
@@ -23,8 +23,8 @@ def loss_of(model: nn.Module) -> "OwnLoss":
 
     A mean over tokens does not depend on the batches: each counted token has the same weight, so the weight of a sample
     is its number of tokens; tokens labelled -100 are not counted. The loss is identified by comparison with that
-    returned for the first batch: cross-entropy of classes, of tokens or of next tokens, binary cross-entropy, or
-    squared error. ``landscape.remarks`` states the weights of samples, if these differ.
+    returned for the first batch and for samples of several: cross-entropy of classes, of tokens or of next tokens,
+    binary cross-entropy, or squared error. ``landscape.remarks`` states the weights of samples, if these differ.
 
     Args:
         model: returns ``logits`` and, given ``labels``, ``loss``; as the models of transformers do.
@@ -51,12 +51,23 @@ class OwnLoss:
             raise UserError(f"Labels of shape {tuple(labels.shape)} and {labels.dtype} are not those of {self.kind}.")
         return found
 
-    def settle(self, inputs: Any, labels: Any) -> None:
-        """Identify the loss that the model returns, on a batch.
+    def settle(self, batches: Sequence[Batch]) -> None:
+        """Identify the loss that the model returns, on some batches: one of a single class has no class weights.
 
         Raises:
             UserError: if it returns none, or one that is not known.
         """
+        kinds = [self._kind_of(batch.inputs, batch.targets) for batch in batches]
+        self.kind = next((kind for kind in kinds[0] if all(kind in others for others in kinds)), "")
+        if not self.kind:
+            listed = "; ".join(dict.fromkeys(" or ".join(each) for each in kinds))
+            raise UserError(
+                f"The loss that {type(innermost(self.model)).__name__} returns is of one kind for some batches, and of"
+                f" another for others ({listed}): pass your own loss(outputs, targets)."
+            )
+
+    def _kind_of(self, inputs: Any, labels: Any) -> list[str]:
+        """Return the kinds of loss whose value is the model's own on a batch, the nearest first."""
         if not isinstance(inputs, Mapping) or not isinstance(labels, Tensor):
             raise UserError(
                 "loss_of(model) needs batches that are dictionaries with an entry 'labels', got"
@@ -70,14 +81,15 @@ class OwnLoss:
         found = {kind: of(logits, labels) for kind, of in KINDS.items()}
         means = {kind: float(pair[0].sum() / pair[1].sum()) for kind, pair in found.items() if pair}
         off = {kind: abs(mean - float(own)) / max(abs(float(own)), 1e-3) for kind, mean in means.items()}
-        self.kind = min(off, key=lambda kind: off[kind], default="")
-        if not off or not off[self.kind] <= (CLOSE if own.dtype.itemsize >= 4 else CLOSE_IN_16_BITS):
+        close = CLOSE if own.dtype.itemsize >= 4 else CLOSE_IN_16_BITS
+        if not (near := sorted((kind for kind in off if off[kind] <= close), key=lambda kind: off[kind])):
             known = ", ".join(f"{kind}: {mean:.5g}" for kind, mean in means.items())
             raise UserError(
                 f"{name} returns a loss of {float(own):.5g}, which is none that flatlab can divide among samples"
                 f" ({known or 'no kind has labels of this shape'}): pass your own loss(outputs, targets), which"
                 " returns each sample's sum and weight."
             )
+        return near
 
     @property
     def remark(self) -> str:

@@ -9,7 +9,9 @@ from torch import Tensor
 from flatlab.errors import UserError, count_of
 from flatlab.landscape.checks import Total
 from flatlab.landscape.failures import model_explained
-from flatlab.tensors.nested import Batch, concatenate, cut, distance, near, spread, tensors
+from flatlab.seeds import generator
+from flatlab.tensors.nested import Batch, concatenate, cut, distance, near, pick, spread, tensors
+from flatlab.tensors.structures import mapped
 
 Forward = Callable[[Any], Any]
 Weigh = Callable[[Any, Batch], Tensor | None]
@@ -43,11 +45,11 @@ def check_values(
 ) -> tuple[Tensor, Tensor | None]:
     """Return the sum of the losses of a stratum and its weight; refuse one that depends on how samples are joined.
 
-    Each sample is evaluated twice: in its batch, and in a half of it, or joined with others of its shape if it is alone
-    in its batch (samples of different shapes are never joined). The loss of a batch is compared with those of small
-    pieces of it, and the loss of samples from several batches with those of their parts: batches of one class or one
-    sample have the same mean whatever the weights. `singly` gives the losses of samples in one call, of losses that it
-    knows: as pieces they take as many calls.
+    Each sample is evaluated twice: in its batch, and in a half of it that separates neighbours, or joined with others
+    of its shape if it is alone in its batch (samples of different shapes are never joined). The loss of a batch is
+    compared with those of small pieces of it, and the loss of samples from several batches with those of their parts:
+    batches of one class or one sample have the same mean whatever the weights. `singly` gives the losses of samples in
+    one call, of losses that it knows: as pieces they take as many calls.
     """
     sums, weights, across = list[Tensor](), list[Tensor | None](), list[Batch]()
     every = max(1, len(batches) // (_ACROSS // 2))
@@ -109,7 +111,7 @@ def _eps(outputs: Any) -> float:
 
 def _refuse_mixing(model: Forward, group: list[Batch], outputs: list[Any], total: Total) -> None:
     """Refuse a model in which the samples of a batch change each other's outputs."""
-    other = _otherwise(group)
+    other, order = _otherwise(group)
     if not other:
         return
     try:
@@ -122,6 +124,8 @@ def _refuse_mixing(model: Forward, group: list[Batch], outputs: list[Any], total
             " outputs must not depend on which samples share a batch."
         ) from why
     first, second = _joined(outputs), _joined(again)
+    if order is not None:
+        first = mapped(lambda leaf: leaf[order.to(leaf.device)] if isinstance(leaf, Tensor) else leaf, first)
     allowed = max(_eps(outputs) ** 0.5, 0.0 if _on_cpu(outputs) else _GPU_MIXING)
     if first is not None and second is not None and _shapes(first) == _shapes(second):
         if (off := distance(first, second)) > allowed:
@@ -143,12 +147,18 @@ def _refuse_mixing(model: Forward, group: list[Batch], outputs: list[Any], total
         )
 
 
-def _otherwise(group: list[Batch]) -> list[Batch]:
-    """Return the same samples cut into halves, or joined if they are batches of one; empty if neither is possible."""
+def _otherwise(group: list[Batch]) -> tuple[list[Batch], Tensor | None]:
+    """Return the same samples in halves and their order, or joined if they are batches of one; empty if neither works.
+
+    The halves are the rows with an even and an odd number of ones in binary: they separate rows 2i and 2i + 1, which a
+    model or a loss may compare with each other, but keep the order, by which samples may have to be sorted.
+    """
     if len(group) == 1:
-        return cut(group[0], -(-group[0].size // 2)) if group[0].size > 1 else []
+        odd = torch.tensor([row.bit_count() % 2 for row in range(group[0].size)])
+        halves = [torch.nonzero(odd == side).flatten() for side in (0, 1)]
+        return ([pick(group[0], half) for half in halves], torch.cat(halves)) if group[0].size > 1 else ([], None)
     joined = _joined([batch[:2] for batch in group])
-    return [] if joined is None else [Batch(joined[0], joined[1], len(group))]
+    return [] if joined is None else [Batch(joined[0], joined[1], len(group))], None
 
 
 def _joined(nests: list[Any]) -> Any:
@@ -163,9 +173,10 @@ def _shapes(nest: Any) -> list[tuple[int, ...]]:
 
 
 def _pieces(whole: Batch) -> list[Batch]:
-    """Return small pieces of a batch, given as outputs and targets."""
+    """Return small pieces of a batch, given as outputs and targets, in random order, as blocks separate neighbours."""
     # Small pieces, not halves: ignored targets that are spread evenly over the batch would not be detected.
-    return cut(whole, max(1 if whole.size < 4 else 2, -(-whole.size // _PIECES)))
+    order = torch.randperm(whole.size, generator=generator("landscape", "pieces", whole.size))
+    return cut(pick(whole, order), max(1 if whole.size < 8 else 2, -(-whole.size // _PIECES)))
 
 
 def _refuse_weighing(
@@ -182,14 +193,15 @@ def _refuse_weighing(
     if not torch.isfinite(one) or (one - parts.sum()).abs() <= 32 * _eps(whole.inputs) * parts.abs().sum():
         return one
     means, mean = parts / parts.new_tensor(counts), float(one) / whole.size
-    if shapes := _broadcast(whole):
+    if shapes := _broadcast(whole, total):
         why = f"outputs {shapes[0]} and targets {shapes[1]} are broadcast against each other: give them one shape"
     elif abs(float(means.sum()) - mean) <= 1e-3 * abs(mean):
         why = "it is a sum: divide it by the number of samples (reduction='mean')"
     else:
         weights = "(targets != -100).sum(1)" if _is_sequence(whole.targets) else "weight[targets]"
         why = (
-            "it weighs samples unequally (ignore_index, class weights): let it return two vectors, each sample's sum"
+            "it compares samples with each other (pairs, ranks), which has no mean over samples, or weighs them"
+            " unequally (ignore_index, class weights): in that case let it return two vectors, each sample's sum"
             f" (reduction='none') and each sample's weight, as {weights}"
         )
     raise UserError(
@@ -198,13 +210,19 @@ def _refuse_weighing(
     )
 
 
-def _broadcast(whole: Batch) -> list[tuple[int, ...]]:
-    """Return the shapes of outputs and targets that have equal numbers of elements, but different shapes; else []."""
-    pair = [whole.inputs, whole.targets]
-    if not all(isinstance(each, Tensor) and each.is_floating_point() for each in pair):
+def _broadcast(whole: Batch, total: Total) -> list[tuple[int, ...]]:
+    """Return the shapes of outputs and targets if the loss is a mean over samples once they have one shape; else []."""
+    outputs, targets = whole.inputs, whole.targets
+    if not all(isinstance(each, Tensor) and each.is_floating_point() for each in (outputs, targets)):
         return []
-    shapes = _shapes(pair)
-    return shapes if shapes[0] != shapes[1] and pair[0].numel() == pair[1].numel() else []
+    if outputs.shape == targets.shape or outputs.numel() != targets.numel():
+        return []
+    alike = Batch(outputs, targets.reshape(outputs.shape), whole.size)
+    try:
+        _refuse_weighing(alike, total, "")
+    except (UserError, RuntimeError, IndexError):
+        return []
+    return _shapes([outputs, targets])
 
 
 def _is_sequence(targets: Any) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 from flatlab.derivatives.operators import Curvature, Hessian
 from flatlab.metrics.flatness.sampler import counts
 from flatlab.metrics.receiving import of_landscapes
+from flatlab.seeds import undisturbed
 
 SECONDS = 2.0  # before a bar appears
 NOTE = """
@@ -29,8 +30,9 @@ def bar(name: str, progress: bool | None = None) -> Iterator[Count | None]:
         name: of the call.
         progress: whether to show it; None: in a terminal or a notebook.
     """
-    from rich import progress as rich  # here: it takes as long to load as the rest of the library
-    from rich.console import Console
+    with undisturbed():  # rich draws a number when it is imported
+        from rich import progress as rich  # here: it takes as long to load as the rest of the library
+        from rich.console import Console
 
     console = Console(stderr=True)
     terminal = console.is_terminal and console.file.isatty()  # FORCE_COLOR alone makes it one for rich

@@ -113,18 +113,27 @@ def _replaced(module: nn.Module, known: dict[Tensor, nn.Parameter], done: dict[n
             done[child] = done[child] if child in done else _replaced(child, known, done)
             module._modules[name] = done[child]
     for name, parameter in list(_integers(module)):
-        _put(module, name, parameter, parameter.dequantize(), known)
+        _put(module, name, parameter, parameter.dequantize(), known, varies=True)  # integers require no gradient
     for library, kinds, convert in CONVERSIONS:
         if _is(module, library, *kinds):
             return convert(module, known)
     return module
 
 
-def _put(module: nn.Module, name: str, source: Tensor, value: Tensor, known: dict[Tensor, nn.Parameter]) -> None:
+def _put(
+    module: nn.Module,
+    name: str,
+    source: Tensor,
+    value: Tensor,
+    known: dict[Tensor, nn.Parameter],
+    *,
+    varies: bool | None = None,
+) -> None:
     """Register a parameter with the quantized values; layers that share a weight and its values share the parameter."""
     before = known.get(source)
     if before is None or not torch.equal(before, value):
-        known[source] = nn.Parameter(value.detach().clone(), requires_grad=source.requires_grad)
+        gradient = source.requires_grad if varies is None else varies
+        known[source] = nn.Parameter(value.detach().clone(), requires_grad=gradient)
     module.register_parameter(name, known[source])
 
 

@@ -18,7 +18,10 @@ CLASSES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 class Noted:
-    """A loss function that notes the largest relative spacing of its values' dtypes: of copies in float64, too."""
+    """A loss function that notes the largest relative spacing of its values' and its outputs' dtypes.
+
+    A model that computes in 16 bits inside (autocast) returns them, whatever the dtype of the loss.
+    """
 
     def __init__(self, loss: Metric) -> None:
         self.loss, self.spacing = loss, 0.0
@@ -26,9 +29,9 @@ class Noted:
     def __call__(self, outputs: Any, targets: Any) -> Any:
         """Return the loss's value."""
         value = self.loss(outputs, targets)
-        first = value[0] if isinstance(value, tuple) else value
-        if isinstance(first, Tensor) and first.is_floating_point():
-            self.spacing = max(self.spacing, torch.finfo(first.dtype).eps)
+        for each in (outputs, value[0] if isinstance(value, tuple) else value):
+            if isinstance(each, Tensor) and each.is_floating_point():
+                self.spacing = max(self.spacing, torch.finfo(each.dtype).eps)
         return value
 
 

@@ -1,13 +1,11 @@
 """Flatness during training: measured at regular steps, within a share of the training time."""
 
 import logging
-import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -17,6 +15,7 @@ from flatlab.landscape.landscape import Landscape
 from flatlab.metrics.curvature.eigenvalues import hessian_spectrum
 from flatlab.metrics.curvature.trace import hessian_trace
 from flatlab.metrics.flatness.pilot import radii_at_rises
+from flatlab.seeds import undisturbed
 from flatlab.watch.sinks import Sink
 
 if TYPE_CHECKING:
@@ -178,17 +177,13 @@ def _names(number: str) -> tuple[str, ...]:
 
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Put a model into eval mode while the block runs; then restore each module's mode and all random generators."""
+    """Put a model into eval mode while the block runs; then restore each module's mode and all global generators."""
     modes = [(module, module.training) for module in model.modules()]
     devices = {each.device for each in model.parameters()} - {torch.device("cpu")}
-    kind = next(iter(devices)).type if devices else "cuda"
-    theirs: tuple[Any, Any] = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[each.index or 0 for each in devices], device_type=kind), torch.enable_grad():
+    with undisturbed(*devices), torch.enable_grad():
         model.eval()
         try:
             yield
         finally:
             for module, training in modes:
                 module.training = training
-            random.setstate(theirs[0])
-            np.random.set_state(theirs[1])

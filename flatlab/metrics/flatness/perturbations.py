@@ -32,9 +32,9 @@ def draw_direction(
     """
     device = landscape.device
     rng = generator("sphere", seed, k, device=device)
-    drawn = torch.randn(landscape.num_params, generator=rng, device=device)
+    drawn = torch.randn(landscape.num_params, generator=rng, device=device, dtype=torch.float32)
     if noise == "uniform":
-        drawn = 2 * torch.rand(landscape.num_params, generator=rng, device=device) - 1
+        drawn = 2 * torch.rand(landscape.num_params, generator=rng, device=device, dtype=torch.float32) - 1
     if normalisation != "none":
         return _scaled(landscape.as_point(drawn), landscape, normalisation, like)
     if noise == "sphere":

@@ -5,8 +5,7 @@ direction, if the plan pairs) and at w. The crossed design of SWAD's script is t
 images.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -207,9 +206,9 @@ class Sampler:
     def evaluate(self, plans: Sequence[SamplingPlan], numbers: range) -> FloatArray:
         """Return the rises (L, J, R, S) of some draws, at the radii of plans of one kind."""
         rises = np.zeros((len(self.landscapes), len(numbers), len(plans), len(self.landscapes[0].strata)))
-        with _moving(self.landscapes) as movers, np.errstate(invalid="ignore"):
-            for row, number in enumerate(numbers):
-                for which, at in enumerate(movers):
+        for which, landscape in enumerate(self.landscapes):  # one is moved at a time: they may share parameters
+            with landscape.moving() as at, np.errstate(invalid="ignore"):
+                for row, number in enumerate(numbers):
                     rises[which, row] = self._evaluate(which, at, plans, number)
         return rises
 
@@ -249,12 +248,6 @@ class Sampler:
         if (which, block_size) not in self._partitions:
             self._partitions[which, block_size] = self.landscapes[which].blocks(block_size, seed=self.seed)
         return self._partitions[which, block_size]
-
-
-@contextmanager
-def _moving(landscapes: Sequence[Landscape]) -> Iterator[list[Move]]:
-    with ExitStack() as stack:
-        yield [stack.enter_context(landscape.moving()) for landscape in landscapes]
 
 
 def counts(per_radius: Sequence[Draws]) -> tuple[int, int]:
