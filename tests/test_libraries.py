@@ -113,12 +113,17 @@ def test_a_network_with_quantized_weights_becomes_a_plain_one(make):
     with torch.no_grad():
         torch.testing.assert_close(plain(X), model(X), rtol=1e-5, atol=1e-6)
     assert not held_by_a_library(plain) and not hasattr(plain[0], "weight_fake_quant")
-    assert all(type(each) is nn.Parameter for each in plain.parameters())
+    assert all(type(each) is nn.Parameter and each.requires_grad for each in plain.parameters())
     first = plain[4].layer if hasattr(plain[4], "layer") else plain[4]  # a linear map of 4 or 8 bits by groups
     assert min(len(row.unique()) for row in first.weight[:, :8]) <= 8
     spectrum = flatlab.hessian_spectrum(landscape(plain), k=1)
     dense = largest_eigenvalue(plain)
     assert spectrum.eigenvalues[0] == pytest.approx(dense, rel=1e-3)
+
+
+def test_integers_that_cannot_vary_are_told():
+    (remark,) = (each for each in landscape(torchao("int8", "at once")).remarks if "integers" in each)
+    assert "stored in integers and do not vary" in remark and "plain_network" in remark
 
 
 def largest_eigenvalue(model):

@@ -108,7 +108,7 @@ def versions(model: nn.Module, moved: Iterable[Tensor]) -> Versions:
 
 
 def version(tensor: Tensor) -> int:
-    """Return the number of writes by torch to a tensor, without those that were undone."""
+    """Return the number of writes to a tensor that torch counts, without those that were undone."""
     return 0 if tensor.is_inference() else tensor._version - _UNDONE.get(tensor, 0)
 
 
@@ -120,7 +120,7 @@ def note_undone(tensors: Sequence[Tensor], before: Sequence[int]) -> None:
 
 
 def data_versions(batches: Iterable[Iterable[Batch]]) -> list[int]:
-    """Return the versions of the tensors of all strata's batches, which change with each write by torch."""
+    """Return the versions of the tensors of all strata's batches, which change with each write that torch counts."""
     nests = (nest for each in batches for batch in each for nest in batch[:2])
     leaves = (leaf for nest in nests for leaf in ([nest] if isinstance(nest, Tensor) else tensors(nest)))
     return [0 if leaf.is_inference() else leaf._version for leaf in leaves]

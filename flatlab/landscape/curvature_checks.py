@@ -65,12 +65,9 @@ def check_second_derivatives(
         UserError: if the Hessian is not symmetric, or not the derivative of the gradient, or cannot be checked.
     """
     own = next(iter(moved.values())).dtype
-    if own != torch.float32 and _recomputes(*_function(model, moved, batches, total, own)):
-        raise UserError(
-            "Layers of the model are computed again in the backward pass (torch.utils.checkpoint), then with the"
-            " model's own weights, not with the moved or widened copies that curvature needs: switch checkpointing"
-            " off, or use the model in float32."
-        )
+    if own != torch.float32:
+        with exact_derivatives(model):
+            _refuse_unmoved(*_function(model, moved, batches, total, own), [*moved.values()])
     for dtype in dict.fromkeys((torch.float64, own)):
         # A model that fails in its own precision, too, has no second derivative: the product's error states why.
         with suppress(RuntimeError, TypeError), exact_derivatives(model):
@@ -127,6 +124,26 @@ def _recomputes(loss: Loss, point: Sequence[Tensor]) -> bool:
     except RuntimeError as error:
         return refused in str(error)
     return False
+
+
+def _refuse_unmoved(loss: Loss, point: Sequence[Tensor], own: Sequence[Tensor]) -> None:
+    """Refuse a loss of copies of the parameters, as curvature needs them, that uses the parameters themselves."""
+    if _recomputes(loss, point):
+        raise UserError(
+            "Layers of the model are computed again in the backward pass (torch.utils.checkpoint), then with the"
+            " model's own weights, not with the moved or widened copies that curvature needs: switch checkpointing"
+            " off, or use the model in float32."
+        )
+    if own[0].itemsize >= 4:
+        return
+    value = loss([tensor.clone().requires_grad_() for tensor in point])
+    read = torch.autograd.grad(value, [each for each in own if each.requires_grad], allow_unused=True)
+    if any(each is not None for each in read):
+        raise UserError(
+            "The loss reads parameters of the model that were kept outside of it (a list for a penalty), but the"
+            f" curvature of a model in {own[0].dtype} is that of widened copies: read model.parameters() in each call,"
+            " or use the model in float32."
+        )
 
 
 def _of(total: Total, batch: Batch, outputs: Any) -> Tensor:

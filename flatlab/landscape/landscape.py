@@ -53,7 +53,8 @@ SOME = 64  # samples of a stratum on which a model's own loss is compared, besid
 class Landscape:
     """The mean loss of ``model`` on ``data`` around its current parameters.
 
-    The model is moved in place and restored bit by bit, also after an exception: no copy, no hook.
+    The model is moved in place and restored bit by bit, also after an exception: no copy, no hook. Later changes of
+    model or data are refused, except writes that torch does not count (by ``.data``, or through NumPy's memory).
 
     Args:
         model: any module, in eval mode; it is called as ``model(inputs)``, or, if inputs are a dictionary whose keys
@@ -204,7 +205,9 @@ class Landscape:
         """Return the landscape of the same data and loss around another model, of the same choice of parameters."""
         data = {name: [batch[:2] for batch in each] for name, each in zip(self.strata, self._batches, strict=True)}
         loss = OwnLoss(model) if isinstance(self.loss, OwnLoss) else self.loss
-        return Landscape(model, data, loss, params=list(self.named), check=check and self._check)
+        other = Landscape(model, data, loss, params=list(self.named), check=check and self._check)
+        other.refuse_foreign(self)
+        return other
 
     @contextmanager
     def moving(self, *metrics: Metric, settle: Callable[[], object] = lambda: None) -> Iterator[Move]:
@@ -275,6 +278,20 @@ class Landscape:
         swapped.loss, swapped._noted, swapped._total = self.loss, self._noted, self._total
         swapped._base = swapped._weights = None
         return bool(np.allclose(swapped.base_loss, other.base_loss, rtol=1e-5, atol=0.0, equal_nan=True))
+
+    def refuse_foreign(self, other: "Landscape") -> None:
+        """Refuse a loss that reads the parameters of another landscape's model, such as a penalty written for it."""
+        own = {id(each) for each in self.model.parameters()}
+        theirs = [each for each in other._tensors if id(each) not in own and each.requires_grad]
+        first = spread(self._batches[0], 1)[0]
+        with self._visiting(), torch.enable_grad():
+            value = self._total(call(self.model, first.inputs), first)
+            found = torch.autograd.grad(value, theirs, allow_unused=True) if theirs and value.requires_grad else ()
+        if any(each is not None for each in found):
+            raise UserError(
+                "The loss reads the parameters of the model it was written for (a penalty), also for the other model:"
+                " leave that term out of the loss."
+            )
 
     def gradient(self, vector: Tensor | None = None) -> Tensor:
         """Return the gradient (P,) of the loss at a flat vector, by default at the point itself."""

@@ -20,7 +20,7 @@ from flatlab.derivatives.autograd import rounding
 from flatlab.errors import UserError, reason
 from flatlab.landscape.checks import Total, Versions, note_undone, refuse_rewriting, refuse_training, version, written
 from flatlab.landscape.failures import loss_explained
-from flatlab.landscape.slope_checks import Slice, check_slope
+from flatlab.landscape.slope_checks import Slice, check_slope, jump
 from flatlab.landscape.value_checks import Singly, Weigh, check_fixed, check_values, refuse_mixing_across
 from flatlab.seeds import generator
 from flatlab.tensors.calls import call
@@ -73,6 +73,7 @@ class Opening:
             lone = [each[0] for each in self.batches if len(each) == each[0].size == 1]
             refuse_mixing_across(self.forward, lone, total)
             self._refuse_writing()
+            self._refuse_moving_weights()
         sizes = [sum(batch.size for batch in each) for each in self.batches]
         weights = [size if weight is None else float(weight) for (_, weight), size in zip(found, sizes, strict=True)]
         sums = np.array([float(each) for each, _ in found])
@@ -97,7 +98,7 @@ class Opening:
             still = check_slope(part)
         except (RuntimeError, MemoryError) as error:  # values need no gradient
             return [f"The gradient was not checked against the values, since it cannot be computed: {reason(error)}"]
-        return self._unmoved(still, sums) if still else []
+        return self._unmoved(still, sums) if still else list(filter(None, [jump(part)]))
 
     def _few(self) -> list[Batch]:
         counts = [sum(batch.size for batch in each) for each in self.batches]
@@ -121,6 +122,23 @@ class Opening:
                         before = found[index]
                         found[index] = slope if before is None else before + slope
         return found
+
+    def _refuse_moving_weights(self) -> None:
+        """Refuse weights of samples that change with the parameters: they are computed once, at the point."""
+        few = self._few()
+        here = [self.weigh(self.forward(batch.inputs), batch) for batch in few]
+        if all(each is None for each in here):
+            return
+        tensors = [*self.named.values()]
+        noise = torch.randn(sum(t.numel() for t in tensors), generator=generator("opening", "weights"))
+        with self.visiting(flatten(tensors) + scales_of(tensors) * noise.to(tensors[0])):
+            there = [self.weigh(self.forward(batch.inputs), batch) for batch in few]
+        pairs = zip(here, there, strict=True)
+        if any(one is not None and other is not None and not torch.equal(one, other) for one, other in pairs):
+            raise UserError(
+                "The weights that the loss returns change with the parameters, but must come from the targets alone"
+                " (a mask of confident outputs does not): compute them from the targets, or move them into the sums."
+            )
 
     def _unmoved(self, names: Sequence[str], sums: FloatArray) -> list[str]:
         """Report parameters of zero gradient that do not change the loss on any sample."""

@@ -23,6 +23,7 @@ AWAY = 0.03  # of each tensor's size: by which the point is moved
 FINER = 4  # the larger step over the smaller one
 SLACK = 2e-3  # of the gradient's length; a gradient that lacks a tenth of it is off by more in 49 of 50 draws
 ROUNDINGS = 16  # of a loss of 1, or of the loss if it is larger
+STEP, JUMP = 8, 1e-3  # roundings of each tensor's size by which the point is moved, and change of the loss, relative
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,24 @@ def check_slope(part: Slice) -> list[str]:
         _refuse_false(part, first)
     pairs = zip(part.names, first.gradient, strict=True)
     return [name for name, slope in pairs if slope is None or not slope.count_nonzero()]
+
+
+def jump(part: Slice) -> str:
+    """Return by how much the loss jumps at the point itself, as a sentence; empty if it does not. Costs two values."""
+    eps = torch.finfo(part.tensors[0].dtype).eps
+    if eps > torch.finfo(torch.float32).eps:
+        return ""  # such a step is not small
+    with part.moving():
+        here = part.value()
+        _move(part.tensors, _drawn(generator("slope", "jump"), part.tensors, sizes_of(part.tensors)), STEP * eps)
+        rise = part.value() - here
+    if not abs(rise) > JUMP * (1 + abs(here)):
+        return ""
+    return (
+        f"The loss jumps at the point: it changes by {rise:.2g} nats where the parameters move by {STEP * eps:.0e} of"
+        " their size, so that F at small radii is this jump, and curvature does not predict it (torch's orthogonal"
+        " parametrization of a matrix that is not square does that: remove_parametrizations)."
+    )
 
 
 def _slope(part: Slice, draw: int, only: int | None = None, known: Slope | None = None) -> Slope:

@@ -200,8 +200,8 @@ def _refuse_weighing(
     else:
         weights = "(targets != -100).sum(1)" if _is_sequence(whole.targets) else "weight[targets]"
         why = (
-            "it compares samples with each other (pairs, ranks), which has no mean over samples, or weighs them"
-            " unequally (ignore_index, class weights): in that case let it return two vectors, each sample's sum"
+            "it weighs samples unequally (ignore_index, class weights), or compares them with each other (pairs, ranks:"
+            " then there is no mean over samples); in the first case let it return two vectors, each sample's sum"
             f" (reduction='none') and each sample's weight, as {weights}"
         )
     raise UserError(

@@ -53,6 +53,8 @@ def compare_flatness(
             "A comparison needs one loss function, but the losses of the two landscapes differ at the second one's"
             " point: pass the same function."
         )
+    b.refuse_foreign(a)
+    a.refuse_foreign(b)
     sampler = Sampler([a, b], base_seed(seed), check_normalisation(normalisation, a), value=_difference)
     return paired_difference(*sample(sampler, radii, num_samples, (rel_error, abs_error), budget, report=report))
 
