@@ -7,7 +7,7 @@ that no picture or page is made from a damaged or altered file, or from another 
 import hashlib
 import io
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +150,15 @@ def _page(figure: Analysis, frame: pd.DataFrame, findings: pd.DataFrame, record:
         *(remark for remark in record["remarks"] if remark not in opening),
         *_published(figure, frame),
     ]
-    return "\n\n".join(part for part in parts if part) + f"\n\nAgain: `{record['redo']}`\n"
+    parts.append(f"Again: `{record['redo']}`{_made_on(record['machines'])}")
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _made_on(machines: Iterable[Mapping[str, str]]) -> str:
+    """Return a sentence on the processors that trained and measured; empty if nothing was."""
+    made = dict.fromkeys(f"{each['processor']} with torch {each['torch']}" for each in machines)
+    where = f". Made on {', '.join(made)}; another kind of processor rounds differently, so that its trainings differ."
+    return where if made else ""
 
 
 def _published(figure: Analysis, frame: pd.DataFrame) -> list[str]:

@@ -247,6 +247,9 @@ def test_the_json_states_the_provenance(smoke):
     assert record["setting"]["name"] == "smoke" and record["redo"].startswith("flatlab")
     assert "digits" in record["caption"] and "2 seeds" in record["caption"] and "3 directions" in record["caption"]
     assert record["cost"]["training_seconds"] > 0 and record["machine"]["torch"]
+    (made,) = record["machines"]
+    page = (root / "figures" / "fig3.md").read_text()
+    assert f"`{record['redo']}`. Made on {made['processor']} with torch {made['torch']};" in page
     verdicts = {"lower", "higher", "not distinguishable", "not read"}
     assert {row["verdict"] for row in record["findings"]} <= verdicts
     assert {row["correction"] for row in record["findings"]} == {"Holm"}
