@@ -1,6 +1,7 @@
 """Checks of a loss's value: the same in each pass, and the same for joined and for cut batches."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -148,17 +149,29 @@ def _refuse_mixing(model: Forward, group: list[Batch], outputs: list[Any], total
 
 
 def _otherwise(group: list[Batch]) -> tuple[list[Batch], Tensor | None]:
-    """Return the same samples in halves and their order, or joined if they are batches of one; empty if neither works.
-
-    The halves are the rows with an even and an odd number of ones in binary: they separate rows 2i and 2i + 1, which a
-    model or a loss may compare with each other, but keep the order, by which samples may have to be sorted.
-    """
+    """Return the same samples in halves and their order, or joined if they are batches of one; empty if impossible."""
     if len(group) == 1:
-        odd = torch.tensor([row.bit_count() % 2 for row in range(group[0].size)])
-        halves = [torch.nonzero(odd == side).flatten() for side in (0, 1)]
-        return ([pick(group[0], half) for half in halves], torch.cat(halves)) if group[0].size > 1 else ([], None)
+        *halves, order = _halves(group[0].size)
+        return ([pick(group[0], half) for half in halves], order) if group[0].size > 1 else ([], None)
     joined = _joined([batch[:2] for batch in group])
     return [] if joined is None else [Batch(joined[0], joined[1], len(group))], None
+
+
+@cache
+def _halves(size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the rows with an even and with an odd number of ones in binary, and both.
+
+    They separate rows 2i and 2i + 1, which a model or a loss may compare with each other, but keep the order, by which
+    samples may have to be sorted.
+    """
+    odd = torch.tensor([row.bit_count() % 2 == 1 for row in range(size)])
+    even, rest = torch.nonzero(~odd).flatten(), torch.nonzero(odd).flatten()
+    return even, rest, torch.cat([even, rest])
+
+
+@cache
+def _shuffled(size: int) -> Tensor:
+    return torch.randperm(size, generator=generator("landscape", "pieces", size))
 
 
 def _joined(nests: list[Any]) -> Any:
@@ -175,8 +188,7 @@ def _shapes(nest: Any) -> list[tuple[int, ...]]:
 def _pieces(whole: Batch) -> list[Batch]:
     """Return small pieces of a batch, given as outputs and targets, in random order, as blocks separate neighbours."""
     # Small pieces, not halves: ignored targets that are spread evenly over the batch would not be detected.
-    order = torch.randperm(whole.size, generator=generator("landscape", "pieces", whole.size))
-    return cut(pick(whole, order), max(1 if whole.size < 8 else 2, -(-whole.size // _PIECES)))
+    return cut(pick(whole, _shuffled(whole.size)), max(1 if whole.size < 8 else 2, -(-whole.size // _PIECES)))
 
 
 def _refuse_weighing(
