@@ -33,8 +33,8 @@ class Monitor:
     A measurement contains the mean ``loss`` (nats), the L2 ``norm`` of the weights, and the requested `numbers`: the
     ``radius`` (absolute L2) at which the mean loss rises by `rise` nats, along the same directions each time (a larger
     one is flatter); the largest ``eigenvalue`` of the Hessian with its bounds; its ``trace`` with a 95 % interval. The
-    model is measured in eval mode. Its weights, modes and gradients and the states of all random generators are
-    restored: a training gives the same bytes with and without a monitor.
+    model is measured in eval mode. Its weights, modes and gradients, and the states of all global random generators,
+    are restored: a training gives the same bytes with and without a monitor.
 
     Args:
         landscape: returns the landscape of the model with its current weights, on the same data at each call.
