@@ -73,8 +73,16 @@ def _of_model(model: Callable[..., Any], inputs: Any, size: int, error: Exceptio
     beside = "" if weights is None else f", and its first parameter is {_described(weights)}"
     return (
         f"The model fails on a batch of {samples} ({reason(error).rstrip('.')}): its forward must take the inputs,"
-        f" which are {_described(inputs)}{beside}; convert the inputs, or the model by model.to(dtype)."
+        f" which are {_described(inputs)}{beside}; {_way_out(inputs, weights)}."
     )
+
+
+def _way_out(inputs: Any, weights: Tensor | None) -> str:
+    """Return how to make a model take its inputs, by whether these differ from its weights in dtype or device."""
+    real = {(leaf.dtype, leaf.device) for leaf in tensors(inputs) if leaf.is_floating_point()}
+    if weights is None or (real and real != {(weights.dtype, weights.device)}):
+        return "convert the inputs, or the model by model.to(dtype)"
+    return "any number of samples of this shape must do, since batches are cut and joined"
 
 
 def _of_loss(outputs: Any, batch: Batch, error: Exception) -> str:
