@@ -122,8 +122,8 @@ def test_a_network_with_quantized_weights_becomes_a_plain_one(make):
 
 
 def test_integers_that_cannot_vary_are_told():
-    (remark,) = (each for each in landscape(torchao("int8", "at once")).remarks if "integers" in each)
-    assert "stored in integers and do not vary" in remark and "plain_network" in remark
+    (remark,) = (each for each in landscape(torchao("int8", "at once")).remarks if "format" in each)
+    assert "stored in a quantized format and do not vary" in remark and "plain_network" in remark
 
 
 def largest_eigenvalue(model):

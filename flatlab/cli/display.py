@@ -149,11 +149,12 @@ def frame(table: pd.DataFrame, title: str, *, formats: dict[str, str] | None = N
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
-    for column in table.columns:
-        numeric = pd.api.types.is_numeric_dtype(table[column])
+    numbers = [pd.api.types.is_numeric_dtype(table[column]) for column in table.columns]
+    for column, numeric in zip(table.columns, numbers, strict=True):
         drawn.add_column(Text(printable(str(column))), justify="right" if numeric else "left", overflow="fold")
     for row in table.itertuples(index=False):
-        drawn.add_row(*(_cell(v, (formats or {}).get(str(c))) for c, v in zip(table.columns, row, strict=True)))
+        cells = zip(table.columns, row, numbers, strict=True)
+        drawn.add_row(*(_cell(v, (formats or {}).get(str(c)), numeric=numeric) for c, v, numeric in cells))
     out.print(drawn)
 
 
@@ -195,9 +196,9 @@ def summary(jobs: Sequence[Job], costs: Sequence[float], source: str, *, workers
     )
 
 
-def _cell(value: Any, form: str | None) -> Text:
-    """Return a cell, empty for what is missing, with markup in foreign names left uninterpreted."""
-    if value is None or (form is None and isinstance(value, float) and isnan(value)):
+def _cell(value: Any, form: str | None, *, numeric: bool) -> Text:
+    """Return a cell, empty where a text is missing, with markup in foreign names left uninterpreted."""
+    if value is None or (not numeric and isinstance(value, float) and isnan(value)):
         return Text()
     return Text(format(value, form) if form and isinstance(value, float) else printable(str(value)))
 

@@ -87,16 +87,20 @@ def refuse_surroundings(device: torch.device) -> None:
         )
 
 
-def stored_in_integers(model: nn.Module) -> str:
-    """Return which weights cannot vary since a library stores them in integers, as a sentence; empty if none are."""
-    kinds = [(name, type(each).__module__.partition(".")[0], each) for name, each in model.named_parameters()]
-    found = [(name, kind, each) for name, kind, each in kinds if kind == "torchao" or not each.is_floating_point()]
+def stored_quantized(model: nn.Module) -> str:
+    """Return which weights cannot vary since a library stores them in another format, as a sentence; empty if none."""
+
+    def real(tensor: Tensor) -> bool:
+        return tensor.is_floating_point() or tensor.is_complex()
+
+    named = [*model.named_parameters()]
+    found = [(name, p) for name, p in named if type(p).__module__.startswith("torchao") or not real(p)]
     if not found:
         return ""
     return (
-        f"{count_of(sum(each.numel() for *_, each in found), 'weight')} ({found[0][0]}"
-        f"{f' and {len(found) - 1} more' if len(found) > 1 else ''}) are stored in integers and do not vary: measure"
-        " flatlab.plain_network(model), whose weights are plain."
+        f"{count_of(sum(each.numel() for _, each in found), 'weight')} ({found[0][0]}"
+        f"{f' and {len(found) - 1} more' if len(found) > 1 else ''}) are stored in a quantized format and do not vary:"
+        " measure flatlab.plain_network(model), whose weights are plain."
     )
 
 

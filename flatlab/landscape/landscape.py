@@ -5,7 +5,7 @@ function is checked before its first use, since a model may draw at random, or m
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import copy
 from functools import partial
 from itertools import chain
@@ -31,7 +31,7 @@ from flatlab.landscape.checks import (
     refuse_parametrized,
     refuse_surroundings,
     refuse_training,
-    stored_in_integers,
+    stored_quantized,
     version,
     versions,
 )
@@ -284,7 +284,8 @@ class Landscape:
         own = {id(each) for each in self.model.parameters()}
         theirs = [each for each in other._tensors if id(each) not in own and each.requires_grad]
         first = spread(self._batches[0], 1)[0]
-        with self._visiting(), torch.enable_grad():
+        found: tuple[Tensor | None, ...] = ()
+        with suppress(RuntimeError), self._visiting(), torch.enable_grad():  # values need no gradient
             value = self._total(call(self.model, first.inputs), first)
             found = torch.autograd.grad(value, theirs, allow_unused=True) if theirs and value.requires_grad else ()
         if any(each is not None for each in found):
@@ -358,7 +359,7 @@ class Landscape:
         self._base = sums / self._weights
         self._base.flags.writeable = False
         own = self.loss.remark if isinstance(self.loss, OwnLoss) else ""
-        self.remarks = tuple(each for each in (own, stored_in_integers(self.model), *opening.slopes(sums)) if each)
+        self.remarks = tuple(each for each in (own, stored_quantized(self.model), *opening.slopes(sums)) if each)
 
     def _put(self, vector: Tensor) -> None:
         with torch.no_grad():
