@@ -23,7 +23,7 @@ AWAY = 0.03  # of each tensor's size: by which the point is moved
 FINER = 4  # the larger step over the smaller one
 SLACK = 2e-3  # of the gradient's length; a gradient that lacks a tenth of it is off by more in 49 of 50 draws
 ROUNDINGS = 16  # of a loss of 1, or of the loss if it is larger
-STEP, JUMP = 8, 1e-3  # roundings of each tensor's size by which the point is moved, and change of the loss, relative
+NEAR, JUMP = (8, 32), 1e-3  # roundings of each tensor's size by which the point is moved, and change of the loss
 
 
 @dataclass(frozen=True)
@@ -80,20 +80,27 @@ def check_slope(part: Slice) -> list[str]:
 
 
 def jump(part: Slice) -> str:
-    """Return by how much the loss jumps at the point itself, as a sentence; empty if it does not. Costs two values."""
+    """Return by how much the loss jumps at the point itself, as a sentence; empty if it does not. Costs three values.
+
+    A jump changes the loss as much where the point is moved by a quarter of the step; a slope or a curvature does not.
+    """
     eps = torch.finfo(part.tensors[0].dtype).eps
     if eps > torch.finfo(torch.float32).eps:
         return ""  # such a step is not small
     with part.moving():
-        here = part.value()
-        _move(part.tensors, _drawn(generator("slope", "jump"), part.tensors, sizes_of(part.tensors)), STEP * eps)
-        rise = part.value() - here
-    if not abs(rise) > JUMP * (1 + abs(here)):
+        here, rises, at = part.value(), list[float](), 0
+        direction = _drawn(generator("slope", "jump"), part.tensors, sizes_of(part.tensors))
+        for step in NEAR:
+            _move(part.tensors, direction, (step - at) * eps)
+            rises.append(part.value() - here)
+            at = step
+    first, second = map(abs, rises)
+    if not (first > JUMP * (1 + abs(here)) and second < 3 * first):
         return ""
     return (
-        f"The loss jumps at the point: it changes by {rise:.2g} nats where the parameters move by {STEP * eps:.0e} of"
-        " their size, so that F at small radii is this jump, and curvature does not predict it (torch's orthogonal"
-        " parametrization of a matrix that is not square does that: remove_parametrizations)."
+        f"The loss jumps at the point: it changes by {rises[0]:.2g} nats where the parameters move by"
+        f" {NEAR[0] * eps:.0e} of their size, so that F at small radii is this jump, and curvature does not predict it"
+        " (torch's orthogonal parametrization of a matrix that is not square does that: remove_parametrizations)."
     )
 
 
