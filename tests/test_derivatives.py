@@ -138,8 +138,33 @@ def test_normed_weights_have_the_curvature_of_their_gradient(kind, method):
     torch.testing.assert_close(landscape.hvp(landscape.point), found @ landscape.point)
 
 
+class Squeezed(nn.Module):
+    """Squeeze and excitation, as in MobileNetV3; torch has no second derivative of hardsigmoid."""
+
+    def __init__(self, inplace):
+        super().__init__()
+        torch.manual_seed(0)
+        self.inplace, self.first, self.second = inplace, nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        gate = self.first(x)
+        opened = F.hardsigmoid(gate, self.inplace)
+        return self.second(gate * opened)  # in place, the gate itself is changed
+
+
+@pytest.mark.parametrize("method", ["reverse", "forward"])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_hardsigmoid_has_its_second_derivative(inplace, method):
+    model = Squeezed(inplace).double().eval()
+    x = 3 * torch.randn(24, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    landscape = Landscape(model, [(x, torch.arange(24) % 3)], F.cross_entropy)
+    found = Hessian(landscape, method=method) @ torch.eye(landscape.num_params, dtype=torch.float64)
+    torch.testing.assert_close(found, by_differences(landscape), rtol=0, atol=1e-7)
+    torch.testing.assert_close(found, found.T, rtol=0, atol=1e-12)
+
+
 def test_the_fused_weight_norm_would_be_wrong(monkeypatch):
-    monkeypatch.setattr(operators, "uses_fused_weight_norm", lambda outputs: False)
+    monkeypatch.setattr(operators, "uses_inexact", lambda outputs: False)
     landscape = normed("weight_norm").landscape(check=False)
     found = Hessian(landscape) @ torch.eye(landscape.num_params, dtype=torch.float64)
     assert (found - by_differences(landscape)).abs().max() > 0.01  # once this fails, torch is mended

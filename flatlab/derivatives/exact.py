@@ -6,37 +6,39 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from flatlab.derivatives.autograd import nodes_behind, twice_differentiable
 
-FUSED = "WeightNormInterfaceBackward"  # its second derivative treats the norms as constants
+# The second derivative of fused weight_norm treats the norms as constants; that of hardsigmoid is missing.
+INEXACT = ("WeightNormInterfaceBackward", "HardsigmoidBackward")
 
 
-def uses_fused_weight_norm(outputs: Sequence[Tensor]) -> bool:
-    """Return whether the graph of these outputs contains torch's fused weight_norm, of either kind."""
+def uses_inexact(outputs: Sequence[Tensor]) -> bool:
+    """Return whether the graph of these outputs contains torch's fused weight_norm, of either kind, or hardsigmoid."""
     nodes = nodes_behind([leaf.grad_fn for leaf in outputs])
-    return any(node.name().startswith(FUSED) for node in nodes)
+    return any(node.name().startswith(INEXACT) for node in nodes)
 
 
 @contextmanager
-def exact_derivatives(model: nn.Module, *, weight_norm: bool = True) -> Iterator[None]:
+def exact_derivatives(model: nn.Module, *, inexact: bool = True) -> Iterator[None]:
     """Compute a model's function inside the block by operations whose second derivatives are right.
 
-    That is: attention by plain products; weight_norm from its definition; embeddings with dense gradients; modules of
-    torch.compile uncompiled, since compiled code has no second derivative.
+    That is: attention by plain products; weight_norm and hardsigmoid from their definitions; embeddings with dense
+    gradients; modules of torch.compile uncompiled, since compiled code has no second derivative.
 
     Args:
         model: is restored after the block.
-        weight_norm: replace weight_norm, which makes each operation slower by some microseconds.
+        inexact: replace weight_norm and hardsigmoid, which makes each operation slower by some microseconds.
     """
     with ExitStack() as stack:
         stack.enter_context(twice_differentiable())
         stack.enter_context(_dense_embeddings(model))
         stack.enter_context(attributes_restored(model))
-        if weight_norm:
-            stack.enter_context(_PlainWeightNorm())
+        if inexact:
+            stack.enter_context(_Definitions())
         if "torch._dynamo" in sys.modules:  # otherwise nothing is compiled, and the import would take seconds
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
@@ -62,15 +64,22 @@ def attributes_restored(model: nn.Module) -> Iterator[None]:
                 setattr(module, name, value)  # not through vars: recurrent layers keep a second reference
 
 
-class _PlainWeightNorm(TorchFunctionMode):
-    """Computes weight_norm as v g / |v| by operations that can be differentiated any number of times."""
+class _Definitions(TorchFunctionMode):
+    """Computes weight_norm as v g / |v| and hardsigmoid as a clamp, which can be differentiated any number of times."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: Any = None
     ) -> Any:
         if func is torch._weight_norm:
             return _weight_norm(*args, **(kwargs or {}))
+        if func is F.hardsigmoid:
+            return _hardsigmoid(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+
+def _hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
+    result = F.relu6(input + 3) / 6
+    return input.copy_(result) if inplace else result
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:

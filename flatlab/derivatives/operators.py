@@ -19,7 +19,7 @@ from flatlab.derivatives.autograd import Apply, Whole, pullback, second_order
 from flatlab.derivatives.batchnorm_folding import Folds, find_folds
 from flatlab.derivatives.differentiation import Choice, dual_numbers, measure, tangent_of
 from flatlab.derivatives.double_backward import DoubleBackward
-from flatlab.derivatives.exact import exact_derivatives, uses_fused_weight_norm
+from flatlab.derivatives.exact import exact_derivatives, uses_inexact
 from flatlab.errors import UserError, choose
 from flatlab.seeds import generator
 from flatlab.tensors.flat import flatten, widened
@@ -92,7 +92,7 @@ class Curvature(ABC):
         self._wide = any(p is not q for p, q in zip(self._tensors, landscape.named.values(), strict=True))
         if self._wide:
             self._fixed |= {name: widened(buffer) for name, buffer in landscape.model.named_buffers()} | self._named
-        self._folds, self._fused = Folds(), False
+        self._folds, self._inexact = Folds(), False
         self._kept: tuple[list[int], Apply] | None = None
         self._look(fold)
         self._choice = self._choose(choose("method", method, ("auto", "reverse", "forward")))
@@ -181,14 +181,14 @@ class Curvature(ABC):
 
     @contextmanager
     def _differentiating(self) -> Iterator[None]:
-        with second_order(), exact_derivatives(self.landscape.model, weight_norm=self._fused), self._folds.applied():
+        with second_order(), exact_derivatives(self.landscape.model, inexact=self._inexact), self._folds.applied():
             yield
 
     def _look(self, fold: bool) -> None:
-        """Determine on a few samples which layers can be folded, and whether weight_norm must be replaced."""
+        """Determine on a few samples which layers can be folded, and whether functions must be replaced."""
         inputs, model = part(self.landscape.terms()[0][0], 0, TRIED), self.landscape.model
-        with exact_derivatives(model, weight_norm=False):
-            self._fused = uses_fused_weight_norm(tensors(self._outputs(inputs)))
+        with exact_derivatives(model, inexact=False):
+            self._inexact = uses_inexact(tensors(self._outputs(inputs)))
         if fold:
             with self._differentiating():
                 self._folds = find_folds(model, lambda: self._outputs(inputs))
