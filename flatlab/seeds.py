@@ -6,7 +6,6 @@ no other draws, and a resumed run needs no saved generator.
 
 import hashlib
 import random
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -54,18 +53,17 @@ def undisturbed(*devices: "torch.device") -> Iterator[None]:
     Args:
         devices: accelerators of one kind, whose generators are restored, too.
     """
+    import numpy as np
     import torch
 
-    numpy = sys.modules.get("numpy")  # torch has imported it
-    python, state = random.getstate(), numpy and numpy.random.get_state()
+    python, state = random.getstate(), np.random.get_state()
     kind = devices[0].type if devices else "cuda"
     try:
         with torch.random.fork_rng(devices=[each.index or 0 for each in devices], device_type=kind):
             yield
     finally:
         random.setstate(python)
-        if numpy:
-            numpy.random.set_state(state)
+        np.random.set_state(state)
 
 
 def base_seed(seed: "int | torch.Generator") -> int:

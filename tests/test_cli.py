@@ -212,6 +212,9 @@ def test_runs_are_listed_shown_verified_merged_and_removed(flatlab, store, tmp_p
     assert (
         documented("runs merge", flatlab("runs", "merge", "--from", store, "--store", copy, "--json").out)["runs"] == 2
     )
+    again = flatlab("runs", "merge", "--from", store, "--store", copy).out
+    assert again.startswith("0 runs, 0 measurements, 0 kept checkpoints, ") and again.endswith("0 differ here.\n")
+    assert " here already, " in again
     assert "given twice" in flatlab("runs", "rm", digest, digest, "--store", copy).err
     assert documented("runs rm", flatlab("runs", "rm", digest, "--store", copy, "--json").out)["removed"]
     assert only_run(copy) == digests(store)["sam-lsq-swad"]

@@ -3,11 +3,13 @@
 import math
 from functools import partial
 
+import pandas as pd
 import pytest
 import torch
 from stores import PLACE, TINY, content, forked, forkserver, run_child, trained, watch
 from torch import nn
 
+from analyses import _disorder, _qat, gaqat
 from flatlab import files
 from flatlab.errors import UserError
 from flatlab.quant.attach import quantized_layers, scales
@@ -196,6 +198,32 @@ def test_fqat_with_gaqats_unit_window_and_direction_gives_its_trace(tmp_path):
         run = trained(tmp_path / name, spec).run(spec)
         traces[name] = run.rows(), {k: a.tobytes() for k, a in files.load_arrays(run.checkpoint("last"))[0].items()}
     assert traces["FQAT"] == traces["GAQAT"] != traces["own"]
+
+
+def test_the_frozen_share_weighs_steps_alike(monkeypatch):
+    rows = [("A", "rot45", 0, layer, step, "frozen", value) for layer in "ab" for step, value in ((4, 0.0), (14, 1.0))]
+    rows += [("A", "rot45", 0, "c", step, "frozen", 0.0) for step in (4, 14)]
+    monkeypatch.setattr(_disorder, "along", lambda *_: pd.DataFrame(rows, columns=_disorder.COLUMNS))
+    share = _qat._frozen(None, [("A", spec_of("GAQAT"))])
+    assert share["value"].item() == pytest.approx(100 * 2 / 3 * 10 / 14)
+
+
+def test_one_seed_has_no_standard_error_on_the_page():
+    measures = ["source", "target", _qat.FROZEN]
+    frame = pd.DataFrame({"block": "4/4 bits", "method": "ERM", "measure": measures, "over": "seeds", "value": 67.036})
+    for error, shown in ((float("nan"), "67.04"), (0.5, "67.04 ± 0.50")):
+        assert _qat.sheet(frame.assign(stderr=error)).iloc[0, 2:].tolist() == [shown] * 3
+
+
+def test_the_caption_says_when_quantization_begins():
+    assert "quantized from the first step on" in gaqat.COMPARISON.caption(SHORT)
+    assert "quantized from step 3 on" in gaqat.COMPARISON.caption(SHORT.replace(switch=3))
+
+
+def test_gradients_that_alternate_freeze_nothing(tmp_path):
+    spec = spec_of("GAQAT", freeze_alternate=True)
+    rows = trained(tmp_path, spec).run(spec).rows()
+    assert {each["frozen"] for row in rows for each in row["disorder"].values()} == {0.0}
 
 
 def test_frozen_step_sizes_follow_the_perturbed_loss_alone(tmp_path):

@@ -395,3 +395,10 @@ def test_the_price_counts_the_model_of_each_network(tmp_path, capsys):
 
 def test_smoke_has_networks_of_full_precision():
     assert {name for name, _ in _qgen_grid.labelled(SMOKE)} == {"2 bits", "8 bits", "32 bits"}
+
+
+def test_the_page_says_which_images_are_corrupted_and_where_no_test_was_made():
+    assert "rot45 under gaussian_noise:3 held out" in qgen.caption(SMOKE.replace(corruption="gaussian_noise:3"))
+    assert "rot45 held out" in qgen.caption(SMOKE)
+    tau = pd.DataFrame({"gap": ["gap in"], "measure": ["trace"], "value": [0.1], "p": [np.nan], "p_bh": [np.nan]})
+    assert "no test was made" in qgen._correlated(tau, "all pairs")

@@ -1,7 +1,7 @@
 """Checks of a loss when a landscape is created.
 
-Passes over the data, in forward passes: 2 for the values, 0.9 for first derivatives on a tenth of the samples (at
-least one of each stratum), and 1 more if some parameters seem not to change the loss.
+Passes over the data, in forward passes: 2 for the values, 1 for first derivatives on a tenth of the samples (at least
+one of each stratum) and, if some parameters seem not to change the loss, 1 more, else 0.3 for a jump at the point.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
