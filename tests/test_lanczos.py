@@ -127,6 +127,15 @@ def test_a_crowd_hides_eigenvalues_from_a_first_convergence_alone(monkeypatch):
     assert missed() >= 5
 
 
+def test_a_search_that_was_soon_steady_ends_sooner(monkeypatch):
+    landscape = quadratic(np.r_[10.0, np.linspace(0.0, 1.0, 300)])
+    soon = hessian_spectrum(landscape, k=1)
+    monkeypatch.setattr(eigenvalues, "SHARE", 100.0)
+    late = hessian_spectrum(landscape, k=1)
+    assert soon.converged and late.converged and soon.cost.hvps + 3 <= late.cost.hvps
+    assert soon.eigenvalues == pytest.approx([10.0], rel=1e-6)
+
+
 def test_a_search_that_its_budget_ends_is_not_converged():
     spectrum = hessian_spectrum(quadratic(SPECTRA["uniform"]), k=5, budget=8)
     assert (spectrum.cost.hvps, spectrum.converged) == (8, False)
