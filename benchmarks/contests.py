@@ -183,9 +183,9 @@ def trace(problem, given):
     )
     true, error = reference.trace.value, reference.trace.stderr
     found = [hessian_trace(operator, rel_error=0.02, seed=seed) for seed in range(given.seeds)]
-    measurements = hessian_trace(operator, rel_error=0.0, deflate=0, budget=given.probes, seed=4321).measurements[:, 0]
-    need = (measurements.std(ddof=1) / true / 0.02) ** 2
-    again = np.random.default_rng(0).choice(measurements, size=(1000, len(measurements))).std(axis=1, ddof=1)
+    probes = hessian_trace(operator, rel_error=0.0, deflate=0, budget=given.probes, seed=4321).vectors[:, 0]
+    need = (probes.std(ddof=1) / true / 0.02) ** 2
+    again = np.random.default_rng(0).choice(probes, size=(1000, len(probes))).std(axis=1, ddof=1)
     low, high = np.quantile((again / true / 0.02) ** 2, [0.05, 0.95])
     cost = float(np.mean([each.cost.hvps for each in found]))
     off = float(np.sqrt(np.mean([(each.trace.value / true - 1) ** 2 for each in found])))

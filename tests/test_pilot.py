@@ -5,12 +5,13 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from flatlab import seeds
 from flatlab.landscape.landscape import Landscape
 from flatlab.metrics.flatness import perturbations, pilot
 from flatlab.metrics.flatness.pilot import Pilot
-from flatlab.metrics.flatness.sampler import Goal, Sampler
+from flatlab.metrics.flatness.sampler import Goal, Sampler, settled
 from flatlab.metrics.flatness.sphere import sphere_flatness
 from flatlab.results.estimate import Components
 
@@ -64,6 +65,17 @@ def test_components_are_those_of_quadratic_images():
         assert found[0].mean[index] == pytest.approx(0.5 * gamma**2 * 1.5, rel=0.2)
 
 
+def test_a_pair_is_judged_by_the_rises_by_which_its_ends_are_judged():
+    x = torch.randn(256, 4, generator=seeds.generator("inputs"))
+    model = nn.Linear(3, 1).eval()
+    targets = model(x[:, :3]).detach() + 0.1 * x[:, 3:]  # near a minimum: the rises along u and -u are nearly the same
+    landscape = Landscape(model, [(x[:, :3], targets)], F.mse_loss)
+    for seed in range(8):
+        found = pilot_of(landscape, [0.3, 3.0], seed)
+        for pair, single in zip(found.paired, found.single, strict=True):
+            assert pair.of_draw(pilot.IMAGES) <= single.of_draw(pilot.IMAGES)  # the mean of two varies less than they
+
+
 def test_its_draws_are_not_those_of_the_measurement(monkeypatch):
     _, landscape = images()
     drawn = []
@@ -106,10 +118,47 @@ def test_pairs_are_chosen_where_the_slope_dominates():
     assert not planned(Components(1.0, 0.0, 10.0), Components(0.9, 0.0, 9.0)).paired
 
 
-def test_blocks_grow_with_the_interaction():
+def test_blocks_grow_with_the_interaction(monkeypatch):
+    monkeypatch.setattr(pilot, "SLACK", 1.0)
+    monkeypatch.setattr(pilot, "UNSURE", 0.0)
     sizes = [planned(Components(1.0, 0.0, rest), Components(1.0, 0.0, rest)).block_size for rest in (1, 100, 10_000)]
     # The work (V_A + V_E / n) (1 + n / 16) is least at n = 4 sqrt(V_E / V_A).
     assert sizes == [16, 32, 256]
+
+
+def test_of_plans_that_take_about_as_long_the_one_with_the_fewest_images_is_taken(monkeypatch):
+    monkeypatch.setattr(pilot, "UNSURE", 0.0)
+    both = [Components(1.0, 0.0, 16.0)] * 2
+    seconds = {8: 1.15, 16: 1.6, 32: 2.4}  # times 3, 2 and 1.5 draws: 3.45, 3.2 and 3.6
+    assert planned(*both, seconds=seconds).block_size == 8
+    seconds[8] = 1.2  # 3.6, more than 1.1 times the fastest
+    assert planned(*both, seconds=seconds).block_size == 16
+    seconds[8] = seconds[16] = 9.0
+    assert planned(*both, seconds=seconds).block_size == 32
+
+
+def test_directions_that_seem_to_vary_not_at_all_do_not_make_blocks_large(monkeypatch):
+    both = [Components(0.0, 0.0, 6400.0)] * 2
+    assert planned(*both).block_size == 32
+    monkeypatch.setattr(pilot, "UNSURE", 0.0)
+    monkeypatch.setattr(pilot, "SLACK", 1.0)
+    assert planned(*both).block_size == 256
+
+
+def test_small_blocks_need_as_many_images_to_know_their_spread():
+    assert [settled(1, 10_000, size) for size in (4, 8, 16, 64, 0)] == [321, 161, 81, 81, 81]
+    assert [settled(1, 50, size) for size in (4, 16)] == [370, 130]
+    assert settled(1_000, 50, 4) == 1_000
+
+
+def test_blocks_have_room_for_each_stratum_and_two_of_them_for_all_samples():
+    x = torch.zeros(20, 3)
+    of_one = Landscape(nn.Linear(3, 1).eval(), [(x, x[:, :1])], F.mse_loss)
+    assert pilot._sizes(of_one) == [4, 8]
+    many = Landscape(nn.Linear(3, 1).eval(), {str(k): [(x[:4], x[:4, :1])] for k in range(20)}, F.mse_loss)
+    assert pilot._sizes(many) == [32]
+    few = Landscape(nn.Linear(3, 1).eval(), {str(k): [(x[:4], x[:4, :1])] for k in range(5)}, F.mse_loss)
+    assert pilot._sizes(few) == [8]
 
 
 def test_dear_rays_make_larger_blocks():

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import islice
 
@@ -28,9 +28,13 @@ from flatlab.seeds import base_seed
 
 GROUPS, DIRECTIONS, IMAGES = 16, 4, 16  # 64 independent directions, each on a block of 16 images
 FEWEST = 4 * IMAGES  # images below which a pilot costs more than it saves: each direction uses them all
-SIZES = (16, 32, 64, 128, 256)  # block sizes tried; below 16 the cost of setting a point is noticeable
+SIZES = (4, 8, 16, 32, 64, 128, 256)  # block sizes tried
 PARALLEL = (16, 64, 256, 1024)  # on a GPU, where a small block takes as long as a larger one
 TIMED = 3  # timings of each size, of which the best is used: other processes may use the machine
+SLACK = 1.1  # plans whose times differ by less take equally long, as far as timings tell: the fewest images are best
+# Standard error of a pilot's variance over directions, as a share of it: where that variance seems to be zero, large
+# blocks seem to cost nothing, and take several times as long as small ones.
+UNSURE = (2 / (GROUPS * (DIRECTIONS - 1))) ** 0.5
 Value = Callable[[FloatArray], FloatArray]
 
 
@@ -69,7 +73,8 @@ def run_pilot(
     strata = np.array([block.strata[: both.shape[-1]] for block in _groups(landscapes[0], seed)[0]])
     clocked = [_seconds(each, seed) for each in landscapes]
     return Pilot(
-        single=[components(table, strata) for table in signed[0]],
+        # Both signs have one distribution, and pairs are judged by the same rises.
+        single=[components(table, np.tile(strata, (2, 1))) for table in np.concatenate(signed, axis=1)],
         paired=[components(table, strata) for table in both],
         alone=len(landscapes) == 1,
         mean=np.abs(np.stack(tables).mean(axis=(1, 3, 4, 5))).max(axis=0),
@@ -114,8 +119,10 @@ def _table(
 
 
 def _sizes(landscape: Landscape) -> list[int]:
+    """Return the sizes that are tried: with room for a sample of each stratum, and for two blocks."""
     sizes = SIZES if landscape.device.type == "cpu" else PARALLEL
-    fitting = [size for size in sizes if size <= landscape.num_samples // 2]
+    least = min(len(landscape.strata), sizes[-1])
+    fitting = [size for size in sizes if least <= size <= landscape.num_samples // 2]
     return fitting or [landscape.num_samples]
 
 
@@ -146,7 +153,7 @@ def _clocked(landscape: Landscape, at: Move, still: Tensor, which: tuple[Partiti
 
 
 def plan(pilot: Pilot, radii: FloatArray, goal: Goal, samples: int) -> list[SamplingPlan]:
-    """Return for each radius the block size, and whether to pair, that reach the goal in the least time."""
+    """Return for each radius the block size, and whether to pair, that reach the goal in about the least time."""
     return [_best(pilot, index, float(radius), goal, samples) for index, radius in enumerate(radii)]
 
 
@@ -154,14 +161,18 @@ def _best(pilot: Pilot, index: int, radius: float, goal: Goal, samples: int) -> 
     tolerance = goal.tolerance(float(pilot.mean[index]))
     options = []
     for paired, found in ((False, pilot.single[index]), (True, pilot.paired[index])):
+        cautious = replace(found, directions=found.directions + UNSURE * found.of_draw(IMAGES))
         for size, seconds in pilot.seconds.items():
-            price = (pilot.drawing + pilot.gathering[size]) / len(pilot.mean) + seconds * (2 if paired else 1)
+            ends, blocks = 2 if paired else 1, max(1, round(samples / size))
+            price = (pilot.drawing + pilot.gathering[size]) / len(pilot.mean) + seconds * ends
             between = found.between(size) if pilot.alone else 0.0
-            count = foresee(found, size, max(1, round(samples / size)), tolerance, between)
-            foreseen = count if count < MOST else 0  # not finite, or too many: decided while sampling
+            likely, count = (foresee(each, size, blocks, tolerance, between) for each in (found, cautious))
+            foreseen = likely if likely < MOST else 0  # not finite, or too many: decided while sampling
             cut = 0 if size >= samples else size
-            options.append((count * price, SamplingPlan(radius, cut, paired, foreseen, between)))
-    return min(options, key=lambda option: option[0])[1]
+            plan = SamplingPlan(radius, cut, paired, foreseen, between)
+            options.append((count * price, count * size * ends, plan))
+    fastest = min(seconds for seconds, _, _ in options)
+    return min((each for each in options if each[0] <= SLACK * fastest), key=lambda option: option[1])[2]
 
 
 def foresee(found: Components, size: int, blocks: int, tolerance: float, between: float) -> int:
@@ -170,8 +181,8 @@ def foresee(found: Components, size: int, blocks: int, tolerance: float, between
     whole = long + found.images / size
     short, long = whole / (wanted + between * whole / blocks), long / wanted
     if short < blocks:
-        return settled(int(short), blocks)
-    return settled(max(int(long), blocks), blocks) if long < MOST else MOST
+        return settled(int(short), blocks, size)
+    return settled(max(int(long), blocks), blocks, size) if long < MOST else MOST
 
 
 LOW, HIGH, PLACES = 0.01, 2.0, 6  # range of rises (nats) of automatic radii, and their number

@@ -25,7 +25,9 @@ from flatlab.seeds import derive
 
 MOST = 10**7  # draws that can be foreseen
 UNIT, LARGEST = 8, 32  # smallest and largest number of draws of a unit, in which work is resumed and shared
-FREEDOM = 80  # of the spread at the first look: with 16, skewed draws stopped too early (coverage 0.92; 48: 0.935)
+# Freedom of the spread at the first look: with 16, skewed draws stopped too early (coverage 0.92; 48: 0.935). Blocks of
+# fewer than 16 images are more skewed, and need as many images.
+FREEDOM, SKEWED = 80, 16
 SAFETY = 1.1  # draws relative to those of the variance estimate, so that most measurements need one look less
 
 
@@ -43,13 +45,19 @@ class Goal:
         return max(self.relative * abs(scale), self.absolute)
 
 
-def settled(count: int, blocks: int) -> int:
+def settled(count: int, blocks: int, size: int) -> int:
     """Return the number of draws, increased if their variance would not be known well enough.
 
     Before a full round over the blocks that is the variance of all draws, with images as sampled; after it that within
     blocks.
+
+    Args:
+        count: that the variance asks for.
+        blocks: how many there are.
+        size: images of a block; 0 if it has all.
     """
-    return max(count, FREEDOM + 1) if max(count, FREEDOM + 1) < blocks else max(count, blocks + FREEDOM)
+    freedom = FREEDOM * max(1, SKEWED // size) if size else FREEDOM
+    return max(count, freedom + 1) if max(count, freedom + 1) < blocks else max(count, blocks + freedom)
 
 
 @dataclass
@@ -176,7 +184,7 @@ class Sampler:
             excess = [self.estimate(draws).stderr / goal.tolerance(self.scale(draws)) for draws in group.active]
             least = min((SAFETY * group.done * each**2 for each in excess if np.isfinite(each)), default=np.inf)
             count = max(int(min(least, MOST)), group.done + 1)
-        count = settled(min(count, 2 * group.done), group.blocks)
+        count = settled(min(count, 2 * group.done), group.blocks, group.plans[0].block_size)
         unit = group.blocks * max(1, UNIT // group.blocks) if group.blocks <= LARGEST else UNIT
         return -(-count // unit) * unit
 
