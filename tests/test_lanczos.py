@@ -155,6 +155,16 @@ def test_converged_pairs_are_not_verified_before_the_search_is_seen_to_its_end()
     assert hessian_spectrum(quadratic([3.0, 2.0, 1.0]), k=1, tol=1e-9).verified  # the basis spans the space
 
 
+def test_many_pairs_of_few_parameters_are_solved_at_once():
+    values = np.r_[np.repeat(5.0, 3), np.linspace(0.1, 1.0, 61)]  # three copies, which a search may miss
+    operator = Hessian(quadratic(values))
+    spectrum = hessian_spectrum(operator, k=8)
+    assert (spectrum.cost.hvps, spectrum.verified, spectrum.converged) == (64, True, True)
+    assert spectrum.eigenvalues == pytest.approx(wanted(values, 8, "LA"), rel=1e-10)
+    assert hessian_spectrum(operator, k=8, budget=63).cost.hvps < 63  # too few for that: a search
+    assert hessian_spectrum(operator, k=7).cost.hvps < 64
+
+
 @pytest.mark.parametrize("which", ["LA", "SA", "BE"])
 def test_a_small_problem_is_solved_exactly_where_the_search_does_not_end(which):
     values = np.r_[np.geomspace(1e-4, 30.0, 200), -np.geomspace(1e-4, 1e-2, 121)]

@@ -21,7 +21,10 @@ Order = np.ndarray[tuple[int], np.dtype[np.intp]]
 _Found = tuple[FloatArray, FloatArray, Flags, Tensor | None]  # values, residuals, which are converged, vectors
 EXTRA = 14  # basis vectors beyond k; with those of a product, at most k + 20 vectors (P,) are stored
 BUDGET = 50  # products for each eigenpair, if no budget is given
-SMALL = 1000  # parameters up to which the whole matrix is formed if the search has not ended within its budget
+SMALL = 2000  # parameters up to which the whole matrix is formed if the search has not ended within its budget
+# Parameters for each pair up to which it is formed at once: its columns share graphs, so that each costs about 0.6
+# products, and a search takes 5 to 8 products for each pair.
+AT_ONCE = 8
 # Products for which the wanted values have to stay the same, within a tenth of the tolerance, before the search ends. A
 # small residual means that some eigenvalue is near: an eigenvector with a small component in the start is found late,
 # but not much later than the others were, so that a search that was soon steady need not wait as long. Of 3,990
@@ -45,15 +48,16 @@ def hessian_spectrum(
 ) -> Spectrum:
     """Find extreme eigenpairs of the Hessian of the mean loss, by Lanczos with thick restarts (Wu and Simon 2000).
 
-    It stores at most k + 20 vectors (P,). Up to 1,000 parameters, the last P products of the budget are kept for the
-    whole matrix, solved exactly if the search has not ended. Copies of a multiple eigenvalue may be missed.
+    It stores at most k + 20 vectors (P,). Up to 2,000 parameters, the last P products of the budget are kept for the
+    whole matrix, solved exactly if the search has not ended; up to 8 k parameters it is solved at once, which is faster.
+    Copies of a multiple eigenvalue may be missed by a search.
 
     Args:
         landscape: whose Hessian; or an operator, such as GGN(landscape).
         k: number of eigenpairs.
         which: "LA" the largest, "SA" the smallest, "BE" half of them from each end (the odd one from the upper).
         tol: residual of each pair over its eigenvalue, as in SciPy's eigsh.
-        budget: maximum number of products; by default 50 k, and P more if P is at most 1,000.
+        budget: maximum number of products; by default 50 k, and P more if P is at most 2,000.
         seed: of the starting vector.
         vectors: keep the eigenvectors.
 
@@ -68,7 +72,7 @@ def hessian_spectrum(
         raise UserError(f"k must be between 1 and the {size} parameters, got {k}.")
     total = BUDGET * k + (size if size <= SMALL else 0) if budget is None else budget
     search, whole = _Search(operator, k, which, tol, name), size <= SMALL and total >= size
-    ended = search.run(total - size if whole else max(total, k))
+    ended = not (whole and size <= AT_ONCE * k) and search.run(total - size if whole else max(total, k))
     solve = search.found if ended or not whole else partial(_dense, operator, k, which)
     values, residuals, converged, kept = solve(vectors=vectors)
     return Spectrum(

@@ -86,8 +86,9 @@ class Krylov:
 
     def ritz(self) -> tuple[FloatArray, FloatArray]:
         """Return Ritz values, ascending, and their coefficients in the basis, one column each."""
-        values, coefficients = np.linalg.eigh(self.projection[: self.size, : self.size])
-        return values, coefficients
+        # By torch, whose threads the caller sets: NumPy's many take far longer for a small matrix on a busy machine.
+        values, coefficients = torch.linalg.eigh(torch.from_numpy(self.projection[: self.size, : self.size]))
+        return values.numpy(), coefficients.numpy()
 
     def restart(self, coefficients: FloatArray, values: FloatArray) -> None:
         """Keep only some Ritz vectors, and the next direction (thick restart, Wu and Simon 2000)."""
