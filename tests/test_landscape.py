@@ -90,6 +90,37 @@ def test_hvp_is_the_product_of_the_operator_and_costs_the_same():
     assert not torch.equal(part.hvp(v), landscape.hvp(v))
 
 
+@pytest.mark.parametrize(("samples", "least", "most"), [(8_000, 2.0, 2.4), (40_000, 1.25, 1.4), (200_000, 1.1, 1.15)])
+def test_opening_evaluates_fewer_of_many_samples_a_second_time(samples, least, most):
+    model, forwarded = nn.Linear(2, 3).eval(), []
+    model.register_forward_pre_hook(lambda _, given: forwarded.append(len(given[0])))
+    x = torch.randn(samples, 2, generator=rng("many"))
+    cut = [(each, each.argmax(1)) for each in x.split(200)]
+    landscape = Landscape(model, cut, F.cross_entropy)
+    assert least <= sum(forwarded) / samples <= most
+    torch.testing.assert_close(landscape.base_loss[0], F.cross_entropy(model(x), x.argmax(1)).item(), rtol=1e-5, atol=0)
+
+
+class MixingLong(nn.Module):
+    """Mixes the samples of batches that are longer than 7."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(1, 2)
+
+    def forward(self, x):
+        mean = x.mean(1, keepdim=True)
+        return self.head(mean - mean.mean() if x.shape[1] > 7 else mean)
+
+
+def test_of_many_samples_a_batch_of_each_shape_is_evaluated_a_second_time():
+    x = torch.randn(40_000, 3, generator=rng("shapes"))
+    batches = [(each, torch.zeros(len(each), dtype=torch.long)) for each in x.split(100)]
+    batches.insert(203, (torch.randn(4, 9, generator=rng("long")), torch.zeros(4, dtype=torch.long)))
+    with pytest.raises(UserError, match="samples mix in the model"):
+        Landscape(MixingLong().eval(), batches, F.cross_entropy)
+
+
 def test_hvp_of_a_loss_without_curvature_is_zero():
     x = torch.randn(6, 3, generator=rng("linear"))
     landscape = Landscape(nn.Linear(3, 1).eval(), [(x, x)], lambda outputs, targets: outputs[:, 0])

@@ -20,6 +20,7 @@ Singly = Callable[[Any, Any], Tensor | None]
 """From outputs and targets to the loss of each sample (n,) in one call, if the loss is one that is known."""
 """The weight of a batch, from the outputs; None if it is its size."""
 
+SURE, TENTH = 10_000, 10  # samples of a stratum that are all evaluated twice; of more, one batch in up to ten is
 _PIECES = 64  # into which a batch is cut, at most, to test whether its mean loss is the mean over its samples
 _JOINED = 8  # batches of one sample that are joined
 _ACROSS = 64  # samples of different batches whose losses are joined
@@ -47,16 +48,21 @@ def check_values(
     """Return the sum of the losses of a stratum and its weight; refuse one that depends on how samples are joined.
 
     Each sample is evaluated twice: in its batch, and in a half of it that separates neighbours, or joined with others
-    of its shape if it is alone in its batch (samples of different shapes are never joined). The loss of a batch is
+    of its shape if it is alone in its batch (samples of different shapes are never joined). Of more than 10,000 samples
+    only some batches are evaluated again, evenly spread, and one of each shape: a model mixes samples in all of them,
+    and a second pass would take as long as a measurement. The loss of a batch is
     compared with those of small pieces of it, and the loss of samples from several batches with those of their parts:
     batches of one class or one sample have the same mean whatever the weights. `singly` gives the losses of samples in
     one call, of losses that it knows: as pieces they take as many calls.
     """
     sums, weights, across = list[Tensor](), list[Tensor | None](), list[Batch]()
     every = max(1, len(batches) // (_ACROSS // 2))
-    for group in _groups(batches):
+    groups = list(_groups(batches))
+    twice = _twice(groups)
+    for number, group in enumerate(groups):
         outputs = [_run(model, batch) for batch in group]
-        _refuse_mixing(model, group, outputs, total)
+        if number in twice:
+            _refuse_mixing(model, group, outputs, total)
         for each, batch in zip(outputs, group, strict=True):
             whole = Batch(each, batch.targets, batch.size)
             sums.append(_refuse_weighing(whole, total, "a batch", known=singly(each, batch.targets)))
@@ -74,6 +80,13 @@ def refuse_mixing_across(model: Forward, batches: Sequence[Batch], total: Total)
     for group in _groups(batches):
         if len(group) > 1:
             _refuse_mixing(model, group, [_run(model, batch) for batch in group], total)
+
+
+def _twice(groups: Sequence[Sequence[Batch]]) -> set[int]:
+    """Return the numbers of the groups that are evaluated a second time."""
+    every = max(1, min(TENTH, sum(batch.size for group in groups for batch in group) // SURE))
+    first = {tuple(_shapes(groups[number][0][:2])): number for number in reversed(range(len(groups)))}
+    return {*range(0, len(groups), every), *first.values()}
 
 
 def _groups(batches: Sequence[Batch]) -> Iterator[list[Batch]]:
