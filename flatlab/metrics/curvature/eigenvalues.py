@@ -25,15 +25,14 @@ SMALL = 2000  # parameters up to which the whole matrix is formed if the search 
 # Parameters for each pair up to which it is formed at once: its columns share graphs, so that each costs about 0.6
 # products, and a search takes 5 to 8 products for each pair.
 AT_ONCE = 8
-# Products for which the wanted values have to stay the same, within a tenth of the tolerance, before the search ends. A
-# small residual means that some eigenvalue is near: an eigenvector with a small component in the start is found late,
-# but not much later than the others were, so that a search that was soon steady need not wait as long. Of 3,990
-# searches (k = 1 to 10, tol 0.001 to 0.1; clusters, near copies, outliers of both signs) 7 end with an error above tol,
-# and 4 where all wait for eight products after convergence, which at tol = 0.001 takes 4 (k = 10) to 24 % more (k = 1);
-# without waiting one in 7 does.
-WAIT = 8
-SHARE = 0.7  # of the products before the values became steady, for which the search waits if that is less
-STEADY = 0.1  # of the tolerance: change of a value that does not count
+# Products for which the search goes on after the wanted values have become steady, and after all their residuals are
+# small as well: a number, or a share of the products before they were steady, if that is less. A small residual means
+# that some eigenvalue is near: an eigenvector with a small component in the start is found late, but not much later
+# than the others were. Of 7,056 searches (k = 1 to 20, tol 0.001 to 0.1, both ends; clusters, near copies, outliers of
+# both signs) 21 end with an error above tol, and 30 where all wait for eight products after convergence, which takes as
+# many products in all, and a sixth more for k = 1; without waiting one in 7 does.
+STEADY, CONVERGED = (10, 0.7), (4, 0.4)
+SAME = 0.1  # of the tolerance: change of a value that does not count
 
 
 def hessian_spectrum(
@@ -120,7 +119,8 @@ class _Search:
         self.fresh = 0  # new directions after breakdowns
         self.best: FloatArray = np.zeros(0)  # the wanted values at the last breakdown
         self.before: FloatArray = np.full(k, np.nan)  # the wanted values when they changed last
-        self.waited = 0  # products for which they have not changed
+        self.steady = 0  # products for which they have not changed
+        self.converged = -1  # of these, products after the first whose residuals were all small
 
     @property
     def need(self) -> int:
@@ -174,12 +174,15 @@ class _Search:
             return False
         values = self.krylov.ritz()[0]
         now, allowed = values[self.order], self._allowed(values)[self.order]
-        if np.all(np.abs(now - self.before) <= STEADY * allowed):
-            self.waited += 1
+        if np.all(np.abs(now - self.before) <= SAME * allowed):
+            self.steady += 1
         else:
-            self.before, self.waited = now, 0
-        enough = min(WAIT, math.ceil(SHARE * (self.krylov.products - self.waited)))
-        return self.waited >= enough and bool(self.reached()[self._ends(self.need)].all())
+            self.before, self.steady = now, 0
+        reached = self.reached()[self._ends(self.need)].all()
+        self.converged = min(self.converged + 1, self.steady) if reached else -1
+        before = self.krylov.products - self.steady
+        waits = (min(most, math.ceil(share * before)) for most, share in (STEADY, CONVERGED))
+        return all(waited >= wait for waited, wait in zip((self.steady, self.converged), waits, strict=True))
 
     def eigenvectors(self) -> Tensor:
         """Rotate the basis into the wanted Ritz vectors (P, k), in place: a copy would take k vectors more."""
