@@ -38,26 +38,32 @@ def test_it_stops_at_the_larger_of_two_errors():
     (draws,), _ = synthetic(Goal(0.0, 0.1))
     assert draws.stopped == "accuracy" and 95 < draws.visits.shape[1] < 200
     (draws,), _ = synthetic(Goal(0.01, 0.2))
-    assert draws.stopped == "accuracy" and draws.visits.shape[1] == 96  # a round of 12, and 80 at least
+    assert draws.stopped == "accuracy" and draws.visits.shape[1] == 180  # a round of 12, and 160 at least
+    (draws,), _ = synthetic(Goal(0.01, 0.2), size=16)
+    assert draws.stopped == "accuracy" and draws.visits.shape[1] == 90  # a round of 6, and 80 at least
     (draws,), _ = synthetic(Goal(0.01, 0.9), size=2)
-    assert draws.visits.shape[1] == 48 + 80 and draws.blocks == 48
-    (draws,), _ = synthetic(Goal(0.01, 0.9), size=1)
-    assert draws.visits.shape[1] == 88 and draws.blocks == 96  # short of a round, in units of 8
+    assert draws.visits.shape[1] == 48 + 640 and draws.blocks == 48  # as many images as 80 blocks of 16 have
+
+
+def test_it_stops_short_of_a_round_where_the_spread_is_known():
+    sampler = Synthetic([softmax(4096, cut=4096)], 0, "none")
+    (draws,) = sampler.run([SamplingPlan(1.0, 16)], Goal(0.01, 0.9))
+    assert draws.visits.shape[1] == 88 and draws.blocks == 256  # 81 at least, in units of 8
 
 
 def test_looks_come_when_the_spread_is_known_and_at_most_double():
     counts = []
-    synthetic(Goal(0.02, 0.0), report=lambda per_radius: counts.append(per_radius[0].visits.shape[1]))
+    synthetic(Goal(0.02, 0.0), size=16, report=lambda per_radius: counts.append(per_radius[0].visits.shape[1]))
     looks = []
     judge = Sampler._verdict
     try:
         Sampler._verdict = lambda self, draws, group, goal: looks.append(group.done) or judge(self, draws, group, goal)
-        (draws,), _ = synthetic(Goal(0.02, 0.0), visits=150)
+        (draws,), _ = synthetic(Goal(0.02, 0.0), visits=150, size=16)
     finally:
         Sampler._verdict = judge
-    assert looks[:2] == [96, 156]  # 80 visits and a round at least; then what was foreseen, in whole rounds
+    assert looks[:2] == [90, 150]  # 80 visits and a round at least; then what was foreseen, in whole rounds
     assert all(a < b <= 2 * a for a, b in zip(looks, looks[1:], strict=False)) and looks[-1] == draws.visits.shape[1]
-    assert counts[0] == 12 and counts == sorted(counts)
+    assert counts[0] == 8 and counts == sorted(counts)
 
 
 def test_a_budget_is_kept_shared_and_said():
