@@ -159,14 +159,14 @@ def arenas(given: argparse.Namespace) -> list[tuple[Arena, dict[str, int]]]:
     small = Arena(subjects.digits(given.work), None, work)
     if given.quick:
         return [(small, {"seeds": 2, "directions": 8, "turns": 2})]
-    whole = [(small, {"seeds": given.seeds, "directions": 96, "turns": 7})]
+    whole = [(small, {"seeds": given.seeds, "directions": 480, "turns": 7})]
     if (large := subjects.mobilenet(given.work, given.shared)) is None:
         print("PACS is not at hand (--shared): only the digits are measured.")
         return whole
     thousand = Arena(large, 1024, work)
     return [
         *whole,
-        (thousand, {"seeds": given.seeds, "directions": 48, "turns": 5}),
+        (thousand, {"seeds": given.seeds, "directions": 192, "turns": 5}),
         (Arena(large, None, work, like=thousand), {"seeds": given.seeds, "directions": given.far, "turns": 0}),
     ]
 

@@ -16,7 +16,7 @@ import copy
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -108,8 +108,8 @@ def ours(
     }
 
 
-def measure(name: str, data: Pair, args: argparse.Namespace) -> dict[str, Any]:
-    """Return everything about one network."""
+def measure(name: str, data: Pair, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Yield what is known of one network, after each call: a session on a device may end before the next."""
     model = trained(name, data, args)
     found: dict[str, Any] = {"network": name, "images": len(data[1]), "image_size": args.image_size}
     few = data[0][: 2 * SIZES[-1]]
@@ -120,16 +120,17 @@ def measure(name: str, data: Pair, args: argparse.Namespace) -> dict[str, Any]:
     found["base_loss"] = float(start.base_loss[0])
     radii = radii_at_rises(start, RISES[:: max(1, len(RISES) // args.radii)]).radii
     found["radii"] = radii.tolist()
-    for how, each in (("eager", model), ("compiled", compiled)):
-        whole = how == "compiled" and name == args.networks.partition(",")[0]
-        found[how] = ours(each, data, radii, args, None if whole else SHORT)
-        print(json.dumps({name: {how: found[how]}}), flush=True)
     with float32_in_full():
         plain = Plain(model, {"all": (data[0][:FEW], data[1][:FEW])})
         rises = np.array([plain.direction(seed, radii) for seed in range(args.directions)])
     found["plain directions"] = ((rises.std(axis=0, ddof=1) / rises.mean(axis=0) / args.rel_error) ** 2).tolist()
     found["plain seconds"] = sum(found["plain directions"]) * len(data[1]) / max(found["bare"].values())
-    return found
+    # Blocks, pilot and checks have batches of many sizes, of which each would be compiled anew.
+    sizes = torch.compile(copy.deepcopy(model), dynamic=True)
+    for how, each in (("eager", model), ("compiled", sizes)):
+        whole = how == "compiled" and name == args.networks.partition(",")[0]
+        found[how] = ours(each, data, radii, args, None if whole else SHORT)
+        yield found
 
 
 def page(found: dict[str, Any]) -> str:
@@ -148,7 +149,7 @@ def page(found: dict[str, Any]) -> str:
     ]
     for row in found["rows"]:
         best = max(row["bare"].values())
-        for how in ("eager", "compiled"):
+        for how in [each for each in ("eager", "compiled") if each in row]:
             own = row[how]
             ended = set(own["stopped"]) == {"accuracy"}
             cells = (
@@ -189,12 +190,13 @@ def main() -> None:
         "rel_error": args.rel_error,
         "rows": [],
     }
-    for name in args.networks.split(","):
-        found["rows"].append(measure(name, data, args))
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "gpu.json").write_text(json.dumps(found, indent=1) + "\n")
-        (args.out / "gpu.md").write_text(page(found))
-    print(page(found))
+    args.out.mkdir(parents=True, exist_ok=True)
+    for number, name in enumerate(args.networks.split(",")):
+        for row in measure(name, data, args):
+            found["rows"][number:] = [row]
+            (args.out / "gpu.json").write_text(json.dumps(found, indent=1) + "\n")
+            (args.out / "gpu.md").write_text(page(found))
+            print(page(found), flush=True)
 
 
 if __name__ == "__main__":
