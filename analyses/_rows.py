@@ -5,7 +5,7 @@ measurement of flatness, and the digests of the run and of all measurements, as 
 the fingerprint of the images. Both are compared with what a command would make of the same method. Torch-free.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from flatlab.errors import UserError, choose
 from flatlab.report import verdicts
 from flatlab.report.areas import WHERE, areas_by_domain, limits
 from flatlab.report.panels import SOURCE, TARGET
-from flatlab.specs.base import Spec
 from flatlab.specs.measurement import MeasurementSpec
 from flatlab.specs.methods import Labelled
 from flatlab.specs.run import RunSpec
@@ -123,21 +122,10 @@ def made(run: RunSpec, measured: Sequence[MeasurementSpec]) -> str:
         run: its spec.
         measured: the measurements of the page; the fields of the first are named, of the others the digests alone.
     """
-    fields = {name: value for name, value in _fields(run) if name not in RUN}
-    fields |= dict(_fields(measured[0])) if measured else {}
+    fields = {name: value for name, value in run.texts(exclude_defaults=True).items() if name not in RUN}
+    fields |= measured[0].texts(exclude_defaults=True) if measured else {}
     fields |= {"run": run.digest, "measurements": "+".join(each.digest for each in measured)}
     return "; ".join(f"{name} {value}" for name, value in fields.items())
-
-
-def _fields(spec: Spec) -> Iterator[tuple[str, str]]:
-    """Yield the fields that are not at their defaults, those of parts as step.rho."""
-    parts: list[tuple[str, object]] = [*spec.model_dump(mode="json", exclude_defaults=True).items()]
-    while parts:
-        name, value = parts.pop(0)
-        if isinstance(value, dict):
-            parts = [*((f"{name}.{part}", each) for part, each in value.items()), *parts]
-        else:
-            yield name, "+".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def origins(store: RunStore, runs: list[Labelled], measured: Sequence[MeasurementSpec]) -> pd.DataFrame:

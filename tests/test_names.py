@@ -72,7 +72,7 @@ def test_other_seeds_of_a_name_are_told(store, capsys):
 
 
 def test_what_is_not_one_run_is_refused(store):
-    with pytest.raises(UserError, match=r"ERM names 2 runs .*rot0, seed 0.*--held-out, --seed") as told:
+    with pytest.raises(UserError, match=r"ERM names 2 runs .*rot0, seed 0.*with --held-out or by its digest") as told:
         named(store, ["ERM"])
     assert len(re.findall(r"[0-9a-f]{8} \(", str(told.value))) == 2
     with pytest.raises(UserError, match=r"No run of SAM"):
@@ -81,6 +81,17 @@ def test_what_is_not_one_run_is_refused(store):
         named(store, ["QT-DGo"])
     with pytest.raises(UserError, match=r"--held-out and --seed .* digests"):
         named(store, [spec_of("ERM").digest], seed=1)
+
+
+def test_runs_of_one_name_are_told_with_what_sets_them_apart(store):
+    for steps in (3, 5):
+        other = compose(METHODS["SAM"], SMOKE.replace(steps=steps), held_out="rot0", seed=0, trial_seed=0)
+        store.run(other).create()
+        (store.run(other).path / "done").write_text("{}")
+    with pytest.raises(
+        UserError, match=r"SAM names 2 runs .*\(rot0, seed 0, .*steps 3.*steps 5.*one by its digest"
+    ):
+        named(store, ["SAM"])
 
 
 def test_a_run_that_only_keeps_things_for_others_is_none(store):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import chain
 from math import floor
 from typing import TYPE_CHECKING, Literal
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:  # it loads numpy
     from flatlab.store.runs import Run, RunStore
 
 SHOWN = 8  # candidates in a message
+DIFFERENCES = 3  # fields in which they differ, shown with each
 HEX = set("0123456789abcdef")
 LARGEST_RADIUS = 1e9
 MOST_RADII = 10_000  # more are a typing error
@@ -92,12 +94,22 @@ def _only(runs: "Sequence[Run]", word: str, store: "RunStore") -> "Run":
         return runs[0]
     if not runs:
         raise UserError(f"No run of {word} in {store.root} matches; `flatlab runs list` shows all runs.")
-    shown = [f"{each.spec.digest[:8]} ({each.spec.target}, seed {each.spec.seed})" for each in runs[:SHOWN]]
+    apart = [each.spec.texts() for each in runs[:SHOWN]]
+    names = [name for name in dict.fromkeys(chain(*apart)) if len({each.get(name) for each in apart}) > 1]
+    told = [name for name in names if name not in ("seed", "held_out")][:DIFFERENCES]  # those two are shown anyway
+    shown = [
+        f"{run.spec.digest[:8]} ({', '.join([run.spec.target, f'seed {run.spec.seed}', *_told(own, told)])})"
+        for run, own in zip(runs, apart, strict=False)
+    ]
     more = f" and {len(runs) - SHOWN} more" if len(runs) > SHOWN else ""
     raise UserError(
-        f"{word} names {len(runs)} runs in {store.root}: {', '.join(shown)}{more}; select one with --held-out, --seed "
-        "or its digest."
+        f"{word} names {len(runs)} runs in {store.root}: {', '.join(shown)}{more}; select one "
+        f"{'with --held-out or ' if 'held_out' in names else ''}by its digest."
     )
+
+
+def _told(fields: dict[str, str], names: Sequence[str]) -> list[str]:
+    return [f"{name} {fields[name]}" for name in names if name in fields]
 
 
 def _chosen(word: str, spec: RunSpec, others: Sequence[int]) -> str:

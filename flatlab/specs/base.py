@@ -64,6 +64,17 @@ class Spec(BaseModel):
         """Sixteen hex digits of the SHA-256 of the canonical JSON."""
         return hashlib.sha256(self.canonical().encode()).hexdigest()[:16]
 
+    def texts(self, *, exclude_defaults: bool = False) -> dict[str, str]:
+        """Return the fields as text, those of parts by dotted names (step.rho)."""
+        found, parts = {}, [*self.model_dump(mode="json", exclude_defaults=exclude_defaults).items()]
+        while parts:
+            name, value = parts.pop(0)
+            if isinstance(value, dict):
+                parts = [*((f"{name}.{part}", each) for part, each in value.items()), *parts]
+            else:
+                found[name] = "+".join(map(str, value)) if isinstance(value, list) else str(value)
+        return found
+
     def replace(self, **fields: Any) -> Self:
         """Return a validated copy with some fields replaced."""
         return self.make(**{**{name: self.__dict__[name] for name in type(self).model_fields}, **fields})
