@@ -31,10 +31,11 @@ FEWEST = 4 * IMAGES  # images below which a pilot costs more than it saves: each
 SIZES = (4, 8, 16, 32, 64, 128, 256)  # block sizes tried
 PARALLEL = (16, 64, 256, 1024)  # on a GPU, where a small block takes as long as a larger one
 TIMED = 3  # timings of each size, of which the best is used: other processes may use the machine
-SLACK = 1.1  # plans whose times differ by less take equally long, as far as timings tell: the fewest images are best
-# Standard error of a pilot's variance over directions, as a share of it: where that variance seems to be zero, large
-# blocks seem to cost nothing, and take several times as long as small ones.
-UNSURE = (2 / (GROUPS * (DIRECTIONS - 1))) ** 0.5
+SLACK = 1.05  # plans whose times differ by less take equally long, as far as timings tell: the fewest images are best
+# Half the standard error of a pilot's variance over directions, as a share of it: where that variance seems to be zero,
+# large blocks seem to cost nothing, and take several times as long as small ones.
+UNSURE = 0.5 * (2 / (GROUPS * (DIRECTIONS - 1))) ** 0.5
+SWEEPS = 3  # over the radii, in which plans are exchanged
 Value = Callable[[FloatArray], FloatArray]
 
 
@@ -153,26 +154,66 @@ def _clocked(landscape: Landscape, at: Move, still: Tensor, which: tuple[Partiti
 
 
 def plan(pilot: Pilot, radii: FloatArray, goal: Goal, samples: int) -> list[SamplingPlan]:
-    """Return for each radius the block size, and whether to pair, that reach the goal in about the least time."""
-    return [_best(pilot, index, float(radius), goal, samples) for index, radius in enumerate(radii)]
+    """Return for each radius the block size, and whether to pair, that reach the goal in about the least time.
+
+    Radii of one kind share their directions and blocks, which are drawn and picked once.
+    """
+    choices = [_options(pilot, index, float(radius), goal, samples) for index, radius in enumerate(radii)]
+    fastest = _exchanged(min(zip(*choices, strict=True), key=_time_of), choices, _time_of)
+    least = SLACK * _time_of(fastest)
+
+    def images(chosen: Sequence[_Option]) -> float:
+        return sum(each.images for each in chosen) if _time_of(chosen) <= least else float("inf")
+
+    return [each.plan for each in _exchanged(fastest, choices, images)]
 
 
-def _best(pilot: Pilot, index: int, radius: float, goal: Goal, samples: int) -> SamplingPlan:
+@dataclass(frozen=True)
+class _Option:
+    """A way to sample one radius, and its price: images, and seconds of evaluating, and of drawing and picking."""
+
+    plan: SamplingPlan
+    images: float
+    evaluating: float
+    drawing: float
+
+
+def _options(pilot: Pilot, index: int, radius: float, goal: Goal, samples: int) -> list[_Option]:
     tolerance = goal.tolerance(float(pilot.mean[index]))
     options = []
     for paired, found in ((False, pilot.single[index]), (True, pilot.paired[index])):
         cautious = replace(found, directions=found.directions + UNSURE * found.of_draw(IMAGES))
         for size, seconds in pilot.seconds.items():
             ends, blocks = 2 if paired else 1, max(1, round(samples / size))
-            price = (pilot.drawing + pilot.gathering[size]) / len(pilot.mean) + seconds * ends
             between = found.between(size) if pilot.alone else 0.0
             likely, count = (foresee(each, size, blocks, tolerance, between) for each in (found, cautious))
             foreseen = likely if likely < MOST else 0  # not finite, or too many: decided while sampling
-            cut = 0 if size >= samples else size
-            plan = SamplingPlan(radius, cut, paired, foreseen, between)
-            options.append((count * price, count * size * ends, plan))
-    fastest = min(seconds for seconds, _, _ in options)
-    return min((each for each in options if each[0] <= SLACK * fastest), key=lambda option: option[1])[2]
+            chosen = SamplingPlan(radius, 0 if size >= samples else size, paired, foreseen, between)
+            shared = pilot.drawing + pilot.gathering[size]
+            options.append(_Option(chosen, count * size * ends, count * seconds * ends, count * shared))
+    return options
+
+
+def _time_of(chosen: Sequence[_Option]) -> float:
+    drawing: dict[tuple[int, bool], float] = {}
+    for each in chosen:
+        kind = each.plan.block_size, each.plan.paired
+        drawing[kind] = max(drawing.get(kind, 0.0), each.drawing)
+    return sum(each.evaluating for each in chosen) + sum(drawing.values())
+
+
+def _exchanged(
+    chosen: Sequence[_Option], choices: Sequence[Sequence[_Option]], cost: Callable[[Sequence[_Option]], float]
+) -> Sequence[_Option]:
+    """Return the choice after exchanges of one option at a time that lower the cost."""
+    least = cost(chosen)
+    for _ in range(SWEEPS):
+        for index, options in enumerate(choices):
+            for option in options:
+                other = [*chosen[:index], option, *chosen[index + 1 :]]
+                if (price := cost(other)) < least:
+                    chosen, least = other, price
+    return chosen
 
 
 def foresee(found: Components, size: int, blocks: int, tolerance: float, between: float) -> int:
