@@ -47,9 +47,8 @@ def hessian_spectrum(
 ) -> Spectrum:
     """Find extreme eigenpairs of the Hessian of the mean loss, by Lanczos with thick restarts (Wu and Simon 2000).
 
-    It stores at most k + 20 vectors (P,). Up to 2,000 parameters, the last P products of the budget are kept for the
-    whole matrix, solved exactly if the search has not ended; up to 8 k parameters it is solved at once. Copies of a
-    multiple eigenvalue may be missed by a search.
+    It stores at most k + 20 vectors (P,), and may miss copies of a multiple eigenvalue. Up to 8 k parameters the whole
+    matrix is solved at once; up to 2,000 by the last P products of the budget, if the search has not ended.
 
     Args:
         landscape: whose Hessian; or an operator, such as GGN(landscape).
