@@ -47,8 +47,8 @@ def hessian_spectrum(
 ) -> Spectrum:
     """Find extreme eigenpairs of the Hessian of the mean loss, by Lanczos with thick restarts (Wu and Simon 2000).
 
-    It stores at most k + 20 vectors (P,), and may miss copies of a multiple eigenvalue. Up to 2,000 parameters the whole
-    matrix is solved: at once if P is at most 8 k, else by the last P products, if the search has not ended.
+    It stores at most k + 20 vectors (P,), and may miss copies of a multiple eigenvalue. Up to 2,000 parameters the
+    whole matrix is solved: at once if P is at most 8 k, else by the last P products, if the search has not ended.
 
     Args:
         landscape: whose Hessian; or an operator, such as GGN(landscape).
