@@ -25,6 +25,8 @@ from report import write
 
 from flatlab import Landscape, environment, sphere_flatness
 from flatlab.jobs.local import ALLOCATOR
+from flatlab.metrics.flatness.sampler import Sampler
+from flatlab.results.sphere import SamplingPlan
 
 HERE = Path(__file__).parent
 RISES = (0.01, 0.1, 0.5, 2.0)  # nats
@@ -122,7 +124,7 @@ class Arena:
         for _ in range(points):
             self.plain.forward()
         middle = time.perf_counter()
-        sphere_flatness(self.landscape, self.radii, num_samples=2, seed=turn)
+        Sampler([self.landscape], turn, "none").evaluate([SamplingPlan(float(r), 0) for r in self.radii], range(2))
         return {"bare": (middle - begin) / points, "point": (time.perf_counter() - middle) / points}
 
     def measure(self, *, seeds: int, directions: int, turns: int) -> None:

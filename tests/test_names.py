@@ -88,9 +88,7 @@ def test_runs_of_one_name_are_told_with_what_sets_them_apart(store):
         other = compose(METHODS["SAM"], SMOKE.replace(steps=steps), held_out="rot0", seed=0, trial_seed=0)
         store.run(other).create()
         (store.run(other).path / "done").write_text("{}")
-    with pytest.raises(
-        UserError, match=r"SAM names 2 runs .*\(rot0, seed 0, .*steps 3.*steps 5.*one by its digest"
-    ):
+    with pytest.raises(UserError, match=r"SAM names 2 runs .*\(rot0, seed 0, .*steps 3.*steps 5.*one by its digest"):
         named(store, ["SAM"])
 
 
