@@ -109,7 +109,7 @@ def ours(
 
 
 def measure(name: str, data: Pair, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Yield what is known of one network, after each call: a session on a device may end before the next."""
+    """Yield what is known of one network, after each call, so that it is kept where the next one is cut off."""
     model = trained(name, data, args)
     found: dict[str, Any] = {"network": name, "images": len(data[1]), "image_size": args.image_size}
     few = data[0][: 2 * SIZES[-1]]
