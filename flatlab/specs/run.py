@@ -190,12 +190,6 @@ class RunSpec(Optimizing):
                 f"The step rule {self.step.kind} needs learned step sizes, got the quantizer {self.quantizer.kind}; "  # type: ignore[union-attr]
                 "add --quantizer lsq, or choose --step sagm."
             )
-        freezing, left = self.step.freezing, self.steps - (self.switch or 0)
-        if freezing and freezing.when == "window" and 0 <= left < freezing.every:
-            raise ValueError(
-                f"A window of freezing must be at most the {left} steps after the switch, got --freeze-every "
-                f"{freezing.every}: nothing would be frozen."
-            )
         if self.settled is not None and self.source is None and self.settled > self.steps:
             what = "switch" if self.settled == self.switch else "last stage of INQ"
             raise ValueError(

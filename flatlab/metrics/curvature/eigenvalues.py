@@ -206,6 +206,7 @@ class _Search:
     def _renew(self) -> None:
         """Keep the pairs found, which are exact, and continue in another direction."""
         self.fresh += 1
+        self.before = np.full(self.k, np.nan)  # steady values say nothing about a direction that has just begun
         self._keep(self.k)
         self.krylov.renew(draw(self.operator, "normal", "lanczos", self.seed, self.fresh))
 
