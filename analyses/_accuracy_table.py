@@ -7,11 +7,10 @@ checkpoint that training-domain validation selects; intervals are over seeds.
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 
 from analyses import _rank_agreement
 from analyses._percent import BY, Panel, accuracies, ensembles, over_datasets, over_members, over_seeds
@@ -24,6 +23,9 @@ from flatlab.specs.methods import METHODS, Labelled, is_papers, replicates
 from flatlab.specs.run import RunSpec
 from flatlab.specs.settings import QUICK, SETTINGS, Setting, for_data
 from flatlab.store.runs import RunStore
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SUMMARY = (
     "Difference to the first line in points, paired by held-out domain and seed, 95 % intervals, each alone; "
@@ -299,7 +301,7 @@ class PaperTable:
             bars = f"{models} in place of the paper's {self.theirs}. {bars}"
         return f"Table {self.number}: {setting.words}\n{self.protocol(setting)} {bars}"
 
-    def draw(self, frame: pd.DataFrame, caption: str) -> Figure:
+    def draw(self, frame: pd.DataFrame, caption: str) -> "Figure":
         """Draw a row of two panels for each column of the table: accuracies, and differences to the baseline."""
         whole = frame[(frame["over"] == "seeds") & (frame["held_out"] == "all")]
         less = self.findings(frame)

@@ -5,13 +5,10 @@ One class serves Figures 6, 7 and 9 to 12: they differ in targets, images and la
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from flatlab import files, plots
 from flatlab.analysis import Analysis, by_method, crossed
@@ -22,6 +19,10 @@ from flatlab.specs.measurements import GradCAMSpec
 from flatlab.specs.methods import Labelled, radii_by_rise
 from flatlab.specs.settings import Setting
 from flatlab.store.runs import RunStore
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 BASELINE, OTHER = "ERM", "QT-DoG"
 METHODS_SHOWN = (BASELINE, OTHER)
@@ -125,8 +126,10 @@ class CamFigure:
             f"{measurement.num_samples} directions. Layer: {measurement.layer or 'the last with a grid'}."
         )
 
-    def draw(self, frame: pd.DataFrame, caption: str, arrays: files.Arrays) -> Figure:
+    def draw(self, frame: pd.DataFrame, caption: str, arrays: files.Arrays) -> "Figure":
         """Draw the pictures, each map on its own scale and on one, and the numbers below."""
+        import matplotlib.pyplot as plt
+
         shown = frame[frame["quantity"] == "picture"]
         pairs = self.layout == "pairs"
         blocks = {"Each map on its own scale": False, "One scale for both networks": True}
@@ -256,7 +259,7 @@ def _triples(part: Any, shown: pd.DataFrame, arrays: files.Arrays, *, common: bo
         ax.set_title(name, fontsize=7)
 
 
-def _explained(cells: Sequence[Axes], rows: pd.DataFrame, arrays: files.Arrays, *, common: bool) -> None:
+def _explained(cells: "Sequence[Axes]", rows: pd.DataFrame, arrays: files.Arrays, *, common: bool) -> None:
     """Draw both networks' maps of one image, with a wrong prediction below."""
     both = [_arrays(arrays, run, int(image)) for run, image in rows[["run", "image"]].itertuples(index=False)]
     peak = max(float(each.max()) for _, each in both) if common else None
@@ -270,7 +273,7 @@ def _arrays(arrays: files.Arrays, run: str, index: int) -> tuple[FloatArray, Flo
     return pixels(arrays[f"{run}-image-{index}"]), arrays[f"{run}-map-{index}"].astype(float)
 
 
-def _show(ax: Axes, picture: FloatArray, below: str) -> None:
+def _show(ax: "Axes", picture: FloatArray, below: str) -> None:
     ax.imshow(picture, interpolation="nearest")
     ax.set(xticks=[], yticks=[])
     ax.set_xlabel(below, fontsize=5.5, labelpad=1)

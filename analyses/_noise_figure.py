@@ -1,9 +1,9 @@
 """The two figures of quantization noise: they differ in layers, and in the pooling of their noise. Torch-free."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import pandas as pd
-from matplotlib.figure import Figure
 
 from flatlab import files
 from flatlab.analysis import Analysis, by_method
@@ -14,6 +14,9 @@ from flatlab.specs.measurements import QuantizationNoiseSpec
 from flatlab.specs.run import RunSpec
 from flatlab.specs.settings import Setting
 from flatlab.store.runs import RunStore
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 BASELINE, METHOD = "ERM", "QT-DoG"
 labelled = by_method((BASELINE, METHOD))  # the baseline only for the accuracies
@@ -108,7 +111,7 @@ class NoiseFigure:
         )
 
     @staticmethod
-    def draw(frame: pd.DataFrame, caption: str, arrays: files.Arrays) -> Figure:
+    def draw(frame: pd.DataFrame, caption: str, arrays: files.Arrays) -> "Figure":
         """Draw the layers that are marked."""
         return quantization_noise.draw(NoiseFigure._shown(frame), caption, arrays)
 

@@ -6,13 +6,10 @@ domains; at 3/3 bits, and the ablations, on the last one. Tests are of differenc
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from analyses import _disorder, _percent, fig3
 from flatlab import plots
@@ -23,6 +20,10 @@ from flatlab.specs.measurements import SpectrumSpec
 from flatlab.specs.methods import METHODS, Labelled, replicates
 from flatlab.specs.settings import Setting
 from flatlab.store.runs import RunStore
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 GAQAT, FQAT = "GAQAT (our reading)", "FQAT (our reading)"
 ROWS = {name: name for name in ("ERM", "SAGM", "LSQ", "LSQ+SAM", "LSQ+SAGM")}
@@ -164,8 +165,10 @@ class Comparison:
             "grey: no pair of signs. Checkpoint by training-domain validation."
         )
 
-    def draw(self, frame: pd.DataFrame, caption: str) -> Figure:
+    def draw(self, frame: pd.DataFrame, caption: str) -> "Figure":
         """Draw the differences, those of the ablations, and the maps over layer and step."""
+        import matplotlib.pyplot as plt
+
         found = self.findings(frame)
         panels = ("source", "target", "top eigenvalue", "source, none", "source, filter")
         with plots.style():
@@ -266,7 +269,7 @@ def _frozen_shares(frame: pd.DataFrame) -> list[str]:
     return sentences
 
 
-def _differences(ax: Axes, rows: pd.DataFrame, pairs: list[tuple[str, str]], blocks: tuple[str, ...]) -> None:
+def _differences(ax: "Axes", rows: pd.DataFrame, pairs: list[tuple[str, str]], blocks: tuple[str, ...]) -> None:
     """Draw the difference of each pair in one measure with its interval, the blocks beside each other."""
     for index, block in enumerate(blocks):
         mine = rows[rows["block"] == block].set_index(["method", "baseline"]).reindex(pairs)
@@ -283,7 +286,7 @@ def _differences(ax: Axes, rows: pd.DataFrame, pairs: list[tuple[str, str]], blo
     ax.locator_params(axis="x", nbins=5)
 
 
-def _map(ax: Axes, rows: pd.DataFrame, title: str) -> None:
+def _map(ax: "Axes", rows: pd.DataFrame, title: str) -> None:
     """Draw a number from 0 to 1 for each step-size tensor (rows) and evaluation (columns)."""
     import seaborn as sns  # here: it takes seconds to load
 

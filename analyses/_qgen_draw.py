@@ -1,12 +1,10 @@
 """The picture of `qgen`: taus with intervals, F over the distance in units of noise, accuracy on corrupted images."""
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from analyses import _kendall
 from analyses._qgen_grid import FULL, MULTIPLES, name_of
@@ -14,11 +12,17 @@ from analyses._qgen_tests import GAPS, MEASURES, correlations, corrupted
 from flatlab import plots
 from flatlab.report import tables, verdicts
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 SHOWN = ("gap in", "gap out")
 
 
-def draw(frame: pd.DataFrame, caption: str) -> Figure:
+def draw(frame: pd.DataFrame, caption: str) -> "Figure":
     """Draw the taus of all pairs and of pairs of equal bits, F in units of noise, and the corruptions."""
+    import matplotlib.pyplot as plt
+
     found = correlations(frame)
     with plots.style():
         figure, grid = plt.subplots(2, 2, figsize=(9.6, 7.6), layout="constrained")
@@ -32,7 +36,7 @@ def draw(frame: pd.DataFrame, caption: str) -> Figure:
     return figure
 
 
-def _taus(ax: Axes, found: pd.DataFrame, among: str) -> None:
+def _taus(ax: "Axes", found: pd.DataFrame, among: str) -> None:
     """Draw tau of each measure with the two gaps of the loss."""
     heights = np.arange(len(MEASURES))
     for index, gap in enumerate(SHOWN):
@@ -45,7 +49,7 @@ def _taus(ax: Axes, found: pd.DataFrame, among: str) -> None:
     ax.grid(visible=False, axis="y")
 
 
-def _noise(ax: Axes, frame: pd.DataFrame) -> None:
+def _noise(ax: "Axes", frame: pd.DataFrame) -> None:
     """Draw F over the distance in units of noise: of quantized networks, and dashed of full precision."""
     for index, bits in enumerate(_widths(frame)):
         names = [f"noise {bits} x {k:g}" for k in MULTIPLES]
@@ -57,7 +61,7 @@ def _noise(ax: Axes, frame: pd.DataFrame) -> None:
     ax.minorticks_off()
 
 
-def _corrupted(ax: Axes, frame: pd.DataFrame) -> None:
+def _corrupted(ax: "Axes", frame: pd.DataFrame) -> None:
     """Draw the mean accuracy over the corruptions by severity."""
     each = corrupted(frame)
     for index, bits in enumerate([*_widths(frame), FULL]):
@@ -75,7 +79,7 @@ def _widths(frame: pd.DataFrame) -> list[int]:
     return sorted(set(frame["bits"]) - {FULL})
 
 
-def _band(ax: Axes, x: Iterable[float], draws: pd.DataFrame, *, style: str, color: str, label: str = "") -> None:
+def _band(ax: "Axes", x: Iterable[float], draws: pd.DataFrame, *, style: str, color: str, label: str = "") -> None:
     """Draw the means of columns of draws over x, with a band of their 95 % intervals."""
     places = list(x)
     rows = pd.DataFrame([tables.estimate(draws[name].to_numpy()) for name in draws])

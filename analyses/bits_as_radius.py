@@ -5,10 +5,9 @@ loss is evaluated at the rounded weights, at 8 to 2 bits, and along random direc
 overall, and of the same norm in each channel. The norm of the noise is its radius in Figure 3.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-from matplotlib.figure import Figure
 
 from flatlab.analysis import Analysis, by_method, crossed, from_table
 from flatlab.report import rounding, tables, verdicts
@@ -16,6 +15,9 @@ from flatlab.report.panels import SOURCE, TITLES
 from flatlab.specs.measurements import RoundingSpec
 from flatlab.specs.settings import Setting
 from flatlab.store.runs import RunStore
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 BASELINE = "ERM"
 ORDER = ("ERM", "QT-DoG")
@@ -127,7 +129,7 @@ def caption(setting: Setting) -> str:
     )
 
 
-def draw(frame: pd.DataFrame, caption: str) -> Figure:
+def draw(frame: pd.DataFrame, caption: str) -> "Figure":
     """Draw for each method the rises over the radius, and z of the noise."""
     return rounding.draw(frame[frame["over"] == "seeds"], caption)
 

@@ -4,9 +4,9 @@ Accuracy on source and held-out domains, its variation after the switch, and the
 of F up to ERM's rise of 0.5 nats; intervals are of differences paired by held-out domain and seed.
 """
 
-import matplotlib.pyplot as plt
+from typing import TYPE_CHECKING
+
 import pandas as pd
-from matplotlib.figure import Figure
 
 from analyses import _percent, fig3
 from flatlab import plots
@@ -16,6 +16,9 @@ from flatlab.report.panels import SOURCE, TARGET
 from flatlab.specs.methods import RELEASED
 from flatlab.specs.settings import Setting
 from flatlab.store.runs import RunStore
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 BASELINE = "ERM"
 QUANTIZED = "QT-DoG"
@@ -127,8 +130,10 @@ def caption(setting: Setting) -> str:
     )
 
 
-def draw(frame: pd.DataFrame, caption: str) -> Figure:
+def draw(frame: pd.DataFrame, caption: str) -> "Figure":
     """Draw the differences to ERM: a panel for each measure, a line for each method."""
+    import matplotlib.pyplot as plt
+
     less = findings(frame)
     less = less[less["baseline"] == BASELINE].assign(comparable=False, published=float("nan"))
     with plots.style():

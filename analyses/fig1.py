@@ -5,12 +5,9 @@ in the paper, is given in brackets. The paper's own picture is drawn in a separa
 """
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib.pyplot as plt
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from analyses._accuracy_table import AVERAGE
 from analyses.table1 import TABLE
@@ -21,6 +18,10 @@ from flatlab.specs.measurements import SizeSpec
 from flatlab.specs.run import RunSpec
 from flatlab.specs.settings import Setting
 from flatlab.store.runs import RunStore
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 AREA = 60  # square points for the memory of one network
 THEIRS = ("ERM", "MIRO", "SWAD", "DART", "QT-DoG", "DiWA", "EoA", "EoQ")  # in the paper's picture
@@ -57,8 +58,10 @@ def caption(setting: Setting) -> str:
     return f"Accuracy and memory: {setting.words}\n{TABLE.protocol(setting)} {area}"
 
 
-def draw(frame: pd.DataFrame, caption: str) -> Figure:
+def draw(frame: pd.DataFrame, caption: str) -> "Figure":
     """Draw ours above the paper's: methods side by side, marker area by memory."""
+    import matplotlib.pyplot as plt
+
     whole = frame[(frame["over"] == "seeds") & (frame["held_out"] == "all")]
     if (means := whole["dataset"].str.startswith(AVERAGE)).any():
         whole = whole[means]
@@ -85,7 +88,7 @@ def _theirs() -> pd.DataFrame:
     return pd.DataFrame({"value": [rows[name]["Avg"]["mean"] for name in THEIRS], "memory": sizes}, index=list(THEIRS))
 
 
-def _bubbles(ax: Axes, frame: pd.DataFrame) -> None:
+def _bubbles(ax: "Axes", frame: pd.DataFrame) -> None:
     for label, more, color, marker in (("one network", False, "C0", "o"), ("several", True, "C2", "s")):
         several = frame.index.isin(["ERM Ens.", "EoA", "EoQ", "DiWA", "DART"])
         places = [place for place, each in enumerate(several) if each == more]

@@ -7,13 +7,10 @@ by given amounts, except for the paper's own network; the primary quantity is th
 nats.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from flatlab import plots
 from flatlab.analysis import Analysis, by_method, crossed, from_table, once
@@ -25,6 +22,10 @@ from flatlab.specs.measurements import SphereSpec
 from flatlab.specs.methods import Labelled, radii_by_rise
 from flatlab.specs.settings import PAPER, Setting
 from flatlab.store.runs import RunStore
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 BASELINE = "ERM"
 ORDER = ("ERM", "SAM", "SWA", "SWAD", "QT-DoG")
@@ -192,8 +193,10 @@ def _with_published(frame: pd.DataFrame, setting: Setting) -> pd.DataFrame:
     return frame
 
 
-def draw(frame: pd.DataFrame, caption: str) -> Figure:
+def draw(frame: pd.DataFrame, caption: str) -> "Figure":
     """Draw the published panels, below them the filter-normalised ones, and beside them the tested differences."""
+    import matplotlib.pyplot as plt
+
     shown = frame[frame["over"] == "seeds"]
     ends = limits(frame[frame["over"] == "directions"])
     decisive = findings(frame).query("quantity != 'at'")
@@ -214,7 +217,7 @@ def draw(frame: pd.DataFrame, caption: str) -> Figure:
     return figure
 
 
-def _bars(ax: Axes, frame: pd.DataFrame) -> None:
+def _bars(ax: "Axes", frame: pd.DataFrame) -> None:
     """Draw a thin line with markers and staggered error bars for each method, since bands would overlap."""
     step = 0.008 * (frame["radius"].max() - frame["radius"].min())
     for index, name in enumerate(ORDER):
@@ -224,7 +227,7 @@ def _bars(ax: Axes, frame: pd.DataFrame) -> None:
         ax.vlines(aside, rows["low"], rows["high"], color=color, linewidth=0.8, alpha=0.7)
 
 
-def _marks(ax: Axes, ends: pd.DataFrame, mine: pd.DataFrame) -> None:
+def _marks(ax: "Axes", ends: pd.DataFrame, mine: pd.DataFrame) -> None:
     """Mark where the tested mean ends, and from where on a method's loss is that of guessing."""
     limit, met = ends[["limit", "met"]].iloc[0]
     ax.axvline(limit, color="0.3", linewidth=0.8, linestyle=":")
@@ -236,7 +239,7 @@ def _marks(ax: Axes, ends: pd.DataFrame, mine: pd.DataFrame) -> None:
     ax.set_xlim(-0.02 * right, right)
 
 
-def _differences(ax: Axes, rows: pd.DataFrame) -> None:
+def _differences(ax: "Axes", rows: pd.DataFrame) -> None:
     """Draw the difference of each pair in the mean of F with its interval, the panels beside each other."""
     names = [f"{method} − {baseline}" for method, baseline in PAIRS]
     for index, (panel, word) in enumerate(TITLES.items()):

@@ -5,8 +5,9 @@ beside the curves measure stability over the evaluations from the switch on, the
 two runs: the convolutions frozen at the switch without any quantization, and what the released code trains.
 """
 
+from typing import TYPE_CHECKING
+
 import pandas as pd
-from matplotlib.figure import Figure
 
 from flatlab.analysis import Analysis, by_method, from_table
 from flatlab.report import stability, tables, verdicts
@@ -14,6 +15,9 @@ from flatlab.resources import published
 from flatlab.specs.methods import RELEASED, Labelled
 from flatlab.specs.settings import Setting
 from flatlab.store.runs import RunStore
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 BASELINE = "ERM"
 ORDER = ("ERM", "QT-DoG")
@@ -93,7 +97,7 @@ def caption(setting: Setting) -> str:
     )
 
 
-def draw(frame: pd.DataFrame, caption: str) -> Figure:
+def draw(frame: pd.DataFrame, caption: str) -> "Figure":
     """Draw the curves of each target, and the numbers beside them."""
     shown = frame[frame["over"] == "seeds"]
     return stability.picture(shown, list(dict.fromkeys(shown["method"])), caption)

@@ -1,15 +1,17 @@
 """Figure 5: what each bit width gains over ERM on the held-out domain (QT-DoG, Figure 5; its numbers are Table 9's)."""
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
-import matplotlib.pyplot as plt
 import pandas as pd
-from matplotlib.figure import Figure
 
 from analyses.table9 import BITS, TABLE
 from flatlab import plots
 from flatlab.analysis import from_table
 from flatlab.specs.settings import Setting
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def remarks(frame: pd.DataFrame) -> list[str]:
@@ -23,8 +25,10 @@ def caption(setting: Setting) -> str:
     return f"Gain on the held-out domain by bit width: {setting.words}\n{TABLE.protocol(setting)} {band}"
 
 
-def draw(frame: pd.DataFrame, caption: str) -> Figure:
+def draw(frame: pd.DataFrame, caption: str) -> "Figure":
     """Draw the difference to ERM against the bits: a line for each data set, with bands over seeds."""
+    import matplotlib.pyplot as plt
+
     less = TABLE.findings(frame[frame["panel"] == "target"])
     less = less[less["baseline"] == TABLE.baseline]
     less = less.assign(bits=less["method"].str.split().str[0].astype(int))

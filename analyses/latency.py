@@ -4,12 +4,10 @@ Each network is timed beside itself in full precision, in turn on one processor,
 below 1 is faster. Runs are of the first held-out domain. Measure with `--workers 1` on a machine that is idle.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 
 from flatlab import plots
 from flatlab.analysis import Analysis, Measured, from_table
@@ -20,6 +18,9 @@ from flatlab.specs.measurements import LatencySpec, SizeSpec
 from flatlab.specs.methods import METHODS, Labelled, replicates
 from flatlab.specs.settings import SMOKE, Setting
 from flatlab.store.runs import Run, RunStore
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 BASELINE = "float32"
 BITS = (8, 7, 5, 4)
@@ -153,8 +154,10 @@ def caption(setting: Setting) -> str:
     )
 
 
-def draw(frame: pd.DataFrame, caption: str) -> Figure:
+def draw(frame: pd.DataFrame, caption: str) -> "Figure":
     """Draw accuracy over time and over bytes, a marker for each line."""
+    import matplotlib.pyplot as plt
+
     whole = frame[frame["over"] == "seeds"].set_index(["measure", "method"])
     accuracy = whole.loc["accuracy"]
     with plots.style():

@@ -5,11 +5,9 @@ largest eigenvalue and its trace, around the checkpoint that training-domain val
 baked. Each method is compared with ERM at the same held-out domain and seed.
 """
 
-import matplotlib.pyplot as plt
+from typing import TYPE_CHECKING
+
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from analyses.fig3 import BASELINE, ORDER, labelled
 from flatlab import plots
@@ -19,6 +17,10 @@ from flatlab.report.panels import TITLES
 from flatlab.specs.measurements import SpectrumSpec
 from flatlab.specs.settings import Setting
 from flatlab.store.runs import RunStore
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 COLUMNS = ["panel", "number", "method", "held_out", "seed", "place", "value", "stderr", "low", "high", "over"]
 GROUP = ["panel", "number", "method"]
@@ -87,8 +89,10 @@ def caption(setting: Setting) -> str:
     )
 
 
-def draw(frame: pd.DataFrame, caption: str) -> Figure:
+def draw(frame: pd.DataFrame, caption: str) -> "Figure":
     """Draw densities, and top eigenvalue and trace of each method against ERM's, on source and held-out domains."""
+    import matplotlib.pyplot as plt
+
     with plots.style():
         figure, grid = plt.subplots(2, 3, figsize=(7.0, 4.8), layout="constrained")
         for row, (panel, title) in zip(grid, TITLES.items(), strict=True):
@@ -102,8 +106,10 @@ def draw(frame: pd.DataFrame, caption: str) -> Figure:
     return figure
 
 
-def _pairs(ax: Axes, frame: pd.DataFrame) -> None:
+def _pairs(ax: "Axes", frame: pd.DataFrame) -> None:
     """Draw each method's number over ERM's; below the diagonal a method is flatter."""
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+
     wide = frame.pivot_table(index=["held_out", "seed"], columns="method", values="value")
     for index, name in enumerate(ORDER):
         if name != BASELINE:

@@ -7,13 +7,10 @@ figures/reference/pacs-study/PROTOCOL.md.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from analyses import _claims, _correlation, _grid, _percent, _rows, fig3
 from flatlab import plots
@@ -28,6 +25,10 @@ from flatlab.specs.methods import METHODS, RELEASED, Labelled, replicates
 from flatlab.specs.run import RunSpec
 from flatlab.specs.settings import Setting
 from flatlab.store.runs import RunStore
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 BASELINE, QUANTIZED, COARSE, STRONG = "ERM", "QT-DoG", "QT-DoG 4 bits", "strong SAM"
 ORDER = ("ERM", "SWA", "SWAD", "SMA", "SAM", STRONG, QUANTIZED, COARSE, "freeze", "release-parity", "noise")
@@ -310,8 +311,10 @@ def caption(setting: Setting) -> str:
     )
 
 
-def draw(frame: pd.DataFrame, caption: str) -> Figure:
+def draw(frame: pd.DataFrame, caption: str) -> "Figure":
     """Draw the differences of all pairs: accuracies, stability, flatness; and flatness against accuracy."""
+    import matplotlib.pyplot as plt
+
     found = findings(frame)
     found = found[found["targets"] == ALL]
     inside = next(name for name in ("test", "validation") if name in set(found["measure"]))
@@ -333,7 +336,7 @@ def draw(frame: pd.DataFrame, caption: str) -> Figure:
     return figure
 
 
-def _differences(ax: Axes, found: pd.DataFrame, measures: tuple[str, ...]) -> None:
+def _differences(ax: "Axes", found: pd.DataFrame, measures: tuple[str, ...]) -> None:
     """Draw the differences of all pairs in one measure, or in that of the source and of the target domains."""
     pairs = _pairs(found)
     for index, measure in enumerate(measures):
@@ -351,12 +354,11 @@ def _differences(ax: Axes, found: pd.DataFrame, measures: tuple[str, ...]) -> No
         _legend(ax, columns=2)
 
 
-def _against(ax: Axes, frame: pd.DataFrame) -> None:
+def _against(ax: "Axes", frame: pd.DataFrame) -> None:
     """Draw the accuracy out of domain against the flatness there, both less the mean of their block."""
     each = frame[frame["over"] == "run"]
-    wide = each.pivot(index=["held_out", "seed", "method"], columns="measure", values="value")[
-        ["target, filter", "target"]
-    ].dropna()
+    columns = ["target, filter", "target"]
+    wide = each.pivot(index=["held_out", "seed", "method"], columns="measure", values="value")[columns].dropna()
     less = wide - wide.groupby(level=["held_out", "seed"]).transform("mean")
     for index, name in enumerate(ORDER):
         if name in less.index.get_level_values("method"):
@@ -371,7 +373,7 @@ def _against(ax: Axes, frame: pd.DataFrame) -> None:
     ax.set(xlabel="F over ρ, target, less the block's (nats)", ylabel="Out of domain, less the block's (points)")
 
 
-def _legend(ax: Axes, *, columns: int) -> None:
+def _legend(ax: "Axes", *, columns: int) -> None:
     """Put a small legend above a panel."""
     where: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderaxespad": 0}
     ax.legend(**where, fontsize=6, ncols=columns, columnspacing=1, handletextpad=0.3)

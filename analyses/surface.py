@@ -5,11 +5,11 @@ section 4): the same Gaussian draws for all methods, each filter scaled to the w
 levels. A quantized network is baked. Surfaces are averaged over held-out domains and seeds, place by place.
 """
 
-import matplotlib.pyplot as plt
+from typing import TYPE_CHECKING
+
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from matplotlib.figure import Figure
 
 from analyses.fig3 import BASELINE, ORDER, labelled
 from flatlab import plots
@@ -21,6 +21,9 @@ from flatlab.specs.measurements import SurfaceSpec
 from flatlab.specs.run import RunSpec
 from flatlab.specs.settings import Setting
 from flatlab.store.runs import RunStore
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Values = npt.NDArray[np.float64]
 GROUP = ["panel", "number", "method"]
@@ -122,8 +125,10 @@ def caption(setting: Setting) -> str:
     )
 
 
-def draw(frame: pd.DataFrame, caption: str) -> Figure:
+def draw(frame: pd.DataFrame, caption: str) -> "Figure":
     """Draw the mean surfaces, methods side by side, the source domains above the held-out one, on common levels."""
+    import matplotlib.pyplot as plt
+
     shown = frame[frame["number"] == LOSS]
     levels = plots.contour_levels([shown["value"].to_numpy(float)], 10)
     with plots.style():

@@ -1,5 +1,5 @@
 """`python -m flatlab` is the command line."""
 
-from flatlab.cli.app import main
+from flatlab.cli import main
 
 main()

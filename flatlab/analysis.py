@@ -3,9 +3,9 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import wraps
+from typing import TYPE_CHECKING
 
 import pandas as pd
-from matplotlib.figure import Figure
 
 from flatlab.files import Arrays
 from flatlab.specs.measurement import MeasurementSpec
@@ -14,8 +14,11 @@ from flatlab.specs.run import RunSpec
 from flatlab.specs.settings import Setting
 from flatlab.store.runs import RunStore
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 Measured = Sequence[tuple[RunSpec, MeasurementSpec]]
-Draw = Callable[[pd.DataFrame, str, Arrays], Figure]  # from the table, the caption and the arrays
+Draw = Callable[[pd.DataFrame, str, Arrays], "Figure"]  # from the table, the caption and the arrays
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ def crossed(labelled: Iterable[Labelled], measurements: Sequence[MeasurementSpec
     return [(run, measurement) for _, run in labelled for measurement in measurements]
 
 
-def from_table(draw: Callable[[pd.DataFrame, str], Figure]) -> Draw:
+def from_table(draw: Callable[[pd.DataFrame, str], "Figure"]) -> Draw:
     """Return a function that draws from the table only."""
     return lambda frame, caption, _: draw(frame, caption)
 

@@ -1,9 +1,11 @@
 """Machine and software versions, for provenance: never part of a digest."""
 
+import hashlib
 import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterable
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -61,6 +63,15 @@ def commit() -> str:
         return "unknown"
     changed = ("status", "--porcelain", "--untracked-files=no", "--", "flatlab", "analyses")
     return found + ("+changes" if _output_of("git", "-C", str(tree), *changed) else "")
+
+
+def code(folder: Path, packages: Iterable[str]) -> str:
+    """Return a hash of flatlab's source, of that in a folder, and of the versions of packages."""
+    found = hashlib.sha256(" ".join(map(version, packages)).encode())
+    for root in (Path(flatlab.__file__).parent, folder):
+        for path in sorted(root.rglob("*.py")):
+            found.update(path.read_bytes())
+    return found.hexdigest()
 
 
 def _output_of(*command: str) -> str:

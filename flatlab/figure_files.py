@@ -1,12 +1,14 @@
 """The files of a figure or table: csv, arrays and json, from which alone pictures and page are made.
 
 The arrays are an npz, for figures with maps or histograms. The json states the hashes of both and of its own text, so
-that no picture or page is made from a damaged or altered file, or from another figure's.
+that no picture or page is made from a damaged or altered file, or from another figure's; and those of the pictures and
+the page, so that they are drawn anew only if something changed.
 """
 
 import hashlib
 import io
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from flatlab import files, plots
+from flatlab import environment, files, plots
 from flatlab.analysis import Analysis
 from flatlab.errors import UserError
 from flatlab.report import tables
@@ -25,6 +27,8 @@ ACCURACIES = "Accuracies by training-domain validation, means over held-out doma
 SHEET = "; percent, ± standard error over seeds"
 STARRED = "; differences with 95 % intervals, each alone; * p < 0.05 after Holm over the methods"
 DATA = (".csv", ".npz")
+DRAWN = (".pdf", ".png", ".md")
+DRAWING = ("matplotlib", "pandas", "seaborn")  # packages whose versions change a picture
 WORDS = ("dataset", "method", "held_out", "panel", "measure", "layer", "part")  # columns that are text, even of digits
 REFERENCE = "reference"  # the folder of the files that the repository keeps
 MOST_BYTES = 150_000  # of a picture that the repository keeps
@@ -54,10 +58,11 @@ def write_data(stem: Path, frame: pd.DataFrame, arrays: files.Arrays, record: Ma
         contents[".npz"] = buffer.getvalue()
     else:
         stem.with_suffix(".npz").unlink(missing_ok=True)
+    last = _last_drawn(stem)
     for suffix, content in contents.items():
         files.write_bytes(stem.with_suffix(suffix), content)
     hashes = {suffix: hashlib.sha256(content).hexdigest() for suffix, content in contents.items()}
-    files.write_record(stem.with_suffix(".json"), {**record, "name": stem.name, "sha256": hashes})
+    files.write_record(stem.with_suffix(".json"), {**record, "name": stem.name, "sha256": hashes, "drawn": last})
     return [stem.with_suffix(suffix) for suffix in (*contents, ".json")]
 
 
@@ -114,21 +119,59 @@ def _arrays(content: bytes | None) -> files.Arrays:
 
 
 def draw(figure: Analysis, stem: Path) -> tuple[list[Path], pd.DataFrame, dict[str, Any]]:
-    """Draw the picture and write the page from a figure's data.
+    """Draw the picture and write the page from a figure's data; the json states their hashes afterwards.
 
     Args:
         figure: the figure or table.
         stem: path without suffix of its data.
 
     Returns:
-        The pictures and the page, the findings, and the record of the json.
+        The files that were written, the findings, and the record of the json.
     """
     frame, arrays, record = read_data(stem)
-    pictures = plots.save(figure.draw(frame, record["caption"], arrays), stem)
+    written = plots.save(figure.draw(frame, record["caption"], arrays), stem)
     findings = figure.findings(frame)
-    page = stem.with_suffix(".md")
-    files.write_bytes(page, _page(figure, frame, findings, record).encode())
-    return [*pictures, page], findings, record
+    written.append(stem.with_suffix(".md"))
+    files.write_bytes(written[-1], _page(figure, frame, findings, record).encode())
+    drawn = {"of": _origin(figure, record), **{path.suffix: files.file_hash(path) for path in written}}
+    if record.get("drawn") != drawn:
+        record["drawn"] = drawn
+        written.append(stem.with_suffix(".json"))
+        files.write_record(written[-1], record)
+    return written, findings, record
+
+
+def unchanged(figure: Analysis, stem: Path) -> list[Path]:
+    """Return pictures and page if `draw` made them of these data with this code and they are as it left them.
+
+    Args:
+        figure: the figure or table.
+        stem: path without suffix of its data.
+
+    Returns:
+        The three files; none if one of them is missing or altered, or if data, text or code are others.
+    """
+    record = files.read_record(stem.with_suffix(".json"))
+    drawn, made = record["drawn"], [stem.with_suffix(suffix) for suffix in DRAWN]
+    if drawn.get("of") != _origin(figure, record):
+        return []
+    same = all(path.is_file() and files.file_hash(path) == drawn[path.suffix] for path in made)
+    return made if same else []
+
+
+def _origin(figure: Analysis, record: Mapping[str, Any]) -> str:
+    """Return a hash of what pictures and page are made of: the data and the text in the json, and the code."""
+    analyses = Path(sys.modules[figure.module].__file__ or "").parent
+    text = files.strict_json({name: value for name, value in record.items() if name != "drawn"})
+    return hashlib.sha256((text + environment.code(analyses, DRAWING)).encode()).hexdigest()
+
+
+def _last_drawn(stem: Path) -> dict[str, str]:
+    """Return what the json states of pictures and page; nothing if it is missing, altered or of another figure."""
+    try:
+        return dict(_record(stem.with_suffix(".json"), "").get("drawn", {}))
+    except UserError:
+        return {}
 
 
 def accuracies(record: Mapping[str, Any]) -> pd.DataFrame:

@@ -6,22 +6,21 @@ from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib as mpl
-import matplotlib.patheffects as effects
-import matplotlib.pyplot as plt
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 from cycler import cycler
-from matplotlib.axes import Axes
-from matplotlib.contour import QuadContourSet
-from matplotlib.figure import Figure
 
 from flatlab import files
 from flatlab.arguments import FloatArray
 from flatlab.errors import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.contour import QuadContourSet
+    from matplotlib.figure import Figure
 
 MARKERS = "oXsDPv^*<>"
 COLUMN = 3.4  # inches: the width of a paper's column
@@ -52,11 +51,13 @@ STYLE: dict[Any, Any] = {
 @contextmanager
 def style() -> Iterator[None]:
     """Draw in flatlab's style: small type for a paper's column, a palette suited to colour-blind readers."""
+    import matplotlib as mpl
+
     with mpl.rc_context(STYLE):
         yield
 
 
-def curves(ax: Axes, frame: pd.DataFrame, *, x: str, by: str, order: Sequence[str]) -> None:
+def curves(ax: "Axes", frame: pd.DataFrame, *, x: str, by: str, order: Sequence[str]) -> None:
     """Draw one line with markers and a band (`low` to `high`) for each value of a column.
 
     Args:
@@ -75,7 +76,7 @@ def curves(ax: Axes, frame: pd.DataFrame, *, x: str, by: str, order: Sequence[st
         ax.fill_between(rows[x], rows["low"], rows["high"], color=line.get_color(), alpha=0.18, linewidth=0)
 
 
-def valley(ax: Axes, losses: Mapping[int, float], found: Mapping[str, Any], *, index: int = 0) -> None:
+def valley(ax: "Axes", losses: Mapping[int, float], found: Mapping[str, Any], *, index: int = 0) -> None:
     """Draw a validation loss (nats) on a logarithmic axis, its valley shaded, the threshold dashed (Cha et al. 2021).
 
     Args:
@@ -92,7 +93,7 @@ def valley(ax: Axes, losses: Mapping[int, float], found: Mapping[str, Any], *, i
     ax.set(yscale="log")
 
 
-def legend_above(figure: Figure, ax: Axes, title: str, *, columns: int | None = None) -> None:
+def legend_above(figure: "Figure", ax: "Axes", title: str, *, columns: int | None = None) -> None:
     """Put one legend for all panels above them, under a title, in one row or in some columns."""
     handles, labels = ax.get_legend_handles_labels()
     where: dict[str, Any] = {"loc": "outside upper center", "ncols": columns or len(labels)}
@@ -100,11 +101,13 @@ def legend_above(figure: Figure, ax: Axes, title: str, *, columns: int | None = 
     legend.get_title().set_multialignment("center")
 
 
-def save(figure: Figure, stem: Path, table: pd.DataFrame | None = None) -> list[Path]:
+def save(figure: "Figure", stem: Path, table: pd.DataFrame | None = None) -> list[Path]:
     """Write `<stem>.pdf` and `<stem>.png`, the PDF without a date, so that equal figures are equal files.
 
     A table that belongs to the figure is written to `<stem>.csv`.
     """
+    import matplotlib.pyplot as plt
+
     stem.parent.mkdir(parents=True, exist_ok=True)
     paths = [stem.with_suffix(suffix) for suffix in (".pdf", ".png")]
     with style():  # resolution and fonts are those at the time of writing
@@ -124,7 +127,7 @@ def save(figure: Figure, stem: Path, table: pd.DataFrame | None = None) -> list[
 
 def forest(
     left: pd.DataFrame, right: pd.DataFrame, *, order: Sequence[str], axes: tuple[str, str], caption: str
-) -> Figure:
+) -> "Figure":
     """Draw two panels of dots with intervals for each value of `row`: quantities, and differences to the first line.
 
     Args:
@@ -135,6 +138,8 @@ def forest(
         axes: names of the two axes.
         caption: title, line feed, notes.
     """
+    import matplotlib.pyplot as plt
+
     titles = list(left["row"].drop_duplicates())
     height = 0.9 + len(titles) * (0.55 + 0.17 * len(order))
     with style():
@@ -153,7 +158,7 @@ def forest(
 
 
 def captioned(
-    figure: Figure, ax: Axes | None, caption: str, *, columns: int | None = None, fontsize: float = 5.5
+    figure: "Figure", ax: "Axes | None", caption: str, *, columns: int | None = None, fontsize: float = 5.5
 ) -> None:
     """Place title and legend above all panels, and the notes below, wrapped to the width of the figure.
 
@@ -180,7 +185,7 @@ def title_and_notes(caption: str) -> tuple[str, str]:
     return title, notes
 
 
-def dots(ax: Axes, frame: pd.DataFrame, order: Sequence[str]) -> None:
+def dots(ax: "Axes", frame: pd.DataFrame, order: Sequence[str]) -> None:
     """Draw a dot with its interval for each method, and the published value as an open diamond if it is comparable.
 
     Args:
@@ -202,7 +207,7 @@ def dots(ax: Axes, frame: pd.DataFrame, order: Sequence[str]) -> None:
 
 
 def intervals(
-    ax: Axes, rows: pd.DataFrame, heights: npt.NDArray[np.floating[Any]], significant: "pd.Series[bool]", **look: Any
+    ax: "Axes", rows: pd.DataFrame, heights: npt.NDArray[np.floating[Any]], significant: "pd.Series[bool]", **look: Any
 ) -> None:
     """Draw a dot with its interval for each row, filled if significant.
 
@@ -218,7 +223,13 @@ def intervals(
     ax.plot(rows["value"][significant], heights[significant.to_numpy()], "o", color=look["color"])
 
 
-HALO: list[effects.AbstractPathEffect] = [effects.withStroke(linewidth=1.5, foreground="white")]
+def _halo() -> list[Any]:
+    """Return the effect that keeps text legible on contours: a white outline."""
+    from matplotlib.patheffects import withStroke
+
+    return [withStroke(linewidth=1.5, foreground="white")]
+
+
 CORNERS = ((4, 4), (-4, 4), (4, -4), (-4, -4))  # offsets of a name from its marked point, in typographic points
 BAD = "0.8"  # colour of values that are not finite
 DECADES = 6.0  # largest span of the contours, below the highest one
@@ -237,8 +248,8 @@ def contour_levels(surfaces: Iterable[FloatArray], count: int = 12, *, log: bool
 
 
 def contours(
-    ax: Axes, places: tuple[FloatArray, FloatArray], values: FloatArray, *, levels: FloatArray
-) -> QuadContourSet:
+    ax: "Axes", places: tuple[FloatArray, FloatArray], values: FloatArray, *, levels: FloatArray
+) -> "QuadContourSet":
     """Draw values (n1, n2) at places x (n1,), y (n2,): filled, with labelled lines; grey where not finite.
 
     Args:
@@ -253,7 +264,7 @@ def contours(
     filled = ax.contourf(*places, shown, cmap="viridis", norm=_norm(levels), extend="both", alpha=0.9, **look)
     lines = ax.contour(*places, shown, colors="k", linewidths=0.4, **look)
     for text in ax.clabel(lines, levels[1::2].tolist(), fontsize=6, fmt=lambda level: f"{level:.2g}"):
-        text.set_path_effects(HALO)
+        text.set_path_effects(_halo())
     ax.grid(visible=False)
     return filled
 
@@ -271,7 +282,7 @@ def relief(ax: Any, places: tuple[FloatArray, FloatArray], values: FloatArray, *
         ax.zaxis.set_major_formatter(lambda z, _: f"{10**z:.2g}")
 
 
-def marked(ax: Axes, marks: FloatArray, names: Sequence[str], *, connected: bool = False) -> None:
+def marked(ax: "Axes", marks: FloatArray, names: Sequence[str], *, connected: bool = False) -> None:
     """Draw points (K, 2) of the plane with their names; if connected, as a path with names at its ends."""
     if not len(marks):
         return
@@ -281,10 +292,10 @@ def marked(ax: Axes, marks: FloatArray, names: Sequence[str], *, connected: bool
         _beside(ax, marks[index], names[index])
 
 
-def _beside(ax: Axes, point: Any, name: str) -> None:
+def _beside(ax: "Axes", point: Any, name: str) -> None:
     """Write a name beside a point, at the first offset where it covers no other text, such as a contour's label."""
     others = [text.get_window_extent() for text in ax.texts]
-    look: dict[str, Any] = {"textcoords": "offset points", "fontsize": 7, "path_effects": HALO, "zorder": 6}
+    look: dict[str, Any] = {"textcoords": "offset points", "fontsize": 7, "path_effects": _halo(), "zorder": 6}
     text = ax.annotate(name, point, CORNERS[0], **look)
     for right, up in CORNERS:
         text.set(position=(right, up), ha="left" if right > 0 else "right", va="bottom" if up > 0 else "top")

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,13 +26,18 @@ from flatlab.store.runs import Run, RunStore, check_data
 
 @dataclass(frozen=True)
 class Reproduction:
-    """The files that were written, and the findings."""
+    """The files of a figure, and the findings."""
 
     written: list[Path]
+    unchanged: list[Path]  # pictures and page, where nothing changed that they are made of
     findings: pd.DataFrame
     accuracies: pd.DataFrame
     remarks: list[str]
     cost: dict[str, float]  # seconds of its trainings and measurements, also of earlier ones
+
+    def paths(self) -> dict[str, list[str]]:
+        """Return the files as text: written and unchanged."""
+        return {"written": list(map(str, self.written)), "unchanged": list(map(str, self.unchanged))}
 
 
 def analysis(name: str) -> Analysis:
@@ -169,6 +174,8 @@ def write(
 ) -> Reproduction:
     """Tabulate and draw a finished figure; write csv, pdf, png, a page, and a json with the origin of the numbers.
 
+    Pictures and page are left as they are if nothing changed that they are made of.
+
     Args:
         figure: the figure or table.
         setting: as it was run.
@@ -182,16 +189,24 @@ def write(
     accuracies, tests = _accuracies(figure, setting, store, frame)
     remarks = [*figure.remarks(frame), *tests, *valleys.remarks(store.run(spec) for spec in figure.plan(setting)[0])]
     record = {**_facts(figure, setting, store), "redo": redo, "caption": figure.caption(setting), "remarks": remarks}
-    record |= {"findings": figure.findings(frame).to_dict("records")}
+    findings = figure.findings(frame)
+    record |= {"findings": findings.to_dict("records")}
     record |= {"accuracies": accuracies.to_dict("records"), "columns": list(accuracies.columns)}
     if setting.rows:
         runs = frame[frame["over"] == "run"].drop_duplicates(["method", "held_out", "seed"])
         record |= {"rows": {"sha256": files.file_hash(Path(setting.rows)), "runs_on_page": len(runs)}}
     folder = out / _own_folder(record["setting"])
     folder.mkdir(parents=True, exist_ok=True)
-    data = figure_files.write_data(folder / figure.name, frame, arrays, record)
-    drawn = redraw(figure, folder, reference=reference)
-    return replace(drawn, written=[*data, *drawn.written])
+    stem = folder / figure.name
+    written = figure_files.write_data(stem, frame, arrays, record)
+    unchanged = figure_files.unchanged(figure, stem)
+    if not unchanged:
+        written = [*dict.fromkeys([*written, *figure_files.draw(figure, stem)[0]])]
+    if reference:
+        written += _keep(figure, folder, record)
+    return Reproduction(
+        written, unchanged, findings, figure_files.accuracies(record), record["remarks"], record["cost"]
+    )
 
 
 def redraw(figure: Analysis, folder: Path, *, reference: bool = False) -> Reproduction:
@@ -205,13 +220,17 @@ def redraw(figure: Analysis, folder: Path, *, reference: bool = False) -> Reprod
     Raises:
         UserError: if one of them is missing, damaged, altered or of another figure.
     """
-    stem = folder / figure.name
-    written, findings, record = figure_files.draw(figure, stem)
+    written, findings, record = figure_files.draw(figure, folder / figure.name)
     if reference:
-        own = _own_folder(record["setting"])
-        root = folder.parent if own and folder.name == own else folder
-        written += figure_files.keep(figure, stem, root / figure_files.REFERENCE / own)
-    return Reproduction(written, findings, figure_files.accuracies(record), record["remarks"], record["cost"])
+        written += _keep(figure, folder, record)
+    return Reproduction(written, [], findings, figure_files.accuracies(record), record["remarks"], record["cost"])
+
+
+def _keep(figure: Analysis, folder: Path, record: dict[str, Any]) -> list[Path]:
+    """Write the files that the repository keeps; return them."""
+    own = _own_folder(record["setting"])
+    root = folder.parent if own and folder.name == own else folder
+    return figure_files.keep(figure, folder / figure.name, root / figure_files.REFERENCE / own)
 
 
 def _own_folder(setting: dict[str, Any]) -> str:

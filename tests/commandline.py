@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flatlab.cli import app
+from flatlab import cli
 from flatlab.jobs import local
 from flatlab.jobs.worker import work
 from flatlab.store.runs import RunStore
@@ -48,7 +48,7 @@ def workers_here():
 def call(*words: object) -> int:
     """Return the exit code of a command."""
     with workers_here(), pytest.raises(SystemExit) as end:
-        app.main([str(word) for word in words])
+        cli.main([str(word) for word in words])
     return end.value.code
 
 

@@ -16,7 +16,7 @@ import pytest
 from commandline import PETS, TINY, Answer, call, documented, only_run, pets
 from pydantic import Field
 
-from flatlab.cli import app, options
+from flatlab.cli import app, options, overview
 from flatlab.errors import UserError
 from flatlab.models import networks
 from flatlab.specs import settings
@@ -28,7 +28,7 @@ COMMANDS += ["replay", "ensemble", "import", "methods", "list", "doctor", "repor
 COMMANDS += ["runs list", "runs show", "runs verify", "runs rm", "runs merge", "data list", "data check", "data cache"]
 COMMANDS += ["jobs list", "jobs logs", "jobs cancel"]
 GROUPS = ("runs", "data", "jobs")
-HEAVY = ("torch", "pandas", "matplotlib", "numpy")
+HEAVY = ("torch", "pandas", "matplotlib", "numpy", "typer", "rich", "pydantic")
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,21 @@ def test_help_loads_nothing_heavy():
     script = f"import sys; sys.argv = ['flatlab', '--help']\nfrom flatlab.cli import main\ntry: main()\nfinally: \
 print([name for name in {HEAVY} if name in sys.modules])"
     told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
-    assert told.endswith("[]\n") and "Begin with flatlab reproduce fig3" in told
+    assert told.endswith("[]\n") and "Begin with `flatlab reproduce fig3`" in told
+
+
+def test_the_overview_names_each_command_with_the_first_sentence_of_its_help(flatlab, monkeypatch):
+    told = {name: text for names in overview.COMMANDS.values() for name, text in names.items()}
+    group = app.typer.main.get_command(app.app)
+    assert told == {name: " ".join(command.help.split("\n\n")[0].split()) for name, command in group.commands.items()}
+    options = {param.opts[0]: param.help for param in group.get_params(app.typer.Context(group))}
+    assert options == {words.split(", ")[-1]: text for words, text in overview.OPTIONS.items()}
+    for columns in (40, 80, 300):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        page = flatlab("-h").out
+        assert page == flatlab().out == flatlab("--version", "--help").out
+        assert max(map(len, page.splitlines())) <= min(columns, overview.WIDEST)
+        assert all(re.search(rf"^  {name} +\S", page, re.MULTILINE) for name in told)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -73,6 +87,12 @@ def test_the_bare_word_shows_the_help(flatlab):
     for given in ([], ["runs"], ["data"]):
         answer = flatlab(*given)
         assert (answer.code, answer.err) == (0, "") and "Usage: flatlab" in answer.out
+
+
+def test_help_says_nothing_if_the_reader_has_closed_the_pipe():
+    with subprocess.Popen([sys.executable, "-m", "flatlab"], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait() == 1
 
 
 def test_version(flatlab):

@@ -48,12 +48,19 @@ def test_all_are_made_listed_in_one_table_and_resumed(few, tmp_path, capsys):
     done = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("done")}
     assert call("reproduce", "all", *WORDS, *places(tmp_path)) == 0
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("done")} == done
-    assert set(answered(capsys).made) == {"yes"}
+    again = answered(capsys).set_index("name")
+    assert set(again.made) == {"yes"}
+    for name in NAMES:
+        suffixes = {"written": ("csv", "json"), "unchanged": ("pdf", "png", "md")}
+        for column, found in suffixes.items():
+            paths = [str(tmp_path / "figures" / f"{name}.{suffix}") for suffix in found]
+            assert [path for path in again[column][name] if not path.endswith(".npz")] == paths
     assert call("list", *WORDS, "--store", tmp_path / "runs") == 0
     assert set(answered(capsys).missing) == {"nothing"}
     assert call("reproduce", "all", *WORDS[:-1], *places(tmp_path)) == 0
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith(f"Written: {tmp_path / 'figures' / 'fig4.{csv,json,md,pdf,png}'}, ") and "table2.{" in last
+    written, unchanged = capsys.readouterr().err.splitlines()[-2:]
+    assert written.startswith(f"Written: {tmp_path / 'figures' / 'fig4.{csv,json}'}, ") and "table2.{" in written
+    assert unchanged.startswith(f"Unchanged: {tmp_path / 'figures' / 'fig4.{md,pdf,png}'}, ") and "table2." in unchanged
 
 
 def test_the_files_of_one_name_are_listed_together():

@@ -2,9 +2,12 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import commandline
+import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 from PIL import Image
@@ -153,6 +156,74 @@ def test_a_record_that_was_altered_is_refused_and_named(tmp_path, field):
     (tmp_path / "fig2.json").write_text(json.dumps({**text, field: "supported"}))
     with pytest.raises(UserError, match=r"fig2\.json is damaged, altered or of another version .* reproduce fig2"):
         figure_files.read_data(tmp_path / "fig2")
+
+
+@pytest.fixture
+def dots(tmp_path, monkeypatch):
+    """Write the files of a figure, and say which of its pictures and page were left as they are."""
+    analyses = tmp_path / "analyses"
+    analyses.mkdir()
+    (analyses / "dots.py").write_text("")
+    monkeypatch.setitem(sys.modules, "analyses.dots", SimpleNamespace(__file__=str(analyses / "dots.py")))
+
+    def draw(frame, caption, _):
+        figure, ax = plt.subplots()
+        ax.plot(frame["value"], "o")
+        return figure
+
+    empty = pd.DataFrame({"a": [1]})
+    given = {"labelled": list, "table": list, "summary_title": "S", "remarks": list, "caption": str, "draw": draw}
+    given |= {"findings": lambda frame: empty, "summary": lambda findings: empty, "baseline": "ERM"}
+    figure = Analysis(module="analyses.dots", doc="Dots.", **given)
+
+    def made(value=1.0, **more):
+        record = {
+            "caption": "Dots\nnotes",
+            "remarks": [],
+            "accuracies": [],
+            "columns": ["a"],
+            "redo": "x",
+            "machines": [],
+        }
+        stem = tmp_path / "out" / "dots"
+        stem.parent.mkdir(exist_ok=True)
+        figure_files.write_data(stem, pd.DataFrame({"value": [value]}), {}, {**record, **more})
+        kept = figure_files.unchanged(figure, stem)
+        kept or figure_files.draw(figure, stem)
+        return {path.suffix for path in kept}
+
+    return made
+
+
+def test_pictures_and_page_are_left_only_if_nothing_changed_that_they_are_made_of(dots, tmp_path, monkeypatch):
+    every = {".pdf", ".png", ".md"}
+    assert dots() == set() and dots() == every == dots()
+    for change in ({"value": 2.0}, {"caption": "Other\nnotes"}, {"remarks": ["Nothing can be told."]}, {"redo": "y"}):
+        assert dots(**change) == set() and dots(**change) == every
+        assert dots() == set() and dots() == every  # back: drawn of other data since
+    (tmp_path / "analyses" / "dots.py").write_text("# another colour")
+    assert dots() == set() and dots() == every
+    monkeypatch.setattr("flatlab.environment.version", lambda name: f"another {name}")
+    assert dots() == set() and dots() == every
+
+
+@pytest.mark.parametrize("name", ["dots.pdf", "dots.png", "dots.md"])
+def test_a_picture_or_page_that_was_altered_or_lost_is_drawn_again(dots, tmp_path, name):
+    path = tmp_path / "out" / name
+    dots()
+    drawn = path.read_bytes()
+    for spoil in (lambda: path.write_bytes(drawn + b"x"), path.unlink):
+        spoil()
+        assert dots() == set() and path.read_bytes() == drawn
+
+
+def test_pictures_are_drawn_again_if_the_record_of_them_was_altered_or_lost(dots, tmp_path):
+    path = tmp_path / "out" / "dots.json"
+    dots()
+    text = path.read_text()
+    for spoiled in (text.replace("notes", "Notes"), "{}", text.replace('"drawn"', '"gone"')):
+        path.write_text(spoiled)
+        assert dots() == set() and path.read_text() == text and len(dots()) == 3
 
 
 @pytest.mark.slow

@@ -4,8 +4,8 @@ import heapq
 
 import pytest
 
-from flatlab.cli.timeleft import TimeLeft
 from flatlab.jobs.plan import Job
+from flatlab.jobs.timeleft import TimeLeft
 from flatlab.specs.measurements import SphereSpec
 from flatlab.specs.run import RunSpec
 

@@ -1,5 +1,24 @@
 """The command line: `flatlab.cli.main`."""
 
-from flatlab.cli.app import main
+import os
+import sys
+from collections.abc import Sequence
 
-__all__ = ["main"]
+from flatlab.cli import overview
+
+COMPLETING = "_FLATLAB_COMPLETE"  # set by a shell that asks for completions, without arguments
+HELP: tuple[list[str], ...] = ([], ["-h"], ["--help"])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit with its code.
+
+    Args:
+        arguments: the process's own by default.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words in HELP and COMPLETING not in os.environ:
+        sys.exit(overview.show())
+    from flatlab.cli.app import run
+
+    sys.exit(run(words))

@@ -2,12 +2,12 @@
 
 import shlex
 import sys
-from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
-from flatlab.cli import info, measuring, store, training
+from flatlab.cli import info, measuring, overview, store, training
 from flatlab.cli.choices import Choices, takes
 from flatlab.cli.effects import refuse_without_effect
 from flatlab.cli.errors import Commands, reported
@@ -15,15 +15,18 @@ from flatlab.cli.options import DATASET, RUNNING, TRAINING
 from flatlab.cli.run_jobs import carry_out, everything, price, redraw, show_written
 from flatlab.errors import UserError
 
-HELP = """How flat is this minimum, is that one flatter, and does it matter out of domain?
 
-Begin with `flatlab reproduce fig3`: it trains five methods on embedded data, measures how flat their minima are, and
-draws Figure 3 of QT-DoG (arXiv 2410.06020) with error bands. Every command can be stopped and repeated."""
+class Root(TyperGroup):
+    """The group of all commands, whose help is the overview."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Print the overview."""
+        typer.echo(overview.page(), nl=False)
+
 
 app = Commands(
-    help=HELP,
+    cls=Root,
     context_settings={"help_option_names": ["-h", "--help"]},
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
@@ -80,15 +83,14 @@ def reproduce(
     redo = shlex.join(["flatlab", *sys.argv[1:]])
     done = reproduce.write(figure, setting, runs, out=chosen.out, redo=redo, reference=reference)
     if chosen.json:
-        written = [str(path) for path in done.written]
-        chosen.answer_facts({"written": written, "findings": done.findings.to_dict("records")}, "")
+        chosen.answer_facts({**done.paths(), "findings": done.findings.to_dict("records")}, "")
         return
     display.frame(figure.summary(done.findings), figure.summary_title)
     title = figure.sheet_title or figure_files.ACCURACIES
     display.frame(done.accuracies, title, formats=dict.fromkeys(done.accuracies.columns, ".3f"))
     for remark in done.remarks:
         display.out.print(remark, soft_wrap=True, markup=False)
-    show_written(done.written)
+    show_written(done.written, unchanged=done.unchanged)
 
 
 for _module in (training, measuring, info):
@@ -98,17 +100,12 @@ app.add_typer(store.jobs_commands, name="jobs")
 app.add_typer(store.data_commands, name="data")
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line and exit with its code.
+def run(words: list[str]) -> int:
+    """Run a command and return its exit code.
 
     Args:
-        arguments: the process's own by default.
+        words: the arguments of `flatlab`.
     """
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    sys.exit(_run(words))
-
-
-def _run(words: list[str]) -> int:
     try:
         with reported(debug="--debug" in words):
             if sys.platform == "win32":
@@ -116,7 +113,3 @@ def _run(words: list[str]) -> int:
             return app(words, prog_name="flatlab", standalone_mode=False) or 0
     except typer.Exit as end:
         return end.exit_code
-
-
-if __name__ == "__main__":
-    main()

@@ -23,9 +23,9 @@ from rich.progress import (
 from rich.table import Column, Table
 from rich.text import Text
 
-from flatlab.cli.timeleft import TimeLeft
 from flatlab.errors import count_of, printable
 from flatlab.jobs.plan import Job
+from flatlab.jobs.timeleft import TimeLeft
 
 PER_JOB, START = 0.6, 5.0  # seconds in addition to the passes: loading and writing of a job, and start of the workers
 WIDEST = 100_000  # columns without a terminal: each row is one line; a terminal folds long cells

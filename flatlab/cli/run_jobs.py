@@ -5,12 +5,15 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flatlab.cli import checks
 from flatlab.cli.choices import Choices
 from flatlab.cli.errors import say
 from flatlab.errors import UserError
+
+if TYPE_CHECKING:
+    from flatlab.reproduce import Reproduction
 
 DRAWING = frozenset({"name", "draw_only", "reference", "out", "json", "debug"})  # options allowed with --draw-only
 
@@ -127,11 +130,13 @@ def foresee(chosen: Choices, todo: Sequence[Any], place: Any) -> None:
     chosen.answer(plans, f"Sampling plans of the pilots; seconds are {source}", {"core_seconds": ".1f"})
 
 
-def show_written(paths: Sequence[Path], sentences: Sequence[str] = ()) -> None:
-    """Print sentences and the names of the files written."""
+def show_written(paths: Sequence[Path], sentences: Sequence[str] = (), unchanged: Sequence[Path] = ()) -> None:
+    """Print sentences, and the names of the files written and of those that were left as they are."""
     for sentence in sentences:
         say(sentence, mark="")
     say(f"Written: {', '.join(map(str, paths))}", mark="")
+    if unchanged:
+        say(f"Unchanged: {', '.join(map(str, unchanged))}", mark="")
 
 
 def by_stem(paths: Sequence[Path]) -> list[Path]:
@@ -191,12 +196,13 @@ def everything(chosen: Choices, *, reference: bool) -> None:
         carry_out(chosen, todo)
     except UserError as error:
         failed.append(str(error))
-    rows, written = [], []
+    rows, written, unchanged = [], [], []
     for name, figure in figures.items():
         try:
-            row, files = _made(chosen, figure, reference=reference)
-            written += files
-            rows.append({**row, "written": list(map(str, files))} if chosen.json else row)
+            row, done = _made(chosen, figure, reference=reference)
+            written += done.written
+            unchanged += done.unchanged
+            rows.append({**row, **done.paths()} if chosen.json else row)
         except UserError as error:
             failed.append(f"{name}: {error}")
             rows.append({"name": name, "made": "no"})
@@ -204,13 +210,13 @@ def everything(chosen: Choices, *, reference: bool) -> None:
     title = f"Setting {setting.name}: {made} made in {time.monotonic() - started:.0f} s; costs in seconds"
     chosen.answer(pd.DataFrame(rows), title, {"trained": ".0f", "measured": ".0f", "drawn": ".1f"})
     if written and not chosen.json:
-        show_written(by_stem(written))
+        show_written(by_stem(written), unchanged=by_stem(unchanged))
     if failed:
         raise UserError(*failed)
 
 
-def _made(chosen: Choices, figure: Any, *, reference: bool) -> tuple[dict[str, Any], list[Path]]:
-    """Write one figure or table; return its cost and its comparison with the paper, and the files."""
+def _made(chosen: Choices, figure: Any, *, reference: bool) -> tuple[dict[str, Any], "Reproduction"]:
+    """Write one figure or table; return its cost and its comparison with the paper, and all of it."""
     from flatlab import reproduce
 
     name, started = figure.name, time.monotonic()
@@ -221,4 +227,4 @@ def _made(chosen: Choices, figure: Any, *, reference: bool) -> tuple[dict[str, A
     cost = {"trained": done.cost["training_seconds"], "measured": done.cost["measuring_seconds"]}
     against = " ".join(remark for remark in done.remarks if "paper" in remark)
     row = {"name": name, "made": "yes", **cost, "drawn": time.monotonic() - started, "against the paper": against}
-    return row, done.written
+    return row, done

@@ -3,13 +3,10 @@
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from flatlab import files, plots
 from flatlab.arguments import FloatArray
@@ -20,6 +17,10 @@ from flatlab.results.verdicts import holm
 from flatlab.specs.measurements import QuantizationNoiseSpec
 from flatlab.specs.run import RunSpec
 from flatlab.store.runs import Run, RunStore
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Row = dict[Any, Any]
 TITLE = "Quantization noise: KL to the uniform (nats) beside that of a uniform sample, and p-values"
@@ -126,7 +127,7 @@ def chosen_layers(frame: pd.DataFrame, pattern: str | None = None, most: int = M
     return matching
 
 
-def draw(rows: pd.DataFrame, caption: str, arrays: files.Arrays) -> Figure:
+def draw(rows: pd.DataFrame, caption: str, arrays: files.Arrays) -> "Figure":
     """Draw weights, noise and symmetry, one line of panels for each row of the frame.
 
     Args:
@@ -134,6 +135,8 @@ def draw(rows: pd.DataFrame, caption: str, arrays: files.Arrays) -> Figure:
         caption: title, line feed, notes.
         arrays: as `drawn` returns them.
     """
+    import matplotlib.pyplot as plt
+
     with plots.style(), plt.rc_context({"axes.titlesize": 7}):
         figure, grid = plt.subplots(
             len(rows), 3, figsize=(7.0, 1.0 + 1.75 * len(rows)), layout="constrained", squeeze=False
@@ -150,13 +153,13 @@ def draw(rows: pd.DataFrame, caption: str, arrays: files.Arrays) -> Figure:
     return figure
 
 
-def _label(ax: Axes, row: Row) -> None:
+def _label(ax: "Axes", row: Row) -> None:
     numbers = f"KL {row['kl']:.2g}, uniform sample {row['kl_null']:.2g}"
     ax.set(title=f"{numbers}\nN = {row['count']:,}, {row['bins']} bins", xlabel=UNITS[str(row["mode"])], ylabel="")
     ax.margins(y=0.1)
 
 
-def _mirror(ax: Axes, lower: FloatArray, upper: FloatArray, row: Row) -> None:
+def _mirror(ax: "Axes", lower: FloatArray, upper: FloatArray, row: Row) -> None:
     far = max(lower.max(), upper.max())
     ax.plot(lower, upper, ".", color="C0", markersize=2)
     ax.plot([0, far], [0, far], "k--", linewidth=1)

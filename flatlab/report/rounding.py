@@ -2,14 +2,10 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
 
 from flatlab import plots
 from flatlab.report import tables
@@ -18,6 +14,10 @@ from flatlab.results.rounding import RoundingRises
 from flatlab.specs.measurements import RoundingSpec
 from flatlab.specs.run import RunSpec
 from flatlab.store.runs import Run, RunStore
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 TITLE = "Rise of the loss by rounding (nats), beside random directions as long on the whole, or in each channel"
 NULLS = {"none": "isotropic", "layer": "isotropic", "filter": "channel"}
@@ -89,7 +89,7 @@ def wide(rows: pd.DataFrame) -> pd.DataFrame:
     return table.reindex(columns=every).reset_index().rename_axis(columns=None)
 
 
-def draw(rows: pd.DataFrame, caption: str, *, panel: str = SOURCE) -> Figure:
+def draw(rows: pd.DataFrame, caption: str, *, panel: str = SOURCE) -> "Figure":
     """Draw for each method the rise over gamma, and below it the noise's z among random noises of its norm.
 
     Args:
@@ -97,6 +97,8 @@ def draw(rows: pd.DataFrame, caption: str, *, panel: str = SOURCE) -> Figure:
         caption: title, line feed, notes.
         panel: "source" or "target" (the held-out domain).
     """
+    import matplotlib.pyplot as plt
+
     shown = rows[(rows["panel"] == panel) & (rows["part"] == "all")]
     methods = list(dict.fromkeys(shown["method"]))
     with plots.style():
@@ -112,7 +114,9 @@ def draw(rows: pd.DataFrame, caption: str, *, panel: str = SOURCE) -> Figure:
     return figure
 
 
-def _rise(ax: Axes, mine: pd.DataFrame) -> None:
+def _rise(ax: "Axes", mine: pd.DataFrame) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     random = mine[(mine["quantity"] == "random") & (mine["perturbation"] != "trained")]
     plots.curves(ax, random.assign(null=random["null"].map(LOOKS)), x="gamma", by="null", order=list(LOOKS.values()))
     own = mine[(mine["quantity"] == "rise") & (mine["null"] == "channel")]
@@ -136,7 +140,9 @@ def _rise(ax: Axes, mine: pd.DataFrame) -> None:
     ax.set_xlabel("Norm of the noise = radius γ (L2)")
 
 
-def _standing(ax: Axes, mine: pd.DataFrame) -> None:
+def _standing(ax: "Axes", mine: pd.DataFrame) -> None:
+    from matplotlib.ticker import NullFormatter
+
     z = mine[mine["quantity"] == "z"].sort_values("gamma")
     places = {name: place for place, name in enumerate(dict.fromkeys(z["perturbation"]))}
     for index, null in enumerate(LOOKS):

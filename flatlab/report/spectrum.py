@@ -2,13 +2,10 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from flatlab import plots
 from flatlab.arguments import FloatArray
@@ -18,6 +15,10 @@ from flatlab.results.spectrum import MeasuredSpectrum, SpectralDensity, blur
 from flatlab.specs.measurements import SpectrumSpec
 from flatlab.specs.run import RunSpec
 from flatlab.store.runs import Run, RunStore
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Wanted = Iterable[tuple[str, RunSpec, SpectrumSpec]]
 PLACES = 120  # of a density's grid
@@ -83,7 +84,9 @@ def chart(store: RunStore, wanted: list[tuple[str, RunSpec, SpectrumSpec]], out:
     return plots.save(_draw(densities(store, ours)), out / "hessian", numbers(store, wanted))
 
 
-def _draw(frame: pd.DataFrame) -> Figure:
+def _draw(frame: pd.DataFrame) -> "Figure":
+    import matplotlib.pyplot as plt
+
     panels = list(dict.fromkeys(frame["panel"]))
     order = list(dict.fromkeys(frame["method"]))
     with plots.style():
@@ -96,7 +99,7 @@ def _draw(frame: pd.DataFrame) -> Figure:
     return figure
 
 
-def lines(ax: Axes, frame: pd.DataFrame, order: Iterable[str]) -> None:
+def lines(ax: "Axes", frame: pd.DataFrame, order: Iterable[str]) -> None:
     """Draw the density of each method over the eigenvalue, on a logarithmic axis.
 
     Args:

@@ -6,14 +6,10 @@ its agreement with validation, and `regret` the cost of selecting by validation.
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
 
 from flatlab import plots
 from flatlab.errors import UserError
@@ -25,6 +21,10 @@ from flatlab.specs.run import RunSpec
 from flatlab.store import selection
 from flatlab.store.runs import Run, RunStore
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 QUANTITIES = {"test": ACCURACY[SOURCE, "test"], "validation": ACCURACY[SOURCE, "out"], "target": ACCURACY[TARGET, "in"]}
 NUMBERS = {
     "spread": "Standard deviation",
@@ -35,7 +35,6 @@ NUMBERS = {
 SETTLED = 0.1  # of the steps: earlier accuracies rise from chance, and would set the scale of the axis
 KEYS = ["quantity", "method", "held_out", "seed", "step"]
 SHOWN = {"method": "", "held_out": "", "seed": "", "points": "", **dict.fromkeys(NUMBERS, ".2f")}
-PERCENT = FuncFormatter(lambda share, _: f"{100 * share:g}")  # PercentFormatter rounds 0.75 % to 0.8
 UNITLESS = "correlation"  # the other numbers are shares of 1, given in percent
 
 
@@ -105,6 +104,8 @@ def chart(
         out: folder of the pictures.
         valleys: SWAD's of each run, drawn in a separate panel.
     """
+    import matplotlib.pyplot as plt
+
     for run in found:
         if len(selection.candidates(run.rows(), since)) < 3:
             raise UserError(
@@ -128,7 +129,7 @@ def chart(
     return table, plots.save(figure, out / "stability", along)
 
 
-def _valleys(ax: Axes, found: Sequence[Run], valleys: Sequence[dict[str, Any]]) -> None:
+def _valleys(ax: "Axes", found: Sequence[Run], valleys: Sequence[dict[str, Any]]) -> None:
     """Draw the validation loss of runs, their valleys shaded, the thresholds dashed."""
     for index, (run, valley) in enumerate(zip(found, valleys, strict=True)):
         plots.valley(ax, {row["step"]: row["validation_loss"] for row in run.rows()}, valley, index=index)
@@ -136,7 +137,7 @@ def _valleys(ax: Axes, found: Sequence[Run], valleys: Sequence[dict[str, Any]]) 
     ax.set_title("SWAD's valley (shaded) and its threshold (dashed)", fontsize=7)
 
 
-def panels(axes: Sequence[Axes], frame: pd.DataFrame, order: Sequence[str], since: int) -> None:
+def panels(axes: "Sequence[Axes]", frame: pd.DataFrame, order: Sequence[str], since: int) -> None:
     """Draw accuracy on the source domains above and on the held-out domain below against the step, the switch marked.
 
     Args:
@@ -155,8 +156,13 @@ def panels(axes: Sequence[Axes], frame: pd.DataFrame, order: Sequence[str], sinc
         if since:
             ax.axvline(since, color="0.3", linewidth=0.8, linestyle=":")
         ax.set(ylabel=name.replace(", ", ",\n") + " (%)")
-        ax.yaxis.set_major_formatter(PERCENT)
+        ax.yaxis.set_major_formatter(_percent)
     axes[-1].set(xlabel="Training step" + (f"\n(dotted: switch at {since})" if since else ""))
+
+
+def _percent(share: float, _: float) -> str:
+    """Return the label of a tick: PercentFormatter would round 0.75 % to 0.8."""
+    return f"{100 * share:g}"
 
 
 def dots(figure: Any, frame: pd.DataFrame, order: Sequence[str]) -> None:
@@ -175,14 +181,14 @@ def dots(figure: Any, frame: pd.DataFrame, order: Sequence[str]) -> None:
             ax.plot(rows.loc[method, "value"], place, plots.MARKERS[place], **look)
         unit = "" if quantity == "correlation" else " (%)"
         if unit:
-            ax.xaxis.set_major_formatter(PERCENT)
+            ax.xaxis.set_major_formatter(_percent)
         ax.set(yticks=range(len(order)), yticklabels=order, ylim=(len(order) - 0.5, -0.5))
         ax.set_xlabel(f"{name}{unit}", fontsize=7)
         ax.locator_params(axis="x", nbins=4)
         ax.grid(visible=False, axis="y")
 
 
-def picture(frame: pd.DataFrame, order: Sequence[str], caption: str) -> Figure:
+def picture(frame: pd.DataFrame, order: Sequence[str], caption: str) -> "Figure":
     """Draw Figure 4: a column of curves for each held-out domain, and the numbers beside them.
 
     Args:
@@ -190,6 +196,8 @@ def picture(frame: pd.DataFrame, order: Sequence[str], caption: str) -> Figure:
         order: the methods.
         caption: title, line feed, notes.
     """
+    import matplotlib.pyplot as plt
+
     along, table = frame[frame["step"].notna()], frame[frame["step"].isna() & (frame["held_out"] == "all")]
     targets = list(dict.fromkeys(along["held_out"]))
     with plots.style():

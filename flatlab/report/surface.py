@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
@@ -86,6 +85,8 @@ def of_panel(found: Surface, panel: str, held_out: str) -> FloatArray:
 
 def draw_surfaces(found: Sequence[Run], measurement: SurfaceSpec, *, out: Path) -> list[Path]:
     """Draw contours of each run on both panels, with common levels, and a relief; write npz and pictures."""
+    import matplotlib.pyplot as plt
+
     surfaces = {run.spec.digest: run.result(measurement) for run in found}
     values = {
         (run.spec.digest, panel): of_panel(surfaces[run.spec.digest], panel, run.spec.held_out)
@@ -148,6 +149,8 @@ def draw_line(
     Returns:
         A row for each panel with the barrier (nats) and its interval; sentences; the written files.
     """
+    import matplotlib.pyplot as plt
+
     run, other = ends
     sentences, written = [], []
     lines: Connections = run.result(measurement)
