@@ -26,6 +26,7 @@ from flatlab.jobs.local import ALLOCATOR
 HERE = Path(__file__).parent
 COUNTS = {"samples": 512, "batch": 128, "few": 64, "steps": 400, "repeats": 7, "seeds": 3, "products": 40}
 COUNTS |= {"reference": 400, "probes": 200, "threads": 1, "most": 50}
+LIBRARIES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")  # of SciPy's and NumPy's algebra
 QUICK = {"samples": 64, "batch": 16, "few": 16, "steps": 20, "repeats": 1, "seeds": 1, "products": 11}
 QUICK |= {"reference": 30, "probes": 20, "most": 2}
 
@@ -77,6 +78,7 @@ def run(given, problem, part):
     told += ["--work", str(given.work), "--shared", str(given.shared), "--child", str(path.with_suffix(".part"))]
     plain = {name: value for name, value in os.environ.items() if name not in ALLOCATOR}
     environment = plain if part == "users" else plain | ALLOCATOR
+    environment |= dict.fromkeys(LIBRARIES, str(given.threads))  # those of torch are set in the process
     command = [sys.executable, __file__, part, "--problems", problem, *told]
     if subprocess.run(command, env=environment).returncode:
         print(f"{problem}, {part}: failed", flush=True)

@@ -3,9 +3,10 @@
     python benchmarks/job.py [--setting quick] [--rounds 3] [--all]
 
 Processor time of the command and all its processes, cold (empty store) and warm (nothing missing), beside bare torch
-loops of the same network in the same run: as many training steps (forward, backward, Adam; two of each for SAM) and as
-many images forwarded at the batch size of the measurements. The images of pilots, which are not recorded, and what
-quantization adds count as zero, so that the ratio is an upper bound.
+loops of the same network in the same run, with the allocator's setting that flatlab gives its workers: as many training
+steps (forward, backward, Adam; two of each for SAM), and as many images forwarded, in passes of as many as a block of
+the measurements has. The images of pilots, which are not recorded, and what quantization adds count as zero, so that
+the ratio is an upper bound.
 
 With --all, also the minutes that `flatlab reproduce all` takes from an empty store, with two workers on this machine;
 without, those that were measured before are kept.
@@ -24,8 +25,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from flatness import pinned
 
 from flatlab import environment, reproduce
+from flatlab.jobs.local import ALLOCATOR
 from flatlab.jobs.plan import BACKWARD
 from flatlab.models.networks import build_network
 from flatlab.specs.run import Place
@@ -36,8 +39,8 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 COLD, WARM, HELP = 1.3, 2.5, 8.0  # goals
 ALL = 15  # minutes
-FORWARDED = 128  # images of a bare forward pass
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+USERS = {name: value for name, value in os.environ.items() if name not in ALLOCATOR}
+ENVIRONMENT = USERS | {"OMP_NUM_THREADS": "1"}
 
 
 def processor_time(*command: str) -> float:
@@ -53,7 +56,7 @@ def minutes_of_all(setting: str) -> float:
     with tempfile.TemporaryDirectory() as folder:
         command = f"-m flatlab reproduce all --setting {setting} --workers 2 --store {folder}/runs --out {folder}"
         started = time.monotonic()
-        subprocess.run([sys.executable, *command.split()], check=True, capture_output=True, cwd=ROOT)
+        subprocess.run([sys.executable, *command.split()], check=True, capture_output=True, cwd=ROOT, env=USERS)
         return (time.monotonic() - started) / 60
 
 
@@ -76,12 +79,12 @@ def counted(setting: Setting, store: RunStore) -> dict[str, float]:
 class Bare:
     """Torch loops over the network of Figure 3 on random images."""
 
-    def __init__(self, batch: int) -> None:
+    def __init__(self, batch: int, block: int) -> None:
         torch.manual_seed(0)
         self.model = build_network("digits-cnn", in_channels=1, num_classes=10)
         self.optimizer = torch.optim.Adam(self.model.parameters(), 1e-3)
         self.data = torch.randn(batch, 1, 16, 16), torch.randint(10, (batch,))
-        self.images = torch.randn(FORWARDED, 1, 16, 16)
+        self.images = torch.randn(block, 1, 16, 16)
 
     def step(self) -> float:
         """Return the median processor time of a training step."""
@@ -92,7 +95,7 @@ class Bare:
         """Return the median processor time of an image forwarded."""
         self.model.eval()
         with torch.no_grad():
-            return _median(lambda: self.model(self.images), 200) / FORWARDED
+            return _median(lambda: self.model(self.images), 200) / len(self.images)
 
     def _step(self) -> None:
         images, targets = self.data
@@ -117,12 +120,13 @@ def main() -> None:
     parser.add_argument("--all", action="store_true", help="time `reproduce all`, too: a quarter of an hour")
     parser.add_argument("--out", type=Path, default=HERE / "results")
     asked = parser.parse_args()
+    pinned()
     torch.set_num_threads(1)
     path = asked.out / "job.json"
     kept = json.loads(path.read_text()).get("all") if path.exists() else None
     whole = {"minutes": minutes_of_all(asked.setting), "goal": ALL} if asked.all else kept
     setting = SETTINGS[asked.setting]
-    bare, loops = Bare(batch=3 * setting.batch_size), []
+    bare, loops = Bare(batch=3 * setting.batch_size, block=setting.block_size or 128), []
     times: dict[str, list[float]] = {name: [] for name in ("cold", "warm", "imports", "help", "python")}
     for _ in range(asked.rounds):
         with tempfile.TemporaryDirectory() as folder:

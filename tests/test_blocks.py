@@ -223,6 +223,36 @@ def test_losses_of_single_samples_are_the_same_bytes_in_one_call(loss):
     assert rows[0].shape == (2, 24) and np.array_equal(*rows)
 
 
+@pytest.mark.parametrize("loss", [F.cross_entropy, nn.CrossEntropyLoss(label_smoothing=0.1)], ids=["plain", "smooth"])
+def test_the_loss_of_each_sample_in_one_call_gives_that_of_each_stratum(loss):
+    case = cases.make("conv_bn")
+    batches = case.batches([5, 1, 11, 3, 4])
+    data = {"a": batches[:3], "b": batches[3:]}
+    known, hidden = (
+        Landscape(case.model, data, each) for each in (loss, lambda outputs, targets: loss(outputs, targets))
+    )
+    direction = draw_direction(known, 0, 0)
+    for size in (2, 5, 24):
+        for one, other in zip(known.blocks(size), hidden.blocks(size), strict=True):
+            with known.moving() as at:
+                found = at(direction, [[0.0, 0.3], [-0.3, 1.0]], block=known.gather(one))
+            with hidden.moving() as at:
+                expected = at(direction, [[0.0, 0.3], [-0.3, 1.0]], block=hidden.gather(other))
+            assert found.shape == (2, 2, 2)
+            np.testing.assert_allclose(found, expected, rtol=3e-7)
+
+
+def test_an_unchecked_mean_over_some_samples_alone_stays_that_mean():
+    model, (inputs, targets) = nn.Linear(5, 3).eval(), (torch.randn(64, 5), torch.randint(3, (64,)))
+    targets[::4] = -100
+    losses = []
+    for loss in (F.cross_entropy, lambda outputs, targets: F.cross_entropy(outputs, targets)):
+        around = Landscape(model, [(inputs, targets)], loss, check=False)
+        with around.moving() as at:
+            losses.append([at(around.point, block=around.gather(block)) for block in around.blocks(16)])
+    assert np.array_equal(*losses)
+
+
 @pytest.mark.parametrize(
     "loss",
     [

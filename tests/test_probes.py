@@ -37,6 +37,15 @@ def test_batches_of_one_sample_hide_no_weights(loss):
         Landscape(mlp(), list(zip(X.split(1), Y.split(1), strict=True)), loss)
 
 
+def test_a_loss_that_some_samples_alone_do_not_have_is_refused_without_a_number():
+    targets = torch.where(torch.arange(24) % 4 == 0, Y, -100)
+    with pytest.raises(
+        UserError, match="but of some samples alone it is not finite, so it is not .*; it weighs"
+    ) as told:
+        Landscape(mlp(), [(X, targets)], lambda outputs, targets: F.cross_entropy(outputs, targets))
+    assert "nan" not in str(told.value)
+
+
 def test_batches_of_one_class_hide_no_class_weights():
     sort = Y.argsort()
     data = list(zip(X[sort].split(8), Y[sort].split(8), strict=True))

@@ -1,12 +1,12 @@
 """Options that would have no effect are refused, since they are probably mistakes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from flatlab.cli.choices import Choices
 from flatlab.cli.options import FREEZE, LSQ, OF_SETTING, Rule, flag
 from flatlab.errors import UserError
-from flatlab.specs.run import FREEZING
+from flatlab.specs.run import FREEZING, RunSpec
 
 if TYPE_CHECKING:
     from flatlab.specs.methods import Method
@@ -18,6 +18,7 @@ Needs = tuple[Callable[["Method"], bool], str, str]
 _GRID: Needs = (lambda m: m.quantizer != "none" or m.noise != "none", "a quantizer", "add --quantizer lsq")
 _LSQ: Needs = (lambda m: m.quantizer == "lsq", "LSQ", "add --quantizer lsq")
 _SWAD: Needs = (lambda m: m.average == "swad", "SWAD", "add --average swad")
+_FLOATS = (None, "none")  # values of --activations that leave them in floats
 _DECIDED = ("threshold", "direction", "top", "trigger", "gradient", "when", "forever")
 IDLE_BESIDE = [  # an option, another that takes its effect away, and why
     *((f"freeze_{name}", "freeze_alternate", "which makes no decisions") for name in _DECIDED),
@@ -62,13 +63,37 @@ def refuse_idle(chosen: Choices, parts: "Method") -> None:
             raise UserError(f"{flag(word)} does nothing beside {flag(other)}, {why}; leave one of them out.")
     if chosen.freeze_gradient == "both" and chosen.freeze_rescale:
         raise UserError("--freeze-rescale does nothing beside --freeze-gradient both, which leaves no gradient.")
+    if chosen.perturb == "all" and parts.step == "saq" and parts.quantizer == "lsq" and chosen.activations in _FLOATS:
+        raise UserError(
+            "--perturb all adds to SAQ the step sizes of inputs, of which there are none; add --activations unsigned "
+            "(or signed), or leave it out."
+        )
     if chosen.perturb == "all" and not parts.quantizer.startswith("lsq"):
         raise UserError("--perturb all adds step sizes, of which there are none without LSQ; leave it out.")
-    if chosen.activation_bits is not None and chosen.activations in (None, "none"):
+    if chosen.activation_bits is not None and chosen.activations in _FLOATS:
         raise UserError(
             f"--activation-bits {chosen.activation_bits} does nothing without quantized activations; add "
             "--activations unsigned (or signed), or leave it out."
         )
+
+
+def refuse_too_long(chosen: Choices, wanted: Sequence[RunSpec]) -> None:
+    """Refuse intervals longer than the training, in which nothing would be kept or frozen.
+
+    Args:
+        chosen: the chosen options.
+        wanted: the runs.
+    """
+    shortest = min(spec.steps for spec in wanted)
+    if chosen.keep_every and chosen.keep_every > shortest:
+        raise UserError(f"--keep-every must be at most --steps, got {chosen.keep_every} > {shortest}.")
+    for spec in wanted:
+        windows, left = spec.step.freezing, spec.steps - (spec.switch or 0)
+        if windows and (windows.alternate or windows.when == "window") and windows.every > left:
+            raise UserError(
+                f"--freeze-every must be at most the {left} steps after the switch, got {windows.every}: the first "
+                "window would end with the training, and nothing be frozen."
+            )
 
 
 def refuse_without_effect(chosen: Choices, plan: "Callable[[Setting], Any]", what: str) -> None:

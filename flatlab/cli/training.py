@@ -9,7 +9,7 @@ import typer
 
 from flatlab.cli import checks, run_jobs
 from flatlab.cli.choices import Choices, takes
-from flatlab.cli.effects import refuse_idle, refuse_without_effect
+from flatlab.cli.effects import refuse_idle, refuse_too_long, refuse_without_effect
 from flatlab.cli.errors import Commands, say
 from flatlab.cli.options import DATASET, MODELS, NAMED, QUANTIZER, RUNNING, STEP, TRAINING, WHERE, Runs, asked
 from flatlab.errors import UserError, choose
@@ -50,9 +50,7 @@ def train(chosen: Choices) -> None:
     refuse_idle(chosen, parts)
     refuse_without_effect(chosen, partial(methods.replicates, parts), "this method")
     wanted = methods.replicates(parts, setting)
-    shortest = min(spec.steps for spec in wanted)
-    if chosen.keep_every and chosen.keep_every > shortest:
-        raise UserError(f"--keep-every must be at most --steps, got {chosen.keep_every} > {shortest}.")
+    refuse_too_long(chosen, wanted)
     label += "".join(f", {part} {value}" for part, value in changes.items())
     check_data(map(store.run, wanted), chosen.place())
     todo = jobs_plan.missing(store, wanted, [], sizes=catalog.sizes(setting.dataset, chosen.folder()))

@@ -63,7 +63,9 @@ class Block:
         return replace(self, parts=tuple(p._replace(scale=p.scale * float(by[p.row])) for p in self.parts))
 
     def shares(self, totals: FloatArray) -> FloatArray:
-        """Return shares (K, width) from totals (K, parts): over a partition, their mean is the stratum mean."""
+        """Return shares (K, width) from totals (K, parts) or losses (K, samples): their mean is the stratum mean."""
+        if totals.shape[1] == self.size:
+            totals = np.add.reduceat(totals, [part.start for part in self.parts], axis=1)
         shares = np.zeros((len(totals), self.width))
         for column, part in enumerate(self.parts):
             shares[:, part.row] += totals[:, column] * part.scale

@@ -370,10 +370,11 @@ class Landscape:
         return torch.stack(sums)
 
     def _totals(self, batch: Batch, block: Block, targets: list[Batch]) -> Tensor:
-        """Return the total loss of each part of a block."""
+        """Return the total loss of each part of a block, or of each sample where that is one call of the same mean."""
         outputs = self._forward(batch.inputs)
-        if len(block.parts) == block.size and (found := sample_losses(self.loss, outputs, batch.targets)) is not None:
-            return found.double()
+        mean = self._check or len(block.parts) == block.size  # unchecked, it may have been that of some samples alone
+        if mean and (found := sample_losses(self.loss, outputs, batch.targets)) is not None:
+            return found
         pairs = zip(block.parts, targets, strict=True)
         return torch.stack([self._total(part(outputs, p.start, p.stop), each) for p, each in pairs])
 

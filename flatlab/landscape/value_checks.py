@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
+from math import isfinite
 from typing import Any
 
 import torch
@@ -16,9 +17,9 @@ from flatlab.tensors.structures import mapped
 
 Forward = Callable[[Any], Any]
 Weigh = Callable[[Any, Batch], Tensor | None]
+"""The weight of a batch, from the outputs; None if it is its size."""
 Singly = Callable[[Any, Any], Tensor | None]
 """From outputs and targets to the loss of each sample (n,) in one call, if the loss is one that is known."""
-"""The weight of a batch, from the outputs; None if it is its size."""
 
 SURE, TENTH = 10_000, 10  # samples of a stratum that are all evaluated twice; of more, one batch in up to ten is
 _PIECES = 64  # into which a batch is cut, at most, to test whether its mean loss is the mean over its samples
@@ -229,9 +230,10 @@ def _refuse_weighing(
             " then there is no mean over samples); in the first case let it return two vectors, each sample's sum"
             f" (reduction='none') and each sample's weight, as {weights}"
         )
+    off = float(parts.sum()) / whole.size - mean
+    apart = f"over its samples it differs by {off:+.2g}" if isfinite(off) else "of some samples alone it is not finite"
     raise UserError(
-        f"The mean loss of {what} is {mean:.4g}, but over its samples it differs by"
-        f" {float(parts.sum()) / whole.size - mean:+.2g}, so it is not the mean over them; {why}."
+        f"The mean loss of {what} is {mean:.4g}, but {apart}, so it is not the mean over its samples; {why}."
     )
 
 

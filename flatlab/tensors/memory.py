@@ -30,7 +30,7 @@ class SplitOnOOM:
 
     def __call__(self, inputs: Any) -> Any:
         """Return the outputs of all samples."""
-        leaves = tensors(inputs)
+        leaves = [inputs] if isinstance(inputs, Tensor) else tensors(inputs)  # the walk costs as much as a small layer
         size = len(leaves[0]) if leaves and leaves[0].ndim else 0
         if self.fits and size > (step := self.fits):  # a piece may reduce it further
             return concatenate([self(part(inputs, start, start + step)) for start in range(0, size, step)])

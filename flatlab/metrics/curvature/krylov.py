@@ -50,6 +50,7 @@ class Krylov:
         self.basis = start.new_zeros((capacity, len(start)))
         self.projection: FloatArray = np.zeros((capacity, capacity))
         self._next, self.beta = start / torch.linalg.vector_norm(start), 0.0
+        self._pairs: tuple[FloatArray, FloatArray] | None = None  # Ritz pairs, since the projection changed last
 
     @property
     def full(self) -> bool:
@@ -81,14 +82,17 @@ class Krylov:
         self.products += 1
         coefficients = self._orthogonalise(rest)
         self.projection[j, : j + 1] = self.projection[: j + 1, j] = coefficients
+        self._pairs = None
         self.beta = float(torch.linalg.vector_norm(rest))
         self._next = rest / self.beta if self.beta > 0 else rest
 
     def ritz(self) -> tuple[FloatArray, FloatArray]:
         """Return Ritz values, ascending, and their coefficients in the basis, one column each."""
-        # By torch, whose threads the caller sets: NumPy's many take far longer for a small matrix on a busy machine.
-        values, coefficients = torch.linalg.eigh(torch.from_numpy(self.projection[: self.size, : self.size]))
-        return values.numpy(), coefficients.numpy()
+        if self._pairs is None:
+            # By torch, whose threads the caller sets: NumPy's many take far longer on a busy machine.
+            values, coefficients = torch.linalg.eigh(torch.from_numpy(self.projection[: self.size, : self.size]))
+            self._pairs = values.numpy(), coefficients.numpy()
+        return self._pairs
 
     def restart(self, coefficients: FloatArray, values: FloatArray) -> None:
         """Keep only some Ritz vectors, and the next direction (thick restart, Wu and Simon 2000)."""
@@ -99,6 +103,7 @@ class Krylov:
         self.size = len(values)
         self.projection[:] = 0.0
         self.projection[: self.size, : self.size] = np.diag(values)
+        self._pairs = None
 
     def renew(self, direction: Tensor) -> None:
         """Continue in another direction after a breakdown; the projection has no entries between the two."""
