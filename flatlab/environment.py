@@ -66,11 +66,10 @@ def commit() -> str:
 
 
 def code(folder: Path, packages: Iterable[str]) -> str:
-    """Return a hash of flatlab's source, of that in a folder, and of the versions of packages."""
+    """Return a hash of flatlab's source, of the modules in a folder, and of the versions of packages."""
     found = hashlib.sha256(" ".join(map(version, packages)).encode())
-    for root in (Path(flatlab.__file__).parent, folder):
-        for path in sorted(root.rglob("*.py")):
-            found.update(path.read_bytes())
+    for path in (*sorted(Path(flatlab.__file__).parent.rglob("*.py")), *sorted(folder.glob("*.py"))):
+        found.update(path.read_bytes())
     return found.hexdigest()
 
 

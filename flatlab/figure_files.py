@@ -153,17 +153,18 @@ def unchanged(figure: Analysis, stem: Path) -> list[Path]:
     """
     record = files.read_record(stem.with_suffix(".json"))
     drawn, made = record["drawn"], [stem.with_suffix(suffix) for suffix in DRAWN]
-    if drawn.get("of") != _origin(figure, record):
+    if not (origin := _origin(figure, record)) or drawn.get("of") != origin:
         return []
     same = all(path.is_file() and files.file_hash(path) == drawn[path.suffix] for path in made)
     return made if same else []
 
 
 def _origin(figure: Analysis, record: Mapping[str, Any]) -> str:
-    """Return a hash of what pictures and page are made of: the data and the text in the json, and the code."""
-    analyses = Path(sys.modules[figure.module].__file__ or "").parent
+    """Return a hash of what pictures and page are made of: data and text in the json, and code; "" without its file."""
+    if not (module := getattr(sys.modules[figure.module], "__file__", None)):  # a cell of a notebook, which may change
+        return ""
     text = files.strict_json({name: value for name, value in record.items() if name != "drawn"})
-    return hashlib.sha256((text + environment.code(analyses, DRAWING)).encode()).hexdigest()
+    return hashlib.sha256((text + environment.code(Path(module).parent, DRAWING)).encode()).hexdigest()
 
 
 def _last_drawn(stem: Path) -> dict[str, str]:
