@@ -66,11 +66,17 @@ def commit() -> str:
 
 
 def code(folder: Path, packages: Iterable[str]) -> str:
-    """Return a hash of flatlab's source, of the modules in a folder, and of the versions of packages."""
+    """Return a hash of flatlab's own files, of the modules in a folder, and of the versions of packages."""
     found = hashlib.sha256(" ".join(map(version, packages)).encode())
-    for path in (*sorted(Path(flatlab.__file__).parent.rglob("*.py")), *sorted(folder.glob("*.py"))):
+    for path in (*own_files(), *sorted(path for path in folder.glob("*.py") if path.is_file())):
         found.update(path.read_bytes())
     return found.hexdigest()
+
+
+def own_files() -> list[Path]:
+    """Return flatlab's modules and resources."""
+    inside = sorted(Path(flatlab.__file__).parent.rglob("*"))
+    return [path for path in inside if path.is_file() and path.parent.name != "__pycache__"]
 
 
 def _output_of(*command: str) -> str:

@@ -10,6 +10,7 @@ import io
 import re
 import sys
 from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -129,11 +130,14 @@ def draw(figure: Analysis, stem: Path) -> tuple[list[Path], pd.DataFrame, dict[s
         The files that were written, the findings, and the record of the json.
     """
     frame, arrays, record = read_data(stem)
-    written = plots.save(figure.draw(frame, record["caption"], arrays), stem)
     findings = figure.findings(frame)
-    written.append(stem.with_suffix(".md"))
-    files.write_bytes(written[-1], _page(figure, frame, findings, record).encode())
-    drawn = {"of": _origin(figure, record), **{path.suffix: files.file_hash(path) for path in written}}
+    contents = plots.rendered(figure.draw(frame, record["caption"], arrays))
+    contents[".md"] = _page(figure, frame, findings, record).encode()
+    for suffix, content in contents.items():
+        files.write_bytes(stem.with_suffix(suffix), content)
+    drawn = {suffix: hashlib.sha256(content).hexdigest() for suffix, content in contents.items()}
+    drawn["of"] = _origin(figure, record) if _code(figure.module) == source(figure.module) else ""
+    written = [stem.with_suffix(suffix) for suffix in contents]
     if record.get("drawn") != drawn:
         record["drawn"] = drawn
         written.append(stem.with_suffix(".json"))
@@ -160,11 +164,28 @@ def unchanged(figure: Analysis, stem: Path) -> list[Path]:
 
 
 def _origin(figure: Analysis, record: Mapping[str, Any]) -> str:
-    """Return a hash of what pictures and page are made of: data and text in the json, and code; "" without its file."""
-    if not (module := getattr(sys.modules[figure.module], "__file__", None)):  # a cell of a notebook, which may change
-        return ""
+    """Return a hash of what pictures and page are made of: data and text in the json, and code; "" if unknown."""
     text = files.strict_json({name: value for name, value in record.items() if name != "drawn"})
-    return hashlib.sha256((text + environment.code(Path(module).parent, DRAWING)).encode()).hexdigest()
+    code = source(figure.module)
+    return hashlib.sha256((text + code).encode()).hexdigest() if code else ""
+
+
+@cache
+def source(module: str) -> str:
+    """Return a hash of the code that draws a figure, as it is at the first call, which belongs right after its import.
+
+    A source may be edited while its figure is trained: then what draws is the code of before.
+
+    Args:
+        module: of the figure.
+    """
+    return _code(module)
+
+
+def _code(module: str) -> str:
+    """Return a hash of the code that draws a figure as it is now; "" for a cell of a notebook, which has no file."""
+    file = getattr(sys.modules[module], "__file__", None)
+    return environment.code(Path(file).parent, DRAWING) if file else ""
 
 
 def _last_drawn(stem: Path) -> dict[str, str]:

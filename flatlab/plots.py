@@ -1,5 +1,6 @@
 """Plotting: one style for all figures, functions that draw a data frame, and files with embedded fonts."""
 
+import io
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -50,10 +51,12 @@ STYLE: dict[Any, Any] = {
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Draw in flatlab's style: small type for a paper's column, a palette suited to colour-blind readers."""
+    """Draw in flatlab's style, whatever a matplotlibrc says: a paper's small type, colours for colour-blind readers."""
     import matplotlib as mpl
 
-    with mpl.rc_context(STYLE):
+    with mpl.rc_context():
+        mpl.rcdefaults()
+        mpl.rcParams.update(STYLE)
         yield
 
 
@@ -101,28 +104,32 @@ def legend_above(figure: "Figure", ax: "Axes", title: str, *, columns: int | Non
     legend.get_title().set_multialignment("center")
 
 
-def save(figure: "Figure", stem: Path, table: pd.DataFrame | None = None) -> list[Path]:
-    """Write `<stem>.pdf` and `<stem>.png`, the PDF without a date, so that equal figures are equal files.
-
-    A table that belongs to the figure is written to `<stem>.csv`.
-    """
+def rendered(figure: "Figure") -> dict[str, bytes]:
+    """Return a figure as PDF and PNG, by suffix, and close it; the PDF has no date, so that equal figures are equal."""
     import matplotlib.pyplot as plt
 
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    paths = [stem.with_suffix(suffix) for suffix in (".pdf", ".png")]
+    contents = {}
     with style():  # resolution and fonts are those at the time of writing
         try:
-            for path in paths:
-                kind, metadata = path.suffix[1:], {"CreationDate": None} if path.suffix == ".pdf" else None
-                with files.aside(path) as neighbour:
-                    figure.savefig(neighbour, format=kind, metadata=metadata)
+            for suffix, metadata in ((".pdf", {"CreationDate": None}), (".png", None)):
+                buffer = io.BytesIO()
+                figure.savefig(buffer, format=suffix[1:], metadata=metadata)
+                contents[suffix] = buffer.getvalue()
                 figure.set_layout_engine("none")  # the second picture has the layout of the first
         finally:
             plt.close(figure)
+    return contents
+
+
+def save(figure: "Figure", stem: Path, table: pd.DataFrame | None = None) -> list[Path]:
+    """Write `<stem>.pdf` and `<stem>.png`, and a table that belongs to the figure to `<stem>.csv`."""
+    contents = rendered(figure)
     if table is not None:
-        paths.append(stem.with_suffix(".csv"))
-        files.write_bytes(paths[-1], table.to_csv(index=False).encode())
-    return paths
+        contents[".csv"] = table.to_csv(index=False).encode()
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    for suffix, content in contents.items():
+        files.write_bytes(stem.with_suffix(suffix), content)
+    return [stem.with_suffix(suffix) for suffix in contents]
 
 
 def forest(

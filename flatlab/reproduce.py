@@ -50,6 +50,7 @@ def analysis(name: str) -> Analysis:
         UserError: if `analyses/` is not found, or has no such figure.
     """
     found: Analysis = import_module(f"analyses.{choose('figure or table', name, analyses())}").FIGURE
+    figure_files.source(found.module)
     return found
 
 

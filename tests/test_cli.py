@@ -68,11 +68,12 @@ def test_the_overview_names_each_command_with_the_first_sentence_of_its_help(fla
     assert told == {name: " ".join(command.help.split("\n\n")[0].split()) for name, command in group.commands.items()}
     options = {param.opts[0]: param.help for param in group.get_params(app.typer.Context(group))}
     assert options == {words.split(", ")[-1]: text for words, text in overview.OPTIONS.items()}
-    for columns in (40, 80, 300):
+    for columns in (1, 40, 80, 300):
         monkeypatch.setenv("COLUMNS", str(columns))
         page = flatlab("-h").out
         assert page == flatlab().out == flatlab("--version", "--help").out
-        assert max(map(len, page.splitlines())) <= min(columns, overview.WIDEST)
+        longest = max(map(len, page.splitlines()))
+        assert longest <= max(overview.NARROWEST, min(columns, overview.WIDEST))
         assert all(re.search(rf"^  {name} +\S", page, re.MULTILINE) for name in told)
 
 
@@ -93,6 +94,13 @@ def test_help_says_nothing_if_the_reader_has_closed_the_pipe():
     with subprocess.Popen([sys.executable, "-m", "flatlab"], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.close()
         assert process.stderr.read() == b"" and process.wait() == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
+def test_help_on_a_full_disk_is_one_sentence():
+    with open("/dev/full", "w") as full:
+        answer = subprocess.run([sys.executable, "-m", "flatlab"], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert answer.returncode == 2 and re.fullmatch("error: .*No space left on device.*\n", answer.stderr)
 
 
 def test_version(flatlab):

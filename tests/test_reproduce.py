@@ -14,7 +14,7 @@ from PIL import Image
 from test_architecture import without_torch
 
 from analyses import _rows, fig3, study, table4
-from flatlab import figure_files, files, reproduce
+from flatlab import environment, figure_files, files, plots, reproduce
 from flatlab.analysis import Analysis
 from flatlab.errors import UserError
 from flatlab.resources import published
@@ -171,12 +171,15 @@ def dots(tmp_path, monkeypatch):
         ax.plot(frame["value"], "o")
         return figure
 
+    figure_files.source.cache_clear()
     empty = pd.DataFrame({"a": [1]})
     given = {"labelled": list, "table": list, "summary_title": "S", "remarks": list, "caption": str, "draw": draw}
     given |= {"findings": lambda frame: empty, "summary": lambda findings: empty, "baseline": "ERM"}
     figure = Analysis(module="analyses.dots", doc="Dots.", **given)
 
-    def made(value=1.0, **more):
+    def made(value=1.0, *, restarted=False, **more):
+        if restarted:
+            figure_files.source.cache_clear()
         record = {
             "caption": "Dots\nnotes",
             "remarks": [],
@@ -202,11 +205,48 @@ def test_pictures_and_page_are_left_only_if_nothing_changed_that_they_are_made_o
         assert dots(**change) == set() and dots(**change) == every
         assert dots() == set() and dots() == every  # back: drawn of other data since
     (tmp_path / "analyses" / "dots.py").write_text("# another colour")
-    assert dots() == set() and dots() == every
+    assert dots(restarted=True) == set() and dots() == every
+    (tmp_path / "analyses" / ".#dots.py").symlink_to("nowhere")  # an editor's lock
+    assert dots(restarted=True) == every
     monkeypatch.setattr("flatlab.environment.version", lambda name: f"another {name}")
-    assert dots() == set() and dots() == every
+    assert dots(restarted=True) == set() and dots() == every
     monkeypatch.setitem(sys.modules, "analyses.dots", SimpleNamespace())  # as in a notebook, whose cells may change
-    assert dots() == set() == dots()
+    assert dots(restarted=True) == set() == dots()
+
+
+def test_pictures_of_a_source_that_is_edited_meanwhile_are_drawn_again(dots, tmp_path):
+    assert dots() == set()
+    (tmp_path / "analyses" / "dots.py").write_text("# another colour, not loaded")
+    assert dots(value=2.0) == set() == dots(value=2.0)  # by the code of before, but the file is another one
+    assert dots(value=2.0, restarted=True) == set() and dots(value=2.0) == {".pdf", ".png", ".md"}
+
+
+def test_files_that_another_call_has_written_meanwhile_are_drawn_again(dots, tmp_path, monkeypatch):
+    write, path = files.write_bytes, tmp_path / "out" / "dots.png"
+
+    def late(to, content):
+        write(to, b"of another call" if to == path else content)
+
+    monkeypatch.setattr("flatlab.files.write_bytes", late)
+    assert dots() == set() == dots() and path.read_bytes() == b"of another call"
+    monkeypatch.undo()
+
+
+def test_the_hash_of_the_code_covers_published_numbers():
+    own = {path.name for path in environment.own_files()}
+    assert {"published.json", "plots.py", "figure_files.py"} <= own and not any(name.endswith(".pyc") for name in own)
+
+
+def test_a_matplotlibrc_changes_no_picture():
+    def drawn():
+        with plots.style():
+            figure, ax = plt.subplots()
+            ax.plot([1, 2])
+        return plots.rendered(figure)[".png"]
+
+    plain = drawn()
+    with plt.rc_context({"axes.facecolor": "red", "savefig.facecolor": "red", "lines.linewidth": 9.0}):
+        assert drawn() == plain
 
 
 @pytest.mark.parametrize("name", ["dots.pdf", "dots.png", "dots.md"])

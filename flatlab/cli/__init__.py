@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 from flatlab.cli import overview
 
@@ -18,7 +19,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words in HELP and COMPLETING not in os.environ:
-        sys.exit(overview.show())
+        with suppress(OSError):  # a closed pipe, a full disk: told below, as for any command
+            print(overview.page(), flush=True)
+            sys.exit(0)
+        words = ["--help"]
     from flatlab.cli.app import run
 
     sys.exit(run(words))

@@ -89,10 +89,11 @@ def refuse_too_long(chosen: Choices, wanted: Sequence[RunSpec]) -> None:
         raise UserError(f"--keep-every must be at most --steps, got {chosen.keep_every} > {shortest}.")
     for spec in wanted:
         windows, left = spec.step.freezing, spec.steps - (spec.switch or 0)
-        if windows and (windows.alternate or windows.when == "window") and windows.every > left:
+        if windows and windows.when == "window" and not windows.alternate and windows.every > left:
+            since = " after the switch" if spec.switch else ""
             raise UserError(
-                f"--freeze-every must be at most the {left} steps after the switch, got {windows.every}: the first "
-                "window would end with the training, and nothing be frozen."
+                f"--freeze-every must be at most the {left} steps{since}, got {windows.every}: no step would "
+                "follow the first window, so that nothing would be frozen."
             )
 
 

@@ -98,7 +98,7 @@ def report(
         typer.Argument(help="Runs, as `flatlab flatness` takes them, and files written by `result.save(FILE.npz)`."),
     ],
 ) -> None:
-    """Write one HTML page, without network: what was measured, in sentences, tables and pictures that turn."""
+    """Write one HTML page, without network: what was measured, in sentences, tables and pictures to rotate."""
     from flatlab.report.html.sections import report as write
     from flatlab.saving import load
 

@@ -114,7 +114,7 @@ def noise(
         ),
     ] = None,
 ) -> None:
-    """Test quantization noise for uniformity and symmetry (QT-DoG Figs. 2, 8), or measure the rise by rounding."""
+    """Test quantization noise for uniformity and symmetry (QT-DoG Figs. 2, 8), or how rounding raises the loss."""
     from flatlab.report import quantization_noise, rounding
     from flatlab.specs.measurements import QuantizationNoiseSpec
 

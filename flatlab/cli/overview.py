@@ -1,14 +1,12 @@
 """What `flatlab --help` prints. It stands here so that neither the commands nor their library are loaded for it."""
 
-import os
 import shutil
-import sys
 import textwrap
 
 OPENING = """How flat is this minimum, is that one flatter, and does it matter out of domain?
 
 Begin with `flatlab reproduce fig3`: it trains five methods on embedded data, measures how flat their minima are, and
-draws Figure 3 of QT-DoG (arXiv 2410.06020) with error bands. Every command can be stopped and repeated."""
+draws Figure 3 of QT-DoG (arXiv 2410.06020) with error bars. Every command can be stopped and repeated."""
 CLOSING = "`flatlab COMMAND --help` explains a command, with an example."
 COMMANDS = {  # the first sentence of each command's own help
     "Figures and tables": {
@@ -30,15 +28,15 @@ COMMANDS = {  # the first sentence of each command's own help
         "hessian": "Measure the Hessian of trained runs: top eigenvalues with bounds, trace with interval, spectral "
         "density.",
         "landscape": "Draw the loss on a plane through trained runs, and compare three estimates of the Hessian trace.",
-        "noise": "Test quantization noise for uniformity and symmetry (QT-DoG Figs. 2, 8), or measure the rise by "
-        "rounding.",
+        "noise": "Test quantization noise for uniformity and symmetry (QT-DoG Figs. 2, 8), or how rounding "
+        "raises the loss.",
         "stability": "Report the variability of held-out accuracy, its correlation with validation accuracy, and "
         "selection regret.",
         "audit": "Rescale layers without changing the function, and rank flatness measures by how much they change.",
         "latency": "Time networks on this processor: in torch and onnxruntime, in floats, with integer weights and in "
         "int8.",
-        "report": "Write one HTML page, without network: what was measured, in sentences, tables and pictures that "
-        "turn.",
+        "report": "Write one HTML page, without network: what was measured, in sentences, tables and pictures "
+        "to rotate.",
     },
     "Stores and machines": {
         "runs": "List, show, verify, remove and merge the runs of a store.",
@@ -55,22 +53,12 @@ OPTIONS = {
     "--show-completion": "Show completion for the current shell, to copy it or customize the installation.",
     "-h, --help": "Show this message and exit.",
 }
-WIDEST = 100  # characters of a line
-
-
-def show() -> int:
-    """Print the page; return the exit code, which is 1 if the reader has closed the pipe."""
-    try:
-        print(page(), flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    return 0
+NARROWEST, WIDEST = 40, 100  # characters of a line
 
 
 def page() -> str:
     """Return the page, as wide as the terminal allows."""
-    width = min(WIDEST, shutil.get_terminal_size().columns)
+    width = max(NARROWEST, min(WIDEST, shutil.get_terminal_size().columns))
     opening = [textwrap.fill(each, width) for each in OPENING.split("\n\n")]
     indent = 4 + max(len(name) for names in COMMANDS.values() for name in names)
     blocks = [_block(title, names, indent, width) for title, names in COMMANDS.items()]
