@@ -136,7 +136,7 @@ def draw(figure: Analysis, stem: Path) -> tuple[list[Path], pd.DataFrame, dict[s
     for suffix, content in contents.items():
         files.write_bytes(stem.with_suffix(suffix), content)
     drawn = {suffix: hashlib.sha256(content).hexdigest() for suffix, content in contents.items()}
-    drawn["of"] = _origin(figure, record) if _code(figure.module) == source(figure.module) else ""
+    drawn["of"] = _origin(figure, record) if _as_loaded(figure) else ""
     written = [stem.with_suffix(suffix) for suffix in contents]
     if record.get("drawn") != drawn:
         record["drawn"] = drawn
@@ -165,27 +165,33 @@ def unchanged(figure: Analysis, stem: Path) -> list[Path]:
 
 def _origin(figure: Analysis, record: Mapping[str, Any]) -> str:
     """Return a hash of what pictures and page are made of: data and text in the json, and code; "" if unknown."""
-    text = files.strict_json({name: value for name, value in record.items() if name != "drawn"})
-    code = source(figure.module)
+    text, code = files.strict_json({name: value for name, value in record.items() if name != "drawn"}), source(figure)
     return hashlib.sha256((text + code).encode()).hexdigest() if code else ""
 
 
-@cache
-def source(module: str) -> str:
-    """Return a hash of the code that draws a figure, as it is at the first call, which belongs right after its import.
+def source(figure: Analysis) -> str:
+    """Return a hash of the code that draws a figure as it was loaded; "" for a cell of a notebook, which has no file.
 
-    A source may be edited while its figure is trained: then what draws is the code of before.
-
-    Args:
-        module: of the figure.
+    Called when the figure is loaded: its source may be edited while it is trained, and the code of before draws it.
     """
-    return _code(module)
+    folder = _folder(figure)
+    return _loaded(folder) if folder else ""
 
 
-def _code(module: str) -> str:
-    """Return a hash of the code that draws a figure as it is now; "" for a cell of a notebook, which has no file."""
-    file = getattr(sys.modules[module], "__file__", None)
-    return environment.code(Path(file).parent, DRAWING) if file else ""
+def _as_loaded(figure: Analysis) -> bool:
+    """Whether the code on disk is still that which draws."""
+    folder = _folder(figure)
+    return folder is not None and environment.code(folder, DRAWING) == _loaded(folder)
+
+
+def _folder(figure: Analysis) -> Path | None:
+    file = getattr(sys.modules[figure.module], "__file__", None)
+    return Path(file).parent if file else None
+
+
+@cache
+def _loaded(folder: Path) -> str:
+    return environment.code(folder, DRAWING)
 
 
 def _last_drawn(stem: Path) -> dict[str, str]:

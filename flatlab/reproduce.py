@@ -50,7 +50,7 @@ def analysis(name: str) -> Analysis:
         UserError: if `analyses/` is not found, or has no such figure.
     """
     found: Analysis = import_module(f"analyses.{choose('figure or table', name, analyses())}").FIGURE
-    figure_files.source(found.module)
+    figure_files.source(found)  # now, not when it is drawn
     return found
 
 

@@ -171,7 +171,7 @@ def dots(tmp_path, monkeypatch):
         ax.plot(frame["value"], "o")
         return figure
 
-    figure_files.source.cache_clear()
+    figure_files._loaded.cache_clear()
     empty = pd.DataFrame({"a": [1]})
     given = {"labelled": list, "table": list, "summary_title": "S", "remarks": list, "caption": str, "draw": draw}
     given |= {"findings": lambda frame: empty, "summary": lambda findings: empty, "baseline": "ERM"}
@@ -179,7 +179,7 @@ def dots(tmp_path, monkeypatch):
 
     def made(value=1.0, *, restarted=False, **more):
         if restarted:
-            figure_files.source.cache_clear()
+            figure_files._loaded.cache_clear()
         record = {
             "caption": "Dots\nnotes",
             "remarks": [],
@@ -229,7 +229,6 @@ def test_files_that_another_call_has_written_meanwhile_are_drawn_again(dots, tmp
 
     monkeypatch.setattr("flatlab.files.write_bytes", late)
     assert dots() == set() == dots() and path.read_bytes() == b"of another call"
-    monkeypatch.undo()
 
 
 def test_the_hash_of_the_code_covers_published_numbers():

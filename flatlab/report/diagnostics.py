@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pandas as pd
 
 from flatlab import plots
@@ -18,8 +19,6 @@ def triangles(
     found: Sequence[Run], measurement: MeasurementSpec, *, out: Path
 ) -> tuple[pd.DataFrame, list[str], list[Path]]:
     """Return the three traces of each run with intervals, the verdicts, and pictures of the rise against the trace."""
-    import matplotlib.pyplot as plt
-
     rows, sentences = [], []
     out.mkdir(parents=True, exist_ok=True)
     with plots.style():
@@ -38,8 +37,6 @@ def audits(
     found: Sequence[Run], measurement: MeasurementSpec, *, out: Path
 ) -> tuple[pd.DataFrame, list[str], list[Path]]:
     """Return the tables of all audits, sentences on what was rescaled and refused, and pictures."""
-    import matplotlib.pyplot as plt
-
     frames, sentences = [], []
     out.mkdir(parents=True, exist_ok=True)
     with plots.style():

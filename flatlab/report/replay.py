@@ -2,18 +2,17 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import matplotlib.pyplot as plt
 import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from flatlab import plots
 from flatlab.report import tables, valleys
 from flatlab.store import selection
 from flatlab.store.runs import Run
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 OWN = "as trained"
 SHOWN = {"run": "", "average": "", "held_out": "", "steps": "", "validation": ".3f", "validation_loss": ".4f"}
@@ -62,9 +61,7 @@ def _sentences(run: Run, replay: Any) -> Iterator[str]:
             yield f"{run.name}, {name}: {valleys.sentence(each.valley, each.rule)}"
 
 
-def _draw(pairs: Sequence[tuple[Run, Any]], table: pd.DataFrame) -> "Figure":
-    import matplotlib.pyplot as plt
-
+def _draw(pairs: Sequence[tuple[Run, Any]], table: pd.DataFrame) -> Figure:
     with plots.style():
         size = (max(plots.COLUMN, 2.6 * len(pairs)), 3.6)
         figure, axes = plt.subplots(2, len(pairs), figsize=size, layout="constrained", sharex="col", squeeze=False)
@@ -80,7 +77,7 @@ def _draw(pairs: Sequence[tuple[Run, Any]], table: pd.DataFrame) -> "Figure":
     return figure
 
 
-def _spans(ax: "Axes", rows: pd.DataFrame) -> None:
+def _spans(ax: Axes, rows: pd.DataFrame) -> None:
     """Draw the steps of each average, and its accuracy on the held-out domain beside it."""
     for place, row in enumerate(rows.to_dict("records")):
         look: Mapping[str, Any] = {"color": f"C{place}", "marker": plots.MARKERS[place], "linewidth": 2}

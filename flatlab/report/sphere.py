@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
@@ -62,8 +63,6 @@ def remarks(found: list[Run], measurement: SphereSpec, *, panel: str) -> list[st
 
 
 def _draw(shown: pd.DataFrame, measurement: SphereSpec, panel: str) -> Any:
-    import matplotlib.pyplot as plt
-
     with plots.style():
         figure, ax = plt.subplots(figsize=(3.4, 2.8), layout="constrained")
         plots.curves(ax, shown, x="radius", by="method", order=list(dict.fromkeys(shown["method"])))

@@ -7,7 +7,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from flatlab import files, plots
 from flatlab.errors import UserError
@@ -54,8 +57,6 @@ def write(path: Path, title: str, sections: Sequence[Section]) -> Path:
     Raises:
         UserError: where plotly is not installed, or the file would be larger than 6 MB.
     """
-    from matplotlib.figure import Figure
-
     turning = any(not isinstance(each, Figure) for section in sections for each in section.pictures)
     body = "\n".join(map(_section, sections))
     head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{CSS}</style>'
@@ -87,9 +88,6 @@ def _section(section: Section) -> str:
 
 
 def _picture(picture: Any) -> str:
-    import matplotlib.pyplot as plt
-    from matplotlib.figure import Figure
-
     if not isinstance(picture, Figure):
         return str(picture.to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False}))
     with io.StringIO() as text:
@@ -106,8 +104,6 @@ def _table(caption: str, frame: pd.DataFrame) -> str:
 
 def figure_of(result: Any) -> Any:
     """Return the picture of a result: interactive where it has such a one, else as `plot` draws it; None without."""
-    from matplotlib.axes import Axes
-
     if hasattr(result, "interactive"):
         return result.interactive()
     if not hasattr(result, "plot"):
